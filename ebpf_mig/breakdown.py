@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The breakdown: the result of the analysis, and what every report, the gate and the exporter live on.
+
+In: nothing. Out: frozen structs whose JSON form is the public schema `ebpf-mig/breakdown/1`. Durations are
+integer nanoseconds; instants are nanoseconds from the window's begin (negative before it). `None` means
+"not measured", never zero. Names are stable from the first release: add, never rename.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+SCHEMA = "ebpf-mig/breakdown/1"
+
+PHASES: tuple[tuple[str, str], ...] = (
+    ("pause", "source"),
+    ("quiesce", "source"),
+    ("fetch.kernel", "source"),
+    ("fetch.user", "source"),
+    ("memory.send", "source"),
+    ("state.save", "source"),
+    ("state.send", "source"),
+    ("handover", "both"),
+    ("state.load", "destination"),
+    ("resume", "destination"),
+    ("unattributed", "both"),
+)
+"""Every phase and its side, in the order in which reports print them."""
+
+Span = tuple[int, int]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base: immutable, built by name."""
+
+
+class Endpoint(Struct):
+    host: str
+    pid: int
+
+
+class Migration(Struct):
+    vmm: str
+    vmm_version: str
+    mode: str
+    """precopy, postcopy, local or unknown."""
+    transport: str
+    """tcp, unix, none or unknown."""
+    connections: int
+    result: str
+    """completed, failed, cancelled or unknown."""
+    source: Endpoint | None
+    destination: Endpoint | None
+    total_ns: int | None
+    """From dirty logging switched on (or the trigger) to the window's end."""
+
+
+class Phase(Struct):
+    phase: str
+    side: str
+    duration_ns: int
+    spans: list[Span]
+
+
+class Vcpu(Struct):
+    vcpu: int
+    kick_ns: int | None
+    """Pause request to stop."""
+    stop: int | None
+    start: int | None
+    blackout_ns: int | None
+
+
+class Slot(Struct):
+    slot: int
+    base: int
+    size_bytes: int
+
+
+class FetchIoctl(Struct):
+    ioctl: str
+    slot: int
+    begin: int
+    duration_ns: int
+    lock_wait_ns: dict[str, int] | None = None
+    off_cpu_ns: int | None = None
+    split: dict[str, int | str] | None = None
+
+
+class Fetch(Struct):
+    begin: int
+    end: int
+    kernel_ns: int
+    ioctls: list[FetchIoctl]
+
+
+class Pass(Struct):
+    """One pre-copy pass: a fetch with the guest running, and the sending up to the next one."""
+
+    begin: int
+    kernel_ns: int
+    user_ns: int
+    pages: int | None
+    bytes: int
+    send_ns: int
+    blocked_ns: int | None
+    dirty_pages_per_s: int | None
+
+
+class FinalFetch(Struct):
+    kernel_ns: int
+    user_ns: int
+    pages: int | None
+    bytes: int
+    send_ns: int
+
+
+class DirtyLog(Struct):
+    mode: str
+    """manual, legacy, ring or none."""
+    slots: list[Slot]
+    passes: list[Pass]
+    final: FinalFetch | None
+    fetches: list[Fetch]
+    """The fetches that began after the last vCPU stopped."""
+
+
+class SocketUse(Struct):
+    role: str
+    """migration or control, with the side: `source migration`."""
+    bytes: int
+    calls: int
+    copy_ns: int | None
+    blocked_ns: int | None
+    between_ns: int
+    in_call_ns: int
+    """copy + blocked; known even where the two cannot be told apart."""
+    local: str = ""
+    remote: str = ""
+    tcp_info: dict[str, int] | None = None
+
+
+class Wire(Struct):
+    bytes: int
+    sent: int
+    received: int
+    in_flight_ns: int
+    reason: str
+    evidence: str
+
+
+class Wait(Struct):
+    phase: str
+    thread: str
+    duration_ns: int
+    stack: list[str]
+
+
+class Witness(Struct):
+    name: str
+    value_ns: int
+    difference_ns: int
+    """value - our figure."""
+    explanation: str
+
+
+class Completeness(Struct):
+    verdict: str
+    """complete, bounded or incomplete."""
+    lost: dict[str, int]
+    unpaired: dict[str, int]
+    attach: dict[str, str]
+    observer_ns: int | None
+    reasons: list[str]
+    """Why the verdict is not `complete`, one line each."""
+
+
+class Clock(Struct):
+    offset_ns: int = 0
+    bound_ns: int = 0
+
+
+class Breakdown(Struct):
+    schema: str = SCHEMA
+    migration: Migration
+    window_ns: int | None
+    """None if no vCPU stop was found: there is no window, and no phase has a duration."""
+    blackout_ns: int | None
+    blackout: Span | None
+    """The blackout's place in the window."""
+    phases: list[Phase]
+    vcpus: list[Vcpu]
+    dirty_log: DirtyLog
+    sockets: list[SocketUse]
+    wire: list[Wire] | None
+    waits: list[Wait] | None
+    witnesses: list[Witness]
+    completeness: Completeness
+    clock: Clock
+    notes: list[str]
+    """Doubts about single figures, one line each."""
+
+    def phase_ns(self, name: str) -> int:
+        """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""
+        return next(p.duration_ns for p in self.phases if p.phase == name)

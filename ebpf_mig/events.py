@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The event model: what tracing hands to analysis, one struct an event.
+
+In: nothing. Out: the structs that `probes/` emits, `recording.py` stores and `collector.py` reads.
+
+All times are integer nanoseconds of CLOCK_MONOTONIC of the recording's host (`bpf_ktime_get_ns`); 0 means
+"not seen", because a call can have begun before tracing did. pids and tids are those of the initial pid
+namespace. The structs are stored as arrays: fields may be appended with a default, never removed or reordered.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all events; `tag` is the first array element of the stored form."""
+
+
+class Ioctl(Event, tag=1):
+    """One KVM ioctl that is not KVM_RUN, of a traced process; injected-interrupt ioctls are left out."""
+
+    begin_ns: int
+    end_ns: int
+    pid: int
+    tid: int
+    fd: int
+    cmd: int
+    """The request number; names in `kvm.py`."""
+    ret: int
+    slot: int = 0
+    """Memslot, address space id in bits 16 and up: GET/CLEAR_DIRTY_LOG, SET_USER_MEMORY_REGION[2]."""
+    flags: int = 0
+    """SET_USER_MEMORY_REGION[2]: bit 0 is KVM_MEM_LOG_DIRTY_PAGES."""
+    addr: int = 0
+    """SET_USER_MEMORY_REGION[2]: guest physical address. CLEAR_DIRTY_LOG: first page."""
+    size: int = 0
+    """SET_USER_MEMORY_REGION[2]: bytes. CLEAR_DIRTY_LOG: number of pages."""
+
+
+class VcpuEnter(Event, tag=2):
+    """A KVM_RUN entry worth keeping: the first of its thread, one after a gap, or one after an error return."""
+
+    at_ns: int
+    pid: int
+    tid: int
+    fd: int
+    last_exit_ns: int
+    """Return of this thread's previous KVM_RUN, 0 if tracing has seen none."""
+    last_ret: int
+    """Its return value; -4 is -EINTR."""
+    runs: int
+    """How many KVM_RUN entries of this thread tracing has seen, this one included."""
+
+
+class VcpuExit(Event, tag=3):
+    """A KVM_RUN that returned an error, nearly always -EINTR: the vCPU was kicked."""
+
+    at_ns: int
+    pid: int
+    tid: int
+    fd: int
+    enter_ns: int
+    """Entry of the same call, 0 if the thread was already inside when tracing began."""
+    ret: int
+
+
+class VcpuState(Event, tag=4):
+    """The in-kernel accounting of one vCPU thread, read when tracing ended or the thread died."""
+
+    at_ns: int
+    pid: int
+    tid: int
+    fd: int
+    enter_ns: int
+    """Entry of the latest KVM_RUN."""
+    exit_ns: int
+    """Return of the latest KVM_RUN that returned; smaller than `enter_ns` while inside one."""
+    ret: int
+    runs: int
+    in_ns: int
+    """Time inside KVM_RUN, all calls whose both ends were seen."""
+    out_ns: int
+    """Time between KVM_RUN calls."""
+    max_gap_ns: int
+
+
+class Kick(Event, tag=5):
+    """tgkill(2) by a thread of a traced process to another of its threads; VMMs stop vCPUs this way."""
+
+    at_ns: int
+    pid: int
+    tid: int
+    target_tid: int
+    signal: int
+
+
+class Transfer(Event, tag=6):
+    """A run of send or receive calls of one thread on one socket with no long gap between them.
+
+    Outside a blackout many calls are folded into one; inside (no vCPU of the process in KVM_RUN) each call is
+    kept until a budget is spent. `end_ns - begin_ns - in_call_ns` is the time between the calls.
+    """
+
+    begin_ns: int
+    end_ns: int
+    pid: int
+    tid: int
+    fd: int
+    direction: int
+    """0 send, 1 receive."""
+    socket: int
+    """Inode number of the socket, 0 if it could not be told."""
+    calls: int
+    bytes: int
+    in_call_ns: int
+    max_call_ns: int
+    failed: int
+    """Calls that returned an error, for the most part -EAGAIN. They move no bytes."""
+    position: int
+    """Bytes that tracing saw on this socket in this direction before this run began."""
+    off_cpu_ns: int = -1
+    """Part of `in_call_ns` that the thread was off the CPU; -1 unknown."""
+
+
+class Socket(Event, tag=7):
+    """What a socket inode is, told once when traced calls first use it."""
+
+    at_ns: int
+    pid: int
+    fd: int
+    socket: int
+    family: int
+    """AF_UNIX 1, AF_INET 2, AF_INET6 10."""
+    local: str
+    """Address and port as `ADDR:PORT`, or empty (UNIX)."""
+    remote: str
+    peer: int = 0
+    """UNIX only: inode of the other end, 0 unknown."""
+
+
+class Thread(Event, tag=8):
+    """A thread's name as /proc tells it; a hint for labels, never for attribution."""
+
+    pid: int
+    tid: int
+    name: str
+    vcpu: int = -1
+    """vCPU index where its KVM_RUN file descriptor is `anon_inode:kvm-vcpu:N`, else -1."""
+
+
+class Mark(Event, tag=9):
+    """Something the VMM or the session said, set beside the kernel's figures: a witness, never a boundary."""
+
+    at_ns: int
+    pid: int
+    name: str
+    """Dotted: `qmp.STOP`, `qmp.RESUME`, `qmp.MIGRATION.completed`, `qmp.downtime_ms`, `session.trigger`."""
+    detail: str = ""
+    value: int = 0
+    doubt_ns: int = 0
+    """How far `at_ns` may be off (a wall-clock stamp turned into a monotonic one)."""
+
+
+class Slot(Event, tag=10):
+    """A memslot known before tracing saw it set; reserved for what /proc or the VMM tells."""
+
+    at_ns: int
+    pid: int
+    slot: int
+    addr: int
+    size: int
+    flags: int
+
+
+class Ending(Event, tag=11):
+    """The last event of an orderly recording. A recording without one was cut off."""
+
+    at_ns: int
+    reason: str
+    """`migrated`, `failed`, `cancelled`, `duration`, `interrupted`, `target-died`, `command-ended`."""
+    lost: dict[str, int] = {}
+    """Events dropped in the kernel, by probe."""
+    unpaired: dict[str, int] = {}
+    """Exits without entry and the like, by probe. Threads already inside a call make some; harmless."""
+    observer_ns: dict[str, int] = {}
+    """Run time of our BPF programs over the whole recording, by probe, where the kernel counts it."""
+    observer_runs: dict[str, int] = {}
+
+
+AnyEvent = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | Mark | Slot | Ending
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """One traced process."""
+
+    pid: int
+    role: str
+    """`source`, `destination` or `unknown`: what the user said; the collector checks it against the events."""
+    comm: str = ""
+    vmm: str = ""
+    vmm_version: str = ""
+
+
+class ClockPair(msgspec.Struct, frozen=True, array_like=True):
+    """CLOCK_MONOTONIC and CLOCK_REALTIME read together."""
+
+    monotonic_ns: int
+    realtime_ns: int
+    doubt_ns: int
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """The first block of a recording: whose it is and how it was made."""
+
+    format: int = 1
+    tool: str = ""
+    host: str = ""
+    boot_id: str = ""
+    kernel: str = ""
+    machine: str = ""
+    page_size: int = 4096
+    begin_ns: int = 0
+    clock: ClockPair | None = None
+    targets: list[Target] = []
+    attach: dict[str, str] = {}
+    """Attach tier by signal: `fentry`, `kprobe`, `tracepoint`, `absent: why`."""
+    notes: list[str] = []
