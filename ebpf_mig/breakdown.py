@@ -34,12 +34,12 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base: immutable, built by name."""
 
 
-class Endpoint(Struct):
+class Endpoint(Struct, frozen=True, kw_only=True):
     host: str
     pid: int
 
 
-class Migration(Struct):
+class Migration(Struct, frozen=True, kw_only=True):
     vmm: str
     vmm_version: str
     mode: str
@@ -55,14 +55,14 @@ class Migration(Struct):
     """From dirty logging switched on (or the trigger) to the window's end."""
 
 
-class Phase(Struct):
+class Phase(Struct, frozen=True, kw_only=True):
     phase: str
     side: str
     duration_ns: int
     spans: list[Span]
 
 
-class Vcpu(Struct):
+class Vcpu(Struct, frozen=True, kw_only=True):
     vcpu: int
     kick_ns: int | None
     """Pause request to stop."""
@@ -71,13 +71,13 @@ class Vcpu(Struct):
     blackout_ns: int | None
 
 
-class Slot(Struct):
+class Slot(Struct, frozen=True, kw_only=True):
     slot: int
     base: int
     size_bytes: int
 
 
-class FetchIoctl(Struct):
+class FetchIoctl(Struct, frozen=True, kw_only=True):
     ioctl: str
     slot: int
     begin: int
@@ -87,14 +87,14 @@ class FetchIoctl(Struct):
     split: dict[str, int | str] | None = None
 
 
-class Fetch(Struct):
+class Fetch(Struct, frozen=True, kw_only=True):
     begin: int
     end: int
     kernel_ns: int
     ioctls: list[FetchIoctl]
 
 
-class Pass(Struct):
+class Pass(Struct, frozen=True, kw_only=True):
     """One pre-copy pass: a fetch with the guest running, and the sending up to the next one."""
 
     begin: int
@@ -107,7 +107,7 @@ class Pass(Struct):
     dirty_pages_per_s: int | None
 
 
-class FinalFetch(Struct):
+class FinalFetch(Struct, frozen=True, kw_only=True):
     kernel_ns: int
     user_ns: int
     pages: int | None
@@ -115,7 +115,7 @@ class FinalFetch(Struct):
     send_ns: int
 
 
-class DirtyLog(Struct):
+class DirtyLog(Struct, frozen=True, kw_only=True):
     mode: str
     """manual, legacy, ring or none."""
     slots: list[Slot]
@@ -125,7 +125,7 @@ class DirtyLog(Struct):
     """The fetches that began after the last vCPU stopped."""
 
 
-class SocketUse(Struct):
+class SocketUse(Struct, frozen=True, kw_only=True):
     role: str
     """migration or control, with the side: `source migration`."""
     bytes: int
@@ -140,7 +140,7 @@ class SocketUse(Struct):
     tcp_info: dict[str, int] | None = None
 
 
-class Wire(Struct):
+class Wire(Struct, frozen=True, kw_only=True):
     bytes: int
     sent: int
     received: int
@@ -149,14 +149,14 @@ class Wire(Struct):
     evidence: str
 
 
-class Wait(Struct):
+class Wait(Struct, frozen=True, kw_only=True):
     phase: str
     thread: str
     duration_ns: int
     stack: list[str]
 
 
-class Witness(Struct):
+class Witness(Struct, frozen=True, kw_only=True):
     name: str
     value_ns: int
     difference_ns: int
@@ -164,7 +164,7 @@ class Witness(Struct):
     explanation: str
 
 
-class Completeness(Struct):
+class Completeness(Struct, frozen=True, kw_only=True):
     verdict: str
     """complete, bounded or incomplete."""
     lost: dict[str, int]
@@ -175,12 +175,12 @@ class Completeness(Struct):
     """Why the verdict is not `complete`, one line each."""
 
 
-class Clock(Struct):
+class Clock(Struct, frozen=True, kw_only=True):
     offset_ns: int = 0
     bound_ns: int = 0
 
 
-class Breakdown(Struct):
+class Breakdown(Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
     migration: Migration
     window_ns: int | None

@@ -5,7 +5,8 @@ In: nothing. Out: the structs that `probes/` emits, `recording.py` stores and `c
 
 All times are integer nanoseconds of CLOCK_MONOTONIC of the recording's host (`bpf_ktime_get_ns`); 0 means
 "not seen", because a call can have begun before tracing did. pids and tids are those of the initial pid
-namespace. The structs are stored as arrays: fields may be appended with a default, never removed or reordered.
+namespace. The structs are stored as arrays: fields may be appended with a default,
+never removed or reordered.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Base of all events; `tag` is the first array element of the stored form."""
 
 
-class Ioctl(Event, tag=1):
+class Ioctl(Event, frozen=True, tag=1):
     """One KVM ioctl that is not KVM_RUN, of a traced process; injected-interrupt ioctls are left out."""
 
     begin_ns: int
@@ -38,8 +39,8 @@ class Ioctl(Event, tag=1):
     """SET_USER_MEMORY_REGION[2]: bytes. CLEAR_DIRTY_LOG: number of pages."""
 
 
-class VcpuEnter(Event, tag=2):
-    """A KVM_RUN entry worth keeping: the first of its thread, one after a gap, or one after an error return."""
+class VcpuEnter(Event, frozen=True, tag=2):
+    """A KVM_RUN entry worth keeping: the first of its thread, after a gap, after an error."""
 
     at_ns: int
     pid: int
@@ -53,7 +54,7 @@ class VcpuEnter(Event, tag=2):
     """How many KVM_RUN entries of this thread tracing has seen, this one included."""
 
 
-class VcpuExit(Event, tag=3):
+class VcpuExit(Event, frozen=True, tag=3):
     """A KVM_RUN that returned an error, nearly always -EINTR: the vCPU was kicked."""
 
     at_ns: int
@@ -65,7 +66,7 @@ class VcpuExit(Event, tag=3):
     ret: int
 
 
-class VcpuState(Event, tag=4):
+class VcpuState(Event, frozen=True, tag=4):
     """The in-kernel accounting of one vCPU thread, read when tracing ended or the thread died."""
 
     at_ns: int
@@ -85,7 +86,7 @@ class VcpuState(Event, tag=4):
     max_gap_ns: int
 
 
-class Kick(Event, tag=5):
+class Kick(Event, frozen=True, tag=5):
     """tgkill(2) by a thread of a traced process to another of its threads; VMMs stop vCPUs this way."""
 
     at_ns: int
@@ -95,7 +96,7 @@ class Kick(Event, tag=5):
     signal: int
 
 
-class Transfer(Event, tag=6):
+class Transfer(Event, frozen=True, tag=6):
     """A run of send or receive calls of one thread on one socket with no long gap between them.
 
     Outside a blackout many calls are folded into one; inside (no vCPU of the process in KVM_RUN) each call is
@@ -123,7 +124,7 @@ class Transfer(Event, tag=6):
     """Part of `in_call_ns` that the thread was off the CPU; -1 unknown."""
 
 
-class Socket(Event, tag=7):
+class Socket(Event, frozen=True, tag=7):
     """What a socket inode is, told once when traced calls first use it."""
 
     at_ns: int
@@ -139,7 +140,7 @@ class Socket(Event, tag=7):
     """UNIX only: inode of the other end, 0 unknown."""
 
 
-class Thread(Event, tag=8):
+class Thread(Event, frozen=True, tag=8):
     """A thread's name as /proc tells it; a hint for labels, never for attribution."""
 
     pid: int
@@ -149,7 +150,7 @@ class Thread(Event, tag=8):
     """vCPU index where its KVM_RUN file descriptor is `anon_inode:kvm-vcpu:N`, else -1."""
 
 
-class Mark(Event, tag=9):
+class Mark(Event, frozen=True, tag=9):
     """Something the VMM or the session said, set beside the kernel's figures: a witness, never a boundary."""
 
     at_ns: int
@@ -162,7 +163,7 @@ class Mark(Event, tag=9):
     """How far `at_ns` may be off (a wall-clock stamp turned into a monotonic one)."""
 
 
-class Slot(Event, tag=10):
+class Slot(Event, frozen=True, tag=10):
     """A memslot known before tracing saw it set; reserved for what /proc or the VMM tells."""
 
     at_ns: int
@@ -173,7 +174,7 @@ class Slot(Event, tag=10):
     flags: int
 
 
-class Ending(Event, tag=11):
+class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
     at_ns: int
@@ -196,7 +197,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     pid: int
     role: str
-    """`source`, `destination` or `unknown`: what the user said; the collector checks it against the events."""
+    """`source`, `destination` or `unknown` as the user said; the collector checks it."""
     comm: str = ""
     vmm: str = ""
     vmm_version: str = ""

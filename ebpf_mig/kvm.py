@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """KVM's ioctl numbers by name, as x86-64 and arm64 encode them (include/uapi/linux/kvm.h, Linux 6.12).
 
-The numbers hold direction, size, type 0xAE and number; structs of other sizes on other architectures change the
+The numbers hold direction, size, type 0xAE and number; other struct sizes on other architectures change the
 middle part, so `name_of` falls back to matching type and number only.
 """
 
@@ -68,12 +68,14 @@ def name_of(cmd: int) -> str:
     return _BY_NUMBER.get(number(cmd), hex(cmd))
 
 
-VCPU_STATE_GET = frozenset({"GET_REGS", "GET_SREGS", "GET_SREGS2", "GET_MP_STATE", "GET_VCPU_EVENTS", "GET_LAPIC",
-                            "GET_XSAVE", "GET_XSAVE2", "GET_XCRS", "GET_FPU", "GET_DEBUGREGS",
-                            "GET_NESTED_STATE", "GET_ONE_REG", "GET_CPUID2"})  # fmt: skip
+VCPU_STATE_GET = frozenset({
+    "GET_REGS", "GET_SREGS", "GET_SREGS2", "GET_MP_STATE", "GET_VCPU_EVENTS", "GET_LAPIC", "GET_XSAVE",
+    "GET_XSAVE2", "GET_XCRS", "GET_FPU", "GET_DEBUGREGS", "GET_NESTED_STATE", "GET_ONE_REG", "GET_CPUID2",
+})  # fmt: skip
 """Reading these on a stopped VM means that vCPU state is being saved."""
 
-VCPU_STATE_SET = frozenset({"SET_REGS", "SET_SREGS", "SET_SREGS2", "SET_MP_STATE", "SET_VCPU_EVENTS", "SET_LAPIC",
-                            "SET_XSAVE", "SET_XCRS", "SET_FPU", "SET_DEBUGREGS", "SET_NESTED_STATE",
-                            "SET_ONE_REG", "SET_MSRS"})  # fmt: skip
+VCPU_STATE_SET = frozenset({
+    "SET_REGS", "SET_SREGS", "SET_SREGS2", "SET_MP_STATE", "SET_VCPU_EVENTS", "SET_LAPIC", "SET_XSAVE",
+    "SET_XCRS", "SET_FPU", "SET_DEBUGREGS", "SET_NESTED_STATE", "SET_ONE_REG", "SET_MSRS",
+})  # fmt: skip
 """Writing these means that vCPU state is being loaded."""
