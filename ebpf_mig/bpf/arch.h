@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Registers and system call numbers. struct pt_regs is read by offset, since no kernel headers are used:
+ * x86-64 arch/x86/include/asm/ptrace.h, arm64 arch/arm64/include/asm/ptrace.h; both are stable user ABI.
+ */
+#pragma once
+
+struct call_args {
+	u64 nr, a0, a1, a2;
+};
+
+#if defined(__x86_64__) || defined(EBPF_MIG_ARCH_X86)
+
+#define NR_read 0
+#define NR_write 1
+#define NR_ioctl 16
+#define NR_readv 19
+#define NR_writev 20
+#define NR_sendfile 40
+#define NR_sendto 44
+#define NR_recvfrom 45
+#define NR_sendmsg 46
+#define NR_recvmsg 47
+#define NR_tgkill 234
+
+/* dx, si, di and orig_ax stand side by side from offset 96 on; a return changes ax only. */
+static __always_inline void read_args(const void *regs, struct call_args *out)
+{
+	u64 w[4];
+
+	bpf_probe_read_kernel(w, sizeof(w), (const char *)regs + 96);
+	out->a2 = w[0];
+	out->a1 = w[1];
+	out->a0 = w[2];
+	out->nr = w[3];
+}
+
+#elif defined(__aarch64__) || defined(EBPF_MIG_ARCH_ARM64)
+
+#define NR_ioctl 29
+#define NR_read 63
+#define NR_write 64
+#define NR_readv 65
+#define NR_writev 66
+#define NR_sendfile 71
+#define NR_tgkill 131
+#define NR_sendto 206
+#define NR_recvfrom 207
+#define NR_sendmsg 211
+#define NR_recvmsg 212
+
+/* regs[31], sp, pc, pstate, orig_x0, syscallno: a return overwrites x0 only, orig_x0 keeps it. */
+static __always_inline void read_args(const void *regs, struct call_args *out)
+{
+	u64 w[2], orig_x0;
+	s32 nr;
+
+	bpf_probe_read_kernel(w, sizeof(w), (const char *)regs + 8);
+	bpf_probe_read_kernel(&orig_x0, sizeof(orig_x0), (const char *)regs + 272);
+	bpf_probe_read_kernel(&nr, sizeof(nr), (const char *)regs + 280);
+	out->a0 = orig_x0;
+	out->a1 = w[0];
+	out->a2 = w[1];
+	out->nr = nr;
+}
+
+#else
+#error "ebpf-mig knows the registers of x86-64 and arm64 only"
+#endif

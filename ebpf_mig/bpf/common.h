@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What all programs share: whom to trace, the per-thread and per-process state, the ring buffer and its losses.
+ *
+ * From the loader (-D): EBPF_MIG_TARGETS(tgid) tests a tgid against literals; OFF_* are struct offsets from BTF,
+ * OFF_NONE where the kernel has no such member; *_WORDS are the record sizes that the Python half expects.
+ */
+#pragma once
+
+#include <linux/types.h>
+#include "arch.h"
+
+#define OFF_NONE 0xffff
+
+#define GAP_NS 100000ULL		/* a vCPU this long out of KVM_RUN is worth an event */
+#define BURST_NS 1000000ULL		/* dirty-log ioctls further apart belong to different fetches */
+#define FOLD_GAP_NS 10000000ULL		/* calls further apart are not folded into one run */
+#define FOLD_MAX_NS 100000000ULL	/* a folded run ends after this long */
+#define DETAIL_BUDGET 8000		/* single calls kept while no vCPU runs, granted anew by each fetch */
+#define DETAIL_PER_MS 4			/* and trickling back, for a destination whose source is elsewhere */
+
+enum kind {
+	KIND_IOCTL = 1,
+	KIND_VCPU_ENTER = 2,
+	KIND_VCPU_EXIT = 3,
+	KIND_KICK = 5,
+	KIND_TRANSFER = 6,
+	KIND_SOCKET = 7,
+	KIND_THREADS = 15,		/* losses only: the thread table was full */
+	KIND_MAX = 16,
+};
+
+/* Every record is an array of u64, the kind first; probes/records.py has the other half. */
+BPF_RINGBUF_OUTPUT(events, EBPF_MIG_RING_PAGES);
+BPF_PERCPU_ARRAY(lost, u64, KIND_MAX);
+BPF_PERCPU_ARRAY(unpaired, u64, KIND_MAX);
+
+struct transfer_run {
+	u64 begin, end, fd, file, socket, calls, bytes, in_call, max_call, failed, epoch;
+};
+
+struct thread_state {
+	u64 tgid;
+	u64 nr, enter;				/* the tracked call in flight; nr is stored + 1, 0: none */
+	u64 a0, a1, a2;
+	u64 slot, flags, addr, size;		/* what the argument of a memory ioctl says */
+	u64 seen;				/* an entry was seen, so an exit without one is not KVM_RUN */
+	u64 vcpu_fd, run_enter, run_exit, run_ret, runs, in_ns, out_ns, max_gap, counted;
+	struct transfer_run run[2];
+};
+_Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
+
+struct process_state {
+	s64 running;				/* vCPUs inside KVM_RUN, as far as their entries were seen */
+	u64 epoch, last_fetch;			/* epoch: this process's dirty-log fetches so far */
+	s64 budget;
+	u64 granted, refilled;
+};
+
+BPF_HASH(threads, u32, struct thread_state, 8192);
+BPF_HASH(processes, u32, struct process_state, 64);
+BPF_ARRAY(fetches, u64, 1);			/* by any traced process */
+BPF_PERCPU_ARRAY(blank_thread, struct thread_state, 1);
+
+static __always_inline void count(u32 kind, bool is_lost)
+{
+	u32 key = kind;
+	u64 *n = is_lost ? lost.lookup(&key) : unpaired.lookup(&key);
+
+	if (n)
+		(*n)++;
+}
+
+/* The state of the current thread, made on first sight; 0 if the table is full (counted). */
+static __always_inline struct thread_state *this_thread(u64 pid_tgid)
+{
+	u32 tid = pid_tgid, zero = 0;
+	struct thread_state *s = threads.lookup(&tid), *blank;
+
+	if (s)
+		return s;
+	blank = blank_thread.lookup(&zero);
+	if (!blank)
+		return 0;
+	blank->tgid = pid_tgid >> 32;
+	threads.update(&tid, blank);
+	s = threads.lookup(&tid);
+	if (!s)
+		count(KIND_THREADS, true);
+	return s;
+}
+
+static __always_inline struct process_state *this_process(u64 pid_tgid)
+{
+	u32 tgid = pid_tgid >> 32;
+
+	return processes.lookup(&tgid);
+}
+
+/*
+ * Calls are kept one by one while no vCPU of the process is inside KVM_RUN, which covers the blackout on both
+ * sides (and, on a destination, all of pre-copy); the budget keeps that from flooding the buffer.
+ */
+static __always_inline bool in_detail(struct process_state *p, u64 now)
+{
+	u32 zero = 0;
+	u64 *all = fetches.lookup(&zero), ms = (now - p->refilled) / 1000000;
+
+	if (p->running > 0)
+		return false;
+	if (all && p->granted != *all) {
+		p->granted = *all;
+		p->budget = DETAIL_BUDGET;
+		p->refilled = now;
+	} else if (ms && p->budget < DETAIL_BUDGET) {
+		p->budget += DETAIL_PER_MS * (ms > 1000 ? 1000 : ms);
+		p->refilled = now;
+	}
+	return p->budget > 0;
+}

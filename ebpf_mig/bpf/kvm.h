@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * KVM ioctls: KVM_RUN is accounted in place and told only where it matters, the others are records.
+ *
+ * In: entries and returns from whichever attach tier is in use. Out: IOCTL, VCPU_ENTER, VCPU_EXIT and KICK records.
+ */
+#pragma once
+
+#include "common.h"
+
+#define KVM_TYPE 0xae
+#define KVM_RUN 0xae80
+#define KVM_CHECK_EXTENSION 0xae03
+#define KVM_IRQ_LINE 0x4008ae61
+#define KVM_IRQ_LINE_STATUS 0xc008ae67
+#define KVM_INTERRUPT 0x4004ae86
+#define KVM_SIGNAL_MSI 0x4020aea5
+#define KVM_GET_DIRTY_LOG 0x4010ae42
+#define KVM_CLEAR_DIRTY_LOG 0xc018aec0
+#define KVM_SET_USER_MEMORY_REGION 0x4020ae46
+#define KVM_SET_USER_MEMORY_REGION2 0x40a0ae49
+
+struct ioctl_record {
+	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;
+};
+struct vcpu_enter_record {
+	u64 kind, at, pid, tid, fd, last_exit, last_ret, runs;
+};
+struct vcpu_exit_record {
+	u64 kind, at, pid, tid, fd, enter, ret;
+};
+struct kick_record {
+	u64 kind, at, pid, tid, target, signal;
+};
+
+_Static_assert(sizeof(struct ioctl_record) == 8 * IOCTL_WORDS, "ioctl record");
+_Static_assert(sizeof(struct vcpu_enter_record) == 8 * VCPU_ENTER_WORDS, "vcpu enter record");
+_Static_assert(sizeof(struct vcpu_exit_record) == 8 * VCPU_EXIT_WORDS, "vcpu exit record");
+_Static_assert(sizeof(struct kick_record) == 8 * KICK_WORDS, "kick record");
+
+/* Interrupt injection happens at guest speed and says nothing about a migration. */
+static __always_inline bool is_noise(u32 cmd)
+{
+	return cmd == KVM_IRQ_LINE || cmd == KVM_IRQ_LINE_STATUS || cmd == KVM_INTERRUPT ||
+	       cmd == KVM_SIGNAL_MSI || cmd == KVM_CHECK_EXTENSION;
+}
+
+static __always_inline void vcpu_enter(struct thread_state *s, struct process_state *p, u64 pid_tgid,
+				       u64 now, u64 fd)
+{
+	u64 gap = s->run_exit ? now - s->run_exit : 0;
+	bool told = !s->runs || gap > GAP_NS || (s64)s->run_ret < 0;
+	struct vcpu_enter_record *r;
+
+	s->runs++;
+	s->vcpu_fd = fd;
+	s->run_enter = now;
+	s->out_ns += gap;
+	if (gap > s->max_gap)
+		s->max_gap = gap;
+	s->counted = 1;
+	__sync_fetch_and_add(&p->running, 1);
+	if (!told)
+		return;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_VCPU_ENTER, true);
+		return;
+	}
+	r->kind = KIND_VCPU_ENTER;
+	r->at = now;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->fd = fd;
+	r->last_exit = s->run_exit;
+	r->last_ret = s->run_ret;
+	r->runs = s->runs;
+	events.ringbuf_submit(r, 0);
+}
+
+/* `enter` is 0 where the thread was inside before tracing began. */
+static __always_inline void vcpu_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid,
+				      u64 now, u64 enter, u64 fd, s64 ret)
+{
+	struct vcpu_exit_record *r;
+
+	s->vcpu_fd = fd;
+	s->run_exit = now;
+	s->run_ret = ret;
+	if (enter)
+		s->in_ns += now - enter;
+	else
+		count(KIND_VCPU_EXIT, false);
+	if (s->counted) {
+		s->counted = 0;
+		__sync_fetch_and_add(&p->running, -1);
+	}
+	if (ret >= 0)
+		return;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_VCPU_EXIT, true);
+		return;
+	}
+	r->kind = KIND_VCPU_EXIT;
+	r->at = now;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->fd = fd;
+	r->enter = enter;
+	r->ret = ret;
+	events.ringbuf_submit(r, 0);
+}
+
+/* Keeps of a memory ioctl's argument what the report needs; `arg` points to user memory. */
+static __always_inline void read_memory_argument(struct thread_state *s, u32 cmd, const void *arg)
+{
+	struct {
+		u32 slot, second;
+		u64 third, fourth;
+	} a = {};
+
+	s->slot = s->flags = s->addr = s->size = 0;
+	if (cmd == KVM_GET_DIRTY_LOG) {
+		bpf_probe_read_user(&a, 4, arg);
+		s->slot = a.slot;
+	} else if (cmd == KVM_CLEAR_DIRTY_LOG) {
+		bpf_probe_read_user(&a, 16, arg);
+		s->slot = a.slot;
+		s->size = a.second;
+		s->addr = a.third;
+	} else if (cmd == KVM_SET_USER_MEMORY_REGION || cmd == KVM_SET_USER_MEMORY_REGION2) {
+		bpf_probe_read_user(&a, 24, arg);
+		s->slot = a.slot;
+		s->flags = a.second;
+		s->addr = a.third;
+		s->size = a.fourth;
+	}
+}
+
+static __always_inline void ioctl_enter(struct thread_state *s, struct process_state *p, u64 now, u32 cmd,
+					const void *arg)
+{
+	u32 zero = 0;
+	u64 *all;
+
+	if (cmd == KVM_GET_DIRTY_LOG && now - p->last_fetch > BURST_NS) {
+		p->epoch++;
+		all = fetches.lookup(&zero);
+		if (all)
+			__sync_fetch_and_add(all, 1);
+	}
+	read_memory_argument(s, cmd, arg);
+}
+
+static __always_inline void ioctl_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now,
+				       s64 ret)
+{
+	struct ioctl_record *r;
+
+	if ((u32)s->a1 == KVM_GET_DIRTY_LOG)
+		p->last_fetch = now;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_IOCTL, true);
+		return;
+	}
+	r->kind = KIND_IOCTL;
+	r->begin = s->enter;
+	r->end = now;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->fd = s->a0;
+	r->cmd = (u32)s->a1;
+	r->ret = ret;
+	r->slot = s->slot;
+	r->flags = s->flags;
+	r->addr = s->addr;
+	r->size = s->size;
+	events.ringbuf_submit(r, 0);
+}
+
+static __always_inline void kick(u64 pid_tgid, u64 now, u64 target, u64 signal)
+{
+	struct kick_record *r = events.ringbuf_reserve(sizeof(*r));
+
+	if (!r) {
+		count(KIND_KICK, true);
+		return;
+	}
+	r->kind = KIND_KICK;
+	r->at = now;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->target = (u32)target;
+	r->signal = (u32)signal;
+	events.ringbuf_submit(r, 0);
+}

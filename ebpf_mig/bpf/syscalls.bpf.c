@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The tracepoint tier: raw_syscalls sys_enter and sys_exit carry every signal, on every kernel since 4.17.
+ *
+ * They tax each system call of the host, so they are attached for a migration only. Seccomp denies a call before
+ * sys_enter fires, and threads may already be inside a call when tracing begins: an exit without an entry is normal.
+ */
+#include "kvm.h"
+#include "sockets.h"
+
+static __always_inline int direction_of(u64 nr)
+{
+	switch (nr) {
+	case NR_sendmsg:
+	case NR_sendto:
+	case NR_write:
+	case NR_writev:
+	case NR_sendfile:
+		return SEND;
+	case NR_recvmsg:
+	case NR_recvfrom:
+	case NR_read:
+	case NR_readv:
+		return RECEIVE;
+	}
+	return -1;
+}
+
+static __always_inline bool is_tracked_ioctl(u32 cmd)
+{
+	return ((cmd >> 8) & 0xff) == KVM_TYPE && !is_noise(cmd);
+}
+
+int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr = ctx->args[1];
+	struct thread_state *s;
+	struct process_state *p;
+	struct call_args c;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = this_thread(pid_tgid);
+	p = this_process(pid_tgid);
+	if (!s || !p)
+		return 0;
+	s->seen = 1;
+	s->nr = 0;
+	if (nr != NR_ioctl && nr != NR_tgkill && direction_of(nr) < 0)
+		return 0;
+	read_args((const void *)ctx->args[0], &c);
+	now = bpf_ktime_get_ns();
+	if (nr == NR_tgkill) {
+		kick(pid_tgid, now, c.a1, c.a2);
+		return 0;
+	}
+	if (nr == NR_ioctl) {
+		if (!is_tracked_ioctl(c.a1))
+			return 0;
+		if ((u32)c.a1 == KVM_RUN)
+			vcpu_enter(s, p, pid_tgid, now, c.a0);
+		else
+			ioctl_enter(s, p, now, c.a1, (const void *)c.a2);
+	}
+	s->nr = nr + 1;
+	s->a0 = c.a0;
+	s->a1 = c.a1;
+	s->a2 = c.a2;
+	s->enter = now;
+	return 0;
+}
+
+/* A thread whose first sight is a return was inside the call when tracing began: KVM_RUN is worth telling. */
+static __always_inline void first_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid,
+				       const void *regs, s64 ret)
+{
+	struct call_args c;
+
+	s->seen = 1;
+	read_args(regs, &c);
+	if (c.nr == NR_ioctl && (u32)c.a1 == KVM_RUN)
+		vcpu_exit(s, p, pid_tgid, bpf_ktime_get_ns(), 0, c.a0, ret);
+}
+
+int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr;
+	s64 ret = ctx->args[1];
+	struct thread_state *s;
+	struct process_state *p;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = this_thread(pid_tgid);
+	p = this_process(pid_tgid);
+	if (!s || !p)
+		return 0;
+	if (!s->seen) {
+		first_exit(s, p, pid_tgid, (const void *)ctx->args[0], ret);
+		return 0;
+	}
+	if (!s->nr)
+		return 0;
+	now = bpf_ktime_get_ns();
+	nr = s->nr - 1;
+	s->nr = 0;
+	if (nr != NR_ioctl)
+		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret);
+	else if ((u32)s->a1 == KVM_RUN)
+		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
+	else
+		ioctl_exit(s, p, pid_tgid, now, ret);
+	return 0;
+}

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles, loads and attaches our BPF programs; the only module that imports bcc.
+
+In: names of `.bpf.c` files and -D constants. Out: a `Program` whose functions can be attached, whose ring buffer can
+be polled and whose maps can be read. Nothing is pinned: when the process ends, however it ends, the kernel
+drops everything. No kernel headers are needed (`bpf/headers` is a tree of our own).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ebpf_mig.errors import PreflightError
+
+_BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
+_INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
+_BPF_ENABLE_STATS = 32
+_SYS_BPF = {"x86_64": 321, "aarch64": 280}
+
+
+def _bcc() -> Any:
+    try:
+        import bcc
+    except ImportError as error:
+        raise PreflightError(
+            f"bcc cannot be imported by this Python: {error}",
+            "apt-get install python3-bpfcc, and run with the distribution's /usr/bin/python3 (or a venv of it "
+            "made with --system-site-packages)",
+        ) from error
+    if not hasattr(bcc, "BPF"):
+        raise PreflightError(
+            f"{bcc.__file__} is not the BPF compiler collection (PyPI's `bcc` is an unrelated project)",
+            "pip uninstall bcc; apt-get install python3-bpfcc",
+        )
+    return bcc
+
+
+def source_text(name: str) -> str:
+    """The C of one program family with our own headers inlined once each.
+
+    bcc rewrites map calls in the main file only, so headers that make such calls must be part of it.
+    """
+    seen: set[str] = set()
+
+    def inline(file: str) -> str:
+        text = (_BPF_DIR / file).read_text()
+
+        def replace(match: re.Match[str]) -> str:
+            header = match.group(1)
+            if header in seen:
+                return ""
+            seen.add(header)
+            return inline(header)
+
+        return _INCLUDE.sub(replace, text.replace("#pragma once\n", ""))
+
+    return inline(name)
+
+
+@contextlib.contextmanager
+def _safe_directory() -> Iterator[None]:
+    """bcc puts the current directory first on the include path: compile where only root can put files."""
+    before = Path.cwd()
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _stderr_to(sink: list[str]) -> Iterator[None]:
+    """Catches what LLVM and libbcc print on file descriptor 2, so that it can be told in one line."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    saved = os.dup(2)
+    os.dup2(write_end, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(write_end)
+        with contextlib.suppress(BlockingIOError):
+            sink.append(os.read(read_end, 1 << 16).decode(errors="replace"))
+        os.close(read_end)
+
+
+class Program:
+    """One compiled BPF object. Detaches and frees on `close()`; the kernel does the same if we die."""
+
+    def __init__(self, family: str, defines: dict[str, str | int]) -> None:
+        bcc = _bcc()
+        os.environ["BCC_KERNEL_SOURCE"] = str(_BPF_DIR / "headers")
+        flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
+        flags += [f"-D{name}={value}" for name, value in defines.items()]
+        said: list[str] = []
+        try:
+            with _safe_directory(), _stderr_to(said):
+                self._bpf = bcc.BPF(text=source_text(family), cflags=flags)
+        except Exception as error:
+            raise PreflightError(
+                f"{family} does not compile: {_first_error(said) or error}", "ebpf-mig doctor"
+            ) from error
+        self._raw_type = bcc.BPF.RAW_TRACEPOINT
+        self._records: list[bytes] = []
+        self._functions: dict[str, Any] = {}
+
+    def load(self, function: str) -> None:
+        """Hands one function to the kernel's verifier as a raw tracepoint program; PreflightError if refused."""
+        said: list[str] = []
+        try:
+            with _stderr_to(said):
+                self._functions[function] = self._bpf.load_func(function, self._raw_type)
+        except Exception as error:
+            detail = _last_line(said) or str(error)
+            raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
+
+    def attach_raw_tracepoint(self, tracepoint: str, function: str) -> None:
+        """Attaches a loaded function; PreflightError if this kernel has no such tracepoint."""
+        try:
+            self._bpf.attach_raw_tracepoint(tp=tracepoint.encode(), fn_name=function.encode())
+        except Exception as error:
+            raise PreflightError(f"cannot attach to raw tracepoint {tracepoint}: {error}") from error
+
+    def detach_raw_tracepoint(self, tracepoint: str) -> None:
+        """Detaches what `attach_raw_tracepoint` attached."""
+        self._bpf.detach_raw_tracepoint(tp=tracepoint.encode())
+
+    def table(self, name: str) -> Any:
+        """The bcc table of that name."""
+        return self._bpf[name]
+
+    def open_ring(self, name: str) -> None:
+        """Begins to collect the records of a ring buffer; fetch them with `poll`."""
+        records = self._records
+
+        def take(_context: object, data: int, size: int) -> None:
+            records.append(ctypes.string_at(data, size))
+
+        self._bpf[name].open_ring_buffer(take)
+
+    def poll(self, timeout_ms: int) -> list[bytes]:
+        """Records that arrived, waiting at most `timeout_ms` for the first."""
+        self._bpf.ring_buffer_poll(timeout_ms)
+        taken = self._records[:]
+        self._records.clear()
+        return taken
+
+    def per_cpu_sums(self, name: str) -> list[int]:
+        """A per-CPU array's entries, each summed over the CPUs."""
+        table = self._bpf[name]
+        return [sum(table[ctypes.c_int(i)]) for i in range(len(table))]
+
+    def hash_items(self, name: str, words: int) -> dict[int, tuple[int, ...]]:
+        """A hash of integer keys whose values are arrays of `words` u64 (or padded to them)."""
+        table = self._bpf[name]
+        return {
+            int(key.value): struct.unpack(f"={words}Q", ctypes.string_at(ctypes.byref(leaf), words * 8))
+            for key, leaf in table.items()
+        }
+
+    def run_statistics(self) -> dict[str, tuple[int, int]]:
+        """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""
+        found = {}
+        for name, function in self._functions.items():
+            info = Path(f"/proc/self/fdinfo/{function.fd}").read_text()
+            fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+            found[name] = (int(fields.get("run_time_ns", "0")), int(fields.get("run_cnt", "0")))
+        return found
+
+    def close(self) -> None:
+        """Detaches everything; idempotent."""
+        self._bpf.cleanup()
+
+
+class BpfStatistics:
+    """Has the kernel count run time of BPF programs while open (bpf(2) BPF_ENABLE_STATS, since Linux 5.8).
+
+    Tied to a file descriptor, so nothing is left switched on when we die. `enabled` is False where refused.
+    """
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        attributes = (ctypes.c_uint32 * 1)(0)
+        number = _SYS_BPF.get(os.uname().machine, 0)
+        self._fd = libc.syscall(number, _BPF_ENABLE_STATS, attributes, 4) if number else -1
+        self.enabled = self._fd >= 0
+
+    def close(self) -> None:
+        """Stops the counting; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _first_error(said: list[str]) -> str:
+    lines = [line for text in said for line in text.splitlines() if "error:" in line]
+    return lines[0].strip() if lines else ""
+
+
+def _last_line(said: list[str]) -> str:
+    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

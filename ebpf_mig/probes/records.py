@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python half of the record layouts in `bpf/*.h`: bytes from the ring buffer in, events out.
+
+Every record is an array of native u64, its kind first. The numbers of words are handed to the C compiler, where
+a static assertion compares them with the C structs: a layout that drifted apart does not load.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Callable
+
+from ebpf_mig.events import Event, Ioctl, Kick, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
+
+WORDS = {
+    "IOCTL_WORDS": 12,
+    "VCPU_ENTER_WORDS": 8,
+    "VCPU_EXIT_WORDS": 7,
+    "KICK_WORDS": 6,
+    "TRANSFER_WORDS": 14,
+    "SOCKET_WORDS": 13,
+    "THREAD_WORDS": 42,
+}
+KIND_NAMES = {
+    1: "ioctl",
+    2: "vcpu-enter",
+    3: "vcpu-exit",
+    5: "kick",
+    6: "transfer",
+    7: "socket",
+    15: "thread-table",
+}
+"""Names of the kinds in loss reports."""
+
+_AF_INET, _AF_INET6 = 2, 10
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _ioctl(w: tuple[int, ...]) -> Ioctl:
+    return Ioctl(w[1], w[2], w[3], w[4], w[5], w[6], _signed(w[7]), w[8], w[9], w[10], w[11])
+
+
+def _vcpu_enter(w: tuple[int, ...]) -> VcpuEnter:
+    return VcpuEnter(w[1], w[2], w[3], w[4], w[5], _signed(w[6]), w[7])
+
+
+def _vcpu_exit(w: tuple[int, ...]) -> VcpuExit:
+    return VcpuExit(w[1], w[2], w[3], w[4], w[5], _signed(w[6]))
+
+
+def _kick(w: tuple[int, ...]) -> Kick:
+    return Kick(*w[1:6])
+
+
+def _transfer(w: tuple[int, ...]) -> Transfer:
+    return Transfer(*w[1:14])
+
+
+def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
+    """`ADDR:PORT`; IPv4-mapped IPv6 is written as IPv4, so that both ends of a connection agree."""
+    raw = struct.pack("=QQ", *words)
+    if family == _AF_INET:
+        return f"{ipaddress.IPv4Address(raw[:4])}:{port}"
+    if family == _AF_INET6:
+        v6 = ipaddress.IPv6Address(raw)
+        return f"{v6.ipv4_mapped}:{port}" if v6.ipv4_mapped else f"[{v6}]:{port}"
+    return ""
+
+
+def _socket(w: tuple[int, ...]) -> Socket:
+    family = w[5]
+    local, remote = _endpoint(family, w[6:8], w[10]), _endpoint(family, w[8:10], w[11])
+    return Socket(w[1], w[2], w[3], w[4], family, local, remote, w[12])
+
+
+_DECODERS: dict[int, Callable[[tuple[int, ...]], Event]] = {
+    1: _ioctl,
+    2: _vcpu_enter,
+    3: _vcpu_exit,
+    5: _kick,
+    6: _transfer,
+    7: _socket,
+}
+
+
+def decode(record: bytes) -> Event:
+    """One ring buffer record as an event; KeyError for a kind this version does not know (a bug)."""
+    words = struct.unpack(f"={len(record) // 8}Q", record)
+    return _DECODERS[words[0]](words)
+
+
+_RUN_AT, _RUN_WORDS = 20, 11
+"""Where `struct thread_state` keeps its two open `struct transfer_run`."""
+
+
+def vcpu_state(at_ns: int, tid: int, thread: tuple[int, ...]) -> VcpuState | None:
+    """The vCPU account in a `struct thread_state`, None if the thread never touched KVM_RUN."""
+    fd, enter, leave, ret, runs, in_ns, out_ns, max_gap = thread[11:19]
+    if not enter and not leave:
+        return None
+    return VcpuState(at_ns, thread[0], tid, fd, enter, leave, _signed(ret), runs, in_ns, out_ns, max_gap)
+
+
+def open_runs(tid: int, thread: tuple[int, ...], streams: dict[int, tuple[int, ...]]) -> list[Transfer]:
+    """The runs of calls in a `struct thread_state` that were still being folded.
+
+    `streams` has the bytes sent and received on each socket before them, by socket inode.
+    """
+    found = []
+    for direction in (0, 1):
+        at = _RUN_AT + direction * _RUN_WORDS
+        begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _ = thread[at : at + _RUN_WORDS]
+        if calls:
+            before = streams.get(socket, (0, 0))[direction]
+            numbers = (calls, size, in_call, longest, failed, before)
+            found.append(Transfer(begin, end, thread[0], tid, fd, direction, socket, *numbers))
+    return found

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracing as the rest of the program sees it: pids in, events out.
+
+`Tracer(pids)` compiles and loads (privilege, LLVM, half a second), `arm()` attaches (milliseconds), `poll()` hands
+over events, `finish()` detaches and reads what the kernel still holds. All of it ends with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.events import Event, Thread
+from ebpf_mig.probes import attach, btf
+from ebpf_mig.probes.loader import BpfStatistics
+from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
+
+RING_BYTES = 8 << 20
+_OFFSETS = {
+    "OFF_task_files": ("task_struct", "files"),
+    "OFF_files_fdt": ("files_struct", "fdt"),
+    "OFF_fdtable_fd": ("fdtable", "fd"),
+    "OFF_file_inode": ("file", "f_inode"),
+    "OFF_file_private": ("file", "private_data"),
+    "OFF_inode_ino": ("inode", "i_ino"),
+    "OFF_inode_mode": ("inode", "i_mode"),
+    "OFF_socket_sk": ("socket", "sk"),
+    "OFF_alloc_socket": ("socket_alloc", "socket"),
+    "OFF_alloc_inode": ("socket_alloc", "vfs_inode"),
+    "OFF_sock_socket": ("sock", "sk_socket"),
+    "OFF_unix_peer": ("unix_sock", "peer"),
+    "OFF_skc_family": ("sock_common", "skc_family"),
+    "OFF_skc_daddr": ("sock_common", "skc_daddr"),
+    "OFF_skc_rcv_saddr": ("sock_common", "skc_rcv_saddr"),
+    "OFF_skc_dport": ("sock_common", "skc_dport"),
+    "OFF_skc_num": ("sock_common", "skc_num"),
+    "OFF_skc_v6_daddr": ("sock_common", "skc_v6_daddr"),
+    "OFF_skc_v6_rcv_saddr": ("sock_common", "skc_v6_rcv_saddr"),
+}
+
+
+class Tracer:
+    """Traces the given processes; use as a context manager."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        if not pids:
+            raise ValueError("no pids to trace")
+        self.pids = tuple(pids)
+        self.attached: dict[str, str] = {}
+        self._statistics = BpfStatistics()
+        self._tier, self._program = attach.load_best(_defines(self.pids))
+        self._program.open_ring("events")
+        self._add_processes()
+        self._threads: dict[tuple[int, int], Thread] = {}
+        self._vcpus: dict[tuple[int, int], int] = {}
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def arm(self) -> None:
+        """Attaches; from here on every system call of the host pays a little."""
+        self._look_around()
+        self.attached = attach.arm(self._tier, self._program, self._statistics)
+
+    def poll(self, timeout_ms: int) -> list[Event]:
+        """Events that arrived, waiting at most `timeout_ms` for the first."""
+        return [decode(record) for record in self._program.poll(timeout_ms)]
+
+    def finish(self) -> list[Event]:
+        """Detaches, and hands over the rest: buffered records, runs still being folded, each vCPU thread's account, thread names."""
+        now = time.monotonic_ns()
+        attach.disarm(self._tier, self._program)
+        rest = self.poll(0)
+        threads = self._program.hash_items("threads", WORDS["THREAD_WORDS"])
+        streams = self._program.hash_items("streams", 2)
+        self._look_around()
+        for tid, words in threads.items():
+            rest += open_runs(tid, words, streams)
+            state = vcpu_state(now, tid, words)
+            if state:
+                rest.append(state)
+                self._name(state.pid, tid, vcpu=self._vcpus.get((state.pid, state.fd), -1))
+        return rest + list(self._threads.values())
+
+    def losses(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(lost, unpaired) by kind of event, zeros left out."""
+        return self._counts("lost"), self._counts("unpaired")
+
+    def own_cost(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(run time in ns, runs) of our programs so far; empty where the kernel does not count."""
+        if not self._statistics.enabled:
+            return {}, {}
+        statistics = self._program.run_statistics()
+        return {k: v[0] for k, v in statistics.items()}, {k: v[1] for k, v in statistics.items()}
+
+    def close(self) -> None:
+        """Detaches; idempotent."""
+        self._program.close()
+        self._statistics.close()
+
+    def _look_around(self) -> None:
+        """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
+        for pid in self.pids:
+            for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    self._name(pid, int(task.name), (task / "comm").read_text().strip())
+            for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    kind, _, number = str(link.readlink()).rpartition(":")
+                    if kind == "anon_inode:kvm-vcpu":
+                        self._vcpus[pid, int(link.name)] = int(number)
+
+    def _name(self, pid: int, tid: int, name: str = "", vcpu: int = -1) -> None:
+        known = self._threads.get((pid, tid), Thread(pid, tid, ""))
+        self._threads[pid, tid] = Thread(pid, tid, name or known.name, vcpu if vcpu >= 0 else known.vcpu)
+
+    def _counts(self, table: str) -> dict[str, int]:
+        sums = self._program.per_cpu_sums(table)
+        return {KIND_NAMES.get(kind, str(kind)): n for kind, n in enumerate(sums) if n}
+
+    def _add_processes(self) -> None:
+        table = self._program.table("processes")
+        for pid in self.pids:
+            table[ctypes.c_uint32(pid)] = table.Leaf()
+
+
+def _defines(pids: Sequence[int]) -> dict[str, str | int]:
+    test = "||".join(f"(t)=={pid}" for pid in pids)
+    defines: dict[str, str | int] = dict(WORDS)
+    defines["EBPF_MIG_TARGETS(t)"] = f"({test})"
+    defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // 4096
+    found = btf.offsets("/sys/kernel/btf/vmlinux", list(_OFFSETS.values()))
+    for name, member in _OFFSETS.items():
+        offset = found[member]
+        if offset is None:
+            raise PreflightError(f"the kernel's BTF has no {member[0]}.{member[1]}", "ebpf-mig doctor")
+        defines[name] = offset
+    return defines

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One host's tracing run, top to bottom: load, attach, arm, wait, drain, detach.
+
+In: the processes to trace, where the recording goes, and a function that says when it is over. Out: the events are in
+the recording, the last of them an `Ending`. The migration itself is somebody else's: whatever goes wrong in here
+ends the tracing, never the migration.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ebpf_mig import __version__
+from ebpf_mig.errors import UsageError
+from ebpf_mig.events import ClockPair, Ending, Event, Header, Target
+from ebpf_mig.probes.tracer import Tracer
+
+POLL_MS = 20
+
+
+class Sink(Protocol):
+    """Where events go: a `recording.RecordingWriter`."""
+
+    def write_many(self, events: Iterable[Event]) -> None:
+        """Takes events in the order in which they arrived."""
+
+    def flush(self) -> None:
+        """Makes what was taken survive our death."""
+
+
+Until = Callable[[Sequence[Event]], str | None]
+"""Called with each batch of new events (often empty); returns the reason once tracing is to end."""
+
+
+def clock_pair(tries: int = 5) -> ClockPair:
+    """CLOCK_MONOTONIC against CLOCK_REALTIME, the tightest of a few brackets."""
+    best = None
+    for _ in range(tries):
+        before = time.monotonic_ns()
+        real = time.time_ns()
+        after = time.monotonic_ns()
+        pair = ClockPair((before + after) // 2, real, (after - before + 1) // 2)
+        if best is None or pair.doubt_ns < best.doubt_ns:
+            best = pair
+    assert best is not None  # noqa: S101 - tries is at least 1
+    return best
+
+
+def require_alive(targets: Sequence[Target]) -> None:
+    """UsageError if a target's pid does not exist, or is a thread's and not a process's."""
+    for target in targets:
+        try:
+            status = Path(f"/proc/{target.pid}/status").read_text()
+        except OSError as error:
+            raise UsageError(f"no process has pid {target.pid}", "check the pid of the VMM, e.g. with pgrep") from error
+        tgid = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Tgid:"))
+        if tgid != target.pid:
+            raise UsageError(f"{target.pid} is a thread of process {tgid}", f"use --pid {tgid}")
+
+
+def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Sequence[str] = ()) -> Header:
+    """What the first block of this host's recording says."""
+    return Header(
+        tool=f"ebpf-mig {__version__}",
+        host=platform.node(),
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        kernel=platform.release(),
+        machine=platform.machine(),
+        page_size=os.sysconf("SC_PAGESIZE"),
+        begin_ns=time.monotonic_ns(),
+        clock=clock_pair(),
+        targets=[_with_comm(target) for target in targets],
+        attach=attached,
+        notes=list(notes),
+    )
+
+
+def _with_comm(target: Target) -> Target:
+    try:
+        comm = Path(f"/proc/{target.pid}/comm").read_text().strip()
+    except OSError:
+        comm = ""
+    return Target(pid=target.pid, role=target.role, comm=comm, vmm=target.vmm, vmm_version=target.vmm_version)
+
+
+class Session:
+    """A prepared run: programs compiled and loaded, nothing attached yet. Use as a context manager."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        require_alive(targets)
+        self.targets = tuple(targets)
+        self._tracer = Tracer([target.pid for target in targets])
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tracer.close()
+
+    def arm(self, notes: Sequence[str] = ()) -> Header:
+        """Attaches the probes; the header describes what was attached."""
+        self._tracer.arm()
+        return header_for(self.targets, self._tracer.attached, notes)
+
+    def pump(self, sink: Sink, until: Until) -> str:
+        """Moves events into the sink until `until` gives a reason, and returns it."""
+        while True:
+            events = self._tracer.poll(POLL_MS)
+            sink.write_many(events)
+            reason = until(events)
+            if reason is not None:
+                return reason
+
+    def finish(self, sink: Sink, reason: str, extra: Sequence[Event] = ()) -> None:
+        """Writes what is left in the kernel, the caller's own events (marks) and the ending; detaches."""
+        runtime, runs = self._tracer.own_cost()
+        sink.write_many(self._tracer.finish())
+        sink.write_many(extra)
+        lost, unpaired = self._tracer.losses()
+        self._tracer.close()
+        sink.write_many([Ending(time.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
+        sink.flush()
