@@ -86,4 +86,4 @@ class MigrationWatch:
 
     def _stopped_for_good(self, now_ns: int) -> bool:
         stops = [self._stopped_at[pid] for pid in self._fetched if pid in self._stopped_at]
-        return bool(stops) and now_ns - max(max(stops), self._last_ns) >= STOPPED_NS
+        return bool(stops) and now_ns - max(*stops, self._last_ns) >= STOPPED_NS

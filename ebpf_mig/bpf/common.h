@@ -51,7 +51,7 @@ struct thread_state {
 _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
 
 struct process_state {
-	s64 running;				/* vCPUs inside KVM_RUN, as far as their entries were seen */
+	s64 running;				/* vCPUs known to be inside KVM_RUN; begins with those /proc shows */
 	u64 epoch, last_fetch;			/* epoch: this process's dirty-log fetches so far */
 	s64 budget;
 	u64 granted, refilled;

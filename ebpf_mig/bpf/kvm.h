@@ -58,8 +58,10 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	s->out_ns += gap;
 	if (gap > s->max_gap)
 		s->max_gap = gap;
-	s->counted = 1;
-	__sync_fetch_and_add(&p->running, 1);
+	if (!s->counted) {
+		s->counted = 1;
+		__sync_fetch_and_add(&p->running, 1);
+	}
 	if (!told)
 		return;
 	r = events.ringbuf_reserve(sizeof(*r));

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.events import Event, Thread
 from ebpf_mig.probes import attach, btf
@@ -54,7 +55,6 @@ class Tracer:
         self._statistics = BpfStatistics()
         self._tier, self._program = attach.load_best(_defines(self.pids))
         self._program.open_ring("events")
-        self._add_processes()
         self._threads: dict[tuple[int, int], Thread] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
 
@@ -67,6 +67,7 @@ class Tracer:
     def arm(self) -> None:
         """Attaches; from here on every system call of the host pays a little."""
         self._look_around()
+        self._add_processes()
         self.attached = attach.arm(self._tier, self._program, self._statistics)
 
     def poll(self, timeout_ms: int) -> list[Event]:
@@ -74,7 +75,7 @@ class Tracer:
         return [decode(record) for record in self._program.poll(timeout_ms)]
 
     def finish(self) -> list[Event]:
-        """Detaches, and hands over the rest: buffered records, runs still being folded, each vCPU thread's account, thread names."""
+        """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""
         now = time.monotonic_ns()
         attach.disarm(self._tier, self._program)
         rest = self.poll(0)
@@ -108,9 +109,9 @@ class Tracer:
     def _look_around(self) -> None:
         """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
         for pid in self.pids:
-            for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+            for tid in _threads_of(pid):
                 with contextlib.suppress(OSError):
-                    self._name(pid, int(task.name), (task / "comm").read_text().strip())
+                    self._name(pid, tid, Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip())
             for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     kind, _, number = str(link.readlink()).rpartition(":")
@@ -126,9 +127,26 @@ class Tracer:
         return {KIND_NAMES.get(kind, str(kind)): n for kind, n in enumerate(sums) if n}
 
     def _add_processes(self) -> None:
-        table = self._program.table("processes")
+        """Fills the tables; a vCPU that sits in KVM_RUN already (halted, say) is known from the start."""
+        processes, threads = self._program.table("processes"), self._program.table("threads")
         for pid in self.pids:
-            table[ctypes.c_uint32(pid)] = table.Leaf()
+            inside = [tid for tid in _threads_of(pid) if _in_kvm_run(pid, tid)]
+            for tid in inside:
+                threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1)
+            processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
+
+
+def _threads_of(pid: int) -> list[int]:
+    return [int(task.name) for task in Path(f"/proc/{pid}/task").glob("[0-9]*")]
+
+
+def _in_kvm_run(pid: int, tid: int) -> bool:
+    """Whether a thread sleeps inside KVM_RUN: /proc/PID/task/TID/syscall begins with ioctl's number, fd, request."""
+    try:
+        fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
+    except OSError:
+        return False
+    return len(fields) > 2 and fields[2] == hex(kvm.RUN)
 
 
 def _defines(pids: Sequence[int]) -> dict[str, str | int]:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig record`: traces without touching the VMM, and leaves a recording."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+import click
+
+from ebpf_mig.commands import common
+from ebpf_mig.errors import UsageError
+from ebpf_mig.events import Event, Target
+from ebpf_mig.session import Session
+from ebpf_mig.watch import MigrationWatch
+
+_AFTER_COMMAND_NS = 1_000_000_000
+"""The destination may start a little after the command that migrates has returned."""
+
+_EXAMPLES = """
+\b
+Examples:
+  ebpf-mig record --pid 4711 --pid 4712
+  ebpf-mig record --pid 4711 -o vm.rec -- virsh migrate --live vm qemu+ssh://b/system
+"""
+
+
+@click.command("record", epilog=_EXAMPLES)
+@click.option("--pid", "pids", type=int, multiple=True, required=True, help="Source VMM; again: the destination's.")
+@click.option("--duration", type=common.DURATION, help="Stop after this long, e.g. 30s.")
+@common.recording_options
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def command(pids: Sequence[int], duration: int | None, output: str | None, force: bool, command: Sequence[str]) -> None:
+    """Trace running VMMs until the migration ended, the COMMAND and what it began ended, or Ctrl-C."""
+    if len(set(pids)) != len(pids) or len(pids) > 2:
+        raise UsageError("--pid takes the source and, if it runs on this host, one other process, the destination")
+    roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
+    targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=True)]
+    with Session(targets) as session:
+        header = session.arm()
+        with common.open_recording(output, "record", header, force) as (writer, where):
+            child = _start(command)
+            common.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
+            reason = "interrupted"
+            try:
+                reason = session.pump(writer, _until(pids, duration, child))
+            finally:
+                session.finish(writer, reason)
+                _stop(child)
+    common.say(f"{reason}; look at it with: ebpf-mig report {where}")
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
+    if not command:
+        return None
+    try:
+        return subprocess.Popen(command)
+    except OSError as error:
+        raise UsageError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+def _stop(child: subprocess.Popen[bytes] | None) -> None:
+    if child is not None and child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+
+
+def _until(
+    pids: Sequence[int], duration_ns: int | None, child: subprocess.Popen[bytes] | None
+) -> Callable[[Sequence[Event]], str | None]:
+    watch = MigrationWatch(pids)
+    begin = time.monotonic_ns()
+    ended = 0
+
+    def until(events: Sequence[Event]) -> str | None:
+        nonlocal ended
+        watch.saw(events)
+        now = time.monotonic_ns()
+        verdict = watch.verdict(now, [pid for pid in pids if common.is_alive(pid)])
+        if verdict is not None:
+            return verdict
+        if duration_ns is not None and now - begin >= duration_ns:
+            return "duration"
+        if child is not None and child.poll() is not None:
+            ended = ended or now
+            if now - ended >= _AFTER_COMMAND_NS:
+                return "command-ended"
+        return None
+
+    return until
