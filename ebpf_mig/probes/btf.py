@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offsets of kernel struct members, read from BTF, so that no kernel headers are needed.
+
+In: a BTF blob (`/sys/kernel/btf/vmlinux`, or a module's with its base) and (struct, member) pairs. Out: byte offsets,
+or None where this kernel has no such struct or member; members of anonymous inner structs are found.
+Format: Documentation/bpf/btf.rst (Linux 6.12).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ebpf_mig.errors import PreflightError
+
+VMLINUX = "/sys/kernel/btf/vmlinux"
+
+Member = tuple[str, str]
+"""(struct, member)."""
+
+_MAGIC = 0xEB9F
+_HEADER = struct.Struct("=HBBIIIII")
+_TYPE = struct.Struct("=III")
+_STRUCT, _UNION = 4, 5
+# Bytes that follow the 12-byte type: fixed by kind, or per element of vlen.
+_FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
+_PER_ELEMENT = {_STRUCT: 12, _UNION: 12, 6: 8, 13: 8, 15: 12, 19: 12}
+
+
+class _Btf:
+    """One parsed blob: where each type's record is. `base` supplies the ids and strings before ours."""
+
+    def __init__(self, blob: bytes, base: _Btf | None = None) -> None:
+        magic, _, _, header, type_off, type_len, string_off, string_len = _HEADER.unpack_from(blob)
+        if magic != _MAGIC:
+            raise ValueError(f"magic is {magic:#x}, not {_MAGIC:#x}")
+        self.base = base
+        self.types = blob[header + type_off : header + type_off + type_len]
+        self.strings = blob[header + string_off : header + string_off + string_len]
+        if len(self.types) != type_len or len(self.strings) != string_len:
+            raise ValueError("sections reach beyond the end of the file")
+        self.first_id = base.end_id if base else 1
+        self.first_string = base.end_string if base else 0
+        self.records = self._scan()
+        self.end_id = self.first_id + len(self.records)
+        self.end_string = self.first_string + len(self.strings)
+
+    def _scan(self) -> list[int]:
+        records, at, end = [], 0, len(self.types)
+        types, unpack = self.types, _TYPE.unpack_from
+        while at < end:
+            records.append(at)
+            info = unpack(types, at)[1]
+            kind = (info >> 24) & 31
+            size = _PER_ELEMENT.get(kind)
+            at += 12 + (size * (info & 0xFFFF) if size is not None else _FIXED.get(kind, 0))
+        return records
+
+    def string(self, offset: int) -> bytes:
+        if offset < self.first_string:
+            return self.base.string(offset) if self.base else b""
+        at = offset - self.first_string
+        return self.strings[at : self.strings.index(b"\0", at)]
+
+    def named(self, wanted: set[bytes]) -> dict[bytes, int]:
+        """Ids of the structs with these names, those of the base included."""
+        found = self.base.named(wanted) if self.base else {}
+        for number, at in enumerate(self.records, self.first_id):
+            name, info, _ = _TYPE.unpack_from(self.types, at)
+            if (info >> 24) & 31 == _STRUCT and name:
+                text = self.string(name)
+                if text in wanted:
+                    found.setdefault(text, number)
+        return found
+
+    def member(self, number: int, wanted: bytes, depth: int = 0) -> int | None:
+        """Byte offset of a member of struct or union `number`; looks into anonymous ones."""
+        if number < self.first_id:
+            return self.base.member(number, wanted, depth) if self.base else None
+        at = self.records[number - self.first_id]
+        _, info, _ = _TYPE.unpack_from(self.types, at)
+        if (info >> 24) & 31 not in (_STRUCT, _UNION) or depth > 16:
+            return None
+        for i in range(info & 0xFFFF):
+            name, kind, bits = _TYPE.unpack_from(self.types, at + 12 + 12 * i)
+            offset = (bits & 0xFFFFFF if info >> 31 else bits) // 8
+            if name:
+                if self.string(name) == wanted:
+                    return offset
+                continue
+            inner = self.member(kind, wanted, depth + 1)
+            if inner is not None:
+                return offset + inner
+        return None
+
+
+def offsets(path: str, members: Sequence[Member], base: str | None = None) -> dict[Member, int | None]:
+    """Byte offsets of `members` by the BTF at `path`; `base` is vmlinux's where `path` is a module's.
+
+    PreflightError if the file cannot be read or is no BTF.
+    """
+    try:
+        btf = _Btf(Path(path).read_bytes(), _Btf(Path(base).read_bytes()) if base else None)
+        return _resolve(btf, members)
+    except OSError as error:
+        raise PreflightError(
+            f"cannot read the kernel's BTF at {path}: {error.strerror}",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (every Debian kernel since 11 is)",
+        ) from error
+    except (ValueError, struct.error, IndexError) as error:
+        raise PreflightError(f"{path} is not valid BTF: {error}") from error
+
+
+def _resolve(btf: _Btf, members: Iterable[Member]) -> dict[Member, int | None]:
+    members = list(members)
+    ids = btf.named({name.encode() for name, _ in members})
+    found: dict[Member, int | None] = {}
+    for name, member in members:
+        number = ids.get(name.encode())
+        found[name, member] = None if number is None else btf.member(number, member.encode())
+    return found
