@@ -40,11 +40,11 @@ class _Btf:
         self.strings = blob[header + string_off : header + string_off + string_len]
         if len(self.types) != type_len or len(self.strings) != string_len:
             raise ValueError("sections reach beyond the end of the file")
-        self.first_id = base.end_id if base else 1
-        self.first_string = base.end_string if base else 0
+        self.first_id: int = base.end_id if base else 1
+        self.first_string: int = base.end_string if base else 0
         self.records = self._scan()
-        self.end_id = self.first_id + len(self.records)
-        self.end_string = self.first_string + len(self.strings)
+        self.end_id: int = self.first_id + len(self.records)
+        self.end_string: int = self.first_string + len(self.strings)
 
     def _scan(self) -> list[int]:
         records, at, end = [], 0, len(self.types)
@@ -84,7 +84,7 @@ class _Btf:
             return None
         for i in range(info & 0xFFFF):
             name, kind, bits = _TYPE.unpack_from(self.types, at + 12 + 12 * i)
-            offset = (bits & 0xFFFFFF if info >> 31 else bits) // 8
+            offset = int(bits & 0xFFFFFF if info >> 31 else bits) // 8
             if name:
                 if self.string(name) == wanted:
                     return offset

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's serial port, each byte stamped on the host: a witness of which vCPU ran when, on which side.
+
+In: the read end of a VMM's serial output. Out: (CLOCK_MONOTONIC ns, letter) pairs, collected by a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+
+class Heartbeat:
+    """Collects beats until the pipe closes; `beats` grows while it runs."""
+
+    def __init__(self, fd: int) -> None:
+        self.beats: list[tuple[int, str]] = []
+        self._fd = fd
+        self._thread = threading.Thread(target=self._read, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while True:
+            data = os.read(self._fd, 256)
+            now = time.monotonic_ns()
+            if not data:
+                os.close(self._fd)
+                return
+            self.beats.extend((now, chr(byte)) for byte in data)
+
+    def letters(self) -> set[str]:
+        """Which vCPUs have been heard."""
+        return {letter for _, letter in self.beats}
+
+    def join(self) -> None:
+        """Waits for the last beat, after the VMM has ended."""
+        self._thread.join(5)

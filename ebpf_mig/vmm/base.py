@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a session needs of a VMM, whichever it is.
+
+In: the user's API sockets and wishes. Out: the pids to trace, then, once tracing is armed, an `Outcome` with marks:
+what the VMM itself says about the migration, to be set beside the kernel's figures.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ebpf_mig.events import Event, Mark, Target
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the migration ended, by the VMM's word."""
+
+    result: str
+    """completed, failed, cancelled or unknown."""
+    error: str = ""
+    marks: tuple[Event, ...] = field(default=())
+
+
+class Migration(Protocol):
+    """One migration through a VMM's API. Order of calls: targets, prepare, run (blocks; own thread), close."""
+
+    def targets(self) -> list[Target]:
+        """The VMM processes, taken before anything blocks; VmmError if they cannot be told."""
+
+    def prepare(self) -> None:
+        """All that can be done before tracing begins: capabilities, parameters, the destination's listening."""
+
+    def run(self, timeout_s: float) -> Outcome:
+        """Triggers the migration and waits for its end on both sides; cancels it at the time-out."""
+
+    def cancel(self) -> None:
+        """Asks for a cancellation from another thread; `run` then returns. Harmless when nothing runs."""
+
+    def close(self) -> None:
+        """Disconnects; the VMs stay as they are."""
+
+
+def wall_to_monotonic(wall_ns: int) -> tuple[int, int]:
+    """(monotonic ns, doubt ns) of a CLOCK_REALTIME stamp of just now, by a fresh bracket of both clocks."""
+    before = time.monotonic_ns()
+    real = time.time_ns()
+    after = time.monotonic_ns()
+    return (before + after) // 2 - (real - wall_ns), (after - before) // 2 + 1
+
+
+def mark(pid: int, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None) -> Mark:
+    """A mark of now, or of the VMM's own wall-clock stamp."""
+    at, doubt = (time.monotonic_ns(), 0) if wall_ns is None else wall_to_monotonic(wall_ns)
+    return Mark(at, pid, name, detail, value, doubt)
+
+
+def process_of(tid: int) -> int:
+    """The process (tgid) a thread belongs to, by /proc; OSError if it is gone."""
+    for line in Path(f"/proc/{tid}/status").read_text().splitlines():
+        if line.startswith("Tgid:"):
+            return int(line.split()[1])
+    raise OSError(f"no Tgid in /proc/{tid}/status")
