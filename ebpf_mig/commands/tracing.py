@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `demo`, `migrate` and `record` share: options, where the recording goes, and driving a migration while tracing.
+
+Messages go to stderr; standard output is for results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import click
+
+from ebpf_mig.errors import UsageError
+from ebpf_mig.events import Event, Header
+from ebpf_mig.recording import RecordingWriter, default_name
+from ebpf_mig.session import Session
+from ebpf_mig.vmm.base import Migration, Outcome
+
+QUIET_NS = 200_000_000
+"""Tracing goes on this long after both sides said they are done: late calls still arrive."""
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def recording_options(function: _F) -> _F:
+    """`--output` and `--force` for a command that makes a recording."""
+    output = click.option("-o", "--output", metavar="FILE", help="The recording; `-` for stdout. Default: a new name.")
+    force = click.option("--force", is_flag=True, help="Overwrite an existing FILE.")
+    return output(force(function))
+
+
+def say(message: str) -> None:
+    """One line to the user."""
+    click.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def open_recording(output: str | None, what: str, header: Header, force: bool) -> Iterator[tuple[RecordingWriter, str]]:
+    """The writer and the name to show; with `-` the recording goes to standard output."""
+    if output == "-":
+        if sys.stdout.isatty():
+            raise UsageError("a recording is binary and stdout is a terminal", "use -o FILE, or redirect stdout")
+        with RecordingWriter(sys.stdout.buffer, header) as writer:
+            yield writer, "-"
+        return
+    name = output or default_name(what)
+    with RecordingWriter(name, header, force) as writer:
+        yield writer, name
+
+
+def check_output(output: str | None, force: bool) -> None:
+    """Fails early, before anything is migrated, where `open_recording` would fail late."""
+    if output and output != "-" and not force and os.path.lexists(output):
+        raise UsageError(f"{output} exists already", "name another file, or overwrite it with --force")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except (OSError, IndexError):
+        return False
+
+
+@dataclass
+class _Run:
+    """A migration in its own thread: what it came to, and when."""
+
+    outcome: Outcome | None = None
+    error: BaseException | None = None
+    ended_ns: int = 0
+
+
+def trace_migration(
+    migration: Migration, timeout_s: float, open_writer: Callable[[Header], contextlib.AbstractContextManager[tuple[RecordingWriter, str]]],
+    notes: Sequence[str] = (),
+) -> tuple[Outcome, str]:
+    """Arms, migrates, records. Returns the VMM's outcome and the recording's name.
+
+    Ctrl-C cancels the migration, waits for its end, finishes the recording and is then raised again.
+    """
+    with Session(migration.targets()) as session:
+        migration.prepare()
+        header = session.arm(notes)
+        with open_writer(header) as (writer, name):
+            run = _Run()
+            thread = threading.Thread(target=_drive, args=(migration, timeout_s, run), name="migration")
+            thread.start()
+            interrupted = _pump_until_done(session, writer, migration, run, progress_line())
+            thread.join()
+            if run.error is not None:
+                session.finish(writer, "failed")
+                raise run.error
+            outcome = run.outcome or Outcome("unknown")
+            reason = "migrated" if outcome.result == "completed" else outcome.result
+            session.finish(writer, reason, outcome.marks)
+    if interrupted is not None:
+        raise interrupted
+    return outcome, name
+
+
+def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
+    try:
+        run.outcome = migration.run(timeout_s)
+    except BaseException as error:  # noqa: BLE001 - handed to the main thread
+        run.error = error
+    run.ended_ns = time.monotonic_ns()
+
+
+def _pump_until_done(
+    session: Session, writer: RecordingWriter, migration: Migration, run: _Run, progress: Callable[[int], None]
+) -> BaseException | None:
+    """Pumps until the migration's thread has ended and the quiet time is over; an interruption cancels it first."""
+    count = 0
+
+    def until(events: Sequence[Event]) -> str | None:
+        nonlocal count
+        count += len(events)
+        progress(count)
+        return "done" if run.ended_ns and time.monotonic_ns() - run.ended_ns >= QUIET_NS else None
+
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            session.pump(writer, until)
+            return interrupted
+        except KeyboardInterrupt as error:
+            if interrupted is not None:
+                raise
+            interrupted = error
+            say("cancelling the migration")
+            threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
+
+
+def progress_line() -> Callable[[int], None]:
+    """A line on stderr that counts while a migration runs, if stderr is a terminal; else nothing."""
+    if not sys.stderr.isatty():
+        return lambda _count: None
+    begin = last = time.monotonic()
+
+    def show(count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 0.1:
+            return
+        last = now
+        click.echo(f"\r\x1b[Kmigrating: {now - begin:.1f} s, {count} events", err=True, nl=False)
+
+    return show
