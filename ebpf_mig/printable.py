@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Untrusted text made safe to show: names of threads, VMs, hosts and files can carry terminal escapes.
+
+In: any text. Out: the same text with every character that is not printable written as `\\x1b` and the like.
+"""
+
+from __future__ import annotations
+
+LIMIT = 200
+
+
+def printable(text: str, limit: int = LIMIT) -> str:
+    """`text` with control, format, surrogate and unassigned characters escaped, cut to `limit` characters.
+
+    Nothing that a terminal would act on is left; bidirectional overrides and line separators go as well.
+    """
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format of a recording: magic, frames, blocks and their limits (docs/recording.md).
+
+In: headers and events, or the bytes of a block from an untrusted file. Out: the bytes, or the structs.
+`recording.py` does the reading and writing of files around this.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any, get_args
+
+import msgspec
+
+from ebpf_mig.events import AnyEvent, Ending, Header, Mark, Socket, Thread
+
+MAGIC = b"EBPFMIG1\n"
+FORMAT = 1
+FRAME = struct.Struct("<IIB")
+"""Length of the payload, CRC-32 of kind and payload, kind."""
+
+KIND_HEADER = 1
+KIND_EVENTS = 2
+COMPRESSED = 0x80
+"""Bit of the kind: the payload is a zlib stream."""
+
+MAX_RAW = 4 << 20
+"""Bytes of one block's content, decompressed."""
+MAX_STORED = MAX_RAW + (64 << 10)
+"""Bytes of one block's payload as stored; zlib can grow what it cannot shrink."""
+MAX_BLOCK_EVENTS = 1 << 16
+MAX_TEXT = 4096
+"""Characters of one string of an event; longer ones are cut, when writing and when reading."""
+MAX_KEYS = 256
+"""Entries of one dictionary of an event, and characters of its keys."""
+
+TEXTUAL = frozenset({Socket, Thread, Mark, Ending})
+"""Events with strings, which `bounded` is for."""
+
+# RecursionError: arrays nested thousands deep. UnicodeDecodeError: a string that is not UTF-8.
+_UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+_TAGS = frozenset(event.__struct_config__.tag for event in get_args(AnyEvent))
+
+_encoder = msgspec.msgpack.Encoder()
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_events_decoder = msgspec.msgpack.Decoder(list[AnyEvent])
+_event_decoder: msgspec.msgpack.Decoder[AnyEvent] = msgspec.msgpack.Decoder(AnyEvent)
+_raws_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
+
+
+class DamageError(Exception):
+    """What follows in the file cannot be used; the text says why."""
+
+
+def header_block(header: Header) -> bytes:
+    """The magic and the first block."""
+    return MAGIC + _frame(KIND_HEADER, _encoder.encode(header))
+
+
+def events_block(count: int, encoded: bytes | bytearray) -> bytes:
+    """A block of `count` events, encoded one after the other by `encode`."""
+    content = b"\xdd" + count.to_bytes(4, "big") + encoded
+    return _frame(KIND_EVENTS | COMPRESSED, zlib.compress(content, 1))
+
+
+def encode(event: AnyEvent, buffer: bytearray) -> None:
+    """Append `event` to `buffer`, all or nothing."""
+    end = len(buffer)
+    try:
+        _encoder.encode_into(bounded(event) if type(event) in TEXTUAL else event, buffer, end)
+    except BaseException:
+        del buffer[end:]
+        raise
+
+
+def content_of(kind: int, crc: int, payload: bytes) -> bytes:
+    """A block's payload, checked and decompressed: at most MAX_RAW bytes. Raises DamageError."""
+    if zlib.crc32(payload, zlib.crc32(bytes((kind,)))) != crc:
+        raise DamageError("wrong checksum")
+    content = _decompress(payload) if kind & COMPRESSED else payload
+    if len(content) > MAX_RAW:
+        raise DamageError(f"content over {MAX_RAW} bytes")
+    return content
+
+
+def decode_header(content: bytes) -> Header:
+    """The header. Raises DamageError."""
+    try:
+        header = _header_decoder.decode(content)
+    except _UNDECODABLE as error:
+        raise DamageError(f"the header cannot be decoded: {error}") from error
+    if header.format != FORMAT:
+        raise DamageError(
+            f"made by another ebpf-mig (format {header.format}); this one reads format {FORMAT}"
+        )
+    return header
+
+
+def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
+    """The events of a block, and how many were left out because only a newer writer knows them.
+
+    Raises DamageError.
+    """
+    if _array_length(content) > MAX_BLOCK_EVENTS:
+        raise DamageError(f"more than {MAX_BLOCK_EVENTS} events")
+    try:
+        try:
+            events, unknown = _events_decoder.decode(content), 0
+        except msgspec.ValidationError:
+            events, unknown = _decode_known(content)
+    except _UNDECODABLE as error:
+        raise DamageError(str(error)) from error
+    return [bounded(event) if type(event) in TEXTUAL else event for event in events], unknown
+
+
+def bounded(event: AnyEvent) -> AnyEvent:
+    """`event` with its strings and dictionaries cut to the limits, and its strings encodable as UTF-8."""
+    changes: dict[str, Any] = {}
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        if isinstance(value, str):
+            changes[name] = _text(value, MAX_TEXT)
+        elif isinstance(value, dict):
+            changes[name] = {_text(key, MAX_KEYS): value[key] for key in list(value)[:MAX_KEYS]}
+    return msgspec.structs.replace(event, **changes)
+
+
+def _text(text: str, limit: int) -> str:
+    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+def _frame(kind: int, payload: bytes) -> bytes:
+    return FRAME.pack(len(payload), zlib.crc32(payload, zlib.crc32(bytes((kind,)))), kind) + payload
+
+
+def _decompress(payload: bytes) -> bytes:
+    """Stops just past MAX_RAW bytes: a small block cannot be made to fill the memory."""
+    stream = zlib.decompressobj()
+    try:
+        content = stream.decompress(payload, MAX_RAW + 1)
+    except zlib.error as error:
+        raise DamageError(str(error)) from error
+    if len(content) <= MAX_RAW and (not stream.eof or stream.unused_data):
+        raise DamageError("not one whole zlib stream")
+    return content
+
+
+def _array_length(content: bytes) -> int:
+    """The length that a msgpack array claims, 0 if `content` is none (the decoder will say so)."""
+    match content[:1]:
+        case b"\xdc":
+            return int.from_bytes(content[1:3], "big")
+        case b"\xdd":
+            return int.from_bytes(content[1:5], "big")
+        case _:
+            return 0
+
+
+def _decode_known(content: bytes) -> tuple[list[AnyEvent], int]:
+    """One by one, leaving out the events whose tag this version does not know."""
+    events: list[AnyEvent] = []
+    unknown = 0
+    for raw in _raws_decoder.decode(content):
+        try:
+            events.append(_event_decoder.decode(raw))
+        except msgspec.ValidationError:
+            if _tag(raw) in _TAGS:
+                raise
+            unknown += 1
+    return events, unknown
+
+
+def _tag(raw: msgspec.Raw) -> int:
+    """The event's tag; ValidationError if it has none."""
+    fields = _raws_decoder.decode(raw)
+    return msgspec.msgpack.decode(fields[0] if fields else b"\xc0", type=int)
