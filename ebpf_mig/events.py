@@ -37,6 +37,14 @@ class Ioctl(Event, frozen=True, tag=1):
     """SET_USER_MEMORY_REGION[2]: guest physical address. CLEAR_DIRTY_LOG: first page."""
     size: int = 0
     """SET_USER_MEMORY_REGION[2]: bytes. CLEAR_DIRTY_LOG: number of pages."""
+    off_cpu_ns: int = -1
+    """Part of the call that the thread was off the CPU; -1 unknown."""
+    slots_lock_ns: int = -1
+    """Waiting for `kvm.slots_lock`; -1 unknown (no contention tracepoints)."""
+    mmu_lock_ns: int = -1
+    """Waiting for `kvm.mmu_lock`."""
+    other_lock_ns: int = -1
+    """Waiting for any other lock."""
 
 
 class VcpuEnter(Event, frozen=True, tag=2):
@@ -174,6 +182,19 @@ class Slot(Event, frozen=True, tag=10):
     flags: int
 
 
+class OffCpu(Event, frozen=True, tag=12):
+    """A traced thread was off the CPU for a while with no vCPU of its process in KVM_RUN (so: in the blackout)."""
+
+    begin_ns: int
+    end_ns: int
+    pid: int
+    tid: int
+    stack: tuple[str, ...] = ()
+    """Kernel functions it slept in, innermost first; empty if it was preempted or no stack was taken."""
+    preempted: bool = False
+    """It did not sleep, it lost the CPU to another thread."""
+
+
 class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
@@ -189,7 +210,7 @@ class Ending(Event, frozen=True, tag=11):
     observer_runs: dict[str, int] = {}
 
 
-AnyEvent = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | Mark | Slot | Ending
+AnyEvent = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | Mark | Slot | Ending | OffCpu
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):

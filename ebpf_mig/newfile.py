@@ -28,9 +28,7 @@ def open_new(path: str | Path, *, force: bool = False) -> int:
         if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
             return os.open(name, _FLAGS)
         if stat.S_ISLNK(mode):
-            raise UsageError(
-                f"{path} is a symbolic link; not written", "name the file itself, or - for stdout"
-            )
+            raise UsageError(f"{path} is a symbolic link; not written", "name the file itself, or - for stdout")
         if not stat.S_ISREG(mode):
             raise UsageError(f"{path} is not a regular file; not written")
         if not force:

@@ -248,9 +248,7 @@ class RecordingReader:
         if magic != MAGIC:
             if version := re.fullmatch(rb"EBPFMIG(\d)\n", magic):
                 newer = version[1].decode()
-                raise DamageError(
-                    f"made by another ebpf-mig (format {newer}); this one reads format {FORMAT}"
-                )
+                raise DamageError(f"made by another ebpf-mig (format {newer}); this one reads format {FORMAT}")
             raise DamageError("not an ebpf-mig recording")
         frame = self._read_frame()
         if frame is None:

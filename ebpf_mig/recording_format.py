@@ -91,9 +91,7 @@ def decode_header(content: bytes) -> Header:
     except _UNDECODABLE as error:
         raise DamageError(f"the header cannot be decoded: {error}") from error
     if header.format != FORMAT:
-        raise DamageError(
-            f"made by another ebpf-mig (format {header.format}); this one reads format {FORMAT}"
-        )
+        raise DamageError(f"made by another ebpf-mig (format {header.format}); this one reads format {FORMAT}")
     return header
 
 

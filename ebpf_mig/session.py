@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import UsageError
-from ebpf_mig.events import ClockPair, Ending, Event, Header, Target
+from ebpf_mig.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.probes.tracer import Tracer
 
 POLL_MS = 20
@@ -26,14 +26,14 @@ POLL_MS = 20
 class Sink(Protocol):
     """Where events go: a `recording.RecordingWriter`."""
 
-    def write_many(self, events: Iterable[Event]) -> None:
+    def write_many(self, events: Iterable[AnyEvent]) -> None:
         """Takes events in the order in which they arrived."""
 
     def flush(self) -> None:
         """Makes what was taken survive our death."""
 
 
-Until = Callable[[Sequence[Event]], str | None]
+Until = Callable[[Sequence[AnyEvent]], str | None]
 """Called with each batch of new events (often empty); returns the reason once tracing is to end."""
 
 
@@ -116,7 +116,7 @@ class Session:
             if reason is not None:
                 return reason
 
-    def finish(self, sink: Sink, reason: str, extra: Sequence[Event] = ()) -> None:
+    def finish(self, sink: Sink, reason: str, extra: Sequence[AnyEvent] = ()) -> None:
         """Writes what is left in the kernel, the caller's own events (marks) and the ending; detaches."""
         runtime, runs = self._tracer.own_cost()
         sink.write_many(self._tracer.finish())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ebpf_mig import kvm
-from ebpf_mig.events import Event, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.events import AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
 
 QUIET_NS = 300_000_000
 """How long the last act must lie back: the destination starts after the source is done, and its late work counts."""
@@ -32,7 +32,7 @@ class MigrationWatch:
         self._unlogged_at = 0
         self._last_ns = 0
 
-    def saw(self, events: Iterable[Event]) -> None:
+    def saw(self, events: Iterable[AnyEvent]) -> None:
         """Takes the next events of the recording."""
         for event in events:
             if isinstance(event, Ioctl):

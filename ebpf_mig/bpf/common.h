@@ -26,6 +26,7 @@ enum kind {
 	KIND_KICK = 5,
 	KIND_TRANSFER = 6,
 	KIND_SOCKET = 7,
+	KIND_OFF_CPU = 8,
 	KIND_THREADS = 15,		/* losses only: the thread table was full */
 	KIND_MAX = 16,
 };
@@ -36,7 +37,7 @@ BPF_PERCPU_ARRAY(lost, u64, KIND_MAX);
 BPF_PERCPU_ARRAY(unpaired, u64, KIND_MAX);
 
 struct transfer_run {
-	u64 begin, end, fd, file, socket, calls, bytes, in_call, max_call, failed, epoch;
+	u64 begin, end, fd, file, socket, calls, bytes, in_call, max_call, failed, epoch, off_cpu;
 };
 
 struct thread_state {
@@ -46,9 +47,17 @@ struct thread_state {
 	u64 slot, flags, addr, size;		/* what the argument of a memory ioctl says */
 	u64 seen;				/* an entry was seen, so an exit without one is not KVM_RUN */
 	u64 vcpu_fd, run_enter, run_exit, run_ret, runs, in_ns, out_ns, max_gap, counted;
+	u64 off_since, off_stack, off_preempted;	/* set while switched out */
+	u64 off_call;				/* off the CPU within the call in flight */
+	u64 lock, lock_since;			/* the lock being waited for */
+	u64 lock_ns[3];				/* within the ioctl in flight, by LOCK_* */
 	struct transfer_run run[2];
 };
 _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
+
+#define LOCK_SLOTS 0
+#define LOCK_MMU 1
+#define LOCK_OTHER 2
 
 struct process_state {
 	s64 running;				/* vCPUs known to be inside KVM_RUN; begins with those /proc shows */
@@ -88,6 +97,30 @@ static __always_inline struct thread_state *this_thread(u64 pid_tgid)
 	if (!s)
 		count(KIND_THREADS, true);
 	return s;
+}
+
+static __always_inline struct thread_state *known_thread(u32 tid)
+{
+	return threads.lookup(&tid);
+}
+
+static __always_inline u64 word_at(u64 base, u32 offset)
+{
+	u64 v = 0;
+
+	bpf_probe_read_kernel(&v, sizeof(v), (void *)(base + offset));
+	return v;
+}
+
+/* The struct file behind a descriptor of the current task, or 0. */
+static __always_inline u64 file_of(u64 fd)
+{
+	u64 task = bpf_get_current_task();
+	u64 files = word_at(task, OFF_task_files);
+	u64 table = word_at(files, OFF_files_fdt);
+	u64 array = word_at(table, OFF_fdtable_fd);
+
+	return word_at(array, (u32)fd * 8);
 }
 
 static __always_inline struct process_state *this_process(u64 pid_tgid)

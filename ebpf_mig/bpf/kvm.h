@@ -22,6 +22,7 @@
 
 struct ioctl_record {
 	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;
+	u64 off_cpu, slots_lock, mmu_lock, other_lock;
 };
 struct vcpu_enter_record {
 	u64 kind, at, pid, tid, fd, last_exit, last_ret, runs;
@@ -152,6 +153,7 @@ static __always_inline void ioctl_enter(struct thread_state *s, struct process_s
 		if (all)
 			__sync_fetch_and_add(all, 1);
 	}
+	s->lock_ns[LOCK_SLOTS] = s->lock_ns[LOCK_MMU] = s->lock_ns[LOCK_OTHER] = 0;
 	read_memory_argument(s, cmd, arg);
 }
 
@@ -179,6 +181,10 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->flags = s->flags;
 	r->addr = s->addr;
 	r->size = s->size;
+	r->off_cpu = OFF_CPU_KNOWN ? s->off_call : -1;
+	r->slots_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_SLOTS] : -1;
+	r->mmu_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_MMU] : -1;
+	r->other_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_OTHER] : -1;
 	events.ringbuf_submit(r, 0);
 }
 

@@ -18,7 +18,7 @@
 #define AF_INET6 10
 
 struct transfer_record {
-	u64 kind, begin, end, pid, tid, fd, direction, socket, calls, bytes, in_call, max_call, failed, position;
+	u64 kind, begin, end, pid, tid, fd, direction, socket, calls, bytes, in_call, max_call, failed, position, off_cpu;
 };
 struct socket_record {
 	u64 kind, at, pid, fd, socket, family, local[2], remote[2], local_port, remote_port, peer;
@@ -31,25 +31,6 @@ struct stream {
 	u64 bytes[2];
 };
 BPF_HASH(streams, u64, struct stream, 4096);
-
-static __always_inline u64 word_at(u64 base, u32 offset)
-{
-	u64 v = 0;
-
-	bpf_probe_read_kernel(&v, sizeof(v), (void *)(base + offset));
-	return v;
-}
-
-/* The struct file behind a descriptor of the current task, or 0. */
-static __always_inline u64 file_of(u64 fd)
-{
-	u64 task = bpf_get_current_task();
-	u64 files = word_at(task, OFF_task_files);
-	u64 table = word_at(files, OFF_files_fdt);
-	u64 array = word_at(table, OFF_fdtable_fd);
-
-	return word_at(array, (u32)fd * 8);
-}
 
 /* The inode number if the file is a socket, else 0. */
 static __always_inline u64 socket_of(u64 file)
@@ -156,6 +137,7 @@ static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u6
 		r->max_call = run->max_call;
 		r->failed = run->failed;
 		r->position = position;
+		r->off_cpu = OFF_CPU_KNOWN ? run->off_cpu : -1;
 		events.ringbuf_submit(r, 0);
 	} else {
 		count(KIND_TRANSFER, true);
@@ -185,7 +167,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		run->file = file;
 		run->socket = socket;
 		run->epoch = p->epoch;
-		run->bytes = run->in_call = run->max_call = 0;
+		run->bytes = run->in_call = run->max_call = run->off_cpu = 0;
 	}
 	if (ret <= 0) {
 		run->failed++;
@@ -195,6 +177,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 	run->calls++;
 	run->bytes += ret;
 	run->in_call += took;
+	run->off_cpu += s->off_call;
 	if (took > run->max_call)
 		run->max_call = took;
 	if (detail) {

@@ -7,6 +7,7 @@
  */
 #include "kvm.h"
 #include "sockets.h"
+#include "waits.h"
 
 static __always_inline int direction_of(u64 nr)
 {
@@ -63,6 +64,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 			ioctl_enter(s, p, now, c.a1, (const void *)c.a2);
 	}
 	s->nr = nr + 1;
+	s->off_call = 0;
 	s->a0 = c.a0;
 	s->a1 = c.a1;
 	s->a2 = c.a2;

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import click
 
-from ebpf_mig.commands import common
+from ebpf_mig.commands import tracing
+from ebpf_mig.commands.units import DURATION
 from ebpf_mig.errors import UsageError
-from ebpf_mig.events import Event, Target
+from ebpf_mig.events import AnyEvent, Target
 from ebpf_mig.session import Session
 from ebpf_mig.watch import MigrationWatch
 
@@ -29,8 +30,8 @@ Examples:
 
 @click.command("record", epilog=_EXAMPLES)
 @click.option("--pid", "pids", type=int, multiple=True, required=True, help="Source VMM; again: the destination's.")
-@click.option("--duration", type=common.DURATION, help="Stop after this long, e.g. 30s.")
-@common.recording_options
+@click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
+@tracing.recording_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def command(pids: Sequence[int], duration: int | None, output: str | None, force: bool, command: Sequence[str]) -> None:
     """Trace running VMMs until the migration ended, the COMMAND and what it began ended, or Ctrl-C."""
@@ -40,16 +41,16 @@ def command(pids: Sequence[int], duration: int | None, output: str | None, force
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=True)]
     with Session(targets) as session:
         header = session.arm()
-        with common.open_recording(output, "record", header, force) as (writer, where):
+        with tracing.open_recording(output, "record", header, force) as (writer, where):
             child = _start(command)
-            common.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
+            tracing.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
             reason = "interrupted"
             try:
                 reason = session.pump(writer, _until(pids, duration, child))
             finally:
                 session.finish(writer, reason)
                 _stop(child)
-    common.say(f"{reason}; look at it with: ebpf-mig report {where}")
+    tracing.say(f"{reason}; look at it with: ebpf-mig report {where}")
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
@@ -70,16 +71,16 @@ def _stop(child: subprocess.Popen[bytes] | None) -> None:
 
 def _until(
     pids: Sequence[int], duration_ns: int | None, child: subprocess.Popen[bytes] | None
-) -> Callable[[Sequence[Event]], str | None]:
+) -> Callable[[Sequence[AnyEvent]], str | None]:
     watch = MigrationWatch(pids)
     begin = time.monotonic_ns()
     ended = 0
 
-    def until(events: Sequence[Event]) -> str | None:
+    def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal ended
         watch.saw(events)
         now = time.monotonic_ns()
-        verdict = watch.verdict(now, [pid for pid in pids if common.is_alive(pid)])
+        verdict = watch.verdict(now, [pid for pid in pids if tracing.is_alive(pid)])
         if verdict is not None:
             return verdict
         if duration_ns is not None and now - begin >= duration_ns:

@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from ebpf_mig.errors import UsageError
-from ebpf_mig.events import Event, Header
+from ebpf_mig.events import AnyEvent, Header
 from ebpf_mig.recording import RecordingWriter, default_name
 from ebpf_mig.session import Session
 from ebpf_mig.vmm.base import Migration, Outcome
@@ -55,17 +56,26 @@ def open_recording(output: str | None, what: str, header: Header, force: bool) -
         yield writer, name
 
 
+def report_options(function: _F) -> _F:
+    """`--format` and `--color` of the breakdown that goes to standard output."""
+    formats = click.option("--format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+    colour = click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto")
+    return formats(colour(function))
+
+
 def check_output(output: str | None, force: bool) -> None:
     """Fails early, before anything is migrated, where `open_recording` would fail late."""
-    if output and output != "-" and not force and os.path.lexists(output):
+    if output == "-":
+        raise UsageError("the breakdown goes to stdout, so the recording cannot", "give it a file name with --output")
+    if output and not force and os.path.lexists(output):
         raise UsageError(f"{output} exists already", "name another file, or overwrite it with --force")
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
     except (OSError, IndexError):
         return False
 
@@ -80,7 +90,9 @@ class _Run:
 
 
 def trace_migration(
-    migration: Migration, timeout_s: float, open_writer: Callable[[Header], contextlib.AbstractContextManager[tuple[RecordingWriter, str]]],
+    migration: Migration,
+    timeout_s: float,
+    open_writer: Callable[[Header], contextlib.AbstractContextManager[tuple[RecordingWriter, str]]],
     notes: Sequence[str] = (),
 ) -> tuple[Outcome, str]:
     """Arms, migrates, records. Returns the VMM's outcome and the recording's name.
@@ -110,7 +122,7 @@ def trace_migration(
 def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
     try:
         run.outcome = migration.run(timeout_s)
-    except BaseException as error:  # noqa: BLE001 - handed to the main thread
+    except BaseException as error:
         run.error = error
     run.ended_ns = time.monotonic_ns()
 
@@ -121,7 +133,7 @@ def _pump_until_done(
     """Pumps until the migration's thread has ended and the quiet time is over; an interruption cancels it first."""
     count = 0
 
-    def until(events: Sequence[Event]) -> str | None:
+    def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal count
         count += len(events)
         progress(count)

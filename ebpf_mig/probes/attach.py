@@ -40,35 +40,69 @@ TIERS = (TRACEPOINT,)
 """Best first."""
 
 
-def load_best(defines: dict[str, str | int]) -> tuple[Tier, Program]:
-    """Compiles and loads, without attaching, the best tier whose programs the kernel accepts."""
+@dataclass(frozen=True)
+class Extra:
+    """A signal that every tier can have besides its own, where the kernel has the tracepoints."""
+
+    signal: str
+    hooks: tuple[tuple[str, str], ...]
+
+
+EXTRAS = (
+    Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
+    Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was loaded, ready to be attached."""
+
+    tier: Tier
+    extras: tuple[Extra, ...]
+    program: Program
+
+    def hooks(self) -> list[tuple[str, str]]:
+        """Extras first, so that what the tier's records carry is known from its first record on."""
+        return [hook for extra in self.extras for hook in extra.hooks] + list(self.tier.hooks)
+
+
+def load_best(defines: dict[str, str | int], tracepoints: set[str]) -> Plan:
+    """Compiles and loads, without attaching, the best tier whose programs the kernel accepts.
+
+    `tracepoints` names those that this kernel has, of all that extras want.
+    """
+    extras = tuple(extra for extra in EXTRAS if all(name in tracepoints for name, _ in extra.hooks))
     refusals = []
     for tier in TIERS:
         try:
-            program = Program(tier.family, defines)
-            for _, function in tier.hooks:
-                program.load(function)
+            plan = Plan(tier, extras, Program(tier.family, defines))
+            for _, function in plan.hooks():
+                plan.program.load(function)
         except PreflightError as error:
             refusals.append(f"{tier.name}: {error}")
             continue
-        return tier, program
+        return plan
     raise PreflightError("no attach tier loads: " + "; ".join(refusals), "ebpf-mig doctor")
 
 
-def arm(tier: Tier, program: Program, statistics: BpfStatistics) -> dict[str, str]:
-    """Attaches the tier's hooks and returns the table signal -> tier; PreflightError if a hook stays silent."""
-    for tracepoint, function in tier.hooks:
-        program.attach_raw_tracepoint(tracepoint, function)
+def arm(plan: Plan, statistics: BpfStatistics) -> dict[str, str]:
+    """Attaches everything and returns the table signal -> tier; PreflightError if a hook of the tier stays silent."""
+    for tracepoint, function in plan.hooks():
+        plan.program.attach_raw_tracepoint(tracepoint, function)
+    table = {extra.signal: "absent: no such tracepoint" for extra in EXTRAS}
+    table |= {extra.signal: "tracepoint" for extra in plan.extras}
     if not statistics.enabled:
-        return dict.fromkeys(tier.signals, f"{tier.name} (not verified)")
-    tier.provoke()
-    silent = [name for name, (_, runs) in program.run_statistics().items() if runs == 0]
+        return table | dict.fromkeys(plan.tier.signals, f"{plan.tier.name} (not verified)")
+    plan.tier.provoke()
+    ran = plan.program.run_statistics()
+    silent = [function for _, function in plan.tier.hooks if ran[function][1] == 0]
     if silent:
         raise PreflightError(f"{', '.join(silent)} attached but never ran", "ebpf-mig doctor")
-    return dict.fromkeys(tier.signals, tier.name)
+    return table | dict.fromkeys(plan.tier.signals, plan.tier.name)
 
 
-def disarm(tier: Tier, program: Program) -> None:
-    """Detaches the tier's hooks; the maps stay readable."""
-    for tracepoint, _ in tier.hooks:
-        program.detach_raw_tracepoint(tracepoint)
+def disarm(plan: Plan) -> None:
+    """Detaches everything; the maps stay readable."""
+    for tracepoint, _ in plan.hooks():
+        plan.program.detach_raw_tracepoint(tracepoint)

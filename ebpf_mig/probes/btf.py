@@ -8,8 +8,9 @@ Format: Documentation/bpf/btf.rst (Linux 6.12).
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
@@ -22,7 +23,7 @@ Member = tuple[str, str]
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
 _TYPE = struct.Struct("=III")
-_STRUCT, _UNION = 4, 5
+_STRUCT, _UNION, _TYPEDEF = 4, 5, 8
 # Bytes that follow the 12-byte type: fixed by kind, or per element of vlen.
 _FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
 _PER_ELEMENT = {_STRUCT: 12, _UNION: 12, 6: 8, 13: 8, 15: 12, 19: 12}
@@ -63,12 +64,12 @@ class _Btf:
         at = offset - self.first_string
         return self.strings[at : self.strings.index(b"\0", at)]
 
-    def named(self, wanted: set[bytes]) -> dict[bytes, int]:
-        """Ids of the structs with these names, those of the base included."""
-        found = self.base.named(wanted) if self.base else {}
+    def named(self, wanted: set[bytes], of_kind: int = _STRUCT) -> dict[bytes, int]:
+        """Ids of the types of one kind with these names, those of the base included."""
+        found = self.base.named(wanted, of_kind) if self.base else {}
         for number, at in enumerate(self.records, self.first_id):
             name, info, _ = _TYPE.unpack_from(self.types, at)
-            if (info >> 24) & 31 == _STRUCT and name:
+            if (info >> 24) & 31 == of_kind and name:
                 text = self.string(name)
                 if text in wanted:
                     found.setdefault(text, number)
@@ -100,9 +101,26 @@ def offsets(path: str, members: Sequence[Member], base: str | None = None) -> di
 
     PreflightError if the file cannot be read or is no BTF.
     """
-    try:
+    with _clear_errors(path):
         btf = _Btf(Path(path).read_bytes(), _Btf(Path(base).read_bytes()) if base else None)
-        return _resolve(btf, members)
+        ids = btf.named({name.encode() for name, _ in members})
+        return {
+            (name, member): btf.member(ids[name.encode()], member.encode()) if name.encode() in ids else None
+            for name, member in members
+        }
+
+
+def tracepoints(path: str, names: Iterable[str]) -> set[str]:
+    """Which of these tracepoints the kernel has: each leaves a typedef `btf_trace_NAME` in its BTF."""
+    with _clear_errors(path):
+        found = _Btf(Path(path).read_bytes()).named({b"btf_trace_" + name.encode() for name in names}, _TYPEDEF)
+        return {name.decode().removeprefix("btf_trace_") for name in found}
+
+
+@contextlib.contextmanager
+def _clear_errors(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PreflightError(
             f"cannot read the kernel's BTF at {path}: {error.strerror}",
@@ -110,13 +128,3 @@ def offsets(path: str, members: Sequence[Member], base: str | None = None) -> di
         ) from error
     except (ValueError, struct.error, IndexError) as error:
         raise PreflightError(f"{path} is not valid BTF: {error}") from error
-
-
-def _resolve(btf: _Btf, members: Iterable[Member]) -> dict[Member, int | None]:
-    members = list(members)
-    ids = btf.named({name.encode() for name, _ in members})
-    found: dict[Member, int | None] = {}
-    for name, member in members:
-        number = ids.get(name.encode())
-        found[name, member] = None if number is None else btf.member(number, member.encode())
-    return found

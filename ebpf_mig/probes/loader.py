@@ -166,6 +166,13 @@ class Program:
             for key, leaf in table.items()
         }
 
+    def kernel_stack(self, name: str, stack_id: int) -> tuple[str, ...]:
+        """Function names of one stack, innermost first; empty if the kernel did not keep it."""
+        try:
+            return tuple(self._bpf.ksym(address).decode() for address in self._bpf[name].walk(stack_id))
+        except KeyError:
+            return ()
+
     def run_statistics(self) -> dict[str, tuple[int, int]]:
         """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""
         found = {}

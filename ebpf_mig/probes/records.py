@@ -11,16 +11,17 @@ import ipaddress
 import struct
 from collections.abc import Callable
 
-from ebpf_mig.events import Event, Ioctl, Kick, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
+from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
 
 WORDS = {
-    "IOCTL_WORDS": 12,
+    "IOCTL_WORDS": 16,
     "VCPU_ENTER_WORDS": 8,
     "VCPU_EXIT_WORDS": 7,
     "KICK_WORDS": 6,
-    "TRANSFER_WORDS": 14,
+    "TRANSFER_WORDS": 15,
     "SOCKET_WORDS": 13,
-    "THREAD_WORDS": 42,
+    "OFF_CPU_WORDS": 8,
+    "THREAD_WORDS": 53,
 }
 KIND_NAMES = {
     1: "ioctl",
@@ -29,11 +30,13 @@ KIND_NAMES = {
     5: "kick",
     6: "transfer",
     7: "socket",
+    8: "off-cpu",
     15: "thread-table",
 }
 """Names of the kinds in loss reports."""
 
 _AF_INET, _AF_INET6 = 2, 10
+_NO_STACK = 0xFFFFFFFF
 
 
 def _signed(word: int) -> int:
@@ -41,7 +44,10 @@ def _signed(word: int) -> int:
 
 
 def _ioctl(w: tuple[int, ...]) -> Ioctl:
-    return Ioctl(w[1], w[2], w[3], w[4], w[5], w[6], _signed(w[7]), w[8], w[9], w[10], w[11])
+    _, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size, *waits = w
+    off_cpu, slots_lock, mmu_lock, other = map(_signed, waits)
+    known = (slot, flags, addr, size, off_cpu, slots_lock, mmu_lock, other)
+    return Ioctl(begin, end, pid, tid, fd, cmd, _signed(ret), *known)
 
 
 def _vcpu_enter(w: tuple[int, ...]) -> VcpuEnter:
@@ -57,7 +63,13 @@ def _kick(w: tuple[int, ...]) -> Kick:
 
 
 def _transfer(w: tuple[int, ...]) -> Transfer:
-    return Transfer(*w[1:14])
+    return Transfer(*w[1:14], off_cpu_ns=_signed(w[14]))
+
+
+def _off_cpu(w: tuple[int, ...]) -> OffCpu:
+    """The stack is still the id in the kernel's stack map; the tracer turns it into names."""
+    stack = () if w[5] == _NO_STACK else (str(w[5]),)
+    return OffCpu(w[1], w[2], w[3], w[4], stack, bool(w[6]))
 
 
 def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
@@ -77,23 +89,24 @@ def _socket(w: tuple[int, ...]) -> Socket:
     return Socket(w[1], w[2], w[3], w[4], family, local, remote, w[12])
 
 
-_DECODERS: dict[int, Callable[[tuple[int, ...]], Event]] = {
+_DECODERS: dict[int, Callable[[tuple[int, ...]], AnyEvent]] = {
     1: _ioctl,
     2: _vcpu_enter,
     3: _vcpu_exit,
     5: _kick,
     6: _transfer,
     7: _socket,
+    8: _off_cpu,
 }
 
 
-def decode(record: bytes) -> Event:
+def decode(record: bytes) -> AnyEvent:
     """One ring buffer record as an event; KeyError for a kind this version does not know (a bug)."""
     words = struct.unpack(f"={len(record) // 8}Q", record)
     return _DECODERS[words[0]](words)
 
 
-_RUN_AT, _RUN_WORDS = 20, 11
+_RUN_AT, _RUN_WORDS = 29, 12
 """Where `struct thread_state` keeps its two open `struct transfer_run`."""
 
 
@@ -113,9 +126,9 @@ def open_runs(tid: int, thread: tuple[int, ...], streams: dict[int, tuple[int, .
     found = []
     for direction in (0, 1):
         at = _RUN_AT + direction * _RUN_WORDS
-        begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _ = thread[at : at + _RUN_WORDS]
+        begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _, off = thread[at : at + _RUN_WORDS]
         if calls:
             before = streams.get(socket, (0, 0))[direction]
-            numbers = (calls, size, in_call, longest, failed, before)
+            numbers = (calls, size, in_call, longest, failed, before, off)
             found.append(Transfer(begin, end, thread[0], tid, fd, direction, socket, *numbers))
     return found

@@ -13,15 +13,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.events import Event, Thread
+from ebpf_mig.events import AnyEvent, OffCpu, Thread
 from ebpf_mig.probes import attach, btf
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
 
 RING_BYTES = 8 << 20
+_KVM_MODULE = "/sys/kernel/btf/kvm"
+_NOWHERE = 0x7FFFFFF0
+"""An offset that no lock has: its waits are then booked as those of other locks."""
 _OFFSETS = {
+    "OFF_task_pid": ("task_struct", "pid"),
+    "OFF_task_tgid": ("task_struct", "tgid"),
     "OFF_task_files": ("task_struct", "files"),
     "OFF_files_fdt": ("files_struct", "fdt"),
     "OFF_fdtable_fd": ("fdtable", "fd"),
@@ -44,6 +51,12 @@ _OFFSETS = {
 }
 
 
+_STATE = ("task_struct", "__state")
+_STATE_BEFORE_5_14 = ("task_struct", "state")
+_SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
+_MAX_FRAMES = 12
+
+
 class Tracer:
     """Traces the given processes; use as a context manager."""
 
@@ -53,9 +66,12 @@ class Tracer:
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
         self._statistics = BpfStatistics()
-        self._tier, self._program = attach.load_best(_defines(self.pids))
+        present = btf.tracepoints(btf.VMLINUX, [name for extra in attach.EXTRAS for name, _ in extra.hooks])
+        self._plan = attach.load_best(_defines(self.pids, present), present)
+        self._program = self._plan.program
         self._program.open_ring("events")
         self._threads: dict[tuple[int, int], Thread] = {}
+        self._stacks: dict[str, tuple[str, ...]] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
 
     def __enter__(self) -> Tracer:
@@ -68,16 +84,16 @@ class Tracer:
         """Attaches; from here on every system call of the host pays a little."""
         self._look_around()
         self._add_processes()
-        self.attached = attach.arm(self._tier, self._program, self._statistics)
+        self.attached = attach.arm(self._plan, self._statistics)
 
-    def poll(self, timeout_ms: int) -> list[Event]:
+    def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """Events that arrived, waiting at most `timeout_ms` for the first."""
-        return [decode(record) for record in self._program.poll(timeout_ms)]
+        return [self._decode(record) for record in self._program.poll(timeout_ms)]
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[AnyEvent]:
         """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""
         now = time.monotonic_ns()
-        attach.disarm(self._tier, self._program)
+        attach.disarm(self._plan)
         rest = self.poll(0)
         threads = self._program.hash_items("threads", WORDS["THREAD_WORDS"])
         streams = self._program.hash_items("streams", 2)
@@ -105,6 +121,20 @@ class Tracer:
         """Detaches; idempotent."""
         self._program.close()
         self._statistics.close()
+
+    def _decode(self, record: bytes) -> AnyEvent:
+        event = decode(record)
+        if isinstance(event, OffCpu) and event.stack:
+            return msgspec.structs.replace(event, stack=self._symbols(event.stack[0]))
+        return event
+
+    def _symbols(self, stack_id: str) -> tuple[str, ...]:
+        """Function names of a stack in the kernel's stack map, the scheduler's own left out; resolved once an id."""
+        if stack_id not in self._stacks:
+            frames = self._program.kernel_stack("stacks", int(stack_id))
+            begin = 1 + max((i for i, frame in enumerate(frames) if frame in _SCHEDULER), default=-1)
+            self._stacks[stack_id] = frames[begin : begin + _MAX_FRAMES]
+        return self._stacks[stack_id]
 
     def _look_around(self) -> None:
         """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
@@ -149,15 +179,28 @@ def _in_kvm_run(pid: int, tid: int) -> bool:
     return len(fields) > 2 and fields[2] == hex(kvm.RUN)
 
 
-def _defines(pids: Sequence[int]) -> dict[str, str | int]:
+def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]:
     test = "||".join(f"(t)=={pid}" for pid in pids)
     defines: dict[str, str | int] = dict(WORDS)
     defines["EBPF_MIG_TARGETS(t)"] = f"({test})"
     defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // 4096
-    found = btf.offsets("/sys/kernel/btf/vmlinux", list(_OFFSETS.values()))
+    defines["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
+    defines["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
+    defines |= _kvm_offsets()
+    found = btf.offsets(btf.VMLINUX, [*_OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
+    defines["OFF_task_state"] = found[_STATE] or found[_STATE_BEFORE_5_14] or 0
     for name, member in _OFFSETS.items():
         offset = found[member]
         if offset is None:
             raise PreflightError(f"the kernel's BTF has no {member[0]}.{member[1]}", "ebpf-mig doctor")
         defines[name] = offset
     return defines
+
+
+def _kvm_offsets() -> dict[str, int]:
+    """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither tells."""
+    members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
+    found = btf.offsets(btf.VMLINUX, list(members.values()))
+    if None in found.values() and Path(_KVM_MODULE).exists():
+        found = btf.offsets(_KVM_MODULE, list(members.values()), base=btf.VMLINUX)
+    return {name: _NOWHERE if found[member] is None else found[member] or 0 for name, member in members.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ebpf_mig.events import Event, Mark, Target
+from ebpf_mig.events import AnyEvent, Mark, Target
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Outcome:
     result: str
     """completed, failed, cancelled or unknown."""
     error: str = ""
-    marks: tuple[Event, ...] = field(default=())
+    marks: tuple[AnyEvent, ...] = field(default=())
 
 
 class Migration(Protocol):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.events import Event, Target
+from ebpf_mig.events import AnyEvent, Target
 from ebpf_mig.vmm.base import Outcome, mark
 from ebpf_mig.vmm.qmp import Monitor
 
@@ -66,7 +66,7 @@ class _Side:
     def __init__(self, monitor: Monitor, pid: int) -> None:
         self.monitor = monitor
         self.pid = pid
-        self.marks: list[Event] = []
+        self.marks: list[AnyEvent] = []
         self.status = ""
         self.running = False
         self.gone = False
@@ -262,7 +262,7 @@ class QemuMigration:
                 while self._source.status not in _FINAL and not self._source.gone:
                     await self._next_change()
 
-    async def _figures(self) -> list[Event]:
+    async def _figures(self) -> list[AnyEvent]:
         """`query-migrate` of the source after the end; some versions say 0 at first (seen on 7.2), so ask twice."""
         source, answer = self._source, {}
         for _ in range(3):
@@ -275,7 +275,7 @@ class QemuMigration:
             if answer.get("status") != "completed" or answer.get("total-time"):
                 break
             await asyncio.sleep(0.1)
-        found: list[Event] = []
+        found: list[AnyEvent] = []
         for key in _FIGURES:
             if key in answer:
                 found.append(mark(source.pid, f"qmp.{key.replace('-', '_')}_ms", value=int(answer[key])))
@@ -286,7 +286,7 @@ class QemuMigration:
             found.append(mark(source.pid, "qmp.error", str(answer["error-desc"])[:1000]))
         return found
 
-    def _judge(self, error: str, figures: list[Event]) -> tuple[str, str]:
+    def _judge(self, error: str, figures: list[AnyEvent]) -> tuple[str, str]:
         source = self._source
         said = next((getattr(e, "detail", "") for e in figures if getattr(e, "name", "") == "qmp.error"), "")
         if source.status == "cancelled":

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ebpf_mig import kvm
-from ebpf_mig.events import Event, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.events import AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.watch import QUIET_NS, STOPPED_NS, MigrationWatch
 
 SRC, DST = 10, 20
@@ -24,11 +24,11 @@ def stop(at: int) -> VcpuExit:
     return VcpuExit(at, SRC, 11, 7, at - MS, -4)
 
 
-def start(at: int, pid: int = DST) -> list[Event]:
+def start(at: int, pid: int = DST) -> list[AnyEvent]:
     return [Ioctl(at - 2, at - 1, pid, pid, 7, SET_REGS, 0), VcpuEnter(at, pid, pid + 1, 7, 0, 0, 1)]
 
 
-def verdict(events: list[Event], now: int, pids: tuple[int, ...] = (SRC, DST)) -> str | None:
+def verdict(events: list[AnyEvent], now: int, pids: tuple[int, ...] = (SRC, DST)) -> str | None:
     watch = MigrationWatch(pids)
     watch.saw(events)
     return watch.verdict(now, pids)
@@ -41,7 +41,7 @@ def test_a_started_destination_ends_it_after_a_quiet_while() -> None:
 
 
 def test_a_running_guest_is_not_a_started_destination() -> None:
-    events: list[Event] = [VcpuEnter(MS, SRC, 11, 7, 0, 0, 1), VcpuEnter(5 * MS, SRC, 11, 7, 2 * MS, 0, 9)]
+    events: list[AnyEvent] = [VcpuEnter(MS, SRC, 11, 7, 0, 0, 1), VcpuEnter(5 * MS, SRC, 11, 7, 2 * MS, 0, 9)]
     assert verdict(events, 10_000 * MS, (SRC,)) is None
 
 

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Where a traced thread waits: off the CPU (sched_switch), and for which lock inside a KVM ioctl (lock contention).
+ *
+ * In: the scheduler's and the lock slow paths' raw tracepoints; both fire for the whole host, so the test for our
+ * threads comes first. Out: sums in the thread's state, which the call's record carries, and OFF_CPU records of long
+ * waits while no vCPU runs, with the kernel stack of the sleep.
+ */
+#pragma once
+
+#include "common.h"
+
+#define LONG_WAIT_NS 100000ULL
+#define NO_STACK 0xffffffffULL
+
+struct off_cpu_record {
+	u64 kind, begin, end, pid, tid, stack, preempted, unused;
+};
+_Static_assert(sizeof(struct off_cpu_record) == 8 * OFF_CPU_WORDS, "off-cpu record");
+
+BPF_STACK_TRACE(stacks, 1024);
+
+/* The current task is still the one that leaves; one that leaves runnable has lost the CPU, it does not sleep. */
+static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
+{
+	struct thread_state *s = known_thread(pid_tgid);
+	struct process_state *p = this_process(pid_tgid);
+	s64 stack = -1;
+	bool preempted;
+
+	if (!s || !p)
+		return;
+	preempted = (u32)word_at(task, OFF_task_state) == 0;
+	s->off_since = bpf_ktime_get_ns();
+	s->off_preempted = preempted;
+	if (!preempted && p->running <= 0 && p->budget > 0)
+		stack = stacks.get_stackid(ctx, 0);
+	s->off_stack = stack < 0 ? NO_STACK : stack;
+}
+
+static __always_inline void switched_in(u32 tid, u32 tgid)
+{
+	struct thread_state *s = known_thread(tid);
+	struct process_state *p = processes.lookup(&tgid);
+	u64 now, since;
+	struct off_cpu_record *r;
+
+	if (!s || !p || !s->off_since)
+		return;
+	now = bpf_ktime_get_ns();
+	since = s->off_since;
+	s->off_since = 0;
+	if (s->nr)
+		s->off_call += now - (since > s->enter ? since : s->enter);
+	if (now - since < LONG_WAIT_NS || !in_detail(p, now))
+		return;
+	__sync_fetch_and_add(&p->budget, -1);
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_OFF_CPU, true);
+		return;
+	}
+	r->kind = KIND_OFF_CPU;
+	r->begin = since;
+	r->end = now;
+	r->pid = tgid;
+	r->tid = tid;
+	r->stack = s->off_stack;
+	r->preempted = s->off_preempted;
+	r->unused = 0;
+	events.ringbuf_submit(r, 0);
+}
+
+/* sched_switch: preempt, prev, next[, prev_state since 5.18]. */
+int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), next = ctx->args[2];
+	u32 tgid = 0, tid = 0;
+
+	if (EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		switched_out(ctx, pid_tgid, ctx->args[1]);
+	bpf_probe_read_kernel(&tgid, sizeof(tgid), (void *)(next + OFF_task_tgid));
+	if (!EBPF_MIG_TARGETS(tgid))
+		return 0;
+	bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
+	switched_in(tid, tgid);
+	return 0;
+}
+
+/*
+ * contention_begin: lock, flags. Only the outermost wait counts (a rwlock's slow path waits for a spinlock of its
+ * own), and a mutex may tell its wait twice, once spinning and once asleep.
+ */
+int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct thread_state *s;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = known_thread(pid_tgid);
+	if (!s || s->nr != NR_ioctl + 1 || s->lock)
+		return 0;
+	s->lock = ctx->args[0];
+	s->lock_since = bpf_ktime_get_ns();
+	return 0;
+}
+
+/* contention_end: lock, ret. The lock's distance from struct kvm, private data of the VM's file, gives its name. */
+int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), kvm, waited;
+	struct thread_state *s;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = known_thread(pid_tgid);
+	if (!s || !s->lock || s->lock != ctx->args[0])
+		return 0;
+	waited = bpf_ktime_get_ns() - s->lock_since;
+	kvm = word_at(file_of(s->a0), OFF_file_private);
+	if (s->lock == kvm + OFF_kvm_mmu_lock)
+		s->lock_ns[LOCK_MMU] += waited;
+	else if (s->lock == kvm + OFF_kvm_slots_lock)
+		s->lock_ns[LOCK_SLOTS] += waited;
+	else
+		s->lock_ns[LOCK_OTHER] += waited;
+	s->lock = 0;
+	return 0;
+}

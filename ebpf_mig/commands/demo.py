@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig demo`: two VMs with the tiny guest, one real migration, one breakdown."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+
+import click
+
+from ebpf_mig.commands import tracing
+from ebpf_mig.commands.units import BANDWIDTH, DURATION, SIZE
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import Scenario
+from ebpf_mig.vmm.qemu import QemuMigration
+
+_WARM_UP_S = 0.3
+
+_EXAMPLES = """
+\b
+Examples:
+  ebpf-mig demo
+  ebpf-mig demo --vcpus 4 --memory 1GiB --working-set 64MiB --dirty-rate 20000
+  ebpf-mig demo --transport unix --format json
+"""
+
+
+@click.command("demo", epilog=_EXAMPLES)
+@click.option("--memory", type=SIZE, default="256MiB", show_default=True, help="Memory of the guest.")
+@click.option("--working-set", type=SIZE, default="16MiB", show_default=True, help="What each vCPU dirties.")
+@click.option(
+    "--dirty-rate", type=click.IntRange(0), default=10_000, show_default=True, help="Pages/s a vCPU; 0: all it can."
+)
+@click.option("--vcpus", type=click.IntRange(1, 26), default=1, show_default=True)
+@click.option("--transport", type=click.Choice(["tcp", "unix"]), default="tcp", show_default=True)
+@click.option("--multifd", type=click.IntRange(1, 255), help="Send memory over this many channels.")
+@click.option("--downtime-limit", type=DURATION, help="What the VMM may take, e.g. 300ms.  [default: the VMM's]")
+@click.option("--bandwidth", type=BANDWIDTH, default="unlimited", show_default=True, help="E.g. 1Gbit or 100MiB/s.")
+@click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
+@click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
+@click.option("--vmm-binary", metavar="PATH", help="The VMM.  [default: qemu-system-x86_64 from PATH]")
+@click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this.")
+@tracing.recording_options
+@tracing.report_options
+def command(  # noqa: PLR0913 - the options of a command line
+    memory: int,
+    working_set: int,
+    dirty_rate: int,
+    vcpus: int,
+    transport: str,
+    multifd: int | None,
+    downtime_limit: int | None,
+    bandwidth: int,
+    postcopy: bool,
+    dirty_ring: int | None,
+    vmm_binary: str | None,
+    timeout: int,
+    output: str | None,
+    force: bool,
+    **report: str,
+) -> None:
+    """Start two VMs, migrate one to the other, and print where its downtime went."""
+    tracing.check_output(output, force)
+    scenario = Scenario(
+        memory, working_set, dirty_rate or None, vcpus, transport, multifd,
+        None if downtime_limit is None else downtime_limit // 10**6, bandwidth, postcopy, dirty_ring,
+    )  # fmt: skip
+    open_writer = functools.partial(tracing.open_recording, output, "demo", force=force)
+    with QemuPair(scenario, vmm_binary) as pair:
+        time.sleep(_WARM_UP_S)
+        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+        with contextlib.closing(migration):
+            outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
+    tracing.report(name, **report)
+    tracing.raise_unless_completed(outcome)
