@@ -98,6 +98,7 @@ static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_run *run, u32 direction)
 {
 	struct stream *st = streams.lookup(&run->socket), fresh = {};
+	u64 before;
 
 	if (!st) {
 		tell_socket(pid_tgid, now, run->fd, run->file, run->socket);
@@ -108,9 +109,12 @@ static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_run *r
 			return 0;
 		}
 	}
-	if (direction == SEND)
-		return __sync_fetch_and_add(&st->bytes[0], run->bytes);
-	return __sync_fetch_and_add(&st->bytes[1], run->bytes);
+	before = direction == SEND ? st->bytes[0] : st->bytes[1];
+	if (direction == SEND)		/* the value that an atomic add returns needs a newer instruction set */
+		__sync_fetch_and_add(&st->bytes[0], run->bytes);
+	else
+		__sync_fetch_and_add(&st->bytes[1], run->bytes);
+	return before;
 }
 
 static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u64 now, u32 direction)

@@ -10,20 +10,18 @@ import time
 import click
 
 from ebpf_mig.commands import tracing
-from ebpf_mig.commands.units import BANDWIDTH, DURATION, SIZE
+from ebpf_mig.commands.common import DURATION, RATE, SIZE, color_option, examples, format_option, strict_option
 from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import Scenario
 from ebpf_mig.vmm.qemu import QemuMigration
 
 _WARM_UP_S = 0.3
 
-_EXAMPLES = """
-\b
-Examples:
-  ebpf-mig demo
-  ebpf-mig demo --vcpus 4 --memory 1GiB --working-set 64MiB --dirty-rate 20000
-  ebpf-mig demo --transport unix --format json
-"""
+_EXAMPLES = examples(
+    "ebpf-mig demo",
+    "ebpf-mig demo --vcpus 4 --memory 1GiB --working-set 64MiB --dirty-rate 20000",
+    "ebpf-mig demo --transport unix --format json",
+)
 
 
 @click.command("demo", epilog=_EXAMPLES)
@@ -36,14 +34,16 @@ Examples:
 @click.option("--transport", type=click.Choice(["tcp", "unix"]), default="tcp", show_default=True)
 @click.option("--multifd", type=click.IntRange(1, 255), help="Send memory over this many channels.")
 @click.option("--downtime-limit", type=DURATION, help="What the VMM may take, e.g. 300ms.  [default: the VMM's]")
-@click.option("--bandwidth", type=BANDWIDTH, default="unlimited", show_default=True, help="E.g. 1Gbit or 100MiB/s.")
+@click.option("--bandwidth", type=RATE, default="0", show_default=True, help="E.g. 1Gbit; 0: unlimited.")
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
 @click.option("--vmm-binary", metavar="PATH", help="The VMM.  [default: qemu-system-x86_64 from PATH]")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this.")
 @tracing.recording_options
-@tracing.report_options
-def command(  # noqa: PLR0913 - the options of a command line
+@format_option("text", "json")
+@color_option
+@strict_option
+def command(
     memory: int,
     working_set: int,
     dirty_rate: int,
@@ -58,7 +58,9 @@ def command(  # noqa: PLR0913 - the options of a command line
     timeout: int,
     output: str | None,
     force: bool,
-    **report: str,
+    form: str,
+    color: str,
+    strict: bool,
 ) -> None:
     """Start two VMs, migrate one to the other, and print where its downtime went."""
     tracing.check_output(output, force)
@@ -72,5 +74,4 @@ def command(  # noqa: PLR0913 - the options of a command line
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         with contextlib.closing(migration):
             outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
-    tracing.report(name, **report)
-    tracing.raise_unless_completed(outcome)
+    tracing.conclude(outcome, tracing.show(name, form, color), strict)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from ebpf_mig.commands import tracing
-from ebpf_mig.commands.units import DURATION
+from ebpf_mig.commands.common import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, Target
 from ebpf_mig.session import Session
@@ -20,12 +20,10 @@ from ebpf_mig.watch import MigrationWatch
 _AFTER_COMMAND_NS = 1_000_000_000
 """The destination may start a little after the command that migrates has returned."""
 
-_EXAMPLES = """
-\b
-Examples:
-  ebpf-mig record --pid 4711 --pid 4712
-  ebpf-mig record --pid 4711 -o vm.rec -- virsh migrate --live vm qemu+ssh://b/system
-"""
+_EXAMPLES = examples(
+    "ebpf-mig record --pid 4711 --pid 4712",
+    "ebpf-mig record --pid 4711 -o vm.rec -- virsh migrate --live vm qemu+ssh://b/system",
+)
 
 
 @click.command("record", epilog=_EXAMPLES)

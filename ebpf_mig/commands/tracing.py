@@ -18,14 +18,20 @@ from typing import TypeVar
 
 import click
 
-from ebpf_mig.errors import UsageError
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.commands.common import write_result
+from ebpf_mig.commands.report import rendered, require_complete
+from ebpf_mig.errors import UsageError, VmmError
 from ebpf_mig.events import AnyEvent, Header
-from ebpf_mig.recording import RecordingWriter, default_name
+from ebpf_mig.recording import RecordingWriter, default_name, read_recording
 from ebpf_mig.session import Session
 from ebpf_mig.vmm.base import Migration, Outcome
 
 QUIET_NS = 200_000_000
 """Tracing goes on this long after both sides said they are done: late calls still arrive."""
+
+_ENDED = {"failed": "failed", "cancelled": "was cancelled"}
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -54,13 +60,6 @@ def open_recording(output: str | None, what: str, header: Header, force: bool) -
     name = output or default_name(what)
     with RecordingWriter(name, header, force) as writer:
         yield writer, name
-
-
-def report_options(function: _F) -> _F:
-    """`--format` and `--color` of the breakdown that goes to standard output."""
-    formats = click.option("--format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-    colour = click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto")
-    return formats(colour(function))
 
 
 def check_output(output: str | None, force: bool) -> None:
@@ -167,3 +166,19 @@ def progress_line() -> Callable[[int], None]:
         click.echo(f"\r\x1b[Kmigrating: {now - begin:.1f} s, {count} events", err=True, nl=False)
 
     return show
+
+
+def show(name: str, form: str, color: str) -> Breakdown:
+    """Prints the breakdown of a recording just made, and how to see it again; returns it."""
+    recording = read_recording(name)
+    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
+    write_result(rendered(breakdown, form, "-", color))
+    say(f"recording: {name}; see it again with: ebpf-mig report {name}")
+    return breakdown
+
+
+def conclude(outcome: Outcome, breakdown: Breakdown, strict: bool) -> None:
+    """Raises what the exit code has to tell: a migration that did not complete, or losses under `--strict`."""
+    if outcome.result != "completed":
+        raise VmmError(f"the migration {_ENDED.get(outcome.result, 'ended unclearly')}: {outcome.error}")
+    require_complete(breakdown, strict)

@@ -77,7 +77,7 @@ def _safe_directory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_to(sink: list[str]) -> Iterator[None]:
-    """Catches what LLVM and libbcc print on file descriptor 2, so that it can be told in one line."""
+    """Catches what libbcc prints on file descriptor 2, so that it can be told in one line."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     saved = os.dup(2)
     os.dup2(write_end, 2)
@@ -100,14 +100,12 @@ class Program:
         os.environ["BCC_KERNEL_SOURCE"] = str(_BPF_DIR / "headers")
         flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
         flags += [f"-D{name}={value}" for name, value in defines.items()]
-        said: list[str] = []
         try:
-            with _safe_directory(), _stderr_to(said):
+            # LLVM ends the process on some errors, so what it prints must not be held back.
+            with _safe_directory():
                 self._bpf = bcc.BPF(text=source_text(family), cflags=flags)
         except Exception as error:
-            raise PreflightError(
-                f"{family} does not compile: {_first_error(said) or error}", "ebpf-mig doctor"
-            ) from error
+            raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
         self._raw_type = bcc.BPF.RAW_TRACEPOINT
         self._records: list[bytes] = []
         self._functions: dict[str, Any] = {}
@@ -205,11 +203,6 @@ class BpfStatistics:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _first_error(said: list[str]) -> str:
-    lines = [line for text in said for line in text.splitlines() if "error:" in line]
-    return lines[0].strip() if lines else ""
 
 
 def _last_line(said: list[str]) -> str:

@@ -63,7 +63,9 @@ def _kick(w: tuple[int, ...]) -> Kick:
 
 
 def _transfer(w: tuple[int, ...]) -> Transfer:
-    return Transfer(*w[1:14], off_cpu_ns=_signed(w[14]))
+    _, begin, end, pid, tid, fd, direction, socket, calls, size, in_call, longest, failed, before, off_cpu = w
+    numbers = (calls, size, in_call, longest, failed, before, _signed(off_cpu))
+    return Transfer(begin, end, pid, tid, fd, direction, socket, *numbers)
 
 
 def _off_cpu(w: tuple[int, ...]) -> OffCpu:

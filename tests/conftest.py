@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a test needs of the machine, asked once; a test that lacks it is skipped with the missing feature's name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FEATURES: dict[str, Callable[[], bool]] = {
+    "root": lambda: os.geteuid() == 0,
+    "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "bcc": lambda: importlib.util.find_spec("bcc") is not None,
+    "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
+    "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
+}
+TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
+
+
+def requires(*features: str) -> pytest.MarkDecorator:
+    """Skips the test, naming what is missing."""
+    missing = [name for name in features if not FEATURES[name]()]
+    return pytest.mark.skipif(bool(missing), reason=f"missing feature: {', '.join(missing)}")

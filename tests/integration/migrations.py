@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one traced migration of the lab's VMs and gathers every witness that is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from ebpf_mig.collector import analyse
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.commands import tracing
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.vmm.base import Migration, Outcome
+from ebpf_mig.vmm.qemu import QemuMigration
+
+TRACED = (
+    "runstate_set", "vm_state_notify", "migration_completion_vm_stop", "migration_bitmap_sync_start",
+    "migration_bitmap_sync_end", "vmstate_downtime_checkpoint", "process_incoming_migration_co_end",
+)  # fmt: skip
+QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
+"""A guest that beats every 26 ms."""
+
+_OLD_LINE = re.compile(r"^\d+@(\d+)\.(\d{6}):(\w+) ?(.*)$")
+_NEW_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:]+(?:\.\d+)?Z) (\w+) ?(.*)$")
+
+
+@dataclass(frozen=True)
+class TraceLine:
+    """One of QEMU's own trace events, on our clock."""
+
+    at_ns: int
+    name: str
+    text: str
+
+
+@dataclass
+class Traced:
+    """One migration as we saw it and as others did."""
+
+    outcome: Outcome
+    recording: Recording
+    breakdown: Breakdown
+    path: Path
+    source_trace: list[TraceLine] = field(default_factory=list)
+    destination_trace: list[TraceLine] = field(default_factory=list)
+    source_beats: list[tuple[int, str]] = field(default_factory=list)
+    destination_beats: list[tuple[int, str]] = field(default_factory=list)
+
+
+def parse_trace(path: Path, wall_minus_monotonic_ns: int) -> list[TraceLine]:
+    """QEMU's `log` trace back end: `TID@SECONDS.MICROSECONDS:event args` up to 10.0, ISO 8601 from 10.1."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        if match := _OLD_LINE.match(line):
+            wall = int(match[1]) * 10**9 + int(match[2]) * 1000
+            name, text = match[3], match[4]
+        elif match := _NEW_LINE.match(line):
+            moment = datetime.fromisoformat(match[1])
+            wall = int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
+            name, text = match[2], match[3]
+        else:
+            continue
+        found.append(TraceLine(wall - wall_minus_monotonic_ns, name, text))
+    return found
+
+
+def migrate(
+    directory: Path,
+    scenario: Scenario = QUICK,
+    *,
+    binary: str | None = None,
+    meddle: Callable[[QemuPair, Migration], None] | None = None,
+    timeout_s: float = 60,
+    uri: str | None = None,
+) -> Traced:
+    """One migration with QEMU's trace on; `meddle` is called in a thread's stead right after the trigger was set."""
+    path = directory / "migration.rec"
+    patterns = [part for name in TRACED for part in ("-trace", name)]
+    pair = QemuPair(scenario, binary, [*patterns, "-D", f"{directory}/{{role}}.trace"])
+    with pair:
+        time.sleep(0.3)
+        offset = time.time_ns() - time.monotonic_ns()
+        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, uri or pair.uri, pair.options())
+        with contextlib.closing(migration):
+            writer = functools.partial(tracing.open_recording, str(path), "test", force=True)
+            driven: Migration = migration if meddle is None else Meddling(migration, pair, meddle)
+            outcome, _ = tracing.trace_migration(driven, timeout_s, writer)
+        time.sleep(0.3)
+    recording = read_recording(str(path))
+    return Traced(
+        outcome,
+        recording,
+        analyse(recording.header, recording.events, truncated=recording.truncated),
+        path,
+        parse_trace(directory / "source.trace", offset),
+        parse_trace(directory / "destination.trace", offset),
+        pair.source.heartbeat.beats,
+        pair.destination.heartbeat.beats,
+    )
+
+
+class Meddling:
+    """A migration during which something is done to the VMs."""
+
+    def __init__(self, inner: QemuMigration, pair: QemuPair, act: Callable[[QemuPair, Migration], None]) -> None:
+        self._inner, self._pair, self._act = inner, pair, act
+        self.targets, self.prepare = inner.targets, inner.prepare
+        self.cancel, self.close = inner.cancel, inner.close
+
+    def run(self, timeout_s: float) -> Outcome:
+        """As the real one, with the act going on in a thread beside it."""
+        import threading
+
+        beside = threading.Thread(target=self._act, args=(self._pair, self._inner))
+        beside.start()
+        try:
+            return self._inner.run(timeout_s)
+        finally:
+            beside.join()
+
+
+def first(lines: Sequence[TraceLine], name: str, contains: str = "") -> TraceLine:
+    """The first such line; StopIteration if QEMU never said it."""
+    return next(line for line in lines if line.name == name and contains in line.text)
+
+
+def last(lines: Sequence[TraceLine], name: str, contains: str = "") -> TraceLine:
+    """The last such line."""
+    return first(lines[::-1], name, contains)
