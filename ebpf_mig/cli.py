@@ -24,7 +24,7 @@ from ebpf_mig.commands.version import version_line
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.printable import printable
 
-COMMANDS = ("report",)
+COMMANDS = ("demo", "migrate", "record", "report")
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
 
 _VERBOSE = "ebpf_mig.verbose"
@@ -80,7 +80,7 @@ _verbose = click.Option(
     cls=Commands,
     params=[_verbose],
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=examples("ebpf-mig report vm1.rec", "ebpf-mig report --help"),
+    epilog=examples("ebpf-mig demo", "ebpf-mig record --pid 4711 -o vm1.rec", "ebpf-mig report vm1.rec"),
 )
 @click.option(
     "--version",

@@ -29,9 +29,7 @@ _LIMIT = 1 << 63
 class Quantity(click.ParamType[int]):
     """A number with a unit, as an exact integer of the base unit."""
 
-    def __init__(
-        self, name: str, units: dict[str, int | Fraction], example: str, *, bare: bool = False
-    ) -> None:
+    def __init__(self, name: str, units: dict[str, int | Fraction], example: str, *, bare: bool = False) -> None:
         self.name = name
         self._units = units
         self._example = example
@@ -44,9 +42,7 @@ class Quantity(click.ParamType[int]):
         match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,18})?) ?([A-Za-z/]*)", str(value).strip(), re.ASCII)
         unit = self._unit(match[2], match[1]) if match else None
         if match is None or unit is None:
-            self.fail(
-                f"{printable(str(value))!r} is not a {self.name}; write it like {self._example}", param, ctx
-            )
+            self.fail(f"{printable(str(value))!r} is not a {self.name}; write it like {self._example}", param, ctx)
         amount = Fraction(match[1]) * unit
         if amount.denominator != 1 or amount >= _LIMIT:
             self.fail(f"{printable(str(value))!r} is too large or too fine for a {self.name}", param, ctx)

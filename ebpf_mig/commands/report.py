@@ -37,7 +37,10 @@ EPILOG = examples(
 @color_option
 @strict_option
 def command(*, file: str, form: str, output: str, force: bool, color: str, strict: bool) -> None:
-    """Show where the blackout in the recording FILE went; FILE - is stdin."""
+    """Show where the blackout went.
+
+    FILE is a recording that `demo`, `migrate` or `record` made; `-` is stdin.
+    """
     breakdown = _breakdown(file)
     write_result(rendered(breakdown, form, output, color), output, force=force)
     require_complete(breakdown, strict)

@@ -14,9 +14,7 @@ from typing import TextIO
 from ebpf_mig.report.canvas import Canvas
 
 
-def canvas_for(
-    stream: TextIO | None, choice: str = "auto", environ: Mapping[str, str] = os.environ
-) -> Canvas:
+def canvas_for(stream: TextIO | None, choice: str = "auto", environ: Mapping[str, str] = os.environ) -> Canvas:
     """The canvas of `stream`; None is a file that we create, in UTF-8."""
     if stream is None:
         return Canvas(colour=choice == "always")

@@ -112,9 +112,7 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     facts = breakdown.migration
     known = " ".join(name for name in (facts.vmm, facts.vmm_version) if name and name != "unknown")
     vmm = printable(known) or "unknown VMM"
-    mode = {"precopy": "pre-copy", "postcopy": "post-copy", "unknown": "unknown mode"}.get(
-        facts.mode, facts.mode
-    )
+    mode = {"precopy": "pre-copy", "postcopy": "post-copy", "unknown": "unknown mode"}.get(facts.mode, facts.mode)
     way = "" if facts.transport == "none" else f" over {printable(facts.transport)}"
     if facts.transport == "unknown":
         way = " over an unknown transport"
@@ -147,9 +145,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         if phase.duration_ns or phase.phase == "unattributed":
             yield Row(_phase(phase, window, width, canvas.unicode))
     yield Row(Text(f"{'window':19}{_ms(window):>11}{'100.0%':>8}", "dim"))
-    unseen = [
-        phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"
-    ]
+    unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"))
 
@@ -173,9 +169,7 @@ def _vcpus(breakdown: Breakdown) -> Iterator[Row]:
         return
     head = f"{'vCPU':19}{'blackout ms':>11}{'kick to stop':>14}{'stop at':>11}{'start at':>11}"
     yield Row(Text(head, "dim"))
-    slowest = sorted(
-        vcpus, key=lambda v: (-(v.blackout_ns if v.blackout_ns is not None else 1 << 63), v.vcpu)
-    )
+    slowest = sorted(vcpus, key=lambda v: (-(v.blackout_ns if v.blackout_ns is not None else 1 << 63), v.vcpu))
     for vcpu in slowest[:MAX_VCPUS]:
         yield Row(_vcpu(vcpu))
     if (more := len(vcpus) - MAX_VCPUS) > 0:
@@ -259,9 +253,7 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
     facts = [_counts("lost", state.lost) or "nothing lost", _counts("unpaired", state.unpaired)]
-    facts.append(
-        "observer not measured" if state.observer_ns is None else f"observer {_ms(state.observer_ns)} ms"
-    )
+    facts.append("observer not measured" if state.observer_ns is None else f"observer {_ms(state.observer_ns)} ms")
     yield _remark(state.verdict, "; ".join(filter(None, facts)), _VERDICTS.get(state.verdict, ""))
     if state.attach:
         yield _remark("  attached by", ", ".join(_tiers(state.attach)))

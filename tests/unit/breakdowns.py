@@ -78,9 +78,7 @@ def precopy() -> b.Breakdown:
                 )
                 for at in range(3)
             ],
-            final=b.FinalFetch(
-                kernel_ns=1_200_000, user_ns=545_000, pages=4096, bytes=16_900_000, send_ns=30_001_000
-            ),
+            final=b.FinalFetch(kernel_ns=1_200_000, user_ns=545_000, pages=4096, bytes=16_900_000, send_ns=30_001_000),
             fetches=[
                 b.Fetch(
                     begin=722_000,
