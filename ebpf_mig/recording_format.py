@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from ebpf_mig.events import AnyEvent, Ending, Header, Mark, Socket, Thread
+from ebpf_mig.events import AnyEvent, Header
 
 MAGIC = b"EBPFMIG1\n"
 FORMAT = 1
@@ -32,11 +32,13 @@ MAX_STORED = MAX_RAW + (64 << 10)
 MAX_BLOCK_EVENTS = 1 << 16
 MAX_TEXT = 4096
 """Characters of one string of an event; longer ones are cut, when writing and when reading."""
-MAX_KEYS = 256
-"""Entries of one dictionary of an event, and characters of its keys."""
+MAX_ITEMS = 256
+"""Entries of one dictionary or list of an event."""
+MAX_ITEM_TEXT = 512
+"""Characters of a key or of a list's string; the kernel's symbol names have at most 511."""
 
-TEXTUAL = frozenset({Socket, Thread, Mark, Ending})
-"""Events with strings, which `bounded` is for."""
+TEXTUAL = frozenset(event for event in get_args(AnyEvent) if not set(get_type_hints(event).values()) <= {int, bool})
+"""Events with fields of variable size, which `bounded` is for."""
 
 # RecursionError: arrays nested thousands deep. UnicodeDecodeError: a string that is not UTF-8.
 _UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -113,14 +115,16 @@ def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
 
 
 def bounded(event: AnyEvent) -> AnyEvent:
-    """`event` with its strings and dictionaries cut to the limits, and its strings encodable as UTF-8."""
+    """`event` with its strings, lists and dictionaries cut to the limits, and its strings encodable as UTF-8."""
     changes: dict[str, Any] = {}
     for name in event.__struct_fields__:
         value = getattr(event, name)
         if isinstance(value, str):
             changes[name] = _text(value, MAX_TEXT)
         elif isinstance(value, dict):
-            changes[name] = {_text(key, MAX_KEYS): value[key] for key in list(value)[:MAX_KEYS]}
+            changes[name] = {_text(key, MAX_ITEM_TEXT): value[key] for key in list(value)[:MAX_ITEMS]}
+        elif isinstance(value, tuple):
+            changes[name] = tuple(_text(item, MAX_ITEM_TEXT) for item in value[:MAX_ITEMS])
     return msgspec.structs.replace(event, **changes)
 
 
