@@ -55,6 +55,8 @@ _STATE = ("task_struct", "__state")
 _STATE_BEFORE_5_14 = ("task_struct", "state")
 _SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
 _MAX_FRAMES = 12
+_PF_USER_WORKER = 0x4000
+"""include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
 
 
 class Tracer:
@@ -171,12 +173,17 @@ def _threads_of(pid: int) -> list[int]:
 
 
 def _in_kvm_run(pid: int, tid: int) -> bool:
-    """Whether a thread sleeps inside KVM_RUN: /proc/PID/task/TID/syscall begins with ioctl's number, fd, request."""
+    """Whether a thread sleeps inside KVM_RUN: /proc/PID/task/TID/syscall begins with ioctl's number, fd, request.
+
+    Since Linux 6.13 a VM's `kvm-nx-lpage-recovery` is among its threads, born inside a vCPU's KVM_RUN and showing its
+    registers for ever; the flags in `stat` give it away.
+    """
     try:
         fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
-    except OSError:
+        flags = int(Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()[6])
+    except (OSError, ValueError, IndexError):
         return False
-    return len(fields) > 2 and fields[2] == hex(kvm.RUN)
+    return len(fields) > 2 and fields[2] == hex(kvm.RUN) and not flags & _PF_USER_WORKER
 
 
 def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]:

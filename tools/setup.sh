@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# Installs what is missing; sourced by ./try and ./check from the root of a clone. Quiet and quick where all is there.
+# SPDX-License-Identifier: Apache-2.0
+
+PYTHON=/usr/bin/python3 # the distribution's: its bcc is built for it
+
+say() { printf 'ebpf-mig: %s\n' "$*" >&2; }
+fail() { say "$1"; exit 3; }
+
+# need_packages PACKAGE...: apt-get installs those that dpkg does not know as installed.
+need_packages() {
+  local missing=() package
+  for package in "$@"; do
+    [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null)" = "ii " ] || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  command -v apt-get >/dev/null || fail "these packages are missing and there is no apt-get to install them: ${missing[*]}"
+  [ "$(id -u)" = 0 ] || fail "these packages are missing: run as root, or first: sudo apt-get install ${missing[*]}"
+  say "installing ${missing[*]}"
+  apt-get update -qq || fail "apt-get update failed: is there a network?"
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+    fail "apt-get could not install ${missing[*]}"
+}
+
+# need_venv [EXTRA]: .venv sees the distribution's bcc and holds our package (editable) with its dependencies.
+# Stamps tell what was installed from which pyproject.toml; the plain set is part of each extra's.
+need_venv() {
+  local extra=${1:-} want
+  want="$("$PYTHON" -V) $(sha256sum <pyproject.toml)"
+  [ "$(cat ".venv/stamp$extra" 2>/dev/null)" != "$want" ] || return 0
+  say "preparing .venv${extra:+ with $extra}"
+  [ "$(cat .venv/stamp 2>/dev/null)" = "$want" ] || "$PYTHON" -m venv --clear --system-site-packages .venv ||
+    fail "cannot make .venv"
+  .venv/bin/pip install --quiet --disable-pip-version-check -e ".$extra" ||
+    fail "pip could not install what pyproject.toml names"
+  printf '%s\n' "$want" | tee .venv/stamp >".venv/stamp$extra"
+}
