@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins the events of a recording into one migration.
+
+In: a header and events in any order. Out: the `Breakdown`. Pure: the same events give the same result.
+
+The story, top to bottom: take the events apart by process; tell source from destination; find the switchover,
+the migration's sockets and its fetches; book every instant of the window to a phase; describe the dirty log,
+the sockets, the witnesses; say how far all this can be relied upon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ebpf_mig import fetches, processes, roles, sockets, verdict, witness
+from ebpf_mig.activity import Work
+from ebpf_mig.breakdown import (
+    Breakdown,
+    Clock,
+    DirtyLog,
+    Endpoint,
+    FinalFetch,
+    Migration,
+    Phase,
+    Vcpu,
+    Witness,
+)
+from ebpf_mig.case import Case, locate, postcopy
+from ebpf_mig.events import AnyEvent, Header
+from ebpf_mig.processes import Process
+from ebpf_mig.window import attribute
+
+
+def analyse(
+    header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0
+) -> Breakdown:
+    """The breakdown of the migration in a recording.
+
+    `truncated`: the recording was cut off. `unknown`: how many of its events this version cannot read.
+    """
+    material = processes.split(header, events)
+    case = Case(material, *roles.assign(material.processes.values()))
+    locate(case)
+    window, parts, work = attribute(case)
+    origin = window[0] if window else case.since
+    return Breakdown(
+        migration=_migration(case, window),
+        window_ns=window[1] - window[0] if window else None,
+        blackout_ns=_blackout(case),
+        blackout=_blackout_span(case, origin),
+        phases=parts,
+        vcpus=_vcpus(case, origin),
+        dirty_log=_dirty_log(case, origin, parts, work),
+        sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
+        wire=None,
+        waits=None,
+        witnesses=_witnesses(case),
+        completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown),
+        clock=Clock(),
+        notes=_notes(case, window),
+    )
+
+
+def _mode(case: Case) -> str:
+    if case.source is None:
+        return "unknown"
+    if postcopy(case):
+        return "postcopy"
+    if case.bursts or fetches.switched_on(case.source, None) is not None:
+        return "precopy"
+    return "local" if case.switchover and case.channels.transport == "unix" else "unknown"
+
+
+def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
+    target = next((p.target for p in (case.source, case.destination) if p and p.target), None)
+    return Migration(
+        vmm=target.vmm if target else "",
+        vmm_version=target.vmm_version if target else "",
+        mode=_mode(case),
+        transport=case.channels.transport,
+        connections=case.channels.connections,
+        result=verdict.result(case.material, case.switchover),
+        source=_endpoint(case, case.source),
+        destination=_endpoint(case, case.destination),
+        total_ns=window[1] - case.began if window and case.began is not None else None,
+    )
+
+
+def _endpoint(case: Case, process: Process | None) -> Endpoint | None:
+    return Endpoint(host=case.material.header.host, pid=process.pid) if process else None
+
+
+def _blackout(case: Case) -> int | None:
+    found = case.switchover
+    return found.first_start - found.stop if found and found.first_start is not None else None
+
+
+def _blackout_span(case: Case, origin: int) -> tuple[int, int] | None:
+    found = case.switchover
+    if found is None or found.first_start is None:
+        return None
+    return found.stop - origin, found.first_start - origin
+
+
+def _vcpus(case: Case, origin: int) -> list[Vcpu]:
+    found = case.switchover
+    stops = found.stops if found else {}
+    starts = found.starts if found else {}
+    if found is None and case.source is None and case.destination is not None:
+        lines = case.destination.vcpus.items()
+        starts = {index: line.first_run for index, line in lines if line.first_run is not None}
+    rows: list[Vcpu] = []
+    for index in sorted(stops.keys() | starts.keys()):
+        stop, start = stops.get(index), starts.get(index)
+        kick = found.kicks.get(index) if found else None
+        rows.append(
+            Vcpu(
+                vcpu=index,
+                kick_ns=stop - kick if stop is not None and kick is not None and kick <= stop else None,
+                stop=None if stop is None else stop - origin,
+                start=None if start is None else start - origin,
+                blackout_ns=start - stop
+                if stop is not None and start is not None and start >= stop
+                else None,
+            )
+        )
+    return rows
+
+
+def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -> DirtyLog:
+    bursts, found = case.bursts or [], case.switchover
+    if case.source is None:
+        return DirtyLog(mode="none", slots=[], passes=[], final=None, fetches=[])
+    stop = found.stop if found else None
+    until = found.first_start if found and found.first_start is not None else 1 << 63
+    last = fetches.final(bursts, stop, until, origin) if stop is not None else []
+    took = {part.phase: part.duration_ns for part in parts}
+    logging = fetches.switched_on(case.source, stop) is not None
+    final = None
+    if work is not None and (last or work.memory):
+        final = FinalFetch(
+            kernel_ns=took["fetch.kernel"],
+            user_ns=took["fetch.user"],
+            pages=None,
+            bytes=sum(t.bytes for t in work.memory if stop is not None and t.begin_ns >= stop),
+            send_ns=took["memory.send"],
+        )
+    return DirtyLog(
+        mode=fetches.mode(bursts, logging, stop),
+        slots=fetches.slots(case.source, bursts),
+        passes=fetches.passes(bursts, stop, case.sends, origin),
+        final=final,
+        fetches=last,
+    )
+
+
+def _witnesses(case: Case) -> list[Witness]:
+    if case.switchover is None:
+        return []
+    pids = (case.source.pid if case.source else None, case.destination.pid if case.destination else None)
+    return witness.gather(case.material.marks, case.switchover, pids)
+
+
+def _notes(case: Case, window: tuple[int, int] | None) -> list[str]:
+    notes = [*case.notes, *case.material.header.notes]
+    for side, process in (("source", case.source), ("destination", case.destination)):
+        if process is None or window is None:
+            continue
+        for index, line in process.vcpus.items():
+            notes += [
+                f"a KVM_RUN of the {side}'s vCPU {index} returned -EINTR after {(end - begin) / 1000:.1f} us "
+                "and is taken not to have run the guest"
+                for begin, end in line.immediate
+                if window[0] <= begin <= window[1]
+            ]
+    return notes

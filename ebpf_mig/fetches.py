@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dirty-log fetches: which ioctls belong to the migration, the passes they make, the final fetch.
+
+In: the source's ioctls and its sends on the migration's sockets. Out: fetches, passes, slots, the mode.
+
+A fetch is a burst of GET_DIRTY_LOG over the memslots. CLEAR_DIRTY_LOG belongs to the fetch before it: QEMU
+issues it lazily, just before it sends the first page of a chunk (migration/ram.c,
+`migration_clear_memory_region_dirty_bitmap`). A VGA slot is dirty-logged without any
+migration and fetched alone by the main thread.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ebpf_mig import breakdown, kvm
+from ebpf_mig.events import Ioctl, Transfer
+from ebpf_mig.processes import Process
+from ebpf_mig.sockets import off_cpu_within
+
+BURST_NS = 1_000_000
+"""Ioctls of one fetch follow each other within this; QEMU's last running fetch and its final one are often
+less than that apart, so a stop, a send or a slot fetched again end a burst too."""
+SETUP_NS = 1_000_000_000
+"""Switching logging on over all slots takes no longer between two slots."""
+
+
+@dataclass
+class Burst:
+    """One fetch with what belongs to it."""
+
+    ioctls: list[Ioctl] = field(default_factory=list)
+    end: int = 0
+    """End of the burst itself, without the CLEARs that came later."""
+
+    @property
+    def begin(self) -> int:
+        return self.ioctls[0].begin_ns
+
+    @property
+    def fetched(self) -> bool:
+        """False if it holds nothing but CLEARs."""
+        return not is_clear(self.ioctls[0])
+
+    @property
+    def kernel_ns(self) -> int:
+        return sum(i.end_ns - i.begin_ns for i in self.ioctls)
+
+
+def is_dirty_log(ioctl: Ioctl) -> bool:
+    """One of the ioctls that fetch or clear the dirty log."""
+    return _name(ioctl) in ("GET_DIRTY_LOG", "CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
+
+
+def is_clear(ioctl: Ioctl) -> bool:
+    """Re-arms the log of a stretch of pages."""
+    return _name(ioctl) == "CLEAR_DIRTY_LOG"
+
+
+def _name(ioctl: Ioctl) -> str:
+    return kvm.name_of(ioctl.cmd)
+
+
+def _is_memslot(ioctl: Ioctl) -> bool:
+    return _name(ioctl) in ("SET_USER_MEMORY_REGION", "SET_USER_MEMORY_REGION2")
+
+
+def sizes(process: Process) -> dict[int, tuple[int, int]]:
+    """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
+    found = {slot.slot: (slot.addr, slot.size) for slot in process.slots if slot.size > 0}
+    found.update({i.slot: (i.addr, i.size) for i in process.ioctls if _is_memslot(i) and i.size > 0})
+    return found
+
+
+def fetchers(process: Process) -> frozenset[int]:
+    """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
+    slots: dict[int, set[int]] = defaultdict(set)
+    rings: set[int] = set()
+    for ioctl in process.ioctls:
+        if _name(ioctl) == "RESET_DIRTY_RINGS":
+            rings.add(ioctl.tid)
+        elif is_dirty_log(ioctl):
+            slots[ioctl.tid].add(ioctl.slot)
+    known = sizes(process)
+    largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
+    several = {tid for tid, fetched in slots.items() if len(fetched) > 1 or largest in fetched}
+    if not several and slots:
+        most = max(len(fetched) for fetched in slots.values())
+        several = {tid for tid, fetched in slots.items() if len(fetched) == most}
+    vcpus = {line.tid for line in process.vcpus.values()}
+    return frozenset(several | (rings - vcpus))
+
+
+def switched_on(process: Process, before: int | None) -> int | None:
+    """When the last switch-on of dirty logging that precedes `before` began; None if none was seen.
+
+    Judged by the largest slot that was switched: a VGA slot has the flag for good. A slot that is deleted and
+    set again (size 0 comes first) while logging is on is no new begin.
+    """
+    on: dict[int, bool] = {}
+    turned: list[Ioctl] = []
+    for ioctl in process.ioctls:
+        if not _is_memslot(ioctl) or ioctl.size == 0 or (before is not None and ioctl.begin_ns >= before):
+            continue
+        flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
+        if flag and not on.get(ioctl.slot, False):
+            turned.append(ioctl)
+        on[ioctl.slot] = flag
+    if not turned:
+        return None
+    largest = max(i.size for i in turned)
+    at = max(index for index, i in enumerate(turned) if i.size == largest)
+    while at > 0 and turned[at].begin_ns - turned[at - 1].end_ns < SETUP_NS:
+        at -= 1
+    return turned[at].begin_ns
+
+
+def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Transfer]) -> list[Burst]:
+    """The migration's fetches from `since` on; one that begins before the last stop ends there."""
+    tids = fetchers(process)
+    begins = sorted(send.begin_ns for send in sends)
+    result: list[Burst] = []
+    seen: set[tuple[int, int]] = set()
+    last = 0
+    for ioctl in process.ioctls:
+        if not is_dirty_log(ioctl) or ioctl.begin_ns < since:
+            continue
+        stopped = stop is not None and ioctl.begin_ns >= stop
+        if ioctl.tid not in tids and not (stopped and _name(ioctl) == "RESET_DIRTY_RINGS"):
+            continue
+        clear = is_clear(ioctl)
+        current = result[-1] if result else None
+        if (
+            current is None
+            or (stop is not None and current.begin < stop <= ioctl.begin_ns)
+            or (
+                not clear
+                and (
+                    not current.fetched
+                    or ioctl.begin_ns - last >= BURST_NS
+                    or (_name(ioctl) == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in seen)
+                    or _any_in(begins, last, ioctl.begin_ns)
+                )
+            )
+        ):
+            current = Burst()
+            result.append(current)
+            seen.clear()
+            last = 0
+        close = not current.ioctls or (
+            ioctl.begin_ns - last < BURST_NS and not _any_in(begins, last, ioctl.begin_ns)
+        )
+        if not clear or close:
+            current.end = max(current.end, ioctl.end_ns)
+        current.ioctls.append(ioctl)
+        seen.add((ioctl.cmd, ioctl.slot))
+        last = max(last, ioctl.end_ns)
+    return result
+
+
+def _any_in(instants: Sequence[int], begin: int, end: int) -> bool:
+    at = bisect_left(instants, begin)
+    return at < len(instants) and instants[at] < end
+
+
+def passes(
+    found: Sequence[Burst], stop: int | None, sends: Sequence[Transfer], origin: int
+) -> list[breakdown.Pass]:
+    """The pre-copy passes: fetches that began with the guest running, and the sending up to the next."""
+    running = [burst for burst in found if burst.fetched and (stop is None or burst.begin < stop)]
+    result: list[breakdown.Pass] = []
+    begins = [send.begin_ns for send in sends]
+    for index, burst in enumerate(running):
+        following = running[index + 1].begin if index + 1 < len(running) else stop
+        first = bisect_left(begins, burst.begin)
+        until = bisect_left(begins, following) if following is not None else len(begins)
+        sent = list(sends[first:until])
+        ready = sent[0].begin_ns if sent else burst.end
+        whole = (burst.begin, max((s.end_ns for s in sent), default=burst.begin))
+        result.append(
+            breakdown.Pass(
+                begin=burst.begin - origin,
+                kernel_ns=burst.kernel_ns,
+                user_ns=max(0, ready - burst.begin - _covered(burst.ioctls, ready)),
+                pages=None,
+                bytes=sum(s.bytes for s in sent),
+                send_ns=sum(min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent),
+                blocked_ns=off_cpu_within(sent, whole) if sent else None,
+                dirty_pages_per_s=None,
+            )
+        )
+    return result
+
+
+def _covered(ioctls: Sequence[Ioctl], until: int) -> int:
+    """Time before `until` inside at least one of the ioctls, which are in order."""
+    total, reached = 0, 0
+    for ioctl in ioctls:
+        begin, end = max(ioctl.begin_ns, reached), min(ioctl.end_ns, until)
+        total += max(0, end - begin)
+        reached = max(reached, end)
+    return total
+
+
+def final(found: Sequence[Burst], stop: int, until: int, origin: int) -> list[breakdown.Fetch]:
+    """The fetches that began in the blackout."""
+    return [
+        breakdown.Fetch(
+            begin=burst.begin - origin,
+            end=max(i.end_ns for i in burst.ioctls) - origin,
+            kernel_ns=burst.kernel_ns,
+            ioctls=[
+                breakdown.FetchIoctl(
+                    ioctl=_name(i), slot=i.slot, begin=i.begin_ns - origin, duration_ns=i.end_ns - i.begin_ns
+                )
+                for i in burst.ioctls
+            ],
+        )
+        for burst in found
+        if stop <= burst.begin < until
+    ]
+
+
+def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
+    """The slots that were fetched, as far as their place is known."""
+    known = sizes(process)
+    used = sorted({i.slot for burst in found for i in burst.ioctls if _name(i) != "RESET_DIRTY_RINGS"})
+    if not used:
+        used = sorted(
+            {
+                i.slot
+                for i in process.ioctls
+                if _is_memslot(i) and i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size
+            }
+        )
+    return [
+        breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1])
+        for slot in used
+        if slot in known
+    ]
+
+
+def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> str:
+    """manual, legacy, ring or none. With a ring already drained there may be no ioctl at all."""
+    names = {_name(i) for burst in found for i in burst.ioctls}
+    running = {_name(i) for b in found for i in b.ioctls if stop is None or i.begin_ns < stop}
+    if "CLEAR_DIRTY_LOG" in names:
+        return "manual"
+    if "RESET_DIRTY_RINGS" in names and "GET_DIRTY_LOG" not in running:
+        # On arm64 a bitmap backs the rings up and is fetched once after the stop.
+        return "ring"
+    if "GET_DIRTY_LOG" in names:
+        return "legacy"
+    return "ring" if logging and stop is not None else "none"

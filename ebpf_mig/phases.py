@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attribution: which phase owns which instant of the window, and why.
+
+In: the switchover's instants, the source's work after the stop, the destination's loading. Out: the phases of
+the breakdown, a partition of the window to the nanosecond.
+
+The partition is made by construction: a `Partition` only ever moves a cursor forward, so spans cannot
+overlap, leave a hole or be negative, whatever the events say. The critical path decides between the sides:
+the source owns the instant until the last byte that the destination needed has left, then the destination
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ebpf_mig import activity, breakdown, kvm
+from ebpf_mig.activity import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
+from ebpf_mig.events import Ioctl
+
+SHORT_NS = 1_000_000
+"""A wait between two kinds of work that no rule names belongs to the former up to this, else to nobody."""
+
+SETUP_GAP_NS = 20_000_000
+"""Restore work after a longer rest, where the source was not traced, is another stretch."""
+
+_CLOCK = frozenset({"SET_CLOCK", "GET_CLOCK", "KVMCLOCK_CTRL"})
+"""Start the guest's clock; part of resuming."""
+_READS = ("GET_", "HAS_", "CHECK_")
+
+
+@dataclass
+class Partition:
+    """Spans of one phase each, from `begin` on without holes."""
+
+    begin: int
+    end: int
+    cursor: int = field(init=False)
+    spans: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cursor = self.begin
+
+    def until(self, at: int, phase: str) -> None:
+        """Books everything from the cursor to `at`, at most to the window's end, to `phase`."""
+        at = min(at, self.end)
+        if at <= self.cursor:
+            return
+        if self.spans and self.spans[-1][2] == phase:
+            self.spans[-1] = (self.spans[-1][0], at, phase)
+        else:
+            self.spans.append((self.cursor, at, phase))
+        self.cursor = at
+
+    def phases(self) -> list[breakdown.Phase]:
+        """Every phase, also unseen ones; instants relative to the begin."""
+        self.until(self.end, "unattributed")
+        result = []
+        for name, side in breakdown.PHASES:
+            spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
+            total = sum(e - b for b, e in spans)
+            result.append(breakdown.Phase(phase=name, side=side, duration_ns=total, spans=spans))
+        assert sum(phase.duration_ns for phase in result) == self.end - self.begin  # noqa: S101
+        return result
+
+
+def unseen() -> list[breakdown.Phase]:
+    """Every phase, none of it seen."""
+    return [
+        breakdown.Phase(phase=name, side=side, duration_ns=0, spans=[]) for name, side in breakdown.PHASES
+    ]
+
+
+_INSIDE = {
+    FETCH: "fetch.kernel",
+    CLEAR: "fetch.kernel",
+    MEMORY: "memory.send",
+    STATE: "state.send",
+    SAVE: "state.save",
+}
+_BETWEEN = {
+    (FETCH, FETCH): "fetch.user",
+    (FETCH, CLEAR): "fetch.user",
+    (FETCH, MEMORY): "fetch.user",
+    # Nothing was found to send; the state is being written down.
+    (FETCH, STATE): "state.save",
+    (MEMORY, MEMORY): "memory.send",
+    (MEMORY, CLEAR): "memory.send",
+    (MEMORY, FETCH): "memory.send",
+    (MEMORY, REPLY): "memory.send",
+    (MEMORY, STATE): "state.save",
+    (SAVE, SAVE): "state.save",
+    (SAVE, FETCH): "state.save",
+    (SAVE, STATE): "state.save",
+    (STATE, STATE): "state.send",
+    (STATE, SAVE): "state.save",
+    (STATE, REPLY): "handover",
+    (REPLY, STATE): "handover",
+    (REPLY, REPLY): "handover",
+}
+"""Who owns the time between two kinds of work; a pair that is not here is unattributed."""
+_BETWEEN_SHORT = {
+    (FETCH, SAVE): "fetch.user",
+    (MEMORY, SAVE): "memory.send",
+    (SAVE, MEMORY): "state.save",
+}
+"""The same, but only up to SHORT_NS."""
+
+
+def source(partition: Partition, stop: int, until: int, work: Work) -> None:
+    """Books [stop, until) to the source's phases."""
+    previous: int | None = None
+    for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
+        if label == REPLY and previous not in (MEMORY, STATE, REPLY):
+            continue
+        partition.until(begin, _between(previous, label, begin - partition.cursor, work, begin))
+        if label == REPLY:
+            # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
+            partition.until(end, "memory.send" if previous == MEMORY else "handover")
+        else:
+            partition.until(end, _INSIDE[label])
+        previous = _after(previous, label)
+    if previous is None:
+        partition.until(min(work.quiet_until, until), "quiesce")
+    elif previous in (STATE, REPLY):
+        partition.until(until, "handover")
+    partition.until(until, "unattributed")
+
+
+def _after(previous: int | None, label: int) -> int:
+    """A CLEAR amid the sending, or the answer to pages, does not end the sending."""
+    if label == CLEAR:
+        return MEMORY if previous == MEMORY else FETCH
+    return MEMORY if label == REPLY and previous == MEMORY else label
+
+
+def _between(previous: int | None, following: int, gap: int, work: Work, at: int) -> str:
+    """Which phase owns the `gap` between two kinds of work, the second of which begins at `at`."""
+    if previous is None:
+        return "quiesce"
+    pair = previous, following
+    if pair == (MEMORY, FETCH) and work.fetched is not None and at <= work.fetched:
+        # No page can have left yet: what was sent announces the switchover (QEMU 10.0 and later).
+        return "quiesce"
+    if pair == (SAVE, MEMORY) and work.fetched is None:
+        # Dirty rings are read without an ioctl.
+        return "fetch.user"
+    if pair in _BETWEEN:
+        return _BETWEEN[pair]
+    return _BETWEEN_SHORT.get(pair, "unattributed") if gap <= SHORT_NS else "unattributed"
+
+
+def _flatten(begin: int, end: int, intervals: Sequence[activity.Interval]) -> list[activity.Interval]:
+    """Overlapping intervals as a row of disjoint ones, cut to [begin, end); the lowest label wins."""
+    changes: list[tuple[int, int, int]] = []
+    for opened, closed, label in intervals:
+        first, last = max(opened, begin), min(closed, end)
+        if first < last:
+            changes += [(first, 1, label), (last, -1, label)]
+    changes.sort()
+    active = [0] * 6
+    result: list[activity.Interval] = []
+    since, current = begin, None
+    for at, step, label in changes:
+        active[label] += step
+        top = next((index for index, count in enumerate(active) if count), None)
+        if top != current:
+            if current is not None and since < at:
+                if result and result[-1][1] == since and result[-1][2] == current:
+                    result[-1] = (result[-1][0], at, current)
+                else:
+                    result.append((since, at, current))
+            since, current = at, top
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The destination's restoring of the state."""
+
+    begin: int
+    end: int
+
+
+def is_restore(ioctl: Ioctl) -> bool:
+    """Work that builds up the VM: setters, memslots, vCPUs, routing."""
+    name = kvm.name_of(ioctl.cmd)
+    dirty_log = name in ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
+    return not (name in _CLOCK or dirty_log or name.startswith(_READS))
+
+
+def loading(
+    ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Sequence[int]
+) -> Loading | None:
+    """The restoring that follows `since`, the source's first send of state (or the stop), before `start`.
+
+    It ends with the last setter of vCPU state before the clock is set. Where the source still said something
+    after that (`answered`: its sends), it ended with the last restore work before: Cloud Hypervisor restores
+    its devices after the vCPUs, answers, and is told to resume.
+    """
+    work = [i for i in ioctls if i.begin_ns >= since and (start is None or i.begin_ns < start)]
+    restores = [i for i in work if is_restore(i)]
+    if not restores:
+        return None
+    begin = restores[0].begin_ns
+    setters = [i for i in restores if kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
+    clock = next((i.begin_ns for i in work if i.begin_ns > begin and kvm.name_of(i.cmd) in _CLOCK), None)
+    before = [i for i in setters if clock is None or i.begin_ns < clock] or setters or restores
+    end = max(i.end_ns for i in before)
+    told = next((at for at in answered if at >= end and (start is None or at < start)), None)
+    if told is not None:
+        end = max(end, *(i.end_ns for i in restores if i.begin_ns < told))
+    return Loading(begin, end)
+
+
+def destination(
+    partition: Partition, handed: int, load: Loading | None, received: int | None, start: int
+) -> None:
+    """Books everything from `handed` on to the destination's phases."""
+    if load is None:
+        partition.until(max(handed, received or handed), "handover")
+        partition.until(start, "unattributed")
+    else:
+        partition.until(max(handed, load.begin), "handover")
+        partition.until(load.end, "state.load")
+        partition.until(start, "resume")
+    partition.until(partition.end, "resume")
+
+
+def is_resume(ioctl: Ioctl) -> bool:
+    """On a source that takes its guest back: sets the clock, writes registers back."""
+    return kvm.name_of(ioctl.cmd) in (kvm.VCPU_STATE_SET | {"SET_CLOCK"})
+
+
+def last_loading(ioctls: Sequence[Ioctl], start: int) -> Loading | None:
+    """The last stretch of restore work before `start`, without the set-up of the VM before the migration."""
+    work = [i for i in ioctls if is_restore(i) and i.begin_ns < start]
+    if not work:
+        return None
+    first = len(work) - 1
+    while first > 0 and work[first].begin_ns - work[first - 1].end_ns < SETUP_GAP_NS:
+        first -= 1
+    return loading(ioctls, work[first].begin_ns, start, ())

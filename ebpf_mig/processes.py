@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The events of a recording by process, cleaned and in time order.
+
+In: a header and events in any order. Out: one `Process` a traced pid, the marks, the ending.
+
+Events come from a file and may be anything: calls whose begin was not seen, or lies after their end, become
+calls of no length, so that no later step can meet a negative duration. Sorting is by the whole event, so
+that the result does not depend on the order of the input.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import msgspec
+
+from ebpf_mig import events as ev
+from ebpf_mig import timeline
+from ebpf_mig.timeline import Timeline
+
+SEND, RECEIVE = 0, 1
+
+
+@dataclass
+class Process:
+    """One traced process; every list is in time order."""
+
+    pid: int
+    target: ev.Target | None = None
+    ioctls: list[ev.Ioctl] = field(default_factory=list)
+    enters: list[ev.VcpuEnter] = field(default_factory=list)
+    exits: list[ev.VcpuExit] = field(default_factory=list)
+    states: list[ev.VcpuState] = field(default_factory=list)
+    kicks: list[ev.Kick] = field(default_factory=list)
+    transfers: list[ev.Transfer] = field(default_factory=list)
+    told: list[ev.Socket] = field(default_factory=list)
+    named: list[ev.Thread] = field(default_factory=list)
+    slots: list[ev.Slot] = field(default_factory=list)
+
+    @property
+    def hint(self) -> str:
+        """The role the user gave it."""
+        return self.target.role if self.target else "unknown"
+
+    @cached_property
+    def sockets(self) -> dict[int, ev.Socket]:
+        """What is known of each socket, by inode; told twice, the last word counts."""
+        return {socket.socket: socket for socket in self.told}
+
+    @cached_property
+    def threads(self) -> dict[int, ev.Thread]:
+        """Thread names by tid; of two, the one with a vCPU index."""
+        return {thread.tid: thread for thread in sorted(self.named, key=lambda t: (t.vcpu, t.name))}
+
+    @cached_property
+    def kicks_by_tid(self) -> dict[int, list[ev.Kick]]:
+        """Kicks by the thread they were sent to."""
+        result: dict[int, list[ev.Kick]] = defaultdict(list)
+        for kick in self.kicks:
+            result[kick.target_tid].append(kick)
+        return dict(result)
+
+    @cached_property
+    def vcpus(self) -> dict[int, Timeline]:
+        """Timelines by vCPU index, of vCPUs seen to run; threads without a known index fill the gaps."""
+        enters: dict[int, list[ev.VcpuEnter]] = defaultdict(list)
+        exits: dict[int, list[ev.VcpuExit]] = defaultdict(list)
+        states: dict[int, list[ev.VcpuState]] = defaultdict(list)
+        for enter in self.enters:
+            enters[enter.tid].append(enter)
+        for exit_ in self.exits:
+            exits[exit_.tid].append(exit_)
+        for state in self.states:
+            states[state.tid].append(state)
+        found: dict[int, Timeline] = {}
+        nameless: list[Timeline] = []
+        for tid in sorted(enters.keys() | exits.keys() | states.keys()):
+            kicked = [kick.at_ns for kick in self.kicks_by_tid.get(tid, ())]
+            line = timeline.build(tid, enters[tid], exits[tid], states[tid], kicked)
+            if not line.ran:
+                continue
+            index = self.threads[tid].vcpu if tid in self.threads else -1
+            if index >= 0 and index not in found:
+                found[index] = line
+            else:
+                nameless.append(line)
+        free = 0
+        for line in nameless:
+            while free in found:
+                free += 1
+            found[free] = line
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def gaps(self) -> list[tuple[int, int | None]]:
+        """The stretches in which none of its vCPUs ran guest code."""
+        return timeline.common(list(self.vcpus.values()))
+
+
+@dataclass
+class Material:
+    """A recording taken apart."""
+
+    header: ev.Header
+    processes: dict[int, Process]
+    marks: list[ev.Mark]
+    ending: ev.Ending | None
+
+
+_STREAMS: dict[type, str] = {
+    ev.Ioctl: "ioctls",
+    ev.VcpuEnter: "enters",
+    ev.VcpuExit: "exits",
+    ev.VcpuState: "states",
+    ev.Kick: "kicks",
+    ev.Transfer: "transfers",
+    ev.Socket: "told",
+    ev.Thread: "named",
+    ev.Slot: "slots",
+}
+
+_key = msgspec.structs.astuple
+
+
+def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
+    """Takes a recording apart. Linear but for the sorting."""
+    processes: dict[int, Process] = {}
+    for target in header.targets:
+        processes.setdefault(target.pid, Process(target.pid, target))
+    marks: list[ev.Mark] = []
+    endings: list[ev.Ending] = []
+    for event in events:
+        if isinstance(event, ev.Mark):
+            marks.append(event)
+        elif isinstance(event, ev.Ending):
+            endings.append(event)
+        else:
+            process = processes.get(event.pid) or processes.setdefault(event.pid, Process(event.pid))
+            getattr(process, _STREAMS[type(event)]).append(event)
+    for process in processes.values():
+        process.ioctls = sorted(map(_whole_ioctl, process.ioctls), key=_key)
+        process.transfers = sorted(map(_whole_transfer, process.transfers), key=_key)
+        for name in ("enters", "exits", "states", "kicks", "told", "named", "slots"):
+            getattr(process, name).sort(key=_key)
+    marks.sort(key=_key)
+    return Material(header, dict(sorted(processes.items())), marks, _last(endings))
+
+
+def _whole_ioctl(event: ev.Ioctl) -> ev.Ioctl:
+    """A call whose begin was not seen, or makes no sense, begins when it ends."""
+    if 0 < event.begin_ns <= event.end_ns:
+        return event
+    return msgspec.structs.replace(event, begin_ns=event.end_ns)
+
+
+def _whole_transfer(event: ev.Transfer) -> ev.Transfer:
+    """The same for transfers, which cannot move less than nothing either."""
+    length = event.end_ns - event.begin_ns
+    if 0 < event.begin_ns <= event.end_ns and event.in_call_ns >= 0 and event.bytes >= 0:
+        return event
+    return msgspec.structs.replace(
+        event,
+        begin_ns=event.begin_ns if event.begin_ns > 0 and length >= 0 else event.end_ns,
+        in_call_ns=max(0, event.in_call_ns),
+        bytes=max(0, event.bytes),
+    )
+
+
+def _last(endings: list[ev.Ending]) -> ev.Ending | None:
+    def order(ending: ev.Ending) -> tuple[int, str, bytes]:
+        return ending.at_ns, ending.reason, msgspec.json.encode(ending, order="deterministic")
+
+    return max(endings, key=order, default=None)

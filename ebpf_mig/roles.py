@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which traced process is the source and which the destination.
+
+In: the processes of a recording. Out: the pair, and a note for every hint that events contradict.
+
+The source fetched dirty logs, ran its guest when tracing began, and stopped. The destination's state was set
+before its guest first ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ebpf_mig import fetches, kvm
+from ebpf_mig.processes import Process
+
+
+def assign(processes: Iterable[Process]) -> tuple[Process | None, Process | None, list[str]]:
+    """(source, destination, notes)."""
+    scores = [(process, _as_source(process), _as_destination(process)) for process in processes]
+    sources = [(s - d, p) for p, s, d in scores if s > d or (s == d and s > 0)]
+    source = max(sources, key=lambda item: (item[0], -_first(item[1]), -item[1].pid), default=(0, None))[1]
+    destinations = [(d - s, p) for p, s, d in scores if p is not source and d >= s and d > 0]
+    destination = max(destinations, key=lambda item: (item[0], -item[1].pid), default=(0, None))[1]
+    if source is not None and destination is None and _as_source(source) == _as_destination(source):
+        # Nothing speaks for either side: no role is better than a wrong one, unless the user named one.
+        source = source if source.hint == "source" else None
+    notes = [
+        f"process {process.pid} was given as the {process.hint}, but behaved as the {role}"
+        for process, role in ((source, "source"), (destination, "destination"))
+        if process is not None and process.hint in ("source", "destination") and process.hint != role
+    ]
+    return source, destination, notes
+
+
+def _as_source(process: Process) -> int:
+    dirty = any(fetches.is_dirty_log(i) for i in process.ioctls)
+    several = dirty and _fetches_for_migration(process)
+    ran_before = any(line.ran_before for line in process.vcpus.values())
+    stopped = bool(process.gaps) and process.gaps[-1][1] is None
+    return 4 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == "source")
+
+
+def _as_destination(process: Process) -> int:
+    lines = list(process.vcpus.values())
+    fresh = not any(line.ran_before for line in lines)
+    first = min((line.first_run for line in lines if line.first_run is not None), default=None)
+    restored = any(
+        kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET and (first is None or i.begin_ns < first)
+        for i in process.ioctls
+    )
+    return 4 * (fresh and restored) + (fresh and first is not None) + 2 * (process.hint == "destination")
+
+
+def _fetches_for_migration(process: Process) -> bool:
+    slots = {i.slot for i in process.ioctls if fetches.is_dirty_log(i)}
+    known = fetches.sizes(process)
+    largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
+    return len(slots) > 1 or largest in slots
+
+
+def _first(process: Process) -> int:
+    """When it is first known to run its guest; 0 if it did when tracing began."""
+    if any(line.ran_before for line in process.vcpus.values()):
+        return 0
+    return min(
+        (line.first_run for line in process.vcpus.values() if line.first_run is not None), default=1 << 63
+    )

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The completeness verdict and the migration's result.
+
+In: the ending, the header, the marks, what was found. Out: the `Completeness` and the result's word.
+"""
+
+from __future__ import annotations
+
+from ebpf_mig.breakdown import Completeness
+from ebpf_mig.events import Mark
+from ebpf_mig.processes import Material, Process
+from ebpf_mig.switchover import Switchover
+
+ESSENTIAL = ("ioctl", "dirty", "vcpu", "kvm", "kick", "state", "socket")
+"""Signals whose absence leaves a hole in the phases, by a part of their name."""
+_RESULTS = ("completed", "failed", "cancelled")
+_REASONS = {"migrated": "completed", "failed": "failed", "cancelled": "cancelled", "target-died": "failed"}
+
+
+def completeness(
+    material: Material, source: Process | None, destination: Process | None, truncated: bool, unknown: int
+) -> Completeness:
+    """How far the result can be relied upon."""
+    ending = material.ending
+    lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
+    holes: list[str] = []
+    bounds: list[str] = []
+    if truncated or ending is None:
+        holes.append("the recording was cut off: events at its end, and the counts of losses, are missing")
+    holes += [f"{count} events of {name} were lost in the kernel" for name, count in lost.items()]
+    if unknown:
+        holes.append(f"{unknown} events of a kind that this version does not know were left out")
+    if source is None:
+        bounds.append("the source was not traced: pause, fetch and sending are unknown")
+    if destination is None:
+        bounds.append("the destination was not traced: the blackout's end is unknown")
+    for signal, tier in sorted(material.header.attach.items()):
+        if tier.startswith("absent") and any(part in signal for part in ESSENTIAL):
+            bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
+    observer = ending.observer_ns if ending else {}
+    return Completeness(
+        verdict="incomplete" if holes else "bounded" if bounds else "complete",
+        lost=lost,
+        unpaired=dict(sorted((ending.unpaired if ending else {}).items())),
+        attach=dict(sorted(material.header.attach.items())),
+        observer_ns=sum(observer.values()) if observer else None,
+        reasons=holes + bounds,
+    )
+
+
+def result(material: Material, switchover: Switchover | None) -> str:
+    """completed, failed, cancelled or unknown. Seen vCPUs outweigh what anybody said."""
+    if switchover is not None and switchover.kind == "completed":
+        return "completed"
+    said = _said(material.marks) or _REASONS.get(material.ending.reason if material.ending else "", "")
+    if switchover is not None and switchover.kind == "aborted":
+        return said if said in ("failed", "cancelled") else "failed"
+    return said or "unknown"
+
+
+def _said(marks: list[Mark]) -> str:
+    """The last outcome that a VMM reported."""
+    for mark in reversed(marks):
+        _, _, word = mark.name.rpartition(".")
+        if ".MIGRATION." in f".{mark.name}" and word in _RESULTS:
+            return word
+    return ""

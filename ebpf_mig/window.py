@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The window: where it begins and ends, and who owns it on the way.
+
+In: a `Case`. Out: the window and its phases.
+"""
+
+from __future__ import annotations
+
+from ebpf_mig import activity, fetches, phases
+from ebpf_mig.activity import Work
+from ebpf_mig.breakdown import Phase
+from ebpf_mig.case import Case, postcopy
+from ebpf_mig.events import Transfer
+from ebpf_mig.phases import Partition
+from ebpf_mig.processes import RECEIVE, SEND, Process
+from ebpf_mig.switchover import Switchover
+
+
+def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | None]:
+    """The window, its phases, and what the source did in it."""
+    found, source = case.switchover, case.source
+    if source is None:
+        return _destination_alone(case)
+    if found is None:
+        return None, phases.unseen(), None
+    if found.kind == "aborted":
+        return _aborted(case, source, found)
+    transfers = case.transfers(source)
+    work = _work(case, source, found.stop, found.first_start)
+    load = _loading(case, found, work, transfers)
+    limit = _handover_limit(case, found, load)
+    sent = [
+        t.end_ns for t in transfers if t.direction == SEND and t.end_ns > found.stop and t.begin_ns < limit
+    ]
+    done = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < limit]
+    handed = max(sent or done, default=found.stop)
+    end = found.last_start
+    if end is None:
+        talk = [t.end_ns for t in transfers if t.end_ns > found.stop]
+        end = max([found.stop, handed, *talk, *([load.end] if load else [])])
+    partition = Partition(found.requested, max(end, found.stop))
+    handed = min(handed, found.first_start if found.first_start is not None else end)
+    partition.until(found.stop, "pause")
+    work = _work(case, source, found.stop, handed)
+    phases.source(partition, found.stop, handed, work)
+    if found.first_start is not None or load is not None:
+        received = [
+            t.end_ns
+            for t in case.transfers(case.destination)
+            if t.direction == RECEIVE and (found.first_start is None or t.end_ns <= found.first_start)
+        ]
+        begin = found.first_start if found.first_start is not None else partition.end
+        phases.destination(partition, handed, load, max(received, default=None), begin)
+    partition.until(partition.end, "handover")
+    return (partition.begin, partition.end), partition.phases(), work
+
+
+def _work(case: Case, source: Process, stop: int, until: int | None) -> Work:
+    until = until if until is not None else 1 << 63
+    return activity.observe(
+        stop,
+        until,
+        [b for b in case.bursts or [] if stop <= b.begin < until],
+        case.transfers(source),
+        [i for i in source.ioctls if not fetches.is_dirty_log(i)],
+    )
+
+
+def _loading(case: Case, found: Switchover, work: Work, transfers: list[Transfer]) -> phases.Loading | None:
+    if case.destination is None:
+        return None
+    since = max(found.stop, work.state_from if work.state_from is not None else found.stop)
+    answered = [t.begin_ns for t in transfers if t.direction == SEND]
+    return phases.loading(case.destination.ioctls, since, found.first_start, answered)
+
+
+def _handover_limit(case: Case, found: Switchover, load: phases.Loading | None) -> int:
+    """Sends of the source that begin before this can have been needed by the destination."""
+    limit = found.first_start if found.first_start is not None else 1 << 63
+    if load is None:
+        return limit
+    # In postcopy memory follows while the destination loads the state, which it has received whole by then.
+    return min(limit, load.begin if postcopy(case) else load.end)
+
+
+def _aborted(case: Case, source: Process, found: Switchover) -> tuple[tuple[int, int], list[Phase], Work]:
+    """The source took the guest back: it owns everything up to the re-entry."""
+    back = found.first_start if found.first_start is not None else found.stop
+    partition = Partition(found.requested, max(back, found.last_start or back))
+    work = _work(case, source, found.stop, back)
+    partition.until(found.stop, "pause")
+    worked = [end for begin, end, label in work.intervals if begin < back and label != activity.SAVE]
+    worked += [
+        i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < back and activity.is_vcpu_read(i)
+    ]
+    last = max(worked, default=found.stop)
+    resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
+    resume = resuming[0].begin_ns if resuming else back
+    phases.source(partition, found.stop, resume, _work(case, source, found.stop, resume))
+    partition.until(partition.end, "resume")
+    return (partition.begin, partition.end), partition.phases(), work
+
+
+def _destination_alone(case: Case) -> tuple[tuple[int, int] | None, list[Phase], None]:
+    """Only the destination was traced: what it did from its first restore work after the memory on."""
+    destination = case.destination
+    if destination is None:
+        return None, phases.unseen(), None
+    starts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
+    if not starts:
+        return None, phases.unseen(), None
+    load = phases.last_loading(destination.ioctls, min(starts))
+    if load is None:
+        return None, phases.unseen(), None
+    partition = Partition(load.begin, max(starts))
+    phases.destination(partition, load.begin, load, None, min(starts))
+    return (partition.begin, partition.end), partition.phases(), None

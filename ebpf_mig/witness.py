@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Witnesses: what others said about the blackout, set beside our figure and explained.
+
+In: the marks of a recording and the switchover. Out: rows of the breakdown. A witness never moves a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ebpf_mig.breakdown import Witness
+from ebpf_mig.events import Mark
+from ebpf_mig.switchover import Switchover
+
+MS = 1_000_000
+
+_DOWNTIME = {
+    "qmp": "QEMU's own figure in whole ms: it begins before the vCPUs are kicked and ends when the source is "
+    "done; the destination is in it only with a return path",
+    "ch": "Cloud Hypervisor's own figure in whole ms: from its pause call to the destination's answer to "
+    "Complete",
+}
+
+
+def gather(
+    marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None, int | None]
+) -> list[Witness]:
+    """Everything comparable with the blackout; empty if the blackout is not known."""
+    if switchover.first_start is None:
+        return []
+    blackout = switchover.first_start - switchover.stop
+    found: list[Witness] = []
+    for mark in marks:
+        prefix, _, what = mark.name.rpartition(".")
+        if what == "downtime_ms":
+            found.append(
+                Witness(
+                    name=mark.name,
+                    value_ns=mark.value * MS,
+                    difference_ns=mark.value * MS - blackout,
+                    explanation=_DOWNTIME.get(prefix, f"as {prefix} told it, in whole ms"),
+                )
+            )
+    stopped = _nearest(marks, "qmp.STOP", pids[0], switchover.stop)
+    resuming = pids[0] if switchover.kind == "aborted" else pids[1]
+    resumed = _nearest(marks, "qmp.RESUME", resuming, switchover.first_start)
+    if stopped and resumed:
+        value = resumed.at_ns - stopped.at_ns
+        doubt = _span(max(stopped.doubt_ns, resumed.doubt_ns))
+        found.append(
+            Witness(
+                name="qmp.STOP..RESUME",
+                value_ns=value,
+                difference_ns=value - blackout,
+                explanation=f"STOP came {_us(stopped.at_ns - switchover.stop)} the last vCPU's stop, RESUME "
+                f"{_us(resumed.at_ns - switchover.first_start)} the first vCPU's start (QEMU sends it before "
+                f"it kicks the vCPUs); the stamps may be off by {doubt}",
+            )
+        )
+    return sorted(found, key=lambda w: (w.name, w.value_ns))
+
+
+def _nearest(marks: Sequence[Mark], name: str, pid: int | None, at: int) -> Mark | None:
+    named = [mark for mark in marks if mark.name == name]
+    own = [mark for mark in named if mark.pid == pid]
+    return min(own, key=lambda mark: (abs(mark.at_ns - at), mark.at_ns), default=None)
+
+
+def _us(difference: int) -> str:
+    return f"{_span(abs(difference))} {'after' if difference >= 0 else 'before'}"
+
+
+def _span(ns: int) -> str:
+    return f"{ns / MS:.3f} ms"
