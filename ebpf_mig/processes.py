@@ -39,6 +39,7 @@ class Process:
     told: list[ev.Socket] = field(default_factory=list)
     named: list[ev.Thread] = field(default_factory=list)
     slots: list[ev.Slot] = field(default_factory=list)
+    off_cpu: list[ev.OffCpu] = field(default_factory=list)
 
     @property
     def hint(self) -> str:
@@ -120,6 +121,7 @@ _STREAMS: dict[type, str] = {
     ev.Socket: "told",
     ev.Thread: "named",
     ev.Slot: "slots",
+    ev.OffCpu: "off_cpu",
 }
 
 _key = msgspec.structs.astuple
@@ -143,7 +145,7 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
     for process in processes.values():
         process.ioctls = sorted(map(_whole_ioctl, process.ioctls), key=_key)
         process.transfers = sorted(map(_whole_transfer, process.transfers), key=_key)
-        for name in ("enters", "exits", "states", "kicks", "told", "named", "slots"):
+        for name in ("enters", "exits", "states", "kicks", "told", "named", "slots", "off_cpu"):
             getattr(process, name).sort(key=_key)
     marks.sort(key=_key)
     return Material(header, dict(sorted(processes.items())), marks, _last(endings))
