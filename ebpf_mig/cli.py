@@ -7,6 +7,7 @@ In: arguments and signals. Out: an exit code (docs: 0 done, 1 bug, 2 usage, 3 pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -142,7 +143,8 @@ def _exit_code(error: BaseException, verbose: int) -> int:
             message, code = f"internal error: {what}; run with -vv for the traceback", 1
     if verbose >= 2:
         traceback.print_exception(error)
-    click.echo(f"ebpf-mig: {printable(message, 2000)}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"ebpf-mig: {printable(message, 2000)}", err=True)
     return code
 
 

@@ -269,17 +269,22 @@ class RecordingReader:
         head = self._read(FRAME.size)
         if not head:
             return None
-        number, self._block = self._block, self._block + 1
+        where = self._next_block()
         length, crc, kind = FRAME.unpack(head) if len(head) == FRAME.size else (1, 0, 0)
         if length > MAX_STORED:
-            raise DamageError(f"block {number} is damaged: {length} bytes, more than {MAX_STORED}")
+            raise DamageError(f"{where} is damaged: {length} bytes, more than {MAX_STORED}")
         payload = self._read(length)
         if len(payload) < length:
-            raise DamageError(f"the file ends inside block {number}")
+            raise DamageError(f"the file ends inside {where}")
         try:
             return kind & ~COMPRESSED, content_of(kind, crc, payload)
         except DamageError as damage:
-            raise DamageError(f"block {number} is damaged: {damage}") from damage
+            raise DamageError(f"{where} is damaged: {damage}") from damage
+
+    def _next_block(self) -> str:
+        """Counts the block that is read next, and its name in messages."""
+        self._block += 1
+        return f"block {self._block - 1}" if self._block > 1 else "its header"
 
     def _decode(self, kind: int, content: bytes) -> list[AnyEvent]:
         """A block's events; blocks of a newer writer's kind have none."""
