@@ -63,9 +63,7 @@ def observe(
     sends = [t for t in transfers if t.direction == SEND and t.begin_ns < until and t.end_ns > stop]
     senders = {(t.tid, key_of(t)) for t in transfers if t.direction == SEND}
     replies = [
-        t
-        for t in transfers
-        if t.direction == RECEIVE and t.bytes and (t.tid, key_of(t)) in senders and stop < t.end_ns
+        t for t in transfers if t.direction == RECEIVE and t.bytes and (t.tid, key_of(t)) in senders and stop < t.end_ns
     ]
     others = [i for i in ioctls if stop <= i.begin_ns < until]
     saves = _saves(others, [*(b.begin for b in bursts), *(max(stop, t.begin_ns) for t in sends)])
@@ -75,8 +73,7 @@ def observe(
         intervals += [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for i in burst.ioctls]
     intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
     intervals += [
-        (t.begin_ns, t.end_ns, STATE if state else MEMORY)
-        for t, state in zip(sends, carries_state, strict=True)
+        (t.begin_ns, t.end_ns, STATE if state else MEMORY) for t, state in zip(sends, carries_state, strict=True)
     ]
     intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in replies]
     memory = [t for t, state in zip(sends, carries_state, strict=True) if not state]
@@ -85,9 +82,7 @@ def observe(
         first_page=min((t.begin_ns for t in memory), default=None),
         state_from=min((t.begin_ns for t, s in zip(sends, carries_state, strict=True) if s), default=None),
         memory=memory,
-        quiet_until=max(
-            (i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=stop
-        ),
+        quiet_until=max((i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=stop),
         fetched=min((b.begin for b in bursts if b.fetched), default=None),
     )
 

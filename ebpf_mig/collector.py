@@ -31,9 +31,7 @@ from ebpf_mig.processes import Process
 from ebpf_mig.window import attribute
 
 
-def analyse(
-    header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0
-) -> Breakdown:
+def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Breakdown:
     """The breakdown of the migration in a recording.
 
     `truncated`: the recording was cut off. `unknown`: how many of its events this version cannot read.
@@ -119,9 +117,7 @@ def _vcpus(case: Case, origin: int) -> list[Vcpu]:
                 kick_ns=stop - kick if stop is not None and kick is not None and kick <= stop else None,
                 stop=None if stop is None else stop - origin,
                 start=None if start is None else start - origin,
-                blackout_ns=start - stop
-                if stop is not None and start is not None and start >= stop
-                else None,
+                blackout_ns=start - stop if stop is not None and start is not None and start >= stop else None,
             )
         )
     return rows

@@ -150,9 +150,7 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
             result.append(current)
             seen.clear()
             last = 0
-        close = not current.ioctls or (
-            ioctl.begin_ns - last < BURST_NS and not _any_in(begins, last, ioctl.begin_ns)
-        )
+        close = not current.ioctls or (ioctl.begin_ns - last < BURST_NS and not _any_in(begins, last, ioctl.begin_ns))
         if not clear or close:
             current.end = max(current.end, ioctl.end_ns)
         current.ioctls.append(ioctl)
@@ -166,9 +164,7 @@ def _any_in(instants: Sequence[int], begin: int, end: int) -> bool:
     return at < len(instants) and instants[at] < end
 
 
-def passes(
-    found: Sequence[Burst], stop: int | None, sends: Sequence[Transfer], origin: int
-) -> list[breakdown.Pass]:
+def passes(found: Sequence[Burst], stop: int | None, sends: Sequence[Transfer], origin: int) -> list[breakdown.Pass]:
     """The pre-copy passes: fetches that began with the guest running, and the sending up to the next."""
     running = [burst for burst in found if burst.fetched and (stop is None or burst.begin < stop)]
     result: list[breakdown.Pass] = []
@@ -230,17 +226,9 @@ def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
     used = sorted({i.slot for burst in found for i in burst.ioctls if _name(i) != "RESET_DIRTY_RINGS"})
     if not used:
         used = sorted(
-            {
-                i.slot
-                for i in process.ioctls
-                if _is_memslot(i) and i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size
-            }
+            {i.slot for i in process.ioctls if _is_memslot(i) and i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size}
         )
-    return [
-        breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1])
-        for slot in used
-        if slot in known
-    ]
+    return [breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1]) for slot in used if slot in known]
 
 
 def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> str:

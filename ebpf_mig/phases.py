@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ebpf_mig import activity, breakdown, kvm
 from ebpf_mig.activity import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
-from ebpf_mig.events import Ioctl
+from ebpf_mig.events import Ioctl, Transfer
 
 SHORT_NS = 1_000_000
 """A wait between two kinds of work that no rule names belongs to the former up to this, else to nobody."""
@@ -67,9 +67,7 @@ class Partition:
 
 def unseen() -> list[breakdown.Phase]:
     """Every phase, none of it seen."""
-    return [
-        breakdown.Phase(phase=name, side=side, duration_ns=0, spans=[]) for name, side in breakdown.PHASES
-    ]
+    return [breakdown.Phase(phase=name, side=side, duration_ns=0, spans=[]) for name, side in breakdown.PHASES]
 
 
 _INSIDE = {
@@ -190,9 +188,7 @@ def is_restore(ioctl: Ioctl) -> bool:
     return not (name in _CLOCK or dirty_log or name.startswith(_READS))
 
 
-def loading(
-    ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Sequence[int]
-) -> Loading | None:
+def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Sequence[int]) -> Loading | None:
     """The restoring that follows `since`, the source's first send of state (or the stop), before `start`.
 
     It ends with the last setter of vCPU state before the clock is set. Where the source still said something
@@ -214,15 +210,43 @@ def loading(
     return Loading(begin, end)
 
 
+def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int, until: int) -> list[tuple[int, int]]:
+    """Stretches of [since, until) in which the destination, amid loading, waited for bytes that had been sent.
+
+    Each ends with a receive and lies more than SHORT_NS behind the destination's last ioctl or receive.
+    """
+    acts = sorted([(t.begin_ns, t.end_ns, True) for t in receives] + [(i.begin_ns, i.end_ns, False) for i in restores])
+    found: list[tuple[int, int]] = []
+    idle_from = since
+    for begin, end, is_receive in acts:
+        if begin >= until:
+            break
+        if is_receive and end > since and max(begin, end - 1) - idle_from > SHORT_NS:
+            found.append((idle_from, end))
+        idle_from = max(idle_from, end)
+    return found
+
+
 def destination(
-    partition: Partition, handed: int, load: Loading | None, received: int | None, start: int
+    partition: Partition,
+    handed: int,
+    load: Loading | None,
+    received: int | None,
+    start: int,
+    waits: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Books everything from `handed` on to the destination's phases."""
+    """Books everything from `handed` on to the destination's phases.
+
+    `waits` are stretches amid the loading in which it waited for bytes on the wire: handover, too.
+    """
     if load is None:
         partition.until(max(handed, received or handed), "handover")
         partition.until(start, "unattributed")
     else:
         partition.until(max(handed, load.begin), "handover")
+        for begin, end in waits:
+            partition.until(min(begin, load.end), "state.load")
+            partition.until(min(end, load.end), "handover")
         partition.until(load.end, "state.load")
         partition.until(start, "resume")
     partition.until(partition.end, "resume")

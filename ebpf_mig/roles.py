@@ -46,8 +46,7 @@ def _as_destination(process: Process) -> int:
     fresh = not any(line.ran_before for line in lines)
     first = min((line.first_run for line in lines if line.first_run is not None), default=None)
     restored = any(
-        kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET and (first is None or i.begin_ns < first)
-        for i in process.ioctls
+        kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET and (first is None or i.begin_ns < first) for i in process.ioctls
     )
     return 4 * (fresh and restored) + (fresh and first is not None) + 2 * (process.hint == "destination")
 
@@ -63,6 +62,4 @@ def _first(process: Process) -> int:
     """When it is first known to run its guest; 0 if it did when tracing began."""
     if any(line.ran_before for line in process.vcpus.values()):
         return 0
-    return min(
-        (line.first_run for line in process.vcpus.values() if line.first_run is not None), default=1 << 63
-    )
+    return min((line.first_run for line in process.vcpus.values() if line.first_run is not None), default=1 << 63)

@@ -45,9 +45,7 @@ def key_of(transfer: Transfer) -> int:
     return transfer.socket if transfer.socket else -1 - transfer.fd
 
 
-def choose(
-    source: Process | None, destination: Process | None, since: int, fetchers: Collection[int]
-) -> Channels:
+def choose(source: Process | None, destination: Process | None, since: int, fetchers: Collection[int]) -> Channels:
     """The migration's sockets among all that the two processes used from `since` on."""
     if source is None:
         keys = _busiest(destination, RECEIVE, since, ()) if destination else frozenset()

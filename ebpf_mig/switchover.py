@@ -86,9 +86,7 @@ def _at(source: Process, kind: str, stop: int, starts: dict[int, int]) -> Switch
         for index, line in source.vcpus.items()
         if (gap := line.covering(stop)) is not None and gap.begin is not None
     }
-    kicks = {
-        index: at for index, line in source.vcpus.items() if (at := _kick(source, line, stop)) is not None
-    }
+    kicks = {index: at for index, line in source.vcpus.items() if (at := _kick(source, line, stop)) is not None}
     return Switchover(
         kind=kind,
         requested=_requested(stop, stops, kicks),

@@ -29,9 +29,7 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     work = _work(case, source, found.stop, found.first_start)
     load = _loading(case, found, work, transfers)
     limit = _handover_limit(case, found, load)
-    sent = [
-        t.end_ns for t in transfers if t.direction == SEND and t.end_ns > found.stop and t.begin_ns < limit
-    ]
+    sent = [t.end_ns for t in transfers if t.direction == SEND and t.end_ns > found.stop and t.begin_ns < limit]
     done = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < limit]
     handed = max(sent or done, default=found.stop)
     end = found.last_start
@@ -44,13 +42,12 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     work = _work(case, source, found.stop, handed)
     phases.source(partition, found.stop, handed, work)
     if found.first_start is not None or load is not None:
-        received = [
-            t.end_ns
-            for t in case.transfers(case.destination)
-            if t.direction == RECEIVE and (found.first_start is None or t.end_ns <= found.first_start)
-        ]
         begin = found.first_start if found.first_start is not None else partition.end
-        phases.destination(partition, handed, load, max(received, default=None), begin)
+        receives = [t for t in case.transfers(case.destination) if t.direction == RECEIVE and t.end_ns <= begin]
+        received = max((t.end_ns for t in receives), default=None)
+        restores = [i for i in case.destination.ioctls if phases.is_restore(i)] if case.destination else []
+        waits = phases.arrivals(receives, restores, handed, begin)
+        phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, "handover")
     return (partition.begin, partition.end), partition.phases(), work
 
@@ -90,9 +87,7 @@ def _aborted(case: Case, source: Process, found: Switchover) -> tuple[tuple[int,
     work = _work(case, source, found.stop, back)
     partition.until(found.stop, "pause")
     worked = [end for begin, end, label in work.intervals if begin < back and label != activity.SAVE]
-    worked += [
-        i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < back and activity.is_vcpu_read(i)
-    ]
+    worked += [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < back and activity.is_vcpu_read(i)]
     last = max(worked, default=found.stop)
     resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
     resume = resuming[0].begin_ns if resuming else back

@@ -17,14 +17,11 @@ MS = 1_000_000
 _DOWNTIME = {
     "qmp": "QEMU's own figure in whole ms: it begins before the vCPUs are kicked and ends when the source is "
     "done; the destination is in it only with a return path",
-    "ch": "Cloud Hypervisor's own figure in whole ms: from its pause call to the destination's answer to "
-    "Complete",
+    "ch": "Cloud Hypervisor's own figure in whole ms: from its pause call to the destination's answer to Complete",
 }
 
 
-def gather(
-    marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None, int | None]
-) -> list[Witness]:
+def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None, int | None]) -> list[Witness]:
     """Everything comparable with the blackout; empty if the blackout is not known."""
     if switchover.first_start is None:
         return []
