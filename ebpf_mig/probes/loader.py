@@ -103,7 +103,7 @@ class Program:
         try:
             # LLVM ends the process on some errors, so what it prints must not be held back.
             with _safe_directory():
-                self._bpf = bcc.BPF(text=source_text(family), cflags=flags)
+                self._bpf = bcc.BPF(text=source_text(family).encode(), cflags=flags)
         except Exception as error:
             raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
         self._raw_type = bcc.BPF.RAW_TRACEPOINT
@@ -115,7 +115,7 @@ class Program:
         said: list[str] = []
         try:
             with _stderr_to(said):
-                self._functions[function] = self._bpf.load_func(function, self._raw_type)
+                self._functions[function] = self._bpf.load_func(function.encode(), self._raw_type)
         except Exception as error:
             detail = _last_line(said) or str(error)
             raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
@@ -133,7 +133,7 @@ class Program:
 
     def table(self, name: str) -> Any:
         """The bcc table of that name."""
-        return self._bpf[name]
+        return self._bpf[name.encode()]
 
     def open_ring(self, name: str) -> None:
         """Begins to collect the records of a ring buffer; fetch them with `poll`."""
@@ -142,7 +142,7 @@ class Program:
         def take(_context: object, data: int, size: int) -> None:
             records.append(ctypes.string_at(data, size))
 
-        self._bpf[name].open_ring_buffer(take)
+        self._bpf[name.encode()].open_ring_buffer(take)
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Records that arrived, waiting at most `timeout_ms` for the first."""
@@ -153,12 +153,12 @@ class Program:
 
     def per_cpu_sums(self, name: str) -> list[int]:
         """A per-CPU array's entries, each summed over the CPUs."""
-        table = self._bpf[name]
+        table = self._bpf[name.encode()]
         return [sum(table[ctypes.c_int(i)]) for i in range(len(table))]
 
     def hash_items(self, name: str, words: int) -> dict[int, tuple[int, ...]]:
         """A hash of integer keys whose values are arrays of `words` u64 (or padded to them)."""
-        table = self._bpf[name]
+        table = self._bpf[name.encode()]
         return {
             int(key.value): struct.unpack(f"={words}Q", ctypes.string_at(ctypes.byref(leaf), words * 8))
             for key, leaf in table.items()
@@ -167,7 +167,7 @@ class Program:
     def kernel_stack(self, name: str, stack_id: int) -> tuple[str, ...]:
         """Function names of one stack, innermost first; empty if the kernel did not keep it."""
         try:
-            return tuple(self._bpf.ksym(address).decode() for address in self._bpf[name].walk(stack_id))
+            return tuple(self._bpf.ksym(address).decode() for address in self._bpf[name.encode()].walk(stack_id))
         except KeyError:
             return ()
 

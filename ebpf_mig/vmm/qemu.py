@@ -26,8 +26,12 @@ _SAFETY_S = 10.0
 """After this long without any event the status is asked for, once each time: an event can have been missed."""
 _DESTINATION_S = 30.0
 """The destination starts its vCPUs after the source has said `completed`."""
+_VERDICT_S = 5.0
+"""How long a source may take to notice that its destination is gone."""
 _FIGURES = ("downtime", "total-time", "setup-time", "expected-downtime")
-_RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy-bytes", "multifd-bytes", "normal")
+_RAM_VERDICT_S = 5.0
+"""How long a source may take to notice that its destination is gone."""
+_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy-bytes", "multifd-bytes", "normal")
 
 _T = TypeVar("_T")
 
@@ -228,6 +232,12 @@ class QemuMigration:
             if self.options.postcopy and source.passes >= 2 and source.status == "active":
                 source.passes = 0
                 await source.monitor.execute("migrate-start-postcopy")
+        if self._destination_lost() and source.status not in _FINAL:
+            # A cancelled destination ends at once, often before the source has said why.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_VERDICT_S):
+                    while source.status not in _FINAL and not source.gone:
+                        await self._next_change()
         if source.status not in {"failed", "cancelled"} and self._dst is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DESTINATION_S):

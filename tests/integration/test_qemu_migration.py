@@ -68,7 +68,7 @@ def assert_complete(run: Traced) -> None:
 def assert_agrees_with_qemu(run: Traced) -> None:
     """Stop, final fetch and start lie where QEMU's trace events say."""
     begin, stop, start = instants(run)
-    finish = last(run.source_trace, "runstate_set", "(finish-migrate)").at_ns
+    finish = last(run.source_trace, "runstate_set", "new_state 7 (finish-migrate)").at_ns
     stopped = last(run.source_trace, "migration_completion_vm_stop").at_ns
     # The run state changes right before the vCPUs are kicked; vm_stop's trace line follows the handlers and the drain.
     assert abs(begin - finish) < 5 * DOUBT_NS
