@@ -29,9 +29,7 @@ _DESTINATION_S = 30.0
 _VERDICT_S = 5.0
 """How long a source may take to notice that its destination is gone."""
 _FIGURES = ("downtime", "total-time", "setup-time", "expected-downtime")
-_RAM_VERDICT_S = 5.0
-"""How long a source may take to notice that its destination is gone."""
-_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy-bytes", "multifd-bytes", "normal")
+_RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy-bytes", "multifd-bytes", "normal")
 
 _T = TypeVar("_T")
 
