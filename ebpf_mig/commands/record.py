@@ -22,7 +22,7 @@ _AFTER_COMMAND_NS = 1_000_000_000
 
 _EXAMPLES = examples(
     "ebpf-mig record --pid 4711 --pid 4712",
-    "ebpf-mig record --pid 4711 -o vm.rec -- virsh migrate --live vm qemu+ssh://b/system",
+    "ebpf-mig record --pid 4711 -- virsh migrate --live vm1 qemu+ssh://b/system",
 )
 
 

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terminal report, line by line, for the breakdowns written out in `breakdowns.py`."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+import pytest
+
+from ebpf_mig import breakdown as b
+from ebpf_mig.report.canvas import Canvas
+from ebpf_mig.report.text import render
+from ebpf_mig.report.waterfall import bar, ruler
+from tests.unit import breakdowns
+
+ALL = [breakdowns.precopy, breakdowns.many_vcpus, breakdowns.cancelled_early, breakdowns.aborted]
+
+
+def lines_of(breakdown: b.Breakdown, *, width: int = 80, colour: bool = False, unicode: bool = True) -> list[str]:
+    text = render(breakdown, Canvas(width, colour, unicode))
+    assert text.endswith("\n")
+    return text.split("\n")[:-1]
+
+
+def test_a_whole_migration_on_one_screen() -> None:
+    assert lines_of(breakdowns.precopy()) == [
+        "blackout 42.700 ms",
+        "QEMU 10.0.13, pre-copy over tcp, completed after 1534.200 ms",
+        "source pid 4242 on alpha -> destination pid 777 on beta",
+        "",
+        "phase         side          ms   share ├─────────────── blackout ──────────────┤",
+        "pause         src        0.412    1.0% ▌",
+        "quiesce       src        0.310    0.7% ▏",
+        "fetch.kernel  src        1.200    2.8% ▕█",
+        "fetch.user    src        0.545    1.3%  ▕▍",
+        "memory.send   src       30.001   69.6%   ▐████████████████████████████",
+        "state.save    src        1.532    3.6%                               ▕█▍",
+        "state.send    src        0.112    0.3%                                 ▏",
+        "handover      both       2.000    4.6%                                 ▐█▍",
+        "state.load    dst        5.500   12.8%                                   ▐████▋",
+        "resume        dst        1.000    2.3%                                         █",
+        "unattributed  both       0.500    1.2%                                        ▐▏",
+        "window                  43.112  100.0%",
+        "",
+        "final dirty-log fetch    1.745 ms  kernel 1.200, user 0.545",
+        "  what it caused        30.001 ms  memory.send: 4096 pages, 16.1 MiB",
+        "  longest of 2 ioctls    0.900 ms  KVM_GET_DIRTY_LOG, slot 0, 256.0 MiB",
+        "3 pre-copy passes        3.450 ms  kernel 2.700, user 0.750; 192.0 MiB sent",
+        "source migration        30.101 ms  28.601 in 257 calls, 1.500 between; 16.1 MiB",
+        "qmp.downtime_ms         44.000 ms  ours 42.700, +1.300: whole milliseconds; from",
+        "                                   before the kick until the source is done",
+        "",
+        "complete               nothing lost; unpaired ioctl 2; observer 0.021 ms",
+        "  attached by          fentry (dirty_log, socket), tracepoint (vcpu)",
+    ]
+
+
+def test_each_of_several_vcpus_and_no_more_than_four() -> None:
+    lines = lines_of(breakdowns.many_vcpus())
+    at = lines.index("vCPU               blackout ms  kick to stop    stop at   start at")
+    assert lines[at - 1 : at + 7] == [
+        "",
+        "vCPU               blackout ms  kick to stop    stop at   start at",
+        "5                            -             -      0.350          -",
+        "0                       42.900         0.100      0.100     43.000",
+        "1                       42.870         0.150      0.150     43.020",
+        "2                       42.840         0.200      0.200     43.040",
+        "... 2 more, slowest first",
+        "",
+    ]
+
+
+def test_cancelled_before_the_vcpus_stopped() -> None:
+    assert lines_of(breakdowns.cancelled_early()) == [
+        "no blackout: the migration ended before the vCPUs stopped",
+        "QEMU 10.0.13, pre-copy over tcp, cancelled after 812.000 ms",
+        "source pid 4242 on alpha -> destination pid 777 on beta",
+        "",
+        "3 pre-copy passes        3.450 ms  kernel 2.700, user 0.750; 192.0 MiB sent",
+        "",
+        "complete               nothing lost; unpaired ioctl 2; observer 0.021 ms",
+        "  attached by          fentry (dirty_log, socket), tracepoint (vcpu)",
+    ]
+
+
+def test_failed_after_the_vcpus_stopped_and_in_ascii() -> None:
+    assert lines_of(breakdowns.aborted(), unicode=False) == [
+        "aborted blackout 12.000 ms",
+        "QEMU 10.0.13, pre-copy over tcp, failed after 1534.200 ms",
+        "source pid 4242 on alpha -> destination not traced",
+        "",
+        "phase         side          ms   share  |---------- aborted blackout ----------|",
+        "pause         src        0.412    3.3% #:",
+        "fetch.kernel  src        1.000    8.1%  ####",
+        "memory.send   src        8.000   64.5%     :##########################:",
+        "unattributed  both       3.000   24.2%                                ##########",
+        "window                  12.412  100.0%",
+        "not seen: quiesce, fetch.user, state.save, state.send, handover, state.load,",
+        "  resume",
+        "",
+        "final dirty-log fetch    1.000 ms  kernel 1.000, user 0.000",
+        "  what it caused         8.000 ms  memory.send: pages not known, 8.0 MiB",
+        "  its only ioctl         1.000 ms  KVM_GET_DIRTY_LOG, slot 2 of space 1; locks",
+        "                                   0.250",
+        "1 pre-copy pass          1.150 ms  kernel 0.900, user 0.250; 64.0 MiB sent",
+        "",
+        "incomplete             lost socket 12; unpaired ioctl 2; observer not measured",
+        "  attached by          fentry (dirty_log, socket), tracepoint (vcpu)",
+        "  because              12 events of the socket probe were lost: the ring buffer",
+        "                       was full",
+        "note                   the destination died 9.412 ms into the window",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("result", "window_ns", "headline"),
+    [
+        ("failed", None, "no blackout: the migration ended before the vCPUs stopped"),
+        ("unknown", None, "blackout not measured: no vCPU stop was seen"),
+        ("completed", None, "blackout not measured: no vCPU stop was seen"),
+        ("completed", 9_000_000, "blackout not measured: no vCPU start on the destination was seen"),
+    ],
+)
+def test_headline_without_a_blackout(result: str, window_ns: int | None, headline: str) -> None:
+    whole = breakdowns.cancelled_early()
+    migration = msgspec.structs.replace(whole.migration, result=result)
+    assert lines_of(msgspec.structs.replace(whole, migration=migration, window_ns=window_ns))[0] == headline
+
+
+def test_unattributed_is_shown_even_when_zero_and_without_logging_no_fetch_is_claimed() -> None:
+    whole = breakdowns.precopy()
+    log = b.DirtyLog(mode="none", slots=[], passes=[], final=None, fetches=[])
+    only_pause = msgspec.structs.replace(whole, phases=breakdowns.phases(pause=[(0, 43_112_000)]), dirty_log=log)
+    lines = lines_of(only_pause)
+    assert "unattributed  both       0.000    0.0%" in lines
+    assert "final dirty-log fetch  none: no dirty logging" in lines
+    manual = msgspec.structs.replace(only_pause, dirty_log=msgspec.structs.replace(log, mode="manual"))
+    assert "final dirty-log fetch  none seen after the last vCPU stopped" in lines_of(manual)
+
+
+def test_what_is_measured_only_sometimes() -> None:
+    whole = breakdowns.precopy()
+    full = msgspec.structs.replace(
+        whole,
+        sockets=[msgspec.structs.replace(whole.sockets[0], copy_ns=3_100_000, blocked_ns=25_501_000)] * 6,
+        wire=[
+            b.Wire(bytes=2048, sent=1, received=2, in_flight_ns=40_000_000, reason="delayed ACK", evidence="1 < MSS"),
+            b.Wire(bytes=9, sent=1, received=2, in_flight_ns=41_000_000, reason="late reader", evidence="window 0"),
+        ],
+        waits=[b.Wait(phase="handover", thread="CPU 0/KVM", duration_ns=1_500_000, stack=["a", "b", "c", "d", "e"])],
+        clock=b.Clock(offset_ns=-1_234_567, bound_ns=20_000),
+    )
+    lines = lines_of(full, width=100)
+    at = lines.index(
+        "source migration        30.101 ms  copy 3.100 + blocked 25.501 in 257 calls, 1.500 between; 16.1 MiB"
+    )
+    assert lines[at + 4 : at + 8] == [
+        "... 2 more sockets",
+        "in flight               41.000 ms  9 B, late reader (window 0)",
+        "in flight               40.000 ms  2.0 KiB, delayed ACK (1 < MSS)",
+        "wait in handover         1.500 ms  CPU 0/KVM: a < b < c < d",
+    ]
+    assert "clock of destination   -1.235 ms, known to ± 0.020 ms" in lines
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_every_width_is_kept(make: object) -> None:
+    for width in range(50, 121):
+        lines = lines_of(make(), width=width)  # type: ignore[operator]
+        assert max(map(len, lines)) <= min(max(width, 60), 100)
+        assert not [line for line in lines if line != line.rstrip()]
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_colour_adds_nothing_but_escapes(make: object) -> None:
+    coloured = lines_of(make(), colour=True)  # type: ignore[operator]
+    plain = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in coloured]
+    assert plain == lines_of(make())  # type: ignore[operator]
+    assert coloured != plain
+
+
+def test_colour_does_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = render(breakdowns.precopy(), Canvas(80, True))
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb"), ("COLUMNS", "40"), ("COLORTERM", "truecolor")):
+        monkeypatch.setenv(name, value)
+    assert render(breakdowns.precopy(), Canvas(80, True)) == first
+
+
+def test_ascii_has_no_other_characters() -> None:
+    whole = breakdowns.precopy()
+    odd = msgspec.structs.replace(whole, notes=["± 3 … für 東京"], clock=b.Clock(offset_ns=1, bound_ns=2))
+    text = render(odd, Canvas(80, False, False))
+    assert text.isascii()
+    assert r"note                   +- 3 ... f\xfcr \u6771\u4eac" in text
+
+
+def test_names_cannot_reach_the_terminal_as_escapes() -> None:
+    evil = "\x1b]0;owned\x07\x9b31m\r\n\u202egnp.exe [bold]x[/bold]"
+    whole = breakdowns.precopy()
+    everywhere = msgspec.structs.replace(
+        whole,
+        migration=msgspec.structs.replace(
+            whole.migration,
+            **dict.fromkeys(("vmm", "vmm_version", "mode", "transport", "result"), evil),
+            source=b.Endpoint(host=evil, pid=1),
+        ),
+        sockets=[msgspec.structs.replace(whole.sockets[0], role=evil)],
+        wire=[b.Wire(bytes=1, sent=1, received=1, in_flight_ns=1, reason=evil, evidence=evil)],
+        waits=[b.Wait(phase=evil, thread=evil, duration_ns=1, stack=[evil])],
+        witnesses=[b.Witness(name=evil, value_ns=1, difference_ns=0, explanation=evil)],
+        completeness=b.Completeness(
+            verdict=evil, lost={evil: 1}, unpaired={evil: 1}, attach={evil: evil}, observer_ns=0, reasons=[evil]
+        ),
+        notes=[evil],
+    )
+    for width in (60, 100):
+        for line in lines_of(everywhere, width=width):
+            assert line.isprintable()
+    assert "[bold]x[/bold]" in render(everywhere)
+
+
+def test_bars_are_placed_to_an_eighth() -> None:
+    assert bar([(0, 80)], 80, 10) == "██████████"
+    assert bar([(0, 1)], 80, 10) == "▏         "
+    assert bar([(79, 80)], 80, 10) == "         ▕"
+    assert bar([(4, 20), (36, 44)], 80, 10) == "▐█▌ ▐▌    "
+    assert bar([(12, 13), (18, 19)], 80, 10) == " ▕▏       "
+    assert bar([(10, 15)], 80, 10) == " ▌        "
+    assert bar([(4, 20), (78, 80)], 80, 10, unicode=False) == "###      :"
+    assert bar([], 80, 10) == " " * 10
+
+
+def test_bars_stay_inside_whatever_the_spans() -> None:
+    for spans in ([(-50, 200)], [(80, 80)], [(100, 300)], [(-9, -5)], [(5, 5)]):
+        assert len(bar(spans, 80, 10)) == 10
+        assert bar(spans, 80, 10).strip()
+
+
+def test_ruler_is_over_its_span_and_labelled_if_there_is_room() -> None:
+    assert ruler((20, 80), 80, 20, "blackout") == "     ├── blackout ─┤"
+    assert ruler((0, 30), 80, 20, "blackout") == "├──────┤            "
+    assert ruler((0, 8), 80, 20, "x") == "├┤                  "
+    assert ruler((79, 80), 80, 20, "x") == "                   │"
+    assert ruler((0, 80), 80, 20, "x", unicode=False) == "|------- x --------|"
