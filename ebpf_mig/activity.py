@@ -22,6 +22,8 @@ from ebpf_mig.sockets import key_of
 
 CLUSTER_NS = 1_000_000
 """Sends further apart than this are not one message, where no reply tells messages apart."""
+ADJACENT_NS = 100_000
+"""One thread's reads of registers this close together are one vCPU's."""
 PAGE = 4096
 
 FETCH, CLEAR, MEMORY, STATE, SAVE, REPLY = range(6)
@@ -36,8 +38,6 @@ class Work:
     """What the source did, ready to be cut up."""
 
     intervals: list[Interval]
-    first_page: int | None
-    """Begin of the first send of memory after the stop."""
     state_from: int | None
     """Begin of the first send of state after the stop."""
     memory: list[Transfer]
@@ -46,50 +46,64 @@ class Work:
     """End of the last ioctl of the stop itself (clock reads, device stops)."""
     fetched: int | None
     """Begin of the first fetch after the stop."""
+    folded: int
+    """Sends that were recorded as one run of calls although state was saved amid them."""
 
 
 def observe(
-    stop: int,
-    until: int,
-    bursts: Sequence[Burst],
-    transfers: Sequence[Transfer],
-    ioctls: Sequence[Ioctl],
+    stop: int, until: int, bursts: Sequence[Burst], transfers: Sequence[Transfer], ioctls: Sequence[Ioctl]
 ) -> Work:
     """The source's work in [stop, until).
 
     `bursts` are its fetches after the stop, `transfers` those on the migration's sockets in both directions,
     `ioctls` its KVM ioctls apart from the dirty log's.
     """
-    sends = [t for t in transfers if t.direction == SEND and t.begin_ns < until and t.end_ns > stop]
-    senders = {(t.tid, key_of(t)) for t in transfers if t.direction == SEND}
-    replies = [
-        t for t in transfers if t.direction == RECEIVE and t.bytes and (t.tid, key_of(t)) in senders and stop < t.end_ns
+    fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
+    sends = [
+        t
+        for t in transfers
+        if t.direction == SEND and t.begin_ns < until and t.end_ns > stop and not _announces(t, stop, fetched)
     ]
+    senders = {(t.tid, key_of(t)) for t in transfers if t.direction == SEND}
+    replies = [t for t in transfers if t.direction == RECEIVE and (t.tid, key_of(t)) in senders and t.end_ns > stop]
+    replies.sort(key=lambda reply: reply.end_ns)
     others = [i for i in ioctls if stop <= i.begin_ns < until]
     saves = _saves(others, [*(b.begin for b in bursts), *(max(stop, t.begin_ns) for t in sends)])
     carries_state = _state_sends(bursts, sends, replies, saves)
-    intervals: list[Interval] = []
-    for burst in bursts:
-        intervals += [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for i in burst.ioctls]
+    intervals = [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for burst in bursts for i in burst.ioctls]
     intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
-    intervals += [
-        (t.begin_ns, t.end_ns, STATE if state else MEMORY) for t, state in zip(sends, carries_state, strict=True)
-    ]
     intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in replies]
-    memory = [t for t, state in zip(sends, carries_state, strict=True) if not state]
+    folded = 0
+    state_from: list[int] = []
+    for send, state in zip(sends, carries_state, strict=True):
+        pieces = [(send.begin_ns, send.end_ns, STATE if state else MEMORY)]
+        if not state and send.calls > 1:
+            pieces = _unfold(send, saves)
+            folded += len(pieces) - 1
+        intervals += pieces
+        state_from += [begin for begin, _, label in pieces if label == STATE]
     return Work(
         intervals=intervals,
-        first_page=min((t.begin_ns for t in memory), default=None),
-        state_from=min((t.begin_ns for t, s in zip(sends, carries_state, strict=True) if s), default=None),
-        memory=memory,
+        state_from=min(state_from, default=None),
+        memory=[t for t, state in zip(sends, carries_state, strict=True) if not state],
         quiet_until=max((i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=stop),
-        fetched=min((b.begin for b in bursts if b.fetched), default=None),
+        fetched=fetched,
+        folded=folded,
     )
 
 
 def is_vcpu_read(ioctl: Ioctl) -> bool:
-    """Reads a vCPU's registers; on a stopped VM that is state being saved."""
-    return kvm.name_of(ioctl.cmd) in kvm.VCPU_STATE_GET
+    """Reads a vCPU's registers; on a stopped VM that is state being saved.
+
+    GET_VCPU_EVENTS alone is not: QEMU asks for pending events while it stops a VM.
+    """
+    name = kvm.name_of(ioctl.cmd)
+    return name in kvm.VCPU_STATE_GET and name != "GET_VCPU_EVENTS"
+
+
+def _announces(send: Transfer, stop: int, fetched: int | None) -> bool:
+    """A few bytes between the stop and the final fetch announce the switchover (QEMU 10.0 and later)."""
+    return fetched is not None and stop <= send.begin_ns < fetched and send.bytes < PAGE
 
 
 def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
@@ -98,11 +112,27 @@ def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
     What comes earlier belongs to the stop itself: QEMU's handlers of the run state read clock, PIT and TSC
     and take down ioeventfds, Cloud Hypervisor tells the guest's clock.
     """
-    first = min(
-        [*recognised, *(i.begin_ns for i in others if is_vcpu_read(i))],
-        default=None,
-    )
-    return [] if first is None else [i for i in others if i.begin_ns >= first]
+    at = next((index for index, i in enumerate(others) if is_vcpu_read(i)), len(others))
+    while 0 < at < len(others):
+        before = others[at - 1]
+        if before.tid != others[at].tid or others[at].begin_ns - before.end_ns > ADJACENT_NS:
+            break
+        if kvm.name_of(before.cmd) not in kvm.VCPU_STATE_GET:
+            break
+        at -= 1
+    starts = [*recognised, *([others[at].begin_ns] if at < len(others) else [])]
+    return [i for i in others if i.begin_ns >= min(starts)] if starts else []
+
+
+def _unfold(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:
+    """A run of many calls with state saved amid it carried memory before, and state after."""
+    begins = [i.begin_ns for i in saves]
+    first, until = bisect_left(begins, send.begin_ns), bisect_left(begins, send.end_ns)
+    within = [i for i in saves[first:until] if i.end_ns <= send.end_ns]
+    if not within:
+        return [(send.begin_ns, send.end_ns, MEMORY)]
+    done = max(i.end_ns for i in within)
+    return [(send.begin_ns, within[0].begin_ns, MEMORY), (done, send.end_ns, STATE)]
 
 
 def _state_sends(
@@ -142,17 +172,15 @@ def _memory_after(
     Cloud Hypervisor sends what this fetch found, if anything, and then the state. Each message is answered;
     pages go out in whole multiples of the page size, the rest of its messages do not.
     """
-    begins = [send.begin_ns for send in sends]
-    first = bisect_left(begins, fetch)
-    until = bisect_left(begins, end) if end is not None else len(sends)
-    answered = [reply.end_ns for reply in replies]
+    first = bisect_left(sends, fetch, key=lambda send: send.begin_ns)
+    until = bisect_left(sends, end, key=lambda send: send.begin_ns) if end is not None else len(sends)
     last = first
     while last + 1 < until:
         here, following = sends[last], sends[last + 1]
-        reply = bisect_left(answered, here.end_ns)
-        if reply < len(answered) and answered[reply] <= following.begin_ns:
+        reply = bisect_left(replies, here.end_ns, key=lambda reply: reply.end_ns)
+        if reply < len(replies) and replies[reply].end_ns <= following.begin_ns:
             break
-        if not answered and following.begin_ns - here.end_ns > CLUSTER_NS:
+        if not replies and following.begin_ns - here.end_ns > CLUSTER_NS:
             break
         last += 1
     message = range(first, min(last + 1, until))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ebpf_mig import fetches, processes, roles, sockets, verdict, witness
+from ebpf_mig import fetches, phases, processes, roles, sockets, verdict, waits, witness
 from ebpf_mig.activity import Work
 from ebpf_mig.breakdown import (
     Breakdown,
@@ -23,11 +23,14 @@ from ebpf_mig.breakdown import (
     Migration,
     Phase,
     Vcpu,
+    Wait,
     Witness,
 )
 from ebpf_mig.case import Case, locate, postcopy
 from ebpf_mig.events import AnyEvent, Header
-from ebpf_mig.processes import Process
+from ebpf_mig.processes import RECEIVE, Process
+from ebpf_mig.verdict import measured
+from ebpf_mig.waits import Party
 from ebpf_mig.window import attribute
 
 
@@ -51,11 +54,11 @@ def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fal
         dirty_log=_dirty_log(case, origin, parts, work),
         sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
         wire=None,
-        waits=None,
+        waits=_waits(case, window, parts),
         witnesses=_witnesses(case),
         completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown),
         clock=Clock(),
-        notes=_notes(case, window),
+        notes=_notes(case, window, work),
     )
 
 
@@ -157,8 +160,27 @@ def _witnesses(case: Case) -> list[Witness]:
     return witness.gather(case.material.marks, case.switchover, pids)
 
 
-def _notes(case: Case, window: tuple[int, int] | None) -> list[str]:
+def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> list[Wait] | None:
+    """None if sleeping was not traced."""
+    if window is None or not measured(case.material, "off-cpu"):
+        return None
+    parties: list[Party] = []
+    if case.source is not None:
+        senders = frozenset(t.tid for t in case.sends)
+        drivers = fetches.fetchers(case.source) & senders or senders
+        aborted = case.switchover is not None and case.switchover.kind == "aborted"
+        parties.append(Party(case.source, "both" if aborted else "source", drivers, senders))
+    if case.destination is not None:
+        receivers = frozenset(t.tid for t in case.transfers(case.destination) if t.direction == RECEIVE)
+        restorers = frozenset(i.tid for i in case.destination.ioctls if phases.is_restore(i))
+        parties.append(Party(case.destination, "destination", receivers & restorers or receivers))
+    return waits.gather(parties, parts, window[0])
+
+
+def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> list[str]:
     notes = [*case.notes, *case.material.header.notes]
+    if work is not None and work.folded:
+        notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
     for side, process in (("source", case.source), ("destination", case.destination)):
         if process is None or window is None:
             continue

@@ -210,7 +210,12 @@ def final(found: Sequence[Burst], stop: int, until: int, origin: int) -> list[br
             kernel_ns=burst.kernel_ns,
             ioctls=[
                 breakdown.FetchIoctl(
-                    ioctl=_name(i), slot=i.slot, begin=i.begin_ns - origin, duration_ns=i.end_ns - i.begin_ns
+                    ioctl=_name(i),
+                    slot=i.slot,
+                    begin=i.begin_ns - origin,
+                    duration_ns=i.end_ns - i.begin_ns,
+                    lock_wait_ns=_lock_waits(i),
+                    off_cpu_ns=i.off_cpu_ns if i.off_cpu_ns >= 0 else None,
                 )
                 for i in burst.ioctls
             ],
@@ -218,6 +223,13 @@ def final(found: Sequence[Burst], stop: int, until: int, origin: int) -> list[br
         for burst in found
         if stop <= burst.begin < until
     ]
+
+
+def _lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
+    """Waiting time by lock, None where it was not measured."""
+    waits = {"slots_lock": ioctl.slots_lock_ns, "mmu_lock": ioctl.mmu_lock_ns, "other": ioctl.other_lock_ns}
+    known = {lock: waited for lock, waited in waits.items() if waited >= 0}
+    return known or None
 
 
 def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:

@@ -112,12 +112,15 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
     for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
         if label == REPLY and previous not in (MEMORY, STATE, REPLY):
             continue
-        partition.until(begin, _between(previous, label, begin - partition.cursor, work, begin))
+        partition.until(begin, _between(previous, label, begin - partition.cursor, work.fetched is not None))
         if label == REPLY:
             # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
             partition.until(end, "memory.send" if previous == MEMORY else "handover")
         else:
             partition.until(end, _INSIDE[label])
+        if label == MEMORY and previous is None and work.fetched is not None and end <= work.fetched:
+            # The tail of the last pass; the VM is still being quieted.
+            continue
         previous = _after(previous, label)
     if previous is None:
         partition.until(min(work.quiet_until, until), "quiesce")
@@ -133,15 +136,12 @@ def _after(previous: int | None, label: int) -> int:
     return MEMORY if label == REPLY and previous == MEMORY else label
 
 
-def _between(previous: int | None, following: int, gap: int, work: Work, at: int) -> str:
-    """Which phase owns the `gap` between two kinds of work, the second of which begins at `at`."""
+def _between(previous: int | None, following: int, gap: int, fetched: bool) -> str:
+    """Which phase owns the `gap` between two kinds of work. `fetched`: there was a fetch after the stop."""
     if previous is None:
         return "quiesce"
     pair = previous, following
-    if pair == (MEMORY, FETCH) and work.fetched is not None and at <= work.fetched:
-        # No page can have left yet: what was sent announces the switchover (QEMU 10.0 and later).
-        return "quiesce"
-    if pair == (SAVE, MEMORY) and work.fetched is None:
+    if pair == (SAVE, MEMORY) and not fetched:
         # Dirty rings are read without an ioctl.
         return "fetch.user"
     if pair in _BETWEEN:

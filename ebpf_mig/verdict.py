@@ -11,8 +11,8 @@ from ebpf_mig.events import Mark
 from ebpf_mig.processes import Material, Process
 from ebpf_mig.switchover import Switchover
 
-ESSENTIAL = ("ioctl", "dirty", "vcpu", "kvm", "kick", "state", "socket")
-"""Signals whose absence leaves a hole in the phases, by a part of their name."""
+ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
+"""Signals without which phases have holes; the others only add detail."""
 _RESULTS = ("completed", "failed", "cancelled")
 _REASONS = {"migrated": "completed", "failed": "failed", "cancelled": "cancelled", "target-died": "failed"}
 
@@ -35,7 +35,7 @@ def completeness(
     if destination is None:
         bounds.append("the destination was not traced: the blackout's end is unknown")
     for signal, tier in sorted(material.header.attach.items()):
-        if tier.startswith("absent") and any(part in signal for part in ESSENTIAL):
+        if tier.startswith("absent") and signal in ESSENTIAL:
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
     observer = ending.observer_ns if ending else {}
     return Completeness(
@@ -46,6 +46,11 @@ def completeness(
         observer_ns=sum(observer.values()) if observer else None,
         reasons=holes + bounds,
     )
+
+
+def measured(material: Material, signal: str) -> bool:
+    """Was the signal traced? Recordings that say nothing about it did not."""
+    return not material.header.attach.get(signal, "absent").startswith("absent")
 
 
 def result(material: Material, switchover: Switchover | None) -> str:
