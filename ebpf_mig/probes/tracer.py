@@ -20,6 +20,7 @@ from ebpf_mig.errors import PreflightError
 from ebpf_mig.events import AnyEvent, OffCpu, Thread
 from ebpf_mig.probes import attach, btf
 from ebpf_mig.probes.loader import BpfStatistics
+from ebpf_mig.probes.privilege import require_privilege
 from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
 
 RING_BYTES = 8 << 20
@@ -65,6 +66,7 @@ class Tracer:
     def __init__(self, pids: Sequence[int]) -> None:
         if not pids:
             raise ValueError("no pids to trace")
+        require_privilege()
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
         self._statistics = BpfStatistics()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig doctor`: what this machine allows, what is missing, and what would help."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from ebpf_mig.commands.common import examples, write_result
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.printable import printable
+from ebpf_mig.probes.features import MISSING, Check, checks
+
+_SIGNS = {"ok": "ok     ", "warn": "warning", "missing": "MISSING"}
+
+
+@click.command(
+    "doctor", epilog=examples("ebpf-mig doctor", "ebpf-mig doctor --json | jq '.[] | select(.state!=\"ok\")'")
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of lines.")
+def command(as_json: bool) -> None:
+    """Say in a line each what this machine allows and what is missing. Exit code 3 if tracing cannot work."""
+    found = list(checks())
+    if as_json:
+        write_result(json.dumps([asdict(check) for check in found], indent=2) + "\n")
+    else:
+        write_result("".join(_lines(check) for check in found))
+    lacking = [check.name for check in found if check.required and check.state == MISSING]
+    if lacking:
+        raise PreflightError(f"tracing cannot work here: {', '.join(lacking)} missing")
+
+
+def _lines(check: Check) -> str:
+    text = f"{_SIGNS[check.state]}  {check.name:15} {printable(check.fact)}\n"
+    if check.remedy and check.state != "ok":
+        text += f"{'':9}{'':15} remedy: {check.remedy}\n"
+    return text
