@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -40,7 +41,7 @@ def run_once(directory: Path, scenario: Scenario, binary: str | None) -> Breakdo
 def is_exact(b: Breakdown) -> bool:
     """Spans cover the window without hole or overlap, and sum to it."""
     spans = sorted(span for phase in b.phases for span in phase.spans)
-    joined = all(a[1] == c[0] for a, c in zip(spans, spans[1:], strict=False))
+    joined = all(a[1] == c[0] for a, c in itertools.pairwise(spans))
     return joined and sum(p.duration_ns for p in b.phases) == b.window_ns == spans[-1][1] - spans[0][0]
 
 
@@ -74,8 +75,8 @@ def main() -> int:
     shares = [100 * b.phase_ns("unattributed") / (b.window_ns or 1) for b in results]
     good = sum(b.completeness.verdict == "complete" for b in results)
     exact = sum(map(is_exact, results))
-    print(f"\n{good} of {len(results)} complete, {exact} exact; unattributed: median {statistics.median(shares):.2f} %, "
-          f"largest {max(shares):.2f} %")  # fmt: skip
+    print(f"\n{good} of {len(results)} complete, {exact} exact; unattributed: ", end="")
+    print(f"median {statistics.median(shares):.2f} %, largest {max(shares):.2f} %")
     return 0 if good == exact == len(results) else 1
 
 

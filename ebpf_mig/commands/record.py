@@ -48,7 +48,7 @@ def command(pids: Sequence[int], duration: int | None, output: str | None, force
             finally:
                 session.finish(writer, reason)
                 _stop(child)
-    tracing.say(f"{reason}; look at it with: ebpf-mig report {where}")
+                tracing.say(f"{reason}; look at it with: ebpf-mig report {where}")
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes] | None:

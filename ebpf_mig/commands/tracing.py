@@ -105,7 +105,11 @@ def trace_migration(
             run = _Run()
             thread = threading.Thread(target=_drive, args=(migration, timeout_s, run), name="migration")
             thread.start()
-            interrupted = _pump_until_done(session, writer, migration, run, progress_line())
+            try:
+                interrupted = _pump_until_done(session, writer, migration, run, progress_line())
+            except Exception:
+                thread.join()  # tracing has failed; the migration must not
+                raise
             thread.join()
             if run.error is not None:
                 session.finish(writer, "failed")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.probes.loader import BpfStatistics, Program
+from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def load_best(defines: dict[str, str | int], tracepoints: set[str]) -> Plan:
     `tracepoints` names those that this kernel has, of all that extras want.
     """
     extras = tuple(extra for extra in EXTRAS if all(name in tracepoints for name, _ in extra.hooks))
+    require_bcc()
     refusals = []
     for tier in TIERS:
         try:

@@ -25,7 +25,8 @@ _BPF_ENABLE_STATS = 32
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
 
-def _bcc() -> Any:
+def require_bcc() -> Any:
+    """The bcc module; PreflightError with the package to install if this Python has none."""
     try:
         import bcc
     except ImportError as error:
@@ -96,7 +97,7 @@ class Program:
     """One compiled BPF object. Detaches and frees on `close()`; the kernel does the same if we die."""
 
     def __init__(self, family: str, defines: dict[str, str | int]) -> None:
-        bcc = _bcc()
+        bcc = require_bcc()
         os.environ["BCC_KERNEL_SOURCE"] = str(_BPF_DIR / "headers")
         flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
         flags += [f"-D{name}={value}" for name, value in defines.items()]

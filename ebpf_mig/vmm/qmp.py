@@ -111,4 +111,6 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, EOFError):
         return "it closes the connection without a greeting"
+    if isinstance(error, ValueError):
+        return "it does not speak QMP"
     return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user runs them: good runs, nonsense, interruptions; exit codes, streams, and no leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.lab.qemu import QemuPair
+from tests.conftest import TRACING, requires
+from tests.integration.migrations import QUICK
+
+DEMO = ["demo", "--memory", "128MiB", "--working-set", "2MiB", "--dirty-rate", "20000"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ebpf_mig.cli", *arguments]
+
+
+def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=directory, capture_output=True, text=True, timeout=90, check=False)
+
+
+def one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """Exactly one clear line on stderr, nothing on stdout, no traceback."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def lab_leftovers() -> set[str]:
+    return {p.name for p in Path(tempfile.gettempdir()).glob("ebpf-mig-lab-*")}
+
+
+def qemus() -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"ebpf-mig-source" in path.read_bytes() or b"ebpf-mig-destination" in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def nothing_left(seconds: float = 5) -> Iterator[None]:
+    """No lab VM and no lab directory more than before, at the latest after some seconds."""
+    vms, directories = qemus(), lab_leftovers()
+    yield
+    deadline = time.monotonic() + seconds
+    while (qemus() - vms or lab_leftovers() - directories) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not qemus() - vms
+    assert not lab_leftovers() - directories
+
+
+@requires(*TRACING)
+def test_demo_json_is_alone_on_stdout(tmp_path: Path) -> None:
+    with nothing_left():
+        result = run(tmp_path, *DEMO, "-o", "demo.rec", "--format", "json")
+    assert result.returncode == 0, result.stderr
+    breakdown = json.loads(result.stdout)
+    assert breakdown["schema"] == "ebpf-mig/breakdown/1"
+    assert sum(phase["duration_ns"] for phase in breakdown["phases"]) == breakdown["window_ns"]
+    assert breakdown["completeness"]["verdict"] == "complete"
+    assert "ebpf-mig report demo.rec" in result.stderr
+    again = run(tmp_path, "report", "demo.rec", "--format", "json")
+    assert again.stdout == result.stdout, "the same recording gives the same report, byte for byte"
+
+
+@requires(*TRACING)
+def test_demo_text_is_one_screen(tmp_path: Path) -> None:
+    result = run(tmp_path, *DEMO)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("blackout ") and lines[0].endswith(" ms")
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert "final dirty-log fetch" in result.stdout and "unattributed" in result.stdout
+    assert len(list(tmp_path.glob("ebpf-mig-demo-*.rec"))) == 1
+
+
+@requires(*TRACING)
+def test_two_demos_at_once(tmp_path: Path) -> None:
+    with nothing_left():
+        both = [
+            subprocess.Popen(command(*DEMO, "-o", f"{n}.rec", "--format", "json"), cwd=tmp_path, stdout=subprocess.PIPE)
+            for n in "ab"
+        ]
+        answers = [json.loads(process.communicate(timeout=90)[0]) for process in both]
+    pids = {answer["migration"][side]["pid"] for answer in answers for side in ("source", "destination")}
+    assert len(pids) == 4
+    assert all(answer["completeness"]["verdict"] == "complete" for answer in answers)
+
+
+def interrupt(directory: Path, arguments: Sequence[str], signum: int, after_s: float) -> tuple[int, str]:
+    process = subprocess.Popen(command(*arguments), cwd=directory, stderr=subprocess.PIPE, text=True)
+    time.sleep(after_s)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+SLOW = [*DEMO, "--working-set", "32MiB", "--bandwidth", "2MiB/s", "--downtime-limit", "1ms"]
+
+
+@requires(*TRACING)
+@pytest.mark.parametrize("after_s", [0.2, 1.0, 4.0])
+def test_ctrl_c_leaves_nothing(tmp_path: Path, after_s: float) -> None:
+    with nothing_left():
+        code, stderr = interrupt(tmp_path, SLOW, signal.SIGINT, after_s)
+    assert code == 130
+    assert "Traceback" not in stderr
+
+
+@requires(*TRACING)
+def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path) -> None:
+    with nothing_left():
+        code, stderr = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGTERM, 4)
+    assert code == 143, stderr
+    report = json.loads(run(tmp_path, "report", "cut.rec", "--format", "json").stdout)
+    assert report["migration"]["result"] == "cancelled"
+    assert report["blackout_ns"] is None
+
+
+@requires(*TRACING)
+def test_killed_outright_nothing_survives(tmp_path: Path) -> None:
+    """SIGKILL: VMs die with us; the directory is swept by the next run; what was written can be read."""
+    vms = qemus()
+    code, _ = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGKILL, 4)
+    assert code == -signal.SIGKILL
+    deadline = time.monotonic() + 5
+    while qemus() - vms and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not qemus() - vms
+    result = run(tmp_path, "report", "cut.rec", "--format", "json")
+    assert json.loads(result.stdout)["completeness"]["verdict"] == "incomplete"
+    before = lab_leftovers()
+    assert run(tmp_path, *DEMO, "-o", "next.rec").returncode == 0
+    assert not lab_leftovers() or lab_leftovers() < before | {"in use by another test run"}
+
+
+@requires(*TRACING)
+def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
+    """The user's own VMs: one process migrates, another only watches; both tell the same blackout."""
+    with QemuPair(QUICK) as pair:
+        pids = [str(pair.source.pid), str(pair.destination.pid)]
+        watching = subprocess.Popen(
+            command("record", "--pid", pids[0], "--pid", pids[1], "-o", "seen.rec"),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+        )
+        time.sleep(2)
+        ends = ["--source", pair.source.qmp, "--destination", pair.destination.qmp, "--uri", pair.uri]
+        result = run(tmp_path, "migrate", "qemu", *ends, "-o", "driven.rec", "--format", "json")
+        assert result.returncode == 0, result.stderr
+        assert watching.wait(20) == 0
+    driven = json.loads(result.stdout)
+    seen = json.loads(run(tmp_path, "report", "seen.rec", "--format", "json").stdout)
+    assert seen["migration"]["result"] == "completed"
+    assert [v["vcpu"] for v in seen["vcpus"]] == [0]
+    assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < 200_000
+
+
+@requires(*TRACING)
+def test_record_ends_with_its_command(tmp_path: Path) -> None:
+    with QemuPair(QUICK) as pair:
+        result = run(tmp_path, "record", "--pid", str(pair.source.pid), "-o", "idle.rec", "--", "true")
+    assert result.returncode == 0, result.stderr
+    report = run(tmp_path, "report", "idle.rec")
+    assert report.returncode == 0 and "blackout" in report.stdout
+
+
+@requires(*TRACING)
+def test_a_migration_that_is_refused(tmp_path: Path) -> None:
+    """The port is taken by somebody else: QEMU refuses, we say so in its words."""
+    with QemuPair(QUICK) as pair, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        uri = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
+        ends = ["--source", pair.source.qmp, "--destination", pair.destination.qmp, "--uri", uri]
+        one_line(run(tmp_path, "migrate", "qemu", *ends), 4, "migrate-incoming", "in use")
+
+
+@requires(*TRACING)
+def test_a_connection_that_fails_still_gives_a_report(tmp_path: Path) -> None:
+    with QemuPair(QUICK) as pair:
+        ends = ["--source", pair.source.qmp, "--destination", pair.destination.qmp]
+        uri = "exec:false"
+        result = run(tmp_path, "migrate", "qemu", *ends, "--uri", uri, "-o", "failed.rec", "--format", "json")
+    assert result.returncode == 4
+    if result.stdout:
+        assert json.loads(result.stdout)["migration"]["result"] == "failed"
+
+
+@contextlib.contextmanager
+def fake_monitor(path: Path, answer: bytes) -> Iterator[str]:
+    """A UNIX socket that says something else than QMP to all who connect."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = server.accept()
+                    client.sendall(answer)
+                    client.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield str(path)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff" * 200_000, b'{"QMP": 1}\n'])
+def test_not_a_qmp_socket(tmp_path: Path, answer: bytes) -> None:
+    with fake_monitor(tmp_path / "sock", answer) as path:
+        result = run(tmp_path, "migrate", "qemu", "--source", path, "--destination", "x", "--uri", "tcp:127.0.0.1:1")
+    one_line(result, 4, path, "-qmp unix:PATH")
+
+
+def test_no_qmp_socket(tmp_path: Path) -> None:
+    ends = ["--source", "/nonexistent/a", "--destination", "/nonexistent/b", "--uri", "tcp:127.0.0.1:1"]
+    one_line(run(tmp_path, "migrate", "qemu", *ends), 4, "/nonexistent/a", "No such file")
+
+
+@requires("root", "bcc", "kernel BTF")
+@pytest.mark.parametrize("pid", ["4194305", "0", "-5"])
+def test_wrong_pid(tmp_path: Path, pid: str) -> None:
+    one_line(run(tmp_path, "record", "--pid", pid), 2, pid)
+
+
+def test_no_such_vmm(tmp_path: Path) -> None:
+    one_line(run(tmp_path, "demo", "--vmm-binary", "/nonexistent/qemu"), 3, "apt-get install qemu-system-x86")
+
+
+def test_an_existing_recording_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "old.rec").write_text("precious")
+    one_line(run(tmp_path, "demo", "-o", "old.rec"), 2, "--force")
+    assert (tmp_path / "old.rec").read_text() == "precious"
+
+
+@requires(*TRACING)
+def test_full_disk(tmp_path: Path) -> None:
+    with nothing_left():
+        one_line(run(tmp_path, *DEMO, "-o", "/dev/full", "--force"), 2, "No space left")
+
+
+def test_no_memory_for_the_working_set(tmp_path: Path) -> None:
+    one_line(run(tmp_path, "demo", "--memory", "16MiB"), 2, "--memory")
+
+
+@requires("root")
+def test_without_privilege(tmp_path: Path) -> None:
+    """As another user: who may not load BPF programs is told so, with the line that works."""
+    again = command("record", "--pid", "1")
+    script = f"import os; os.setgid(65534); os.setuid(65534); os.execv({sys.executable!r}, {again!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False, cwd="/"
+    )
+    one_line(result, 3, "may not load BPF programs", "sudo")
+
+
+@requires(*TRACING)
+def test_without_bcc(tmp_path: Path) -> None:
+    """A Python that does not see the distribution's packages."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc for this test')\n")
+    with QemuPair(QUICK) as pair:
+        result = subprocess.run(
+            command("record", "--pid", str(pair.source.pid)),
+            cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, env=environment,
+        )  # fmt: skip
+    one_line(result, 3, "apt-get install python3-bpfcc")
+
+
+def test_a_report_needs_neither_root_nor_bcc(tmp_path: Path) -> None:
+    (tmp_path / "bcc.py").write_text("raise SystemExit('bcc was imported')\n")
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    data = next(Path("tests/data").resolve().glob("*.rec"))
+    result = subprocess.run(
+        command("report", str(data)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "final dirty-log fetch" in result.stdout
