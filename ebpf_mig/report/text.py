@@ -21,6 +21,7 @@ from ebpf_mig.report.waterfall import bar, ruler
 
 MAX_VCPUS = 4
 MAX_SOCKETS = 4
+MAX_WAITS = 2
 MAX_LISTED = 3
 """Rows of the other lists."""
 
@@ -214,21 +215,24 @@ def _longest(breakdown: Breakdown) -> Row | None:
     space, slot = longest.slot >> 16, longest.slot & 0xFFFF
     where = f"slot {slot}" + (f" of space {space}" if space else "")
     size = f", {_bytes(sizes[longest.slot])}" if longest.slot in sizes else ""
-    wait = "" if longest.lock_wait_ns is None else f"; locks {_ms(sum(longest.lock_wait_ns.values()))}"
-    label = f"  longest of {len(ioctls)} ioctls" if len(ioctls) > 1 else "  its only ioctl"
-    return _figure(label, longest.duration_ns, f"{longest.ioctl}, {where}{size}{wait}")
+    locks = sum((longest.lock_wait_ns or {}).values())
+    wait = f"; locks {_ms(locks)}" if locks else ""
+    one = f"1 of {len(ioctls)}: " if len(ioctls) > 1 else ""
+    return _figure("  longest ioctl", longest.duration_ns, f"{one}{longest.ioctl}, {where}{size}{wait}")
 
 
 def _sockets(sockets: list[SocketUse]) -> Iterator[Row]:
-    for use in sockets[:MAX_SOCKETS]:
-        if use.copy_ns is None or use.blocked_ns is None:
-            inside = _ms(use.in_call_ns)
-        else:
-            inside = f"copy {_ms(use.copy_ns)} + blocked {_ms(use.blocked_ns)}"
-        text = f"{inside} in {use.calls} calls, {_ms(use.between_ns)} between; {_bytes(use.bytes)}"
+    """Those that carried memory and state; the others are in the JSON report."""
+    carriers = [use for use in sockets if not use.role.endswith("control")]
+    for use in carriers[:MAX_SOCKETS]:
+        inside = f"inside {_ms(use.in_call_ns)}"
+        if use.copy_ns is not None and use.blocked_ns is not None:
+            inside = f"copy {_ms(use.copy_ns)}, blocked {_ms(use.blocked_ns)}"
+        calls = f"{use.calls} call{'s' if use.calls != 1 else ''}"
+        text = f"{_bytes(use.bytes)} in {calls}: {inside}, between {_ms(use.between_ns)}"
         yield _figure(use.role, use.in_call_ns + use.between_ns, text)
-    if len(sockets) > MAX_SOCKETS:
-        yield Row(Text(f"... {len(sockets) - MAX_SOCKETS} more sockets", "dim"))
+    if len(carriers) > MAX_SOCKETS:
+        yield Row(Text(f"... {len(carriers) - MAX_SOCKETS} more sockets", "dim"))
 
 
 def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
@@ -236,9 +240,14 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     for wire in sorted(breakdown.wire or [], key=lambda w: -w.in_flight_ns)[:MAX_LISTED]:
         why = f"{printable(wire.reason)} ({printable(wire.evidence)})"
         yield _figure("in flight", wire.in_flight_ns, f"{_bytes(wire.bytes)}, {why}")
-    for wait in sorted(breakdown.waits or [], key=lambda w: -w.duration_ns)[:MAX_LISTED]:
-        stack = " < ".join(printable(frame) for frame in wait.stack[:4])
-        yield _figure(f"wait in {wait.phase}", wait.duration_ns, f"{printable(wait.thread)}: {stack}")
+    waits: dict[tuple[str, str, str], list[int]] = {}
+    for wait in breakdown.waits or []:
+        frames = [frame for frame in wait.stack if not frame.startswith("schedule")] or wait.stack
+        stack = " < ".join(printable(frame) for frame in frames[:3])
+        waits.setdefault((wait.phase, wait.thread, stack), []).append(wait.duration_ns)
+    for (phase, thread, stack), durations in sorted(waits.items(), key=lambda w: (-sum(w[1]), w[0]))[:MAX_WAITS]:
+        times = f" ({len(durations)} times)" if len(durations) > 1 else ""
+        yield _figure(f"wait in {phase}", sum(durations), f"{printable(thread)}{times}: {stack}")
 
 
 def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
@@ -253,25 +262,29 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
     facts = [_counts("lost", state.lost) or "nothing lost", _counts("unpaired", state.unpaired)]
-    facts.append("observer not measured" if state.observer_ns is None else f"observer {_ms(state.observer_ns)} ms")
     yield _remark(state.verdict, "; ".join(filter(None, facts)), _VERDICTS.get(state.verdict, ""))
-    if state.attach:
-        yield _remark("  attached by", ", ".join(_tiers(state.attach)))
+    cost = "cost not measured" if state.observer_ns is None else f"{_ms(state.observer_ns)} ms in all"
+    by = f", attached by {', '.join(_tiers(state.attach))}" if state.attach else ""
+    yield _remark("  observer", cost + by)
     for reason in state.reasons:
         yield _remark("  because", printable(reason, 400))
     if breakdown.clock.bound_ns or breakdown.clock.offset_ns:
         offset = f"{breakdown.clock.offset_ns / 1e6:+.3f} ms"
         yield _remark("clock of destination", f"{offset}, known to ± {_ms(breakdown.clock.bound_ns)} ms")
-    for note in breakdown.notes:
+    for note in breakdown.notes[:MAX_LISTED]:
         yield _remark("note", printable(note, 400))
+    if len(breakdown.notes) > MAX_LISTED:
+        yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 
 
 def _tiers(attach: dict[str, str]) -> Iterable[str]:
-    """`fentry (dirty_log, socket)`: the signals of one tier together."""
+    """`fentry (dirty-log, socket)`: the signals of one tier together, their names only where tiers differ."""
     tiers: dict[str, list[str]] = {}
     for signal, tier in sorted(attach.items()):
         tiers.setdefault(tier, []).append(signal)
-    return (f"{printable(tier)} ({printable(', '.join(signals))})" for tier, signals in sorted(tiers.items()))
+    if len(tiers) == 1:
+        return [printable(tier) for tier in tiers]
+    return [f"{printable(tier)} ({printable(', '.join(signals))})" for tier, signals in sorted(tiers.items())]
 
 
 def _counts(word: str, counts: dict[str, int]) -> str:

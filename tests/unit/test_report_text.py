@@ -45,14 +45,16 @@ def test_a_whole_migration_on_one_screen() -> None:
         "",
         "final dirty-log fetch    1.745 ms  kernel 1.200, user 0.545",
         "  what it caused        30.001 ms  memory.send: 4096 pages, 16.1 MiB",
-        "  longest of 2 ioctls    0.900 ms  KVM_GET_DIRTY_LOG, slot 0, 256.0 MiB",
+        "  longest ioctl          0.900 ms  1 of 2: KVM_GET_DIRTY_LOG, slot 0, 256.0 MiB",
         "3 pre-copy passes        3.450 ms  kernel 2.700, user 0.750; 192.0 MiB sent",
-        "source migration        30.101 ms  28.601 in 257 calls, 1.500 between; 16.1 MiB",
+        "source migration        30.101 ms  16.1 MiB in 257 calls: inside 28.601, between",
+        "                                   1.500",
         "qmp.downtime_ms         44.000 ms  ours 42.700, +1.300: whole milliseconds; from",
         "                                   before the kick until the source is done",
         "",
-        "complete               nothing lost; unpaired ioctl 2; observer 0.021 ms",
-        "  attached by          fentry (dirty_log, socket), tracepoint (vcpu)",
+        "complete               nothing lost; unpaired ioctl 2",
+        "  observer             0.021 ms in all, attached by fentry (dirty_log, socket),",
+        "                       tracepoint (vcpu)",
     ]
 
 
@@ -79,8 +81,9 @@ def test_cancelled_before_the_vcpus_stopped() -> None:
         "",
         "3 pre-copy passes        3.450 ms  kernel 2.700, user 0.750; 192.0 MiB sent",
         "",
-        "complete               nothing lost; unpaired ioctl 2; observer 0.021 ms",
-        "  attached by          fentry (dirty_log, socket), tracepoint (vcpu)",
+        "complete               nothing lost; unpaired ioctl 2",
+        "  observer             0.021 ms in all, attached by fentry (dirty_log, socket),",
+        "                       tracepoint (vcpu)",
     ]
 
 
@@ -101,12 +104,13 @@ def test_failed_after_the_vcpus_stopped_and_in_ascii() -> None:
         "",
         "final dirty-log fetch    1.000 ms  kernel 1.000, user 0.000",
         "  what it caused         8.000 ms  memory.send: pages not known, 8.0 MiB",
-        "  its only ioctl         1.000 ms  KVM_GET_DIRTY_LOG, slot 2 of space 1; locks",
+        "  longest ioctl          1.000 ms  KVM_GET_DIRTY_LOG, slot 2 of space 1; locks",
         "                                   0.250",
         "1 pre-copy pass          1.150 ms  kernel 0.900, user 0.250; 64.0 MiB sent",
         "",
-        "incomplete             lost socket 12; unpaired ioctl 2; observer not measured",
-        "  attached by          fentry (dirty_log, socket), tracepoint (vcpu)",
+        "incomplete             lost socket 12; unpaired ioctl 2",
+        "  observer             cost not measured, attached by fentry (dirty_log,",
+        "                       socket), tracepoint (vcpu)",
         "  because              12 events of the socket probe were lost: the ring buffer",
         "                       was full",
         "note                   the destination died 9.412 ms into the window",
@@ -143,23 +147,30 @@ def test_what_is_measured_only_sometimes() -> None:
     whole = breakdowns.precopy()
     full = msgspec.structs.replace(
         whole,
-        sockets=[msgspec.structs.replace(whole.sockets[0], copy_ns=3_100_000, blocked_ns=25_501_000)] * 6,
+        sockets=[msgspec.structs.replace(whole.sockets[0], calls=1, copy_ns=3_100_000, blocked_ns=25_501_000)] * 6
+        + [msgspec.structs.replace(whole.sockets[0], role="source control")],
         wire=[
             b.Wire(bytes=2048, sent=1, received=2, in_flight_ns=40_000_000, reason="delayed ACK", evidence="1 < MSS"),
             b.Wire(bytes=9, sent=1, received=2, in_flight_ns=41_000_000, reason="late reader", evidence="window 0"),
         ],
-        waits=[b.Wait(phase="handover", thread="CPU 0/KVM", duration_ns=1_500_000, stack=["a", "b", "c", "d", "e"])],
+        waits=[
+            b.Wait(phase="handover", thread="CPU 0/KVM", duration_ns=1_000_000, stack=["schedule", "a", "b", "c", "d"]),
+            b.Wait(phase="resume", thread="t", duration_ns=1_400_000, stack=["schedule"]),
+            b.Wait(
+                phase="handover", thread="CPU 0/KVM", duration_ns=500_000, stack=["schedule_timeout", "a", "b", "c"]
+            ),
+            b.Wait(phase="pause", thread="t", duration_ns=1, stack=[]),
+        ],
         clock=b.Clock(offset_ns=-1_234_567, bound_ns=20_000),
     )
     lines = lines_of(full, width=100)
-    at = lines.index(
-        "source migration        30.101 ms  copy 3.100 + blocked 25.501 in 257 calls, 1.500 between; 16.1 MiB"
-    )
-    assert lines[at + 4 : at + 8] == [
+    at = lines.index("source migration        30.101 ms  16.1 MiB in 1 call: copy 3.100, blocked 25.501, between 1.500")
+    assert lines[at + 4 : at + 9] == [
         "... 2 more sockets",
         "in flight               41.000 ms  9 B, late reader (window 0)",
         "in flight               40.000 ms  2.0 KiB, delayed ACK (1 < MSS)",
-        "wait in handover         1.500 ms  CPU 0/KVM: a < b < c < d",
+        "wait in handover         1.500 ms  CPU 0/KVM (2 times): a < b < c",
+        "wait in resume           1.400 ms  t: schedule",
     ]
     assert "clock of destination   -1.235 ms, known to ± 0.020 ms" in lines
 
@@ -193,6 +204,19 @@ def test_ascii_has_no_other_characters() -> None:
     text = render(odd, Canvas(80, False, False))
     assert text.isascii()
     assert r"note                   +- 3 ... f\xfcr \u6771\u4eac" in text
+
+
+def test_tiers_are_told_apart_only_where_they_differ_and_notes_are_capped() -> None:
+    whole = breakdowns.precopy()
+    state = msgspec.structs.replace(whole.completeness, attach={"vcpu": "tracepoint", "socket": "tracepoint"})
+    lines = lines_of(msgspec.structs.replace(whole, completeness=state, notes=list("abcde")))
+    assert lines[-5:] == [
+        "  observer             0.021 ms in all, attached by tracepoint",
+        "note                   a",
+        "note                   b",
+        "note                   c",
+        "... 2 more notes, all in --format json",
+    ]
 
 
 def test_names_cannot_reach_the_terminal_as_escapes() -> None:
