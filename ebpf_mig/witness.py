@@ -15,9 +15,8 @@ from ebpf_mig.switchover import Switchover
 MS = 1_000_000
 
 _DOWNTIME = {
-    "qmp": "QEMU's own figure in whole ms: it begins before the vCPUs are kicked and ends when the source is "
-    "done; the destination is in it only with a return path",
-    "ch": "Cloud Hypervisor's own figure in whole ms: from its pause call to the destination's answer to Complete",
+    "qmp": "whole ms; from before the kick to the source's end",
+    "ch": "whole ms; from its pause call to the answer to Complete",
 }
 
 
@@ -49,9 +48,8 @@ def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None
                 name="qmp.STOP..RESUME",
                 value_ns=value,
                 difference_ns=value - blackout,
-                explanation=f"STOP came {_us(stopped.at_ns - switchover.stop)} the last vCPU's stop, RESUME "
-                f"{_us(resumed.at_ns - switchover.first_start)} the first vCPU's start (QEMU sends it before "
-                f"it kicks the vCPUs); the stamps may be off by {doubt}",
+                explanation=f"said {_us(stopped.at_ns - switchover.stop)} the stop and "
+                f"{_us(resumed.at_ns - switchover.first_start)} the start, doubt {doubt}",
             )
         )
     return sorted(found, key=lambda w: (w.name, w.value_ns))
