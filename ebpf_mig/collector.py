@@ -184,11 +184,24 @@ def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> lis
     for side, process in (("source", case.source), ("destination", case.destination)):
         if process is None or window is None:
             continue
-        for index, line in process.vcpus.items():
-            notes += [
-                f"a KVM_RUN of the {side}'s vCPU {index} returned -EINTR after {(end - begin) / 1000:.1f} us "
-                "and is taken not to have run the guest"
-                for begin, end in line.immediate
-                if window[0] <= begin <= window[1]
-            ]
+        took = [
+            (index, end - begin)
+            for index, line in process.vcpus.items()
+            for begin, end in line.immediate
+            if window[0] <= begin <= window[1]
+        ]
+        if took:
+            notes.append(_immediate_note(side, took))
     return notes
+
+
+def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
+    """One line for all KVM_RUN calls that returned at once: (vCPU, ns inside)."""
+    vcpus = sorted({index for index, _ in took})
+    named = ", ".join(map(str, vcpus[:8])) + (f" and {len(vcpus) - 8} more" if len(vcpus) > 8 else "")
+    longest = max(ns for _, ns in took) / 1000
+    calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
+    return (
+        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us and "
+        f"{'are' if len(took) > 1 else 'is'} taken not to have run the guest"
+    )

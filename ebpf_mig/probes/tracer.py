@@ -128,6 +128,9 @@ class Tracer:
 
     def _decode(self, record: bytes) -> AnyEvent:
         event = decode(record)
+        tid = getattr(event, "tid", 0)
+        if tid and (event.pid, tid) not in self._threads:
+            self._name(event.pid, tid, _comm(event.pid, tid))  # born after we looked around, may be gone at the end
         if isinstance(event, OffCpu) and event.stack:
             return msgspec.structs.replace(event, stack=self._symbols(event.stack[0]))
         return event
@@ -144,8 +147,7 @@ class Tracer:
         """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
         for pid in self.pids:
             for tid in _threads_of(pid):
-                with contextlib.suppress(OSError):
-                    self._name(pid, tid, Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip())
+                self._name(pid, tid, _comm(pid, tid))
             for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     kind, _, number = str(link.readlink()).rpartition(":")
@@ -168,6 +170,14 @@ class Tracer:
             for tid in inside:
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
+
+
+def _comm(pid: int, tid: int) -> str:
+    """A thread's name, empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _threads_of(pid: int) -> list[int]:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings of real migrations, replayed: the same bytes in, the same report out.
+
+Beside each recording stands its report as text. `UPDATE_REPORTS=1 ./check tests/unit/test_replay.py` writes them
+anew; the difference then belongs into the review.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ebpf_mig.breakdown import PHASES, Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.report import json as json_report
+from ebpf_mig.report import text as text_report
+
+DATA = Path(__file__).parent.parent / "data"
+RECORDINGS = sorted(DATA.glob("*.rec"))
+COMPLETED = [path for path in RECORDINGS if not path.stem.endswith(("cancelled", "died"))]
+
+
+def load(path: Path) -> tuple[Recording, Breakdown]:
+    recording = read_recording(path)
+    return recording, analyse(recording.header, recording.events, truncated=recording.truncated)
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_report_is_the_same_as_ever(path: Path) -> None:
+    _, breakdown = load(path)
+    text = text_report.render(breakdown)
+    golden = path.with_suffix(".txt")
+    if os.environ.get("UPDATE_REPORTS"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_order_of_events_does_not_matter(path: Path) -> None:
+    recording, breakdown = load(path)
+    shuffled = list(recording.events)
+    random.Random(1).shuffle(shuffled)
+    assert json_report.render(analyse(recording.header, shuffled)) == json_report.render(breakdown)
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_json_reads_back_as_the_breakdown(path: Path) -> None:
+    _, breakdown = load(path)
+    assert msgspec.json.decode(json_report.render(breakdown), type=Breakdown) == breakdown
+
+
+@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+def test_partition_is_exact(path: Path) -> None:
+    _, breakdown = load(path)
+    assert [(p.phase, p.side) for p in breakdown.phases] == list(PHASES)
+    spans = sorted(span for phase in breakdown.phases for span in phase.spans)
+    assert spans[0][0] == 0 and spans[-1][1] == breakdown.window_ns
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
+    assert all(p.duration_ns == sum(end - begin for begin, end in p.spans) >= 0 for p in breakdown.phases)
+
+
+@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+def test_what_every_version_has_in_common(path: Path) -> None:
+    """Both sides found, the guest's own order, the migration's sockets and not QMP's."""
+    recording, b = load(path)
+    assert b.migration.result == "completed" and b.completeness.verdict == "complete"
+    assert b.migration.source is not None and b.migration.destination is not None
+    pids = {target.role: target.pid for target in recording.header.targets}
+    assert (b.migration.source.pid, b.migration.destination.pid) == (pids["source"], pids["destination"])
+    assert b.migration.mode == ("postcopy" if "postcopy" in path.stem else "precopy")
+    assert b.migration.transport == ("unix" if "unix" in path.stem else "tcp")
+    assert b.migration.connections == (3 if "multifd" in path.stem else 1)
+    assert b.dirty_log.mode == ("ring" if "ring" in path.stem else "manual")
+    assert len(b.vcpus) == (3 if "3vcpus" in path.stem else 1)
+    assert b.phase_ns("state.load") > 0 and b.phase_ns("state.save") > 0
+    assert all(socket.bytes < 1 << 26 for socket in b.sockets)
+
+
+@pytest.mark.parametrize("path", [p for p in RECORDINGS if p not in COMPLETED], ids=lambda path: path.stem)
+def test_migrations_that_ended_before_the_stop(path: Path) -> None:
+    _, b = load(path)
+    assert b.migration.result in {"cancelled", "failed"}
+    assert b.blackout_ns is None and b.window_ns is None
+    assert all(phase.duration_ns == 0 for phase in b.phases)
+    assert b.dirty_log.passes
