@@ -144,7 +144,8 @@ class Monitor:
                 f"no QMP greeting from {self.path} within {GREETING_S:.0f} s: another client may hold the monitor",
                 _BUSY_REMEDY,
             ) from error
-        except (ConnectError, QMPError, OSError, ValueError) as error:  # ValueError: a NUL in the path
+        except (ConnectError, QMPError, OSError, ValueError, AssertionError) as error:
+            # ValueError: a NUL in the path. AssertionError: qemu.qmp's, where the other end goes right after greeting.
             raise VmmError(
                 f"cannot use {self.path} as the {self.role}'s QMP socket: {_reason(error)}", _REMEDY
             ) from error
