@@ -21,17 +21,14 @@ class Heartbeat:
         self._thread.start()
 
     def _read(self) -> None:
-        while True:
-            data = os.read(self._fd, 256)
-            now = time.monotonic_ns()
-            if not data:
-                os.close(self._fd)
-                return
-            self.beats.extend((now, chr(byte)) for byte in data)
+        with os.fdopen(self._fd, "rb", buffering=0) as pipe:
+            while data := pipe.read(256):
+                now = time.monotonic_ns()
+                self.beats.extend((now, chr(byte)) for byte in data)
 
     def letters(self) -> set[str]:
         """Which vCPUs have been heard."""
-        return {letter for _, letter in self.beats}
+        return {letter for _, letter in list(self.beats)}
 
     def join(self) -> None:
         """Waits for the last beat, after the VMM has ended."""

@@ -8,12 +8,11 @@ removed at the end; one left by a killed run is removed by the next.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,29 +20,36 @@ from typing import IO
 
 from ebpf_mig.errors import PreflightError
 
-_PR_SET_PDEATHSIG = 1
 _PREFIX = "ebpf-mig-lab-"
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    """Runs in the child: SIGKILL when the thread that forked it ends (prctl(2)); also off our terminal's Ctrl-C."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.setpgid(0, 0)
+_LAUNCH = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() != int(sys.argv[1]):
+    os._exit(125)  # the parent died before that took effect
+try:
+    os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"cannot run {sys.argv[2]}: {error.strerror}")
+"""
+"""Runs as a program of its own, since code between fork and exec can deadlock in a process with threads."""
 
 
 def spawn(command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts a child from the main thread; PreflightError if the program cannot be started."""
+    """Starts a child that gets SIGKILL when the calling *thread* ends, and no Ctrl-C from our terminal.
+
+    Call it from the main thread, or from one that outlives the child (prctl(2), PR_SET_PDEATHSIG). PreflightError if
+    there is no such program.
+    """
+    path = shutil.which(command[0])
+    if path is None:
+        raise PreflightError(f"cannot run {command[0]}: no such program")
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(Path(path).absolute())]
     try:
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl and setpgid only, before any thread matters
+            [*launcher, *command[1:]], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0
         )
     except OSError as error:
-        raise PreflightError(f"cannot run {command[0]}: {error.strerror}") from error
+        raise PreflightError(f"cannot start {command[0]}: {error.strerror}") from error
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -57,28 +63,44 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def private_directory() -> Iterator[Path]:
     """A new 0700 directory, removed on leaving; directories of dead runs are removed first."""
     _sweep()
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    path, lock = _make_locked()
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
         yield path
     finally:
         os.close(lock)
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _make_locked() -> tuple[Path, int]:
+    """A new directory and the descriptor that locks it; tried again if a sweep took it between the two steps."""
+    while True:
+        try:
+            path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        except OSError as error:
+            raise PreflightError(
+                f"cannot make a directory in {tempfile.gettempdir()}: {error.strerror}", "set TMPDIR to a writable one"
+            ) from error
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if path.exists():
+            return path, lock
+        os.close(lock)
+
+
 def _sweep() -> None:
     """Removes our own directories whose lock nobody holds: their run was killed."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
-            if path.stat().st_uid != os.getuid():
-                continue
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+            if os.fstat(fd).st_uid == os.getuid():
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
         except OSError:
             pass  # in use by a run that lives
         finally:

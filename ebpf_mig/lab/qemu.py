@@ -74,7 +74,7 @@ class QemuPair:
             self._stack = guard
             self.directory = guard.enter_context(private_directory())
             guest = self.directory / "guest.elf"
-            guest.write_bytes(self.scenario.guest())
+            _write(guest, self.scenario.guest())
             self.source = self._start("source", ["-kernel", str(guest)])
             self.destination = self._start("destination", ["-kernel", str(guest), "-incoming", "defer"])
             self.uri = self._uri()
@@ -93,11 +93,12 @@ class QemuPair:
     def _start(self, role: str, more: Sequence[str]) -> QemuVm:
         qmp, log = self.directory / f"{role}.qmp", self.directory / f"{role}.log"
         read_end, write_end = os.pipe()
-        with log.open("wb") as stderr:
-            process = spawn([*self._command(role, qmp), *more], write_end, stderr)
-        os.close(write_end)
-        self._stack.callback(stop, process)
-        return QemuVm(role, process, str(qmp), log, Heartbeat(read_end))
+        heartbeat = Heartbeat(read_end)  # owns read_end and ends once every write end is closed
+        self._stack.callback(heartbeat.join)
+        with os.fdopen(write_end, "wb", buffering=0) as serial, log.open("wb") as stderr:
+            process = spawn([*self._command(role, qmp), *more], serial, stderr)
+            self._stack.callback(stop, process)
+        return QemuVm(role, process, str(qmp), log, heartbeat)
 
     def _command(self, role: str, qmp: Path) -> list[str]:
         s = self.scenario
@@ -123,17 +124,26 @@ class QemuPair:
 
     def _wait_until_up(self) -> None:
         """Until both monitors exist and every vCPU of the guest has been heard."""
-        deadline = time.monotonic() + _START_S
+        letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
+        patience = _START_S + 2 * self.scenario.round_s()
+        deadline = time.monotonic() + patience
         while True:
             for vm in (self.source, self.destination):
-                if vm.process.poll() is not None:
-                    raise VmmError(f"the {vm.role} QEMU ended at once: {vm.complaint()}")
-            heard = len(self.source.heartbeat.letters())
-            if heard >= self.scenario.vcpus and Path(self.destination.qmp).exists():
+                if (status := vm.process.poll()) is not None:
+                    raise VmmError(f"the {vm.role} QEMU ended at once (status {status}): {vm.complaint()}")
+            heard = letters & self.source.heartbeat.letters()
+            if heard == letters and Path(self.destination.qmp).exists():
                 return
             if time.monotonic() > deadline:
                 raise VmmError(
-                    f"the guest did not come up within {_START_S:.0f} s: {heard} of {self.scenario.vcpus} vCPUs "
+                    f"the guest did not come up within {patience:.0f} s: {len(heard)} of {len(letters)} vCPUs "
                     f"were heard; QEMU says: {self.source.complaint()}"
                 )
             time.sleep(0.01)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise PreflightError(f"cannot write {path}: {error.strerror}", "make room, or set TMPDIR") from error

@@ -12,6 +12,8 @@ from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.lab.guest import FIRST_BYTE, build_guest
 
 MIB = 1 << 20
+_UNPACED = 10_000
+"""Pages/s that even a vCPU that shares a core with three others and is emulated by KVM reaches."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Scenario:
     """0 is unlimited, None leaves the VMM's own default."""
     postcopy: bool = False
     dirty_ring: int | None = None
+
+    def round_s(self) -> float:
+        """About how long a vCPU takes to dirty its working set once, and so from beat to beat."""
+        pace = min(self.pages_per_s or _UNPACED, _UNPACED)
+        return self.working_set_bytes / 4096 / pace
 
     def guest(self) -> bytes:
         """The guest's ELF; UsageError if the numbers do not fit together."""

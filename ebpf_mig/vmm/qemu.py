@@ -12,24 +12,26 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.events import AnyEvent, Target
+from ebpf_mig.events import Target
 from ebpf_mig.vmm.base import Outcome, mark
-from ebpf_mig.vmm.qmp import Monitor
+from ebpf_mig.vmm.qemu_side import ENDED, Side
+from ebpf_mig.vmm.qmp import Monitor, UnansweredError
 
-_FINAL = {"completed", "failed", "cancelled"}
-_SAFETY_S = 10.0
+_SILENCE_S = 10.0
 """After this long without any event the status is asked for, once each time: an event can have been missed."""
 _DESTINATION_S = 30.0
 """The destination starts its vCPUs after the source has said `completed`."""
-_VERDICT_S = 5.0
-"""How long a source may take to notice that its destination is gone."""
-_FIGURES = ("downtime", "total-time", "setup-time", "expected-downtime")
-_RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy-bytes", "multifd-bytes", "normal")
+_CANCEL_S = 10.0
+"""A cancellation takes some 10 ms, but waits for the big lock in the switchover."""
+_CONTRADICTION_S = 5.0
+"""How long the source may take to notice that its destination has died."""
+
+_DESTINATION_DIED = "the destination QEMU ended during the migration"
 
 _T = TypeVar("_T")
 
@@ -62,47 +64,6 @@ class QemuOptions:
         return {k: v for k, v in values.items() if v is not None}
 
 
-class _Side:
-    """One end while the migration runs: what it said, and whether it is done."""
-
-    def __init__(self, monitor: Monitor, pid: int) -> None:
-        self.monitor = monitor
-        self.pid = pid
-        self.marks: list[AnyEvent] = []
-        self.status = ""
-        self.running = False
-        self.gone = False
-        self.passes = 0
-        self.changed = asyncio.Event()
-
-    async def listen(self) -> None:
-        """Takes events until the connection ends."""
-        while True:
-            event = await self.monitor.next_event()
-            if event is None:
-                self.gone = True
-                self.changed.set()
-                return
-            self._note(event)
-
-    def _note(self, event: dict[str, Any]) -> None:
-        name, data = str(event.get("event", "")), event.get("data") or {}
-        stamp = event.get("timestamp") or {}
-        wall_ns = int(stamp.get("seconds", 0)) * 10**9 + int(stamp.get("microseconds", 0)) * 1000
-        label, value = f"qmp.{name}", 0
-        if name == "MIGRATION":
-            self.status = str(data.get("status", ""))
-            label += f".{self.status}"
-        elif name == "MIGRATION_PASS":
-            self.passes = value = int(data.get("pass", 0))
-        elif name == "RESUME":
-            self.running = True
-        elif name == "STOP":
-            self.running = False
-        self.marks.append(mark(self.pid, label, value=value, wall_ns=wall_ns or None))
-        self.changed.set()
-
-
 class QemuMigration:
     """One migration between two QEMUs on this host, or of one whose destination is elsewhere (`destination` None)."""
 
@@ -112,8 +73,10 @@ class QemuMigration:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
         self._thread.start()
-        self._src: _Side | None = None
-        self._dst: _Side | None = None
+        self._src: Side | None = None
+        self._dst: Side | None = None
+        self._cancelled = False
+        self._postcopy_asked = False
         try:
             self._call(self._connect(source, destination))
         except BaseException:
@@ -122,11 +85,10 @@ class QemuMigration:
 
     def targets(self) -> list[Target]:
         """Source first; roles, pids and versions as QMP tells them."""
-        sides = [("source", self._src), ("destination", self._dst)]
+        roles = ("source", "destination")
         return [
             Target(pid=side.pid, role=role, vmm="qemu", vmm_version=side.monitor.version)
-            for role, side in sides
-            if side is not None
+            for role, side in zip(roles, self._sides, strict=False)
         ]
 
     def prepare(self) -> None:
@@ -138,45 +100,52 @@ class QemuMigration:
         return self._call(self._run(timeout_s))
 
     def cancel(self) -> None:
-        """`migrate_cancel` on the source; errors are left for `run` to meet."""
-        if self._src is not None:
-            with contextlib.suppress(VmmError, concurrent.futures.TimeoutError):
-                self._call(self._src.monitor.execute("migrate_cancel"), 10)
+        """`migrate_cancel` on the source, or no migration at all if `run` comes later; errors are for `run` to meet."""
+        self._cancelled = True
+        if self._src is not None and not self._loop.is_closed():
+            with contextlib.suppress(VmmError, concurrent.futures.CancelledError):
+                self._call(self._src.monitor.execute("migrate_cancel", timeout_s=_CANCEL_S))
 
     def close(self) -> None:
         """Disconnects from both monitors; idempotent."""
         if self._loop.is_closed():
             return
-        for side in (self._src, self._dst):
-            if side is not None:
-                self._call(side.monitor.close())
+        self._call(self._disconnect())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._thread.join()
+        self._loop.close()
 
-    def _call(self, coroutine: Coroutine[Any, Any, _T], timeout: float | None = None) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     @property
-    def _source(self) -> _Side:
+    def _source(self) -> Side:
         assert self._src is not None  # noqa: S101 - __init__ has connected
         return self._src
 
+    @property
+    def _sides(self) -> list[Side]:
+        return [side for side in (self._src, self._dst) if side is not None]
+
     async def _connect(self, source: str, destination: str | None) -> None:
-        monitor = await Monitor.open(source, "source")
-        self._src = _Side(monitor, await monitor.pid())
+        self._src = await _open_side(source, "source")
         if destination is not None:
-            monitor = await Monitor.open(destination, "destination")
-            self._dst = _Side(monitor, await monitor.pid())
+            self._dst = await _open_side(destination, "destination")
             if self._dst.pid == self._src.pid:
                 raise VmmError("source and destination are the same QEMU", "give each VM's own QMP socket")
 
+    async def _disconnect(self) -> None:
+        for side in self._sides:
+            await side.monitor.close()
+            side.close()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}  # an interrupted connect, a cancel that still waits
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
     async def _prepare(self) -> None:
         await self._check_states()
-        for side in (self._src, self._dst):
-            if side is None:
-                continue
+        for side in self._sides:
             wanted = {"capabilities": self.options.capability_list()}
             await side.monitor.execute("migrate-set-capabilities", wanted)
             parameters = self.options.parameters()
@@ -186,11 +155,11 @@ class QemuMigration:
             await self._dst.monitor.execute("migrate-incoming", {"uri": self.uri})
 
     async def _check_states(self) -> None:
-        state = (await self._source.monitor.execute("query-status"))["status"]
+        state = (await self._source.monitor.query("query-status")).get("status")
         if state in {"postmigrate", "inmigrate"}:
             raise VmmError(f"the source VM is in state {state}: it has no guest to migrate")
         if self._dst is not None:
-            state = (await self._dst.monitor.execute("query-status"))["status"]
+            state = (await self._dst.monitor.query("query-status")).get("status")
             if state != "inmigrate":
                 raise VmmError(
                     f"the destination VM is in state {state}, not waiting for a migration",
@@ -200,113 +169,124 @@ class QemuMigration:
     @staticmethod
     async def _is_listening(monitor: Monitor) -> bool:
         """A destination started with -incoming URI, not defer, is in status `setup` or tells its address."""
-        answer = await monitor.execute("query-migrate")
+        answer = await monitor.query("query-migrate")
         return bool(answer.get("socket-address")) or answer.get("status") in {"setup", "active"}
 
     async def _run(self, timeout_s: float) -> Outcome:
-        listeners = [asyncio.ensure_future(side.listen()) for side in (self._src, self._dst) if side is not None]
+        if self._cancelled:
+            return Outcome("cancelled", "before it began")
+        listeners = [asyncio.ensure_future(side.listen()) for side in self._sides]
         trigger = mark(self._source.pid, "session.trigger", self.uri)
-        error = ""
-        try:
-            await self._source.monitor.execute("migrate", {"uri": self.uri})
-            async with asyncio.timeout(timeout_s):
-                await self._wait()
-        except TimeoutError:
-            error = f"not done within {timeout_s:g} s; cancelled"
-            await self._cancel_and_wait()
-        except VmmError as refused:
-            error = str(refused)
-        figures = await self._figures()
+        problem = await self._migrate(timeout_s)
+        patience = _DESTINATION_S if self._source.status == "completed" else 1.0
+        await self._until(self._destination_done, patience)
+        figures, said = await self._source.figures()
         for listener in listeners:
             listener.cancel()
-        result, error = self._judge(error, figures)
-        marks = [trigger, *self._source.marks, *(self._dst.marks if self._dst else []), *figures]
+        await asyncio.gather(*listeners, return_exceptions=True)
+        result, error = self._judge(problem, said)
+        marks = [trigger, *(event for side in self._sides for event in side.marks), *figures]
         return Outcome(result, error, tuple(marks))
 
-    async def _wait(self) -> None:
+    async def _migrate(self, timeout_s: float) -> str:
+        """Until the source is done, or what we could do to end it is done; returns what went wrong on our side."""
         source = self._source
-        while source.status not in _FINAL and not source.gone and not self._destination_lost():
-            await self._next_change()
-            if self.options.postcopy and source.passes >= 2 and source.status == "active":
-                source.passes = 0
-                await source.monitor.execute("migrate-start-postcopy")
-        if self._destination_lost() and source.status not in _FINAL:
-            # A cancelled destination ends at once, often before the source has said why.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_VERDICT_S):
-                    while source.status not in _FINAL and not source.gone:
-                        await self._next_change()
-        if source.status not in {"failed", "cancelled"} and self._dst is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DESTINATION_S):
-                    while not self._destination_done():
-                        await self._next_change()
+        try:
+            await source.monitor.execute("migrate", {"uri": self.uri})
+        except UnansweredError as error:
+            await self._cancel_and_wait()
+            return str(error)
+        except VmmError as error:
+            return str(error)
+        if not await self._until(lambda: source.ended or self._destination_dead(), timeout_s):
+            await self._cancel_and_wait()
+            return f"not done within {timeout_s:g} s"
+        if not await self._until(lambda: source.ended, _CONTRADICTION_S):
+            await self._cancel_and_wait()
+            return _DESTINATION_DIED
+        return ""
+
+    async def _until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Waits for events until `done`; False after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not done():
+                    await self._next_change()
+        except TimeoutError:
+            return done()
+        return True
 
     async def _next_change(self) -> None:
-        """Waits for any event; after a long silence asks the source once, in case an event was missed."""
-        sides = [side for side in (self._src, self._dst) if side is not None]
-        waits = [asyncio.ensure_future(side.changed.wait()) for side in sides]
-        done, _ = await asyncio.wait(waits, timeout=_SAFETY_S, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        for side in sides:
+        """Waits for any event; after a long silence asks both ends once."""
+        waits = [asyncio.ensure_future(side.changed.wait()) for side in self._sides]
+        try:
+            done, _ = await asyncio.wait(waits, timeout=_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        for side in self._sides:
             side.changed.clear()
-        if not done and not self._source.gone:
-            status = (await self._source.monitor.execute("query-migrate")).get("status", "")
-            if status in _FINAL:
-                self._source.status = status
+        if not done:
+            await asyncio.gather(*(side.ask_status() for side in self._sides if not side.gone))
+        await self._postcopy_if_due()
 
-    def _destination_lost(self) -> bool:
-        return self._dst is not None and self._dst.gone
+    async def _postcopy_if_due(self) -> None:
+        due = self.options.postcopy and self._source.passes >= 2 and self._source.status == "active"
+        if due and not self._postcopy_asked:
+            self._postcopy_asked = True
+            with contextlib.suppress(VmmError):  # too late, pre-copy has just ended: the migration goes on
+                await self._source.monitor.execute("migrate-start-postcopy")
+
+    def _destination_dead(self) -> bool:
+        return self._dst is not None and self._dst.dead
 
     def _destination_done(self) -> bool:
-        side = self._dst
-        return side is None or side.gone or side.status in _FINAL or self._source.status in {"failed", "cancelled"}
+        return self._dst is None or self._dst.ended
 
     async def _cancel_and_wait(self) -> None:
-        with contextlib.suppress(VmmError, TimeoutError):
-            await self._source.monitor.execute("migrate_cancel")
-            async with asyncio.timeout(10):
-                while self._source.status not in _FINAL and not self._source.gone:
-                    await self._next_change()
+        with contextlib.suppress(VmmError):
+            await self._source.monitor.execute("migrate_cancel", timeout_s=_CANCEL_S)
+            await self._until(lambda: self._source.ended, _CANCEL_S)
 
-    async def _figures(self) -> list[AnyEvent]:
-        """`query-migrate` of the source after the end; some versions say 0 at first (seen on 7.2), so ask twice."""
-        source, answer = self._source, {}
-        for _ in range(3):
-            if source.gone:
-                return []
-            try:
-                answer = await source.monitor.execute("query-migrate")
-            except VmmError:
-                return []
-            if answer.get("status") != "completed" or answer.get("total-time"):
-                break
-            await asyncio.sleep(0.1)
-        found: list[AnyEvent] = []
-        for key in _FIGURES:
-            if key in answer:
-                found.append(mark(source.pid, f"qmp.{key.replace('-', '_')}_ms", value=int(answer[key])))
-        for key in _RAM_FIGURES:
-            if key in answer.get("ram", {}):
-                found.append(mark(source.pid, f"qmp.{key.replace('-', '_')}", value=int(answer["ram"][key])))
-        if answer.get("error-desc"):
-            found.append(mark(source.pid, "qmp.error", str(answer["error-desc"])[:1000]))
-        return found
-
-    def _judge(self, error: str, figures: list[AnyEvent]) -> tuple[str, str]:
+    def _judge(self, problem: str, said: str) -> tuple[str, str]:
+        """(result, error) from what both ends said and whether they live."""
         source = self._source
-        said = next((getattr(e, "detail", "") for e in figures if getattr(e, "name", "") == "qmp.error"), "")
-        if source.status == "cancelled":
-            return "cancelled", error or said or "cancelled"
-        if source.status == "completed":
-            if self._dst is not None and self._dst.gone:
-                return "failed", "the destination QEMU ended after the source was done"
-            return "completed", ""
-        if source.gone:
+        died = "; the destination QEMU has ended" if self._destination_dead() else ""
+        match source.status:
+            case "completed":
+                return self._judge_destination()
+            case "cancelled" if problem != _DESTINATION_DIED:
+                return "cancelled", problem or said or "on request"
+            case "cancelled":
+                return "failed", problem
+            case "failed":
+                return "failed", (said or problem or "QEMU gives no reason") + died
+            case "postcopy-paused":
+                return "failed", (said or "the connection broke after the switch to postcopy") + died
+        if source.dead:
             return "failed", "the source QEMU ended during the migration"
-        if self._destination_lost():
-            return "failed", said or "the destination QEMU ended during the migration"
-        if source.status == "failed" or error:
-            return "failed", said or error or "QEMU gives no reason"
-        return "unknown", "QEMU did not say how the migration ended"
+        if source.gone:
+            return "unknown", "the connection to the source QEMU's monitor broke; the migration may go on"
+        if not source.status and problem:
+            return "failed", problem
+        return "unknown", f"{problem or 'QEMU did not say how the migration ended'}; it may go on"
+
+    def _judge_destination(self) -> tuple[str, str]:
+        """The source is done: what of the destination?"""
+        destination = self._dst
+        if destination is None or destination.status == "completed":
+            return "completed", ""
+        if destination.dead or destination.status in ENDED:
+            return "failed", "the destination QEMU ended or failed after the source was done"
+        why = "its monitor's connection broke" if destination.gone else f"it said nothing for {_DESTINATION_S:g} s"
+        return "unknown", f"the source is done; whether the destination runs is not known: {why}"
+
+
+async def _open_side(path: str, role: str) -> Side:
+    """Connects to one end and finds its process; VmmError, with nothing left open."""
+    monitor = await Monitor.open(path, role)
+    try:
+        return Side(monitor, await monitor.pid())
+    except BaseException:
+        await monitor.close()
+        raise

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One QMP monitor of one QEMU, with clear errors.
+"""One QMP monitor of one QEMU, with clear errors and an end to every wait.
 
 In: the path of a UNIX socket. Out: commands as coroutines, events as they come. Speaks through `qemu.qmp`, which
-QEMU's own tests use; all calls must come from one event loop.
+QEMU's own tests use and which bounds a reply to 10 MiB; all calls must come from one event loop. What the other end
+says is checked: it need not be a QEMU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
@@ -20,9 +22,16 @@ from ebpf_mig.errors import VmmError
 from ebpf_mig.vmm.base import process_of
 
 GREETING_S = 5.0
+COMMAND_S = 30.0
+"""A QEMU answers in a millisecond, but not while its migration thread holds the big lock: in the whole switchover."""
 _REMEDY = "start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH"
+_BUSY_REMEDY = "give QEMU a second -qmp socket for ebpf-mig"
 
 logging.getLogger("qemu").setLevel(logging.CRITICAL + 1)  # its complaints reach the user as our errors
+
+
+class UnansweredError(VmmError):
+    """A command was sent and no reply came in time; QEMU may still carry it out."""
 
 
 class Monitor:
@@ -33,31 +42,50 @@ class Monitor:
         self.role = role
         self.version = ""
         self._client = QMPClient(f"ebpf-mig-{role}")
+        self._socket: socket.socket | None = None
+        self._peer = 0
 
     @classmethod
     async def open(cls, path: str, role: str) -> Monitor:
         """Connects and negotiates; VmmError if there is no QEMU with a free QMP monitor at `path`."""
         monitor = cls(path, role)
         try:
-            await asyncio.wait_for(monitor._client.connect(path), GREETING_S)
-        except TimeoutError as error:
-            raise VmmError(
-                f"no QMP greeting from {path} within {GREETING_S:.0f} s: another client may hold the monitor",
-                "give QEMU a second -qmp socket for ebpf-mig",
-            ) from error
-        except (ConnectError, QMPError, OSError) as error:
-            raise VmmError(f"cannot use {path} as the {role}'s QMP socket: {_reason(error)}", _REMEDY) from error
-        monitor.version = await monitor._version()
+            await monitor._connect()
+            monitor.version = await monitor._version()
+        except BaseException:
+            await monitor.close()
+            raise
         return monitor
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """The command's return value; VmmError with QEMU's own words if it refuses or is gone."""
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """The command's return value; VmmError with QEMU's own words if it refuses, is gone or talks nonsense.
+
+        UnansweredError after `timeout_s` (default COMMAND_S).
+        """
+        limit = COMMAND_S if timeout_s is None else timeout_s
         try:
-            return await self._client.execute(command, dict(arguments) if arguments else None)
+            pending = self._client.execute(command, dict(arguments) if arguments else None)
+            return await asyncio.wait_for(pending, limit)
+        except TimeoutError as error:
+            raise UnansweredError(
+                f"the {self.role} QEMU does not answer {command} within {limit:g} s",
+                "see whether the process is stopped (SIGSTOP, a debugger) or busy",
+            ) from error
         except ExecuteError as error:
-            raise VmmError(f"the {self.role} QEMU refuses {command}: {error}") from error
-        except (QMPError, OSError, asyncio.IncompleteReadError) as error:
+            raise VmmError(f"the {self.role} QEMU refuses {command}: {str(error)[:1000]}") from error
+        except (QMPError, OSError, EOFError) as error:
+            if self._client.runstate is Runstate.RUNNING:
+                raise self._nonsense(command) from error
             raise VmmError(f"the {self.role} QEMU went away during {command}") from error
+
+    async def query(self, command: str) -> dict[str, Any]:
+        """The object that a command without arguments returns; as `execute`."""
+        answer = await self.execute(command)
+        if not isinstance(answer, dict):
+            raise self._nonsense(command)
+        return answer
 
     async def next_event(self) -> dict[str, Any] | None:
         """The next event, or None once the connection is gone and no event is left."""
@@ -71,33 +99,85 @@ class Monitor:
             gone.cancel()
 
     async def pid(self) -> int:
-        """The QEMU process: by a vCPU thread's id, else by the peer of the socket (libvirt may own that)."""
-        for cpu in await self.execute("query-cpus-fast"):
+        """The QEMU process, told by a vCPU thread's id or by the peer of the socket.
+
+        Neither is right everywhere: thread ids are numbers of QEMU's own pid namespace (containers), and the peer is
+        whoever made the listening socket (libvirt makes it for QEMU). The one that holds a KVM machine is QEMU.
+        """
+        candidates = []
+        cpus = await self.execute("query-cpus-fast")
+        for cpu in cpus if isinstance(cpus, list) else ():
             try:
-                return process_of(int(cpu["thread-id"]))
-            except (OSError, KeyError):
+                candidates.append(process_of(int(cpu["thread-id"])))
+                break
+            except (OSError, KeyError, TypeError, ValueError):
                 continue
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(self.path)
-                return int(struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-            except OSError as error:
-                raise VmmError(f"cannot tell the pid of the QEMU behind {self.path}") from error
+        if self._peer > 0:  # 0: a process of a pid namespace that we cannot see
+            candidates.append(self._peer)
+        if not candidates:
+            raise VmmError(
+                f"cannot tell the pid of the QEMU behind {self.path}", "run ebpf-mig in the host's pid namespace"
+            )
+        return next((pid for pid in candidates if _holds_kvm(pid)), candidates[0])
 
     async def close(self) -> None:
-        """Disconnects, quietly."""
+        """Disconnects, quietly; idempotent."""
         try:
             await asyncio.wait_for(self._client.disconnect(), 2)
         except (QMPError, OSError, EOFError, TimeoutError):
-            return
+            pass  # whatever ended the connection has been told by then
+        finally:
+            if self._socket is not None:
+                self._socket.close()
+
+    async def _connect(self) -> None:
+        self._socket = sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            sock.connect(self.path)  # a UNIX socket connects at once or not at all
+            self._peer = int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+            await asyncio.wait_for(self._client.connect(sock), GREETING_S)
+        except BlockingIOError as error:
+            raise VmmError(f"too many clients wait for the QMP socket {self.path}", _BUSY_REMEDY) from error
+        except TimeoutError as error:
+            raise VmmError(
+                f"no QMP greeting from {self.path} within {GREETING_S:.0f} s: another client may hold the monitor",
+                _BUSY_REMEDY,
+            ) from error
+        except (ConnectError, QMPError, OSError, ValueError, AssertionError) as error:
+            # ValueError: a NUL in the path. AssertionError: qemu.qmp's, where the other end goes right after greeting.
+            raise VmmError(
+                f"cannot use {self.path} as the {self.role}'s QMP socket: {_reason(error)}", _REMEDY
+            ) from error
 
     async def _gone(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
 
     async def _version(self) -> str:
-        qemu = (await self.execute("query-version"))["qemu"]
-        return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+        answer = await self.query("query-version")
+        try:
+            return ".".join(str(int(answer["qemu"][part])) for part in ("major", "minor", "micro"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._nonsense("query-version") from error
+
+    def _nonsense(self, command: str) -> VmmError:
+        return VmmError(f"what listens at {self.path} does not answer {command} as a QEMU does", _REMEDY)
+
+
+def _holds_kvm(pid: int) -> bool:
+    """Whether the process has a KVM machine open (link text: kvm_dev_ioctl_create_vm in virt/kvm/kvm_main.c)."""
+    try:
+        return any(_link(fd) == "anon_inode:kvm-vm" for fd in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
+def _link(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return ""
 
 
 def _reason(error: BaseException) -> str:
