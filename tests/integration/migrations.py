@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from ebpf_mig.collector import analyse
-
 from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
 from ebpf_mig.commands import tracing
 from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import MIB, Scenario
