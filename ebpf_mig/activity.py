@@ -22,8 +22,6 @@ from ebpf_mig.sockets import key_of
 
 CLUSTER_NS = 1_000_000
 """Sends further apart than this are not one message, where no reply tells messages apart."""
-ADJACENT_NS = 100_000
-"""One thread's reads of registers this close together are one vCPU's."""
 PAGE = 4096
 
 FETCH, CLEAR, MEMORY, STATE, SAVE, REPLY = range(6)
@@ -93,12 +91,8 @@ def observe(
 
 
 def is_vcpu_read(ioctl: Ioctl) -> bool:
-    """Reads a vCPU's registers; on a stopped VM that is state being saved.
-
-    GET_VCPU_EVENTS alone is not: QEMU asks for pending events while it stops a VM.
-    """
-    name = kvm.name_of(ioctl.cmd)
-    return name in kvm.VCPU_STATE_GET and name != "GET_VCPU_EVENTS"
+    """Reads a vCPU's registers; on a stopped VM that is state being saved."""
+    return kvm.name_of(ioctl.cmd) in kvm.VCPU_STATE_GET
 
 
 def _announces(send: Transfer, stop: int, fetched: int | None) -> bool:
@@ -112,15 +106,8 @@ def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
     What comes earlier belongs to the stop itself: QEMU's handlers of the run state read clock, PIT and TSC
     and take down ioeventfds, Cloud Hypervisor tells the guest's clock.
     """
-    at = next((index for index, i in enumerate(others) if is_vcpu_read(i)), len(others))
-    while 0 < at < len(others):
-        before = others[at - 1]
-        if before.tid != others[at].tid or others[at].begin_ns - before.end_ns > ADJACENT_NS:
-            break
-        if kvm.name_of(before.cmd) not in kvm.VCPU_STATE_GET:
-            break
-        at -= 1
-    starts = [*recognised, *([others[at].begin_ns] if at < len(others) else [])]
+    reads = [i.begin_ns for i in others if is_vcpu_read(i)]
+    starts = [*recognised, *reads[:1]]
     return [i for i in others if i.begin_ns >= min(starts)] if starts else []
 
 

@@ -24,8 +24,8 @@ from ebpf_mig.sockets import off_cpu_within
 BURST_NS = 1_000_000
 """Ioctls of one fetch follow each other within this; QEMU's last running fetch and its final one are often
 less than that apart, so a stop, a send or a slot fetched again end a burst too."""
-SETUP_NS = 1_000_000_000
-"""Switching logging on over all slots takes no longer between two slots."""
+SETUP_NS = 20_000_000
+"""Where logging is switched on over all slots, one slot follows the other within this."""
 
 
 @dataclass

@@ -49,6 +49,17 @@ _BY_NUMBER: dict[int, str] = {
 SET_TSC_KHZ = 0xAEA2
 GET_TSC_KHZ = 0xAEA3
 ENABLE_CAP = 0x4068AEA3
+GET_PIT2 = 0x8070AE9F
+SET_PIT2 = 0x4070AEA0
+
+_SHARED: dict[int, str] = {
+    SET_TSC_KHZ: "SET_TSC_KHZ",
+    GET_TSC_KHZ: "GET_TSC_KHZ",
+    ENABLE_CAP: "ENABLE_CAP",
+    GET_PIT2: "GET_PIT2",
+    SET_PIT2: "SET_PIT2",
+}
+"""Numbers that two ioctls share, told apart by direction and size."""
 
 
 def number(cmd: int) -> int:
@@ -58,12 +69,8 @@ def number(cmd: int) -> int:
 
 def name_of(cmd: int) -> str:
     """The kernel's name of a KVM ioctl without `KVM_`, or `0x...` if unknown."""
-    if cmd == SET_TSC_KHZ:
-        return "SET_TSC_KHZ"
-    if cmd == GET_TSC_KHZ:
-        return "GET_TSC_KHZ"
-    if cmd == ENABLE_CAP:
-        return "ENABLE_CAP"
+    if cmd in _SHARED:
+        return _SHARED[cmd]
     if (cmd >> 8) & 0xFF != KVM_TYPE:
         return hex(cmd)
     return _BY_NUMBER.get(number(cmd), hex(cmd))

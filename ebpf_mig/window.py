@@ -28,10 +28,7 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     transfers = case.transfers(source)
     work = _work(case, source, found.stop, found.first_start)
     load = _loading(case, found, work, transfers)
-    limit = _handover_limit(case, found, load)
-    sent = [t.end_ns for t in transfers if t.direction == SEND and t.end_ns > found.stop and t.begin_ns < limit]
-    done = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < limit]
-    handed = max(sent or done, default=found.stop)
+    handed = _handed(case, source, found, load)
     end = found.last_start
     if end is None:
         talk = [t.end_ns for t in transfers if t.end_ns > found.stop]
@@ -71,13 +68,20 @@ def _loading(case: Case, found: Switchover, work: Work, transfers: list[Transfer
     return phases.loading(case.destination.ioctls, since, found.first_start, answered)
 
 
-def _handover_limit(case: Case, found: Switchover, load: phases.Loading | None) -> int:
-    """Sends of the source that begin before this can have been needed by the destination."""
+def _handed(case: Case, source: Process, found: Switchover, load: phases.Loading | None) -> int:
+    """When the last byte that the destination needed had left the source."""
     limit = found.first_start if found.first_start is not None else 1 << 63
-    if load is None:
-        return limit
-    # In postcopy memory follows while the destination loads the state, which it has received whole by then.
-    return min(limit, load.begin if postcopy(case) else load.end)
+    sends = [t for t in case.transfers(source) if t.direction == SEND and t.end_ns > found.stop]
+    if load is not None and postcopy(case):
+        # Memory follows while the destination loads the state, which it has received whole by then.
+        return max((t.end_ns for t in sends if t.end_ns <= load.begin), default=load.begin)
+    if load is not None:
+        limit = min(limit, load.end)
+    ends = [t.end_ns for t in sends if t.begin_ns < limit]
+    if not ends:
+        before = load.begin if load is not None else limit
+        ends = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < before]
+    return max(ends, default=found.stop)
 
 
 def _aborted(case: Case, source: Process, found: Switchover) -> tuple[tuple[int, int], list[Phase], Work]:
