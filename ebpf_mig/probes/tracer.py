@@ -128,9 +128,9 @@ class Tracer:
 
     def _decode(self, record: bytes) -> AnyEvent:
         event = decode(record)
-        tid = getattr(event, "tid", 0)
-        if tid and (event.pid, tid) not in self._threads:
-            self._name(event.pid, tid, _comm(event.pid, tid))  # born after we looked around, may be gone at the end
+        thread = (getattr(event, "pid", 0), getattr(event, "tid", 0))
+        if thread[1] and thread not in self._threads:
+            self._name(*thread, _comm(*thread))  # born after we looked around, may be gone at the end
         if isinstance(event, OffCpu) and event.stack:
             return msgspec.structs.replace(event, stack=self._symbols(event.stack[0]))
         return event

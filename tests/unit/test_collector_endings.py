@@ -298,10 +298,8 @@ def test_witnesses_stand_beside_the_blackout() -> None:
         ("qmp.STOP..RESUME", 38_650, 38_650 - 42_839),
         ("qmp.downtime_ms", 44_000, 44_000 - 42_839),
     ]
-    assert "STOP came 3.409 ms after the last vCPU's stop" in found[0].explanation
-    assert "RESUME 0.780 ms before the first vCPU's start" in found[0].explanation
-    assert "0.003 ms" in found[0].explanation
-    assert "before the vCPUs are kicked" in found[1].explanation
+    assert found[0].explanation == "said 3.409 ms after the stop and 0.780 ms before the start, doubt 0.003 ms"
+    assert "before the kick" in found[1].explanation
 
 
 def test_the_triggers_mark_begins_a_migration_without_dirty_logging() -> None:
