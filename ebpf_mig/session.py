@@ -8,10 +8,13 @@ ends the tracing, never the migration.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +24,7 @@ from ebpf_mig.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.probes.tracer import Tracer
 
 POLL_MS = 20
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Sink(Protocol):
@@ -109,12 +113,14 @@ class Session:
 
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""
-        while True:
-            events = self._tracer.poll(POLL_MS)
-            sink.write_many(events)
-            reason = until(events)
-            if reason is not None:
-                return reason
+        with _held_signals() as deliver:
+            while True:
+                events = self._tracer.poll(POLL_MS)
+                sink.write_many(events)
+                deliver()
+                reason = until(events)
+                if reason is not None:
+                    return reason
 
     def finish(self, sink: Sink, reason: str, extra: Sequence[AnyEvent] = ()) -> None:
         """Writes what is left in the kernel, the caller's own events (marks) and the ending; detaches."""
@@ -125,3 +131,34 @@ class Session:
         self._tracer.close()
         sink.write_many([Ending(time.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
         sink.flush()
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[Callable[[], None]]:
+    """Holds back Ctrl-C and its like; calling the result delivers what came meanwhile to the handlers from before.
+
+    The ring buffer hands over records through a C callback, and an exception raised in there is lost: a signal that
+    came at the wrong moment would do nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda got, _frame: came.append(got)) for number in _INTERRUPTS}
+
+    def deliver() -> None:
+        while came:
+            number = came.pop(0)
+            handler = before[number]
+            if callable(handler):
+                handler(number, None)
+            elif handler == signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+
+    try:
+        yield deliver
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        deliver()

@@ -43,35 +43,42 @@ def one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -
         assert word in lines[0]
 
 
-def lab_leftovers() -> set[str]:
-    return {p.name for p in Path(tempfile.gettempdir()).glob("ebpf-mig-lab-*")}
+@pytest.fixture
+def lab_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place of this test's own for the lab's files; short, because UNIX socket paths are."""
+    with tempfile.TemporaryDirectory(prefix="em") as name:
+        monkeypatch.setenv("TMPDIR", name)
+        yield Path(name)
 
 
-def qemus() -> set[int]:
-    found = set()
+def vms_of(directory: Path) -> list[int]:
+    """VMs of the lab whose files are in `directory`."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if b"ebpf-mig-source" in path.read_bytes() or b"ebpf-mig-destination" in path.read_bytes():
-                found.add(int(path.parent.name))
+            if f"{directory}/ebpf-mig-lab-".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
     return found
 
 
-@contextlib.contextmanager
-def nothing_left(seconds: float = 5) -> Iterator[None]:
-    """No lab VM and no lab directory more than before, at the latest after some seconds."""
-    vms, directories = qemus(), lab_leftovers()
-    yield
-    deadline = time.monotonic() + seconds
-    while (qemus() - vms or lab_leftovers() - directories) and time.monotonic() < deadline:
+def no_vm_left(directory: Path) -> None:
+    """The kernel takes a moment to kill."""
+    deadline = time.monotonic() + 5
+    while vms_of(directory) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not qemus() - vms
-    assert not lab_leftovers() - directories
+    assert not vms_of(directory)
+
+
+def nothing_left(directory: Path) -> None:
+    """No lab VM and no lab directory."""
+    no_vm_left(directory)
+    assert not list(directory.iterdir())
 
 
 @requires(*TRACING)
-def test_demo_json_is_alone_on_stdout(tmp_path: Path) -> None:
-    with nothing_left():
-        result = run(tmp_path, *DEMO, "-o", "demo.rec", "--format", "json")
+def test_demo_json_is_alone_on_stdout(tmp_path: Path, lab_directory: Path) -> None:
+    result = run(tmp_path, *DEMO, "-o", "demo.rec", "--format", "json")
+    nothing_left(lab_directory)
     assert result.returncode == 0, result.stderr
     breakdown = json.loads(result.stdout)
     assert breakdown["schema"] == "ebpf-mig/breakdown/1"
@@ -94,13 +101,13 @@ def test_demo_text_is_one_screen(tmp_path: Path) -> None:
 
 
 @requires(*TRACING)
-def test_two_demos_at_once(tmp_path: Path) -> None:
-    with nothing_left():
-        both = [
-            subprocess.Popen(command(*DEMO, "-o", f"{n}.rec", "--format", "json"), cwd=tmp_path, stdout=subprocess.PIPE)
-            for n in "ab"
-        ]
-        answers = [json.loads(process.communicate(timeout=90)[0]) for process in both]
+def test_two_demos_at_once(tmp_path: Path, lab_directory: Path) -> None:
+    both = [
+        subprocess.Popen(command(*DEMO, "-o", f"{n}.rec", "--format", "json"), cwd=tmp_path, stdout=subprocess.PIPE)
+        for n in "ab"
+    ]
+    answers = [json.loads(process.communicate(timeout=90)[0]) for process in both]
+    nothing_left(lab_directory)
     pids = {answer["migration"][side]["pid"] for answer in answers for side in ("source", "destination")}
     assert len(pids) == 4
     assert all(answer["completeness"]["verdict"] == "complete" for answer in answers)
@@ -119,17 +126,17 @@ SLOW = [*DEMO, "--working-set", "32MiB", "--bandwidth", "2MiB/s", "--downtime-li
 
 @requires(*TRACING)
 @pytest.mark.parametrize("after_s", [0.2, 1.0, 4.0])
-def test_ctrl_c_leaves_nothing(tmp_path: Path, after_s: float) -> None:
-    with nothing_left():
-        code, stderr = interrupt(tmp_path, SLOW, signal.SIGINT, after_s)
+def test_ctrl_c_leaves_nothing(tmp_path: Path, lab_directory: Path, after_s: float) -> None:
+    code, stderr = interrupt(tmp_path, SLOW, signal.SIGINT, after_s)
+    nothing_left(lab_directory)
     assert code == 130
     assert "Traceback" not in stderr
 
 
 @requires(*TRACING)
-def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path) -> None:
-    with nothing_left():
-        code, stderr = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGTERM, 4)
+def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path, lab_directory: Path) -> None:
+    code, stderr = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGTERM, 4)
+    nothing_left(lab_directory)
     assert code == 143, stderr
     report = json.loads(run(tmp_path, "report", "cut.rec", "--format", "json").stdout)
     assert report["migration"]["result"] == "cancelled"
@@ -137,20 +144,16 @@ def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path) -> Non
 
 
 @requires(*TRACING)
-def test_killed_outright_nothing_survives(tmp_path: Path) -> None:
+def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -> None:
     """SIGKILL: VMs die with us; the directory is swept by the next run; what was written can be read."""
-    vms = qemus()
     code, _ = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGKILL, 4)
     assert code == -signal.SIGKILL
-    deadline = time.monotonic() + 5
-    while qemus() - vms and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not qemus() - vms
+    no_vm_left(lab_directory)
     result = run(tmp_path, "report", "cut.rec", "--format", "json")
     assert json.loads(result.stdout)["completeness"]["verdict"] == "incomplete"
-    before = lab_leftovers()
+    assert list(lab_directory.iterdir()), "the directory waits for the next run"
     assert run(tmp_path, *DEMO, "-o", "next.rec").returncode == 0
-    assert not lab_leftovers() or lab_leftovers() < before | {"in use by another test run"}
+    nothing_left(lab_directory)
 
 
 @requires(*TRACING)
@@ -253,9 +256,9 @@ def test_an_existing_recording_is_not_overwritten(tmp_path: Path) -> None:
 
 
 @requires(*TRACING)
-def test_full_disk(tmp_path: Path) -> None:
-    with nothing_left():
-        one_line(run(tmp_path, *DEMO, "-o", "/dev/full", "--force"), 2, "No space left")
+def test_full_disk(tmp_path: Path, lab_directory: Path) -> None:
+    one_line(run(tmp_path, *DEMO, "-o", "/dev/full", "--force"), 2, "No space left")
+    nothing_left(lab_directory)
 
 
 def test_no_memory_for_the_working_set(tmp_path: Path) -> None:
