@@ -143,8 +143,10 @@ def _held_signals() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda got, _frame: came.append(got)) for number in _INTERRUPTS}
+    came: list[signal.Signals] = []
+    before = {
+        number: signal.signal(number, lambda got, _frame: came.append(signal.Signals(got))) for number in _INTERRUPTS
+    }
 
     def deliver() -> None:
         while came:

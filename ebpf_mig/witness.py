@@ -13,10 +13,11 @@ from ebpf_mig.events import Mark
 from ebpf_mig.switchover import Switchover
 
 MS = 1_000_000
+SMALL_DOUBT_NS = 10_000
 
 _DOWNTIME = {
-    "qmp": "whole ms; from before the kick to the source's end",
-    "ch": "whole ms; from its pause call to the answer to Complete",
+    "qmp": "from before the kick to the source's end",
+    "ch": "from its pause call to the answer to Complete",
 }
 
 
@@ -42,14 +43,15 @@ def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None
     resumed = _nearest(marks, "qmp.RESUME", resuming, switchover.first_start)
     if stopped and resumed:
         value = resumed.at_ns - stopped.at_ns
-        doubt = _span(max(stopped.doubt_ns, resumed.doubt_ns))
+        doubt_ns = max(stopped.doubt_ns, resumed.doubt_ns)
+        doubt = f", doubt {_span(doubt_ns)}" if doubt_ns > SMALL_DOUBT_NS else ""
         found.append(
             Witness(
                 name="qmp.STOP..RESUME",
                 value_ns=value,
                 difference_ns=value - blackout,
-                explanation=f"said {_us(stopped.at_ns - switchover.stop)} the stop and "
-                f"{_us(resumed.at_ns - switchover.first_start)} the start, doubt {doubt}",
+                explanation=f"{_us(stopped.at_ns - switchover.stop)} the stop, "
+                f"{_us(resumed.at_ns - switchover.first_start)} the start{doubt}",
             )
         )
     return sorted(found, key=lambda w: (w.name, w.value_ns))

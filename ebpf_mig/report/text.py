@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, Phase, SocketUse, Vcpu, Witness
+from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, Phase, SocketUse, Vcpu, Wait, Witness
 from ebpf_mig.printable import printable
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.waterfall import bar, ruler
@@ -23,6 +23,7 @@ MAX_VCPUS = 4
 MAX_SOCKETS = 4
 MAX_WAITS = 2
 MAX_LISTED = 3
+_STACK_ROOM = 34
 """Rows of the other lists."""
 
 _LABEL = 21
@@ -242,12 +243,23 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
         yield _figure("in flight", wire.in_flight_ns, f"{_bytes(wire.bytes)}, {why}")
     waits: dict[tuple[str, str, str], list[int]] = {}
     for wait in breakdown.waits or []:
-        frames = [frame for frame in wait.stack if not frame.startswith("schedule")] or wait.stack
-        stack = " < ".join(printable(frame) for frame in frames[:3])
-        waits.setdefault((wait.phase, wait.thread, stack), []).append(wait.duration_ns)
+        waits.setdefault((wait.phase, wait.thread, _stack(wait)), []).append(wait.duration_ns)
     for (phase, thread, stack), durations in sorted(waits.items(), key=lambda w: (-sum(w[1]), w[0]))[:MAX_WAITS]:
         times = f" ({len(durations)} times)" if len(durations) > 1 else ""
         yield _figure(f"wait in {phase}", sum(durations), f"{printable(thread)}{times}: {stack}")
+
+
+def _stack(wait: Wait) -> str:
+    """The innermost functions that tell something, as many as fit on the line beside the thread's name."""
+    frames = [frame for frame in wait.stack if not frame.startswith("schedule")] or wait.stack
+    shown = ""
+    for frame in frames[:3]:
+        name = printable(frame).split(".")[0]
+        longer = f"{shown} < {name}" if shown else name
+        if shown and len(longer) + len(wait.thread) > _STACK_ROOM:
+            break
+        shown = longer
+    return shown
 
 
 def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
