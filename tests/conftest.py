@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
+    "private mount namespaces": lambda: subprocess.getstatusoutput("unshare --mount true")[0] == 0,
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

@@ -278,7 +278,7 @@ def test_no_such_qemu() -> None:
     assert "apt-get install qemu-system-x86" in str(caught.value.remedy)
 
 
-@requires("root")
+@requires("root", "private mount namespaces")
 def test_no_kvm() -> None:
     """In a mount namespace where /dev/kvm is something else."""
     script = "from ebpf_mig.lab.qemu import *\nwith QemuPair(Scenario()): pass"
