@@ -194,7 +194,7 @@ def test_the_pid_falls_back_to_the_peer(tmp_path: Path, cpus: Any) -> None:
 @requires("/dev/kvm")
 def test_the_process_with_a_kvm_machine_is_the_qemu(tmp_path: Path) -> None:
     """In a pid namespace the thread id is somebody else's out here."""
-    with open("/dev/kvm", "rb", buffering=0) as dev, serve(tmp_path / "s", qemu(1)):
+    with Path("/dev/kvm").open("rb", buffering=0) as dev, serve(tmp_path / "s", qemu(1)):
         machine = fcntl.ioctl(dev, kvm.CREATE_VM, 0)
         try:
             with contextlib.closing(QemuMigration(str(tmp_path / "s"), None, "tcp:127.0.0.1:1")) as migration:
