@@ -6,16 +6,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+
+def _succeeds(*command: str) -> bool:
+    try:
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
 
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
+    "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

@@ -21,6 +21,7 @@ FIRST_BYTE = 16 << 20
 
 _LOAD = 0x100000
 _TRAMPOLINE = 0x8000
+_TRAMPOLINE_BYTES = 56
 _COM1 = 0x3F8
 _LAPIC_SVR, _LAPIC_ICR = 0xFEE000F0, 0xFEE00300
 _INIT_OTHERS, _SIPI_OTHERS = 0xC4500, 0xC4600 | _TRAMPOLINE >> 12
@@ -67,7 +68,7 @@ def _wake_others(c: _Code) -> None:
     """Copies the trampoline below 1 MiB and sends INIT, then SIPI, to all processors but this one."""
     c.op("be", "trampoline")  # mov esi, trampoline
     c.op("bf", _TRAMPOLINE)  # mov edi
-    c.op("b9", 64)  # mov ecx
+    c.op("b9", _TRAMPOLINE_BYTES)  # mov ecx
     c.op("f3a4")  # rep movsb
     c.op("c705", _LAPIC_SVR, 0x1FF)  # mov dword [SVR], enable
     for i, command in enumerate((_INIT_OTHERS, _SIPI_OTHERS)):
@@ -92,7 +93,7 @@ def _trampoline(c: _Code) -> None:
     c.data += b"\x90" * (gdt_pointer - len(c.data))
     c.data += struct.pack("<HI", 23, _TRAMPOLINE + gdt_pointer + 6 - start)
     c.data += struct.pack("<QQQ", 0, 0x00CF9A000000FFFF, 0x00CF92000000FFFF)
-    assert len(c.data) - start <= 64  # noqa: S101 - what _wake_others copies
+    assert len(c.data) - start == _TRAMPOLINE_BYTES  # noqa: S101 - what _wake_others copies
 
 
 def _wait_for_turn(c: _Code, cycles: int) -> None:

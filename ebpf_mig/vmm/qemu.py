@@ -198,6 +198,8 @@ class QemuMigration:
             return str(error)
         except VmmError as error:
             return str(error)
+        if self._cancelled:  # the cancellation may have overtaken us and met no migration
+            await self._cancel_and_wait()
         if not await self._until(lambda: source.ended or self._destination_dead(), timeout_s):
             await self._cancel_and_wait()
             return f"not done within {timeout_s:g} s"
@@ -244,6 +246,7 @@ class QemuMigration:
         return self._dst is None or self._dst.ended
 
     async def _cancel_and_wait(self) -> None:
+        self._cancelled = True
         with contextlib.suppress(VmmError):
             await self._source.monitor.execute("migrate_cancel", timeout_s=_CANCEL_S)
             await self._until(lambda: self._source.ended, _CANCEL_S)
@@ -255,10 +258,12 @@ class QemuMigration:
         match source.status:
             case "completed":
                 return self._judge_destination()
-            case "cancelled" if problem != _DESTINATION_DIED:
-                return "cancelled", problem or said or "on request"
-            case "cancelled":
+            case "cancelled" | "failed" if problem == _DESTINATION_DIED:
                 return "failed", problem
+            case "cancelled":
+                return "cancelled", problem or "on request"  # QEMU's own text is of the socket that it shut
+            case "failed" if self._cancelled:  # 10.0 shuts the return path before it says `cancelling`: either can win
+                return "cancelled", problem or "on request"
             case "failed":
                 return "failed", (said or problem or "QEMU gives no reason") + died
             case "postcopy-paused":

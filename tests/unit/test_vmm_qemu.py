@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ebpf_mig import kvm
 from ebpf_mig.errors import VmmError
 from ebpf_mig.events import Mark
 from ebpf_mig.vmm import qemu as adapter
@@ -189,6 +191,18 @@ def test_the_pid_falls_back_to_the_peer(tmp_path: Path, cpus: Any) -> None:
     assert [(t.pid, t.role, t.vmm, t.vmm_version) for t in targets] == [(os.getpid(), "source", "qemu", "7.2.22")]
 
 
+@requires("/dev/kvm")
+def test_the_process_with_a_kvm_machine_is_the_qemu(tmp_path: Path) -> None:
+    """In a pid namespace the thread id is somebody else's out here."""
+    with Path("/dev/kvm").open("rb", buffering=0) as dev, serve(tmp_path / "s", qemu(1)):
+        machine = fcntl.ioctl(dev, kvm.CREATE_VM, 0)
+        try:
+            with contextlib.closing(QemuMigration(str(tmp_path / "s"), None, "tcp:127.0.0.1:1")) as migration:
+                assert [target.pid for target in migration.targets()] == [os.getpid()]
+        finally:
+            os.close(machine)
+
+
 def test_a_vcpu_thread_leads_to_its_process(tmp_path: Path) -> None:
     release, tids = threading.Event(), []
     thread = threading.Thread(target=lambda: (tids.append(threading.get_native_id()), release.wait(30)))
@@ -331,6 +345,14 @@ def test_a_timeout_cancels(tmp_path: Path) -> None:
     outcome = run(tmp_path, special, os.getpid(), timeout_s=0.4)
     assert outcome.result == "cancelled" and "not done within 0.4 s" in outcome.error
     assert len(cancelled) == 1
+
+
+def test_a_failure_that_our_cancellation_made_is_a_cancellation(tmp_path: Path) -> None:
+    """Seen on QEMU 10.0, now and then: `active`, then `failed` with an error of the socket that the cancel shut."""
+    answer = {"return": {"status": "failed", "error-desc": "Unable to write to socket: Connection reset by peer"}}
+    special = {"migrate": statuses("active"), "migrate_cancel": statuses("failed"), "query_migrate": answer}
+    outcome = run(tmp_path, special, os.getpid(), timeout_s=0.3)
+    assert (outcome.result, outcome.error) == ("cancelled", "not done within 0.3 s")
 
 
 def test_a_timeout_that_cannot_cancel_says_so(tmp_path: Path) -> None:
