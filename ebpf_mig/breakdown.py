@@ -184,7 +184,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
     migration: Migration
     window_ns: int | None
-    """None if no vCPU stop was found: there is no window, and no phase has a duration."""
+    """None if no vCPU stop was found: there is no window, and no phase has a duration. Where only the
+    destination was traced, the window begins with its restoring."""
     blackout_ns: int | None
     blackout: Span | None
     """The blackout's place in the window."""

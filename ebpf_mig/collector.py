@@ -179,6 +179,10 @@ def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> li
 
 def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> list[str]:
     notes = [*case.notes, *case.material.header.notes]
+    if window is not None and case.source is None:
+        notes.append("the source was not traced: the window begins with the destination's first restore work")
+    elif window is not None and case.switchover is not None and case.switchover.kind == "stopped":
+        notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
     if work is not None and work.folded:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
     for side, process in (("source", case.source), ("destination", case.destination)):

@@ -7,6 +7,8 @@ middle part, so `name_of` falls back to matching type and number only.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 KVM_TYPE = 0xAE
 
 RUN = 0xAE80
@@ -67,6 +69,7 @@ def number(cmd: int) -> int:
     return cmd & 0xFF
 
 
+@lru_cache(maxsize=1024)
 def name_of(cmd: int) -> str:
     """The kernel's name of a KVM ioctl without `KVM_`, or `0x...` if unknown."""
     if cmd in _SHARED:

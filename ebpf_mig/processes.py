@@ -139,9 +139,9 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
             marks.append(event)
         elif isinstance(event, ev.Ending):
             endings.append(event)
-        else:
+        elif stream := _STREAMS.get(type(event)):
             process = processes.get(event.pid) or processes.setdefault(event.pid, Process(event.pid))
-            getattr(process, _STREAMS[type(event)]).append(event)
+            getattr(process, stream).append(event)
     for process in processes.values():
         process.ioctls = sorted(map(_whole_ioctl, process.ioctls), key=_key)
         process.transfers = sorted(map(_whole_transfer, process.transfers), key=_key)

@@ -6,6 +6,8 @@ In: a `Case`. Out: the window and its phases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ebpf_mig import activity, fetches, phases
 from ebpf_mig.activity import Work
 from ebpf_mig.breakdown import Phase
@@ -14,6 +16,9 @@ from ebpf_mig.events import Transfer
 from ebpf_mig.phases import Partition
 from ebpf_mig.processes import RECEIVE, SEND, Process
 from ebpf_mig.switchover import Switchover
+
+PAGES_BYTES = 65536
+"""A send call of more than this carries pages: QEMU flushes state every 32 KiB."""
 
 
 def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | None]:
@@ -28,7 +33,7 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     transfers = case.transfers(source)
     work = _work(case, source, found.stop, found.first_start)
     load = _loading(case, found, work, transfers)
-    handed = _handed(case, source, found, load)
+    handed = _handed(case, source, found, work, load)
     end = found.last_start
     if end is None:
         talk = [t.end_ns for t in transfers if t.end_ns > found.stop]
@@ -40,10 +45,13 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     phases.source(partition, found.stop, handed, work)
     if found.first_start is not None or load is not None:
         begin = found.first_start if found.first_start is not None else partition.end
+        restores = [i for i in case.destination.ioctls if phases.is_restore(i)] if case.destination else []
         receives = [t for t in case.transfers(case.destination) if t.direction == RECEIVE and t.end_ns <= begin]
         received = max((t.end_ns for t in receives), default=None)
-        restores = [i for i in case.destination.ioctls if phases.is_restore(i)] if case.destination else []
-        waits = phases.arrivals(receives, restores, handed, begin)
+        # Other threads may go on receiving memory meanwhile; they hold nobody up.
+        loaders = {i.tid for i in restores}
+        own = [t for t in receives if t.tid in loaders]
+        waits = phases.arrivals(own or receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, "handover")
     return (partition.begin, partition.end), partition.phases(), work
@@ -68,13 +76,12 @@ def _loading(case: Case, found: Switchover, work: Work, transfers: list[Transfer
     return phases.loading(case.destination.ioctls, since, found.first_start, answered)
 
 
-def _handed(case: Case, source: Process, found: Switchover, load: phases.Loading | None) -> int:
+def _handed(case: Case, source: Process, found: Switchover, work: Work, load: phases.Loading | None) -> int:
     """When the last byte that the destination needed had left the source."""
     limit = found.first_start if found.first_start is not None else 1 << 63
     sends = [t for t in case.transfers(source) if t.direction == SEND and t.end_ns > found.stop]
     if load is not None and postcopy(case):
-        # Memory follows while the destination loads the state, which it has received whole by then.
-        return max((t.end_ns for t in sends if t.end_ns <= load.begin), default=load.begin)
+        return _state_sent(sends, work, load)
     if load is not None:
         limit = min(limit, load.end)
     ends = [t.end_ns for t in sends if t.begin_ns < limit]
@@ -82,6 +89,15 @@ def _handed(case: Case, source: Process, found: Switchover, load: phases.Loading
         before = load.begin if load is not None else limit
         ends = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < before]
     return max(ends, default=found.stop)
+
+
+def _state_sent(sends: Sequence[Transfer], work: Work, load: phases.Loading) -> int:
+    """In postcopy: the end of the state, which pages follow at once, while the destination has yet to load it."""
+    state_from = work.state_from if work.state_from is not None else load.begin
+    state = [t for t in sends if state_from <= t.begin_ns < load.begin]
+    pages = next((index for index, t in enumerate(state) if t.bytes > PAGES_BYTES * t.calls), len(state))
+    ends = [t.end_ns for t in state[:pages]] or [t.end_ns for t in sends if t.end_ns <= load.begin]
+    return min(max(ends, default=load.begin), load.begin)
 
 
 def _aborted(case: Case, source: Process, found: Switchover) -> tuple[tuple[int, int], list[Phase], Work]:
