@@ -195,6 +195,27 @@ class OffCpu(Event, frozen=True, tag=12):
     """It did not sleep, it lost the CPU to another thread."""
 
 
+class Segment(Event, frozen=True, tag=13):
+    """A TCP segment that arrived at a traced socket in the blackout, as TCP was about to work on it.
+
+    Source: tcp:tcp_probe; the numbers are the receiving socket's own, in bytes (struct tcp_sock, Linux 6.12).
+    """
+
+    at_ns: int
+    pid: int
+    socket: int
+    payload: int
+    """Data in the segment; 0 is a bare acknowledgement."""
+    acked: int
+    """What it newly acknowledges."""
+    in_flight: int
+    """Sent and not acknowledged before it came (snd_nxt - snd_una)."""
+    unsent: int
+    """Written by the process and not yet sent (write_seq - snd_nxt)."""
+    window: int
+    """The other end's receive window before it came (snd_wnd)."""
+
+
 class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
@@ -210,7 +231,23 @@ class Ending(Event, frozen=True, tag=11):
     observer_runs: dict[str, int] = {}
 
 
-AnyEvent = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | Mark | Slot | Ending | OffCpu
+AnyEvent = (
+    Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | Mark | Slot | Ending | OffCpu | Segment
+)
+    Ioctl
+    | VcpuEnter
+    | VcpuExit
+    | VcpuState
+    | Kick
+    | Transfer
+    | Socket
+    | Thread
+    | Mark
+    | Slot
+    | Ending
+    | OffCpu
+    | Segment
+)
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ enum kind {
 	KIND_TRANSFER = 6,
 	KIND_SOCKET = 7,
 	KIND_OFF_CPU = 8,
+	KIND_SEGMENT = 9,
 	KIND_THREADS = 15,		/* losses only: the thread table was full */
 	KIND_MAX = 16,
 };
@@ -69,6 +70,10 @@ struct process_state {
 BPF_HASH(threads, u32, struct thread_state, 8192);
 BPF_HASH(processes, u32, struct process_state, 64);
 BPF_ARRAY(fetches, u64, 1);			/* by any traced process */
+struct owner {
+	u64 pid, socket;
+};
+BPF_HASH(tcp_owners, u64, struct owner, 4096);	/* by struct sock */
 BPF_PERCPU_ARRAY(blank_thread, struct thread_state, 1);
 
 static __always_inline void count(u32 kind, bool is_lost)

@@ -62,6 +62,7 @@ static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 	struct socket_record *r = events.ringbuf_reserve(sizeof(*r));
 	u64 sk = word_at(word_at(file, OFF_file_private), OFF_socket_sk);
 	u16 family = 0, port = 0;
+	struct owner owner = {};
 
 	if (!r) {
 		count(KIND_SOCKET, true);
@@ -79,6 +80,9 @@ static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 	if (family == AF_UNIX) {
 		r->peer = unix_peer(sk);
 	} else if (family == AF_INET || family == AF_INET6) {
+		owner.pid = pid_tgid >> 32;
+		owner.socket = socket;
+		tcp_owners.update(&sk, &owner);
 		if (family == AF_INET) {
 			bpf_probe_read_kernel(r->local, 4, (void *)(sk + OFF_skc_rcv_saddr));
 			bpf_probe_read_kernel(r->remote, 4, (void *)(sk + OFF_skc_daddr));

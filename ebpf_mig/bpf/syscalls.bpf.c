@@ -8,6 +8,7 @@
 #include "kvm.h"
 #include "sockets.h"
 #include "waits.h"
+#include "wire.h"
 
 static __always_inline int direction_of(u64 nr)
 {

@@ -51,6 +51,7 @@ class Extra:
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
+    Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
 )
 
 

@@ -11,7 +11,7 @@ import ipaddress
 import struct
 from collections.abc import Callable
 
-from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
+from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Segment, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
 
 WORDS = {
     "IOCTL_WORDS": 16,
@@ -21,6 +21,7 @@ WORDS = {
     "TRANSFER_WORDS": 15,
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
+    "SEGMENT_WORDS": 9,
     "THREAD_WORDS": 53,
 }
 KIND_NAMES = {
@@ -31,6 +32,7 @@ KIND_NAMES = {
     6: "transfer",
     7: "socket",
     8: "off-cpu",
+    9: "segment",
     15: "thread-table",
 }
 """Names of the kinds in loss reports."""
@@ -74,6 +76,11 @@ def _off_cpu(w: tuple[int, ...]) -> OffCpu:
     return OffCpu(w[1], w[2], w[3], w[4], stack, bool(w[6]))
 
 
+def _segment(w: tuple[int, ...]) -> Segment:
+    _, at, pid, socket, payload, acked, in_flight, unsent, window = w
+    return Segment(at, pid, socket, payload, acked, in_flight, unsent, window)
+
+
 def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
     """`ADDR:PORT`; IPv4-mapped IPv6 is written as IPv4, so that both ends of a connection agree."""
     raw = struct.pack("=QQ", *words)
@@ -99,6 +106,7 @@ _DECODERS: dict[int, Callable[[tuple[int, ...]], AnyEvent]] = {
     6: _transfer,
     7: _socket,
     8: _off_cpu,
+    9: _segment,
 }
 
 

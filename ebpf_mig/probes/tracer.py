@@ -49,6 +49,12 @@ _OFFSETS = {
     "OFF_skc_num": ("sock_common", "skc_num"),
     "OFF_skc_v6_daddr": ("sock_common", "skc_v6_daddr"),
     "OFF_skc_v6_rcv_saddr": ("sock_common", "skc_v6_rcv_saddr"),
+    "OFF_skb_data": ("sk_buff", "data"),
+    "OFF_skb_len": ("sk_buff", "len"),
+    "OFF_tcp_una": ("tcp_sock", "snd_una"),
+    "OFF_tcp_nxt": ("tcp_sock", "snd_nxt"),
+    "OFF_tcp_write": ("tcp_sock", "write_seq"),
+    "OFF_tcp_wnd": ("tcp_sock", "snd_wnd"),
 }
 
 

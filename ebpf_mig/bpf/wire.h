@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * TCP segments of the traced sockets as they arrive, while no vCPU of their process runs.
+ *
+ * In: tcp:tcp_probe, which fires for each incoming segment of the host, before TCP has worked on it; sockets that no
+ * traced call has used fail the first lookup. Out: SEGMENT records: what came, and what the socket itself has in
+ * flight and has not been allowed to send.
+ */
+#pragma once
+
+#include "common.h"
+
+struct segment_record {
+	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window;
+};
+_Static_assert(sizeof(struct segment_record) == 8 * SEGMENT_WORDS, "segment record");
+
+static __always_inline u32 half_at(u64 base, u32 offset)
+{
+	u32 v = 0;
+
+	bpf_probe_read_kernel(&v, sizeof(v), (void *)(base + offset));
+	return v;
+}
+
+/* tcp_probe: sk, skb. skb->data points at the TCP header (tcp_rcv_established, net/ipv4/tcp_input.c, Linux 6.12). */
+int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 sk = ctx->args[0], skb = ctx->args[1], now = bpf_ktime_get_ns(), header;
+	struct owner *o = tcp_owners.lookup(&sk);
+	struct process_state *p;
+	struct segment_record *r;
+	u32 tgid, una, nxt, ack, length;
+	u8 offset = 0;
+
+	if (!o)
+		return 0;
+	tgid = o->pid;
+	p = processes.lookup(&tgid);
+	if (!p || !in_detail(p, now))
+		return 0;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_SEGMENT, true);
+		return 0;
+	}
+	header = word_at(skb, OFF_skb_data);
+	bpf_probe_read_kernel(&offset, sizeof(offset), (void *)(header + 12));
+	ack = half_at(header, 8);
+	ack = ack >> 24 | (ack >> 8 & 0xff00) | (ack << 8 & 0xff0000) | ack << 24;
+	length = half_at(skb, OFF_skb_len);
+	una = half_at(sk, OFF_tcp_una);
+	nxt = half_at(sk, OFF_tcp_nxt);
+	r->kind = KIND_SEGMENT;
+	r->at = now;
+	r->pid = tgid;
+	r->socket = o->socket;
+	r->payload = length - (offset >> 4) * 4;
+	r->acked = (u32)(ack - una);
+	r->in_flight = (u32)(nxt - una);
+	r->unsent = (u32)(half_at(sk, OFF_tcp_write) - nxt);
+	r->window = half_at(sk, OFF_tcp_wnd);
+	events.ringbuf_submit(r, 0);
+	__sync_fetch_and_add(&p->budget, -1);
+	return 0;
+}
