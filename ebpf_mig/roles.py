@@ -9,22 +9,28 @@ before its guest first ran.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from ebpf_mig import fetches, kvm
 from ebpf_mig.processes import Process
 
 
-def assign(processes: Iterable[Process]) -> tuple[Process | None, Process | None, list[str]]:
+def assign(processes: Collection[Process]) -> tuple[Process | None, Process | None, list[str]]:
     """(source, destination, notes)."""
-    scores = [(process, _as_source(process), _as_destination(process)) for process in processes]
-    sources = [(s - d, p) for p, s, d in scores if s > d or (s == d and s > 0)]
-    source = max(sources, key=lambda item: (item[0], -_first(item[1]), -item[1].pid), default=(0, None))[1]
-    destinations = [(d - s, p) for p, s, d in scores if p is not source and d >= s and d > 0]
-    destination = max(destinations, key=lambda item: (item[0], -item[1].pid), default=(0, None))[1]
-    if source is not None and destination is None and _as_source(source) == _as_destination(source):
-        # Nothing speaks for either side: no role is better than a wrong one, unless the user named one.
-        source = source if source.hint == "source" else None
+    scores = {process.pid: (_as_source(process), _as_destination(process)) for process in processes}
+
+    def leaning(process: Process) -> tuple[int, int, int]:
+        """Source-like first; of equals the one that ran first."""
+        own = scores[process.pid]
+        return own[1] - own[0], _first(process), process.pid
+
+    ranked = sorted(processes, key=leaning)
+    source = next((p for p in ranked if scores[p.pid][0] > 0), None)
+    destination = next((p for p in reversed(ranked) if p is not source and scores[p.pid][1] > 0), None)
+    if source is not None and destination is None and _leans_away(source, scores[source.pid]):
+        # It is alone, and no role is better than a wrong one.
+        alone, source = source, None
+        destination = alone if scores[alone.pid][1] > scores[alone.pid][0] else None
     notes = [
         f"process {process.pid} was given as the {process.hint}, but behaved as the {role}"
         for process, role in ((source, "source"), (destination, "destination"))
@@ -33,12 +39,16 @@ def assign(processes: Iterable[Process]) -> tuple[Process | None, Process | None
     return source, destination, notes
 
 
+def _leans_away(process: Process, score: tuple[int, int]) -> bool:
+    return score[1] > score[0] or (score[1] == score[0] and process.hint != "source")
+
+
 def _as_source(process: Process) -> int:
     dirty = any(fetches.is_dirty_log(i) for i in process.ioctls)
     several = dirty and _fetches_for_migration(process)
     ran_before = any(line.ran_before for line in process.vcpus.values())
     stopped = bool(process.gaps) and process.gaps[-1][1] is None
-    return 4 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == "source")
+    return 6 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == "source")
 
 
 def _as_destination(process: Process) -> int:

@@ -88,7 +88,7 @@ def _busiest(
         return frozenset()
     # Multifd: the bulk leaves through further sockets, but the fetching thread keeps the main one.
     fetching = {key: by_tids[key] for key in candidates if by_tids[key] >= LEAST_BYTES}
-    main = max(fetching or candidates, key=lambda key: (by_tids[key], total[key], -key))
+    main = max(fetching or candidates, key=lambda key: (fetching.get(key, 0), total[key], -key))
     return frozenset({main}) | _company(process, direction, main, candidates, crossing)
 
 

@@ -71,6 +71,14 @@ def test_a_clear_after_the_stop_begins_a_fetch_of_its_own() -> None:
     assert [burst.fetched for burst in found] == [True, False]
 
 
+def test_a_fetch_after_stray_clears_is_a_fetch() -> None:
+    script, vm = one()
+    vm.ioctl("CLEAR_DIRTY_LOG", 0)
+    vm.gets(100)
+    found = fetches.bursts(source_of(vm, script), 0, None, [])
+    assert [(burst.fetched, len(burst.ioctls)) for burst in found] == [(False, 1), (True, 2)]
+
+
 def test_one_thread_fetches_all_slots_another_only_the_displays() -> None:
     script, vm = one()
     vm.gets(0, slots=[0, 7])

@@ -103,6 +103,15 @@ def test_events_of_a_monitor_are_too_few_bytes() -> None:
     assert chosen(script, alone=True) == Channels(frozenset(), frozenset(), "none")
 
 
+def test_a_busy_monitor_is_not_it_although_the_fetching_thread_speaks_there() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    source.send(100, 200, 9_000_000, tid=5)
+    source.send(100, 200, 300, socket=71)
+    source.send(300, 400, 50_000, socket=71, tid=3)
+    assert chosen(script, alone=True).source == {70}
+
+
 def test_further_unix_connections_by_their_share() -> None:
     script = Script()
     source = script.vm(1000, "source")
