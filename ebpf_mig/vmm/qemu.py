@@ -262,7 +262,9 @@ class QemuMigration:
                 return "failed", problem
             case "cancelled":
                 return "cancelled", problem or "on request"  # QEMU's own text is of the socket that it shut
-            case "failed" if self._cancelled:  # 10.0 shuts the return path before it says `cancelling`: either can win
+            case "failed" if self._cancelled:
+                # QEMU shuts the return path before it sets `cancelling` (migration_cancel() in migration/migration.c,
+                # migrate_fd_cancel() in older ones), so the error of that can win; seen on 10.0.
                 return "cancelled", problem or "on request"
             case "failed":
                 return "failed", (said or problem or "QEMU gives no reason") + died
