@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable
+from pathlib import Path
 
 from ebpf_mig import kvm as numbers
 
@@ -31,6 +32,7 @@ CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 CAP_DIRTY_LOG_RING = 192
 MANUAL_PROTECT_ENABLE, INITIALLY_SET = 1, 2
 
+_NORESERVE = 0x4000
 EXIT_IO = 2
 MP_STATE_RUNNABLE = 0
 _RING_PAGE_OFFSET = 64
@@ -43,6 +45,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
+_ALLOWED = os.sched_getaffinity(0)
 Argument = int | ctypes.Array[ctypes.c_char] | None
 
 
@@ -56,9 +59,23 @@ def ioctl(fd: int, cmd: int, argument: Argument = 0) -> int:
     return result
 
 
+def run_delay_ns() -> int:
+    """How long the calling thread has waited for a CPU so far; 0 where the kernel does not count."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except OSError:
+        return 0
+
+
+def pin(place: int) -> None:
+    """Keeps the calling thread on the nth of our CPUs, so that two threads are not on one."""
+    allowed = sorted(_ALLOWED)
+    os.sched_setaffinity(0, {allowed[place % len(allowed)]})
+
+
 def reserve(size: int) -> int:
     """Address of that much anonymous memory with nothing behind it until it is touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address in (None, ctypes.c_void_p(-1).value):
         raise OSError(ctypes.get_errno(), "mmap")
@@ -86,7 +103,11 @@ class Vm:
             ioctl(self.fd, CREATE_IRQCHIP)
 
     def _enable(self, capability: int, argument: int) -> None:
-        ioctl(self.fd, numbers.ENABLE_CAP, ctypes.create_string_buffer(struct.pack("<II4Q64x", capability, 0, argument, 0, 0, 0)))
+        ioctl(
+            self.fd,
+            numbers.ENABLE_CAP,
+            ctypes.create_string_buffer(struct.pack("<II4Q64x", capability, 0, argument, 0, 0, 0)),
+        )
 
     def set_slot(self, slot: int, base: int, size: int, *, log: bool = False) -> int:
         """Sets a memslot, keeping its memory if it has some; the memory's address."""
@@ -98,8 +119,7 @@ class Vm:
 
     def get_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> None:
         """KVM_GET_DIRTY_LOG into a bitmap of `bitmap_for`'s making."""
-        log = struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap))
-        ioctl(self.fd, numbers.GET_DIRTY_LOG, ctypes.create_string_buffer(log, 16))
+        ioctl(self.fd, numbers.GET_DIRTY_LOG, log_of(slot, bitmap))
 
     def clear_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char], pages: int, first: int = 0) -> None:
         """KVM_CLEAR_DIRTY_LOG of the bitmap's first `pages` bits, which stand for pages `first` and on."""
@@ -115,6 +135,11 @@ class Vm:
     def close(self) -> None:
         os.close(self.fd)
         os.close(self.kvm)
+
+
+def log_of(slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> ctypes.Array[ctypes.c_char]:
+    """struct kvm_dirty_log."""
+    return ctypes.create_string_buffer(struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap)), 16)
 
 
 def pages_of(bitmap: ctypes.Array[ctypes.c_char]) -> set[int]:
