@@ -22,6 +22,8 @@ from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu, Vm
 
 KICK, IGNORED = signal.SIGUSR1, signal.SIGUSR2
+CALL_NS = 20_000
+"""What a system call of ours takes outside the kernel, traced: ctypes, the clock reading, the tracer's own probes."""
 SLOT_0_BYTES, SLOT_BYTES = 4 << 20, 1 << 20
 
 
@@ -137,14 +139,14 @@ class Machine:
         self.marks[-1] = (self.marks[-1][0], time.monotonic_ns(), self.marks[-1][2])
 
     def timed(self, fd: int, cmd: int, argument: kvm.Argument, phase: str, after: str) -> None:
-        """An ioctl that is the whole of `phase`; the time that this thread waited for a CPU meanwhile is in doubt."""
+        """An ioctl that is the whole of `phase`; in doubt: waiting for a CPU meanwhile, and the way there and back."""
         waited = kvm.run_delay_ns()
         self.enter(phase)
         kvm.ioctl(fd, cmd, argument)
         self.enter(after)
         waited = kvm.run_delay_ns() - waited
         (begin, _, _), (end, _, _) = self.marks[-2:]
-        self.marks[-2:] = [(begin, begin + waited, phase), (end - waited, end, after)]
+        self.marks[-2:] = [(begin, begin + waited + CALL_NS, phase), (end - waited, end, after)]
 
     def delay(self, phase: str) -> None:
         """The delay that the plan has for this phase."""

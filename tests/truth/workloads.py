@@ -69,10 +69,12 @@ def mmu_lock(wanted_ms: int) -> Callable[[], dict[str, Any]]:
     bitmap, over = vm.bitmap_for(0), threading.Event()
 
     def give_back() -> None:
+        kvm.pin(0)
         while not over.is_set():
             kvm.discard(vm.slots[0][2], size)
 
     def go() -> dict[str, Any]:
+        kvm.pin(1)
         thread = threading.Thread(target=give_back)
         thread.start()
         until = time.monotonic() + wanted_ms / 1000
