@@ -20,7 +20,7 @@ from typing import Any
 from ebpf_mig import kvm as numbers
 from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu
-from tests.truth.parts import IGNORED, KICK, Machine, Plan, decode, say
+from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode, say
 
 STATE = (kvm.GET_SREGS, kvm.GET_REGS, kvm.GET_FPU, kvm.GET_MP_STATE)
 SETTERS = (kvm.SET_SREGS, kvm.SET_REGS, kvm.SET_FPU, kvm.SET_MP_STATE)
@@ -100,6 +100,8 @@ class Source(Machine):
             if final and at <= half < at + step:
                 self.delay("memory.send")
             connection.sendall(content[at : at + step])
+        if final:
+            self.enter(AFTER_MEMORY)
 
     def save(self, commands: tuple[int, ...], *, delayed: bool) -> bytes:
         """Reads state of all vCPUs; the delay comes after the first read."""

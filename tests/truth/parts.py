@@ -22,6 +22,9 @@ from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu, Vm
 
 KICK, IGNORED = signal.SIGUSR1, signal.SIGUSR2
+AFTER_MEMORY = "after memory.send"
+"""Nothing is being sent any more, nothing saved yet: a moment, unless we lose the CPU just then. A long one may
+be booked to memory.send or be left unattributed."""
 CALL_NS = 20_000
 """What a system call of ours takes outside the kernel, traced: ctypes, the clock reading, the tracer's own probes."""
 SLOT_0_BYTES, SLOT_BYTES = 4 << 20, 1 << 20
