@@ -6,6 +6,8 @@ A few delays here; all of them, many times over: `python -m tests.truth sweep --
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ebpf_mig import kvm
@@ -19,6 +21,7 @@ from tests.truth.workloads import MESSAGE
 
 pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
 
+TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
 MS = 1_000_000
 MILLION = 1_000_000
 DETAIL_BUDGET, DETAIL_PER_MS = 8000, 4
@@ -50,13 +53,17 @@ def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     run = undisturbed(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
     fetches = [i for fetch in run.breakdown.dirty_log.fetches for i in fetch.ioctls]
     longest = max(fetches, key=lambda i: i.duration_ns)
-    assert longest.duration_ns >= 5 * MS, "nothing held the lock long enough"
+    if run.injected["fetch.kernel"] < 5 * MS:
+        pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
+    assert longest.duration_ns >= run.injected["fetch.kernel"] / 2
     assert longest.lock_wait_ns is not None
     assert longest.lock_wait_ns["slots_lock"] >= 0.9 * longest.duration_ns
     assert longest.lock_wait_ns.get("mmu_lock", 0) < 0.1 * longest.duration_ns
 
 
 def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
+    if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
+        pytest.skip("missing feature: an MMU notifier that takes long on unmapped memory (shadow paging)")
     said, events = work("mmu-lock", 500)
     fetches = [e for e in events if isinstance(e, Ioctl) and e.cmd == kvm.GET_DIRTY_LOG]
     assert len(fetches) == said["calls"]

@@ -62,7 +62,9 @@ class Source(Machine):
         """One long CLEAR, on a CPU of its own: the kernel does not yield within it."""
         kvm.pin(0)
         self._hogging.set()
+        begin = time.monotonic_ns()
         self.vm.clear_log(HOG_SLOT, self._ones, self._hog_pages, kvm.GIB // PAGE)
+        self.injected["fetch.kernel"] = time.monotonic_ns() - begin
 
     def dirty(self, pages: list[int]) -> None:
         """Has the guest write to exactly these pages."""
@@ -99,9 +101,11 @@ class Source(Machine):
         for at in range(0, len(content), step):
             if final and at <= half < at + step:
                 self.delay("memory.send")
+            if final and at + step >= len(content):
+                self.enter(AFTER_MEMORY)
             connection.sendall(content[at : at + step])
         if final:
-            self.enter(AFTER_MEMORY)
+            self.entered()
 
     def save(self, commands: tuple[int, ...], *, delayed: bool) -> bytes:
         """Reads state of all vCPUs; the delay comes after the first read."""

@@ -65,6 +65,7 @@ class VcpuThread:
         self.vcpu, self.stopping, self.over = vcpu, False, False
         self.entered_ns = self.stopped_ns = 0
         self.finished, self.stopped, self.let_go = threading.Event(), threading.Event(), threading.Event()
+        self.stopped.set()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
@@ -185,7 +186,7 @@ class Machine:
 
     def close(self) -> None:
         for thread in self.threads:
-            if thread.let_go.is_set() or not thread.stopped.is_set():
+            if not thread.stopped.is_set():
                 thread.stop()
             thread.close()
 

@@ -57,6 +57,7 @@ def sweep(runs: int, say: Callable[[str], None]) -> bool:
         if not sound(run):
             say(f"run {number}: {plan}")
             say(f"  wrong: {run.wrong()}; fetched: {run.fetched}; doubtful: {run.doubtful()}; truth: {run.truth}")
+            say(f"  unattributed: {run.breakdown.phase_ns('unattributed')} ns; waits: {run.breakdown.waits}")
         for phase in plan.delays:
             worst.setdefault((phase, plan.delays[phase]), []).append(run.error(phase))
     say(f"{'phase':<14}{'delay':>8}{'runs':>6}{'worst error':>14}")
