@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -26,6 +27,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
+    "x86-64": lambda: platform.machine() == "x86_64",
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our figures against a migration whose every delay we made ourselves: see tests/truth.
+
+A few delays here; all of them, many times over: `python -m tests.truth sweep --runs 100`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig import kvm
+from ebpf_mig.events import Ending, Ioctl, Transfer
+from tests.conftest import requires
+from tests.truth import large
+from tests.truth.harness import PHASES, undisturbed, work
+from tests.truth.parts import Plan
+from tests.truth.sweep import sound
+from tests.truth.workloads import MESSAGE
+
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+
+TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
+MS = 1_000_000
+MILLION = 1_000_000
+DETAIL_BUDGET, DETAIL_PER_MS = 8000, 4
+"""How many calls the kernel side keeps one by one while no vCPU runs (bpf/common.h)."""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_delay_is_booked_where_it_was_made(phase: str) -> None:
+    log = "initially-set" if phase == "fetch.kernel" else "legacy"
+    run = undisturbed(Plan(delays={phase: 5 * MS}, log=log))
+    assert run.wrong() == {}
+    assert run.breakdown.completeness.verdict == "complete"
+    if phase != "fetch.kernel":
+        assert run.breakdown.phase_ns(phase) >= 0.95 * run.injected[phase] >= 4.7 * MS
+
+
+@pytest.mark.parametrize("state_first", [False, True], ids=["ram-first", "state-first"])
+@pytest.mark.parametrize("delay_ns", [1 * MS, 20 * MS], ids=["1ms", "20ms"])
+def test_delays_everywhere_at_once(delay_ns: int, state_first: bool) -> None:
+    delays = {phase: delay_ns for phase in PHASES if phase != "fetch.kernel"}
+    run = undisturbed(Plan(delays=delays, state_first=state_first, spin=state_first, vcpus=2), unix=state_first)
+    assert run.wrong() == {}
+    assert run.breakdown.phase_ns("unattributed") == 0
+    for phase, injected in run.injected.items():
+        assert run.breakdown.phase_ns(phase) >= 0.95 * injected, phase
+
+
+def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
+    run = undisturbed(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
+    fetches = [i for fetch in run.breakdown.dirty_log.fetches for i in fetch.ioctls]
+    longest = max(fetches, key=lambda i: i.duration_ns)
+    if run.injected["fetch.kernel"] < 5 * MS:
+        pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
+    assert longest.duration_ns >= run.injected["fetch.kernel"] / 2
+    assert longest.lock_wait_ns is not None
+    assert longest.lock_wait_ns["slots_lock"] >= 0.9 * longest.duration_ns
+    assert longest.lock_wait_ns.get("mmu_lock", 0) < 0.1 * longest.duration_ns
+
+
+def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
+    if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
+        pytest.skip("missing feature: an MMU notifier that takes long on unmapped memory (shadow paging)")
+    said, events = work("mmu-lock", 500)
+    fetches = [e for e in events if isinstance(e, Ioctl) and e.cmd == kvm.GET_DIRTY_LOG]
+    assert len(fetches) == said["calls"]
+    waits = [e for e in fetches if e.mmu_lock_ns > 0]
+    assert waits, "no fetch ever had to wait"
+    assert sum(e.slots_lock_ns for e in fetches) == 0, "nobody else took slots_lock"
+    assert all(e.mmu_lock_ns <= e.end_ns - e.begin_ns for e in waits)
+    assert max(e.mmu_lock_ns for e in waits) > 0.1 * MS
+
+
+@pytest.mark.parametrize("log", ["legacy", "manual", "initially-set", "ring"])
+def test_fetches_find_exactly_the_pages_that_the_guest_wrote(log: str) -> None:
+    """The machine knows which pages the guest wrote; the guest that arrives has the same memory."""
+    run = undisturbed(Plan(log=log, slots=8, passes=3, dirty_pages=300))
+    assert len(run.fetched) == 3
+    assert sound(run), (run.fetched, run.wrong(), run.same_memory)
+
+
+def test_a_million_small_sends_beside_a_running_guest_are_all_counted() -> None:
+    runs = _million("sends-running")
+    assert len(runs) <= 1000
+
+
+def test_a_million_small_sends_in_a_blackout_are_all_counted() -> None:
+    """Each call is kept at first; then the budget folds them."""
+    runs = _million("sends")
+    took_ms = (runs[-1].end_ns - runs[0].begin_ns) / MS
+    assert len(runs) <= 1.1 * (DETAIL_BUDGET + DETAIL_PER_MS * took_ms)
+
+
+def _million(workload: str) -> list[Transfer]:
+    """The records of a million sends, after the sums were found exact and nothing lost."""
+    said, events = work(workload, MILLION)
+    runs = [e for e in events if isinstance(e, Transfer) and e.socket == said["socket"] and e.direction == 0]
+    runs.sort(key=lambda run: run.begin_ns)
+    ending = events[-1]
+    assert isinstance(ending, Ending)
+    assert ending.lost == {}
+    assert sum(run.calls for run in runs) == said["calls"] == MILLION
+    assert sum(run.bytes for run in runs) == said["bytes"] == MILLION * MESSAGE
+    assert runs[-1].position + runs[-1].bytes == said["bytes"]
+    return runs
+
+
+def test_large_shapes_can_be_measured() -> None:
+    """A log of 64 GiB without memory behind it; what re-arming it costs is far more than reading it."""
+    rows = {what: ms for what, ms, _, _ in large.measure()}
+    assert rows["CLEAR all-ones, all dirty"] > rows["GET manual, all dirty"]

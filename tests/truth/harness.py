@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the truth machine under the real tracer and sets the result beside the truth.
+
+In: a `Plan`. Out: a `Run`: the breakdown, the events, and how long each phase really was by the machine's own clock
+readings around its steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.events import AnyEvent, Header, Target
+from ebpf_mig.session import Session
+from tests.truth.parts import AFTER_MEMORY, Plan, encode
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE_NS = 200_000
+TOLERANCE = 0.05
+PHASES = (
+    "pause", "quiesce", "fetch.kernel", "fetch.user", "memory.send", "state.save", "state.send", "handover",
+    "state.load", "resume",
+)  # fmt: skip
+
+
+class Memory:
+    """A sink that keeps events."""
+
+    def __init__(self) -> None:
+        self.events: list[AnyEvent] = []
+
+    def write_many(self, events: Iterable[AnyEvent]) -> None:
+        self.events.extend(events)
+
+    def flush(self) -> None:
+        """Nothing to do: it is memory."""
+
+
+class Helper:
+    """A child process that says `ready`, does its work on `go`, tells a line of JSON and leaves on `quit`."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def expect(self) -> str:
+        """Its next line; RuntimeError if it died."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args!r} died: {self.process.wait()}")
+        return line.strip()
+
+    def say(self, word: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """Asks it to leave, then makes it."""
+        try:
+            self.process.communicate("quit\n", timeout=5)
+        except (subprocess.TimeoutExpired, BrokenPipeError, ValueError):
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def helpers(*commands: Sequence[str]) -> Iterator[list[Helper]]:
+    """Children, all ready."""
+    with ExitStack() as stack:
+        started = []
+        for command in commands:
+            helper = Helper(*command)
+            stack.callback(helper.close)
+            started.append(helper)
+        for helper in started:
+            assert helper.expect() == "ready"
+        yield started
+
+
+def trace(
+    targets: Sequence[Target], act: Callable[[], list[dict[str, Any]]]
+) -> tuple[Header, list[AnyEvent], list[dict[str, Any]]]:
+    """Traces the targets while `act` goes on in a thread."""
+    sink, results = Memory(), list[list[dict[str, Any]]]()
+    with Session(targets) as session:
+        header = session.arm()
+        worker = threading.Thread(target=lambda: results.append(act()), daemon=True)
+        worker.start()
+        session.pump(sink, lambda _: None if worker.is_alive() else "migrated")
+        session.finish(sink, "migrated")
+    if not results:
+        raise RuntimeError("the traced work failed; see its standard error")
+    return header, sink.events, results[0]
+
+
+@dataclass
+class Run:
+    """One traced migration and the truth about it."""
+
+    plan: Plan
+    breakdown: Breakdown
+    events: list[AnyEvent]
+    truth: dict[str, tuple[int, int]]
+    """(at least, at most) ns by phase, by the machine's own clock readings around its calls."""
+    injected: dict[str, int]
+    """How long the delays really were."""
+    fetched: list[dict[str, Any]]
+    same_memory: bool
+
+    def error(self, phase: str) -> int:
+        """How far our figure lies outside what the truth allows."""
+        ours, (least, most) = self.breakdown.phase_ns(phase), self.truth.get(phase, (0, 0))
+        return min(ours - least, 0) + max(ours - most, 0)
+
+    def tolerance(self, phase: str) -> int:
+        """5 % of the injected delay, but at least 200 us."""
+        return max(TOLERANCE_NS, int(TOLERANCE * self.injected.get(phase, 0)))
+
+    def doubtful(self) -> list[str]:
+        """Phases whose truth the machine does not know well, since it lost the CPU between reading and call."""
+        return [name for name, (least, most) in self.truth.items() if most - least > 2 * self.tolerance(name)]
+
+    def wrong(self) -> dict[str, tuple[int, tuple[int, int]]]:
+        """Phases that are off by more than the tolerance: (ours, truth)."""
+        return {
+            name: (self.breakdown.phase_ns(name), self.truth.get(name, (0, 0)))
+            for name in PHASES
+            if abs(self.error(name)) > self.tolerance(name)
+        }
+
+
+def migrate(plan: Plan, *, unix: bool = False) -> Run:
+    """One migration of the truth machine under the tracer."""
+    with tempfile.TemporaryDirectory() as directory:
+        plan = replace(plan, address=f"{directory}/socket" if unix else f"127.0.0.1:{_free_port()}")
+        module = "tests.truth.machine"
+        with helpers((module, "destination", encode(plan)), (module, "source", encode(plan))) as (there, here):
+
+            def act() -> list[dict[str, Any]]:
+                here.say("go")
+                return [json.loads(here.expect()), json.loads(there.expect())]
+
+            targets = [Target(pid=here.pid, role="source"), Target(pid=there.pid, role="destination")]
+            header, events, (left, right) = trace(targets, act)
+    return Run(
+        plan,
+        analyse(header, events),
+        events,
+        _durations([*left["marks"], *right["marks"]]),
+        {**left["injected"], **right["injected"]},
+        left["fetched"],
+        left["checksum"] == right["checksum"],
+    )
+
+
+def work(name: str, argument: int) -> tuple[dict[str, Any], list[AnyEvent]]:
+    """One of `workloads` under the tracer: what it says it did, and the events."""
+    with helpers(("tests.truth.workloads", name, str(argument))) as (helper,):
+
+        def act() -> list[dict[str, Any]]:
+            helper.say("go")
+            return [json.loads(helper.expect())]
+
+        _, events, (said,) = trace([Target(pid=helper.pid, role="source")], act)
+    return said, events
+
+
+def undisturbed(plan: Plan, *, unix: bool = False, tries: int = 5) -> Run:
+    """The first of a few runs in which the machine knows the truth, or the last: busy hosts take its CPU away."""
+    for _ in range(tries):
+        run = migrate(plan, unix=unix)
+        if not run.doubtful():
+            break
+    return run
+
+
+def _durations(marks: list[tuple[int, int, str]]) -> dict[str, tuple[int, int]]:
+    """(at least, at most) ns by phase; a phase can be entered more than once."""
+    found: dict[str, tuple[int, int]] = {}
+    for (opened, open_by, name), (closed, closed_by, _) in itertools.pairwise(marks):
+        surely, perhaps = max(closed - open_by, 0), max(closed_by - opened, 0)
+        phase = name
+        if name == AFTER_MEMORY:
+            phase, surely = "memory.send", 0
+        least, most = found.get(phase, (0, 0))
+        found[phase] = least + surely, most + perhaps
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A thin wrapper of /dev/kvm for the truth machine: VMs, memslots, dirty logs, vCPUs; x86-64 only.
+
+In: ioctls by method. Out: what the kernel said; OSError where it refused. Calls go through libc, which drops the
+interpreter's lock, so a vCPU thread in KVM_RUN stops nobody. Numbers: include/uapi/linux/kvm.h, Linux 6.12.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from ebpf_mig import kvm as numbers
+
+PAGE = 4096
+GIB = 1 << 30
+
+CREATE_IRQCHIP, GET_IRQCHIP, SET_IRQCHIP = 0xAE60, 0xC208AE62, 0x8208AE63
+GET_REGS, SET_REGS = 0x8090AE81, 0x4090AE82
+GET_SREGS, SET_SREGS = 0x8138AE83, 0x4138AE84
+GET_FPU, SET_FPU = 0x81A0AE8C, 0x41A0AE8D
+GET_MP_STATE, SET_MP_STATE = 0x8004AE98, 0x4004AE99
+GET_VCPU_MMAP_SIZE = 0xAE04
+SIZES = {GET_REGS: 144, GET_SREGS: 312, GET_FPU: 416, GET_MP_STATE: 4, GET_IRQCHIP: 520, numbers.GET_CLOCK: 48}
+
+CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
+CAP_DIRTY_LOG_RING = 192
+MANUAL_PROTECT_ENABLE, INITIALLY_SET = 1, 2
+
+_NORESERVE = 0x4000
+EXIT_IO = 2
+MP_STATE_RUNNABLE = 0
+_RING_PAGE_OFFSET = 64
+_RING_DIRTY, _RING_RESET = 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+_ALLOWED = os.sched_getaffinity(0)
+Argument = int | ctypes.Array[ctypes.c_char] | None
+
+
+def ioctl(fd: int, cmd: int, argument: Argument = 0) -> int:
+    """ioctl(2); OSError with the kernel's errno."""
+    pointer = ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
+    result = int(_libc.ioctl(fd, cmd, pointer))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{numbers.name_of(cmd)}: {os.strerror(code)}")
+    return result
+
+
+def run_delay_ns() -> int:
+    """How long the calling thread has waited for a CPU so far; 0 where the kernel does not count."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except OSError:
+        return 0
+
+
+def pin(place: int) -> None:
+    """Keeps the calling thread on the nth of our CPUs, so that two threads are not on one."""
+    allowed = sorted(_ALLOWED)
+    os.sched_setaffinity(0, {allowed[place % len(allowed)]})
+
+
+def reserve(size: int) -> int:
+    """Address of that much anonymous memory with nothing behind it until it is touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap")
+    return int(address)
+
+
+def discard(address: int, size: int) -> None:
+    """Gives pages back, which runs KVM's MMU notifier over the range (mmu_lock)."""
+    _libc.madvise(address, size, mmap.MADV_DONTNEED)
+
+
+class Vm:
+    """A VM; `ring` is the size of each vCPU's dirty ring in entries, `manual` the flags of manual protection."""
+
+    def __init__(self, *, irqchip: bool = True, manual: int = 0, ring: int = 0) -> None:
+        self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.fd = ioctl(self.kvm, numbers.CREATE_VM)
+        self.ring = ring
+        self.slots: dict[int, tuple[int, int, int]] = {}
+        if manual:
+            self._enable(CAP_MANUAL_DIRTY_LOG_PROTECT2, manual)
+        if ring:
+            self._enable(CAP_DIRTY_LOG_RING, ring * 16)
+        if irqchip:
+            ioctl(self.fd, CREATE_IRQCHIP)
+
+    def _enable(self, capability: int, argument: int) -> None:
+        ioctl(
+            self.fd,
+            numbers.ENABLE_CAP,
+            ctypes.create_string_buffer(struct.pack("<II4Q64x", capability, 0, argument, 0, 0, 0)),
+        )
+
+    def set_slot(self, slot: int, base: int, size: int, *, log: bool = False) -> int:
+        """Sets a memslot, keeping its memory if it has some; the memory's address."""
+        address = self.slots[slot][2] if slot in self.slots else reserve(size)
+        region = struct.pack("<IIQQQ", slot, int(log), base, size, address)
+        ioctl(self.fd, numbers.SET_USER_MEMORY_REGION, ctypes.create_string_buffer(region, 32))
+        self.slots[slot] = (base, size, address)
+        return address
+
+    def get_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> None:
+        """KVM_GET_DIRTY_LOG into a bitmap of `bitmap_for`'s making."""
+        ioctl(self.fd, numbers.GET_DIRTY_LOG, log_of(slot, bitmap))
+
+    def clear_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char], pages: int, first: int = 0) -> None:
+        """KVM_CLEAR_DIRTY_LOG of the bitmap's first `pages` bits, which stand for pages `first` and on."""
+        log = struct.pack("<IIQQ", slot, pages, first, ctypes.addressof(bitmap))
+        ioctl(self.fd, numbers.CLEAR_DIRTY_LOG, ctypes.create_string_buffer(log, 24))
+
+    def bitmap_for(self, slot: int, fill: int = 0) -> ctypes.Array[ctypes.c_char]:
+        """A bitmap as long as the slot's dirty log, in whole 64-bit words, touched."""
+        bitmap = ctypes.create_string_buffer((self.slots[slot][1] // PAGE + 63) // 64 * 8)
+        ctypes.memset(bitmap, fill, len(bitmap))
+        return bitmap
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.kvm)
+
+
+def log_of(slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> ctypes.Array[ctypes.c_char]:
+    """struct kvm_dirty_log."""
+    return ctypes.create_string_buffer(struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap)), 16)
+
+
+def pages_of(bitmap: ctypes.Array[ctypes.c_char]) -> set[int]:
+    """The numbers of the bits that are set."""
+    raw = bitmap.raw
+    return {8 * at + bit for at, byte in enumerate(raw) if byte for bit in range(8) if byte >> bit & 1}
+
+
+# jecxz 2f; 1: lodsd; inc dword [eax]; loop 1b; 2: out 0x10, al; 3: hlt; jmp 3b. List at esi, its length in ecx.
+DIRTY_LIST = bytes.fromhex("e305 ad ff00 e2fb e610 f4 ebfd")
+CODE, LIST = 0x1000, 0x100000
+"""Guest addresses of the code (its page is never written by the guest) and of the list of addresses."""
+
+
+class Vcpu:
+    """One vCPU in flat 32-bit protected mode without paging."""
+
+    def __init__(self, vm: Vm, index: int) -> None:
+        self.vm, self.index = vm, index
+        self.fd = ioctl(vm.fd, numbers.CREATE_VCPU, index)
+        self._run = mmap.mmap(self.fd, ioctl(vm.kvm, GET_VCPU_MMAP_SIZE))
+        self._ring_at = 0
+        self._ring = mmap.mmap(self.fd, vm.ring * 16, offset=_RING_PAGE_OFFSET * PAGE) if vm.ring else None
+
+    def run(self) -> int:
+        """KVM_RUN: the exit reason, -EINTR if a signal ended it; other errors raise."""
+        if _libc.ioctl(self.fd, numbers.RUN, None) == 0:
+            return int(struct.unpack_from("<I", self._run, 8)[0])
+        if ctypes.get_errno() != errno.EINTR:
+            raise OSError(ctypes.get_errno(), "RUN")
+        return -errno.EINTR
+
+    def hurry(self, immediate: bool) -> None:
+        """kvm_run.immediate_exit: the next KVM_RUN returns -EINTR at once."""
+        self._run[1] = int(immediate)
+
+    def get(self, cmd: int) -> ctypes.Array[ctypes.c_char]:
+        """The state that a KVM_GET ioctl tells."""
+        state = ctypes.create_string_buffer(SIZES[cmd])
+        ioctl(self.fd, cmd, state)
+        return state
+
+    def set(self, cmd: int, state: bytes) -> None:
+        """Writes state with a KVM_SET ioctl."""
+        ioctl(self.fd, cmd, ctypes.create_string_buffer(state, len(state)))
+
+    def prepare(self, count: int, *, at: int = CODE) -> None:
+        """Flat 32-bit mode, about to run `count` entries of the address list."""
+        sregs = bytearray(self.get(GET_SREGS).raw)
+        code = struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 8, 11, 1, 0, 1, 1, 0, 1, 0, 0, 0)
+        data = struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)
+        sregs[0:24] = code
+        for index in range(1, 6):
+            sregs[24 * index : 24 * index + 24] = data
+        cr0 = 8 * 24 + 2 * 16
+        sregs[cr0 : cr0 + 8] = struct.pack("<Q", struct.unpack_from("<Q", sregs, cr0)[0] | 1)
+        self.set(SET_SREGS, bytes(sregs))
+        regs = [0] * 18
+        regs[2], regs[4], regs[16], regs[17] = count, LIST, at, 2
+        self.set(SET_REGS, struct.pack("<18Q", *regs))
+        self.set(SET_MP_STATE, struct.pack("<I", MP_STATE_RUNNABLE))
+
+    def harvest(self) -> list[tuple[int, int]]:
+        """Takes (slot, page) out of the dirty ring and marks them for RESET_DIRTY_RINGS."""
+        found: list[tuple[int, int]] = []
+        assert self._ring is not None
+        while True:
+            entry = self._ring_at % self.vm.ring * 16
+            flags, slot, offset = struct.unpack_from("<IIQ", self._ring, entry)
+            if not flags & _RING_DIRTY:
+                return found
+            found.append((slot, offset))
+            struct.pack_into("<I", self._ring, entry, _RING_RESET)
+            self._ring_at += 1
+
+
+def write(vm: Vm, address: int, content: bytes) -> None:
+    """Writes guest memory from the host, which no dirty log of KVM tells."""
+    for base, size, memory in vm.slots.values():
+        if base <= address and address + len(content) <= base + size:
+            ctypes.memmove(memory + address - base, content, len(content))
+            return
+    raise ValueError(f"no slot holds {address:#x}")
+
+
+def load_list(vm: Vm, addresses: Iterable[int]) -> int:
+    """Puts the code and the addresses that it is to write to into guest memory; how many there are."""
+    listed = list(addresses)
+    write(vm, CODE, DIRTY_LIST)
+    write(vm, LIST, struct.pack(f"<{len(listed)}I", *listed))
+    return len(listed)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A two-process migration on real KVM with known delays: `python -m tests.truth.machine ROLE PLAN`.
+
+In: a role and a `Plan` as JSON; on stdin `go`, then `quit`. Out: on stdout `ready` (the guest runs, or the destination
+waits), then one line of JSON: the instants between which, the process says, each phase began, on CLOCK_MONOTONIC, and
+which pages were dirty. The order of the steps is QEMU's, 10.0's or with `state_first` 7.2's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from typing import Any
+
+from ebpf_mig import kvm as numbers
+from tests.truth import kvm
+from tests.truth.kvm import PAGE, Vcpu
+from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode, say
+
+STATE = (kvm.GET_SREGS, kvm.GET_REGS, kvm.GET_FPU, kvm.GET_MP_STATE)
+SETTERS = (kvm.SET_SREGS, kvm.SET_REGS, kvm.SET_FPU, kvm.SET_MP_STATE)
+HOG_SLOT, HOG_BASE, HOG_BYTES = 20, 64 * kvm.GIB, 32 * kvm.GIB
+HEAD_START_S = 0.0005
+_HEADER = struct.Struct("<cxxxIQ")
+
+
+class Source(Machine):
+    """The side that has the guest."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        kvm.load_list(self.vm, [])
+        for vcpu, thread in zip(self.vcpus, self.threads, strict=True):
+            vcpu.prepare(0)
+            thread.start()
+            thread.finished.wait()
+            thread.settle()
+        self._bitmaps = {slot: self.vm.bitmap_for(slot) for slot in self.layout}
+        self._gets = {slot: kvm.log_of(slot, bitmap) for slot, bitmap in self._bitmaps.items()}
+        self._hog_pages, self._hogging = 0, threading.Event()
+        if plan.delays.get("fetch.kernel"):
+            self._feed_hog(plan.delays["fetch.kernel"])
+
+    def _feed_hog(self, wanted_ns: int) -> None:
+        """Finds out how many pages one CLEAR must have to hold slots_lock for that long."""
+        kvm.pin(1)
+        self.vm.set_slot(HOG_SLOT, HOG_BASE, HOG_BYTES)
+        self.vm.set_slot(HOG_SLOT, HOG_BASE, HOG_BYTES, log=True)
+        self._ones = self.vm.bitmap_for(HOG_SLOT, 0xFF)
+        probe = kvm.GIB // PAGE
+        begin = time.monotonic_ns()
+        self.vm.clear_log(HOG_SLOT, self._ones, probe)
+        pages = probe * wanted_ns // (time.monotonic_ns() - begin)
+        self._hog_pages = min(max(pages // 64 * 64, 64), HOG_BYTES // PAGE - probe)
+
+    def _hog(self) -> None:
+        """One long CLEAR, on a CPU of its own: the kernel does not yield within it."""
+        kvm.pin(0)
+        self._hogging.set()
+        begin = time.monotonic_ns()
+        self.vm.clear_log(HOG_SLOT, self._ones, self._hog_pages, kvm.GIB // PAGE)
+        self.injected["fetch.kernel"] = time.monotonic_ns() - begin
+
+    def dirty(self, pages: list[int]) -> None:
+        """Has the guest write to exactly these pages."""
+        first = self.threads[0]
+        first.stop()
+        self.vcpus[0].prepare(kvm.load_list(self.vm, [page * PAGE for page in pages]))
+        first.start()
+        first.finished.wait()
+        first.settle()
+
+    def fetch(self, *, clear: bool) -> set[int]:
+        """One dirty-log fetch over all slots; the guest page numbers."""
+        if self.plan.log == "ring":
+            found = {self.layout[slot][0] // PAGE + page for v in self.vcpus for slot, page in v.harvest()}
+            self.timed(self.vm.fd, numbers.RESET_DIRTY_RINGS, 0, "fetch.kernel", "fetch.user")
+            return found
+        for slot, bitmap in self._bitmaps.items():
+            self.timed(self.vm.fd, numbers.GET_DIRTY_LOG, self._gets[slot], "fetch.kernel", "fetch.user")
+            if clear and self.plan.log != "legacy":
+                self.vm.clear_log(slot, bitmap, self.layout[slot][1] // PAGE)
+        return {self.layout[slot][0] // PAGE + page for slot, b in self._bitmaps.items() for page in kvm.pages_of(b)}
+
+    def send_pages(self, connection: socket.socket, pages: list[int]) -> None:
+        """Which pages, then their content in sends of the plan's size; the delay comes half-way."""
+        content = b"".join(ctypes.string_at(self.memory(page), PAGE) for page in pages)
+        table = struct.pack(f"<{len(pages)}Q", *pages)
+        step, half = self.plan.chunk_bytes, len(content) // 2
+        final = bool(self.marks) and self.marks[0][2] == "pause"
+        if final:
+            self.enter("memory.send")
+        connection.sendall(_HEADER.pack(b"M", len(pages), 0) + table)
+        if final:
+            self.entered()
+        for at in range(0, len(content), step):
+            if final and at <= half < at + step:
+                self.delay("memory.send")
+            if final and at + step >= len(content):
+                self.enter(AFTER_MEMORY)
+            connection.sendall(content[at : at + step])
+        if final:
+            self.entered()
+
+    def save(self, commands: tuple[int, ...], *, delayed: bool) -> bytes:
+        """Reads state of all vCPUs; the delay comes after the first read."""
+        self.enter("state.save")
+        saved = bytearray()
+        for number, vcpu in enumerate(self.vcpus):
+            for place, command in enumerate(commands):
+                saved += vcpu.get(command).raw
+                if number == place == 0:
+                    self.entered()
+                if delayed and number == 0 and place == 0:
+                    self.delay("state.save")
+        return bytes(saved)
+
+    def pause(self) -> None:
+        """Kicks that nobody hears, the delay, kicks that stop the vCPUs."""
+        self.enter("pause")
+        if self.plan.delays.get("pause"):
+            for thread in self.threads:
+                thread.kick(IGNORED)
+                if thread is self.threads[0]:
+                    self.entered()
+            self.delay("pause")
+        for thread in self.threads:
+            last_kick = time.monotonic_ns()
+            thread.kick(KICK)
+            if not self.plan.delays.get("pause") and thread is self.threads[0]:
+                self.entered()
+        for thread in self.threads:
+            thread.stopped.wait()
+        self.marks.append((last_kick, max(thread.stopped_ns for thread in self.threads), "quiesce"))
+
+    def migrate(self, connection: socket.socket) -> list[dict[str, Any]]:
+        """The whole of it; what each fetch should have found and did not, or found and should not have."""
+        plan, fetched = self.plan, list[dict[str, Any]]()
+        for slot, (base, size) in self.layout.items():
+            self.vm.set_slot(slot, base, size, log=True)
+        self.fetch(clear=True)
+        self.send_pages(
+            connection, [p for b, size in self.layout.values() for p in range(b // PAGE, (b + size) // PAGE)]
+        )
+        for number in range(1, plan.passes + 1):
+            wanted = set(plan.dirty_set(number))
+            self.dirty(sorted(wanted))
+            if number < plan.passes:
+                found = self.fetch(clear=True)
+                self.send_pages(connection, sorted(found | {kvm.LIST // PAGE}))
+                fetched.append({"missing": sorted(wanted - found), "surplus": sorted(found - wanted)})
+        self.marks.clear()
+        self.hand_over(connection, fetched, wanted)
+        return fetched
+
+    def hand_over(self, connection: socket.socket, fetched: list[dict[str, Any]], wanted: set[int]) -> None:
+        """Everything from the pause request to the last byte sent."""
+        self.pause()
+        kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+        self.delay("quiesce")
+        state = b""
+        if self.plan.state_first:
+            state = self.save(STATE, delayed=True)
+        if self._hog_pages:
+            threading.Thread(target=self._hog, daemon=True).start()
+            self._hogging.wait()
+            time.sleep(HEAD_START_S)
+        found = self.fetch(clear=False)
+        fetched.append({"missing": sorted(wanted - found), "surplus": sorted(found - wanted)})
+        self.delay("fetch.user")
+        self.send_pages(connection, sorted(found | {kvm.LIST // PAGE}))
+        if self.plan.state_first:
+            self.enter("state.save")
+        else:
+            state = self.save(STATE, delayed=True)
+        kvm.ioctl(self.vm.fd, kvm.GET_IRQCHIP, ctypes.create_string_buffer(kvm.SIZES[kvm.GET_IRQCHIP]))
+        half = len(state) // 2
+        self.enter("state.send")
+        connection.sendall(_HEADER.pack(b"S", len(self.vcpus), len(state)) + state[:half])
+        self.entered()
+        self.delay("state.send")
+        self.enter("handover")
+        connection.sendall(state[half:])
+        self.entered()
+
+
+class Destination(Machine):
+    """The side that gets the guest."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        for vcpu in self.vcpus:
+            vcpu.prepare(0)
+
+    def serve(self, connection: socket.socket) -> None:
+        """Receives and restores; returns when all vCPUs run."""
+        reader = connection.makefile("rb", buffering=0)
+        while True:
+            kind, count, size = _HEADER.unpack(_exactly(reader, _HEADER.size))
+            if kind == b"S":
+                break
+            pages = struct.unpack(f"<{count}Q", _exactly(reader, 8 * count))
+            content = _exactly(reader, PAGE * count)
+            for number, page in enumerate(pages):
+                ctypes.memmove(self.memory(page), content[PAGE * number : PAGE * (number + 1)], PAGE)
+        if self.plan.late_reader:
+            self.delay("handover")
+        state = _exactly(reader, size)
+        if not self.plan.late_reader:
+            self.delay("handover")
+        self.restore(state)
+        self.delay("resume")
+        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        for thread in self.threads:
+            thread.start()
+        time.sleep(0.05)
+        last = max(thread.entered_ns for thread in self.threads)
+        self.marks.append((last, last, "end"))
+
+    def restore(self, state: bytes) -> None:
+        """Writes the vCPUs' state; the delay comes after the first write."""
+        steps: list[tuple[Vcpu, int, bytes]] = []
+        for vcpu in self.vcpus:
+            for getter, setter in zip(STATE, SETTERS, strict=True):
+                steps.append((vcpu, setter, state[: kvm.SIZES[getter]]))
+                state = state[kvm.SIZES[getter] :]
+        for number, (vcpu, setter, value) in enumerate(steps):
+            if number == 0 or number == len(steps) - 1:
+                self.enter("resume" if number else "state.load")
+            vcpu.set(setter, value)
+            if number == 0 or number == len(steps) - 1:
+                self.entered()
+            if number == 0:
+                self.delay("state.load")
+
+
+def _exactly(reader: Any, size: int) -> bytes:
+    """That many bytes of a raw stream; EOFError if it ends before."""
+    parts = bytearray()
+    while len(parts) < size:
+        part = reader.read(size - len(parts))
+        if not part:
+            raise EOFError(f"{len(parts)} of {size} bytes")
+        parts += part
+    return bytes(parts)
+
+
+def _socket(address: str) -> tuple[socket.socket, Any]:
+    """An unconnected socket and what to bind or connect it to."""
+    if "/" in address:
+        return socket.socket(socket.AF_UNIX), address
+    host, _, port = address.rpartition(":")
+    made = socket.socket(socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made, (host, int(port))
+
+
+def main(role: str, plan: Plan) -> None:
+    """One side, from `ready` to `quit`."""
+    sys.setswitchinterval(0.0001)
+    signal.signal(KICK, lambda *_: None)
+    made, address = _socket(plan.address)
+    machine: Source | Destination
+    if role == "source":
+        machine = Source(plan)
+        say("ready")
+        sys.stdin.readline()
+        made.connect(address)
+        machine.result(fetched=machine.migrate(made))
+    else:
+        machine = Destination(plan)
+        made.bind(address)
+        made.listen()
+        say("ready")
+        connection, _ = made.accept()
+        machine.serve(connection)
+        machine.result()
+    sys.stdin.readline()
+    machine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], decode(sys.argv[2]))

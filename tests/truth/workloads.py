@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single kernel events whose size we know: `python -m tests.truth.workloads NAME ARGUMENT`, driven as the machine is.
+
+`sends N`: as many 64-byte sends as fast as they go. `sends-running N`: the same beside a vCPU in KVM_RUN.
+`mmu-lock MS`: dirty-log fetches for that long while another thread makes the MMU notifier hold mmu_lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tests.truth import kvm
+from tests.truth.kvm import Vm
+from tests.truth.parts import Machine, Plan, say
+
+MESSAGE = 64
+
+
+def sends(count: int) -> Callable[[], dict[str, Any]]:
+    """Sends to a process that only drains."""
+    ours, theirs = socket.socketpair()
+    drain = os.fork()
+    if not drain:
+        ours.close()
+        while theirs.recv(1 << 16):
+            pass
+        os._exit(0)
+    theirs.close()
+
+    def go() -> dict[str, Any]:
+        message, total = bytes(MESSAGE), 0
+        begin = time.monotonic_ns()
+        for _ in range(count):
+            total += ours.send(message)
+        took = time.monotonic_ns() - begin
+        inode = os.fstat(ours.fileno()).st_ino
+        ours.close()
+        os.waitpid(drain, 0)
+        return {"calls": count, "bytes": total, "ns": took, "socket": inode}
+
+    return go
+
+
+def sends_running(count: int) -> Callable[[], dict[str, Any]]:
+    """With a guest that runs (halted in KVM_RUN), as in a pre-copy pass."""
+    go = sends(count)
+    machine = Machine(Plan())
+    kvm.load_list(machine.vm, [])
+    machine.vcpus[0].prepare(0)
+    machine.threads[0].start()
+    machine.threads[0].finished.wait()
+    machine.threads[0].settle()
+    return go
+
+
+def mmu_lock(wanted_ms: int) -> Callable[[], dict[str, Any]]:
+    """Legacy GETs take mmu_lock and slots_lock; giving memory back takes mmu_lock alone."""
+    vm = Vm()
+    size = 16 * kvm.GIB
+    vm.set_slot(0, 0, size)
+    vm.set_slot(0, 0, size, log=True)
+    bitmap, over = vm.bitmap_for(0), threading.Event()
+
+    def give_back() -> None:
+        kvm.pin(0)
+        while not over.is_set():
+            kvm.discard(vm.slots[0][2], size)
+
+    def go() -> dict[str, Any]:
+        kvm.pin(1)
+        thread = threading.Thread(target=give_back)
+        thread.start()
+        until = time.monotonic() + wanted_ms / 1000
+        calls = 0
+        while time.monotonic() < until:
+            vm.get_log(0, bitmap)
+            calls += 1
+        over.set()
+        thread.join()
+        return {"calls": calls}
+
+    return go
+
+
+WORKLOADS = {"sends": sends, "sends-running": sends_running, "mmu-lock": mmu_lock}
+
+
+def main(name: str, argument: str) -> None:
+    """One workload, from `ready` to `quit`."""
+    go = WORKLOADS[name](int(argument))
+    say("ready")
+    sys.stdin.readline()
+    say(json.dumps(go()))
+    sys.stdin.readline()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
