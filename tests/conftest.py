@@ -26,6 +26,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
+    "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
