@@ -130,5 +130,5 @@ def _source(file: str, redact: bool) -> Source:
         )
     if redact:
         recording = redacted(recording)
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
+    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
     return Source(recording, breakdown)
