@@ -45,7 +45,7 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
     yield from tables.facts(b)
     for name, section in (
         ("Where it went", tables.waterfall(b)),
-        ("Timeline", _timeline()),
+        ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),
         ("Final dirty-log fetch", tables.fetch(b)),
         ("Pre-copy passes", tables.passes(b)),
@@ -62,10 +62,11 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
     yield f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n"
 
 
-def _timeline() -> Iterator[str]:
+def _timeline(b: Breakdown) -> Iterator[str]:
     yield "<div id='tools'><button id='zoom-in'>Zoom in</button> <button id='zoom-out'>Zoom out</button> "
     yield "<button id='show-window'>Window</button> <button id='show-all'>Whole recording</button></div>\n"
-    yield "<p class='soft'>Drag to move; Ctrl and wheel, pinch, or + and - to zoom. 0 is the pause request.</p>\n"
+    yield "<p class='soft'>Drag to move; Ctrl and wheel, pinch, or + and - to zoom. "
+    yield f"0 is the {'pause request' if b.window_ns is not None else 'beginning of the migration'}.</p>\n"
     yield "<div id='timeline'></div>\n<p id='tip' class='soft' aria-live='polite'></p>\n<p id='legend'>"
     for kind, what in _LEGEND.items():
         yield f"<span><i style='background:var(--{kind})'></i>{what}</span>"

@@ -73,6 +73,15 @@
     }
   }
 
+  // A label too long for its place loses its middle: what tells lanes apart is at its ends.
+  function fitted(label, room) {
+    for (let keep = label.length; keep > 8; keep -= 1) {
+      const text = keep === label.length ? label : label.slice(0, keep >> 1).trimEnd() + "…" + label.slice(-(keep >> 1)).trimStart();
+      if (paper.measureText(text).width <= room) return text;
+    }
+    return label.slice(0, 8);
+  }
+
   function lane(one, top) {
     const v = one.v, inner = gutter ? row - 4 : row - 16, y = gutter ? top + 2 : top + 14;
     let painted = -1;
@@ -94,9 +103,7 @@
     }
     paper.fillStyle = colours.text;
     if (gutter) {
-      let label = one.label;
-      while (paper.measureText(label).width > gutter - 12 && label.length > 4) label = label.slice(0, -2).trimEnd() + "…";
-      paper.fillText(label, 4, top + row / 2);
+      paper.fillText(fitted(one.label, gutter - 12), 4, top + row / 2);
     } else {
       paper.fillText(one.label, 4, top + 7);
     }
