@@ -2,8 +2,8 @@
 """Whether two benchmarks differ, figure by figure, and whether the difference is one that a gate forbids.
 
 In: two `Benchmark`s, conditions such as `blackout.p50>+5%`. Out: `Difference`s and `Ruling`s. A difference is
-called one only if a permutation test finds it (corrected for the number of figures) and it exceeds what
-resampling the same runs differs by. With fewer than four runs on a side nothing can be told, and that is said.
+called one only if a permutation test finds it (corrected for the number of figures) and it exceeds what two series
+like A would differ by. With fewer than four runs on a side nothing can be told, and that is said.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _difference(figure: str, x: Sequence[int], y: Sequence[int], p: float) -> Di
         before, after = (float(stats.median(v)) if v else 0.0 for v in (x, y))
         return Difference(figure, runs, before, after, 1.0, 0.0, 0.0, "not measured")
     before, after = float(stats.median(x)), float(stats.median(y))
-    noise, effect = stats.noise_floor(x, y), stats.effect_size(x, y)
+    noise, effect = stats.noise_floor(x, len(y)), stats.effect_size(x, y)
     verdict = "too few runs"
     if _enough(x, y):
         apart = p < SIGNIFICANT and abs(after - before) > noise
@@ -147,7 +147,7 @@ def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], p: float | N
         return Ruling(condition, False, why)
     if p >= SIGNIFICANT:
         return Ruling(condition, False, f"{why}: no difference that can be told from chance")
-    noise = stats.noise_floor(x, y, statistic)
+    noise = stats.noise_floor(x, len(y), statistic)
     if change <= noise:
         return Ruling(condition, False, f"{why}: within the noise of {noise / 1e6:.3f} ms")
     return Ruling(condition, True, why)

@@ -109,22 +109,19 @@ def effect_word(delta: float) -> str:
     return "negligible" if size < 0.147 else "small" if size < 0.33 else "medium" if size < 0.474 else "large"
 
 
-def noise_floor(a: Sequence[float], b: Sequence[float], statistic: Statistic = median) -> float:
-    """How far `statistic` of two samples of these sizes differs by chance alone, 95 times in 100.
+def noise_floor(values: Sequence[float], other: int, statistic: Statistic = median) -> float:
+    """How far `statistic` differs by chance, 95 times in 100, between two samples of what `values` is a sample of.
 
-    Each sample is resampled against itself; the noisier of the two decides. ValueError if either is empty.
+    One has the size of `values`, the `other` the size given. ValueError if either is empty.
     """
-    if not a or not b:
+    if not values or other < 1:
         raise ValueError("no values")
-    floors: list[float] = []
-    for values in (a, b):
-        draw = _seeded(values)
-        found = [
-            abs(statistic(draw.choices(values, k=len(a))) - statistic(draw.choices(values, k=len(b))))
-            for _ in range(_RESAMPLES // 2)
-        ]
-        floors.append(quantile(found, 0.95))
-    return max(floors)
+    draw = _seeded(values)
+    found = [
+        abs(statistic(draw.choices(values, k=len(values))) - statistic(draw.choices(values, k=other)))
+        for _ in range(_RESAMPLES)
+    ]
+    return quantile(found, 0.95)
 
 
 def holm(probabilities: Sequence[float]) -> list[float]:

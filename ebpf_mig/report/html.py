@@ -18,12 +18,13 @@ from ebpf_mig.report import html_tables as tables
 from ebpf_mig.report.html_tables import escaped, milliseconds
 from ebpf_mig.report.lanes import Lane, View
 
-_ORDER = ("vcpu", "slot", "ioctl", "socket", "wait", "mark")
+_ORDER = ("vcpu", "slot", "ioctl", "socket", "segment", "wait", "mark")
 _LEGEND = {
     "vcpu": "vCPU runs the guest",
     "slot": "dirty-log call on a memslot",
     "ioctl": "KVM ioctl",
     "socket": "send or receive",
+    "segment": "TCP segment arrives",
     "wait": "off the CPU",
     "mark": "said by the VMM",
 }

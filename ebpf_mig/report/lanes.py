@@ -43,7 +43,7 @@ class Lane:
     tid: int
     """0 if it is not a thread's."""
     kind: str
-    """vcpu, ioctl, socket, wait, slot or mark; marks have no length."""
+    """vcpu, ioctl, socket, wait, slot, segment or mark; the last two have no length."""
     name: str
     slices: list[Slice] = field(default_factory=list)
 
@@ -88,6 +88,7 @@ def view(header: Header, events: Iterable[AnyEvent]) -> View:
         found.lanes += _vcpu_lanes(process, side, begin, end)
         found.lanes += _thread_lanes(process, side)
         found.lanes += _slot_lanes(process, side)
+        found.lanes += _segment_lanes(process, side)
         marks = [
             Slice(m.at_ns, m.at_ns, m.name, _said(m.detail, m.value)) for m in material.marks if m.pid == process.pid
         ]
@@ -190,6 +191,18 @@ def _slot_lanes(process: Process, side: str) -> Iterable[Lane]:
             made.slices.append(Slice(call.begin_ns, call.end_ns, kvm.name_of(call.cmd), args))
     for key in sorted(lanes):
         lanes[key].slices = apart(lanes[key].slices)
+        yield lanes[key]
+
+
+def _segment_lanes(process: Process, side: str) -> Iterable[Lane]:
+    """TCP segments as they arrived, a lane a socket."""
+    lanes: dict[int, Lane] = {}
+    for one in process.segments:
+        made = lanes.setdefault(one.socket, Lane(side, process.pid, 0, "segment", f"segments on socket {one.socket}"))
+        name = f"{one.payload} bytes arrive" if one.payload else "an acknowledgement arrives"
+        args: Args = {"acked": one.acked, "in_flight": one.in_flight, "unsent": one.unsent, "window": one.window}
+        made.slices.append(Slice(one.at_ns, one.at_ns, name, args))
+    for key in sorted(lanes):
         yield lanes[key]
 
 

@@ -21,7 +21,7 @@ _BYTES, _COUNT = 3, 2
 _REALTIME, _MONOTONIC = 1, 3
 _SEQUENCE = 1
 _EXPLICIT = 3
-_KINDS = ("vcpu", "ioctl", "socket", "wait", "slot", "mark")
+_KINDS = ("vcpu", "ioctl", "socket", "wait", "slot", "segment", "mark")
 
 
 def varint(value: int) -> bytes:
@@ -158,7 +158,7 @@ class _Writer:
             order = _KINDS.index(lane.kind) * 100_000 + rank
             yield self._track(uuid, number(5, process) + text(2, lane.name) + number(12, order))
         for one in lane.slices:
-            if lane.kind == "mark":
+            if lane.kind in {"segment", "mark"}:
                 yield self._event(one.begin_ns, number(9, _INSTANT) + self._about(uuid, one, lane.kind))
             else:
                 yield from self._begin_end(uuid, one, lane.kind)

@@ -27,7 +27,7 @@
   function readColours() {
     const style = getComputedStyle(document.documentElement);
     for (const name of ["page", "text", "soft", "line", "band", "blackout", "source", "destination", "both", "unknown",
-      "vcpu", "ioctl", "socket", "wait", "slot", "mark", "warn"])
+      "vcpu", "ioctl", "socket", "wait", "slot", "segment", "mark", "warn"])
       colours[name] = style.getPropertyValue("--" + name).trim();
   }
 
