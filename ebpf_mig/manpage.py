@@ -40,7 +40,7 @@ def _lines() -> Iterator[str]:
     yield ".B ebpf\\-mig"
     yield "[\\fIOPTIONS\\fR] \\fICOMMAND\\fR [\\fIARGS\\fR]..."
     yield ".SH OPTIONS"
-    root = click.Context(cli, info_name="ebpf-mig", terminal_width=76)
+    root = click.Context(cli, info_name="ebpf-mig", terminal_width=76, **cli.context_settings)
     yield from _options(cli, root)
     yield ".SH COMMANDS"
     yield from _commands(cli, root)

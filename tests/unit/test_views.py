@@ -11,6 +11,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -130,3 +131,12 @@ def test_binary_report_keeps_off_the_terminal() -> None:
     os.close(main)
     os.close(other)
     assert done.returncode == 2 and b"stdout is a terminal; use -o FILE" in done.stderr
+
+
+def test_every_file_that_is_no_code_is_packaged() -> None:
+    """A wheel without a header or a style sheet would fail only where it is installed."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ebpf_mig"]
+    package = ROOT / "ebpf_mig"
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}}
+    assert others == packaged
