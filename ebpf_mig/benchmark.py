@@ -66,6 +66,7 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
         raise KeyError(figure)
     if breakdown.migration.result != "completed" or breakdown.window_ns is None:
         return None
+    took = {phase.phase: phase.duration_ns for phase in breakdown.phases}
     match figure:
         case "blackout":
             return breakdown.blackout_ns
@@ -74,9 +75,10 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
         case "total":
             return breakdown.migration.total_ns
         case "fetch":
-            return breakdown.phase_ns("fetch.kernel") + breakdown.phase_ns("fetch.user")
+            kernel, user = took.get("fetch.kernel"), took.get("fetch.user")
+            return None if kernel is None or user is None else kernel + user
         case _:
-            return breakdown.phase_ns(figure)
+            return took.get(figure)
 
 
 def encode(benchmark: Benchmark) -> str:

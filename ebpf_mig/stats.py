@@ -25,6 +25,8 @@ MIN_RUNS = 4
 _EXACT = 10_000
 """Up to so many ways of dealing the values out, all are tried."""
 _DRAWS = 4_999
+_LARGE, _DRAWS_LARGE = 400, 999
+"""Of large samples fewer draws are made, or a table takes minutes; p is then known to 0.001 only."""
 _RESAMPLES = 2_000
 
 
@@ -87,10 +89,11 @@ def permutation_p(a: Sequence[float], b: Sequence[float], statistic: Statistic) 
         return hits / len(ways)
     draw = _seeded(pooled)
     hits = 1
-    for _ in range(_DRAWS):
+    draws = _DRAWS if len(pooled) <= _LARGE else _DRAWS_LARGE
+    for _ in range(draws):
         draw.shuffle(pooled)
         hits += apart(pooled[:size], lambda: pooled[size:]) >= seen
-    return hits / (_DRAWS + 1)
+    return hits / (draws + 1)
 
 
 def effect_size(a: Sequence[float], b: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ In: a benchmark, or two with their differences. Out: text with a final newline. 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from ebpf_mig import stats
@@ -69,7 +70,7 @@ def _diff_lines(
             yield _difference(d)
     missing = [d.figure for d in differences if d.verdict == "not measured"]
     if missing:
-        yield f"not measured on both sides: {', '.join(missing)}"
+        yield from textwrap.wrap(f"not measured on both sides: {', '.join(missing)}", 80, subsequent_indent="  ")
     yield ""
     yield _summary(differences)
 

@@ -110,6 +110,14 @@ def test_file_round_trip_and_hostile_files() -> None:
             decode(data, "f")
 
 
+def test_a_file_without_phases_is_compared_by_what_it_has() -> None:
+    bare = Run(breakdown=msgspec.structs.replace(breakdowns.precopy(), phases=[]))
+    whole = Benchmark(scenario="s", runs=[bare] * 5)
+    found = verdicts(whole, whole)
+    assert (found["blackout"], found["fetch"], found["pause"]) == ("no difference", "not measured", "not measured")
+    assert "not measured on both sides: fetch, pause, " in diff_table(("a", "b"), (whole, whole), compare(whole, whole))
+
+
 def test_failed_runs_and_losses_are_marked_and_not_dropped() -> None:
     runs = [
         *bench(4, 1).runs,
