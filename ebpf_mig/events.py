@@ -232,8 +232,6 @@ class Ending(Event, frozen=True, tag=11):
 
 
 AnyEvent = (
-    Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | Mark | Slot | Ending | OffCpu | Segment
-)
     Ioctl
     | VcpuEnter
     | VcpuExit

@@ -19,7 +19,7 @@ CATALOGUE: dict[str, tuple[str, Scenario]] = {
     "auto-converge": (
         "the same, the VMM slowing the guest down",
         Scenario(
-            working_set_bytes=64 * MIB, pages_per_s=None, bandwidth_bytes=128 * MIB, downtime_ms=300, auto_converge=True
+            working_set_bytes=48 * MIB, pages_per_s=None, bandwidth_bytes=128 * MIB, downtime_ms=300, auto_converge=True
         ),
     ),
     "multifd-2": ("memory over 2 channels", Scenario(multifd_channels=2)),
