@@ -44,3 +44,9 @@ class IncompleteError(EbpfMigError):
     """Events were lost and the user asked for `--strict`."""
 
     exit_code = 5
+
+
+class RegressionError(EbpfMigError):
+    """A comparison found what the user said must not be."""
+
+    exit_code = 6

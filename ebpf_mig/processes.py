@@ -40,6 +40,7 @@ class Process:
     named: list[ev.Thread] = field(default_factory=list)
     slots: list[ev.Slot] = field(default_factory=list)
     off_cpu: list[ev.OffCpu] = field(default_factory=list)
+    segments: list[ev.Segment] = field(default_factory=list)
 
     @property
     def hint(self) -> str:
@@ -122,6 +123,7 @@ _STREAMS: dict[type, str] = {
     ev.Thread: "named",
     ev.Slot: "slots",
     ev.OffCpu: "off_cpu",
+    ev.Segment: "segments",
 }
 
 _key = msgspec.structs.astuple
@@ -145,7 +147,7 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
     for process in processes.values():
         process.ioctls = sorted(map(_whole_ioctl, process.ioctls), key=_key)
         process.transfers = sorted(map(_whole_transfer, process.transfers), key=_key)
-        for name in ("enters", "exits", "states", "kicks", "told", "named", "slots", "off_cpu"):
+        for name in ("enters", "exits", "states", "kicks", "told", "named", "slots", "off_cpu", "segments"):
             getattr(process, name).sort(key=_key)
     marks.sort(key=_key)
     return Material(header, dict(sorted(processes.items())), marks, _last(endings))

@@ -28,6 +28,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
     "x86-64": lambda: platform.machine() == "x86_64",
+    "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

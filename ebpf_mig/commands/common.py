@@ -128,26 +128,29 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def write_result(text: str, output: str = "-", *, force: bool = False) -> None:
-    """Write `text` to stdout (`-`) or to a new file in UTF-8. Raises UsageError; leaves no half-written file."""
+def write_result(result: str | bytes, output: str = "-", *, force: bool = False) -> None:
+    """Write `result` to stdout (`-`) or to a new file in UTF-8. Raises UsageError; leaves no half-written file."""
     if output == "-":
-        _write_stdout(text)
+        _write_stdout(result)
         return
     descriptor = open_new(output, force=force)
     ours = stat.S_ISREG(os.fstat(descriptor).st_mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(result if isinstance(result, bytes) else result.encode("utf-8", "backslashreplace"))
     except OSError as error:
         if ours:
             Path(output).unlink(missing_ok=True)
         raise UsageError(f"cannot write {output}: {error.strerror}") from error
 
 
-def _write_stdout(text: str) -> None:
+def _write_stdout(result: str | bytes) -> None:
     stream = sys.stdout
+    if isinstance(result, bytes) and stream.isatty():
+        raise UsageError("this report is binary and stdout is a terminal", "use -o FILE, or redirect stdout")
     try:
-        stream.buffer.write(text.encode(stream.encoding or "ascii", "backslashreplace"))
+        data = result if isinstance(result, bytes) else result.encode(stream.encoding or "ascii", "backslashreplace")
+        stream.buffer.write(data)
         stream.flush()
     except BrokenPipeError:
         raise

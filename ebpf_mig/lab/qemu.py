@@ -88,7 +88,8 @@ class QemuPair:
     def options(self) -> QemuOptions:
         """The migration settings that the scenario asks for."""
         s = self.scenario
-        return QemuOptions(s.bandwidth_bytes, s.downtime_ms, s.multifd_channels, s.postcopy)
+        wanted = {"auto-converge": True} if s.auto_converge else {}
+        return QemuOptions(s.bandwidth_bytes, s.downtime_ms, s.multifd_channels, s.postcopy, wanted)
 
     def _start(self, role: str, more: Sequence[str]) -> QemuVm:
         qmp, log = self.directory / f"{role}.qmp", self.directory / f"{role}.log"

@@ -33,6 +33,7 @@ class Scenario:
     """0 is unlimited, None leaves the VMM's own default."""
     postcopy: bool = False
     dirty_ring: int | None = None
+    auto_converge: bool = False
 
     def round_s(self) -> float:
         """About how long a vCPU takes to dirty its working set once, and so from beat to beat."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One traced migration through a link that delays every byte: a regression of known size, to test a gate with.
+
+    ebpf-mig bench -n 12 -o slow.json -- python -m bench.delayed {recording} 30
+
+In: the recording's name and the delay of each direction in ms; 0 relays without delay. Needs root and /dev/kvm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import socket
+import sys
+import threading
+import time
+
+from ebpf_mig.commands import tracing
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import Scenario
+from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
+
+_CHUNK = 1 << 20
+_WAITING = 64
+
+
+def carry(source: socket.socket, target: socket.socket, delay_s: float) -> None:
+    """Moves bytes from one socket to the other, each chunk `delay_s` after it came; ends both when one ends."""
+    waiting: queue.Queue[tuple[float, bytes]] = queue.Queue(_WAITING)
+
+    def deliver() -> None:
+        with contextlib.suppress(OSError):
+            while (item := waiting.get())[1]:
+                time.sleep(max(0.0, item[0] - time.monotonic()))
+                target.sendall(item[1])
+            target.shutdown(socket.SHUT_WR)
+
+    out = threading.Thread(target=deliver, daemon=True)
+    out.start()
+    data = b"x"
+    while data:
+        try:
+            data = source.recv(_CHUNK)
+        except OSError:
+            data = b""
+        waiting.put((time.monotonic() + delay_s, data))
+
+
+def relay(port: int, delay_s: float) -> int:
+    """Listens on a new port for one connection and carries it to `port`; returns the new port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        near, _ = listener.accept()
+        far = socket.create_connection(("127.0.0.1", port))
+        for end in (near, far):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=carry, args=(far, near, delay_s), daemon=True).start()
+        carry(near, far, delay_s)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+class Relayed(QemuMigration):
+    """Listens where it is told to, and migrates to where the relay listens."""
+
+    def __init__(self, source: str, destination: str, uri: str, options: QemuOptions, delay_s: float) -> None:
+        super().__init__(source, destination, uri, options)
+        self._delay_s = delay_s
+
+    def prepare(self) -> None:
+        """The destination listens before the relay's address takes the place of its own."""
+        super().prepare()
+        self.uri = f"tcp:127.0.0.1:{relay(int(self.uri.rpartition(':')[2]), self._delay_s)}"
+
+
+def main() -> None:
+    """See the module."""
+    recording, delay_s = sys.argv[1], float(sys.argv[2]) / 1000
+    with QemuPair(Scenario()) as pair:
+        time.sleep(0.3)
+        migration = Relayed(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options(), delay_s)
+        with contextlib.closing(migration):
+            writer = functools.partial(tracing.open_recording, recording, "delayed", force=False)
+            outcome, _ = tracing.trace_migration(migration, 60, writer)
+    sys.exit(outcome.error or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a benchmark: the breakdown of every run, as one JSON file, schema `ebpf-mig/bench/1`.
+
+In: breakdowns as they come. Out: the file, and from it samples: one list of durations a figure. Runs with losses
+and runs that failed stay in the file and say so; a figure that a run lacks is not in that figure's sample.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import field
+
+from ebpf_mig.breakdown import PHASES, Breakdown, Struct
+from ebpf_mig.errors import UsageError
+
+SCHEMA = "ebpf-mig/bench/1"
+
+FETCH = "fetch"
+"""fetch.kernel and fetch.user together: the final dirty-log fetch."""
+FIGURES: tuple[str, ...] = ("blackout", "window", "total", FETCH, *(phase for phase, _ in PHASES))
+"""What can be compared between runs, in the order in which tables show it."""
+
+
+class Run(Struct, frozen=True, kw_only=True):
+    """One migration; `breakdown` is None if there is nothing to analyse, and `error` says why."""
+
+    breakdown: Breakdown | None
+    error: str = ""
+
+
+class Benchmark(Struct, frozen=True, kw_only=True):
+    """A result file."""
+
+    schema: str = SCHEMA
+    scenario: str
+    """Its name, or `command`."""
+    settings: dict[str, int | str | bool | None] = field(default_factory=dict)
+    """What the scenario's name stood for."""
+    command: list[str] = field(default_factory=list)
+    host: str = ""
+    kernel: str = ""
+    tool: str = ""
+    warm_up: int = 0
+    """Runs made before the first of `runs` and thrown away."""
+    runs: list[Run] = field(default_factory=list)
+
+    def sample(self, figure: str) -> list[int]:
+        """The figure's value in ns in every run that measured it."""
+        values = (value_of(run.breakdown, figure) for run in self.runs if run.breakdown is not None)
+        return [value for value in values if value is not None]
+
+    def failed(self) -> int:
+        """Runs whose migration did not complete, or left nothing to analyse."""
+        return sum(run.breakdown is None or run.breakdown.migration.result != "completed" for run in self.runs)
+
+    def incomplete(self) -> int:
+        """Runs in which events were lost."""
+        return sum(
+            run.breakdown is not None and run.breakdown.completeness.verdict == "incomplete" for run in self.runs
+        )
+
+
+def value_of(breakdown: Breakdown, figure: str) -> int | None:
+    """A figure of one completed migration in ns; None if it was not measured. KeyError for an unknown figure."""
+    if figure not in FIGURES:
+        raise KeyError(figure)
+    if breakdown.migration.result != "completed" or breakdown.window_ns is None:
+        return None
+    took = {phase.phase: phase.duration_ns for phase in breakdown.phases}
+    match figure:
+        case "blackout":
+            return breakdown.blackout_ns
+        case "window":
+            return breakdown.window_ns
+        case "total":
+            return breakdown.migration.total_ns
+        case "fetch":
+            kernel, user = took.get("fetch.kernel"), took.get("fetch.user")
+            return None if kernel is None or user is None else kernel + user
+        case _:
+            return took.get(figure)
+
+
+def encode(benchmark: Benchmark) -> str:
+    """The result file's text: one run a line, so that a version control system can show what changed."""
+    whole = msgspec.json.encode(msgspec.structs.replace(benchmark, runs=[])).decode("utf-8")
+    runs = ",\n".join(msgspec.json.encode(run).decode("utf-8") for run in benchmark.runs)
+    head, _, tail = whole.rpartition('"runs":[]')
+    return f'{head}"runs":[\n{runs}\n]{tail}\n'
+
+
+def decode(data: bytes, name: str) -> Benchmark:
+    """Reads a result file; UsageError, naming `name`, if it is none."""
+    try:
+        benchmark = msgspec.json.decode(data, type=Benchmark)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{name} is neither a recording nor a result of ebpf-mig bench: {error}") from error
+    if benchmark.schema != SCHEMA:
+        raise UsageError(f"{name} has the schema {benchmark.schema!r}, not {SCHEMA}", "use a newer ebpf-mig")
+    return benchmark
+
+
+def of_recording(breakdown: Breakdown, name: str) -> Benchmark:
+    """A single recording as a benchmark of one run, so that it can be compared."""
+    host = breakdown.migration.source.host if breakdown.migration.source else ""
+    return Benchmark(scenario=name, host=host, runs=[Run(breakdown=breakdown)])

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig bench`: the same migration many times, each with fresh VMs, and its cost in the middle and at the tail.
+
+In: a scenario of the lab, or a command of the user's that performs one traced migration. Out: a result file with
+every run's breakdown, and a table of them on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import msgspec
+
+from ebpf_mig import __version__
+from ebpf_mig.benchmark import Benchmark, Run, encode
+from ebpf_mig.collector import analyse
+from ebpf_mig.commands import tracing
+from ebpf_mig.commands.common import DURATION, examples, write_result
+from ebpf_mig.errors import RecordingError, UsageError, VmmError
+from ebpf_mig.lab.catalogue import CATALOGUE, named
+from ebpf_mig.lab.process import private_directory
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import Scenario
+from ebpf_mig.recording import read_recording
+from ebpf_mig.report.comparison import bench_table
+from ebpf_mig.vmm.qemu import QemuMigration
+
+PLACEHOLDER = "{recording}"
+_WARM_UP_S = 0.3
+
+_SCENARIOS = "\b\nScenarios:\n" + "\n".join(f"  {name:14} {what}" for name, (what, _) in CATALOGUE.items())
+_EXAMPLES = examples(
+    "ebpf-mig bench slow-dirty -n 20 -o before.json",
+    "ebpf-mig bench -n 10 -- ./migrate-once.sh {recording}",
+)
+
+
+@click.command("bench", epilog=f"{_SCENARIOS}\n\n{_EXAMPLES}")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SCENARIO | -- COMMAND...")
+@click.option("-n", "--runs", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many to keep.")
+@click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Runs before, thrown away.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The result file.  [default: a new name]")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@click.option("--vmm-binary", metavar="PATH", help="The VMM.  [default: qemu-system-x86_64 from PATH]")
+@click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Give a migration up after this.")
+def command(
+    words: Sequence[str],
+    runs: int,
+    warm_up: int,
+    output: str | None,
+    force: bool,
+    vmm_binary: str | None,
+    timeout: int,
+) -> None:
+    """Migrate again and again, and print median, 95th percentile and confidence interval of every phase.
+
+    SCENARIO is one of those below. COMMAND performs one migration and leaves a recording of it, made with
+    `ebpf-mig migrate` or `record`, in the file that it is given in place of {recording}.
+    """
+    about, once = _subject(words, vmm_binary, timeout)
+    name = output or f"ebpf-mig-bench-{about.scenario}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    if name == "-":
+        raise UsageError("the table goes to stdout, so the result cannot", "give it a file name with --output")
+    if not force and os.path.lexists(name):
+        raise UsageError(f"{name} exists already", "name another file, or overwrite it with --force")
+    kept: list[Run] = []
+    try:
+        _repeat(once, runs, warm_up, kept)
+    finally:
+        if kept:
+            result = msgspec.structs.replace(about, warm_up=warm_up, runs=kept)
+            write_result(encode(result), name, force=force)
+            write_result(bench_table(result))
+            tracing.say(f"result: {name}; compare it with: ebpf-mig diff OTHER {name}")
+    if all(run.breakdown is None for run in kept):
+        raise VmmError(f"no run gave anything to analyse: {kept[-1].error}")
+
+
+Settings = dict[str, int | str | bool | None]
+Once = Callable[[Path], None]
+"""Performs one migration and leaves its recording at the path."""
+
+
+def _subject(words: Sequence[str], vmm_binary: str | None, timeout_ns: int) -> tuple[Benchmark, Once]:
+    """What is to be repeated: a result without runs that describes it, and a function that does it once."""
+    if not words:
+        raise UsageError("nothing to repeat", f"name a scenario: {', '.join(CATALOGUE)}; or -- COMMAND {PLACEHOLDER}")
+    if any(PLACEHOLDER in word for word in words):
+        about = _about("command", words)
+        return about, functools.partial(_run_command, words, timeout_ns / 10**9)
+    if len(words) > 1:
+        raise UsageError(
+            f"{words[0]} is given no place for its recording", f"write {PLACEHOLDER} where it takes the file's name"
+        )
+    scenario = named(words[0])
+    about = _about(words[0], settings=dataclasses.asdict(scenario))
+    return about, functools.partial(_run_scenario, scenario, vmm_binary, timeout_ns / 10**9)
+
+
+def _about(scenario: str, command: Sequence[str] = (), settings: Settings | None = None) -> Benchmark:
+    return Benchmark(
+        scenario=scenario,
+        settings=settings or {},
+        command=list(command),
+        host=socket.gethostname(),
+        kernel=platform.release(),
+        tool=f"ebpf-mig {__version__}",
+    )
+
+
+def _repeat(once: Once, runs: int, warm_up: int, kept: list[Run]) -> None:
+    """Fills `kept`. A run that fails is kept with its error; one that fails in the warm-up ends it all."""
+    with private_directory() as directory:
+        for number in range(1 - warm_up, runs + 1):
+            label = f"run {number} of {runs}" if number > 0 else "warm-up"
+            path = directory / f"{number + warm_up}.rec"
+            run = _one(once, path)
+            path.unlink(missing_ok=True)
+            if number > 0:
+                kept.append(run)
+            elif run.breakdown is None:
+                raise VmmError(f"the warm-up run failed: {run.error}")
+            tracing.say(f"{label}: {_outcome(run)}")
+
+
+def _one(once: Once, path: Path) -> Run:
+    error = ""
+    try:
+        once(path)
+    except VmmError as problem:
+        error = str(problem)
+    try:
+        recording = read_recording(path)
+    except RecordingError as problem:
+        return Run(breakdown=None, error=error or str(problem))
+    return Run(
+        breakdown=analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown),
+        error=error,
+    )
+
+
+def _run_scenario(scenario: Scenario, binary: str | None, timeout_s: float, path: Path) -> None:
+    with QemuPair(scenario, binary) as pair:
+        time.sleep(_WARM_UP_S)
+        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+        with contextlib.closing(migration):
+            writer = functools.partial(tracing.open_recording, str(path), "bench", force=False)
+            outcome, _ = tracing.trace_migration(migration, timeout_s, writer)
+    if outcome.result != "completed":
+        raise VmmError(f"the migration {outcome.result}: {outcome.error}")
+
+
+def _run_command(words: Sequence[str], timeout_s: float, path: Path) -> None:
+    command = [word.replace(PLACEHOLDER, str(path)) for word in words]
+    try:
+        done = subprocess.run(command, stdout=sys.stderr, timeout=timeout_s, check=False)
+    except OSError as error:
+        raise UsageError(f"cannot run {words[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise VmmError(f"the command took longer than {timeout_s:.0f} s") from error
+    if done.returncode:
+        raise VmmError(f"the command exited with {done.returncode}")
+
+
+def _outcome(run: Run) -> str:
+    """What one run came to, in a few words."""
+    if run.error or run.breakdown is None:
+        return f"failed: {run.error}"
+    blackout, verdict = run.breakdown.blackout_ns, run.breakdown.completeness.verdict
+    text = "no blackout measured" if blackout is None else f"blackout {blackout / 1e6:.3f} ms"
+    return text if verdict == "complete" else f"{text}, {verdict}"

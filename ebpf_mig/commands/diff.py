@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig diff`: what changed between two benchmarks, and whether a gate must close.
+
+In: two result files of `bench`, or recordings. Out: a table on stdout; exit code 6 on a regression.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from ebpf_mig.benchmark import Benchmark, decode, of_recording
+from ebpf_mig.commands.common import examples, format_option, write_result
+from ebpf_mig.compare import Difference, Ruling, compare, parse_condition, rule
+from ebpf_mig.errors import RegressionError, UsageError
+from ebpf_mig.printable import printable
+from ebpf_mig.recording_format import MAGIC
+
+_MAX_BYTES = 1 << 30
+
+_EXAMPLES = examples(
+    "ebpf-mig diff before.json after.json",
+    "ebpf-mig diff before.json after.json --fail-if 'blackout.p50>+5%'",
+    "ebpf-mig diff a.json b.json --fail-if 'fetch.p95>+2ms'",
+)
+
+
+@click.command("diff", epilog=_EXAMPLES)
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option(
+    "--fail-if",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION",
+    help="Exit with 6 if this holds and chance does not explain it: FIGURE.{p50,p95,max,min}>{+5%,+2ms,80ms}.",
+)
+@format_option("text", "json")
+def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
+    """Compare two benchmarks, phase by phase: B against A.
+
+    A and B are result files of `bench`; recordings count as a single run each.
+    """
+    wanted = [parse_condition(text) for text in conditions]
+    before, after = load(a), load(b)
+    differences = compare(before, after)
+    rulings = rule(wanted, before, after)
+    if form == "json":
+        write_result(_json(differences, rulings))
+    else:
+        from ebpf_mig.report.comparison import diff_table
+
+        write_result(diff_table((a, b), (before, after), differences))
+        for ruling in rulings:
+            click.echo(f"{'FAIL' if ruling.failed else 'pass'}  {ruling.condition.text}: {ruling.why}")
+    broken = [f"{r.condition.text} ({r.why})" for r in rulings if r.failed]
+    if broken:
+        raise RegressionError("regression: " + "; ".join(broken))
+
+
+def load(name: str) -> Benchmark:
+    """A benchmark from a result file, or from a recording; UsageError if the file is neither."""
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > _MAX_BYTES:
+        raise UsageError(f"{printable(name)} is larger than {_MAX_BYTES >> 30} GiB")
+    if not data.startswith(MAGIC):
+        return decode(data, printable(name))
+    from ebpf_mig.collector import analyse
+    from ebpf_mig.recording import read_recording
+
+    recording = read_recording(data)
+    if recording.truncated:
+        print(f"ebpf-mig: {printable(name)} is cut off: {printable(recording.reason)}", file=sys.stderr)  # noqa: T201
+    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
+    return of_recording(breakdown, "recording")
+
+
+def _json(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> str:
+    whole = {"schema": "ebpf-mig/diff/1", "differences": differences, "rulings": [_plain(r) for r in rulings]}
+    return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode() + "\n"
+
+
+def _plain(ruling: Ruling) -> dict[str, object]:
+    return {"condition": ruling.condition.text, "failed": ruling.failed, "why": ruling.why}

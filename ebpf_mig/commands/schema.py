@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig schema`: the JSON Schema of what the other commands print as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import msgspec
+
+from ebpf_mig.benchmark import SCHEMA as BENCH
+from ebpf_mig.benchmark import Benchmark
+from ebpf_mig.breakdown import SCHEMA as BREAKDOWN
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.commands.common import examples, write_result
+
+_KINDS: dict[str, tuple[type[msgspec.Struct], str]] = {
+    "breakdown": (Breakdown, BREAKDOWN),
+    "bench": (Benchmark, BENCH),
+}
+
+
+@click.command("schema", epilog=examples("ebpf-mig schema", "ebpf-mig schema bench > bench.schema.json"))
+@click.argument("kind", type=click.Choice(list(_KINDS)), default="breakdown")
+def command(kind: str) -> None:
+    """Print the JSON Schema of a breakdown, or of a result of bench.
+
+    Names in it are stable: later versions add, and never rename or remove.
+    """
+    write_result(json.dumps(schema_of(kind), indent=2) + "\n")
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    """JSON Schema 2020-12, from the types themselves; KeyError for an unknown kind."""
+    of, name = _KINDS[kind]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name, **msgspec.json.schema(of)}

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CSV report: one line a phase, for spreadsheets and shell scripts.
+
+In: a breakdown. Out: RFC 4180 text with a header line; durations in ns; the phase's first begin and last end from the
+window's begin, empty if the phase was not seen. Cells are names of ours and numbers: no text of others is in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from ebpf_mig.breakdown import Breakdown
+
+COLUMNS = ("phase", "side", "duration_ns", "share", "spans", "begin_ns", "end_ns", "verdict")
+
+
+def render(breakdown: Breakdown) -> str:
+    """Every phase in order, then the blackout and the window with `both` as their side, if they were measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    window, verdict = breakdown.window_ns, breakdown.completeness.verdict
+    rows = [(p.phase, p.side, p.duration_ns, p.spans) for p in breakdown.phases]
+    if breakdown.blackout is not None and breakdown.blackout_ns is not None:
+        rows.append(("blackout", "both", breakdown.blackout_ns, [breakdown.blackout]))
+    if window is not None:
+        rows.append(("window", "both", window, [(0, window)]))
+    for name, side, duration, spans in rows:
+        share = f"{duration / window:.6f}" if window else ""
+        ends = (spans[0][0], spans[-1][1]) if spans else ("", "")
+        writer.writerow([name, side, duration, share, len(spans), *ends, verdict])
+    return out.getvalue()

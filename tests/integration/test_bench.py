@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig bench` with real VMs: a lab scenario, and a command of the user's that leaves a recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ebpf_mig.benchmark import decode
+from tests.conftest import TRACING, requires
+from tests.unit.test_cli import run
+
+pytestmark = requires(*TRACING)
+DATA = Path(__file__).parent.parent / "data"
+
+
+def test_scenario_with_fresh_vms_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "idle.json"
+    done = run("bench", "idle", "-n", "2", "-o", str(file))
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines()[:3]] == ["warm-up", "run 1 of 2", "run 2 of 2"]
+    result = decode(file.read_bytes(), "idle")
+    assert (result.scenario, result.warm_up, result.failed(), len(result.runs)) == ("idle", 1, 0, 2)
+    pids = {
+        run.breakdown.migration.source.pid for run in result.runs if run.breakdown and run.breakdown.migration.source
+    }
+    assert len(pids) == 2 and min(result.sample("blackout")) > 0
+    assert done.stdout.startswith("idle: 2 runs\n") and "blackout            2 " in done.stdout
+    assert run("bench", "idle", "-n", "1", "-o", str(file)).returncode == 2, "never overwritten without --force"
+
+
+def test_command_that_leaves_recordings_or_fails(tmp_path: Path) -> None:
+    file, script = tmp_path / "r.json", tmp_path / "once.sh"
+    script.write_text(
+        f'echo noise; test "$(cat {tmp_path}/n)" = xx && exit 7; printf x >> {tmp_path}/n; cp "$1" "$2"\n'
+    )
+    (tmp_path / "n").touch()
+    recording = str(DATA / "qemu-10.0-tcp.rec")
+    done = run("bench", "-n", "2", "-o", str(file), "--", "sh", str(script), recording, "{recording}")
+    assert done.returncode == 0, done.stderr
+    assert "noise" not in done.stdout and "run 2: the command exited with 7" in done.stdout
+    result = decode(file.read_bytes(), "r")
+    assert result.sample("blackout") == [45_162_344]
+    assert result.failed() == 1 and result.command[0] == "sh"
+
+
+def test_what_cannot_be_repeated(tmp_path: Path) -> None:
+    for words in ([], ["nonsense"], ["--", "sh", "-c", "true"]):
+        assert run("bench", "-o", str(tmp_path / "x"), *words).returncode == 2
+    done = run("bench", "-n", "1", "-o", str(tmp_path / "x"), "--", "false", "{recording}")
+    assert done.returncode == 4 and "the warm-up run failed: the command exited with 1" in done.stderr
+    assert not (tmp_path / "x").exists()
