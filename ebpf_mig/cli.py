@@ -25,7 +25,7 @@ from ebpf_mig.commands.version import version_line
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.printable import printable
 
-COMMANDS = ("demo", "migrate", "record", "report", "doctor")
+COMMANDS = ("demo", "migrate", "record", "report", "doctor", "watch", "exporter")
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
 
 _VERBOSE = "ebpf_mig.verbose"

@@ -48,6 +48,10 @@ class MigrationWatch:
             elif isinstance(event, Transfer) and event.direction == 0 and event.pid in self._fetched:
                 self._last_ns = max(self._last_ns, event.end_ns)
 
+    def missed_beginning(self, pid: int) -> None:
+        """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
+        self._fetched.add(pid)
+
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
         if not alive:

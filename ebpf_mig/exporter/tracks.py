@@ -4,7 +4,7 @@
 In: pids that showed a sign, batches of events, the time. Out: `Ended`: the processes of one migration, their events
 and why it ended; or that a sign meant nothing. Pure: it opens nothing.
 
-A process is on probation at first. It is kept while it logs dirty memory, receives a lot, or was loaded. Two
+A process is on probation at first. It is kept while it logs dirty memory, or waits and receives. Two
 processes are one migration once a socket of one is the other end of a socket of the other.
 """
 
@@ -15,14 +15,20 @@ from dataclasses import dataclass, field
 
 from ebpf_mig import kvm
 from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Socket, Thread, Transfer, VcpuEnter, VcpuExit, VcpuState
-from ebpf_mig.watch import MigrationWatch
+from ebpf_mig.watch import LARGE_BYTES, MigrationWatch
 
 PROBATION_NS = 2_000_000_000
 """How long a sign is given the benefit of the doubt; a destination may wait this long between two bursts."""
 SILENCE_NS = 60_000_000_000
 """A migration that does nothing at all for this long is not awaited any more."""
-RECEIVED_BYTES = 1 << 20
-"""A process that receives this much while on probation may be a destination: it stays on."""
+LOADED_BYTES = 16 << 10
+"""A VM that was loaded received at least its device state; one that boots receives no more than its monitor's commands."""
+BURST_BYTES = 64 << 10
+"""A waiting VM that receives this much at a time is still being loaded."""
+SLOTS = 3
+"""Dirty logs fetched of this many memslots are a migration's, though its beginning was missed; a display has fewer."""
+STATE_BYTES = 4096
+"""A source that sent this much after its vCPUs stopped, and then died, has handed over."""
 KEPT_EVENTS = 300_000
 """Events held of one migration; beyond, the earliest transfers go first: they only make the totals of pre-copy."""
 
@@ -35,20 +41,28 @@ class Track:
 
     pids: list[int]
     trigger: str
+    begin_ns: int
     until_ns: int
+    fresh: set[int]
     watch: MigrationWatch
     events: list[AnyEvent] = field(default_factory=list)
-    logged_slots: set[tuple[int, int]] = field(default_factory=set)
+    logging: set[int] = field(default_factory=set)
+    fetched: set[tuple[int, int]] = field(default_factory=set)
     restored: set[int] = field(default_factory=set)
     ran: set[int] = field(default_factory=set)
-    received: int = 0
+    stopped: set[int] = field(default_factory=set)
+    received: dict[int, int] = field(default_factory=dict)
+    sent_stopped: int = 0
     last_ns: int = 0
     thinned: int = 0
 
     @property
     def proven(self) -> bool:
-        """Dirty logging, or vCPU state set into a VM that later ran: this is a migration."""
-        return bool(self.logged_slots) or bool(self.restored & self.ran)
+        """Dirty logging of RAM, or a VM that was loaded and then ran: this is a migration."""
+        if self.logging:
+            return True
+        loaded = self.fresh & self.restored & self.ran
+        return any(self.received.get(pid, 0) >= LOADED_BYTES for pid in loaded)
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Ended:
 
     pids: tuple[int, ...]
     trigger: str
+    begin_ns: int
     reason: str
     events: list[AnyEvent]
     thinned: int
@@ -81,11 +96,12 @@ class Tracks:
         """Every process that is being traced."""
         return list(self._by_pid)
 
-    def begin(self, pid: int, trigger: str, now_ns: int) -> None:
-        """`pid` is traced from now on; again: it gets another probation."""
+    def begin(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> None:
+        """`pid` is traced from now on; again: it gets another probation. `fresh`: its guest has not run yet."""
         track = self._by_pid.get(pid)
         if track is None:
-            self._by_pid[pid] = Track([pid], trigger, now_ns + PROBATION_NS, MigrationWatch([pid]), last_ns=now_ns)
+            news, until = {pid} if fresh else set(), now_ns + PROBATION_NS
+            self._by_pid[pid] = Track([pid], trigger, now_ns, until, news, MigrationWatch([pid]), last_ns=now_ns)
         else:
             track.until_ns = max(track.until_ns, now_ns + PROBATION_NS)
 
@@ -107,46 +123,46 @@ class Tracks:
             alive = [pid for pid in track.pids if is_alive(pid)]
             reason = self._verdict(track, now_ns, alive)
             if reason is not None:
-                ended.append(Ended(tuple(track.pids), track.trigger, reason, track.events, track.thinned))
+                ended.append(_ended(track, reason))
                 self._forget(track)
         return ended
 
     def _verdict(self, track: Track, now_ns: int, alive: Sequence[int]) -> str | None:
-        if track.proven or track.received >= RECEIVED_BYTES:
-            reason = track.watch.verdict(now_ns, alive)
-            if reason is not None and track.proven:
-                return reason
+        if not track.proven:
+            return "nothing" if not alive or now_ns >= track.until_ns else None
         if not alive:
-            return "target-died" if track.proven else "nothing"
-        if track.proven:
-            return "lost-sight" if now_ns - track.last_ns >= SILENCE_NS else None
-        return "nothing" if now_ns >= track.until_ns else None
+            return "migrated" if track.sent_stopped >= STATE_BYTES else "target-died"
+        reason = track.watch.verdict(now_ns, alive)
+        if reason is None and now_ns - track.last_ns >= SILENCE_NS:
+            return "lost-sight"
+        return reason
 
     def _take(self, track: Track, batch: list[AnyEvent], now_ns: int) -> None:
-        track.last_ns = now_ns
         track.events += batch
         track.watch.saw(batch)
-        received = 0
+        burst = 0
         for event in batch:
             if isinstance(event, Ioctl):
-                self._ioctl(track, event)
+                track.last_ns = now_ns
+                _ioctl(track, event)
             elif isinstance(event, VcpuEnter):
                 track.ran.add(event.pid)
-            elif isinstance(event, Transfer) and event.direction == 1:
-                received += event.bytes
-        track.received += received
-        if received >= RECEIVED_BYTES >> 4 or track.restored:
-            track.until_ns = max(track.until_ns, now_ns + PROBATION_NS)
+                track.stopped.discard(event.pid)
+                track.sent_stopped = 0
+            elif isinstance(event, VcpuExit):
+                track.stopped.add(event.pid)
+            elif isinstance(event, Transfer):
+                burst += event.bytes
+                if event.direction == 1:
+                    track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
+                elif event.pid in track.logging & track.stopped:
+                    track.sent_stopped += event.bytes
+        if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
+            track.last_ns = now_ns
+            if track.fresh - track.ran:
+                track.until_ns = max(track.until_ns, now_ns + PROBATION_NS)
         if len(track.events) > KEPT_EVENTS:
             self._thin(track)
-
-    def _ioctl(self, track: Track, event: Ioctl) -> None:
-        """Logging is also switched on for a display's memory: that is one small slot, a migration's are all slots."""
-        if event.cmd == kvm.GET_DIRTY_LOG and event.ret == 0:
-            slots = {slot for pid, slot in track.logged_slots if pid == event.pid}
-            track.logged_slots.add((event.pid, event.slot)) if slots else None
-        if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
-            track.restored.add(event.pid)
 
     def _thin(self, track: Track) -> None:
         """Drops the earlier half of the transfers."""
@@ -179,10 +195,18 @@ class Tracks:
         first.events += second.events
         first.watch = MigrationWatch(first.pids)
         first.watch.saw(first.events)
-        first.logged_slots |= second.logged_slots
-        first.restored |= second.restored
-        first.ran |= second.ran
-        first.received += second.received
+        first.begin_ns = min(first.begin_ns, second.begin_ns)
+        for mine, others in (
+            (first.fresh, second.fresh),
+            (first.logging, second.logging),
+            (first.restored, second.restored),
+            (first.ran, second.ran),
+            (first.stopped, second.stopped),
+        ):
+            mine |= others
+        first.fetched |= second.fetched
+        first.received |= second.received
+        first.sent_stopped += second.sent_stopped
         first.thinned += second.thinned
         first.until_ns = max(first.until_ns, second.until_ns)
         for pid in second.pids:
@@ -194,3 +218,20 @@ class Tracks:
         gone = set(track.pids)
         self._ends = {ends: pid for ends, pid in self._ends.items() if pid not in gone}
         self._inodes = {inode: pid for inode, pid in self._inodes.items() if pid not in gone}
+
+
+def _ended(track: Track, reason: str) -> Ended:
+    return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, track.events, track.thinned)
+
+
+def _ioctl(track: Track, event: Ioctl) -> None:
+    """Logging is also switched on for a display's memory: that is one small slot, a migration's are all slots."""
+    if event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and event.flags & kvm.MEM_LOG_DIRTY_PAGES:
+        track.logging.add(event.pid)
+    if event.cmd == kvm.GET_DIRTY_LOG:
+        track.fetched.add((event.pid, event.slot))
+        if event.pid not in track.logging and sum(pid == event.pid for pid, _ in track.fetched) >= SLOTS:
+            track.logging.add(event.pid)
+            track.watch.missed_beginning(event.pid)
+    if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
+        track.restored.add(event.pid)
