@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import click
 import msgspec
@@ -48,12 +49,9 @@ def command(form: str, count: int | None, state_directory: str, keep: int, keep_
 
 def line(o: Observation) -> str:
     """One migration in one line; times in ms."""
-    import time
-
     blackout = "not known" if o.blackout_ns is None else f"{o.blackout_ns / 1e6:.3f} ms"
     final = sum(o.fetch.get("blackout", {}).values())
     figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
-    return (
-        f"{moment} {printable(o.vm, 64) or '-'} {o.vmm} {o.role} {o.result}: {figures}, {o.verdict}, {o.recording or '-'}"
-    )
+    what = f"{printable(o.vm, 64) or '-'} {o.vmm} {o.role} {o.result}"
+    return f"{moment} {what}: {figures}, {o.verdict}, {o.recording or '-'}"

@@ -7,6 +7,7 @@ In: /proc. Out: `Vm`s. A process that may not be read, or that dies meanwhile, o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -78,11 +79,11 @@ def start_time(pid: int) -> int | None:
 
 def name_in(arguments: list[str]) -> str:
     """The VM's name in a command line: QEMU's `-name` (libvirt writes `guest=NAME,...`), else a UUID, else nothing."""
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         if option in ("-name", "--name", "--id"):
             guest = re.search(r"(?:^|,)guest=([^,]*)", value)
             return guest[1] if guest else value.split(",", 1)[0]
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         if option in ("-uuid", "--uuid") and _UUID.fullmatch(value):
             return value
     return ""

@@ -20,7 +20,7 @@ import msgspec
 from ebpf_mig.collector import analyse
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.events import AnyEvent, Ending, Header, Target
-from ebpf_mig.exporter import discovery
+from ebpf_mig.exporter import discovery, footprint
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.observation import Observation, Status, observe
 from ebpf_mig.exporter.store import Store
@@ -75,6 +75,7 @@ class NodeWatch:
         self._tracks = Tracks()
         self._vms: dict[int, _Known] = {}
         self._checks: list[tuple[float, int]] = []
+        self._armed = False
         self._armed_at = 0.0
         self._armed_s = 0.0
         self._losses: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -92,9 +93,10 @@ class NodeWatch:
         self.close()
 
     def verify(self) -> None:
-        """Attaches the costly probes once and detaches them: PreflightError now rather than at the first migration."""
+        """Attaches the costly probes once: PreflightError now, not later. Gives the compiler's memory back."""
         self._tracer.arm()
         self._tracer.disarm()
+        footprint.give_back()
 
     def run(self, stop: Callable[[], bool], tick: Callable[[Status], None] | None = None) -> None:
         """Watches until `stop()`; it is asked once a second. `tick` is called about once a second with the state."""
@@ -126,11 +128,11 @@ class NodeWatch:
 
     def status(self) -> Status:
         """The watch's own state."""
-        armed_now = self._now - self._armed_at if self._tracks else 0.0
+        armed_now = self._now - self._armed_at if self._armed else 0.0
         count, size = self._store.size()
         return Status(
             vms=len(self._vms),
-            armed=bool(self._tracks),
+            armed=self._armed,
             armed_seconds=self._armed_s + armed_now,
             triggers={kind: dict(outcomes) for kind, outcomes in self._triggers.items()},
             attached=dict(self._probe.attached),
@@ -143,8 +145,8 @@ class NodeWatch:
 
     def close(self) -> None:
         """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
-        for pid in self._tracks.pids:
-            self._tracer.remove(pid)
+        for ended in self._tracks.abandon():
+            self._end(ended)
         self._analyst.close()
         self._tracer.close()
         self._probe.close()
@@ -212,8 +214,8 @@ class NodeWatch:
                 self._begin(other, "candidate")
 
     def _begin(self, pid: int, kind: str) -> None:
-        if not self._tracks:
-            self._armed_at = self._now
+        if not self._armed:
+            self._armed, self._armed_at = True, self._now
             self._tracer.arm()
         if pid not in self._tracks:
             self._tracer.add(pid)
@@ -227,7 +229,8 @@ class NodeWatch:
         rest += [event for event in late if getattr(event, "pid", None) in ended.pids]
         self._tracks.saw(late, time.monotonic_ns())
         lost, unpaired, run_ns = self._account()
-        if not self._tracks:
+        if self._armed and not self._tracks:
+            self._armed = False
             self._tracer.disarm()
             self._armed_s += self._now - self._armed_at
         self._count(ended.trigger, "nothing" if ended.reason == "nothing" else "migration")
@@ -281,17 +284,20 @@ class _Analyst:
         self._store = store
         self._tell = tell
         self._queue: queue.Queue[_Case | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="analyst", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def put(self, case: _Case) -> None:
-        """Takes over an ended migration."""
+        """Takes over an ended migration. The thread begins here: one that began earlier would keep capabilities."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="analyst", daemon=True)
+            self._thread.start()
         self._queue.put(case)
 
     def close(self) -> None:
         """Waits until everything that was put is done."""
         self._queue.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         while (case := self._queue.get()) is not None:

@@ -22,7 +22,7 @@ PROBATION_NS = 2_000_000_000
 SILENCE_NS = 60_000_000_000
 """A migration that does nothing at all for this long is not awaited any more."""
 LOADED_BYTES = 16 << 10
-"""A VM that was loaded received at least its device state; one that boots receives no more than its monitor's commands."""
+"""A VM that was loaded received at least its device state; one that boots receives its monitor's commands."""
 BURST_BYTES = 64 << 10
 """A waiting VM that receives this much at a time is still being loaded."""
 SLOTS = 3
@@ -127,6 +127,13 @@ class Tracks:
                 self._forget(track)
         return ended
 
+    def abandon(self) -> list[Ended]:
+        """All tracks, ended because we are: `interrupted` where a migration was under way."""
+        tracks = list({id(track): track for track in self._by_pid.values()}.values())
+        for track in tracks:
+            self._forget(track)
+        return [_ended(track, "interrupted" if track.proven else "nothing") for track in tracks]
+
     def _verdict(self, track: Track, now_ns: int, alive: Sequence[int]) -> str | None:
         if not track.proven:
             return "nothing" if not alive or now_ns >= track.until_ns else None
@@ -196,14 +203,11 @@ class Tracks:
         first.watch = MigrationWatch(first.pids)
         first.watch.saw(first.events)
         first.begin_ns = min(first.begin_ns, second.begin_ns)
-        for mine, others in (
-            (first.fresh, second.fresh),
-            (first.logging, second.logging),
-            (first.restored, second.restored),
-            (first.ran, second.ran),
-            (first.stopped, second.stopped),
-        ):
-            mine |= others
+        first.fresh |= second.fresh
+        first.logging |= second.logging
+        first.restored |= second.restored
+        first.ran |= second.ran
+        first.stopped |= second.stopped
         first.fetched |= second.fetched
         first.received |= second.received
         first.sent_stopped += second.sent_stopped
