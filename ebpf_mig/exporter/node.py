@@ -307,6 +307,7 @@ class _Analyst:
                 self.errors += 1
                 _log.exception("no breakdown of a migration of process %d", case.vms[0].pid)
             del case
+            footprint.give_back()
 
     def _observation(self, case: _Case) -> Observation:
         name = ""
