@@ -39,6 +39,7 @@ _EXAMPLES = examples(
 @click.command("exporter", epilog=_EXAMPLES)
 @click.option("--web.listen-address", "address", default=f"127.0.0.1:{PORT}", show_default=True, help="HOST:PORT.")
 @click.option("--web.config.file", "web_config", type=click.Path(), help="TLS and users, as in exporter-toolkit.")
+@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs with such a name.")
 @click.option("--state-directory", default=DIRECTORY, show_default=True, help="Where recordings are kept.")
 @click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
 @click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
@@ -51,7 +52,14 @@ _EXAMPLES = examples(
 )
 @click.option("--own-cost", is_flag=True, help="Measure our programs' run time; keeps CAP_SYS_ADMIN.")
 def command(
-    address: str, web_config: str | None, state_directory: str, keep: int, keep_size: int, vm_label: str, own_cost: bool
+    address: str,
+    web_config: str | None,
+    only: str,
+    state_directory: str,
+    keep: int,
+    keep_size: int,
+    vm_label: str,
+    own_cost: bool,
 ) -> None:
     """Watch this node and serve the downtime of every migration to Prometheus."""
     with _listen(address) as listener:
@@ -59,7 +67,7 @@ def command(
         with _server(listener, vm_label, web_config) as (server, pipe):
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
-            with NodeWatch(store, pipe.put) as node:
+            with NodeWatch(store, pipe.put, only) as node:
                 node.verify()
                 privileges.keep_only((*privileges.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
                 signal.signal(signal.SIGHUP, lambda *_: server.send_signal(signal.SIGHUP))

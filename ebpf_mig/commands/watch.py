@@ -24,10 +24,11 @@ _EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 |
 @click.command("watch", epilog=_EXAMPLES)
 @format_option("text", "json")
 @click.option("--count", type=click.IntRange(1), help="End after this many migrations.  [default: Ctrl-C]")
+@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs with such a name.")
 @click.option("--state-directory", default=DIRECTORY, show_default=True, help="Where recordings are kept.")
 @click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
 @click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
-def command(form: str, count: int | None, state_directory: str, keep: int, keep_size: int) -> None:
+def command(form: str, count: int | None, only: str, state_directory: str, keep: int, keep_size: int) -> None:
     """Say of each migration on this node, as it ends, how long its blackout was.
 
     Costly probes are armed only while a VM shows signs of a migration.
@@ -42,7 +43,7 @@ def command(form: str, count: int | None, state_directory: str, keep: int, keep_
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    with NodeWatch(store, tell) as node:
+    with NodeWatch(store, tell, only) as node:
         say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C ends it")
         node.run(lambda: count is not None and seen >= count)
 

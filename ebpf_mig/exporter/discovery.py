@@ -78,12 +78,13 @@ def start_time(pid: int) -> int | None:
 
 
 def name_in(arguments: list[str]) -> str:
-    """The VM's name in a command line: QEMU's `-name` (libvirt writes `guest=NAME,...`), else a UUID, else nothing."""
-    for option, value in itertools.pairwise(arguments):
+    """The VM's name in a command line: QEMU's last `-name` (libvirt writes `guest=NAME`), else a UUID, else nothing."""
+    arguments = arguments[::-1]
+    for value, option in itertools.pairwise(arguments):
         if option in ("-name", "--name", "--id"):
             guest = re.search(r"(?:^|,)guest=([^,]*)", value)
             return guest[1] if guest else value.split(",", 1)[0]
-    for option, value in itertools.pairwise(arguments):
+    for value, option in itertools.pairwise(arguments):
         if option in ("-uuid", "--uuid") and _UUID.fullmatch(value):
             return value
     return ""

@@ -8,6 +8,7 @@ showed a sign; the end of each migration; back to idle. It never calls a VMM.
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import queue
 import threading
@@ -68,8 +69,10 @@ class _Known:
 class NodeWatch:
     """Use as a context manager, then call `run`. PreflightError where probes cannot be loaded."""
 
-    def __init__(self, store: Store, tell: Callable[[Observation], None]) -> None:
+    def __init__(self, store: Store, tell: Callable[[Observation], None], only: str = "*") -> None:
+        """`only`: a glob; VMs whose name does not match are left alone."""
         self._store = store
+        self._only = only
         self._probe = NodeProbe()
         self._tracer = Tracer()
         self._tracks = Tracks()
@@ -192,6 +195,8 @@ class NodeWatch:
 
     def _found(self, vm: Vm, *, new: bool) -> None:
         """A VM that was just made may be loaded at once by whoever made it: that is a sign."""
+        if not fnmatch.fnmatchcase(vm.name, self._only):
+            return
         fresh = discovery.is_paused(vm.pid)
         self._vms[vm.pid] = _Known(vm, fresh, discovery.resident_bytes(vm.pid))
         self._probe.add(vm.pid)
@@ -206,6 +211,7 @@ class NodeWatch:
         if pid not in self._tracks and not known.may_try():
             self._count(kind, "suppressed")
             return
+        _log.debug("process %d: %s", pid, kind)
         self._begin(pid, kind)
         if known.fresh:
             return
@@ -234,6 +240,7 @@ class NodeWatch:
             self._tracer.disarm()
             self._armed_s += self._now - self._armed_at
         self._count(ended.trigger, "nothing" if ended.reason == "nothing" else "migration")
+        _log.debug("processes %s: %s after %s", ended.pids, ended.reason, ended.trigger)
         if ended.reason == "nothing":
             return
         vms = [self._vms[pid].vm for pid in ended.pids]

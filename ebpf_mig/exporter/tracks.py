@@ -14,7 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig import kvm
-from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Socket, Thread, Transfer, VcpuEnter, VcpuExit, VcpuState
+from ebpf_mig.events import (
+    AnyEvent,
+    Ioctl,
+    Kick,
+    OffCpu,
+    Segment,
+    Socket,
+    Thread,
+    Transfer,
+    VcpuEnter,
+    VcpuExit,
+    VcpuState,
+)
 from ebpf_mig.watch import LARGE_BYTES, MigrationWatch
 
 PROBATION_NS = 2_000_000_000
@@ -32,7 +44,7 @@ STATE_BYTES = 4096
 KEPT_EVENTS = 300_000
 """Events held of one migration; beyond, the earliest transfers go first: they only make the totals of pre-copy."""
 
-_OF_ONE_PROCESS = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | OffCpu
+_OF_ONE_PROCESS = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | OffCpu | Segment
 
 
 @dataclass

@@ -135,7 +135,7 @@ class Tracer:
         """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
         attach.disarm(self._plan)
         self._statistics.close()
-        for table in ("streams", "stacks"):
+        for table in ("streams", "stacks", "tcp_owners"):
             self._program.table(table).clear()
         self._stacks.clear()
 
