@@ -26,6 +26,7 @@ class MigrationWatch:
         self._pids = tuple(pids)
         self._logged: set[tuple[int, int]] = set()
         self._fetched: set[int] = set()
+        self._missed: set[int] = set()
         self._loaded: set[int] = set()
         self._stopped_at: dict[int, int] = {}
         self._started: dict[int, int] = {}
@@ -51,6 +52,7 @@ class MigrationWatch:
     def missed_beginning(self, pid: int) -> None:
         """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
         self._fetched.add(pid)
+        self._missed.add(pid)
 
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
@@ -79,7 +81,7 @@ class MigrationWatch:
             self._logged.add(key)
             self._fetched.add(event.pid)
             self._unlogged_at = 0
-        elif key in self._logged:
+        elif key in self._logged or event.pid in self._missed:
             self._logged.discard(key)
             if not self._logged:
                 self._unlogged_at = event.end_ns

@@ -20,6 +20,9 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _VMMS = (("qemu", "qemu"), ("kvm", "qemu"), ("cloud-hyperv", "cloud-hypervisor"), ("firecracker", "firecracker"))
 """Beginning of the process's name (cut to 15 characters by the kernel) and the VMM that it tells."""
 
+BUSY_TICKS = 5
+"""CPU time, in hundredths of a second, that no vCPU thread uses before its guest runs."""
+
 
 @dataclass(frozen=True)
 class Vm:
@@ -90,9 +93,24 @@ def name_in(arguments: list[str]) -> str:
     return ""
 
 
-def is_paused(pid: int) -> bool:
-    """No thread is inside KVM_RUN just now: the VM waits to be loaded, was stopped, or was looked at in a gap."""
-    return not any(in_kvm_run(pid, tid) for tid in threads_of(pid))
+def is_fresh(pid: int) -> bool:
+    """Its guest has not run yet, as far as /proc tells: the VM may be waiting to be loaded.
+
+    vCPU threads of a waiting VM have hardly used the CPU. That is asked of all threads but the first, which does the
+    loading in QEMU. A guest that mostly sleeps does so inside KVM_RUN. Guest time (proc(5)) would be simpler, but
+    stays 0 on some hosts.
+    """
+    for tid in threads_of(pid):
+        if in_kvm_run(pid, tid) or (tid != pid and _cpu_ticks(pid, tid) >= BUSY_TICKS):
+            return False
+    return True
+
+
+def _cpu_ticks(pid: int, tid: int) -> int:
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        fields = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def resident_bytes(pid: int) -> int:

@@ -183,7 +183,7 @@ class NodeWatch:
         for pid, known in self._vms.items():
             if known.fresh and pid not in self._tracks:
                 before, known.resident = known.resident, discovery.resident_bytes(pid)
-                if not discovery.is_paused(pid):
+                if not discovery.is_fresh(pid):
                     known.fresh = False
                 elif known.resident - before >= GROWTH_BYTES:
                     self._suspect(pid, "memory")
@@ -197,7 +197,7 @@ class NodeWatch:
         """A VM that was just made may be loaded at once by whoever made it: that is a sign."""
         if not fnmatch.fnmatchcase(vm.name, self._only):
             return
-        fresh = discovery.is_paused(vm.pid)
+        fresh = new or discovery.is_fresh(vm.pid)
         self._vms[vm.pid] = _Known(vm, fresh, discovery.resident_bytes(vm.pid))
         self._probe.add(vm.pid)
         for port in discovery.listening_ports(vm.pid):
@@ -208,6 +208,7 @@ class NodeWatch:
     def _suspect(self, pid: int, kind: str) -> None:
         """Traces a VM that showed a sign, and with it those that may be its destination."""
         known = self._vms[pid]
+        known.fresh = known.fresh and discovery.is_fresh(pid)
         if pid not in self._tracks and not known.may_try():
             self._count(kind, "suppressed")
             return
@@ -216,7 +217,7 @@ class NodeWatch:
         if known.fresh:
             return
         for other, candidate in self._vms.items():
-            if candidate.fresh and other not in self._tracks:
+            if candidate.fresh and other not in self._tracks and discovery.is_fresh(other):
                 self._begin(other, "candidate")
 
     def _begin(self, pid: int, kind: str) -> None:

@@ -35,8 +35,12 @@ SILENCE_NS = 60_000_000_000
 """A migration that does nothing at all for this long is not awaited any more."""
 LOADED_BYTES = 16 << 10
 """A VM that was loaded received at least its device state; one that boots receives its monitor's commands."""
+FILLED_BYTES = 1 << 20
+"""A VM that was sent this much by another VM is its destination."""
+UNPROVEN_NS = 600_000_000_000
+"""A VM that sends in bursts is kept this long at most: its first pass may be long, or it merely has a busy disk."""
 BURST_BYTES = 64 << 10
-"""A waiting VM that receives this much at a time is still being loaded."""
+"""A VM that moves this much at a time may be migrating."""
 SLOTS = 3
 """Dirty logs fetched of this many memslots are a migration's, though its beginning was missed; a display has fewer."""
 STATE_BYTES = 4096
@@ -71,10 +75,15 @@ class Track:
     @property
     def proven(self) -> bool:
         """Dirty logging of RAM, or a VM that was loaded and then ran: this is a migration."""
-        if self.logging:
+        if self.logging or self.between_vms:
             return True
         loaded = self.fresh & self.restored & self.ran
         return any(self.received.get(pid, 0) >= LOADED_BYTES for pid in loaded)
+
+    @property
+    def between_vms(self) -> bool:
+        """One VM fills another that has not run: that is so even where the beginning was missed."""
+        return len(self.pids) > 1 and any(self.received.get(pid, 0) >= FILLED_BYTES for pid in self.fresh)
 
 
 @dataclass(frozen=True)
@@ -178,8 +187,11 @@ class Tracks:
                     track.sent_stopped += event.bytes
         if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
             track.last_ns = now_ns
-            if track.fresh - track.ran:
-                track.until_ns = max(track.until_ns, now_ns + PROBATION_NS)
+            track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)
+        if track.between_vms and not track.logging:
+            for pid in set(track.pids) - track.fresh:
+                track.logging.add(pid)
+                track.watch.missed_beginning(pid)
         if len(track.events) > KEPT_EVENTS:
             self._thin(track)
 
@@ -214,6 +226,8 @@ class Tracks:
         first.events += second.events
         first.watch = MigrationWatch(first.pids)
         first.watch.saw(first.events)
+        for pid in first.logging | second.logging:
+            first.watch.missed_beginning(pid)
         first.begin_ns = min(first.begin_ns, second.begin_ns)
         first.fresh |= second.fresh
         first.logging |= second.logging
