@@ -39,12 +39,14 @@ class MigrationWatch:
             if isinstance(event, Ioctl):
                 self._ioctl(event)
             elif isinstance(event, VcpuEnter):
-                self._last_ns = max(self._last_ns, event.at_ns)
+                if not self._runs_again(event.pid):
+                    self._last_ns = max(self._last_ns, event.at_ns)
                 self._stopped_at.pop(event.pid, None)
                 if event.pid in self._loaded and event.pid not in self._fetched:
                     self._started.setdefault(event.pid, event.at_ns)
             elif isinstance(event, VcpuExit):
-                self._last_ns = max(self._last_ns, event.at_ns)
+                if not self._runs_again(event.pid):
+                    self._last_ns = max(self._last_ns, event.at_ns)
                 self._stopped_at[event.pid] = event.at_ns
             elif isinstance(event, Transfer) and event.direction == 0 and event.pid in self._fetched:
                 self._last_ns = max(self._last_ns, event.end_ns)
@@ -67,6 +69,10 @@ class MigrationWatch:
         if len(self._pids) == 1 and self._stopped_for_good(now_ns):
             return "migrated"
         return None
+
+    def _runs_again(self, pid: int) -> bool:
+        """Its guest runs as any guest does: the interruptions of a busy one are no acts of the migration."""
+        return pid in self._started or (bool(self._unlogged_at) and pid in self._fetched)
 
     def _ioctl(self, event: Ioctl) -> None:
         self._last_ns = max(self._last_ns, event.end_ns)
