@@ -34,18 +34,21 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
     Costly probes are armed only while a VM shows signs of a migration.
     """
     store = Store(state_directory, keep, keep_size)
-    seen = 0
+    seen, gone = 0, False
 
     def tell(observation: Observation) -> None:
-        nonlocal seen
+        nonlocal seen, gone
         seen += 1
         text = msgspec.json.encode(observation).decode() if form == "json" else line(observation)
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except OSError:
+            gone = True  # nobody reads any more
 
     with NodeWatch(store, tell, only) as node:
         say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C ends it")
-        node.run(lambda: count is not None and seen >= count)
+        node.run(lambda: gone or (count is not None and seen >= count))
 
 
 def line(o: Observation) -> str:

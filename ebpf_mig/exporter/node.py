@@ -194,7 +194,7 @@ class NodeWatch:
                     self._found(vm, new=not first)
 
     def _found(self, vm: Vm, *, new: bool) -> None:
-        """A VM that was just made may be loaded at once by whoever made it: that is a sign."""
+        """A VM that was just made may be loaded at once; one that we find may be migrating already: both are signs."""
         if not fnmatch.fnmatchcase(vm.name, self._only):
             return
         fresh = new or discovery.is_fresh(vm.pid)
@@ -202,8 +202,7 @@ class NodeWatch:
         self._probe.add(vm.pid)
         for port in discovery.listening_ports(vm.pid):
             self._probe.listens(vm.pid, port)
-        if new:
-            self._suspect(vm.pid, "born")
+        self._suspect(vm.pid, "born" if new else "start")
 
     def _suspect(self, pid: int, kind: str) -> None:
         """Traces a VM that showed a sign, and with it those that may be its destination."""

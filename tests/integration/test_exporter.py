@@ -185,6 +185,28 @@ def test_a_migration_that_fails_is_told_as_such(tmp_path: Path) -> None:
             assert value(port, "ebpf_mig_blackout_seconds_count") == 0
 
 
+def test_an_exporter_started_in_mid_migration_picks_it_up(tmp_path: Path) -> None:
+    slow = Scenario(128 * MIB, 32 * MIB, 2000, bandwidth_bytes=10 << 20)
+    with QemuPair(slow, None, NAMED) as pair:
+        time.sleep(5)
+        with contextlib.closing(
+            QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+        ) as migration:
+            migration.prepare()
+            thread = threading.Thread(target=_run, args=(migration,))
+            thread.start()
+            time.sleep(0.5)
+            state = tmp_path / "state"
+            with exporter(state) as (_, port):
+                assert thread.is_alive(), "the migration was over too soon to show anything"
+                thread.join()
+                until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
+                (kept,) = state.iterdir()
+                blackout = report(kept).blackout_ns
+                assert blackout is not None
+                assert value(port, "ebpf_mig_blackout_seconds_sum") == blackout / 1e9
+
+
 def _run(migration: QemuMigration) -> None:
     with contextlib.suppress(Exception):
         migration.run(30)
