@@ -25,7 +25,9 @@ from ebpf_mig.commands.version import version_line
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.printable import printable
 
-COMMANDS = ("demo", "migrate", "record", "report", "bench", "diff", "doctor", "schema", "completion")
+COMMANDS = (
+    "demo", "migrate", "record", "report", "bench", "diff", "watch", "exporter", "doctor", "schema", "completion",
+)  # fmt: skip
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
 
 _VERBOSE = "ebpf_mig.verbose"

@@ -26,6 +26,7 @@ class MigrationWatch:
         self._pids = tuple(pids)
         self._logged: set[tuple[int, int]] = set()
         self._fetched: set[int] = set()
+        self._missed: set[int] = set()
         self._loaded: set[int] = set()
         self._stopped_at: dict[int, int] = {}
         self._started: dict[int, int] = {}
@@ -38,15 +39,22 @@ class MigrationWatch:
             if isinstance(event, Ioctl):
                 self._ioctl(event)
             elif isinstance(event, VcpuEnter):
-                self._last_ns = max(self._last_ns, event.at_ns)
+                if not self._runs_again(event.pid):
+                    self._last_ns = max(self._last_ns, event.at_ns)
                 self._stopped_at.pop(event.pid, None)
                 if event.pid in self._loaded and event.pid not in self._fetched:
                     self._started.setdefault(event.pid, event.at_ns)
             elif isinstance(event, VcpuExit):
-                self._last_ns = max(self._last_ns, event.at_ns)
+                if not self._runs_again(event.pid):
+                    self._last_ns = max(self._last_ns, event.at_ns)
                 self._stopped_at[event.pid] = event.at_ns
             elif isinstance(event, Transfer) and event.direction == 0 and event.pid in self._fetched:
                 self._last_ns = max(self._last_ns, event.end_ns)
+
+    def missed_beginning(self, pid: int) -> None:
+        """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
+        self._fetched.add(pid)
+        self._missed.add(pid)
 
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
@@ -62,6 +70,10 @@ class MigrationWatch:
             return "migrated"
         return None
 
+    def _runs_again(self, pid: int) -> bool:
+        """Its guest runs as any guest does: the interruptions of a busy one are no acts of the migration."""
+        return pid in self._started or (bool(self._unlogged_at) and pid in self._fetched)
+
     def _ioctl(self, event: Ioctl) -> None:
         self._last_ns = max(self._last_ns, event.end_ns)
         if event.cmd == kvm.GET_DIRTY_LOG and self._logged:
@@ -75,7 +87,7 @@ class MigrationWatch:
             self._logged.add(key)
             self._fetched.add(event.pid)
             self._unlogged_at = 0
-        elif key in self._logged:
+        elif key in self._logged or event.pid in self._missed:
             self._logged.discard(key)
             if not self._logged:
                 self._unlogged_at = event.end_ns

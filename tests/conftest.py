@@ -30,6 +30,12 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "x86-64": lambda: platform.machine() == "x86_64",
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
+    "promtool": lambda: shutil.which("promtool") is not None,
+    "prometheus": lambda: shutil.which("prometheus") is not None,
+    "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
+    "bcrypt": lambda: importlib.util.find_spec("bcrypt") is not None,
+    "PyYAML": lambda: importlib.util.find_spec("yaml") is not None,
+    "openssl": lambda: shutil.which("openssl") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
 

@@ -2,7 +2,8 @@
 /*
  * What all programs share: whom to trace, the per-thread and per-process state, the ring buffer and its losses.
  *
- * From the loader (-D): EBPF_MIG_TARGETS(tgid) tests a tgid against literals; OFF_* are struct offsets from BTF,
+ * From the loader (-D): EBPF_MIG_TARGETS(tgid) tests a tgid against literals, and is left out where targets come and
+ * go: then whoever is in `processes` is traced; OFF_* are struct offsets from BTF,
  * OFF_NONE where the kernel has no such member; *_WORDS are the record sizes that the Python half expects.
  */
 #pragma once
@@ -68,7 +69,16 @@ struct process_state {
 };
 
 BPF_HASH(threads, u32, struct thread_state, 8192);
-BPF_HASH(processes, u32, struct process_state, 64);
+BPF_HASH(processes, u32, struct process_state, 256);
+
+#ifndef EBPF_MIG_TARGETS
+static __always_inline bool is_target(u32 tgid)
+{
+	return processes.lookup(&tgid) != 0;
+}
+#define EBPF_MIG_TARGETS(tgid) is_target(tgid)
+#endif
+
 BPF_ARRAY(fetches, u64, 1);			/* by any traced process */
 struct owner {
 	u64 pid, socket;

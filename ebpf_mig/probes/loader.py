@@ -193,11 +193,22 @@ class BpfStatistics:
     """
 
     def __init__(self) -> None:
+        self._fd = -1
+        self.open()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the kernel counts for us."""
+        return self._fd >= 0
+
+    def open(self) -> None:
+        """Starts the counting; idempotent."""
+        if self.enabled:
+            return
         libc = ctypes.CDLL(None, use_errno=True)
         attributes = (ctypes.c_uint32 * 1)(0)
         number = _SYS_BPF.get(os.uname().machine, 0)
         self._fd = libc.syscall(number, _BPF_ENABLE_STATS, attributes, 4) if number else -1
-        self.enabled = self._fd >= 0
 
     def close(self) -> None:
         """Stops the counting; idempotent."""

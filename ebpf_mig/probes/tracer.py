@@ -3,6 +3,9 @@
 
 `Tracer(pids)` compiles and loads (privilege, LLVM, half a second), `arm()` attaches (milliseconds), `poll()` hands
 over events, `finish()` detaches and reads what the kernel still holds. All of it ends with the process.
+
+A tracer made without pids is one for a node: `add` and `remove` say whom to trace, `arm` and `disarm` alternate, and
+nothing is compiled again.
 """
 
 from __future__ import annotations
@@ -67,11 +70,9 @@ _PF_USER_WORKER = 0x4000
 
 
 class Tracer:
-    """Traces the given processes; use as a context manager."""
+    """Traces the given processes, or those that are added later; use as a context manager."""
 
-    def __init__(self, pids: Sequence[int]) -> None:
-        if not pids:
-            raise ValueError("no pids to trace")
+    def __init__(self, pids: Sequence[int] = ()) -> None:
         require_privilege()
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
@@ -92,8 +93,9 @@ class Tracer:
 
     def arm(self) -> None:
         """Attaches; from here on every system call of the host pays a little."""
+        self._statistics.open()
         self._look_around()
-        self._add_processes()
+        self._add_processes(self.pids)
         self.attached = attach.arm(self._plan, self._statistics)
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
@@ -105,16 +107,53 @@ class Tracer:
         now = time.monotonic_ns()
         attach.disarm(self._plan)
         rest = self.poll(0)
+        return rest + self._accounts(now) + list(self._threads.values())
+
+    def add(self, pid: int) -> None:
+        """Traces one more process, at once if armed; for a tracer made without pids."""
+        self.pids = (*self.pids, pid)
+        self._look_around()
+        self._add_processes([pid])
+
+    def remove(self, pid: int) -> list[AnyEvent]:
+        """Traces a process no more; hands over what the kernel and we still hold about it. Call `poll` after it."""
+        processes, threads = self._program.table("processes"), self._program.table("threads")
+        with contextlib.suppress(KeyError):
+            del processes[ctypes.c_uint32(pid)]
+        rest = self._accounts(time.monotonic_ns(), pid)
+        rest += [thread for thread in self._threads.values() if thread.pid == pid]
+        for tid, words in self._program.hash_items("threads", WORDS["THREAD_WORDS"]).items():
+            if words[0] == pid:
+                with contextlib.suppress(KeyError):
+                    del threads[ctypes.c_uint32(tid)]
+        self.pids = tuple(other for other in self.pids if other != pid)
+        self._threads = {key: thread for key, thread in self._threads.items() if key[0] != pid}
+        self._vcpus = {key: index for key, index in self._vcpus.items() if key[0] != pid}
+        return rest
+
+    def disarm(self) -> None:
+        """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
+        attach.disarm(self._plan)
+        self._statistics.close()
+        for table in ("streams", "stacks", "tcp_owners"):
+            self._program.table(table).clear()
+        self._stacks.clear()
+
+    def _accounts(self, now: int, pid: int | None = None) -> list[AnyEvent]:
+        """The open runs and vCPU accounts of all threads, or of one process's."""
+        found: list[AnyEvent] = []
         threads = self._program.hash_items("threads", WORDS["THREAD_WORDS"])
         streams = self._program.hash_items("streams", 2)
         self._look_around()
         for tid, words in threads.items():
-            rest += open_runs(tid, words, streams)
+            if pid is not None and words[0] != pid:
+                continue
+            found += open_runs(tid, words, streams)
             state = vcpu_state(now, tid, words)
             if state:
-                rest.append(state)
+                found.append(state)
                 self._name(state.pid, tid, vcpu=self._vcpus.get((state.pid, state.fd), -1))
-        return rest + list(self._threads.values())
+        return found
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
         """(lost, unpaired) by kind of event, zeros left out."""
@@ -152,7 +191,7 @@ class Tracer:
     def _look_around(self) -> None:
         """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
         for pid in self.pids:
-            for tid in _threads_of(pid):
+            for tid in threads_of(pid):
                 self._name(pid, tid, _comm(pid, tid))
             for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
@@ -168,11 +207,11 @@ class Tracer:
         sums = self._program.per_cpu_sums(table)
         return {KIND_NAMES.get(kind, str(kind)): n for kind, n in enumerate(sums) if n}
 
-    def _add_processes(self) -> None:
+    def _add_processes(self, pids: Sequence[int]) -> None:
         """Fills the tables; a vCPU that sits in KVM_RUN already (halted, say) is known from the start."""
         processes, threads = self._program.table("processes"), self._program.table("threads")
-        for pid in self.pids:
-            inside = [tid for tid in _threads_of(pid) if _in_kvm_run(pid, tid)]
+        for pid in pids:
+            inside = [tid for tid in threads_of(pid) if in_kvm_run(pid, tid)]
             for tid in inside:
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
@@ -186,11 +225,12 @@ def _comm(pid: int, tid: int) -> str:
         return ""
 
 
-def _threads_of(pid: int) -> list[int]:
+def threads_of(pid: int) -> list[int]:
+    """The thread ids of a process, none if it is gone."""
     return [int(task.name) for task in Path(f"/proc/{pid}/task").glob("[0-9]*")]
 
 
-def _in_kvm_run(pid: int, tid: int) -> bool:
+def in_kvm_run(pid: int, tid: int) -> bool:
     """Whether a thread sleeps inside KVM_RUN: /proc/PID/task/TID/syscall begins with ioctl's number, fd, request.
 
     Since Linux 6.13 a VM's `kvm-nx-lpage-recovery` is among its threads, born inside a vCPU's KVM_RUN and showing its
@@ -207,7 +247,8 @@ def _in_kvm_run(pid: int, tid: int) -> bool:
 def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]:
     test = "||".join(f"(t)=={pid}" for pid in pids)
     defines: dict[str, str | int] = dict(WORDS)
-    defines["EBPF_MIG_TARGETS(t)"] = f"({test})"
+    if pids:
+        defines["EBPF_MIG_TARGETS(t)"] = f"({test})"
     defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // 4096
     defines["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
     defines["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)

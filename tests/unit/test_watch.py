@@ -69,3 +69,12 @@ def test_a_destination_alone_ends_when_it_started() -> None:
 def test_nobody_left_is_an_ending() -> None:
     watch = MigrationWatch([SRC])
     assert watch.verdict(1, []) == "target-died"
+
+
+def test_a_busy_guest_does_not_hide_that_the_migration_is_over() -> None:
+    watch = MigrationWatch([1, 2])
+    watch.saw([Ioctl(0, 1, 2, 2, 5, SET_REGS, 0), VcpuEnter(10, 2, 3, 6, 0, 0, 1)])
+    for at in range(20, 2 * QUIET_NS, QUIET_NS // 4):
+        watch.saw([VcpuExit(at, 2, 3, 6, at - 1, -4), VcpuEnter(at + 5, 2, 3, 6, at, -4, 2)])
+        verdict = watch.verdict(at + 10, [1, 2])
+        assert verdict == ("migrated" if at + 10 - 10 >= QUIET_NS else None)

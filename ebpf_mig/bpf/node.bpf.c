@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The exporter's standing watch: what a node's VMs do that may be the beginning of a migration.
+ *
+ * It runs when a thread is born and when a TCP socket changes state, never on a system call: a node where nobody
+ * migrates pays for these alone. In: `vms`, the processes known to own a KVM VM. Out: NODE records. Threads of other
+ * processes are told too, seldom, because that is how a VM that was just created shows itself: by its vCPU threads.
+ */
+#include <linux/types.h>
+
+#define CLONE_THREAD 0x00010000ULL
+
+/* include/net/tcp_states.h */
+#define TCP_ESTABLISHED 1
+#define TCP_SYN_SENT 2
+#define TCP_SYN_RECV 3
+#define TCP_CLOSE 7
+#define TCP_LISTEN 10
+
+#define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is told at most this often */
+#define VM_PAUSE_NS 1000000ULL		/* threads born in a burst are one sign */
+
+enum sign { SIGN_STRANGER = 1, SIGN_THREAD, SIGN_CONNECT, SIGN_LISTEN, SIGN_ACCEPT };
+
+struct node_record {
+	u64 at, pid, sign;
+};
+
+BPF_RINGBUF_OUTPUT(signs, 16);
+BPF_PERCPU_ARRAY(lost, u64, 1);
+BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last thread birth was told */
+BPF_HASH(ports, u16, u32, 4096);	/* listening port -> tgid */
+BPF_TABLE("lru_hash", u32, u64, strangers, 4096);
+
+static __always_inline void tell(u64 now, u32 pid, u64 sign)
+{
+	struct node_record *r = signs.ringbuf_reserve(sizeof(*r));
+	u32 zero = 0;
+	u64 *n;
+
+	if (!r) {
+		n = lost.lookup(&zero);
+		if (n)
+			(*n)++;
+		return;
+	}
+	r->at = now;
+	r->pid = pid;
+	r->sign = sign;
+	signs.ringbuf_submit(r, 0);
+}
+
+/* task_newtask(struct task_struct *task, u64 clone_flags), in the parent's context */
+int on_newtask(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	u64 now, *last;
+
+	if (!(ctx->args[1] & CLONE_THREAD))
+		return 0;
+	now = bpf_ktime_get_ns();
+	last = vms.lookup(&tgid);
+	if (last) {
+		if (now - *last > VM_PAUSE_NS) {
+			*last = now;
+			tell(now, tgid, SIGN_THREAD);
+		}
+		return 0;
+	}
+	last = strangers.lookup(&tgid);
+	if (last && now - *last < STRANGER_PAUSE_NS)
+		return 0;
+	strangers.update(&tgid, &now);
+	tell(now, tgid, SIGN_STRANGER);
+	return 0;
+}
+
+/* inet_sock_set_state(const struct sock *sk, int oldstate, int newstate); softirq when a connection is accepted */
+int on_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32, *owner;
+	int from = ctx->args[1], to = ctx->args[2];
+	u64 now = bpf_ktime_get_ns();
+	u16 port = 0;
+
+	if (to == TCP_SYN_SENT) {
+		if (vms.lookup(&tgid))
+			tell(now, tgid, SIGN_CONNECT);
+		return 0;
+	}
+	/* An accepted socket is a copy of its listener, and leaves LISTEN for SYN_RECV first. */
+	if (!(from == TCP_LISTEN && to == TCP_CLOSE) && to != TCP_LISTEN && !(from == TCP_SYN_RECV && to == TCP_ESTABLISHED))
+		return 0;
+	bpf_probe_read_kernel(&port, sizeof(port), (void *)(ctx->args[0] + OFF_skc_num));
+	if (to == TCP_ESTABLISHED) {
+		owner = ports.lookup(&port);
+		if (owner)
+			tell(now, *owner, SIGN_ACCEPT);
+	} else if (to == TCP_LISTEN) {
+		if (vms.lookup(&tgid)) {
+			ports.update(&port, &tgid);
+			tell(now, tgid, SIGN_LISTEN);
+		}
+	} else {
+		ports.delete(&port);
+	}
+	return 0;
+}

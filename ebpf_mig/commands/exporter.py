@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig exporter`: watches this node and serves what it finds to Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from ebpf_mig.cli import Terminated
+from ebpf_mig.commands.common import SIZE, examples
+from ebpf_mig.commands.tracing import say
+from ebpf_mig.commands.watch import DIRECTORY
+from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.exporter import privileges
+from ebpf_mig.exporter.node import NodeWatch
+from ebpf_mig.exporter.observation import Message
+from ebpf_mig.exporter.store import Store
+from ebpf_mig.printable import printable
+
+PORT = 9974
+_DRAIN_S = 10.0
+
+_EXAMPLES = examples(
+    "ebpf-mig exporter",
+    "ebpf-mig exporter --web.listen-address :9974 --web.config.file web.yml",
+)
+
+
+@click.command("exporter", epilog=_EXAMPLES)
+@click.option("--web.listen-address", "address", default=f"127.0.0.1:{PORT}", show_default=True, help="HOST:PORT.")
+@click.option("--web.config.file", "web_config", type=click.Path(), help="TLS and users, as in exporter-toolkit.")
+@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs with such a name.")
+@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Where recordings are kept.")
+@click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
+@click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
+@click.option(
+    "--vm-label",
+    type=click.Choice(["name", "hash", "none"]),
+    default="name",
+    show_default=True,
+    help="How VMs are named in metrics.",
+)
+@click.option("--own-cost", is_flag=True, help="Measure our programs' run time; keeps CAP_SYS_ADMIN.")
+def command(
+    address: str,
+    web_config: str | None,
+    only: str,
+    state_directory: str,
+    keep: int,
+    keep_size: int,
+    vm_label: str,
+    own_cost: bool,
+) -> None:
+    """Watch this node and serve the downtime of every migration to Prometheus."""
+    with _listen(address) as listener:
+        store = Store(state_directory, keep, keep_size)
+        with _server(listener, vm_label, web_config) as (server, pipe):
+            place = "{}:{}".format(*listener.getsockname()[:2])
+            listener.close()
+            with NodeWatch(store, pipe.put, only) as node:
+                node.verify()
+                privileges.keep_only((*privileges.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
+                signal.signal(signal.SIGHUP, lambda *_: server.send_signal(signal.SIGHUP))
+                pipe.put(node.status())
+                say(f"listening on {place}; recordings go to {printable(state_directory)}")
+                try:
+                    node.run(lambda: server.poll() is not None, pipe.put)
+                except (KeyboardInterrupt, Terminated):
+                    say("draining")
+                    return
+            raise PreflightError(f"the process that listens has ended with status {server.returncode}")
+
+
+class Pipe:
+    """Messages to the process that listens, one JSON line each; from several threads."""
+
+    def __init__(self, fd: int) -> None:
+        self._file = os.fdopen(fd, "wb", buffering=0)
+        self._lock = threading.Lock()
+
+    def put(self, message: Message) -> None:
+        """Writes one message; a listener that is gone is noticed elsewhere."""
+        line = msgspec.json.encode(message) + b"\n"
+        with self._lock, contextlib.suppress(BrokenPipeError):
+            view = memoryview(line)
+            while view:
+                view = view[self._file.write(view) :]
+
+    def close(self) -> None:
+        """The listener drains and ends."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _server(
+    listener: socket.socket, vm_label: str, web_config: str | None
+) -> Iterator[tuple[subprocess.Popen[bytes], Pipe]]:
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-m", "ebpf_mig.exporter.serve", str(listener.fileno()), str(read_end), vm_label]
+    command += [str(os.getpid()), *([str(Path(web_config).absolute())] if web_config else [])]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    server = subprocess.Popen(
+        command,
+        pass_fds=(listener.fileno(), read_end),
+        stdin=subprocess.DEVNULL,
+        env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": paths},
+        cwd="/",
+    )
+    os.close(read_end)
+    pipe = Pipe(write_end)
+    try:
+        yield server, pipe
+    finally:
+        pipe.close()
+        try:
+            server.wait(_DRAIN_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _listen(address: str) -> socket.socket:
+    """A listening socket on HOST:PORT; `:PORT` is every address, `[::1]:PORT` IPv6."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{printable(address)!r} is not HOST:PORT", f"e.g. 127.0.0.1:{PORT}")
+    host = host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+    try:
+        return socket.create_server((host, int(port)), family=family, backlog=128, dualstack_ipv6=not host)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {printable(address)}: {error.strerror or error}") from error

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ebpf-mig watch`: one line for each migration on this node as it ends, whoever started it."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+import msgspec
+
+from ebpf_mig.commands.common import SIZE, examples, format_option
+from ebpf_mig.commands.tracing import say
+from ebpf_mig.exporter.node import NodeWatch
+from ebpf_mig.exporter.observation import Observation
+from ebpf_mig.exporter.store import Store
+from ebpf_mig.printable import printable
+
+DIRECTORY = "/var/lib/ebpf-mig"
+
+_EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 | jq .blackout_ns")
+
+
+@click.command("watch", epilog=_EXAMPLES)
+@format_option("text", "json")
+@click.option("--count", type=click.IntRange(1), help="End after this many migrations.  [default: Ctrl-C]")
+@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs with such a name.")
+@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Where recordings are kept.")
+@click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
+@click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
+def command(form: str, count: int | None, only: str, state_directory: str, keep: int, keep_size: int) -> None:
+    """Say of each migration on this node, as it ends, how long its blackout was.
+
+    Costly probes are armed only while a VM shows signs of a migration.
+    """
+    store = Store(state_directory, keep, keep_size)
+    seen, gone = 0, False
+
+    def tell(observation: Observation) -> None:
+        nonlocal seen, gone
+        seen += 1
+        text = msgspec.json.encode(observation).decode() if form == "json" else line(observation)
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except OSError:
+            gone = True  # nobody reads any more
+
+    with NodeWatch(store, tell, only) as node:
+        say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C ends it")
+        node.run(lambda: gone or (count is not None and seen >= count))
+
+
+def line(o: Observation) -> str:
+    """One migration in one line; times in ms."""
+    blackout = "not known" if o.blackout_ns is None else f"{o.blackout_ns / 1e6:.3f} ms"
+    final = sum(o.fetch.get("blackout", {}).values())
+    figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
+    what = f"{printable(o.vm, 64) or '-'} {o.vmm} {o.role} {o.result}"
+    return f"{moment} {what}: {figures}, {o.verdict}, {o.recording or '-'}"

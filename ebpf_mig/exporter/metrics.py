@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics: observations and status in, Prometheus families out; a scrape reads this memory and nothing else.
+
+Bounded whatever tenants do: every label but `vm` comes from a closed list, and `vm` names at most `VMS` VMs at a
+time, the least recently migrated leaving first, each for `VM_SECONDS` at most. All in all under 2,000 series.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ebpf_mig.breakdown import PHASES
+from ebpf_mig.exporter.observation import Observation, Status
+from ebpf_mig.printable import printable
+
+VMS = 256
+VM_SECONDS = 900.0
+VM_CHARACTERS = 64
+
+BLACKOUT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
+PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
+"""Phases, fetches and sending: from what a small VM takes to what an alert is about."""
+
+_PHASES = frozenset(phase for phase, _ in PHASES)
+_PARTS = ("lock", "off_cpu", "kernel", "user")
+_TRIGGERS = ("start", "born", "thread", "connect", "accept", "memory", "candidate")
+_OUTCOMES = ("migration", "nothing", "suppressed")
+
+
+def vm_label(name: str, style: str) -> str:
+    """A tenant's VM name as a label value: `name` (printable, short), `hash`, or `none`."""
+    if style == "none" or not name:
+        return ""
+    if style == "hash":
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    cut = printable(name[:VM_CHARACTERS], VM_CHARACTERS)
+    return cut[:VM_CHARACTERS].encode("utf-8", "replace").decode()
+
+
+class Metrics:
+    """What `/metrics` shows. Safe for threads. `vm_style` is that of `vm_label`."""
+
+    def __init__(self, vm_style: str = "name", clock: Callable[[], float] = time.time) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._vm_style = vm_style
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._vms: OrderedDict[str, Observation] = OrderedDict()
+        self._status: Status | None = None
+        self._status_at = 0.0
+        self._evicted = 0
+        registry = self.registry
+        self._migrations = Counter(
+            "ebpf_mig_migrations", "Migrations seen on this node.", ["vmm", "role", "result"], registry=registry
+        )
+        self._incomplete = Counter(
+            "ebpf_mig_migrations_incomplete", "Migrations of which events were lost.", registry=registry
+        )
+        self._blackout = Histogram(
+            "ebpf_mig_blackout_seconds",
+            "From the last vCPU's stop to the first vCPU's start; of migrations of which both sides were seen.",
+            ["vmm", "role"],
+            buckets=BLACKOUT_BUCKETS,
+            registry=registry,
+        )
+        self._phase = Histogram(
+            "ebpf_mig_phase_seconds",
+            "Time of the switchover that went into each phase.",
+            ["vmm", "phase"],
+            buckets=PART_BUCKETS,
+            registry=registry,
+        )
+        self._fetch = Histogram(
+            "ebpf_mig_dirty_log_fetch_seconds",
+            "Fetching the dirty log, a migration's calls summed up, by stage and part.",
+            ["stage", "part"],
+            buckets=PART_BUCKETS,
+            registry=registry,
+        )
+        self._final_bytes = Counter(
+            "ebpf_mig_final_memory_bytes", "Memory sent in blackouts because of the final fetch.", registry=registry
+        )
+        self._send = Histogram(
+            "ebpf_mig_send_seconds",
+            "Time in send calls of the migration's sockets in the switchover: copying or blocked.",
+            ["vmm", "state"],
+            buckets=PART_BUCKETS,
+            registry=registry,
+        )
+        self.scrape_seconds = Gauge(
+            "ebpf_mig_exporter_last_scrape_duration_seconds",
+            "How long the scrape before this one took.",
+            registry=registry,
+        )
+        self.rejected = Counter(
+            "ebpf_mig_exporter_connections_rejected",
+            "Connections refused, or cut for being slow.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in ("too-many", "too-slow"):
+            self.rejected.labels(reason)
+        registry.register(_Gauges(self))
+
+    def build(self, version: str, kernel: str) -> None:
+        """Says who is speaking."""
+        info = Gauge("ebpf_mig_build_info", "Version of ebpf-mig and of the kernel; always 1.", ["version", "kernel"],
+                     registry=self.registry)  # fmt: skip
+        info.labels(version, kernel).set(1)
+
+    def migration(self, o: Observation) -> None:
+        """Counts one migration in."""
+        self._migrations.labels(o.vmm, o.role, o.result).inc()
+        if o.verdict == "incomplete":
+            self._incomplete.inc()
+        exemplar = {"recording": o.recording[:100]} if o.recording else None
+        if o.blackout_ns is not None and o.result == "completed":
+            self._blackout.labels(o.vmm, o.role).observe(o.blackout_ns / 1e9, exemplar)
+        for phase, ns in o.phases.items():
+            if phase in _PHASES:
+                self._phase.labels(o.vmm, phase).observe(ns / 1e9, exemplar)
+        for stage, parts in o.fetch.items():
+            for part, ns in parts.items():
+                if part in _PARTS:
+                    self._fetch.labels(stage, part).observe(ns / 1e9, exemplar)
+        for state, ns in o.send.items():
+            self._send.labels(o.vmm, state).observe(ns / 1e9, exemplar)
+        self._final_bytes.inc(o.final_bytes)
+        name = vm_label(o.vm, self._vm_style)
+        if not name:
+            return
+        with self._lock:
+            self._vms[name] = o
+            self._vms.move_to_end(name)
+            while len(self._vms) > VMS:
+                self._vms.popitem(last=False)
+                self._evicted += 1
+
+    def status(self, status: Status) -> None:
+        """Takes the watch's latest state."""
+        with self._lock:
+            self._status, self._status_at = status, self._clock()
+
+    @property
+    def ready(self) -> bool:
+        """The watch has spoken not long ago, and all its probes are attached."""
+        with self._lock:
+            status, age = self._status, self._clock() - self._status_at
+        return status is not None and age < 30 and all(status.attached.values())
+
+    def collect(self) -> Iterator[Metric]:
+        """The families that are not counted up here."""
+        with self._lock:
+            oldest = self._clock() - VM_SECONDS
+            for name in [name for name, o in self._vms.items() if o.at < oldest]:
+                del self._vms[name]
+            vms, status, evicted = list(self._vms.items()), self._status, self._evicted
+        up = GaugeMetricFamily("ebpf_mig_up", "Whether the watch over this node runs, with its probes attached.")
+        up.add_metric([], float(self.ready))
+        yield up
+        yield from _last(vms)
+        dropped = CounterMetricFamily(
+            "ebpf_mig_series_dropped", "VMs whose last-migration series made room for others."
+        )
+        dropped.add_metric([], evicted)
+        yield dropped
+        if status is not None:
+            yield from _watch(status)
+
+
+class _Gauges:
+    """A collector for `Metrics.collect`; prometheus_client asks for its names when it is registered."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.collect()
+
+
+def _last(vms: list[tuple[str, Observation]]) -> Iterator[Metric]:
+    prefix, of = "ebpf_mig_last_migration", f"of the VM's last migration, for {VM_SECONDS:.0f} s after it."
+    blackout = GaugeMetricFamily(f"{prefix}_blackout_seconds", f"Blackout {of}", labels=["vm"])
+    when = GaugeMetricFamily(f"{prefix}_timestamp_seconds", f"End {of}", labels=["vm"])
+    complete = GaugeMetricFamily(f"{prefix}_complete", f"Whether nothing was lost {of}", labels=["vm"])
+    for name, o in vms:
+        if o.blackout_ns is not None:
+            blackout.add_metric([name], o.blackout_ns / 1e9)
+        when.add_metric([name], o.at)
+        complete.add_metric([name], float(o.verdict == "complete"))
+    yield from (blackout, when, complete)
+
+
+def _watch(s: Status) -> Iterator[Metric]:
+    for name, text, value in (
+        ("ebpf_mig_vms", "Processes of this node that own a KVM VM.", s.vms),
+        ("ebpf_mig_armed", "Whether the costly probes are attached now.", float(s.armed)),
+        ("ebpf_mig_recordings", "Recordings in the state directory.", s.recordings),
+        ("ebpf_mig_recordings_size_bytes", "Their size.", s.recording_bytes),
+    ):
+        gauge = GaugeMetricFamily(name, text)
+        gauge.add_metric([], value)
+        yield gauge
+    for name, text, number in (
+        ("ebpf_mig_armed_seconds", "Time that the costly probes were attached.", s.armed_seconds),
+        ("ebpf_mig_errors", "Migrations that could not be analysed or kept.", float(s.errors)),
+    ):
+        counter = CounterMetricFamily(name, text)
+        counter.add_metric([], number)
+        yield counter
+    attached = GaugeMetricFamily("ebpf_mig_probe_attached", "Whether a standing probe is attached.", labels=["probe"])
+    for probe, is_attached in sorted(s.attached.items()):
+        attached.add_metric([probe], float(is_attached))
+    yield attached
+    signs = CounterMetricFamily(
+        "ebpf_mig_triggers",
+        "Signs of a migration, by kind and by what they led to; suppressed ones may have hidden a migration.",
+        labels=["sign", "outcome"],
+    )
+    for sign in _TRIGGERS:
+        for outcome in _OUTCOMES:
+            signs.add_metric([sign, outcome], s.triggers.get(sign, {}).get(outcome, 0))
+    yield signs
+    lost = CounterMetricFamily("ebpf_mig_events_lost", "Events that the kernel had no room for.", labels=["probe"])
+    for probe, count in sorted(s.lost.items())[:20]:
+        lost.add_metric([probe], count)
+    yield lost
+    run = CounterMetricFamily("ebpf_mig_program_run_seconds", "Run time of the costly programs.", labels=["program"])
+    for program, seconds in sorted(s.run_seconds.items())[:20]:
+        run.add_metric([program], seconds)
+    yield run

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: every migration of any VM on this node, whoever started it.
+
+In: nothing but the node. Out: an `Observation` for each migration, its recording in the store, and a `Status`.
+The loop, top to bottom: signs from the standing probe; VMs that came or went; the costly probes on those VMs that
+showed a sign; the end of each migration; back to idle. It never calls a VMM.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ebpf_mig.collector import analyse
+from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.events import AnyEvent, Ending, Header, Target
+from ebpf_mig.exporter import discovery, footprint
+from ebpf_mig.exporter.discovery import Vm
+from ebpf_mig.exporter.observation import Observation, Status, observe
+from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.tracks import Ended, Tracks
+from ebpf_mig.probes.node import NodeProbe, Sign
+from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.session import header_for
+
+IDLE_MS = 1000
+ARMED_MS = 20
+RESCAN_S = 60.0
+"""A VM that was missed by its thread births is found this late."""
+RECHECKS_S = (0.05, 0.25, 1.0, 3.0, 6.0)
+"""A process makes its VM a little after its first thread: looked at again after these."""
+GROWTH_BYTES = 16 << 20
+"""A VM that has not run grew by this much within a second: it is being loaded."""
+BURST, REFILL_S = 4, 30.0
+"""Signs that proved wrong, of one VM: this many at once, then one more each so many seconds."""
+
+_log = logging.getLogger("ebpf_mig.exporter")
+
+
+@dataclass
+class _Known:
+    """A VM and what we think of it."""
+
+    vm: Vm
+    fresh: bool
+    """Its guest has not run as far as we saw: it may be a destination."""
+    resident: int = 0
+    credit: float = BURST
+    credited: float = field(default_factory=time.monotonic)
+
+    def may_try(self) -> bool:
+        """Takes one from the budget of signs that may prove wrong; False if it is spent."""
+        now = time.monotonic()
+        self.credit = min(BURST, self.credit + (now - self.credited) / REFILL_S)
+        self.credited = now
+        if self.credit < 1:
+            return False
+        self.credit -= 1
+        return True
+
+
+class NodeWatch:
+    """Use as a context manager, then call `run`. PreflightError where probes cannot be loaded."""
+
+    def __init__(self, store: Store, tell: Callable[[Observation], None], only: str = "*") -> None:
+        """`only`: a glob; VMs whose name does not match are left alone."""
+        self._store = store
+        self._only = only
+        self._probe = NodeProbe()
+        self._tracer = Tracer()
+        self._tracks = Tracks()
+        self._vms: dict[int, _Known] = {}
+        self._checks: list[tuple[float, int]] = []
+        self._armed = False
+        self._armed_at = 0.0
+        self._armed_s = 0.0
+        self._losses: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._lost_total: dict[str, int] = {}
+        self._run_ns: dict[str, int] = {}
+        self._triggers: dict[str, dict[str, int]] = {}
+        self._analyst = _Analyst(store, tell)
+        self._rescanned = self._ticked = 0.0
+        self._now = time.monotonic()
+
+    def __enter__(self) -> NodeWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def verify(self) -> None:
+        """Attaches the costly probes once: PreflightError now, not later. Gives the compiler's memory back."""
+        self._tracer.arm()
+        self._tracer.disarm()
+        footprint.give_back()
+
+    def run(self, stop: Callable[[], bool], tick: Callable[[Status], None] | None = None) -> None:
+        """Watches until `stop()`; it is asked once a second. `tick` is called about once a second with the state."""
+        while not stop():
+            self.step()
+            if tick is not None and self._ticked == self._now:
+                tick(self.status())
+
+    def step(self) -> None:
+        """One turn of the loop: waits for signs or events, at most a second."""
+        if self._tracks:
+            events = self._tracer.poll(ARMED_MS)
+            signs = self._probe.poll(0)
+            self._tracks.saw(events, time.monotonic_ns())
+        else:
+            wait = IDLE_MS
+            if self._checks:
+                wait = max(0, min(wait, int((min(self._checks)[0] - time.monotonic()) * 1000) + 1))
+            signs = self._probe.poll(wait)
+        self._now = time.monotonic()
+        for sign in signs:
+            self._sign(sign)
+        self._recheck()
+        if self._now - self._ticked >= 1:
+            self._ticked = self._now
+            self._tick()
+        for ended in self._tracks.over(time.monotonic_ns(), self._alive):
+            self._end(ended)
+
+    def status(self) -> Status:
+        """The watch's own state."""
+        armed_now = self._now - self._armed_at if self._armed else 0.0
+        count, size = self._store.size()
+        return Status(
+            vms=len(self._vms),
+            armed=self._armed,
+            armed_seconds=self._armed_s + armed_now,
+            triggers={kind: dict(outcomes) for kind, outcomes in self._triggers.items()},
+            attached=dict(self._probe.attached),
+            lost=self._lost_total | {"sign": self._probe.lost()},
+            run_seconds={name: ns / 1e9 for name, ns in self._run_ns.items()},
+            errors=self._analyst.errors,
+            recordings=count,
+            recording_bytes=size,
+        )
+
+    def close(self) -> None:
+        """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
+        for ended in self._tracks.abandon():
+            self._end(ended)
+        self._analyst.close()
+        self._tracer.close()
+        self._probe.close()
+
+    def _alive(self, pid: int) -> bool:
+        known = self._vms.get(pid)
+        return known is not None and discovery.start_time(pid) == known.vm.started
+
+    def _sign(self, sign: Sign) -> None:
+        if sign.kind == "stranger":
+            self._checks += [(self._now + wait, sign.pid) for wait in RECHECKS_S]
+        elif sign.pid in self._vms and sign.kind != "listen":
+            self._suspect(sign.pid, sign.kind)
+
+    def _recheck(self) -> None:
+        due = {pid for at, pid in self._checks if at <= self._now}
+        if not due:
+            return
+        self._checks = [(at, pid) for at, pid in self._checks if at > self._now]
+        for pid in due - self._vms.keys():
+            vm = discovery.vm_of(pid)
+            if vm is not None:
+                self._checks = [check for check in self._checks if check[1] != pid]
+                self._found(vm, new=True)
+
+    def _tick(self) -> None:
+        """Once a second: who is gone, who began to run, who is being loaded; seldom: who was missed."""
+        for pid in [pid for pid in self._vms if not self._alive(pid) and pid not in self._tracks]:
+            self._probe.remove(pid)
+            del self._vms[pid]
+        for pid, known in self._vms.items():
+            if known.fresh and pid not in self._tracks:
+                before, known.resident = known.resident, discovery.resident_bytes(pid)
+                if not discovery.is_fresh(pid):
+                    known.fresh = False
+                elif known.resident - before >= GROWTH_BYTES:
+                    self._suspect(pid, "memory")
+        if self._now - self._rescanned >= RESCAN_S or not self._rescanned:
+            first, self._rescanned = not self._rescanned, self._now
+            for vm in discovery.find_vms().values():
+                if vm.pid not in self._vms:
+                    self._found(vm, new=not first)
+
+    def _found(self, vm: Vm, *, new: bool) -> None:
+        """A VM that was just made may be loaded at once; one that we find may be migrating already: both are signs."""
+        if not fnmatch.fnmatchcase(vm.name, self._only):
+            return
+        fresh = new or discovery.is_fresh(vm.pid)
+        self._vms[vm.pid] = _Known(vm, fresh, discovery.resident_bytes(vm.pid))
+        self._probe.add(vm.pid)
+        for port in discovery.listening_ports(vm.pid):
+            self._probe.listens(vm.pid, port)
+        self._suspect(vm.pid, "born" if new else "start")
+
+    def _suspect(self, pid: int, kind: str) -> None:
+        """Traces a VM that showed a sign, and with it those that may be its destination."""
+        known = self._vms[pid]
+        known.fresh = known.fresh and discovery.is_fresh(pid)
+        if pid not in self._tracks and not known.may_try():
+            self._count(kind, "suppressed")
+            return
+        _log.debug("process %d: %s", pid, kind)
+        self._begin(pid, kind)
+        if known.fresh:
+            return
+        for other, candidate in self._vms.items():
+            if candidate.fresh and other not in self._tracks and discovery.is_fresh(other):
+                self._begin(other, "candidate")
+
+    def _begin(self, pid: int, kind: str) -> None:
+        if not self._armed:
+            self._armed, self._armed_at = True, self._now
+            self._tracer.arm()
+        if pid not in self._tracks:
+            self._tracer.add(pid)
+        self._tracks.begin(pid, kind, time.monotonic_ns(), fresh=self._vms[pid].fresh)
+
+    def _end(self, ended: Ended) -> None:
+        rest: list[AnyEvent] = []
+        for pid in ended.pids:
+            rest += self._tracer.remove(pid)
+        late = self._tracer.poll(0)
+        rest += [event for event in late if getattr(event, "pid", None) in ended.pids]
+        self._tracks.saw(late, time.monotonic_ns())
+        lost, unpaired, run_ns = self._account()
+        if self._armed and not self._tracks:
+            self._armed = False
+            self._tracer.disarm()
+            self._armed_s += self._now - self._armed_at
+        self._count(ended.trigger, "nothing" if ended.reason == "nothing" else "migration")
+        _log.debug("processes %s: %s after %s", ended.pids, ended.reason, ended.trigger)
+        if ended.reason == "nothing":
+            return
+        vms = [self._vms[pid].vm for pid in ended.pids]
+        for pid in ended.pids:
+            self._vms[pid].fresh = False
+            self._vms[pid].credit = BURST
+        ending = Ending(time.monotonic_ns(), ended.reason, lost, unpaired, run_ns)
+        targets = [Target(pid=vm.pid, role="unknown", vmm="" if vm.vmm == "unknown" else vm.vmm) for vm in vms]
+        notes = [f"{ended.thinned} early transfers were left out"] if ended.thinned else []
+        header = header_for(targets, self._tracer.attached, notes)
+        header = msgspec.structs.replace(header, begin_ns=ended.begin_ns)
+        self._analyst.put(_Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
+
+    def _account(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """(lost, unpaired, run time in ns) since the last time. Of all that was traced: it cannot be told apart."""
+        losses = self._tracer.losses()
+        lost, unpaired = (_since(now, before) for now, before in zip(losses, self._losses, strict=True))
+        self._losses = losses
+        for name, number in lost.items():
+            self._lost_total[name] = self._lost_total.get(name, 0) + number
+        runtime = self._tracer.own_cost()[0]
+        since = _since(runtime, self._run_ns)
+        self._run_ns |= runtime
+        return lost, unpaired, since
+
+    def _count(self, kind: str, outcome: str) -> None:
+        outcomes = self._triggers.setdefault(kind, {})
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+
+def _since(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {name: n - before.get(name, 0) for name, n in now.items() if n > before.get(name, 0)}
+
+
+@dataclass(frozen=True)
+class _Case:
+    header: Header
+    events: list[AnyEvent]
+    vms: list[Vm]
+    trigger: str
+
+
+class _Analyst:
+    """Keeps recordings and makes breakdowns beside the loop, which must not wait while others migrate."""
+
+    def __init__(self, store: Store, tell: Callable[[Observation], None]) -> None:
+        self.errors = 0
+        self._store = store
+        self._tell = tell
+        self._queue: queue.Queue[_Case | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, case: _Case) -> None:
+        """Takes over an ended migration. The thread begins here: one that began earlier would keep capabilities."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="analyst", daemon=True)
+            self._thread.start()
+        self._queue.put(case)
+
+    def close(self) -> None:
+        """Waits until everything that was put is done."""
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (case := self._queue.get()) is not None:
+            try:
+                self._tell(self._observation(case))
+            except Exception:
+                self.errors += 1
+                _log.exception("no breakdown of a migration of process %d", case.vms[0].pid)
+            del case
+            footprint.give_back()
+
+    def _observation(self, case: _Case) -> Observation:
+        name = ""
+        try:
+            name = self._store.keep(case.header, case.events, case.vms[0].pid).name
+        except (EbpfMigError, OSError) as error:
+            self.errors += 1
+            _log.error("a recording could not be kept: %s", error)
+        breakdown = analyse(case.header, case.events)
+        main = breakdown.migration.source or breakdown.migration.destination
+        vms = sorted(case.vms, key=lambda vm: main is None or vm.pid != main.pid)
+        vm = next((vm.name for vm in vms if vm.name), "")
+        return observe(breakdown, at=time.time(), recording=name, vmm=vms[0].vmm, vm=vm, trigger=case.trigger)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told about one migration and about the watch itself: to the terminal, and over a pipe to the exporter.
+
+In: a breakdown. Out: small structs that JSON carries, with everything a tenant chose in one field, `vm`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ebpf_mig.breakdown import Breakdown
+
+VMMS = ("qemu", "cloud-hypervisor", "other")
+RESULTS = ("completed", "failed", "cancelled", "unknown")
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
+    """One migration as this node saw it. Times in ns; None: not measured."""
+
+    at: float
+    """Wall clock at the end, seconds since the epoch."""
+    recording: str
+    """Name of the recording in the state directory; empty if it could not be kept."""
+    vmm: str
+    vm: str
+    role: str
+    """source, destination or both: what of it was on this node."""
+    result: str
+    trigger: str
+    blackout_ns: int | None
+    window_ns: int | None
+    phases: dict[str, int]
+    """Phases of the sides seen here."""
+    fetch: dict[str, dict[str, int]]
+    """Stage (precopy, blackout) to part (lock, off_cpu, kernel, user) to ns."""
+    send: dict[str, int]
+    """State (copy, blocked) to ns, migration sockets of the source in the window."""
+    final_bytes: int
+    verdict: str
+    reasons: list[str]
+    lost: dict[str, int]
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """The watch itself: counters since it began."""
+
+    vms: int
+    armed: bool
+    armed_seconds: float
+    triggers: dict[str, dict[str, int]]
+    """Kind of sign to outcome (migration, nothing, suppressed) to number."""
+    attached: dict[str, bool]
+    lost: dict[str, int]
+    """Events lost in the kernel, by probe."""
+    run_seconds: dict[str, float]
+    """Run time of the costly programs, where the kernel counts."""
+    errors: int
+    """Migrations of which no breakdown could be made or no recording kept."""
+    recordings: int
+    recording_bytes: int
+
+
+Message = Observation | Status
+
+
+def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigger: str) -> Observation:
+    """The breakdown in brief."""
+    m = b.migration
+    sides = {side for side, end in (("source", m.source), ("destination", m.destination)) if end is not None}
+    role = "both" if len(sides) == 2 else next(iter(sides), "unknown")
+    return Observation(
+        at=at,
+        recording=recording,
+        vmm=vmm if vmm in VMMS else "other",
+        vm=vm,
+        role=role,
+        result=m.result if m.result in RESULTS else "unknown",
+        trigger=trigger,
+        blackout_ns=b.blackout_ns,
+        window_ns=b.window_ns,
+        phases={p.phase: p.duration_ns for p in b.phases if p.side in sides or p.side == "both"}
+        if b.window_ns is not None
+        else {},
+        fetch=_fetch(b),
+        send=_send(b),
+        final_bytes=b.dirty_log.final.bytes if b.dirty_log.final else 0,
+        verdict=b.completeness.verdict,
+        reasons=b.completeness.reasons,
+        lost=b.completeness.lost,
+    )
+
+
+def _fetch(b: Breakdown) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    if b.dirty_log.passes:
+        found["precopy"] = {
+            "kernel": sum(p.kernel_ns for p in b.dirty_log.passes),
+            "user": sum(p.user_ns for p in b.dirty_log.passes),
+        }
+    final = b.dirty_log.final
+    if final is None:
+        return found
+    ioctls = [ioctl for fetch in b.dirty_log.fetches for ioctl in fetch.ioctls]
+    lock = sum(sum((ioctl.lock_wait_ns or {}).values()) for ioctl in ioctls)
+    asleep = max(0, sum(ioctl.off_cpu_ns or 0 for ioctl in ioctls) - lock)
+    rest = max(0, final.kernel_ns - lock - asleep)
+    found["blackout"] = {"lock": lock, "off_cpu": asleep, "kernel": rest, "user": final.user_ns}
+    return found
+
+
+def _send(b: Breakdown) -> dict[str, int]:
+    used = [s for s in b.sockets if s.role == "source migration"]
+    sums = {"copy": [s.copy_ns for s in used], "blocked": [s.blocked_ns for s in used]}
+    return {state: sum(n for n in ns if n is not None) for state, ns in sums.items() if any(n is not None for n in ns)}

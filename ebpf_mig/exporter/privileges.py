@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving up privilege for good: what a process does not need, it cannot be made to misuse.
+
+In: the capabilities to keep. Out: the calling process without all others (capabilities(7), prctl(2)).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+
+_NUMBERS = {
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYSLOG": 34,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+ENGINE = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYSLOG", "CAP_DAC_READ_SEARCH")
+"""What the watch needs while it runs: to arm, to read other users' /proc, to name kernel functions."""
+
+NOBODY = 65534
+
+_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 24, 38, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_VERSION_3 = 0x20080522
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def keep_only(names: Iterable[str]) -> None:
+    """Leaves of the capabilities held only these, in every set, and no way to gain others. OSError if refused."""
+    wanted = sum(1 << _NUMBERS[name] for name in names)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for number in range(64):
+        if not wanted >> number & 1:
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # fails beyond the last one, or without CAP_SETPCAP
+    held = permitted() & wanted
+    header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
+    low, high = held & 0xFFFFFFFF, held >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    if _libc.capset(header, data) != 0:
+        raise OSError(ctypes.get_errno(), "capset refused")
+
+
+def become_nobody() -> None:
+    """Gives up root's identity, if it is root's, and every capability."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        for number in range(64):
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    keep_only(())
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill us when `parent` ends, however it ends."""
+    _prctl(_PR_SET_PDEATHSIG, 9)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def permitted() -> int:
+    """The permitted capabilities of this process as a bit set."""
+    with open("/proc/self/status") as status:  # noqa: PTH123
+        return int(next(line for line in status if line.startswith("CapPrm:")).split()[1], 16)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option} refused")

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP side: `/`, `/metrics`, `/-/healthy`, `/-/ready`, and nothing that a client could use up.
+
+In: a listening socket, `Metrics`, the access rules. Out: responses. One connection is one request; at most
+`CONNECTIONS` at a time, none for longer than `SECONDS`, whatever the client does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from socketserver import TCPServer
+from typing import Any
+
+from prometheus_client.exposition import choose_encoder
+
+from ebpf_mig import __version__
+from ebpf_mig.exporter.metrics import Metrics
+
+CONNECTIONS = 40
+SECONDS = 10.0
+"""Also in the text of the 503: a scraper's own time-out is 10 s unless configured."""
+
+_PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>ebpf-mig exporter</title></head>
+<body><h1>ebpf-mig exporter</h1><p>Version {__version__}: the downtime of every live migration on this node.</p>
+<ul><li><a href="/metrics">Metrics</a></li><li><a href="/-/healthy">Healthy</a></li>
+<li><a href="/-/ready">Ready</a></li></ul></body></html>
+"""
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\nRetry-After: 10\r\n\r\n"
+
+Authorise = Callable[[str | None], bool]
+"""Given the Authorization header, whether the client may read."""
+
+
+class Web(TCPServer):
+    """Serves from an already bound, listening socket until `shutdown()`."""
+
+    daemon_threads = True
+
+    def __init__(self, listener: socket.socket, metrics: Metrics) -> None:
+        super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.metrics = metrics
+        self.tls: ssl.SSLContext | None = None
+        self.authorise: Authorise | None = None
+        self._open: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for each connection, if there is room."""
+        with self._lock:
+            full = len(self._open) >= CONNECTIONS
+            if not full:
+                self._open[request] = time.monotonic()
+        if full:
+            self.metrics.rejected.labels("too-many").inc()
+            with contextlib.suppress(OSError):
+                request.setblocking(False)
+                if self.tls is None:
+                    request.send(_BUSY)
+            self.shutdown_request(request)
+            return
+        threading.Thread(target=self._serve, args=(request, client_address), daemon=True).start()
+
+    def service_actions(self) -> None:
+        """Cuts connections that have lasted too long, however busy they look."""
+        with self._lock:
+            late = [request for request, since in self._open.items() if time.monotonic() - since > SECONDS]
+        for request in late:
+            self.metrics.rejected.labels("too-slow").inc()
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+            with self._lock:
+                self._open.pop(request, None)
+
+    def drain(self, seconds: float = 5.0) -> None:
+        """Waits until the requests under way are answered, at most so long."""
+        deadline = time.monotonic() + seconds
+        while self._open and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _serve(self, request: socket.socket, client_address: Any) -> None:
+        """Answers one connection; the client's misbehaviour ends with it."""
+        wrapped: socket.socket = request
+        try:
+            request.settimeout(SECONDS)
+            if self.tls is not None:
+                wrapped = self.tls.wrap_socket(request, server_side=True)
+                with self._lock:
+                    self._open[wrapped] = self._open.pop(request, time.monotonic())
+            self.finish_request(wrapped, client_address)
+        except (OSError, ValueError):
+            pass  # the client went away, spoke no TLS, or was cut
+        finally:
+            with self._lock:
+                self._open.pop(wrapped, None)
+                self._open.pop(request, None)
+            self.shutdown_request(wrapped)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Web
+    protocol_version = "HTTP/1.0"
+    server_version = "ebpf-mig"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answers from memory."""
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        """As GET, without the body."""
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if self.server.authorise is not None and not self.server.authorise(self.headers.get("Authorization")):
+            self._send(401, "text/plain", b"unauthorized\n", body, {"WWW-Authenticate": 'Basic realm="ebpf-mig"'})
+        elif path == "/":
+            self._send(200, "text/html; charset=utf-8", _PAGE.encode(), body)
+        elif path == "/metrics":
+            begin = time.monotonic()
+            encode, kind = choose_encoder(self.headers.get("Accept", ""))
+            text = encode(self.server.metrics.registry)
+            self.server.metrics.scrape_seconds.set(time.monotonic() - begin)
+            self._send(200, kind, text, body)
+        elif path == "/-/healthy":
+            self._send(200, "text/plain", b"healthy\n", body)
+        elif path == "/-/ready":
+            ready = self.server.metrics.ready
+            self._send(200 if ready else 503, "text/plain", b"ready\n" if ready else b"not ready\n", body)
+        else:
+            self._send(404, "text/plain", b"not found\n", body)
+
+    def _send(self, code: int, kind: str, text: bytes, body: bool, more: dict[str, str] | None = None) -> None:
+        self.send_response(code)
+        headers = {"Content-Type": kind, "Content-Length": str(len(text)), "Connection": "close"}
+        headers |= {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
+        for name, value in (headers | (more or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(text)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
+        """Plain text; an unknown method is 405. Nothing of the request is echoed."""
+        if code == 501:
+            self._send(405, "text/plain", b"method not allowed\n", True, {"Allow": "GET, HEAD"})
+        else:
+            self._send(code, "text/plain", b"bad request\n", True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent: request lines are not ours to keep."""

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--web.config.file`: TLS, client certificates and users, in the YAML that Prometheus's exporter-toolkit reads.
+
+In: a file. Out: an SSL context and a function that judges Authorization headers. Needs PyYAML, and bcrypt for users:
+the extra `ebpf-mig[web]`. A key that is not known is refused: a misspelt restriction must not be none.
+Format: https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import ssl
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.exporter.web import Authorise
+from ebpf_mig.printable import printable
+
+_EXTRA = "pip install 'ebpf-mig[web]', or apt-get install python3-yaml python3-bcrypt"
+_TLS_KEYS = {"cert_file", "key_file", "client_ca_file", "client_auth_type", "min_version", "max_version"}
+_VERSIONS = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+_CLIENT_AUTH = {
+    "NoClientCert": ssl.CERT_NONE,
+    "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
+    "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
+}
+_REMEMBERED = 100
+
+
+@dataclass(frozen=True)
+class WebConfig:
+    """What the file asks for; None: not restricted."""
+
+    tls: ssl.SSLContext | None
+    authorise: Authorise | None
+
+
+def load(path: str) -> WebConfig:
+    """Reads the file and those it names. UsageError where it cannot be carried out in full."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise PreflightError("--web.config.file needs PyYAML", _EXTRA) from error
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read {printable(path)}: {printable(str(error))}") from error
+    _only(content, {"tls_server_config", "basic_auth_users"}, path)
+    tls = content.get("tls_server_config")
+    users = content.get("basic_auth_users")
+    return WebConfig(
+        None if tls is None else _context(tls, Path(path).absolute().parent),
+        None if not users else _Users(users).authorise,
+    )
+
+
+def _only(content: Any, known: set[str], where: str) -> None:
+    if not isinstance(content, dict):
+        raise UsageError(f"{printable(where)} is not a mapping")
+    unknown = sorted(str(key) for key in content.keys() - known)
+    if unknown:
+        raise UsageError(f"{printable(where)}: {printable(unknown[0])} is not supported", f"known: {sorted(known)}")
+
+
+def _context(tls: dict[str, Any], directory: Path) -> ssl.SSLContext:
+    _only(tls, _TLS_KEYS, "tls_server_config")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.minimum_version = _VERSIONS[tls.get("min_version", "TLS12")]
+        context.maximum_version = _VERSIONS[tls.get("max_version", "TLS13")]
+        wanted = "RequireAndVerifyClientCert" if "client_ca_file" in tls else "NoClientCert"
+        mode = _CLIENT_AUTH[tls.get("client_auth_type", wanted)]
+        context.load_cert_chain(directory / tls["cert_file"], directory / tls["key_file"])
+        if mode != ssl.CERT_NONE:
+            context.load_verify_locations(directory / tls["client_ca_file"])
+        context.verify_mode = mode
+    except (KeyError, OSError, TypeError) as error:
+        raise UsageError(f"tls_server_config: {type(error).__name__}: {printable(str(error))}") from error
+    return context
+
+
+class _Users:
+    """bcrypt takes tens of milliseconds by design, so a password that was right is remembered, as a keyed hash."""
+
+    def __init__(self, users: dict[str, str]) -> None:
+        try:
+            import bcrypt
+        except ImportError as error:
+            raise PreflightError("basic_auth_users needs bcrypt", _EXTRA) from error
+        self._check = bcrypt.checkpw
+        self._key = os.urandom(32)
+        self._right: OrderedDict[bytes, None] = OrderedDict()
+        self._lock = threading.Lock()
+        try:
+            self._users = {str(name).encode(): secret.encode("ascii") for name, secret in users.items()}
+            for secret in self._users.values():
+                bcrypt.checkpw(b"", secret)
+        except (AttributeError, ValueError) as error:
+            raise UsageError("basic_auth_users is not a mapping of names to bcrypt hashes") from error
+
+    def authorise(self, header: str | None) -> bool:
+        """Whether an Authorization header names a user with the right password."""
+        kind, _, encoded = (header or "").partition(" ")
+        if kind.lower() != "basic":
+            return False
+        try:
+            name, _, password = base64.b64decode(encoded, validate=True).partition(b":")
+        except (binascii.Error, ValueError):
+            return False
+        mark = hmac.digest(self._key, hashlib.sha256(name).digest() + password, "sha256")
+        with self._lock:  # one at a time: guessing must not take all CPUs
+            if mark in self._right:
+                return True
+            secret = self._users.get(name)
+            try:
+                # For an unknown user somebody else's hash is tried, so that the time taken does not tell.
+                right = self._check(password[:72], secret or next(iter(self._users.values())))
+            except ValueError:
+                return False
+            if not right or secret is None:
+                return False
+            self._right[mark] = None
+            if len(self._right) > _REMEMBERED:
+                self._right.popitem(last=False)
+            return True

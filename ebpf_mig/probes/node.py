@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standing watch over a node's VMs: cheap signs that a migration may begin, at no cost to any system call.
+
+In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. Thread births come from the tracepoint
+`task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+
+import msgspec
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes import btf
+from ebpf_mig.probes.loader import Program, require_bcc
+from ebpf_mig.probes.privilege import require_privilege
+
+KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "listen", 5: "accept"}
+"""`stranger` is a thread born in a process that is not known to own a VM; the others are of known owners."""
+
+_HOOKS = (("task_newtask", "on_newtask"), ("inet_sock_set_state", "on_state"))
+_RECORD = struct.Struct("=QQQ")
+
+
+class Sign(msgspec.Struct, frozen=True):
+    """Something that happened in a process."""
+
+    at_ns: int
+    pid: int
+    kind: str
+
+
+class NodeProbe:
+    """Compiled, loaded and attached from the start; use as a context manager. PreflightError without privilege."""
+
+    def __init__(self) -> None:
+        require_privilege()
+        require_bcc()
+        member = ("sock_common", "skc_num")
+        offset = btf.offsets(btf.VMLINUX, [member])[member]
+        if offset is None:
+            raise PreflightError("the kernel's BTF has no sock_common.skc_num", "ebpf-mig doctor")
+        self._program = Program("node.bpf.c", {"OFF_skc_num": offset})
+        for tracepoint, function in _HOOKS:
+            self._program.load(function)
+            self._program.attach_raw_tracepoint(tracepoint, function)
+        self._program.open_ring("signs")
+        self.attached = {tracepoint: True for tracepoint, _ in _HOOKS}
+
+    def __enter__(self) -> NodeProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, pid: int) -> None:
+        """`pid` owns a VM from now on. Does not hear ports it listens on already."""
+        table = self._program.table("vms")
+        table[ctypes.c_uint32(pid)] = ctypes.c_uint64(0)
+
+    def remove(self, pid: int) -> None:
+        """`pid` is gone."""
+        vms, ports = self._program.table("vms"), self._program.table("ports")
+        with contextlib.suppress(KeyError):
+            del vms[ctypes.c_uint32(pid)]
+        for port in [port for port, owner in ports.items() if owner.value == pid]:
+            with contextlib.suppress(KeyError):
+                del ports[port]
+
+    def listens(self, pid: int, port: int) -> None:
+        """A port on which `pid` was found listening, because it began before we looked."""
+        self._program.table("ports")[ctypes.c_uint16(port)] = ctypes.c_uint32(pid)
+
+    def poll(self, timeout_ms: int) -> list[Sign]:
+        """Signs that arrived, waiting at most `timeout_ms` for the first."""
+        found = []
+        for record in self._program.poll(timeout_ms):
+            at, pid, kind = _RECORD.unpack(record)
+            found.append(Sign(at, pid, KINDS[kind]))
+        return found
+
+    def lost(self) -> int:
+        """Signs for which the ring buffer had no room."""
+        return sum(self._program.per_cpu_sums("lost"))
+
+    def close(self) -> None:
+        """Detaches; idempotent."""
+        self._program.close()

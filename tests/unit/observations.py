@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observations and a status as the watch would tell them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ebpf_mig.breakdown import PHASES
+from ebpf_mig.exporter.observation import Observation, Status
+
+
+def observation(**changes: Any) -> Observation:
+    """A complete migration of both sides, with every figure set."""
+    values: dict[str, Any] = {
+        "at": time.time(),
+        "recording": "20260101T000000.000Z-1.rec",
+        "vmm": "qemu",
+        "vm": "vm1",
+        "role": "both",
+        "result": "completed",
+        "trigger": "connect",
+        "blackout_ns": 12_345_678,
+        "window_ns": 20_000_000,
+        "phases": {phase: 1_000_000 for phase, _ in PHASES},
+        "fetch": {
+            "precopy": {"kernel": 1000, "user": 2000},
+            "blackout": {"lock": 1, "off_cpu": 2, "kernel": 3, "user": 4},
+        },
+        "send": {"copy": 5, "blocked": 6},
+        "final_bytes": 4096,
+        "verdict": "complete",
+        "reasons": [],
+        "lost": {},
+    }
+    return Observation(**(values | changes))
+
+
+def status(**changes: Any) -> Status:
+    """A watch that is idle, its probes attached."""
+    values: dict[str, Any] = {
+        "vms": 2,
+        "armed": False,
+        "armed_seconds": 1.5,
+        "triggers": {"born": {"nothing": 2}, "connect": {"migration": 1}},
+        "attached": {"task_newtask": True, "inet_sock_set_state": True},
+        "lost": {"sign": 0},
+        "run_seconds": {"on_sys_enter": 0.25},
+        "errors": 0,
+        "recordings": 1,
+        "recording_bytes": 1000,
+    }
+    return Status(**(values | changes))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shipped beside the program: each file by its ecosystem's own checker, and against what is served."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.exposition import generate_latest
+
+from ebpf_mig.exporter.metrics import Metrics
+from ebpf_mig.exporter.privileges import ENGINE
+from tests.conftest import requires
+from tests.unit.observations import observation, status
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+UNIT = DEPLOY / "systemd" / "ebpf-mig-exporter.service"
+GIVEN_UP = {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"}
+
+
+def served() -> set[str]:
+    metrics = Metrics()
+    metrics.build("1", "2")
+    metrics.migration(observation())
+    metrics.status(status())
+    return set(re.findall(r"^(ebpf_mig_\w+)", generate_latest(metrics.registry).decode(), re.MULTILINE))
+
+
+def run(*command: str, cwd: Path = DEPLOY) -> tuple[int, str]:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout + result.stderr
+
+
+@requires("promtool")
+def test_rules_are_valid_and_each_alert_fires_and_does_not() -> None:
+    code, said = run("promtool", "check", "rules", "ebpf-mig.rules.yml", cwd=DEPLOY / "prometheus")
+    assert code == 0, said
+    code, said = run("promtool", "test", "rules", "ebpf-mig.test.yml", cwd=DEPLOY / "prometheus")
+    assert code == 0, said
+    alerts = re.findall(r"alert: (\w+)", (DEPLOY / "prometheus" / "ebpf-mig.rules.yml").read_text())
+    tested = re.findall(r"alertname: (\w+)", (DEPLOY / "prometheus" / "ebpf-mig.test.yml").read_text())
+    assert len(alerts) == 6 and set(alerts) == set(tested)
+
+
+def test_rules_and_dashboard_name_only_metrics_that_are_served() -> None:
+    known = served()
+    for path in (DEPLOY / "prometheus" / "ebpf-mig.rules.yml", DEPLOY / "grafana" / "ebpf-mig.json"):
+        named = set(re.findall(r"(?<![:\w])(ebpf_mig_\w+)\s*[\[{ =)]", path.read_text()))
+        assert named and named <= known, named - known
+
+
+def test_the_dashboard_has_units_and_no_fixed_data_source() -> None:
+    dashboard: dict[str, Any] = json.loads((DEPLOY / "grafana" / "ebpf-mig.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "${datasource}" and panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert all(target["expr"] and target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+    for one in panels:
+        a = one["gridPos"]
+        assert a["x"] + a["w"] <= 24
+        for other in panels:
+            b = other["gridPos"]
+            apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+            assert one is other or apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+
+
+@requires("systemd-analyze")
+def test_the_unit_is_hardened() -> None:
+    code, said = run("systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=30", str(UNIT))
+    assert code == 0, said
+
+
+def test_every_form_of_deployment_grants_what_the_exporter_keeps_and_gives_up() -> None:
+    wanted = set(ENGINE) | GIVEN_UP
+    unit = re.search(r"^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert unit and set(unit[1].split()) == wanted
+    pod = (DEPLOY / "kubernetes" / "daemonset.yaml").read_text()
+    assert {f"CAP_{name}" for name in re.findall(r"^ +- ([A-Z_]+) +#", pod, re.MULTILINE)} == wanted
+    container = re.search(r"--cap-add=([A-Z_,]+)", (DEPLOY / "container" / "Containerfile").read_text())
+    assert container and {f"CAP_{name}" for name in container[1].split(",")} == wanted
+
+
+@requires("PyYAML")
+def test_manifests_fit_together() -> None:
+    import yaml
+
+    directory = DEPLOY / "kubernetes"
+    resources = yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"]
+    assert {path.name for path in directory.iterdir()} == {*resources, "kustomization.yaml"}
+    pod = yaml.safe_load((directory / "daemonset.yaml").read_text())["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert container["securityContext"]["privileged"] is False and pod["hostPID"] is True
