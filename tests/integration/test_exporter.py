@@ -71,8 +71,8 @@ def running(*command: str, **more: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def fetch(url: str, accept: str = "") -> str:
-    request = urllib.request.Request(url, headers={"Accept": accept})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+    request = urllib.request.Request(url, headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return str(answer.read().decode())
 
 
