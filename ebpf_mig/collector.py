@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ebpf_mig import fetches, phases, processes, roles, sockets, verdict, waits, witness
+from ebpf_mig import fetches, phases, processes, roles, sockets, verdict, waits, wire, witness
 from ebpf_mig.activity import Work
 from ebpf_mig.breakdown import (
     Breakdown,
@@ -24,11 +24,12 @@ from ebpf_mig.breakdown import (
     Phase,
     Vcpu,
     Wait,
+    Wire,
     Witness,
 )
 from ebpf_mig.case import Case, locate, postcopy
 from ebpf_mig.events import AnyEvent, Header
-from ebpf_mig.processes import RECEIVE, Process
+from ebpf_mig.processes import RECEIVE, SEND, Process
 from ebpf_mig.verdict import measured
 from ebpf_mig.waits import Party
 from ebpf_mig.window import attribute
@@ -53,7 +54,7 @@ def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fal
         vcpus=_vcpus(case, origin),
         dirty_log=_dirty_log(case, origin, parts, work),
         sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
-        wire=None,
+        wire=_wire(case, window),
         waits=_waits(case, window, parts),
         witnesses=_witnesses(case),
         completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown),
@@ -151,6 +152,22 @@ def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -
         final=final,
         fetches=last,
     )
+
+
+def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
+    """What was in flight in the window, over all connections; None unless both ends were traced."""
+    source, destination = case.source, case.destination
+    if window is None or source is None or destination is None:
+        return None
+    found: list[Wire] = []
+    for near, far in sorted(sockets.mirrors(source, destination).items()):
+        if near in case.channels.source:
+            sends = [t for t in source.transfers if t.direction == SEND and t.socket == near]
+            receives = [t for t in destination.transfers if t.direction == RECEIVE and t.socket == far]
+            segments = [s for p in (source, destination) for s in p.segments if s.socket in (near, far)]
+            segments.sort(key=lambda s: (s.at_ns, s.pid))
+            found += wire.gather(sends, receives, segments, window)
+    return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
 
 
 def _witnesses(case: Case) -> list[Witness]:

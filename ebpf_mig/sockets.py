@@ -50,11 +50,11 @@ def choose(source: Process | None, destination: Process | None, since: int, fetc
     if source is None:
         keys = _busiest(destination, RECEIVE, since, ()) if destination else frozenset()
         return Channels(frozenset(), keys, _transport(destination, keys))
-    mirrors = _mirrors(source, destination) if destination else {}
-    keys = _busiest(source, SEND, since, fetchers, mirrors)
+    mirrored = mirrors(source, destination) if destination else {}
+    keys = _busiest(source, SEND, since, fetchers, mirrored)
     if destination is None:
         return Channels(keys, frozenset(), _transport(source, keys))
-    other = frozenset(mirrors[key] for key in keys if key in mirrors)
+    other = frozenset(mirrored[key] for key in keys if key in mirrored)
     if not other:
         other = _busiest(destination, RECEIVE, since, ())
     return Channels(keys, other, _transport(source, keys))
@@ -124,7 +124,7 @@ def _family(process: Process, key: int) -> int:
     return socket.family if socket else 0
 
 
-def _mirrors(source: Process, destination: Process) -> dict[int, int]:
+def mirrors(source: Process, destination: Process) -> dict[int, int]:
     """Sockets of the source by inode, with the destination's end of the same connection."""
     by_ends: dict[tuple[str, str], int] = {}
     by_peer: dict[int, int] = {}

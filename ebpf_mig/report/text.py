@@ -238,7 +238,7 @@ def _sockets(sockets: list[SocketUse]) -> Iterator[Row]:
 
 def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     """The longest stretches on the wire and the longest waits, where they were measured."""
-    for wire in sorted(breakdown.wire or [], key=lambda w: -w.in_flight_ns)[:MAX_LISTED]:
+    for wire in sorted(breakdown.wire or [], key=lambda w: -w.in_flight_ns)[:MAX_WAITS]:
         why = f"{printable(wire.reason)} ({printable(wire.evidence)})"
         yield _figure("in flight", wire.in_flight_ns, f"{_bytes(wire.bytes)}, {why}")
     waits: dict[tuple[str, str, str], list[int]] = {}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was sent and had not arrived: each long stretch on the wire in the blackout, and TCP's reason for it.
+
+In: the source's sends, the destination's receives, the segments that arrived on both sides, the window. Out: rows of
+the breakdown. Positions in the stream pair the two sides: byte n was sent when the send that covers it returned,
+and received when the receive that covers it returned.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from ebpf_mig.breakdown import Wire
+from ebpf_mig.events import Segment, Transfer
+
+LEAST_NS = 1_000_000
+"""Shorter stretches are what a network costs; they are not worth a line."""
+MOST = 5
+DELAYED_ACK_NS = 35_000_000
+"""Linux waits 40 ms and more for something to send an acknowledgement with (TCP_DELACK_MIN, include/net/tcp.h)."""
+PROMPT_NS = 1_000_000
+"""A segment this soon after an acknowledgement was let out by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes that were on their way while the destination received nothing."""
+
+    sent: int
+    """When the first of them had been sent, or the destination's last receive before, if that was later."""
+    received: int
+    size: int
+
+
+PEEKED_BYTES = 64
+"""QEMU's destination looks at the first 4 bytes with MSG_PEEK, which counts as a receive: its positions run ahead."""
+
+
+def gather(
+    sends: Sequence[Transfer], receives: Sequence[Transfer], segments: Sequence[Segment], window: tuple[int, int]
+) -> list[Wire]:
+    """The longest stretches of one connection in the window, instants relative to its begin.
+
+    `sends` and `receives` are of the two ends of one stream, in order; `segments` those that arrived at either.
+    """
+    if not sends or not receives:
+        return []
+    ahead = receives[-1].position + receives[-1].bytes - sends[-1].position - sends[-1].bytes
+    if 0 < ahead <= PEEKED_BYTES:
+        receives = [msgspec.structs.replace(r, position=max(0, r.position - ahead)) for r in receives]
+    origin = window[0]
+    found = [(s, *_reason(s, sends, receives, segments)) for s in _stretches(sends, receives, window)]
+    found.sort(key=lambda item: item[0].sent - item[0].received)
+    return [
+        Wire(
+            bytes=s.size,
+            sent=s.sent - origin,
+            received=s.received - origin,
+            in_flight_ns=s.received - s.sent,
+            reason=reason,
+            evidence=evidence,
+        )
+        for s, reason, evidence in found[:MOST]
+    ]
+
+
+def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: tuple[int, int]) -> list[Stretch]:
+    """Receives whose first byte had been sent LEAST_NS before, and that ended a silence as long."""
+    ends = [send.position + send.bytes for send in sends]
+    times = [send.end_ns for send in sends]
+    found: list[Stretch] = []
+    quiet_from = window[0]
+    for receive in receives:
+        # `ends` grows: the first send that reaches beyond the receive's first byte carried it.
+        carrier = bisect_right(ends, receive.position)
+        quiet, quiet_from = quiet_from, max(quiet_from, receive.end_ns)
+        if carrier == len(sends) or not window[0] <= receive.end_ns <= window[1]:
+            continue
+        sent = max(times[carrier], quiet)
+        if receive.end_ns - sent < LEAST_NS:
+            continue
+        done = bisect_right(times, receive.end_ns)
+        outstanding = max(ends[done - 1] if done else 0, receive.position + receive.bytes) - receive.position
+        found.append(Stretch(sent, receive.end_ns, outstanding))
+    return found
+
+
+def _reason(
+    stretch: Stretch, sends: Sequence[Transfer], receives: Sequence[Transfer], segments: Sequence[Segment]
+) -> tuple[str, str]:
+    """(reason, evidence) from the segments within the stretch."""
+    sender = sends[0].socket, sends[0].pid
+    receiver = receives[0].socket, receives[0].pid
+    times = [segment.at_ns for segment in segments]
+    first = bisect_left(times, stretch.sent)
+    within = segments[first : bisect_right(times, stretch.received)]
+    data = [s for s in within if (s.socket, s.pid) == receiver and s.payload]
+    acks = [s for s in within if (s.socket, s.pid) == sender and s.acked]
+    if not segments:
+        return "unknown", "TCP segments were not traced"
+    if not data:
+        return "late reader", "all had arrived before"
+    arrived = data[0].at_ns
+    waited = arrived - stretch.sent
+    if waited < (stretch.received - stretch.sent) // 2:
+        return "late reader", f"they had arrived {(stretch.received - arrived) / 1e6:.3f} ms before they were read"
+    ack = next((s for s in reversed(acks) if s.at_ns <= arrived), None)
+    if ack is None or arrived - ack.at_ns > PROMPT_NS:
+        return "unknown", f"the first data arrived after {waited / 1e6:.3f} ms, no acknowledgement right before it"
+    held = f"{ack.unsent} B were held back while {ack.in_flight} B were not acknowledged"
+    if ack.in_flight and ack.window and ack.in_flight + min(ack.unsent, 1) > ack.window:
+        return "receive window", f"{held}, all that the window of {ack.window} B allows"
+    if ack.unsent and not ack.payload and waited >= DELAYED_ACK_NS:
+        late = f"a bare ACK came after {(ack.at_ns - stretch.sent) / 1e6:.3f} ms"
+        return "Nagle waiting for a delayed ACK", f"{held}; {late}"
+    if ack.unsent:
+        return "waiting for an ACK", f"{held} for {waited / 1e6:.3f} ms"
+    return (
+        "unknown",
+        f"an ACK came right before the data, but nothing was held back ({waited / 1e6:.3f} ms)",
+    )
