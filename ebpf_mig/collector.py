@@ -166,7 +166,8 @@ def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
             receives = [t for t in destination.transfers if t.direction == RECEIVE and t.socket == far]
             segments = [s for p in (source, destination) for s in p.segments if s.socket in (near, far)]
             segments.sort(key=lambda s: (s.at_ns, s.pid))
-            found += wire.gather(sends, receives, segments, window)
+            rows = wire.gather(sends, receives, segments, window)
+            found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
 
 

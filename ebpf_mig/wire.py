@@ -68,6 +68,11 @@ def gather(
     ]
 
 
+def without_wire(row: Wire) -> Wire:
+    """The same of a UNIX socket: what was written can be read at once, so only the reader can be late."""
+    return msgspec.structs.replace(row, reason="late reader", evidence="a UNIX socket has no wire")
+
+
 def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: tuple[int, int]) -> list[Stretch]:
     """Receives whose first byte had been sent LEAST_NS before, and that ended a silence as long."""
     ends = [send.position + send.bytes for send in sends]
@@ -101,7 +106,7 @@ def _reason(
     data = [s for s in within if (s.socket, s.pid) == receiver and s.payload]
     acks = [s for s in within if (s.socket, s.pid) == sender and s.acked]
     if not segments:
-        return "unknown", "TCP segments were not traced"
+        return "unknown", "no TCP segments were traced"
     if not data:
         return "late reader", "all had arrived before"
     arrived = data[0].at_ns
