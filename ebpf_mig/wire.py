@@ -116,12 +116,12 @@ def _reason(
     ack = next((s for s in reversed(acks) if s.at_ns <= arrived), None)
     if ack is None or arrived - ack.at_ns > PROMPT_NS:
         return "unknown", f"the first data arrived after {waited / 1e6:.3f} ms, no acknowledgement right before it"
-    held = f"{ack.unsent} B were held back while {ack.in_flight} B were not acknowledged"
+    held = f"{ack.unsent} B behind {ack.in_flight} B not acknowledged"
     if ack.in_flight and ack.window and ack.in_flight + min(ack.unsent, 1) > ack.window:
         return "receive window", f"{held}, all that the window of {ack.window} B allows"
     if ack.unsent and not ack.payload and waited >= DELAYED_ACK_NS:
-        late = f"a bare ACK came after {(ack.at_ns - stretch.sent) / 1e6:.3f} ms"
-        return "Nagle waiting for a delayed ACK", f"{held}; {late}"
+        late = f"bare ACK after {(ack.at_ns - stretch.sent) / 1e6:.1f} ms"
+        return "Nagle, delayed ACK", f"{held}; {late}"
     if ack.unsent:
         return "waiting for an ACK", f"{held} for {waited / 1e6:.3f} ms"
     return (

@@ -6,13 +6,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 
 import click
 
 from ebpf_mig.commands import tracing
 from ebpf_mig.commands.common import DURATION, RATE, SIZE, color_option, examples, format_option, strict_option
+from ebpf_mig.errors import UsageError
+from ebpf_mig.lab.cloud_hypervisor import ChPair
 from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import Scenario
+from ebpf_mig.vmm.base import Migration
+from ebpf_mig.vmm.cloud_hypervisor import ChMigration
 from ebpf_mig.vmm.qemu import QemuMigration
 
 _WARM_UP_S = 0.3
@@ -21,6 +26,7 @@ _EXAMPLES = examples(
     "ebpf-mig demo",
     "ebpf-mig demo --vcpus 4 --memory 1GiB --working-set 64MiB --dirty-rate 20000",
     "ebpf-mig demo --transport unix --format json",
+    "ebpf-mig demo --vmm cloud-hypervisor --vmm-binary ./cloud-hypervisor",
 )
 
 
@@ -37,7 +43,9 @@ _EXAMPLES = examples(
 @click.option("--bandwidth", type=RATE, default="0", show_default=True, help="E.g. 1Gbit; 0: unlimited.")
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
-@click.option("--vmm-binary", metavar="PATH", help="The VMM.  [default: qemu-system-x86_64 from PATH]")
+@click.option("--vmm", type=click.Choice(["qemu", "cloud-hypervisor"]), default="qemu", show_default=True)
+@click.option("--local", is_flag=True, help="Hand the memory over instead of sending it (Cloud Hypervisor).")
+@click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this.")
 @tracing.recording_options
 @format_option("text", "json")
@@ -54,6 +62,8 @@ def command(
     bandwidth: int,
     postcopy: bool,
     dirty_ring: int | None,
+    vmm: str,
+    local: bool,
     vmm_binary: str | None,
     timeout: int,
     output: str | None,
@@ -68,10 +78,29 @@ def command(
         memory, working_set, dirty_rate or None, vcpus, transport, multifd,
         None if downtime_limit is None else downtime_limit // 10**6, bandwidth, postcopy, dirty_ring,
     )  # fmt: skip
+    if vmm == "qemu" and local:
+        raise UsageError("QEMU hands no memory over here", "use --local with --vmm cloud-hypervisor")
     open_writer = functools.partial(tracing.open_recording, output, "demo", force=force)
-    with QemuPair(scenario, vmm_binary) as pair:
+    run = _qemu(scenario, vmm_binary) if vmm == "qemu" else _cloud_hypervisor(scenario, vmm_binary, local)
+    with run as (migration, notes):
         time.sleep(_WARM_UP_S)
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, notes)
+    tracing.conclude(outcome, tracing.show(name, form, color), strict)
+
+
+@contextlib.contextmanager
+def _qemu(scenario: Scenario, binary: str | None) -> Iterator[tuple[Migration, list[str]]]:
+    with QemuPair(scenario, binary) as pair:
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         with contextlib.closing(migration):
-            outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
-    tracing.conclude(outcome, tracing.show(name, form, color), strict)
+            yield migration, []
+
+
+@contextlib.contextmanager
+def _cloud_hypervisor(scenario: Scenario, binary: str | None, local: bool) -> Iterator[tuple[Migration, list[str]]]:
+    if scenario.dirty_ring is not None:
+        raise UsageError("Cloud Hypervisor logs dirty pages in bitmaps", "leave --dirty-ring out")
+    with ChPair(scenario, binary, local=local) as pair:
+        migration = ChMigration(pair.source.api, pair.destination.api, pair.uri, pair.options())
+        with contextlib.closing(migration):
+            yield migration, pair.notes

@@ -10,6 +10,7 @@ import click
 
 from ebpf_mig.commands import tracing
 from ebpf_mig.commands.common import DURATION, RATE, color_option, examples, format_option, strict_option
+from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
 from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
 
 _QEMU_EXAMPLES = (
@@ -64,5 +65,63 @@ def qemu(
     options = QemuOptions(bandwidth, downtime_ms, multifd, postcopy)
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(QemuMigration(source, destination, uri, options)) as migration:
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
+    tracing.conclude(outcome, tracing.show(name, form, color), strict)
+
+
+_CH_EXAMPLES = (
+    examples(
+        "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock --url tcp:127.0.0.1:4444",
+        "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock --url unix:/run/m --local",
+    )
+    + """
+
+\b
+The destination is a Cloud Hypervisor started with --api-socket alone."""
+)
+
+
+@command.command("cloud-hypervisor", epilog=_CH_EXAMPLES)
+@click.option("--source", required=True, metavar="SOCKET", help="API socket of the VM to migrate.")
+@click.option("--destination", required=True, metavar="SOCKET", help="API socket of the VMM that waits for it.")
+@click.option("--url", required=True, help="Where the destination shall listen: tcp:HOST:PORT or unix:PATH.")
+@click.option("--local", is_flag=True, help="Hand the memory over by file descriptor (unix only).")
+@click.option("--downtime-ms", type=click.IntRange(1), help="Its downtime goal (v52 and later).")
+@click.option("--timeout-s", type=click.IntRange(1), help="Its own time-out for pre-copy (v52 and later).")
+@click.option("--connections", type=click.IntRange(1, 128), help="TCP connections (v52 and later).")
+@click.option("--tls-dir", metavar="DIR", help="Certificates for TLS (v53 and later).")
+@click.option("--memory-mode", type=click.Choice(["precopy", "postcopy"]), default="precopy", show_default=True)
+@click.option("--source-log", metavar="FILE", help="The source's log file: its own figures are set beside ours.")
+@click.option("--destination-log", metavar="FILE", help="The same of the destination.")
+@click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
+@tracing.recording_options
+@format_option("text", "json")
+@color_option
+@strict_option
+def cloud_hypervisor(
+    source: str,
+    destination: str,
+    url: str,
+    local: bool,
+    downtime_ms: int | None,
+    timeout_s: int | None,
+    connections: int | None,
+    tls_dir: str | None,
+    memory_mode: str,
+    source_log: str | None,
+    destination_log: str | None,
+    timeout: int,
+    output: str | None,
+    force: bool,
+    form: str,
+    color: str,
+    strict: bool,
+) -> None:
+    """Migrate a Cloud Hypervisor VM through its HTTP API."""
+    tracing.check_output(output, force)
+    postcopy = memory_mode == "postcopy"
+    options = ChOptions(local, downtime_ms, timeout_s, connections, tls_dir, postcopy, source_log, destination_log)
+    open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
+    with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
         outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)

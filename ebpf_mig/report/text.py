@@ -238,7 +238,9 @@ def _sockets(sockets: list[SocketUse]) -> Iterator[Row]:
 
 def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     """The longest stretches on the wire and the longest waits, where they were measured."""
-    for wire in sorted(breakdown.wire or [], key=lambda w: -w.in_flight_ns)[:MAX_WAITS]:
+    share = (breakdown.window_ns or 0) // 20
+    told = [wire for wire in breakdown.wire or [] if wire.in_flight_ns >= share]
+    for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:MAX_WAITS]:
         why = f"{printable(wire.reason)} ({printable(wire.evidence)})"
         yield _figure("in flight", wire.in_flight_ns, f"{_bytes(wire.bytes)}, {why}")
     waits: dict[tuple[str, str, str], list[int]] = {}

@@ -23,6 +23,9 @@ from ebpf_mig.report import text as text_report
 
 DATA = Path(__file__).parent.parent / "data"
 RECORDINGS = sorted(DATA.glob("*.rec"))
+QEMU = [path for path in RECORDINGS if path.stem.startswith("qemu") and not path.stem.endswith(("cancelled", "died"))]
+UNSTOPPED = [path for path in RECORDINGS if path.stem.startswith("qemu") and path not in QEMU]
+CLOUD_HYPERVISOR = [path for path in RECORDINGS if path.stem.startswith("cloud") and "died" not in path.stem]
 COMPLETED = [path for path in RECORDINGS if not path.stem.endswith(("cancelled", "died"))]
 
 
@@ -66,7 +69,7 @@ def test_partition_is_exact(path: Path) -> None:
     assert all(p.duration_ns == sum(end - begin for begin, end in p.spans) >= 0 for p in breakdown.phases)
 
 
-@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", QEMU, ids=lambda path: path.stem)
 def test_what_every_version_has_in_common(path: Path) -> None:
     """Both sides found, the guest's own order, the migration's sockets and not QMP's."""
     recording, b = load(path)
@@ -83,7 +86,36 @@ def test_what_every_version_has_in_common(path: Path) -> None:
     assert all(socket.bytes < 1 << 26 for socket in b.sockets)
 
 
-@pytest.mark.parametrize("path", [p for p in RECORDINGS if p not in COMPLETED], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CLOUD_HYPERVISOR, ids=lambda path: path.stem)
+def test_cloud_hypervisor_beside_its_own_log(path: Path) -> None:
+    """Its downtime is cut to whole ms, begins before the pause and ends when Complete is answered."""
+    _, b = load(path)
+    assert b.migration.result == "completed" and b.completeness.verdict == "complete"
+    assert b.migration.mode == next((mode for mode in ("postcopy", "local") if mode in path.stem), "precopy")
+    assert b.dirty_log.mode == ("legacy" if b.migration.mode == "precopy" else "none")
+    witness = next(w for w in b.witnesses if w.name == "ch.downtime_ms")
+    assert abs(witness.difference_ns) <= (2_000_000 if b.migration.mode == "local" else 1_500_000)
+    if b.migration.mode == "precopy":
+        fetches = [fetch for fetch in b.dirty_log.fetches if fetch.ioctls]
+        assert len(fetches) == (2 if "-54-" in path.stem else 1), "v53 and later fetch once more after the snapshot"
+
+
+@pytest.mark.parametrize("path", [p for p in CLOUD_HYPERVISOR if "tcp" in p.stem], ids=lambda path: path.stem)
+def test_the_wire_stall_of_cloud_hypervisor_has_a_name(path: Path) -> None:
+    _, b = load(path)
+    assert b.wire and b.wire[0].reason == "Nagle, delayed ACK"
+    assert b.wire[0].in_flight_ns > 0.6 * (b.blackout_ns or 0)
+    assert "B behind 16 B not acknowledged" in b.wire[0].evidence
+
+
+def test_a_source_that_died_after_the_stop() -> None:
+    """A real one: its system call filter killed it while it saved the state."""
+    _, b = load(DATA / "cloud-hypervisor-54-local-source-died.rec")
+    assert b.migration.result == "failed" and b.blackout_ns is None
+    assert b.window_ns is not None and b.phase_ns("pause") > 0 and b.phase_ns("resume") == 0
+
+
+@pytest.mark.parametrize("path", UNSTOPPED, ids=lambda path: path.stem)
 def test_migrations_that_ended_before_the_stop(path: Path) -> None:
     _, b = load(path)
     assert b.migration.result in {"cancelled", "failed"}

@@ -41,10 +41,8 @@ SENDS = [send(100, 110, 0, 16), send(120, 130, 16, 43_047)]
 def test_payload_held_by_nagle_for_a_delayed_ack() -> None:
     receives = [receive(90, 150, 0, 16), receive(160, 40_500, 16, 43_047)]
     found = only(SENDS, receives, [data(140, 16), ack(40_450, 16, 43_047), data(40_456, 43_047)])
-    assert found.reason == "Nagle waiting for a delayed ACK"
-    assert found.evidence == (
-        "43047 B were held back while 16 B were not acknowledged; a bare ACK came after 40.300 ms"
-    )
+    assert found.reason == "Nagle, delayed ACK"
+    assert found.evidence == ("43047 B behind 16 B not acknowledged; bare ACK after 40.3 ms")
     assert (found.bytes, found.sent, found.received) == (43_047, 150 * US, 40_500 * US)
     assert found.in_flight_ns == 40_350 * US
 
