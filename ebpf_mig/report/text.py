@@ -248,7 +248,9 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
         waits.setdefault((wait.phase, wait.thread, _stack(wait)), []).append(wait.duration_ns)
     for (phase, thread, stack), durations in sorted(waits.items(), key=lambda w: (-sum(w[1]), w[0]))[:MAX_WAITS]:
         times = f" ({len(durations)} times)" if len(durations) > 1 else ""
-        yield _figure(f"wait in {phase}", sum(durations), f"{printable(thread)}{times}: {stack}")
+        yield _figure(
+            f"wait in {phase}", sum(durations), f"{printable(thread)}{times}" + (f": {stack}" if stack else "")
+        )
 
 
 def _stack(wait: Wait) -> str:
