@@ -57,7 +57,9 @@ def result(material: Material, switchover: Switchover | None) -> str:
     """completed, failed, cancelled or unknown. Seen vCPUs outweigh what anybody said."""
     if switchover is not None and switchover.kind == "completed":
         return "completed"
-    said = _said(material.marks) or _REASONS.get(material.ending.reason if material.ending else "", "")
+    driven = _REASONS.get(material.ending.reason if material.ending else "", "")
+    # Who drove the migration knows that it was cancelled, also where the VMM then calls it failed (QEMU 7.2, 10.0).
+    said = driven if driven == "cancelled" else _said(material.marks) or driven
     if switchover is not None and switchover.kind == "aborted":
         return said if said in ("failed", "cancelled") else "failed"
     return said or "unknown"

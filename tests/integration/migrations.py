@@ -8,7 +8,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -80,6 +80,7 @@ def migrate(
     meddle: Callable[[QemuPair, Migration], None] | None = None,
     timeout_s: float = 60,
     uri: str | None = None,
+    capabilities: dict[str, bool] | None = None,
 ) -> Traced:
     """One migration with QEMU's trace on; `meddle` is called in a thread's stead right after the trigger was set."""
     path = directory / "migration.rec"
@@ -88,7 +89,8 @@ def migrate(
     with pair:
         time.sleep(0.3)
         offset = time.time_ns() - time.monotonic_ns()
-        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, uri or pair.uri, pair.options())
+        options = replace(pair.options(), capabilities=capabilities or {})
+        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, uri or pair.uri, options)
         with contextlib.closing(migration):
             writer = functools.partial(tracing.open_recording, str(path), "test", force=True)
             driven: Migration = migration if meddle is None else Meddling(migration, pair, meddle)

@@ -280,6 +280,28 @@ def test_without_privilege(tmp_path: Path) -> None:
     one_line(result, 3, "may not load BPF programs", "sudo")
 
 
+@requires("root", "private mount namespaces", "qemu-system-x86_64")
+def test_without_kvm(tmp_path: Path) -> None:
+    """/dev/kvm is there and is no KVM, as in a container that was given something else."""
+    hide = 'mount --bind /dev/null /dev/kvm && exec "$@"'
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hide, "sh", *command("demo")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    one_line(result, 3, "KVM cannot be used", "nested virtualisation")
+
+
+@requires("root", "bcc", "kernel BTF")
+def test_a_pid_that_is_gone(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    one_line(run(tmp_path, "record", "--pid", str(ended.pid)), 2, f"no process has pid {ended.pid}")
+
+
 @requires(*TRACING)
 def test_without_bcc(tmp_path: Path) -> None:
     """A Python that does not see the distribution's packages."""

@@ -206,3 +206,22 @@ def test_a_source_that_is_killed(tmp_path: Path) -> None:
     assert "source QEMU ended" in run.outcome.error
     assert run.breakdown.migration.result == "failed"
     assert run.breakdown.blackout_ns is None
+
+
+def test_cancelled_after_the_stop(tmp_path: Path) -> None:
+    """The VM is stopped and waits for management; cancelled there, it runs on at the source: an aborted blackout."""
+
+    def cancel(pair: QemuPair, migration: Migration) -> None:
+        time.sleep(1.5)
+        migration.cancel()
+
+    run = migrate(tmp_path, QUICK, meddle=cancel, capabilities={"pause-before-switchover": True})
+    b = run.breakdown
+    assert run.outcome.result == "cancelled" and b.migration.result == "cancelled"
+    assert_exact_partition(b)
+    stamps = {e.name: e.at_ns for e in run.recording.events if isinstance(e, Mark) and e.pid == source_pid(run)}
+    said = stamps["qmp.RESUME"] - stamps["qmp.STOP"]
+    assert b.blackout_ns is not None and abs(b.blackout_ns - said) < 10_000_000
+    assert b.phase_ns("state.load") == 0, "nothing was loaded anywhere"
+    silence = [beat for beat in run.source_beats if stamps["qmp.STOP"] + 20_000_000 < beat[0] < stamps["qmp.RESUME"]]
+    assert not silence and run.source_beats[-1][0] > stamps["qmp.RESUME"]
