@@ -39,7 +39,7 @@ def vm_label(name: str, style: str) -> str:
     if style == "none" or not name:
         return ""
     if style == "hash":
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     cut = printable(name[:VM_CHARACTERS], VM_CHARACTERS)
     return cut[:VM_CHARACTERS].encode("utf-8", "replace").decode()
 

@@ -237,10 +237,10 @@ def _sockets(sockets: list[SocketUse]) -> Iterator[Row]:
 
 
 def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
-    """The longest stretches on the wire and the longest waits, where they were measured."""
+    """The longest stretch on the wire, if it matters, and the longest waits, where they were measured."""
     share = (breakdown.window_ns or 0) // 20
     told = [wire for wire in breakdown.wire or [] if wire.in_flight_ns >= share]
-    for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:MAX_WAITS]:
+    for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
         why = f"{printable(wire.reason)} ({printable(wire.evidence)})"
         yield _figure("in flight", wire.in_flight_ns, f"{_bytes(wire.bytes)}, {why}")
     waits: dict[tuple[str, str, str], list[int]] = {}

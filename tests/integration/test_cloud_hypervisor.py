@@ -44,7 +44,8 @@ def test_its_own_downtime_beside_ours(tmp_path: Path, arguments: list[str]) -> N
     own = next(w for w in b["witnesses"] if w["name"] == "ch.downtime_ms")
     # It counts from before the first vCPU's pause: with several that is the window, not the blackout.
     ours = b["blackout_ns"] if len(b["vcpus"]) == 1 else b["window_ns"]
-    assert abs(own["value_ns"] - ours) <= 1_500_000
+    # Cut to whole ms, it also has its two looks at the vCPUs' state in it, a millisecond apart each.
+    assert abs(own["value_ns"] - ours) <= 3_000_000
 
 
 def test_a_destination_that_dies(tmp_path: Path) -> None:
