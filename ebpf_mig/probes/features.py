@@ -24,11 +24,7 @@ from ebpf_mig.probes.privilege import capabilities, require_privilege
 
 OK, WARN, MISSING = "ok", "warn", "missing"
 _KVM_GET_API_VERSION = 0xAE00
-_PROBE_BCC = """
-import bcc, os
-from bcc import libbcc
-print(bcc.__version__ if hasattr(bcc, "__version__") else "?", bcc.__file__)
-"""
+_PROBE_BCC = "import bcc; from bcc import libbcc; print(getattr(bcc, '__version__', '?'), bcc.__file__)"
 
 
 @dataclass(frozen=True)
