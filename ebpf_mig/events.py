@@ -183,7 +183,8 @@ class Slot(Event, frozen=True, tag=10):
 
 
 class OffCpu(Event, frozen=True, tag=12):
-    """A traced thread was off the CPU for a while with no vCPU of its process in KVM_RUN (so: in the blackout)."""
+    """A traced thread was off the CPU for a while: with no vCPU of its process in KVM_RUN (so: in the blackout), or
+    shortly before it kicked one."""
 
     begin_ns: int
     end_ns: int

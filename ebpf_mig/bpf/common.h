@@ -51,6 +51,7 @@ struct thread_state {
 	u64 vcpu_fd, run_enter, run_exit, run_ret, runs, in_ns, out_ns, max_gap, counted;
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
 	u64 off_call;				/* off the CPU within the call in flight */
+	u64 kept_since, kept_until, kept_preempted;	/* the last long wait that nobody was told of */
 	u64 lock, lock_since;			/* the lock being waited for */
 	u64 lock_ns[3];				/* within the ioctl in flight, by LOCK_* */
 	struct transfer_run run[2];

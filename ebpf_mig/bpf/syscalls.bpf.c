@@ -53,6 +53,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	read_args((const void *)ctx->args[0], &c);
 	now = bpf_ktime_get_ns();
 	if (nr == NR_tgkill) {
+		tell_wait_before_kick(pid_tgid, now);
 		kick(pid_tgid, now, c.a1, c.a2);
 		return 0;
 	}

@@ -4,13 +4,14 @@
  *
  * In: the scheduler's and the lock slow paths' raw tracepoints; both fire for the whole host, so the test for our
  * threads comes first. Out: sums in the thread's state, which the call's record carries, and OFF_CPU records of long
- * waits while no vCPU runs, with the kernel stack of the sleep.
+ * waits while no vCPU runs, with the kernel stack of the sleep, and of the one before a kick.
  */
 #pragma once
 
 #include "common.h"
 
 #define LONG_WAIT_NS 100000ULL
+#define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick has nothing to do with it */
 #define NO_STACK 0xffffffffULL
 
 struct off_cpu_record {
@@ -38,12 +39,30 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 	s->off_stack = stack < 0 ? NO_STACK : stack;
 }
 
+static __always_inline void tell_off_cpu(u64 pid_tgid, u64 since, u64 until, u64 stack, u64 preempted)
+{
+	struct off_cpu_record *r = events.ringbuf_reserve(sizeof(*r));
+
+	if (!r) {
+		count(KIND_OFF_CPU, true);
+		return;
+	}
+	r->kind = KIND_OFF_CPU;
+	r->begin = since;
+	r->end = until;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->stack = stack;
+	r->preempted = preempted;
+	r->unused = 0;
+	events.ringbuf_submit(r, 0);
+}
+
 static __always_inline void switched_in(u32 tid, u32 tgid)
 {
 	struct thread_state *s = known_thread(tid);
 	struct process_state *p = processes.lookup(&tgid);
 	u64 now, since;
-	struct off_cpu_record *r;
 
 	if (!s || !p || !s->off_since)
 		return;
@@ -52,23 +71,30 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 	s->off_since = 0;
 	if (s->nr)
 		s->off_call += now - (since > s->enter ? since : s->enter);
-	if (now - since < LONG_WAIT_NS || !in_detail(p, now))
+	if (now - since < LONG_WAIT_NS)
 		return;
-	__sync_fetch_and_add(&p->budget, -1);
-	r = events.ringbuf_reserve(sizeof(*r));
-	if (!r) {
-		count(KIND_OFF_CPU, true);
+	if (!in_detail(p, now)) {
+		s->kept_since = since;
+		s->kept_until = now;
+		s->kept_preempted = s->off_preempted;
 		return;
 	}
-	r->kind = KIND_OFF_CPU;
-	r->begin = since;
-	r->end = now;
-	r->pid = tgid;
-	r->tid = tid;
-	r->stack = s->off_stack;
-	r->preempted = s->off_preempted;
-	r->unused = 0;
-	events.ringbuf_submit(r, 0);
+	__sync_fetch_and_add(&p->budget, -1);
+	tell_off_cpu((u64)tgid << 32 | tid, since, now, s->off_stack, s->off_preempted);
+}
+
+/*
+ * The first kick opens the window while vCPUs still run. A thread that lost the CPU between its decision to stop and
+ * that kick would leave no trace of why the VMM's own stamp is so much earlier.
+ */
+static __always_inline void tell_wait_before_kick(u64 pid_tgid, u64 now)
+{
+	struct thread_state *s = known_thread(pid_tgid);
+
+	if (!s || !s->kept_until || now - s->kept_until > KEPT_NS)
+		return;
+	tell_off_cpu(pid_tgid, s->kept_since, s->kept_until, NO_STACK, s->kept_preempted);
+	s->kept_until = 0;
 }
 
 /* sched_switch: preempt, prev, next[, prev_state since 5.18]. */

@@ -22,7 +22,7 @@ WORDS = {
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
     "SEGMENT_WORDS": 9,
-    "THREAD_WORDS": 53,
+    "THREAD_WORDS": 56,
 }
 KIND_NAMES = {
     1: "ioctl",
@@ -116,8 +116,9 @@ def decode(record: bytes) -> AnyEvent:
     return _DECODERS[words[0]](words)
 
 
-_RUN_AT, _RUN_WORDS = 29, 12
-"""Where `struct thread_state` keeps its two open `struct transfer_run`."""
+_RUN_WORDS = 12
+_RUN_AT = WORDS["THREAD_WORDS"] - 2 * _RUN_WORDS
+"""`struct thread_state` ends with its two open `struct transfer_run`."""
 
 
 def vcpu_state(at_ns: int, tid: int, thread: tuple[int, ...]) -> VcpuState | None:
