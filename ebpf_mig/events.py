@@ -45,6 +45,14 @@ class Ioctl(Event, frozen=True, tag=1):
     """Waiting for `kvm.mmu_lock`."""
     other_lock_ns: int = -1
     """Waiting for any other lock."""
+    walk_ns: int = -1
+    """Dirty-log ioctls: time in the write-protect walk over the page tables, by function probes; -1 unknown."""
+    flush_ns: int = -1
+    """The same for flushing TLBs."""
+    copy_ns: int = -1
+    """The same for copying the bitmap to or from user space."""
+    spin_ns: int = -1
+    """Part of the waiting for locks that was spent on the CPU, spinning; -1 unknown."""
 
 
 class VcpuEnter(Event, frozen=True, tag=2):

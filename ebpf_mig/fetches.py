@@ -216,6 +216,7 @@ def final(found: Sequence[Burst], stop: int, until: int, origin: int) -> list[br
                     duration_ns=i.end_ns - i.begin_ns,
                     lock_wait_ns=_lock_waits(i),
                     off_cpu_ns=i.off_cpu_ns if i.off_cpu_ns >= 0 else None,
+                    split=split(i),
                 )
                 for i in burst.ioctls
             ],
@@ -230,6 +231,20 @@ def _lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
     waits = {"slots_lock": ioctl.slots_lock_ns, "mmu_lock": ioctl.mmu_lock_ns, "other": ioctl.other_lock_ns}
     known = {lock: waited for lock, waited in waits.items() if waited >= 0}
     return known or None
+
+
+def on_cpu(ioctl: Ioctl) -> int:
+    """Time that the call worked on the CPU: neither switched out nor spinning for a lock, as far as known."""
+    idle = max(0, ioctl.off_cpu_ns) + max(0, ioctl.spin_ns)
+    return max(0, ioctl.end_ns - ioctl.begin_ns - idle)
+
+
+def split(ioctl: Ioctl) -> dict[str, int | str] | None:
+    """What the call did on the CPU, in ns by class; None where function probes did not tell."""
+    parts = {"walk": ioctl.walk_ns, "flush": ioctl.flush_ns, "copy": ioctl.copy_ns}
+    if min(parts.values()) < 0:
+        return None
+    return {**parts, "other": max(0, on_cpu(ioctl) - sum(parts.values())), "samples": "exact"}
 
 
 def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:

@@ -52,8 +52,9 @@ struct thread_state {
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
 	u64 off_call;				/* off the CPU within the call in flight */
 	u64 kept_since, kept_until, kept_preempted;	/* the last long wait that nobody was told of */
-	u64 lock, lock_since;			/* the lock being waited for */
-	u64 lock_ns[3];				/* within the ioctl in flight, by LOCK_* */
+	u64 lock, lock_since, lock_off;		/* the lock being waited for; off_call when that began */
+	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
+	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
 	struct transfer_run run[2];
 };
 _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
@@ -61,6 +62,10 @@ _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
 #define LOCK_SLOTS 0
 #define LOCK_MMU 1
 #define LOCK_OTHER 2
+
+#define SPLIT_WALK 0			/* write-protecting pages, or clearing their dirty bits */
+#define SPLIT_FLUSH 1			/* flushing TLBs */
+#define SPLIT_COPY 2			/* copying the bitmap to or from user space */
 
 struct process_state {
 	s64 running;				/* vCPUs known to be inside KVM_RUN; begins with those /proc shows */

@@ -23,6 +23,7 @@
 struct ioctl_record {
 	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;
 	u64 off_cpu, slots_lock, mmu_lock, other_lock;
+	u64 walk, flush, copy, spin;
 };
 struct vcpu_enter_record {
 	u64 kind, at, pid, tid, fd, last_exit, last_ret, runs;
@@ -153,7 +154,8 @@ static __always_inline void ioctl_enter(struct thread_state *s, struct process_s
 		if (all)
 			__sync_fetch_and_add(all, 1);
 	}
-	s->lock_ns[LOCK_SLOTS] = s->lock_ns[LOCK_MMU] = s->lock_ns[LOCK_OTHER] = 0;
+	s->lock_ns[LOCK_SLOTS] = s->lock_ns[LOCK_MMU] = s->lock_ns[LOCK_OTHER] = s->spin_ns = 0;
+	s->split_ns[SPLIT_WALK] = s->split_ns[SPLIT_FLUSH] = s->split_ns[SPLIT_COPY] = 0;
 	read_memory_argument(s, cmd, arg);
 }
 
@@ -185,6 +187,10 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->slots_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_SLOTS] : -1;
 	r->mmu_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_MMU] : -1;
 	r->other_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_OTHER] : -1;
+	r->walk = SPLIT_KNOWN ? s->split_ns[SPLIT_WALK] : -1;
+	r->flush = SPLIT_KNOWN ? s->split_ns[SPLIT_FLUSH] : -1;
+	r->copy = SPLIT_KNOWN ? s->split_ns[SPLIT_COPY] : -1;
+	r->spin = LOCKS_KNOWN && OFF_CPU_KNOWN ? s->spin_ns : -1;
 	events.ringbuf_submit(r, 0);
 }
 

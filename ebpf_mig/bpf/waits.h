@@ -129,13 +129,14 @@ int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	s->lock = ctx->args[0];
 	s->lock_since = bpf_ktime_get_ns();
+	s->lock_off = s->off_call;
 	return 0;
 }
 
 /* contention_end: lock, ret. The lock's distance from struct kvm, private data of the VM's file, gives its name. */
 int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), kvm, waited;
+	u64 pid_tgid = bpf_get_current_pid_tgid(), kvm, waited, slept;
 	struct thread_state *s;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
@@ -144,6 +145,8 @@ int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
 	if (!s || !s->lock || s->lock != ctx->args[0])
 		return 0;
 	waited = bpf_ktime_get_ns() - s->lock_since;
+	slept = s->off_call - s->lock_off;
+	s->spin_ns += waited > slept ? waited - slept : 0;
 	kvm = word_at(file_of(s->a0), OFF_file_private);
 	if (s->lock == kvm + OFF_kvm_mmu_lock)
 		s->lock_ns[LOCK_MMU] += waited;

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Segment, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
 
 WORDS = {
-    "IOCTL_WORDS": 16,
+    "IOCTL_WORDS": 20,
     "VCPU_ENTER_WORDS": 8,
     "VCPU_EXIT_WORDS": 7,
     "KICK_WORDS": 6,
@@ -22,7 +22,7 @@ WORDS = {
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
     "SEGMENT_WORDS": 9,
-    "THREAD_WORDS": 56,
+    "THREAD_WORDS": 61,
 }
 KIND_NAMES = {
     1: "ioctl",
@@ -47,9 +47,7 @@ def _signed(word: int) -> int:
 
 def _ioctl(w: tuple[int, ...]) -> Ioctl:
     _, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size, *waits = w
-    off_cpu, slots_lock, mmu_lock, other = map(_signed, waits)
-    known = (slot, flags, addr, size, off_cpu, slots_lock, mmu_lock, other)
-    return Ioctl(begin, end, pid, tid, fd, cmd, _signed(ret), *known)
+    return Ioctl(begin, end, pid, tid, fd, cmd, _signed(ret), slot, flags, addr, size, *map(_signed, waits))
 
 
 def _vcpu_enter(w: tuple[int, ...]) -> VcpuEnter:

@@ -252,6 +252,7 @@ def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]
     defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // 4096
     defines["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
     defines["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
+    defines["SPLIT_KNOWN"] = 0  # no tier yet has function probes inside the ioctl
     defines |= _kvm_offsets()
     found = btf.offsets(btf.VMLINUX, [*_OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
     defines["OFF_task_state"] = found[_STATE] or found[_STATE_BEFORE_5_14] or 0

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ebpf_mig import fetches
 from ebpf_mig.breakdown import Slot
 from ebpf_mig.fetches import Burst
@@ -178,3 +180,21 @@ def test_passes_split_kernel_user_and_sending() -> None:
     rows = [(p.begin // US, p.kernel_ns // US, p.user_ns // US, p.bytes, p.send_ns // US) for p in found]
     assert rows == [(0, 30, 170, 100_000, 400), (5000, 20, 80, 7_000, 100)]
     assert [p.blocked_ns for p in found] == [120 * US, None]
+
+
+def test_an_ioctl_measured_inside_is_split_to_the_nanosecond() -> None:
+    script, vm = one()
+    vm.gets(0, slots=[0], took=100)
+    plain = source_of(vm, script).ioctls[0]
+    assert fetches.split(plain) is None
+    inside = msgspec.structs.replace(
+        plain, off_cpu_ns=10_000, spin_ns=5_000, walk_ns=40_001, flush_ns=20_000, copy_ns=7_000
+    )
+    assert fetches.split(inside) == {
+        "walk": 40_001,
+        "flush": 20_000,
+        "copy": 7_000,
+        "other": 17_999,
+        "samples": "exact",
+    }
+    assert fetches.on_cpu(inside) == 85_000
