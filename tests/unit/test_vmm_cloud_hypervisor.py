@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -30,12 +31,24 @@ def server(path: Path, *answers: bytes) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 while True:
                     client, _ = listener.accept()
-                    if client.recv(65536):
+                    if read_request(client):
                         client.sendall(queue.pop(0) if len(queue) > 1 else queue[0])
                     client.close()
 
         threading.Thread(target=serve, daemon=True).start()
         yield str(path)
+
+
+def read_request(client: socket.socket) -> bytes:
+    """One request with its body, or nothing: one who closes with unread bytes in the socket resets the connection."""
+    asked = b""
+    while part := client.recv(65536):
+        asked += part
+        head, end, body = asked.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        if end and len(body) >= (int(length[1]) if length else 0):
+            break
+    return asked
 
 
 def answer(status: int, body: object) -> bytes:
