@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels and user lands of the support table: what they are called, and which Debian suite has them.
+
+A kernel is what the suite's meta package `linux-image-cloud-amd64` points to: cloud kernels have NVMe, ext4 and devtmpfs
+built in, so they boot without an initramfs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+MIRROR = os.environ.get("EBPF_MIG_MIRROR", "http://deb.debian.org/debian")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to boot; `name` is what the command line and the table call it."""
+
+    name: str
+    suite: str
+
+
+@dataclass(frozen=True)
+class Userland:
+    """A Debian suite with its QEMU, bcc and Python."""
+
+    name: str
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("5.10", "bullseye"),
+        Kernel("6.1", "bookworm"),
+        Kernel("6.12", "trixie"),
+        Kernel("newest", "sid"),
+    )
+}
+USERLANDS = {userland.name: userland for userland in map(Userland, ("bookworm", "trixie", "sid"))}
+
+
+def cache() -> Path:
+    """Where images are kept: $XDG_CACHE_HOME/ebpf-mig/vmtest."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "ebpf-mig" / "vmtest"

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One emulated machine from power on to power off, and whether the emulator, not the product, is what failed.
+
+In: a kernel image, a root image, a script. Out: its exit code, its console, a folder with the files it left in /out. Software
+emulation (TCG) with AMD's nested virtualisation: KVM, BPF and migrations inside are real, times are not.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vm.catalogue import cache
+from tests.vm.chroot import BuildError, inside
+from tests.vm.images import KernelImage, results_image, source_image, read_results
+
+MEMORY_MIB = 3072
+COMMAND_LINE = (
+    "console=ttyS0 root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr tsc=reliable quiet loglevel=4"
+)
+TROUBLE = re.compile(r"Oops: int3|soft lockup|Kernel panic|rcu: INFO: rcu.*stall|BUG: unable to handle")
+END = re.compile(r"^EBPF-MIG-VM end (\d+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`code` is the script's exit code, None if the machine never said one; `trouble` says why, from its console."""
+
+    code: int | None
+    trouble: str
+    seconds: float
+    console: Path
+    files: Path
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """A qemu-system-x86_64: the machine's own, or that of a tree, entered by chroot.
+
+    QEMU before 10 runs stale code after the kernel patched itself when two emulated processors run in parallel, so it gets one.
+    """
+
+    major: int
+    tree: Path | None
+
+    @property
+    def processors(self) -> int:
+        """How many processors it can be trusted with."""
+        return 2 if self.major >= 10 else 1
+
+    def command(self, arguments: list[str]) -> list[str]:
+        """The whole command line; image paths in `arguments` lie in the cache."""
+        command = ["qemu-system-x86_64", *arguments]
+        return command if self.tree is None else inside(self.tree, command, binds={cache(): str(cache())})
+
+
+def emulator(trees: list[Path]) -> Emulator:
+    """The newest there is: this machine's QEMU or a tree's."""
+    candidates: list[Emulator] = []
+    if shutil.which("qemu-system-x86_64"):
+        candidates.append(Emulator(_major(["qemu-system-x86_64", "--version"]), None))
+    for tree in trees:
+        (tree / str(cache()).lstrip("/")).mkdir(parents=True, exist_ok=True)
+        candidates.append(Emulator(_major(inside(tree, ["qemu-system-x86_64", "--version"])), tree))
+    if not candidates:
+        raise BuildError("there is no qemu-system-x86_64: apt-get install qemu-system-x86")
+    return max(candidates, key=lambda found: found.major)
+
+
+def _major(command: list[str]) -> int:
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"version (\d+)\.", said)
+    return int(found.group(1)) if found else 0
+
+
+def _arguments(emulated: Emulator, kernel: KernelImage, root: Path, place: Path) -> list[str]:
+    arguments = [
+        "-accel", "tcg", "-smp", str(emulated.processors), "-cpu", "EPYC,+svm,+npt,-cx16", "-m", str(MEMORY_MIB),
+        "-M", "q35", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
+        "-serial", "stdio", "-kernel", str(kernel.vmlinuz), "-append", COMMAND_LINE,
+    ]  # fmt: skip
+    disks = [
+        (root, "snapshot=on,cache=unsafe"), (kernel.disk, "readonly=on"),
+        (place / "tests.ext4", "readonly=on"), (place / "out.ext4", "cache=unsafe"),
+    ]  # fmt: skip
+    for number, (disk, options) in enumerate(disks):
+        arguments += ["-drive", f"if=none,id=d{number},file={disk},format=raw,{options}"]
+        arguments += ["-device", f"nvme,drive=d{number},serial=d{number}"]
+    return arguments
+
+
+def boot(
+    emulated: Emulator, kernel: KernelImage, root: Path, source: Path, script: str, *, place: Path, timeout_s: float
+) -> Outcome:
+    """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    source_image(source, place / "tests.ext4", script)
+    results_image(place / "out.ext4")
+    console = place / "console.log"
+    begin = time.monotonic()
+    trouble = ""
+    with console.open("wb") as log:
+        process = subprocess.Popen(
+            ["nice", "-n", "15", *emulated.command(_arguments(emulated, kernel, root, place))],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            trouble = f"no end within {timeout_s:.0f} s"
+        finally:
+            process.kill()
+            process.wait()
+    said = console.read_text(errors="replace")
+    found = END.search(said)
+    if found is None:
+        seen = TROUBLE.search(said)
+        trouble = seen.group(0) if seen else trouble or "the console ends early"
+    read_results(place / "out.ext4", place / "out")
+    (place / "tests.ext4").unlink()
+    (place / "out.ext4").unlink()
+    return Outcome(int(found.group(1)) if found else None, trouble, time.monotonic() - begin, console, place / "out")
