@@ -66,7 +66,7 @@ PHASES: dict[str, type] = {
     "begin_ns": int,
     "end_ns": int,
 }
-"""`position` is the phase's place in every report; begin and end are from the window's begin, null if it was not seen."""
+"""`position` is the phase's place in every report; begin and end are from the window's begin, null if not seen."""
 
 
 def migration_row(name: str, header: Header, b: Breakdown) -> Row:
