@@ -16,7 +16,7 @@ _VCPU_NAME = "CPU"
 _ACCEPTED_DETAILS = frozenset({"completed", "active", "setup", "device", "failed", "cancelled", "postcopy-active"})
 
 
-class _Names:
+class Names:
     """Stand-ins, numbered in the order in which names turn up."""
 
     def __init__(self) -> None:
@@ -30,9 +30,12 @@ class _Names:
         return self._known.setdefault((kind, name), f"{kind}-{count}")
 
 
-def redacted(recording: Recording) -> Recording:
-    """The recording without names of hosts, VMs, threads, files, and without addresses."""
-    names = _Names()
+def redacted(recording: Recording, names: Names | None = None) -> Recording:
+    """The recording without names of hosts, VMs, threads, files, and without addresses.
+
+    Recordings that are to stay comparable share their `names`.
+    """
+    names = names or Names()
     header = msgspec.structs.replace(
         recording.header,
         host=names.of("host", recording.header.host),
@@ -44,7 +47,7 @@ def redacted(recording: Recording) -> Recording:
     return msgspec.structs.replace(recording, header=header, events=events)
 
 
-def _event(event: ev.AnyEvent, names: _Names) -> ev.AnyEvent:
+def _event(event: ev.AnyEvent, names: Names) -> ev.AnyEvent:
     match event:
         case ev.Socket():
             return msgspec.structs.replace(
@@ -60,7 +63,7 @@ def _event(event: ev.AnyEvent, names: _Names) -> ev.AnyEvent:
             return event
 
 
-def _address(text: str, names: _Names) -> str:
+def _address(text: str, names: Names) -> str:
     """The port stays: it tells connections apart and names nobody."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal():
