@@ -40,12 +40,19 @@ def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fal
 
     `truncated`: the recording was cut off. `unknown`: how many of its events this version cannot read.
     """
+    return placed(header, events, truncated=truncated, unknown=unknown)[0]
+
+
+def placed(
+    header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0
+) -> tuple[Breakdown, int]:
+    """As `analyse`, with the breakdown's instant 0 on CLOCK_MONOTONIC of the recording's host, in ns."""
     material = processes.split(header, events)
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
     window, parts, work = attribute(case)
     origin = window[0] if window else case.since
-    return Breakdown(
+    breakdown = Breakdown(
         migration=_migration(case, window),
         window_ns=window[1] - window[0] if window else None,
         blackout_ns=_blackout(case),
@@ -61,6 +68,7 @@ def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fal
         clock=Clock(),
         notes=_notes(case, window, work),
     )
+    return breakdown, origin
 
 
 def _mode(case: Case) -> str:

@@ -156,3 +156,8 @@ def _write_stdout(result: str | bytes) -> None:
         raise
     except OSError as error:
         raise UsageError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def say(message: str) -> None:
+    """One line to the user."""
+    click.echo(message, err=True)

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +15,16 @@ from pathlib import Path
 import click
 import msgspec
 
-from ebpf_mig.cli import Terminated
-from ebpf_mig.commands.common import SIZE, examples
-from ebpf_mig.commands.tracing import say
+from ebpf_mig.commands.common import SIZE, examples, say
 from ebpf_mig.commands.watch import DIRECTORY
 from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.exporter import privileges
+from ebpf_mig.exporter.child import Options, start
+from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Message
 from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.trace import Trace
 from ebpf_mig.printable import printable
 
 PORT = 9974
@@ -50,6 +50,7 @@ _EXAMPLES = examples(
     show_default=True,
     help="How VMs are named in metrics.",
 )
+@click.option("--otlp-endpoint", "otlp", default="", metavar="URL", help="Send each migration as OpenTelemetry spans.")
 @click.option("--own-cost", is_flag=True, help="Measure our programs' run time; keeps CAP_SYS_ADMIN.")
 def command(
     address: str,
@@ -59,26 +60,43 @@ def command(
     keep: int,
     keep_size: int,
     vm_label: str,
+    otlp: str,
     own_cost: bool,
 ) -> None:
     """Watch this node and serve the downtime of every migration to Prometheus."""
     with _listen(address) as listener:
         store = Store(state_directory, keep, keep_size)
-        with _server(listener, vm_label, web_config) as (server, pipe):
+        with _server(listener, vm_label, web_config, otlp) as (server, pipe):
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
-            with NodeWatch(store, pipe.put, only) as node:
-                node.verify()
+            with NodeWatch(store, pipe.tell, only) as node:
                 privileges.keep_only((*privileges.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
+                node.verify()
                 signal.signal(signal.SIGHUP, lambda *_: server.send_signal(signal.SIGHUP))
+                asked = stopping()
                 pipe.put(node.status())
                 say(f"listening on {place}; recordings go to {printable(state_directory)}")
-                try:
-                    node.run(lambda: server.poll() is not None, pipe.put)
-                except (KeyboardInterrupt, Terminated):
+                node.run(lambda: bool(asked) or server.poll() is not None, pipe.put)
+                if asked:
                     say("draining")
                     return
             raise PreflightError(f"the process that listens has ended with status {server.returncode}")
+
+
+def stopping() -> list[int]:
+    """Becomes true with the first SIGTERM or Ctrl-C; a second one ends the process where it is.
+
+    No exception: one that is raised while the ring buffer calls us back would be lost.
+    """
+    came: list[int] = []
+
+    def take(signum: int, _frame: object) -> None:
+        came.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, take)
+    return came
 
 
 class Pipe:
@@ -88,7 +106,13 @@ class Pipe:
         self._file = os.fdopen(fd, "wb", buffering=0)
         self._lock = threading.Lock()
 
-    def put(self, message: Message) -> None:
+    def tell(self, answer: Answer) -> None:
+        """Passes on what is known of a migration."""
+        for message in (answer.observation, answer.trace):
+            if message is not None:
+                self.put(message)
+
+    def put(self, message: Message | Trace) -> None:
         """Writes one message; a listener that is gone is noticed elsewhere."""
         line = msgspec.json.encode(message) + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
@@ -103,19 +127,19 @@ class Pipe:
 
 @contextlib.contextmanager
 def _server(
-    listener: socket.socket, vm_label: str, web_config: str | None
+    listener: socket.socket, vm_label: str, web_config: str | None, otlp: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Pipe]]:
     read_end, write_end = os.pipe()
-    command = [sys.executable, "-m", "ebpf_mig.exporter.serve", str(listener.fileno()), str(read_end), vm_label]
-    command += [str(os.getpid()), *([str(Path(web_config).absolute())] if web_config else [])]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    server = subprocess.Popen(
-        command,
-        pass_fds=(listener.fileno(), read_end),
-        stdin=subprocess.DEVNULL,
-        env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": paths},
-        cwd="/",
+    options = Options(
+        listener=listener.fileno(),
+        pipe=read_end,
+        parent=os.getpid(),
+        vm_label=vm_label,
+        web_config=str(Path(web_config).absolute()) if web_config else "",
+        otlp=otlp,
     )
+    told = msgspec.json.encode(options).decode()
+    server = start("ebpf_mig.exporter.serve", told, fds=[listener.fileno(), read_end])
     os.close(read_end)
     pipe = Pipe(write_end)
     try:

@@ -20,6 +20,7 @@ import click
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
+from ebpf_mig.commands.common import say as say  # noqa: PLC0414 - others take it from here
 from ebpf_mig.commands.common import write_result
 from ebpf_mig.commands.report import rendered, require_complete
 from ebpf_mig.errors import UsageError, VmmError
@@ -41,11 +42,6 @@ def recording_options(function: _F) -> _F:
     output = click.option("-o", "--output", metavar="FILE", help="The recording; `-` for stdout. Default: a new name.")
     force = click.option("--force", is_flag=True, help="Overwrite an existing FILE.")
     return output(force(function))
-
-
-def say(message: str) -> None:
-    """One line to the user."""
-    click.echo(message, err=True)
 
 
 @contextlib.contextmanager

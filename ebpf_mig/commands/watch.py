@@ -9,8 +9,8 @@ import time
 import click
 import msgspec
 
-from ebpf_mig.commands.common import SIZE, examples, format_option
-from ebpf_mig.commands.tracing import say
+from ebpf_mig.commands.common import SIZE, examples, format_option, say
+from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Observation
 from ebpf_mig.exporter.store import Store
@@ -36,8 +36,10 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
     store = Store(state_directory, keep, keep_size)
     seen, gone = 0, False
 
-    def tell(observation: Observation) -> None:
+    def tell(answer: Answer) -> None:
         nonlocal seen, gone
+        observation = answer.observation
+        assert observation is not None  # noqa: S101 - none is told as an error
         seen += 1
         text = msgspec.json.encode(observation).decode() if form == "json" else line(observation)
         try:

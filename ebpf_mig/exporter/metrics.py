@@ -108,6 +108,7 @@ class Metrics:
         )
         for reason in ("too-many", "too-slow"):
             self.rejected.labels(reason)
+        self._traces: Counter | None = None
         registry.register(_Gauges(self))
 
     def build(self, version: str, kernel: str) -> None:
@@ -134,7 +135,7 @@ class Metrics:
         for state, ns in o.send.items():
             self._send.labels(o.vmm, state).observe(ns / 1e9, exemplar)
         self._final_bytes.inc(o.final_bytes)
-        name = vm_label(o.vm, self._vm_style)
+        name = self.label_of(o.vm)
         if not name:
             return
         with self._lock:
@@ -143,6 +144,19 @@ class Metrics:
             while len(self._vms) > VMS:
                 self._vms.popitem(last=False)
                 self._evicted += 1
+
+    def traces(self, arrived: bool, spans: int) -> None:
+        """Counts spans that a tracing back end took, or did not. The family exists from the first call on."""
+        if self._traces is None:
+            self._traces = Counter(
+                "ebpf_mig_exporter_spans", "Spans sent to the OTLP endpoint.", ["outcome"], registry=self.registry
+            )
+            self._traces.labels("sent"), self._traces.labels("failed")
+        self._traces.labels("sent" if arrived else "failed").inc(spans)
+
+    def label_of(self, name: str) -> str:
+        """A VM's name as it may be shown."""
+        return vm_label(name, self._vm_style)
 
     def status(self, status: Status) -> None:
         """Takes the watch's latest state."""

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from ebpf_mig.collector import analyse
-from ebpf_mig.errors import EbpfMigError
-from ebpf_mig.events import AnyEvent, Ending, Header, Target
+from ebpf_mig.events import AnyEvent, Ending, Target
 from ebpf_mig.exporter import discovery, footprint
+from ebpf_mig.exporter.analysis import Analysis, Case
 from ebpf_mig.exporter.discovery import Vm
-from ebpf_mig.exporter.observation import Observation, Status, observe
+from ebpf_mig.exporter.handover import load_apart
+from ebpf_mig.exporter.messages import Answer
+from ebpf_mig.exporter.observation import Status
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.tracks import Ended, Tracks
-from ebpf_mig.probes.node import NodeProbe, Sign
-from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.probes.node import Sign
+from ebpf_mig.probes.symbols import Symbols
 from ebpf_mig.session import header_for
 
 IDLE_MS = 1000
@@ -69,12 +68,11 @@ class _Known:
 class NodeWatch:
     """Use as a context manager, then call `run`. PreflightError where probes cannot be loaded."""
 
-    def __init__(self, store: Store, tell: Callable[[Observation], None], only: str = "*") -> None:
+    def __init__(self, store: Store, tell: Callable[[Answer], None], only: str = "*") -> None:
         """`only`: a glob; VMs whose name does not match are left alone."""
         self._store = store
         self._only = only
-        self._probe = NodeProbe()
-        self._tracer = Tracer()
+        self._probe, self._tracer = load_apart()
         self._tracks = Tracks()
         self._vms: dict[int, _Known] = {}
         self._checks: list[tuple[float, int]] = []
@@ -85,7 +83,7 @@ class NodeWatch:
         self._lost_total: dict[str, int] = {}
         self._run_ns: dict[str, int] = {}
         self._triggers: dict[str, dict[str, int]] = {}
-        self._analyst = _Analyst(store, tell)
+        self._analysis = Analysis(store, tell)
         self._rescanned = self._ticked = 0.0
         self._now = time.monotonic()
 
@@ -96,9 +94,10 @@ class NodeWatch:
         self.close()
 
     def verify(self) -> None:
-        """Attaches the costly probes once: PreflightError now, not later. Gives the compiler's memory back."""
+        """Attaches the costly probes once, with the privilege that is left: PreflightError now, not later."""
         self._tracer.arm()
         self._tracer.disarm()
+        Symbols.of_kernel()
         footprint.give_back()
 
     def run(self, stop: Callable[[], bool], tick: Callable[[Status], None] | None = None) -> None:
@@ -141,7 +140,7 @@ class NodeWatch:
             attached=dict(self._probe.attached),
             lost=self._lost_total | {"sign": self._probe.lost()},
             run_seconds={name: ns / 1e9 for name, ns in self._run_ns.items()},
-            errors=self._analyst.errors,
+            errors=self._analysis.errors,
             recordings=count,
             recording_bytes=size,
         )
@@ -150,7 +149,7 @@ class NodeWatch:
         """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
         for ended in self._tracks.abandon():
             self._end(ended)
-        self._analyst.close()
+        self._analysis.close()
         self._tracer.close()
         self._probe.close()
 
@@ -252,7 +251,7 @@ class NodeWatch:
         notes = [f"{ended.thinned} early transfers were left out"] if ended.thinned else []
         header = header_for(targets, self._tracer.attached, notes)
         header = msgspec.structs.replace(header, begin_ns=ended.begin_ns)
-        self._analyst.put(_Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
+        self._analysis.put(Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
 
     def _account(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(lost, unpaired, run time in ns) since the last time. Of all that was traced: it cannot be told apart."""
@@ -273,58 +272,3 @@ class NodeWatch:
 
 def _since(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
     return {name: n - before.get(name, 0) for name, n in now.items() if n > before.get(name, 0)}
-
-
-@dataclass(frozen=True)
-class _Case:
-    header: Header
-    events: list[AnyEvent]
-    vms: list[Vm]
-    trigger: str
-
-
-class _Analyst:
-    """Keeps recordings and makes breakdowns beside the loop, which must not wait while others migrate."""
-
-    def __init__(self, store: Store, tell: Callable[[Observation], None]) -> None:
-        self.errors = 0
-        self._store = store
-        self._tell = tell
-        self._queue: queue.Queue[_Case | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-
-    def put(self, case: _Case) -> None:
-        """Takes over an ended migration. The thread begins here: one that began earlier would keep capabilities."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="analyst", daemon=True)
-            self._thread.start()
-        self._queue.put(case)
-
-    def close(self) -> None:
-        """Waits until everything that was put is done."""
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join()
-
-    def _work(self) -> None:
-        while (case := self._queue.get()) is not None:
-            try:
-                self._tell(self._observation(case))
-            except Exception:
-                self.errors += 1
-                _log.exception("no breakdown of a migration of process %d", case.vms[0].pid)
-            del case
-            footprint.give_back()
-
-    def _observation(self, case: _Case) -> Observation:
-        name = ""
-        try:
-            name = self._store.keep(case.header, case.events, case.vms[0].pid).name
-        except (EbpfMigError, OSError) as error:
-            self.errors += 1
-            _log.error("a recording could not be kept: %s", error)
-        breakdown = analyse(case.header, case.events)
-        main = breakdown.migration.source or breakdown.migration.destination
-        vms = sorted(case.vms, key=lambda vm: main is None or vm.pid != main.pid)
-        vm = next((vm.name for vm in vms if vm.name), "")
-        return observe(breakdown, at=time.time(), recording=name, vmm=vms[0].vmm, vm=vm, trigger=case.trigger)

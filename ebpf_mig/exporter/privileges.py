@@ -14,12 +14,15 @@ _NUMBERS = {
     "CAP_DAC_READ_SEARCH": 2,
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_RESOURCE": 24,
     "CAP_SYSLOG": 34,
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
 ENGINE = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYSLOG", "CAP_DAC_READ_SEARCH")
 """What the watch needs while it runs: to arm, to read other users' /proc, to name kernel functions."""
+LOADER = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE")
+"""What loading takes: the last two on old kernels, and to see that each program fires; where they are held."""
 
 NOBODY = 65534
 

@@ -3,7 +3,7 @@
 
 In: a listening socket and a pipe of JSON lines, as file descriptors. Out: HTTP responses. It ends with the pipe:
 when the watch dies, however it dies, the socket closes and a scrape fails, which is the truth.
-Run as `python -m ebpf_mig.exporter.serve LISTENER PIPE VM_STYLE PARENT [WEB_CONFIG]`.
+Run as `python -m ebpf_mig.exporter.serve OPTIONS`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import signal
 import socket
 import sys
 import threading
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
 from ebpf_mig import __version__
-from ebpf_mig.errors import UsageError
+from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.exporter import privileges
+from ebpf_mig.exporter.child import Options
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Message, Observation
+from ebpf_mig.exporter.trace import Trace
 from ebpf_mig.exporter.web import Web
+
+if TYPE_CHECKING:
+    from ebpf_mig.exporter.otlp import Sender
 
 _log = logging.getLogger("ebpf_mig.exporter")
 
@@ -32,32 +38,53 @@ _log = logging.getLogger("ebpf_mig.exporter")
 def main(arguments: list[str]) -> int:
     """Serves until the pipe ends."""
     logging.basicConfig(format="ebpf-mig: %(message)s", stream=sys.stderr)
-    listener_fd, pipe_fd, style, parent, *config = arguments
-    privileges.die_with_parent(int(parent))
+    options = msgspec.json.decode(arguments[0], type=Options)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)  # the watch drains first, and then closes the pipe
-    metrics = Metrics(style)
+    metrics = Metrics(options.vm_label)
     metrics.build(__version__, platform.release())
-    web = Web(socket.socket(fileno=int(listener_fd)), metrics)
-    if config:
-        load_access(web, config[0])
+    web = Web(socket.socket(fileno=options.listener), metrics)
+    try:
+        if options.web_config:
+            load_access(web, options.web_config)
+        sender = _sender(options, metrics)
+    except EbpfMigError as error:
+        _log.error("%s", "; ".join(filter(None, (str(error), error.remedy))))
+        return error.exit_code
     privileges.become_nobody()
-    signal.signal(signal.SIGHUP, lambda *_: _reload(web, config))
+    privileges.die_with_parent(options.parent)  # after it: a change of identity forgets this
+    signal.signal(signal.SIGHUP, lambda *_: _reload(web, options.web_config))
     threading.Thread(target=web.serve_forever, args=(0.5,), name="http", daemon=True).start()
-    with os.fdopen(int(pipe_fd), "rb") as pipe:
-        receive(pipe, metrics)
+    trace = sender() if sender else None
+    with os.fdopen(options.pipe, "rb") as pipe:
+        receive(pipe, metrics, trace)
+    if trace is not None:
+        trace.close()
     web.shutdown()
     web.drain()
     return 0
 
 
-def receive(pipe: BinaryIO, metrics: Metrics) -> None:
+def _sender(options: Options, metrics: Metrics) -> Callable[[], Sender] | None:
+    """Imports what sending takes, which nobody may not be able to read; its threads must not keep privilege."""
+    if not options.otlp:
+        return None
+    from ebpf_mig.exporter.otlp import Sender
+
+    metrics.traces(True, 0)
+    return lambda: Sender(options.otlp, metrics.traces)
+
+
+def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None = None) -> None:
     """Takes messages until the pipe ends."""
-    decoder = msgspec.json.Decoder(Message)
+    decoder = msgspec.json.Decoder(Message | Trace)
     for line in pipe:
         message = decoder.decode(line)
         if isinstance(message, Observation):
             metrics.migration(message)
+        elif isinstance(message, Trace):
+            if sender is not None:
+                sender.send(message, metrics.label_of(message.vm))
         else:
             metrics.status(message)
 
@@ -70,12 +97,12 @@ def load_access(web: Web, path: str) -> None:
     web.tls, web.authorise = config.tls, config.authorise
 
 
-def _reload(web: Web, config: list[str]) -> None:
+def _reload(web: Web, config: str) -> None:
     if not config:
         return
     try:
-        load_access(web, config[0])
-    except UsageError as error:
+        load_access(web, config)
+    except EbpfMigError as error:
         _log.error("the web configuration stays as it was: %s", error)
 
 

@@ -9,10 +9,13 @@ attaches and never fires.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes.handed import Description, Handed
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
 
 
@@ -61,7 +64,7 @@ class Plan:
 
     tier: Tier
     extras: tuple[Extra, ...]
-    program: Program
+    program: Program | Handed
 
     def hooks(self) -> list[tuple[str, str]]:
         """Extras first, so that what the tier's records carry is known from its first record on."""
@@ -78,14 +81,36 @@ def load_best(defines: dict[str, str | int], tracepoints: set[str]) -> Plan:
     refusals = []
     for tier in TIERS:
         try:
-            plan = Plan(tier, extras, Program(tier.family, defines))
+            program = Program(tier.family, defines)
+            plan = Plan(tier, extras, program)
             for _, function in plan.hooks():
-                plan.program.load(function)
+                program.load(function)
         except PreflightError as error:
             refusals.append(f"{tier.name}: {error}")
             continue
         return plan
     raise PreflightError("no attach tier loads: " + "; ".join(refusals), "ebpf-mig doctor")
+
+
+class Handover(msgspec.Struct, frozen=True):
+    """A `Plan` for another process: the descriptors go beside it."""
+
+    tier: str
+    extras: list[str]
+    loaded: Description
+
+
+def hand_over(plan: Plan, fds: list[int]) -> Handover:
+    """The plan in words; its descriptors are added to `fds`. For one that was loaded in this process."""
+    assert isinstance(plan.program, Program)  # noqa: S101
+    return Handover(plan.tier.name, [extra.signal for extra in plan.extras], plan.program.describe(fds))
+
+
+def taken_over(handover: Handover, fds: Sequence[int]) -> Plan:
+    """The reverse, in the process that got `fds`."""
+    tier = next(tier for tier in TIERS if tier.name == handover.tier)
+    extras = tuple(extra for extra in EXTRAS if extra.signal in handover.extras)
+    return Plan(tier, extras, Handed(handover.loaded, fds))
 
 
 def arm(plan: Plan, statistics: BpfStatistics) -> dict[str, str]:

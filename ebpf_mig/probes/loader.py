@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes.handed import Description, Map, run_statistics
 
 _BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
 _INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
@@ -109,6 +110,7 @@ class Program:
             raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
         self._raw_type = bcc.BPF.RAW_TRACEPOINT
         self._records: list[bytes] = []
+        self._rings: set[str] = set()
         self._functions: dict[str, Any] = {}
 
     def load(self, function: str) -> None:
@@ -137,13 +139,19 @@ class Program:
         return self._bpf[name.encode()]
 
     def open_ring(self, name: str) -> None:
-        """Begins to collect the records of a ring buffer; fetch them with `poll`."""
+        """Begins to collect the records of a ring buffer; fetch them with `poll`. Once is enough."""
+        if name in self._rings:
+            return
+        self._rings.add(name)
         records = self._records
 
         def take(_context: object, data: int, size: int) -> None:
             records.append(ctypes.string_at(data, size))
 
         self._bpf[name.encode()].open_ring_buffer(take)
+
+    def close_ring(self) -> None:
+        """bcc keeps it mapped; a program that is handed over does without."""
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Records that arrived, waiting at most `timeout_ms` for the first."""
@@ -174,12 +182,26 @@ class Program:
 
     def run_statistics(self) -> dict[str, tuple[int, int]]:
         """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""
-        found = {}
-        for name, function in self._functions.items():
-            info = Path(f"/proc/self/fdinfo/{function.fd}").read_text()
-            fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-            found[name] = (int(fields.get("run_time_ns", "0")), int(fields.get("run_cnt", "0")))
-        return found
+        return {name: run_statistics(function.fd) for name, function in self._functions.items()}
+
+    def describe(self, fds: list[int]) -> Description:
+        """What was loaded, for another process; the descriptors of programs and maps are added to `fds`."""
+        from bcc.libbcc import lib
+
+        def place(fd: int) -> int:
+            fds.append(fd)
+            return len(fds) - 1
+
+        functions = {name: place(function.fd) for name, function in self._functions.items()}
+        maps = {}
+        for number in range(lib.bpf_num_tables(self._bpf.module)):
+            name = ctypes.string_at(lib.bpf_table_name(self._bpf.module, number)).decode()
+            table = self.table(name)
+            leaf = table.Leaf
+            fields = [(n, getattr(leaf, n).offset, getattr(leaf, n).size) for n, *_ in getattr(leaf, "_fields_", ())]
+            sizes = ctypes.sizeof(table.Key), ctypes.sizeof(leaf)
+            maps[name] = Map(place(table.map_fd), table.ttype, *sizes, table.max_entries, fields)
+        return Description(functions, maps)
 
     def close(self) -> None:
         """Detaches everything; idempotent."""

@@ -15,6 +15,7 @@ import msgspec
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import btf
+from ebpf_mig.probes.handed import Description, Handed
 from ebpf_mig.probes.loader import Program, require_bcc
 from ebpf_mig.probes.privilege import require_privilege
 
@@ -36,16 +37,10 @@ class Sign(msgspec.Struct, frozen=True):
 class NodeProbe:
     """Compiled, loaded and attached from the start; use as a context manager. PreflightError without privilege."""
 
-    def __init__(self) -> None:
-        require_privilege()
-        require_bcc()
-        member = ("sock_common", "skc_num")
-        offset = btf.offsets(btf.VMLINUX, [member])[member]
-        if offset is None:
-            raise PreflightError("the kernel's BTF has no sock_common.skc_num", "ebpf-mig doctor")
-        self._program = Program("node.bpf.c", {"OFF_skc_num": offset})
+    def __init__(self, handed: Handed | None = None) -> None:
+        """`handed`: what another process loaded; else it is loaded here, with LLVM."""
+        self._program = _loaded() if handed is None else handed
         for tracepoint, function in _HOOKS:
-            self._program.load(function)
             self._program.attach_raw_tracepoint(tracepoint, function)
         self._program.open_ring("signs")
         self.attached = {tracepoint: True for tracepoint, _ in _HOOKS}
@@ -86,6 +81,24 @@ class NodeProbe:
         """Signs for which the ring buffer had no room."""
         return sum(self._program.per_cpu_sums("lost"))
 
+    def describe(self, fds: list[int]) -> Description:
+        """For another process: the loaded object, its descriptors added to `fds`."""
+        assert isinstance(self._program, Program)  # noqa: S101
+        return self._program.describe(fds)
+
     def close(self) -> None:
         """Detaches; idempotent."""
         self._program.close()
+
+
+def _loaded() -> Program:
+    require_privilege()
+    require_bcc()
+    member = ("sock_common", "skc_num")
+    offset = btf.offsets(btf.VMLINUX, [member])[member]
+    if offset is None:
+        raise PreflightError("the kernel's BTF has no sock_common.skc_num", "ebpf-mig doctor")
+    program = Program("node.bpf.c", {"OFF_skc_num": offset})
+    for _, function in _HOOKS:
+        program.load(function)
+    return program

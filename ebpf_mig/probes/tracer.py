@@ -72,15 +72,13 @@ _PF_USER_WORKER = 0x4000
 class Tracer:
     """Traces the given processes, or those that are added later; use as a context manager."""
 
-    def __init__(self, pids: Sequence[int] = ()) -> None:
-        require_privilege()
+    def __init__(self, pids: Sequence[int] = (), handed: attach.Plan | None = None) -> None:
+        """`handed`: what another process loaded, without pids; else it is loaded here, with LLVM."""
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
         self._statistics = BpfStatistics()
-        present = btf.tracepoints(btf.VMLINUX, [name for extra in attach.EXTRAS for name, _ in extra.hooks])
-        self._plan = attach.load_best(_defines(self.pids, present), present)
+        self._plan = handed or _loaded(self.pids)
         self._program = self._plan.program
-        self._program.open_ring("events")
         self._threads: dict[tuple[int, int], Thread] = {}
         self._stacks: dict[str, tuple[str, ...]] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
@@ -94,6 +92,7 @@ class Tracer:
     def arm(self) -> None:
         """Attaches; from here on every system call of the host pays a little."""
         self._statistics.open()
+        self._program.open_ring("events")
         self._look_around()
         self._add_processes(self.pids)
         self.attached = attach.arm(self._plan, self._statistics)
@@ -101,6 +100,10 @@ class Tracer:
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """Events that arrived, waiting at most `timeout_ms` for the first."""
         return [self._decode(record) for record in self._program.poll(timeout_ms)]
+
+    def describe(self, fds: list[int]) -> attach.Handover:
+        """For another process: what was loaded, its descriptors added to `fds`."""
+        return attach.hand_over(self._plan, fds)
 
     def finish(self) -> list[AnyEvent]:
         """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""
@@ -134,6 +137,7 @@ class Tracer:
     def disarm(self) -> None:
         """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
         attach.disarm(self._plan)
+        self._program.close_ring()
         self._statistics.close()
         for table in ("streams", "stacks", "tcp_owners"):
             self._program.table(table).clear()
@@ -215,6 +219,12 @@ class Tracer:
             for tid in inside:
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
+
+
+def _loaded(pids: Sequence[int]) -> attach.Plan:
+    require_privilege()
+    present = btf.tracepoints(btf.VMLINUX, [name for extra in attach.EXTRAS for name, _ in extra.hooks])
+    return attach.load_best(_defines(pids, present), present)
 
 
 def _comm(pid: int, tid: int) -> str:

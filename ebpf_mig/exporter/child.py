@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the processes that the exporter is made of: fresh ones, that inherit nothing they were not given.
+
+In: a module and its arguments. Out: the running process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+
+import msgspec
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the process that listens is told on its command line, as JSON."""
+
+    listener: int
+    pipe: int
+    parent: int
+    vm_label: str
+    web_config: str
+    otlp: str
+
+
+def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:
+    """`python -m MODULE ARGUMENTS`, with our import path, in `/`, with no environment but OpenTelemetry's."""
+    environment = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("OTEL_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        pass_fds=tuple(fds),
+        stdin=subprocess.DEVNULL,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd="/",
+    )
