@@ -85,6 +85,8 @@ class FetchIoctl(Struct, frozen=True, kw_only=True):
     lock_wait_ns: dict[str, int] | None = None
     off_cpu_ns: int | None = None
     split: dict[str, int | str] | None = None
+    """The part on the CPU that was no spinning: `walk`, `flush`, `copy`, `other` in ns, and `samples`: `exact`, or how
+    many samples tell so, with `walk_error` and so on, in ns at 95 %. None: too short to be sampled, or not traced."""
 
 
 class Fetch(Struct, frozen=True, kw_only=True):
@@ -92,6 +94,51 @@ class Fetch(Struct, frozen=True, kw_only=True):
     end: int
     kernel_ns: int
     ioctls: list[FetchIoctl]
+    split: dict[str, int | str] | None = None
+    """All its ioctls together."""
+
+
+class VcpuShare(Struct, frozen=True, kw_only=True):
+    vcpu: int
+    outside_ns: int
+    """Outside KVM_RUN."""
+    longest_gap_ns: int
+    lock_wait_ns: int | None
+    """Inside KVM_RUN, waiting for locks."""
+
+
+class Stretch(Struct, frozen=True, kw_only=True):
+    """A while of the running guest, and what its vCPUs lost in it."""
+
+    begin: int
+    duration_ns: int
+    vcpus: list[VcpuShare]
+
+
+class Logging(Struct, frozen=True, kw_only=True):
+    """Dirty logging switched on or off over some slots (KVM_SET_USER_MEMORY_REGION)."""
+
+    on: bool
+    begin: int
+    end: int
+    kernel_ns: int
+    slots: int
+    in_blackout_ns: int
+    """The part of `kernel_ns` that lies in the blackout."""
+
+
+class Rearm(Struct, frozen=True, kw_only=True):
+    """Pages protected anew although no vCPU could write to them any more: work that is avoidable."""
+
+    ns: int
+    error_ns: int
+    """At 95 %, where `ns` comes from samples."""
+    samples: int | str
+    """`exact`, or how many samples tell so."""
+    pages: int
+    """Of the slots, or parts of them, that were re-armed: dirty or not."""
+    ns_per_page: float
+    ms_per_gib: float
 
 
 class Pass(Struct, frozen=True, kw_only=True):
@@ -105,14 +152,30 @@ class Pass(Struct, frozen=True, kw_only=True):
     send_ns: int
     blocked_ns: int | None
     dirty_pages_per_s: int | None
+    """`pages`, or else `pages_at_most`, by the time since the fetch before; None for the first."""
+    pages_at_most: int | None = None
+    """Whole pages that the bytes can hold. Pages that are sent as a mere header (all zero) are not among them."""
+    user_off_cpu_ns: int | None = None
+    """The part of `user_ns` that the fetching thread was off the CPU."""
+    split: dict[str, int | str] | None = None
+    brownout: Stretch | None = None
+    """From this fetch to the next one, or to the stop."""
+    baseline: Stretch | None = None
+    """As long, or as long as was traced, before logging was switched on."""
+    tcp_info: dict[str, int] | None = None
+    """All migration sockets together, as `SocketUse.tcp_info`."""
 
 
 class FinalFetch(Struct, frozen=True, kw_only=True):
     kernel_ns: int
     user_ns: int
     pages: int | None
+    """Ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before. A bitmap's bits are not counted."""
     bytes: int
     send_ns: int
+    user_off_cpu_ns: int | None = None
+    split: dict[str, int | str] | None = None
+    rearm: Rearm | None = None
 
 
 class DirtyLog(Struct, frozen=True, kw_only=True):
@@ -123,6 +186,8 @@ class DirtyLog(Struct, frozen=True, kw_only=True):
     final: FinalFetch | None
     fetches: list[Fetch]
     """The fetches that began after the last vCPU stopped."""
+    logging: list[Logging] = []
+    """Each time that dirty logging was switched."""
 
 
 class SocketUse(Struct, frozen=True, kw_only=True):
@@ -138,6 +203,9 @@ class SocketUse(Struct, frozen=True, kw_only=True):
     local: str = ""
     remote: str = ""
     tcp_info: dict[str, int] | None = None
+    """TCP's own account between two readings around the window: `busy_us`, `rwnd_limited_us`, `sndbuf_limited_us`
+    (counted in jiffies: `resolution_us`), `retransmits`, `bytes_retrans`; `from` and `until`, the instants of the
+    readings; as last read `rtt_us`, `cwnd`, `mss`, `queued`."""
 
 
 class Wire(Struct, frozen=True, kw_only=True):
@@ -171,8 +239,13 @@ class Completeness(Struct, frozen=True, kw_only=True):
     unpaired: dict[str, int]
     attach: dict[str, str]
     observer_ns: int | None
+    """Run time of our BPF programs, over the whole recording and all threads of the host."""
     reasons: list[str]
     """Why the verdict is not `complete`, one line each."""
+    observer_window_ns: int | None = None
+    """The same in the window, at most: between the last reading before it and the first after it."""
+    observer_window_least_ns: int | None = None
+    """At least: between the first and the last reading in it."""
 
 
 class Clock(Struct, frozen=True, kw_only=True):

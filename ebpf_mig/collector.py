@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ebpf_mig import fetches, phases, processes, roles, sockets, verdict, waits, wire, witness
-from ebpf_mig.activity import Work
+from ebpf_mig import fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
+from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
     Breakdown,
     Clock,
@@ -29,6 +29,8 @@ from ebpf_mig.breakdown import (
 )
 from ebpf_mig.case import Case, locate, postcopy
 from ebpf_mig.events import AnyEvent, Header
+from ebpf_mig.fetches import Burst
+from ebpf_mig.passes import DirtyLogRows
 from ebpf_mig.processes import RECEIVE, SEND, Process
 from ebpf_mig.verdict import measured
 from ebpf_mig.waits import Party
@@ -64,7 +66,7 @@ def placed(
         wire=_wire(case, window),
         waits=_waits(case, window, parts),
         witnesses=_witnesses(case),
-        completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown),
+        completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown, window),
         clock=Clock(),
         notes=_notes(case, window, work),
     )
@@ -141,7 +143,17 @@ def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -
         return DirtyLog(mode="none", slots=[], passes=[], final=None, fetches=[])
     stop = found.stop if found else None
     until = found.first_start if found and found.first_start is not None else 1 << 63
-    last = fetches.final(bursts, stop, until, origin) if stop is not None else []
+    rows = DirtyLogRows(
+        case.source,
+        bursts,
+        stop,
+        case.sends,
+        origin,
+        page=case.material.header.page_size or PAGE,
+        since=case.material.header.begin_ns,
+        brownout=measured(case.material, "brownout"),
+    )
+    last = rows.last(until)
     took = {part.phase: part.duration_ns for part in parts}
     logging = fetches.switched_on(case.source, stop) is not None
     final = None
@@ -149,17 +161,28 @@ def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -
         final = FinalFetch(
             kernel_ns=took["fetch.kernel"],
             user_ns=took["fetch.user"],
-            pages=None,
+            pages=_pages(rows, last),
             bytes=sum(t.bytes for t in work.memory if stop is not None and t.begin_ns >= stop),
             send_ns=took["memory.send"],
+            user_off_cpu_ns=rows.user_off_cpu([s for part in parts if part.phase == "fetch.user" for s in part.spans]),
+            split=inside.split([i for burst in last for i in burst.ioctls], rows.samples),
+            rearm=rows.rearm(until),
         )
     return DirtyLog(
         mode=fetches.mode(bursts, logging, stop),
         slots=fetches.slots(case.source, bursts),
-        passes=fetches.passes(bursts, stop, case.sends, origin),
+        passes=rows.passes(),
         final=final,
-        fetches=last,
+        fetches=rows.final(until),
+        logging=rows.logging((stop, until) if stop is not None else None),
     )
+
+
+def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
+    """Ring entries of the fetches in the blackout; None with a bitmap."""
+    found = [rows.returned(b, rows.bursts[at - 1] if at else None) for at, b in enumerate(rows.bursts) if b in last]
+    known = [count for count in found if count is not None]
+    return sum(known) if known and len(known) == len(found) else None
 
 
 def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
@@ -211,6 +234,7 @@ def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> lis
         notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
     if work is not None and work.folded:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
+    notes += _unseen_sends(case)
     for side, process in (("source", case.source), ("destination", case.destination)):
         if process is None or window is None:
             continue
@@ -225,6 +249,20 @@ def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> lis
     return notes
 
 
+def _unseen_sends(case: Case) -> list[str]:
+    """Sends without a system call that we follow: how many bytes, or that there may be some."""
+    hidden = sum(t.bytes for t in case.sends if t.hidden)
+    if hidden:
+        return [
+            f"{hidden} bytes were sent past the system calls that are followed (io_uring, say): their durations "
+            "are unknown"
+        ]
+    blind = case.source is not None and not measured(case.material, "hidden-sends")
+    if blind and case.bursts and not case.sends:
+        return ["no send was seen: this kernel does not show those by io_uring and the like, nor anything shows RDMA"]
+    return []
+
+
 def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
     """One line for all KVM_RUN calls that returned at once: (vCPU, ns inside)."""
     vcpus = sorted({index for index, _ in took})
@@ -232,6 +270,5 @@ def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
     longest = max(ns for _, ns in took) / 1000
     calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
     return (
-        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us and "
-        f"{'are' if len(took) > 1 else 'is'} taken not to have run the guest"
+        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us: taken not to have run the guest"
     )

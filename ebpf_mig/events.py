@@ -53,6 +53,8 @@ class Ioctl(Event, frozen=True, tag=1):
     """The same for copying the bitmap to or from user space."""
     spin_ns: int = -1
     """Part of the waiting for locks that was spent on the CPU, spinning; -1 unknown."""
+    off_total_ns: int = -1
+    """Time off the CPU of this thread since tracing began, when the call returned; -1 unknown."""
 
 
 class VcpuEnter(Event, frozen=True, tag=2):
@@ -138,6 +140,11 @@ class Transfer(Event, frozen=True, tag=6):
     """Bytes that tracing saw on this socket in this direction before this run began."""
     off_cpu_ns: int = -1
     """Part of `in_call_ns` that the thread was off the CPU; -1 unknown."""
+    off_before_ns: int = -1
+    """Time off the CPU of this thread since tracing began, when the first call began; -1 unknown."""
+    hidden: int = 0
+    """1: sends that no followed system call made (io_uring, say), as sock:sock_send_length tells them when they are
+    done. `begin_ns` is the first one's end, `in_call_ns` is 0 and nobody knows the durations."""
 
 
 class Socket(Event, frozen=True, tag=7):
@@ -225,6 +232,58 @@ class Segment(Event, frozen=True, tag=13):
     """The other end's receive window before it came (snd_wnd)."""
 
 
+class VcpuSpan(Event, frozen=True, tag=14):
+    """What one vCPU thread spent outside KVM_RUN from one fetch of its process to the next (or for 250 ms).
+
+    A gap counts where it began. A vCPU that never left KVM_RUN meanwhile has no span.
+    """
+
+    since_ns: int
+    """Begin of the first gap; 0 for the first span of a thread."""
+    until_ns: int
+    """End of the last gap."""
+    pid: int
+    tid: int
+    outside_ns: int
+    longest_ns: int
+    gaps: int
+    lock_ns: int = -1
+    """Inside KVM_RUN, waiting for locks (mmu_lock, for the most part); -1 unknown."""
+
+
+class Samples(Event, frozen=True, tag=15):
+    """Timer samples with the same kernel stack, inside one dirty-log ioctl. Each stands for `period_ns` on the CPU."""
+
+    begin_ns: int
+    """Of the ioctl."""
+    pid: int
+    tid: int
+    period_ns: int
+    count: int
+    stack: tuple[str, ...] = ()
+    """Functions, innermost first."""
+
+
+class TcpInfo(Event, frozen=True, tag=16):
+    """What TCP says of a migration socket, read through sock_diag: `struct tcp_info` of include/uapi/linux/tcp.h."""
+
+    at_ns: int
+    pid: int
+    socket: int
+    values: dict[str, int] = {}
+    """Without the prefix `tcpi_`: `busy_time`, `rwnd_limited`, `sndbuf_limited` (us, but counted in jiffies),
+    `total_retrans`, `bytes_retrans`, `bytes_acked`, `rtt` (us), ...; `queued`: unsent and unacknowledged bytes;
+    `jiffy_us`: how coarse the times are."""
+
+
+class OwnCost(Event, frozen=True, tag=17):
+    """Run time of our own BPF programs since tracing began, by the kernel's statistics."""
+
+    at_ns: int
+    run_ns: int
+    runs: int
+
+
 class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
@@ -254,6 +313,10 @@ AnyEvent = (
     | Ending
     | OffCpu
     | Segment
+    | VcpuSpan
+    | Samples
+    | TcpInfo
+    | OwnCost
 )
 
 

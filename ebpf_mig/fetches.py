@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dirty-log fetches: which ioctls belong to the migration, the passes they make, the final fetch.
 
-In: the source's ioctls and its sends on the migration's sockets. Out: fetches, passes, slots, the mode.
+In: the source's ioctls and its sends on the migration's sockets. Out: fetches, slots, the mode.
 
 A fetch is a burst of GET_DIRTY_LOG over the memslots. CLEAR_DIRTY_LOG belongs to the fetch before it: QEMU
 issues it lazily, just before it sends the first page of a chunk (migration/ram.c,
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from ebpf_mig import breakdown, kvm
 from ebpf_mig.events import Ioctl, Transfer
 from ebpf_mig.processes import Process
-from ebpf_mig.sockets import off_cpu_within
 
 BURST_NS = 1_000_000
 """Ioctls of one fetch follow each other within this; QEMU's last running fetch and its final one are often
@@ -64,14 +63,15 @@ def _name(ioctl: Ioctl) -> str:
     return kvm.name_of(ioctl.cmd)
 
 
-def _is_memslot(ioctl: Ioctl) -> bool:
+def is_memslot(ioctl: Ioctl) -> bool:
+    """Sets a memslot, and with it whether its pages are logged."""
     return _name(ioctl) in ("SET_USER_MEMORY_REGION", "SET_USER_MEMORY_REGION2")
 
 
 def sizes(process: Process) -> dict[int, tuple[int, int]]:
     """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
     found = {slot.slot: (slot.addr, slot.size) for slot in process.slots if slot.size > 0}
-    found.update({i.slot: (i.addr, i.size) for i in process.ioctls if _is_memslot(i) and i.size > 0})
+    found.update({i.slot: (i.addr, i.size) for i in process.ioctls if is_memslot(i) and i.size > 0})
     return found
 
 
@@ -103,7 +103,7 @@ def switched_on(process: Process, before: int | None) -> int | None:
     on: dict[int, bool] = {}
     turned: list[Ioctl] = []
     for ioctl in process.ioctls:
-        if not _is_memslot(ioctl) or ioctl.size == 0 or (before is not None and ioctl.begin_ns >= before):
+        if not is_memslot(ioctl) or ioctl.size == 0 or (before is not None and ioctl.begin_ns >= before):
             continue
         flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
         if flag and not on.get(ioctl.slot, False):
@@ -164,87 +164,11 @@ def _any_in(instants: Sequence[int], begin: int, end: int) -> bool:
     return at < len(instants) and instants[at] < end
 
 
-def passes(found: Sequence[Burst], stop: int | None, sends: Sequence[Transfer], origin: int) -> list[breakdown.Pass]:
-    """The pre-copy passes: fetches that began with the guest running, and the sending up to the next."""
-    running = [burst for burst in found if burst.fetched and (stop is None or burst.begin < stop)]
-    result: list[breakdown.Pass] = []
-    begins = [send.begin_ns for send in sends]
-    for index, burst in enumerate(running):
-        following = running[index + 1].begin if index + 1 < len(running) else stop
-        first = bisect_left(begins, burst.begin)
-        until = bisect_left(begins, following) if following is not None else len(begins)
-        sent = list(sends[first:until])
-        ready = sent[0].begin_ns if sent else burst.end
-        whole = (burst.begin, max((s.end_ns for s in sent), default=burst.begin))
-        result.append(
-            breakdown.Pass(
-                begin=burst.begin - origin,
-                kernel_ns=burst.kernel_ns,
-                user_ns=max(0, ready - burst.begin - _covered(burst.ioctls, ready)),
-                pages=None,
-                bytes=sum(s.bytes for s in sent),
-                send_ns=sum(min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent),
-                blocked_ns=off_cpu_within(sent, whole) if sent else None,
-                dirty_pages_per_s=None,
-            )
-        )
-    return result
-
-
-def _covered(ioctls: Sequence[Ioctl], until: int) -> int:
-    """Time before `until` inside at least one of the ioctls, which are in order."""
-    total, reached = 0, 0
-    for ioctl in ioctls:
-        begin, end = max(ioctl.begin_ns, reached), min(ioctl.end_ns, until)
-        total += max(0, end - begin)
-        reached = max(reached, end)
-    return total
-
-
-def final(found: Sequence[Burst], stop: int, until: int, origin: int) -> list[breakdown.Fetch]:
-    """The fetches that began in the blackout."""
-    return [
-        breakdown.Fetch(
-            begin=burst.begin - origin,
-            end=max(i.end_ns for i in burst.ioctls) - origin,
-            kernel_ns=burst.kernel_ns,
-            ioctls=[
-                breakdown.FetchIoctl(
-                    ioctl=_name(i),
-                    slot=i.slot,
-                    begin=i.begin_ns - origin,
-                    duration_ns=i.end_ns - i.begin_ns,
-                    lock_wait_ns=_lock_waits(i),
-                    off_cpu_ns=i.off_cpu_ns if i.off_cpu_ns >= 0 else None,
-                    split=split(i),
-                )
-                for i in burst.ioctls
-            ],
-        )
-        for burst in found
-        if stop <= burst.begin < until
-    ]
-
-
-def _lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
+def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
     """Waiting time by lock, None where it was not measured."""
     waits = {"slots_lock": ioctl.slots_lock_ns, "mmu_lock": ioctl.mmu_lock_ns, "other": ioctl.other_lock_ns}
     known = {lock: waited for lock, waited in waits.items() if waited >= 0}
     return known or None
-
-
-def on_cpu(ioctl: Ioctl) -> int:
-    """Time that the call worked on the CPU: neither switched out nor spinning for a lock, as far as known."""
-    idle = max(0, ioctl.off_cpu_ns) + max(0, ioctl.spin_ns)
-    return max(0, ioctl.end_ns - ioctl.begin_ns - idle)
-
-
-def split(ioctl: Ioctl) -> dict[str, int | str] | None:
-    """What the call did on the CPU, in ns by class; None where function probes did not tell."""
-    parts = {"walk": ioctl.walk_ns, "flush": ioctl.flush_ns, "copy": ioctl.copy_ns}
-    if min(parts.values()) < 0:
-        return None
-    return {**parts, "other": max(0, on_cpu(ioctl) - sum(parts.values())), "samples": "exact"}
 
 
 def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
@@ -253,7 +177,7 @@ def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
     used = sorted({i.slot for burst in found for i in burst.ioctls if _name(i) != "RESET_DIRTY_RINGS"})
     if not used:
         used = sorted(
-            {i.slot for i in process.ioctls if _is_memslot(i) and i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size}
+            {i.slot for i in process.ioctls if is_memslot(i) and i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size}
         )
     return [breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1]) for slot in used if slot in known]
 

@@ -41,6 +41,9 @@ class Process:
     slots: list[ev.Slot] = field(default_factory=list)
     off_cpu: list[ev.OffCpu] = field(default_factory=list)
     segments: list[ev.Segment] = field(default_factory=list)
+    spans: list[ev.VcpuSpan] = field(default_factory=list)
+    samples: list[ev.Samples] = field(default_factory=list)
+    tcp: list[ev.TcpInfo] = field(default_factory=list)
 
     @property
     def hint(self) -> str:
@@ -56,6 +59,14 @@ class Process:
     def threads(self) -> dict[int, ev.Thread]:
         """Thread names by tid; of two, the one with a vCPU index."""
         return {thread.tid: thread for thread in sorted(self.named, key=lambda t: (t.vcpu, t.name))}
+
+    @cached_property
+    def tcp_by_socket(self) -> dict[int, list[ev.TcpInfo]]:
+        """TCP's accounts by socket inode."""
+        result: dict[int, list[ev.TcpInfo]] = defaultdict(list)
+        for reading in self.tcp:
+            result[reading.socket].append(reading)
+        return dict(result)
 
     @cached_property
     def kicks_by_tid(self) -> dict[int, list[ev.Kick]]:
@@ -110,6 +121,7 @@ class Material:
     processes: dict[int, Process]
     marks: list[ev.Mark]
     ending: ev.Ending | None
+    costs: list[ev.OwnCost] = field(default_factory=list)
 
 
 _STREAMS: dict[type, str] = {
@@ -124,7 +136,12 @@ _STREAMS: dict[type, str] = {
     ev.Slot: "slots",
     ev.OffCpu: "off_cpu",
     ev.Segment: "segments",
+    ev.VcpuSpan: "spans",
+    ev.Samples: "samples",
+    ev.TcpInfo: "tcp",
 }
+
+_AS_THEY_ARE = tuple(name for name in _STREAMS.values() if name not in ("ioctls", "transfers", "tcp"))
 
 _key = msgspec.structs.astuple
 
@@ -136,21 +153,30 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
         processes.setdefault(target.pid, Process(target.pid, target))
     marks: list[ev.Mark] = []
     endings: list[ev.Ending] = []
+    costs: list[ev.OwnCost] = []
     for event in events:
         if isinstance(event, ev.Mark):
             marks.append(event)
         elif isinstance(event, ev.Ending):
             endings.append(event)
+        elif isinstance(event, ev.OwnCost):
+            costs.append(event)
         elif stream := _STREAMS.get(type(event)):
             process = processes.get(event.pid) or processes.setdefault(event.pid, Process(event.pid))
             getattr(process, stream).append(event)
     for process in processes.values():
         process.ioctls = sorted(map(_whole_ioctl, process.ioctls), key=_key)
         process.transfers = sorted(map(_whole_transfer, process.transfers), key=_key)
-        for name in ("enters", "exits", "states", "kicks", "told", "named", "slots", "off_cpu", "segments"):
+        for name in _AS_THEY_ARE:
             getattr(process, name).sort(key=_key)
+        process.tcp.sort(key=_tcp_key)
     marks.sort(key=_key)
-    return Material(header, dict(sorted(processes.items())), marks, _last(endings))
+    costs.sort(key=_key)
+    return Material(header, dict(sorted(processes.items())), marks, _last(endings), costs)
+
+
+def _tcp_key(event: ev.TcpInfo) -> tuple[int, int, list[tuple[str, int]]]:
+    return event.at_ns, event.socket, sorted(event.values.items())
 
 
 def _whole_ioctl(event: ev.Ioctl) -> ev.Ioctl:

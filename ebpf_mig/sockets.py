@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from ebpf_mig import tcp
 from ebpf_mig.breakdown import SocketUse
 from ebpf_mig.events import Socket, Transfer
 from ebpf_mig.processes import RECEIVE, SEND, Process
@@ -178,9 +179,9 @@ def usage(
         for transfer in process.transfers:
             if key_of(transfer) in keys and _in_window(transfer, window):
                 used[(transfer.direction, key_of(transfer))].append(transfer)
-        for (direction, key), transfers in sorted(used.items(), key=lambda i: (i[0][0] != main, i[0][1])):
+        for (direction, _), transfers in sorted(used.items(), key=lambda i: (i[0][0] != main, i[0][1])):
             role = "migration" if direction == main else "control"
-            rows.append(_row(f"{side} {role}", transfers, process.sockets.get(key), window))
+            rows.append(_row(process, f"{side} {role}", transfers, window))
     return rows
 
 
@@ -190,7 +191,8 @@ def _in_window(transfer: Transfer, window: tuple[int, int]) -> bool:
     return window[0] <= at <= window[1]
 
 
-def _row(role: str, transfers: list[Transfer], socket: Socket | None, window: tuple[int, int]) -> SocketUse:
+def _row(process: Process, role: str, transfers: list[Transfer], window: tuple[int, int]) -> SocketUse:
+    socket = process.sockets.get(key_of(transfers[0]))
     first = max(window[0], min(t.begin_ns for t in transfers))
     last = min(window[1], max(t.end_ns for t in transfers))
     in_call = sum(in_call_within(t, window) for t in transfers)
@@ -205,6 +207,7 @@ def _row(role: str, transfers: list[Transfer], socket: Socket | None, window: tu
         in_call_ns=in_call,
         local=socket.local if socket else "",
         remote=socket.remote if socket else "",
+        tcp_info=tcp.verdict(process, key_of(transfers[0]), window, window[0]) if role == "source migration" else None,
     )
 
 

@@ -18,7 +18,12 @@ _REASONS = {"migrated": "completed", "failed": "failed", "cancelled": "cancelled
 
 
 def completeness(
-    material: Material, source: Process | None, destination: Process | None, truncated: bool, unknown: int
+    material: Material,
+    source: Process | None,
+    destination: Process | None,
+    truncated: bool,
+    unknown: int,
+    window: tuple[int, int] | None,
 ) -> Completeness:
     """How far the result can be relied upon."""
     ending = material.ending
@@ -38,6 +43,7 @@ def completeness(
         if tier.startswith("absent") and signal in ESSENTIAL:
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
     observer = ending.observer_ns if ending else {}
+    least, most = _cost(material, window)
     return Completeness(
         verdict="incomplete" if holes else "bounded" if bounds else "complete",
         lost=lost,
@@ -45,7 +51,23 @@ def completeness(
         attach=dict(sorted(material.header.attach.items())),
         observer_ns=sum(observer.values()) if observer else None,
         reasons=holes + bounds,
+        observer_window_ns=most,
+        observer_window_least_ns=least,
     )
+
+
+def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """Run time of our BPF programs in the window: (at least, at most), by the readings in and around it."""
+    if window is None or not material.costs:
+        return None, None
+    readings = [(material.header.begin_ns, 0), *((cost.at_ns, cost.run_ns) for cost in material.costs)]
+    if material.ending and material.ending.observer_ns:
+        readings.append((material.ending.at_ns, sum(material.ending.observer_ns.values())))
+    before = [run for at, run in readings if at <= window[0]]
+    after = [run for at, run in readings if at >= window[1]]
+    within = [run for at, run in readings if window[0] <= at <= window[1]]
+    least = max(within) - min(within) if within else 0
+    return least, max(least, min(after) - max(before)) if before and after else None
 
 
 def measured(material: Material, signal: str) -> bool:

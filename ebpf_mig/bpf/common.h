@@ -12,11 +12,14 @@
 #include "arch.h"
 
 #define OFF_NONE 0xffff
+#define RB_NO_WAKEUP 1ULL		/* flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h */
+#define RB_FORCE_WAKEUP 2ULL
 
 #define GAP_NS 100000ULL		/* a vCPU this long out of KVM_RUN is worth an event */
 #define BURST_NS 1000000ULL		/* dirty-log ioctls further apart belong to different fetches */
 #define FOLD_GAP_NS 10000000ULL		/* calls further apart are not folded into one run */
 #define FOLD_MAX_NS 100000000ULL	/* a folded run ends after this long */
+#define SPAN_MAX_NS 250000000ULL	/* a vCPU's account is told at least this often, if it leaves KVM_RUN */
 #define DETAIL_BUDGET 8000		/* single calls kept while no vCPU runs, granted anew by each fetch */
 #define DETAIL_PER_MS 4			/* and trickling back, for a destination whose source is elsewhere */
 
@@ -29,6 +32,8 @@ enum kind {
 	KIND_SOCKET = 7,
 	KIND_OFF_CPU = 8,
 	KIND_SEGMENT = 9,
+	KIND_SAMPLE = 10,
+	KIND_VCPU_SPAN = 11,
 	KIND_THREADS = 15,		/* losses only: the thread table was full */
 	KIND_MAX = 16,
 };
@@ -39,7 +44,7 @@ BPF_PERCPU_ARRAY(lost, u64, KIND_MAX);
 BPF_PERCPU_ARRAY(unpaired, u64, KIND_MAX);
 
 struct transfer_run {
-	u64 begin, end, fd, file, socket, calls, bytes, in_call, max_call, failed, epoch, off_cpu;
+	u64 begin, end, fd, file, socket, calls, bytes, in_call, max_call, failed, epoch, off_cpu, off_before;
 };
 
 struct thread_state {
@@ -51,11 +56,14 @@ struct thread_state {
 	u64 vcpu_fd, run_enter, run_exit, run_ret, runs, in_ns, out_ns, max_gap, counted;
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
 	u64 off_call;				/* off the CPU within the call in flight */
+	u64 off_all, off_before;		/* ever, and what that was when the call in flight began */
 	u64 kept_since, kept_until, kept_preempted;	/* the last long wait that nobody was told of */
 	u64 lock, lock_since, lock_off;		/* the lock being waited for; off_call when that began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
-	struct transfer_run run[2];
+	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since it was last told of */
+	u64 samples;				/* taken in the ioctl in flight */
+	struct transfer_run run[3];		/* SEND, RECEIVE, HIDDEN */
 };
 _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
 

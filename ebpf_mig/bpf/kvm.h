@@ -17,13 +17,17 @@
 #define KVM_SIGNAL_MSI 0x4020aea5
 #define KVM_GET_DIRTY_LOG 0x4010ae42
 #define KVM_CLEAR_DIRTY_LOG 0xc018aec0
+#define KVM_RESET_DIRTY_RINGS 0xaec7
 #define KVM_SET_USER_MEMORY_REGION 0x4020ae46
 #define KVM_SET_USER_MEMORY_REGION2 0x40a0ae49
 
 struct ioctl_record {
 	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;
 	u64 off_cpu, slots_lock, mmu_lock, other_lock;
-	u64 walk, flush, copy, spin;
+	u64 walk, flush, copy, spin, off_total;
+};
+struct vcpu_span_record {
+	u64 kind, since, until, pid, tid, out, max_gap, gaps, lock;
 };
 struct vcpu_enter_record {
 	u64 kind, at, pid, tid, fd, last_exit, last_ret, runs;
@@ -38,6 +42,7 @@ struct kick_record {
 _Static_assert(sizeof(struct ioctl_record) == 8 * IOCTL_WORDS, "ioctl record");
 _Static_assert(sizeof(struct vcpu_enter_record) == 8 * VCPU_ENTER_WORDS, "vcpu enter record");
 _Static_assert(sizeof(struct vcpu_exit_record) == 8 * VCPU_EXIT_WORDS, "vcpu exit record");
+_Static_assert(sizeof(struct vcpu_span_record) == 8 * VCPU_SPAN_WORDS, "vcpu span record");
 _Static_assert(sizeof(struct kick_record) == 8 * KICK_WORDS, "kick record");
 
 /* Interrupt injection happens at guest speed and says nothing about a migration. */
@@ -60,6 +65,12 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	s->out_ns += gap;
 	if (gap > s->max_gap)
 		s->max_gap = gap;
+	if (gap) {
+		s->span_out += gap;
+		s->span_gaps++;
+		if (gap > s->span_max)
+			s->span_max = gap;
+	}
 	if (!s->counted) {
 		s->counted = 1;
 		__sync_fetch_and_add(&p->running, 1);
@@ -82,12 +93,45 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	events.ringbuf_submit(r, 0);
 }
 
+/*
+ * Time outside KVM_RUN since the last time: told at the first exit after a fetch, so that every gap counts in the
+ * stretch in which it began. A vCPU that never leaves KVM_RUN has nothing to tell.
+ */
+static __always_inline void vcpu_span(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now)
+{
+	struct vcpu_span_record *r;
+
+	if (s->span_epoch == p->epoch && now - s->span_since < SPAN_MAX_NS)
+		return;
+	if (s->span_gaps || s->span_lock) {
+		r = events.ringbuf_reserve(sizeof(*r));
+		if (r) {
+			r->kind = KIND_VCPU_SPAN;
+			r->since = s->span_since;
+			r->until = s->run_enter;
+			r->pid = pid_tgid >> 32;
+			r->tid = (u32)pid_tgid;
+			r->out = s->span_out;
+			r->max_gap = s->span_max;
+			r->gaps = s->span_gaps;
+			r->lock = LOCKS_KNOWN ? s->span_lock : -1;
+			events.ringbuf_submit(r, 0);
+		} else {
+			count(KIND_VCPU_SPAN, true);
+		}
+	}
+	s->span_since = now;
+	s->span_epoch = p->epoch;
+	s->span_out = s->span_max = s->span_gaps = s->span_lock = 0;
+}
+
 /* `enter` is 0 where the thread was inside before tracing began. */
 static __always_inline void vcpu_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid,
 				      u64 now, u64 enter, u64 fd, s64 ret)
 {
 	struct vcpu_exit_record *r;
 
+	vcpu_span(s, p, pid_tgid, now);
 	s->vcpu_fd = fd;
 	s->run_exit = now;
 	s->run_ret = ret;
@@ -191,7 +235,9 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->flush = SPLIT_KNOWN ? s->split_ns[SPLIT_FLUSH] : -1;
 	r->copy = SPLIT_KNOWN ? s->split_ns[SPLIT_COPY] : -1;
 	r->spin = LOCKS_KNOWN && OFF_CPU_KNOWN ? s->spin_ns : -1;
-	events.ringbuf_submit(r, 0);
+	r->off_total = OFF_CPU_KNOWN ? s->off_all : -1;
+	events.ringbuf_submit(r, s->samples ? RB_FORCE_WAKEUP : 0);
+	s->samples = 0;
 }
 
 static __always_inline void kick(u64 pid_tgid, u64 now, u64 target, u64 signal)

@@ -11,6 +11,7 @@
 
 #define SEND 0
 #define RECEIVE 1
+#define HIDDEN 2			/* sent, but by no system call that we follow: see hidden.h */
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define AF_UNIX 1
@@ -19,6 +20,7 @@
 
 struct transfer_record {
 	u64 kind, begin, end, pid, tid, fd, direction, socket, calls, bytes, in_call, max_call, failed, position, off_cpu;
+	u64 off_before, hidden;
 };
 struct socket_record {
 	u64 kind, at, pid, fd, socket, family, local[2], remote[2], local_port, remote_port, peer;
@@ -121,9 +123,11 @@ static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_run *r
 	return before;
 }
 
-static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u64 now, u32 direction)
+static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u64 now, u32 way)
 {
 	struct transfer_record *r;
+	u32 direction = way == RECEIVE ? RECEIVE : SEND;
+	bool timed = OFF_CPU_KNOWN && way != HIDDEN;
 	u64 position;
 
 	if (!run->calls)
@@ -145,7 +149,9 @@ static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u6
 		r->max_call = run->max_call;
 		r->failed = run->failed;
 		r->position = position;
-		r->off_cpu = OFF_CPU_KNOWN ? run->off_cpu : -1;
+		r->off_cpu = timed ? run->off_cpu : -1;
+		r->off_before = timed ? run->off_before : -1;
+		r->hidden = way == HIDDEN;
 		events.ringbuf_submit(r, 0);
 	} else {
 		count(KIND_TRANSFER, true);
@@ -171,6 +177,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		}
 		flush_run(run, pid_tgid, now, direction);
 		run->begin = s->enter;
+		run->off_before = s->off_before;
 		run->fd = s->a0;
 		run->file = file;
 		run->socket = socket;

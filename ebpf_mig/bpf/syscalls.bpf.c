@@ -8,6 +8,8 @@
 #include "kvm.h"
 #include "sockets.h"
 #include "waits.h"
+#include "sampling.h"
+#include "hidden.h"
 #include "wire.h"
 
 static __always_inline int direction_of(u64 nr)
@@ -67,6 +69,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	}
 	s->nr = nr + 1;
 	s->off_call = 0;
+	s->off_before = s->off_all;
 	s->a0 = c.a0;
 	s->a1 = c.a1;
 	s->a2 = c.a2;

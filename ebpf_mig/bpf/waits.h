@@ -69,6 +69,7 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 	now = bpf_ktime_get_ns();
 	since = s->off_since;
 	s->off_since = 0;
+	s->off_all += now - since;
 	if (s->nr)
 		s->off_call += now - (since > s->enter ? since : s->enter);
 	if (now - since < LONG_WAIT_NS)
@@ -147,6 +148,11 @@ int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
 	waited = bpf_ktime_get_ns() - s->lock_since;
 	slept = s->off_call - s->lock_off;
 	s->spin_ns += waited > slept ? waited - slept : 0;
+	if ((u32)s->a1 == KVM_RUN) {
+		s->span_lock += waited;
+		s->lock = 0;
+		return 0;
+	}
 	kvm = word_at(file_of(s->a0), OFF_file_private);
 	if (s->lock == kvm + OFF_kvm_mmu_lock)
 		s->lock_ns[LOCK_MMU] += waited;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -35,9 +35,12 @@ TRACEPOINT = Tier(
     name="tracepoint",
     family="syscalls.bpf.c",
     hooks=(("sys_enter", "on_sys_enter"), ("sys_exit", "on_sys_exit")),
-    signals=("dirty-log", "vcpu", "state", "kick", "socket"),
+    signals=("dirty-log", "vcpu", "state", "kick", "socket", "brownout"),
     provoke=os.getppid,
 )
+
+SAMPLER = "on_sample"
+"""The perf event program of sampling.h."""
 
 TIERS = (TRACEPOINT,)
 """Best first."""
@@ -55,6 +58,7 @@ EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
     Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
+    Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),)),
 )
 
 
@@ -65,6 +69,9 @@ class Plan:
     tier: Tier
     extras: tuple[Extra, ...]
     program: Program | Handed
+    sampler_fd: int = -1
+    """The loaded program behind samples inside dirty-log ioctls; -1 where it is not wanted or was refused."""
+    sampler_refusal: str = ""
 
     def hooks(self) -> list[tuple[str, str]]:
         """Extras first, so that what the tier's records carry is known from its first record on."""
@@ -88,7 +95,7 @@ def load_best(defines: dict[str, str | int], tracepoints: set[str]) -> Plan:
         except PreflightError as error:
             refusals.append(f"{tier.name}: {error}")
             continue
-        return plan
+        return _with_sampler(plan, bool(defines.get("SPLIT_KNOWN")))
     raise PreflightError("no attach tier loads: " + "; ".join(refusals), "ebpf-mig doctor")
 
 
@@ -98,19 +105,33 @@ class Handover(msgspec.Struct, frozen=True):
     tier: str
     extras: list[str]
     loaded: Description
+    sampler_refusal: str = ""
 
 
 def hand_over(plan: Plan, fds: list[int]) -> Handover:
     """The plan in words; its descriptors are added to `fds`. For one that was loaded in this process."""
     assert isinstance(plan.program, Program)  # noqa: S101
-    return Handover(plan.tier.name, [extra.signal for extra in plan.extras], plan.program.describe(fds))
+    return Handover(
+        plan.tier.name, [extra.signal for extra in plan.extras], plan.program.describe(fds), plan.sampler_refusal
+    )
 
 
 def taken_over(handover: Handover, fds: Sequence[int]) -> Plan:
     """The reverse, in the process that got `fds`."""
     tier = next(tier for tier in TIERS if tier.name == handover.tier)
     extras = tuple(extra for extra in EXTRAS if extra.signal in handover.extras)
-    return Plan(tier, extras, Handed(handover.loaded, fds))
+    program = Handed(handover.loaded, fds)
+    return Plan(tier, extras, program, program.descriptor(SAMPLER), handover.sampler_refusal)
+
+
+def _with_sampler(plan: Plan, measured: bool) -> Plan:
+    """Where function probes measure inside the ioctl, nobody needs samples."""
+    if measured or not isinstance(plan.program, Program):
+        return plan
+    try:
+        return replace(plan, sampler_fd=plan.program.load(SAMPLER, sampling=True))
+    except PreflightError as error:
+        return replace(plan, sampler_refusal=str(error))
 
 
 def arm(plan: Plan, statistics: BpfStatistics) -> dict[str, str]:
@@ -119,6 +140,7 @@ def arm(plan: Plan, statistics: BpfStatistics) -> dict[str, str]:
         plan.program.attach_raw_tracepoint(tracepoint, function)
     table = {extra.signal: "absent: no such tracepoint" for extra in EXTRAS}
     table |= {extra.signal: "tracepoint" for extra in plan.extras}
+    table["split"] = "samples" if plan.sampler_fd >= 0 else f"absent: {plan.sampler_refusal or plan.tier.name}"
     if not statistics.enabled:
         return table | dict.fromkeys(plan.tier.signals, f"{plan.tier.name} (not verified)")
     plan.tier.provoke()

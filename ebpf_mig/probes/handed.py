@@ -55,6 +55,7 @@ def _libbpf() -> ctypes.CDLL:
     lib.ring_buffer__new.restype = ctypes.c_void_p
     lib.ring_buffer__new.argtypes = [ctypes.c_int, _CALLBACK, ctypes.c_void_p, ctypes.c_void_p]
     lib.ring_buffer__poll.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    lib.ring_buffer__consume.argtypes = [ctypes.c_void_p]
     lib.ring_buffer__free.argtypes = [ctypes.c_void_p]
     lib.bpf_map_lookup_elem.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     lib.bpf_map_update_elem.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
@@ -167,6 +168,7 @@ class Handed:
         if not self._ring:
             return []
         self._lib.ring_buffer__poll(self._ring, timeout_ms)
+        self._lib.ring_buffer__consume(self._ring)  # records that were told to wake nobody, and those behind them
         taken = self._records[:]
         self._records.clear()
         return taken
@@ -197,6 +199,14 @@ class Handed:
             return ()
         symbols = Symbols.of_kernel()
         return tuple(symbols.name(address) for address in struct.unpack(f"={_MAX_STACK}Q", raw) if address)
+
+    def symbol(self, address: int) -> str:
+        """Name of the kernel function at an address."""
+        return Symbols.of_kernel().name(address)
+
+    def descriptor(self, function: str) -> int:
+        """Of a loaded function; -1 if it was not loaded."""
+        return self._functions.get(function, -1)
 
     def run_statistics(self) -> dict[str, tuple[int, int]]:
         """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""

@@ -108,20 +108,25 @@ class Program:
                 self._bpf = bcc.BPF(text=source_text(family).encode(), cflags=flags)
         except Exception as error:
             raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
-        self._raw_type = bcc.BPF.RAW_TRACEPOINT
+        self._raw_type, self._sampling_type = bcc.BPF.RAW_TRACEPOINT, bcc.BPF.PERF_EVENT
         self._records: list[bytes] = []
         self._rings: set[str] = set()
         self._functions: dict[str, Any] = {}
 
-    def load(self, function: str) -> None:
-        """Hands one function to the kernel's verifier as a raw tracepoint program; PreflightError if refused."""
+    def load(self, function: str, *, sampling: bool = False) -> int:
+        """Hands one function to the kernel's verifier as a raw tracepoint or perf event program; its descriptor.
+
+        PreflightError if refused.
+        """
         said: list[str] = []
+        kind = self._sampling_type if sampling else self._raw_type
         try:
             with _stderr_to(said):
-                self._functions[function] = self._bpf.load_func(function.encode(), self._raw_type)
+                self._functions[function] = self._bpf.load_func(function.encode(), kind)
         except Exception as error:
             detail = _last_line(said) or str(error)
             raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
+        return int(self._functions[function].fd)
 
     def attach_raw_tracepoint(self, tracepoint: str, function: str) -> None:
         """Attaches a loaded function; PreflightError if this kernel has no such tracepoint."""
@@ -156,6 +161,7 @@ class Program:
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Records that arrived, waiting at most `timeout_ms` for the first."""
         self._bpf.ring_buffer_poll(timeout_ms)
+        self._bpf.ring_buffer_consume()  # records that were told to wake nobody, and those behind them
         taken = self._records[:]
         self._records.clear()
         return taken
@@ -179,6 +185,10 @@ class Program:
             return tuple(self._bpf.ksym(address).decode() for address in self._bpf[name.encode()].walk(stack_id))
         except KeyError:
             return ()
+
+    def symbol(self, address: int) -> str:
+        """Name of the kernel function at an address."""
+        return str(self._bpf.ksym(address).decode())
 
     def run_statistics(self) -> dict[str, tuple[int, int]]:
         """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""

@@ -11,18 +11,33 @@ import ipaddress
 import struct
 from collections.abc import Callable
 
-from ebpf_mig.events import AnyEvent, Ioctl, Kick, OffCpu, Segment, Socket, Transfer, VcpuEnter, VcpuExit, VcpuState
+from ebpf_mig.events import (
+    AnyEvent,
+    Ioctl,
+    Kick,
+    OffCpu,
+    Samples,
+    Segment,
+    Socket,
+    Transfer,
+    VcpuEnter,
+    VcpuExit,
+    VcpuSpan,
+    VcpuState,
+)
 
 WORDS = {
-    "IOCTL_WORDS": 20,
+    "IOCTL_WORDS": 21,
     "VCPU_ENTER_WORDS": 8,
     "VCPU_EXIT_WORDS": 7,
     "KICK_WORDS": 6,
-    "TRANSFER_WORDS": 15,
+    "TRANSFER_WORDS": 17,
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
     "SEGMENT_WORDS": 9,
-    "THREAD_WORDS": 61,
+    "THREAD_WORDS": 85,
+    "SAMPLE_WORDS": 30,
+    "VCPU_SPAN_WORDS": 9,
 }
 KIND_NAMES = {
     1: "ioctl",
@@ -33,6 +48,8 @@ KIND_NAMES = {
     7: "socket",
     8: "off-cpu",
     9: "segment",
+    10: "sample",
+    11: "vcpu-span",
     15: "thread-table",
 }
 """Names of the kinds in loss reports."""
@@ -63,9 +80,9 @@ def _kick(w: tuple[int, ...]) -> Kick:
 
 
 def _transfer(w: tuple[int, ...]) -> Transfer:
-    _, begin, end, pid, tid, fd, direction, socket, calls, size, in_call, longest, failed, before, off_cpu = w
-    numbers = (calls, size, in_call, longest, failed, before, _signed(off_cpu))
-    return Transfer(begin, end, pid, tid, fd, direction, socket, *numbers)
+    _, begin, end, pid, tid, fd, direction, socket, calls, size, in_call, longest, failed, before, *waits, hidden = w
+    numbers = (calls, size, in_call, longest, failed, before, *map(_signed, waits), hidden)
+    return Transfer(begin, end, pid, tid, _signed(fd), direction, socket, *numbers)
 
 
 def _off_cpu(w: tuple[int, ...]) -> OffCpu:
@@ -77,6 +94,17 @@ def _off_cpu(w: tuple[int, ...]) -> OffCpu:
 def _segment(w: tuple[int, ...]) -> Segment:
     _, at, pid, socket, payload, acked, in_flight, unsent, window = w
     return Segment(at, pid, socket, payload, acked, in_flight, unsent, window)
+
+
+def _sample(w: tuple[int, ...]) -> Samples:
+    """One sample; its stack is still addresses, the tracer turns them into names and adds equal ones up."""
+    _, _, pid, tid, begin, period, *frames = w
+    return Samples(begin, pid, tid, period, 1, tuple(str(frame) for frame in frames if frame))
+
+
+def _vcpu_span(w: tuple[int, ...]) -> VcpuSpan:
+    _, since, until, pid, tid, outside, longest, gaps, lock = w
+    return VcpuSpan(since, until, pid, tid, outside, longest, gaps, _signed(lock))
 
 
 def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
@@ -105,6 +133,8 @@ _DECODERS: dict[int, Callable[[tuple[int, ...]], AnyEvent]] = {
     7: _socket,
     8: _off_cpu,
     9: _segment,
+    10: _sample,
+    11: _vcpu_span,
 }
 
 
@@ -114,9 +144,11 @@ def decode(record: bytes) -> AnyEvent:
     return _DECODERS[words[0]](words)
 
 
-_RUN_WORDS = 12
-_RUN_AT = WORDS["THREAD_WORDS"] - 2 * _RUN_WORDS
-"""`struct thread_state` ends with its two open `struct transfer_run`."""
+_RUN_WORDS = 13
+_WAYS = ((0, 0), (1, 0), (0, 1))
+"""(direction, hidden) of the open runs."""
+_RUN_AT = WORDS["THREAD_WORDS"] - len(_WAYS) * _RUN_WORDS
+"""`struct thread_state` ends with its open `struct transfer_run`."""
 
 
 def vcpu_state(at_ns: int, tid: int, thread: tuple[int, ...]) -> VcpuState | None:
@@ -133,11 +165,12 @@ def open_runs(tid: int, thread: tuple[int, ...], streams: dict[int, tuple[int, .
     `streams` has the bytes sent and received on each socket before them, by socket inode.
     """
     found = []
-    for direction in (0, 1):
-        at = _RUN_AT + direction * _RUN_WORDS
-        begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _, off = thread[at : at + _RUN_WORDS]
+    for way, (direction, hidden) in enumerate(_WAYS):
+        at = _RUN_AT + way * _RUN_WORDS
+        begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _, *off = thread[at : at + _RUN_WORDS]
         if calls:
             before = streams.get(socket, (0, 0))[direction]
-            numbers = (calls, size, in_call, longest, failed, before, off)
-            found.append(Transfer(begin, end, thread[0], tid, fd, direction, socket, *numbers))
+            waits = (-1, -1) if hidden else off
+            numbers = (calls, size, in_call, longest, failed, before, *waits, hidden)
+            found.append(Transfer(begin, end, thread[0], tid, _signed(fd), direction, socket, *numbers))
     return found

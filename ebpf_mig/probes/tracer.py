@@ -20,11 +20,13 @@ import msgspec
 
 from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.events import AnyEvent, OffCpu, Thread
+from ebpf_mig.events import AnyEvent, Ioctl, OffCpu, Samples, Thread
 from ebpf_mig.probes import attach, btf
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.privilege import require_privilege
+from ebpf_mig.probes.readings import Readings
 from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
+from ebpf_mig.probes.sampler import Sampler
 
 RING_BYTES = 8 << 20
 _KVM_MODULE = "/sys/kernel/btf/kvm"
@@ -41,6 +43,7 @@ _OFFSETS = {
     "OFF_inode_ino": ("inode", "i_ino"),
     "OFF_inode_mode": ("inode", "i_mode"),
     "OFF_socket_sk": ("socket", "sk"),
+    "OFF_socket_file": ("socket", "file"),
     "OFF_alloc_socket": ("socket_alloc", "socket"),
     "OFF_alloc_inode": ("socket_alloc", "vfs_inode"),
     "OFF_sock_socket": ("sock", "sk_socket"),
@@ -82,6 +85,9 @@ class Tracer:
         self._threads: dict[tuple[int, int], Thread] = {}
         self._stacks: dict[str, tuple[str, ...]] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
+        self._names: dict[str, str] = {}
+        self._sampler = Sampler(self._plan.sampler_fd, self._tell_period)
+        self._readings = Readings(self._total_cost)
 
     def __enter__(self) -> Tracer:
         return self
@@ -93,13 +99,27 @@ class Tracer:
         """Attaches; from here on every system call of the host pays a little."""
         self._statistics.open()
         self._program.open_ring("events")
+        self._program.symbol(0)  # reads all of /proc/kallsyms once, which must not happen amid a migration
+        self._readings.open()
         self._look_around()
         self._add_processes(self.pids)
         self.attached = attach.arm(self._plan, self._statistics)
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """Events that arrived, waiting at most `timeout_ms` for the first."""
-        return [self._decode(record) for record in self._program.poll(timeout_ms)]
+        events: list[AnyEvent] = []
+        for record in self._program.poll(timeout_ms):
+            event = self._decode(record)
+            if isinstance(event, Samples):
+                self._sampler.take(self._named(event))
+                continue
+            if isinstance(event, Ioctl):
+                events += self._sampler.of(event)
+            events.append(event)
+        if events:
+            self._sampler.follow(events)
+            events += self._readings.due(events)
+        return events
 
     def describe(self, fds: list[int]) -> attach.Handover:
         """For another process: what was loaded, its descriptors added to `fds`."""
@@ -108,8 +128,10 @@ class Tracer:
     def finish(self) -> list[AnyEvent]:
         """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""
         now = time.monotonic_ns()
+        self._sampler.close()
+        readings = self._readings.take()
         attach.disarm(self._plan)
-        rest = self.poll(0)
+        rest = self.poll(0) + readings
         return rest + self._accounts(now) + list(self._threads.values())
 
     def add(self, pid: int) -> None:
@@ -123,6 +145,8 @@ class Tracer:
         processes, threads = self._program.table("processes"), self._program.table("threads")
         with contextlib.suppress(KeyError):
             del processes[ctypes.c_uint32(pid)]
+        self._sampler.forget(pid)
+        self._readings.forget(pid)
         rest = self._accounts(time.monotonic_ns(), pid)
         rest += [thread for thread in self._threads.values() if thread.pid == pid]
         for tid, words in self._program.hash_items("threads", WORDS["THREAD_WORDS"]).items():
@@ -136,6 +160,8 @@ class Tracer:
 
     def disarm(self) -> None:
         """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
+        self._sampler.close()
+        self._readings.close()
         attach.disarm(self._plan)
         self._program.close_ring()
         self._statistics.close()
@@ -172,8 +198,24 @@ class Tracer:
 
     def close(self) -> None:
         """Detaches; idempotent."""
+        self._sampler.close()
+        self._readings.close()
         self._program.close()
         self._statistics.close()
+
+    def _total_cost(self) -> tuple[int, int] | None:
+        runtime, runs = self.own_cost()
+        return (sum(runtime.values()), sum(runs.values())) if runs else None
+
+    def _tell_period(self, period_ns: int) -> None:
+        self._program.table("sampling")[ctypes.c_int(0)] = ctypes.c_uint64(period_ns)
+
+    def _named(self, sample: Samples) -> Samples:
+        """A sample's addresses as names of functions; an address costs one look-up ever."""
+        for address in sample.stack:
+            if address not in self._names:
+                self._names[address] = self._program.symbol(int(address))
+        return msgspec.structs.replace(sample, stack=tuple(self._names[address] for address in sample.stack))
 
     def _decode(self, record: bytes) -> AnyEvent:
         event = decode(record)

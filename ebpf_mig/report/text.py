@@ -8,38 +8,34 @@ decimals. Meaning never depends on colour. All names in it are made printable: t
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, Phase, SocketUse, Vcpu, Wait, Witness
 from ebpf_mig.printable import printable
+from ebpf_mig.report import text_fetch
 from ebpf_mig.report.canvas import PLAIN, Canvas
+from ebpf_mig.report.rows import Row, figure, ms, remark, size
 from ebpf_mig.report.waterfall import bar, ruler
 
 MAX_VCPUS = 4
 MAX_SOCKETS = 4
 MAX_WAITS = 2
 MAX_LISTED = 3
-_STACK_ROOM = 34
 """Rows of the other lists."""
+SCREEN = 40
+"""Lines; rows that can be spared go first where there are more."""
+_STACK_ROOM = 34
+_EVIDENCE_ROOM = 84
+"""Two lines of 80 columns."""
 
-_LABEL = 21
-_TEXT_AT = 23
-_FIGURE_TEXT_AT = 35
 _BAR_AT = 39
 _SIDES = {"source": ("src", "cyan"), "destination": ("dst", "magenta"), "both": ("both", "blue")}
 _VERDICTS = {"complete": "green", "bounded": "yellow", "incomplete": "bold red"}
-_PLAIN = str.maketrans({"…": "...", "→": "->", "±": "+-"})
-
-
-class Row(NamedTuple):
-    """A line of the report; what does not fit goes on below, indented."""
-
-    text: Text
-    indent: int = 2
+_PLAIN = str.maketrans({"…": "...", "→": "->", "±": "+-", "≤": "<="})
 
 
 def render(breakdown: Breakdown, canvas: Canvas = PLAIN) -> str:
@@ -55,8 +51,9 @@ def render(breakdown: Breakdown, canvas: Canvas = PLAIN) -> str:
         legacy_windows=False,
         _environ={},
     )
-    for row in _rows(breakdown, canvas):
-        for line in _folded(row, canvas.width, console):
+    rows = [(row, list(_folded(row, canvas.width, console))) for row in _rows(breakdown, canvas)]
+    for _, lines in _on_one_screen(rows):
+        for line in lines:
             line.rstrip()
             console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
     text = out.getvalue()
@@ -83,6 +80,17 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         yield from block
 
 
+def _on_one_screen(rows: list[tuple[Row, list[Text]]]) -> list[tuple[Row, list[Text]]]:
+    """Leaves out spare rows, the last of the most spare first, until the rest fits; the other formats have them."""
+    kept = list(rows)
+    while sum(len(lines) for _, lines in kept) > SCREEN:
+        spare = max((row.spare for row, _ in kept), default=0)
+        if not spare:
+            break
+        del kept[max(at for at, (row, _) in enumerate(kept) if row.spare == spare)]
+    return kept
+
+
 def _folded(row: Row, width: int, console: Console) -> Iterator[Text]:
     if row.text.cell_len <= width:
         yield row.text
@@ -103,7 +111,7 @@ def _headline_text(breakdown: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         missing = "stop" if breakdown.window_ns is None else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
-    return f"{_blackout_word(breakdown)} {_ms(breakdown.blackout_ns)} ms"
+    return f"{_blackout_word(breakdown)} {ms(breakdown.blackout_ns)} ms"
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
@@ -121,7 +129,7 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     elif facts.connections > 1:
         way += f" ({facts.connections} connections)"
     result = {"unknown": "result unknown"}.get(facts.result, facts.result)
-    after = "" if facts.total_ns is None else f" after {_ms(facts.total_ns)} ms"
+    after = "" if facts.total_ns is None else f" after {ms(facts.total_ns)} ms"
     style = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}.get(facts.result, "")
     yield Row(Text.assemble(f"{vmm}, {printable(mode)}{way}, ", (printable(result), style), after))
     ends = [_endpoint("source", facts.source), _endpoint("destination", facts.destination)]
@@ -146,7 +154,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
     for phase in breakdown.phases:
         if phase.duration_ns or phase.phase == "unattributed":
             yield Row(_phase(phase, window, width, canvas.unicode))
-    yield Row(Text(f"{'window':19}{_ms(window):>11}{'100.0%':>8}", "dim"))
+    yield Row(Text(f"{'window':19}{ms(window):>11}{'100.0%':>8}", "dim"))
     unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"))
@@ -160,7 +168,7 @@ def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
     share = f"{100 * phase.duration_ns / window:.1f}%"
     return Text.assemble(
         (f"{phase.phase:14}", name),
-        f"{side:5}{_ms(phase.duration_ns):>11}{share:>8} ",
+        f"{side:5}{ms(phase.duration_ns):>11}{share:>8} ",
         (bar(phase.spans, window, width, unicode=unicode), colour),
     )
 
@@ -179,31 +187,38 @@ def _vcpus(breakdown: Breakdown) -> Iterator[Row]:
 
 
 def _vcpu(vcpu: Vcpu) -> Text:
-    own = f"{vcpu.vcpu:<19}{_ms(vcpu.blackout_ns):>11}"
-    return Text(f"{own}{_ms(vcpu.kick_ns):>14}{_ms(vcpu.stop):>11}{_ms(vcpu.start):>11}")
+    own = f"{vcpu.vcpu:<19}{ms(vcpu.blackout_ns):>11}"
+    return Text(f"{own}{ms(vcpu.kick_ns):>14}{ms(vcpu.stop):>11}{ms(vcpu.start):>11}")
 
 
 def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
     log = breakdown.dirty_log
     final = log.final
     if final is not None:
-        yield _fetch("final dirty-log fetch", final.kernel_ns, final.user_ns, "", "bold")
+        off = f", {ms(final.user_off_cpu_ns)} of it off CPU" if final.user_off_cpu_ns else ""
+        yield _fetch("final dirty-log fetch", final.kernel_ns, final.user_ns, off, "bold")
         pages = "pages not known" if final.pages is None else f"{final.pages} pages"
-        yield _figure("  what it caused", final.send_ns, f"memory.send: {pages}, {_bytes(final.bytes)}")
+        yield figure("  what it caused", final.send_ns, f"memory.send: {pages}, {size(final.bytes)}")
         if (longest := _longest(breakdown)) is not None:
             yield longest
+        yield from text_fetch.inside(breakdown)
     elif breakdown.window_ns is not None:
         why = "none: no dirty logging" if log.mode == "none" else "none seen after the last vCPU stopped"
-        yield _remark("final dirty-log fetch", why, "bold")
+        yield remark("final dirty-log fetch", why, "bold")
     if passes := log.passes:
         kernel, user = sum(p.kernel_ns for p in passes), sum(p.user_ns for p in passes)
-        sent = f"; {_bytes(sum(p.bytes for p in passes))} sent"
+        sent = f"; {size(sum(p.bytes for p in passes))} sent"
         yield _fetch(f"{len(passes)} pre-copy pass{'es' if len(passes) > 1 else ''}", kernel, user, sent)
+        yield from text_fetch.brownout(passes)
+    for switch in log.logging:
+        if switch.in_blackout_ns:
+            word = "on" if switch.on else "off"
+            yield figure("  logging switched", switch.in_blackout_ns, f"{word} in the blackout, {switch.slots} slots")
 
 
 def _fetch(label: str, kernel_ns: int, user_ns: int, more: str = "", style: str = "") -> Row:
-    text = f"kernel {_ms(kernel_ns)}, user {_ms(user_ns)}{more}"
-    return _figure(label, kernel_ns + user_ns, text, style)
+    text = f"kernel {ms(kernel_ns)}, user {ms(user_ns)}{more}"
+    return figure(label, kernel_ns + user_ns, text, style)
 
 
 def _longest(breakdown: Breakdown) -> Row | None:
@@ -215,23 +230,27 @@ def _longest(breakdown: Breakdown) -> Row | None:
     sizes = {slot.slot: slot.size_bytes for slot in breakdown.dirty_log.slots}
     space, slot = longest.slot >> 16, longest.slot & 0xFFFF
     where = f"slot {slot}" + (f" of space {space}" if space else "")
-    size = f", {_bytes(sizes[longest.slot])}" if longest.slot in sizes else ""
+    extent = f", {size(sizes[longest.slot])}" if longest.slot in sizes else ""
     locks = sum((longest.lock_wait_ns or {}).values())
-    wait = f"; locks {_ms(locks)}" if locks else ""
+    wait = f"; locks {ms(locks)}" if locks else ""
     one = f"1 of {len(ioctls)}: " if len(ioctls) > 1 else ""
-    return _figure("  longest ioctl", longest.duration_ns, f"{one}{longest.ioctl}, {where}{size}{wait}")
+    return figure("  longest ioctl", longest.duration_ns, f"{one}{longest.ioctl}, {where}{extent}{wait}")
 
 
 def _sockets(sockets: list[SocketUse]) -> Iterator[Row]:
     """Those that carried memory and state; the others are in the JSON report."""
     carriers = [use for use in sockets if not use.role.endswith("control")]
-    for use in carriers[:MAX_SOCKETS]:
-        inside = f"inside {_ms(use.in_call_ns)}"
+    for at, use in enumerate(carriers[:MAX_SOCKETS]):
+        inside = f"inside {ms(use.in_call_ns)}"
         if use.copy_ns is not None and use.blocked_ns is not None:
-            inside = f"copy {_ms(use.copy_ns)}, blocked {_ms(use.blocked_ns)}"
+            inside = f"copy {ms(use.copy_ns)}, blocked {ms(use.blocked_ns)}"
         calls = f"{use.calls} call{'s' if use.calls != 1 else ''}"
-        text = f"{_bytes(use.bytes)} in {calls}: {inside}, between {_ms(use.between_ns)}"
-        yield _figure(use.role, use.in_call_ns + use.between_ns, text)
+        text = f"{size(use.bytes)} in {calls}: {inside}, between {ms(use.between_ns)}{text_fetch.tcp(use.tcp_info)}"
+        if use.role.startswith("destination"):
+            text = f"{size(use.bytes)}: {inside}"
+        yield figure(use.role, use.in_call_ns + use.between_ns, text)._replace(
+            spare=2 if use.role.startswith("dest") else int(at > 0)
+        )
     if len(carriers) > MAX_SOCKETS:
         yield Row(Text(f"... {len(carriers) - MAX_SOCKETS} more sockets", "dim"))
 
@@ -241,16 +260,29 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     share = (breakdown.window_ns or 0) // 20
     told = [wire for wire in breakdown.wire or [] if wire.in_flight_ns >= share]
     for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
-        why = f"{printable(wire.reason)} ({printable(wire.evidence)})"
-        yield _figure("in flight", wire.in_flight_ns, f"{_bytes(wire.bytes)}, {why}")
+        what = f"{size(wire.bytes)}, {printable(wire.reason)}"
+        why = _short(printable(wire.evidence), _EVIDENCE_ROOM - len(what))
+        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=1)
     waits: dict[tuple[str, str, str], list[int]] = {}
     for wait in breakdown.waits or []:
         waits.setdefault((wait.phase, wait.thread, _stack(wait)), []).append(wait.duration_ns)
-    for (phase, thread, stack), durations in sorted(waits.items(), key=lambda w: (-sum(w[1]), w[0]))[:MAX_WAITS]:
+    longest = sorted(waits.items(), key=lambda w: (-sum(w[1]), w[0]))[:MAX_WAITS]
+    for at, ((phase, thread, stack), durations) in enumerate(longest):
         times = f" ({len(durations)} times)" if len(durations) > 1 else ""
-        yield _figure(
+        yield figure(
             f"wait in {phase}", sum(durations), f"{printable(thread)}{times}" + (f": {stack}" if stack else "")
-        )
+        )._replace(spare=3 * bool(at))
+
+
+def _short(text: str, room: int) -> str:
+    """As many of the clauses as fit, the first in any case."""
+    clauses = re.split(r"(?<=[,;]) ", text)
+    shown = clauses[0]
+    for clause in clauses[1:]:
+        if len(shown) + 1 + len(clause) > room:
+            break
+        shown += f" {clause}"
+    return shown.rstrip(",;")
 
 
 def _stack(wait: Wait) -> str:
@@ -270,61 +302,40 @@ def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
     for witness in witnesses:
         ours = witness.value_ns - witness.difference_ns
         why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
-        text = f"ours {_ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
-        yield _figure(witness.name, witness.value_ns, text)
+        text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
+        yield figure(witness.name, witness.value_ns, text)
 
 
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
     facts = [_counts("lost", state.lost) or "nothing lost", _counts("unpaired", state.unpaired)]
-    yield _remark(state.verdict, "; ".join(filter(None, facts)), _VERDICTS.get(state.verdict, ""))
-    cost = "cost not measured" if state.observer_ns is None else f"{_ms(state.observer_ns)} ms in all"
-    by = f", attached by {', '.join(_tiers(state.attach))}" if state.attach else ""
-    yield _remark("  observer", cost + by)
+    yield remark(state.verdict, "; ".join(filter(None, facts)), _VERDICTS.get(state.verdict, ""))
+    cost = "cost not measured" if state.observer_ns is None else f"{ms(state.observer_ns)} ms in all"
+    if state.observer_window_ns is not None:
+        cost = f"{cost}, in the window ≤ {ms(state.observer_window_ns)}"
+    by = f"; {', '.join(_tiers(state.attach))}" if state.attach else ""
+    yield remark("  observer", cost + by)
     for reason in state.reasons:
-        yield _remark("  because", printable(reason, 400))
+        yield remark("  because", printable(reason, 400))
     if breakdown.clock.bound_ns or breakdown.clock.offset_ns:
         offset = f"{breakdown.clock.offset_ns / 1e6:+.3f} ms"
-        yield _remark("clock of destination", f"{offset}, known to ± {_ms(breakdown.clock.bound_ns)} ms")
+        yield remark("clock of destination", f"{offset}, known to ± {ms(breakdown.clock.bound_ns)} ms")
     for note in breakdown.notes[:MAX_LISTED]:
-        yield _remark("note", printable(note, 400))
+        yield remark("note", printable(note, 400))
     if len(breakdown.notes) > MAX_LISTED:
         yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 
 
 def _tiers(attach: dict[str, str]) -> Iterable[str]:
-    """`fentry (dirty-log, socket)`: the signals of one tier together, their names only where tiers differ."""
+    """`fentry, tracepoint (vcpu)`: the tier of most signals, then the others with the signals that have them."""
     tiers: dict[str, list[str]] = {}
     for signal, tier in sorted(attach.items()):
         tiers.setdefault(tier, []).append(signal)
-    if len(tiers) == 1:
-        return [printable(tier) for tier in tiers]
-    return [f"{printable(tier)} ({printable(', '.join(signals))})" for tier, signals in sorted(tiers.items())]
+    (most, _), *others = sorted(tiers.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [printable(most), *(f"{printable(tier)} ({printable(', '.join(signals))})" for tier, signals in others)]
 
 
 def _counts(word: str, counts: dict[str, int]) -> str:
     seen = [f"{printable(probe)} {count}" for probe, count in sorted(counts.items()) if count]
     return f"{word} {', '.join(seen)}" if seen else ""
-
-
-def _figure(label: str, ns: int, text: str, style: str = "") -> Row:
-    """A duration in the same column as those of the phases, and what belongs to it."""
-    name = (f"{printable(label, _LABEL):{_LABEL}}", style or "dim")
-    return Row(Text.assemble(name, (f"{_ms(ns):>9} ms  ", style), text), _FIGURE_TEXT_AT)
-
-
-def _remark(label: str, text: str, style: str = "") -> Row:
-    return Row(Text.assemble((f"{printable(label, _LABEL):{_TEXT_AT}}", style or "dim"), text), _TEXT_AT)
-
-
-def _ms(ns: int | None) -> str:
-    return "-" if ns is None else f"{ns / 1e6:.3f}"
-
-
-def _bytes(count: int) -> str:
-    """`count` in the largest binary unit that keeps it at 1 or above."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / (1 << 10 * power):.1f} {'KMGT'[power - 1]}iB"

@@ -3,10 +3,13 @@
 
 `sends N`: as many 64-byte sends as fast as they go. `sends-running N`: the same beside a vCPU in KVM_RUN.
 `mmu-lock MS`: dirty-log fetches for that long while another thread makes the MMU notifier hold mmu_lock.
+`get-clean MS`: KVM_GET_DIRTY_LOG of a large slot in which nothing is dirty, for that long: copying, for the most part.
+`clear-all N`: KVM_CLEAR_DIRTY_LOG of as many GiB, all bits set: walking, for the most part.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -89,7 +92,46 @@ def mmu_lock(wanted_ms: int) -> Callable[[], dict[str, Any]]:
     return go
 
 
-WORKLOADS = {"sends": sends, "sends-running": sends_running, "mmu-lock": mmu_lock}
+def get_clean(wanted_ms: int) -> Callable[[], dict[str, Any]]:
+    """With manual protection a GET copies the bitmap to user space and does nothing else."""
+    vm = Vm(irqchip=False, manual=kvm.MANUAL_PROTECT_ENABLE)
+    vm.set_slot(0, 0, 128 * kvm.GIB)
+    vm.set_slot(0, 0, 128 * kvm.GIB, log=True)
+    bitmap = vm.bitmap_for(0)
+
+    def go() -> dict[str, Any]:
+        until, calls = time.monotonic() + wanted_ms / 1000, 0
+        while time.monotonic() < until:
+            vm.get_log(0, bitmap)
+            calls += 1
+        return {"calls": calls}
+
+    return go
+
+
+def clear_all(gib: int) -> Callable[[], dict[str, Any]]:
+    """A log that begins all dirty, re-armed a GiB at a time."""
+    vm = Vm(irqchip=False, manual=kvm.MANUAL_PROTECT_ENABLE | kvm.INITIALLY_SET)
+    vm.set_slot(0, 0, gib * kvm.GIB)
+    vm.set_slot(0, 0, gib * kvm.GIB, log=True)
+    pages = kvm.GIB // kvm.PAGE
+    bitmap = (ctypes.c_char * (pages // 8)).from_buffer_copy(b"\xff" * (pages // 8))
+
+    def go() -> dict[str, Any]:
+        for first in range(0, gib * pages, pages):
+            vm.clear_log(0, bitmap, pages, first)
+        return {"calls": gib}
+
+    return go
+
+
+WORKLOADS = {
+    "sends": sends,
+    "sends-running": sends_running,
+    "mmu-lock": mmu_lock,
+    "get-clean": get_clean,
+    "clear-all": clear_all,
+}
 
 
 def main(name: str, argument: str) -> None:

@@ -87,7 +87,7 @@ def test_qemu_7_2_vcpus_sockets_notes() -> None:
     assert found.sockets[0].remote == "127.0.0.1:4444"
     assert found.sockets[0].copy_ns is None and found.sockets[0].blocked_ns is None
     assert found.notes == [
-        "1 KVM_RUN of the destination's vCPU 0 returned -EINTR within 122.0 us and is taken not to have run the guest"
+        "1 KVM_RUN of the destination's vCPU 0 returned -EINTR within 122.0 us: taken not to have run the guest"
     ]
     assert found.completeness.verdict == "complete"
     assert found.completeness.reasons == []

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import msgspec
 
-from ebpf_mig import fetches
+from ebpf_mig import fetches, inside
 from ebpf_mig.breakdown import Slot
 from ebpf_mig.fetches import Burst
+from ebpf_mig.passes import DirtyLogRows
 from ebpf_mig.processes import Process, split
 from tests.unit.script import US, Script, Vm, at
 
@@ -176,7 +177,8 @@ def test_passes_split_kernel_user_and_sending() -> None:
     vm.send(5100, 5200, 7_000)
     vm.gets(9000)
     process = source_of(vm, script)
-    found = fetches.passes(fetches.bursts(process, 0, at(8000), process.transfers), at(8000), process.transfers, at(0))
+    bursts = fetches.bursts(process, 0, at(8000), process.transfers)
+    found = DirtyLogRows(process, bursts, at(8000), process.transfers, at(0)).passes()
     rows = [(p.begin // US, p.kernel_ns // US, p.user_ns // US, p.bytes, p.send_ns // US) for p in found]
     assert rows == [(0, 30, 170, 100_000, 400), (5000, 20, 80, 7_000, 100)]
     assert [p.blocked_ns for p in found] == [120 * US, None]
@@ -186,15 +188,15 @@ def test_an_ioctl_measured_inside_is_split_to_the_nanosecond() -> None:
     script, vm = one()
     vm.gets(0, slots=[0], took=100)
     plain = source_of(vm, script).ioctls[0]
-    assert fetches.split(plain) is None
-    inside = msgspec.structs.replace(
+    assert inside.split([plain], {}) is None
+    measured = msgspec.structs.replace(
         plain, off_cpu_ns=10_000, spin_ns=5_000, walk_ns=40_001, flush_ns=20_000, copy_ns=7_000
     )
-    assert fetches.split(inside) == {
+    assert inside.split([measured], {}) == {
         "walk": 40_001,
         "flush": 20_000,
         "copy": 7_000,
         "other": 17_999,
         "samples": "exact",
     }
-    assert fetches.on_cpu(inside) == 85_000
+    assert inside.on_cpu(measured) == 85_000

@@ -120,6 +120,8 @@ def test_flows_pair_and_counters_grow(path: Path) -> None:
             left = next(e for f, u, t in trace.starts if f == flow for _, s, e, _ in trace.slices[u] if s == t)
             assert at - left == vcpu.blackout_ns
     counted = {trace.tracks[u].name: values for u, values in trace.counters.items()}
+    pages = counted.pop("dirty pages", [])
+    assert pages == [p.pages for p in b.dirty_log.passes if p.pages is not None]
     assert set(counted) == {"migration bytes sent", "migration bytes received"}
     assert all(values == sorted(values) and values[0] >= 0 for values in counted.values())
 

@@ -55,9 +55,24 @@ def test_names_and_order_of_the_schema() -> None:
                         "send_ns": None,
                         "blocked_ns": None,
                         "dirty_pages_per_s": None,
+                        "pages_at_most": None,
+                        "user_off_cpu_ns": None,
+                        "split": None,
+                        "brownout": None,
+                        "baseline": None,
+                        "tcp_info": None,
                     }
                 ],
-                "final": {"kernel_ns": None, "user_ns": None, "pages": None, "bytes": None, "send_ns": None},
+                "final": {
+                    "kernel_ns": None,
+                    "user_ns": None,
+                    "pages": None,
+                    "bytes": None,
+                    "send_ns": None,
+                    "user_off_cpu_ns": None,
+                    "split": None,
+                    "rearm": None,
+                },
                 "fetches": [
                     {
                         "begin": None,
@@ -74,8 +89,10 @@ def test_names_and_order_of_the_schema() -> None:
                                 "split": None,
                             }
                         ],
+                        "split": None,
                     }
                 ],
+                "logging": None,
             },
             "sockets": [
                 {
@@ -101,6 +118,8 @@ def test_names_and_order_of_the_schema() -> None:
                 "attach": {"dirty_log": None, "vcpu": None, "socket": None},
                 "observer_ns": None,
                 "reasons": None,
+                "observer_window_ns": None,
+                "observer_window_least_ns": None,
             },
             "clock": {"offset_ns": None, "bound_ns": None},
             "notes": None,

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Kernel stacks of a thread inside a dirty-log ioctl, on a timer: what the call spends its CPU time on, where no
+ * function probe can tell.
+ *
+ * In: a CPU clock event on one thread, opened by probes/sampler.py. Out: SAMPLE records. They do not wake the reader,
+ * or each would cost a context switch. A record behind one that nobody was woken for wakes nobody either, so that of
+ * the ioctl itself does it by force.
+ */
+#pragma once
+
+#include "kvm.h"
+
+#define SAMPLE_FRAMES 24
+#define SAMPLES_A_WAKEUP 128		/* a call of seconds must not fill the buffer before anybody looks */
+
+struct sample_record {
+	u64 kind, at, pid, tid, begin, period, frames[SAMPLE_FRAMES];
+};
+_Static_assert(sizeof(struct sample_record) == 8 * SAMPLE_WORDS, "sample record");
+
+BPF_ARRAY(sampling, u64, 1);		/* the period in ns, as the Python half last set it */
+
+static __always_inline bool is_dirty_log(u32 cmd)
+{
+	return cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS;
+}
+
+int on_sample(void *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), *period;
+	struct thread_state *s;
+	struct sample_record *r;
+	u32 zero = 0;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = known_thread(pid_tgid);
+	period = sampling.lookup(&zero);
+	if (!s || !period || s->nr != NR_ioctl + 1 || !is_dirty_log(s->a1))
+		return 0;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_SAMPLE, true);
+		return 0;
+	}
+	r->kind = KIND_SAMPLE;
+	r->at = bpf_ktime_get_ns();
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->begin = s->enter;
+	r->period = *period;
+	bpf_get_stack(ctx, r->frames, sizeof(r->frames), 0);	/* clears what it does not fill, also where it fails */
+	s->samples++;
+	events.ringbuf_submit(r, s->samples % SAMPLES_A_WAKEUP ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);
+	return 0;
+}

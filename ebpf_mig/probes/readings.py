@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures that somebody has to go and read: TCP's account of the sockets, and what our own programs have cost.
+
+In: the events as they arrive, which say when a reading is worth its cost: at a fetch, a kick, an entry into KVM_RUN.
+Out: `TcpInfo` and `OwnCost` events, seldom, in most cases `APART_NS` apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from ebpf_mig import kvm
+from ebpf_mig.events import AnyEvent, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
+from ebpf_mig.probes.tcpinfo import TcpReader
+
+APART_NS = 100_000_000
+APART_IN_STOP_NS = 20_000_000
+"""From a kick until a vCPU runs again."""
+APART_AT_EDGES_NS = 2_000_000
+"""Where a window may begin or end."""
+LEAST_BYTES = 65536
+"""A socket that sent less is no migration's."""
+
+
+class Readings:
+    """Decides when and reads. `cost` gives (ns, runs) of our programs so far, None where the kernel does not count."""
+
+    def __init__(self, cost: Callable[[], tuple[int, int] | None]) -> None:
+        self._cost = cost
+        self._tcp: TcpReader | None = None
+        self._sockets: dict[int, Socket] = {}
+        self._bytes: dict[int, int] = {}
+        self._stopped: set[int] = set()
+        self._last_ns = 0
+
+    def open(self) -> None:
+        """Gets ready to read; idempotent."""
+        self._tcp = self._tcp or TcpReader()
+
+    def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
+        """The readings that these events make due."""
+        worth = edge = False
+        for event in events:
+            if isinstance(event, Transfer):
+                if event.direction == 0:
+                    self._bytes[event.socket] = self._bytes.get(event.socket, 0) + event.bytes
+                worth = worth or event.pid in self._stopped
+            elif isinstance(event, Socket):
+                self._sockets[event.socket] = event
+                worth = True
+            elif isinstance(event, Kick):
+                edge = edge or event.pid not in self._stopped
+                self._stopped.add(event.pid)
+            elif isinstance(event, VcpuEnter):
+                edge = edge or bool(self._stopped)
+                self._stopped.clear()
+            elif isinstance(event, Ioctl):
+                worth = worth or event.cmd in kvm.DIRTY_LOG
+        apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
+        return self.take() if (worth or edge) and time.monotonic_ns() - self._last_ns > apart else []
+
+    def take(self) -> list[AnyEvent]:
+        """All readings, now."""
+        self._last_ns = time.monotonic_ns()
+        found: list[AnyEvent] = []
+        if (cost := self._cost()) is not None:
+            found.append(OwnCost(self._last_ns, *cost))
+        for inode, socket in list(self._sockets.items()):
+            if self._tcp is None or self._bytes.get(inode, 0) < LEAST_BYTES:
+                continue
+            if (info := self._tcp.read(socket)) is not None:
+                found.append(info)
+        return found
+
+    def forget(self, pid: int) -> None:
+        """A process is traced no more."""
+        self._stopped.discard(pid)
+        for inode in [inode for inode, socket in self._sockets.items() if socket.pid == pid]:
+            del self._sockets[inode]
+            self._bytes.pop(inode, None)
+
+    def close(self) -> None:
+        """Reads no more; idempotent."""
+        if self._tcp is not None:
+            self._tcp.close()
+        self._tcp = None

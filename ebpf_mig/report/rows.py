@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of the terminal report: a label, a duration, and what belongs to it.
+
+In: names, ns, bytes. Out: `Row`s; text.py puts them on the screen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rich.text import Text
+
+from ebpf_mig.printable import printable
+
+_LABEL = 21
+_TEXT_AT = 23
+_FIGURE_TEXT_AT = 35
+
+
+class Row(NamedTuple):
+    """A line of the report; what does not fit goes on below, indented."""
+
+    text: Text
+    indent: int = 2
+    spare: int = 0
+    """0: never left out. Where the screen is too small, the highest goes first."""
+
+
+def figure(label: str, ns: int, text: str, style: str = "") -> Row:
+    """A duration in the same column as those of the phases, and what belongs to it."""
+    name = (f"{printable(label, _LABEL):{_LABEL}}", style or "dim")
+    return Row(Text.assemble(name, (f"{ms(ns):>9} ms  ", style), text), _FIGURE_TEXT_AT)
+
+
+def remark(label: str, text: str, style: str = "") -> Row:
+    """A label and words."""
+    return Row(Text.assemble((f"{printable(label, _LABEL):{_TEXT_AT}}", style or "dim"), text), _TEXT_AT)
+
+
+def ms(ns: int | None) -> str:
+    """Milliseconds with three decimals."""
+    return "-" if ns is None else f"{ns / 1e6:.3f}"
+
+
+def size(count: int) -> str:
+    """`count` in the largest binary unit that keeps it at 1 or above."""
+    if count < 1024:
+        return f"{count} B"
+    power = min((count.bit_length() - 1) // 10, 4)
+    return f"{count / (1 << 10 * power):.1f} {'KMGT'[power - 1]}iB"

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of the terminal report that say why a fetch took its time, and what the passes cost the guest.
+
+In: parts of a breakdown. Out: rows, only of what is worth a line; the other formats have everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ebpf_mig.breakdown import Breakdown, Pass, VcpuShare
+from ebpf_mig.reference import REARM
+from ebpf_mig.report.rows import Row, figure, ms
+
+_TOLD_SHARE = 100
+"""What takes less than this part of the window is left to the other formats."""
+
+
+def inside(breakdown: Breakdown) -> Iterator[Row]:
+    """What the final fetch did inside its ioctls, and what of it was for nothing."""
+    final = breakdown.dirty_log.final
+    if final is None:
+        return
+    if (split := final.split) is not None:
+        parts = {name: int(split.get(name, 0)) for name in ("walk", "flush", "copy", "other")}
+        total = sum(parts.values()) or 1
+        shares = ", ".join(f"{name} {100 * ns / total:.0f}%" for name, ns in parts.items() if 200 * ns >= total)
+        error = max(int(split.get(f"{name}_error", 0)) for name in parts)
+        how = "exact" if split.get("samples") == "exact" else f"±{100 * error / total:.0f}, {split['samples']} samples"
+        yield figure("  on CPU in ioctls", sum(parts.values()), f"{shares} ({how})")
+    rearm, window = final.rearm, breakdown.window_ns or 0
+    if rearm is not None and rearm.ns * _TOLD_SHARE >= window:
+        doubt = f" ±{ms(rearm.error_ns)}" if rearm.error_ns else ""
+        rate = f"{rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page"
+        published = "; ".join(f"{r.short} {r.figure}" for r in REARM if r.short)
+        yield figure("  avoidable: re-arming", rearm.ns, f"{rate}{doubt} ({published})")
+
+
+def brownout(passes: list[Pass]) -> Iterator[Row]:
+    """The pass in which a vCPU lost most, if it was more than a hundredth of its time, beside the time before."""
+    worst: tuple[float, VcpuShare, Pass] | None = None
+    for one in passes:
+        for vcpu in one.brownout.vcpus if one.brownout else ():
+            share = vcpu.outside_ns / max(1, one.brownout.duration_ns if one.brownout else 1)
+            if worst is None or share > worst[0]:
+                worst = share, vcpu, one
+    if worst is None or worst[0] < 1 / _TOLD_SHARE:
+        return
+    share, vcpu, one = worst
+    before = next((v for v in one.baseline.vcpus if v.vcpu == vcpu.vcpu), None) if one.baseline else None
+    was = ""
+    if before is not None and one.baseline is not None and one.baseline.duration_ns:
+        was = f"; before {100 * before.outside_ns / one.baseline.duration_ns:.1f}%, {ms(before.longest_gap_ns)}"
+    text = f"vCPU {vcpu.vcpu} {100 * share:.1f}% outside KVM_RUN, longest {ms(vcpu.longest_gap_ns)}{was}"
+    yield figure("  brownout, worst", vcpu.outside_ns, text)._replace(spare=1)
+
+
+def tcp(info: dict[str, int] | None) -> str:
+    """TCP's verdict where it has one: what held it up for a tenth of its busy time, or retransmissions."""
+    if not info:
+        return ""
+    busy = info.get("busy_us", 0)
+    said = [
+        f"{name}-limited {ms(limited * 1000)} of {ms(busy * 1000)} ms busy"
+        for name in ("rwnd", "sndbuf")
+        if (limited := info.get(f"{name}_limited_us", 0)) and limited * 10 >= busy
+    ]
+    if retransmits := info.get("retransmits", 0):
+        said.append(f"{retransmits} retransmit{'s' if retransmits > 1 else ''}")
+    doubt = f" (± {info.get('resolution_us', 0) // 1000} ms)" if said and info.get("resolution_us") else ""
+    return f"; TCP: {', '.join(said)}{doubt}" if said else ""
