@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ebpf_mig import brownout, fetches, inside, kvm, tcp, thread_time
+from ebpf_mig import brownout, fetches, inside, kvm, tcp
 from ebpf_mig.breakdown import Fetch, FetchIoctl, Logging, Pass, Rearm, Span
 from ebpf_mig.events import Ioctl, Samples, Transfer
 from ebpf_mig.fetches import Burst
 from ebpf_mig.processes import Process
 from ebpf_mig.sockets import off_cpu_within
+from ebpf_mig.thread_time import OffCpu
 
 GIB = 1 << 30
 
@@ -56,8 +57,8 @@ class DirtyLogRows:
         return fetches.switched_on(self.process, self.stop) if self.brownout else None
 
     @cached_property
-    def _gaps(self) -> list[thread_time.Gap]:
-        return thread_time.gaps(self.process, fetches.fetchers(self.process))
+    def _off_cpu(self) -> OffCpu:
+        return OffCpu(self.process, fetches.fetchers(self.process))
 
     def passes(self) -> list[Pass]:
         """Fetches that began with the guest running, each with the sending up to the next."""
@@ -90,7 +91,7 @@ class DirtyLogRows:
             blocked_ns=off_cpu_within(sent, (burst.begin, end)) if sent else None,
             dirty_pages_per_s=(most if pages is None else pages) * 1_000_000_000 // took if took > 0 else None,
             pages_at_most=most,
-            user_off_cpu_ns=thread_time.off_cpu(user, self._gaps),
+            user_off_cpu_ns=self._off_cpu.within(user),
             split=inside.split(burst.ioctls, self.samples),
             brownout=brownout.stretch(self.process, *stretch, self.origin) if self.brownout else None,
             baseline=brownout.baseline(self.process, self.since, self._logged, stretch[1] - stretch[0], self.origin),
@@ -134,7 +135,7 @@ class DirtyLogRows:
 
     def user_off_cpu(self, spans: Sequence[Span]) -> int | None:
         """Of the bitmap work in these spans (from `origin`), the part off the CPU."""
-        return thread_time.off_cpu([(begin + self.origin, end + self.origin) for begin, end in spans], self._gaps)
+        return self._off_cpu.within((begin + self.origin, end + self.origin) for begin, end in spans)
 
     def rearm(self, until: int) -> Rearm | None:
         """What the fetches in the blackout spent on protecting pages anew; None where that cannot be told."""

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ from ebpf_mig.vmm.base import Migration, Outcome
 
 QUIET_NS = 200_000_000
 """Tracing goes on this long after both sides said they are done: late calls still arrive."""
+BASELINE_S = 0.25
+"""Tracing watches the guest this long before the migration begins: what it is like undisturbed."""
 
 _ENDED = {"failed": "failed", "cancelled": "was cancelled"}
 
@@ -82,6 +84,8 @@ class _Run:
     outcome: Outcome | None = None
     error: BaseException | None = None
     ended_ns: int = 0
+    called_off: threading.Event = field(default_factory=threading.Event)
+    """Set by an interruption, which may come before anything was triggered."""
 
 
 def trace_migration(
@@ -120,7 +124,8 @@ def trace_migration(
 
 def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
     try:
-        run.outcome = migration.run(timeout_s)
+        off = run.called_off.wait(BASELINE_S)
+        run.outcome = Outcome("cancelled", "interrupted before it began") if off else migration.run(timeout_s)
     except BaseException as error:
         run.error = error
     run.ended_ns = time.monotonic_ns()
@@ -148,6 +153,7 @@ def _pump_until_done(
                 raise
             interrupted = error
             say("cancelling the migration")
+            run.called_off.set()
             threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
 
 

@@ -19,6 +19,7 @@ APART_IN_STOP_NS = 20_000_000
 """From a kick until a vCPU runs again."""
 APART_AT_EDGES_NS = 2_000_000
 """Where a window may begin or end."""
+PATIENCE_S = 0.2
 LEAST_BYTES = 65536
 """A socket that sent less is no migration's."""
 
@@ -58,19 +59,23 @@ class Readings:
             elif isinstance(event, Ioctl):
                 worth = worth or event.cmd in kvm.DIRTY_LOG
         apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
-        return self.take() if (worth or edge) and time.monotonic_ns() - self._last_ns > apart else []
+        told: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
+        return told + (self.take() if (worth or edge) and time.monotonic_ns() - self._last_ns > apart else [])
+
+    def last(self) -> list[AnyEvent]:
+        """A last reading and all that is still to be told, which may take `PATIENCE_S`."""
+        found = self.take()
+        return found + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
-        """All readings, now."""
+        """Our own cost, now; what TCP says comes later, with the events of `due`."""
         self._last_ns = time.monotonic_ns()
         found: list[AnyEvent] = []
         if (cost := self._cost()) is not None:
             found.append(OwnCost(self._last_ns, *cost))
         for inode, socket in list(self._sockets.items()):
-            if self._tcp is None or self._bytes.get(inode, 0) < LEAST_BYTES:
-                continue
-            if (info := self._tcp.read(socket)) is not None:
-                found.append(info)
+            if self._tcp is not None and self._bytes.get(inode, 0) >= LEAST_BYTES:
+                self._tcp.ask(socket)
         return found
 
     def forget(self, pid: int) -> None:

@@ -129,7 +129,7 @@ class Tracer:
         """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""
         now = time.monotonic_ns()
         self._sampler.close()
-        readings = self._readings.take()
+        readings = self._readings.last()
         attach.disarm(self._plan)
         rest = self.poll(0) + readings
         return rest + self._accounts(now) + list(self._threads.values())

@@ -50,9 +50,9 @@ def brownout(passes: list[Pass]) -> Iterator[Row]:
     before = next((v for v in one.baseline.vcpus if v.vcpu == vcpu.vcpu), None) if one.baseline else None
     was = ""
     if before is not None and one.baseline is not None and one.baseline.duration_ns:
-        was = f"; before {100 * before.outside_ns / one.baseline.duration_ns:.1f}%, {ms(before.longest_gap_ns)}"
-    text = f"vCPU {vcpu.vcpu} {100 * share:.1f}% outside KVM_RUN, longest {ms(vcpu.longest_gap_ns)}{was}"
-    yield figure("  brownout, worst", vcpu.outside_ns, text)._replace(spare=1)
+        was = f"; before {100 * before.outside_ns / one.baseline.duration_ns:.1f}%"
+    text = f"vCPU {vcpu.vcpu} out {100 * share:.1f}%, longest {ms(vcpu.longest_gap_ns)}{was}"
+    yield figure("  brownout, worst", vcpu.outside_ns, text)._replace(spare=2)
 
 
 def tcp(info: dict[str, int] | None) -> str:
@@ -61,11 +61,12 @@ def tcp(info: dict[str, int] | None) -> str:
         return ""
     busy = info.get("busy_us", 0)
     said = [
-        f"{name}-limited {ms(limited * 1000)} of {ms(busy * 1000)} ms busy"
+        f"{name}-limited {limited // 1000} of {busy // 1000} ms busy"
         for name in ("rwnd", "sndbuf")
         if (limited := info.get(f"{name}_limited_us", 0)) and limited * 10 >= busy
     ]
     if retransmits := info.get("retransmits", 0):
         said.append(f"{retransmits} retransmit{'s' if retransmits > 1 else ''}")
     doubt = f" (± {info.get('resolution_us', 0) // 1000} ms)" if said and info.get("resolution_us") else ""
-    return f"; TCP: {', '.join(said)}{doubt}" if said else ""
+    over = round((info["until"] - info["from"]) / 1e6)
+    return f"; TCP, {over} ms: {', '.join(said)}{doubt}" if said else ""
