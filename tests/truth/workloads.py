@@ -5,6 +5,7 @@
 `mmu-lock MS`: dirty-log fetches for that long while another thread makes the MMU notifier hold mmu_lock.
 `get-clean MS`: KVM_GET_DIRTY_LOG of a large slot in which nothing is dirty, for that long: copying, for the most part.
 `clear-all N`: KVM_CLEAR_DIRTY_LOG of as many GiB, all bits set: walking, for the most part.
+And those of `slow`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.truth import kvm
+from tests.truth import kvm, slow
 from tests.truth.kvm import Vm
 from tests.truth.parts import Machine, Plan, say
 
@@ -131,6 +132,9 @@ WORKLOADS = {
     "mmu-lock": mmu_lock,
     "get-clean": get_clean,
     "clear-all": clear_all,
+    "outside": slow.outside,
+    "slow-reader": slow.slow_reader,
+    "spliced": slow.spliced,
 }
 
 

@@ -27,7 +27,9 @@ def _exec(arguments: argparse.Namespace) -> int:
         emulated, kernel, root, Path(arguments.source), arguments.command, place=place, timeout_s=arguments.timeout
     )
     _say(outcome.console.read_text(errors="replace"))
-    _say(f"{kernel.version}: exit {outcome.code} {outcome.trouble} after {outcome.seconds:.0f} s; files in {outcome.files}")
+    _say(
+        f"{kernel.version}: exit {outcome.code} {outcome.trouble} after {outcome.seconds:.0f} s; files in {outcome.files}"
+    )
     return 1 if outcome.code is None else outcome.code
 
 

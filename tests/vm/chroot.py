@@ -54,7 +54,7 @@ def inside(tree: Path, command: Sequence[str], *, binds: Mapping[Path, str] | No
         f"mount -t proc proc {tree}/proc",
         f"mount -t tmpfs tmpfs {tree}/run",
         f"mount -t tmpfs tmpfs {tree}/tmp",
-        f"exec chroot {shlex.quote(str(tree))} /bin/sh -c 'cd \"$0\" && exec \"$@\"' {shlex.quote(cwd)} {shlex.join(command)}",
+        f'exec chroot {shlex.quote(str(tree))} /bin/sh -c \'cd "$0" && exec "$@"\' {shlex.quote(cwd)} {shlex.join(command)}',
     ]
     return ["unshare", "--mount", "sh", "-c", "\n".join(script)]
 
@@ -72,7 +72,7 @@ def tree(userland: Userland) -> Path:
     fresh = place.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     excludes = [f"--dpkgopt=path-exclude=/usr/share/{unused}/*" for unused in UNUSED]
-    valid = ["--aptopt=Acquire::Check-Valid-Until \"false\""]
+    valid = ['--aptopt=Acquire::Check-Valid-Until "false"']
     run("mmdebstrap", "--mode=root", "--variant=apt", f"--include={PACKAGES}", *excludes, *valid,
         userland.name, str(fresh), MIRROR)  # fmt: skip
     for file in map(Path, HOST_FILES):

@@ -19,9 +19,7 @@ from tests.vm.chroot import BuildError, inside
 from tests.vm.images import KernelImage, results_image, source_image, read_results
 
 MEMORY_MIB = 3072
-COMMAND_LINE = (
-    "console=ttyS0 root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr tsc=reliable quiet loglevel=4"
-)
+COMMAND_LINE = "console=ttyS0 root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr tsc=reliable quiet loglevel=4"
 TROUBLE = re.compile(r"Oops: int3|soft lockup|Kernel panic|rcu: INFO: rcu.*stall|BUG: unable to handle")
 END = re.compile(r"^EBPF-MIG-VM end (\d+)", re.MULTILINE)
 

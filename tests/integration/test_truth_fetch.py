@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the final fetch is explained by, against workloads whose answer is known: see tests/truth.
+
+Split of an ioctl, ring pages, bitmap work on and off the CPU, TCP's verdict, brownout, sends past the system calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig import inside, kvm, tcp
+from ebpf_mig.events import AnyEvent, Header, Ioctl, Samples, TcpInfo, Transfer, VcpuSpan
+from ebpf_mig.processes import split
+from tests.conftest import requires
+from tests.truth.harness import migrate, undisturbed, work
+from tests.truth.parts import Plan
+
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+
+TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
+MS = 1_000_000
+
+
+def together(events: Sequence[AnyEvent], cmd: int) -> tuple[inside.Split, list[Ioctl], int]:
+    """The split of all ioctls of one kind that were sampled, those ioctls, and how many samples they had."""
+    samples = inside.by_ioctl(e for e in events if isinstance(e, Samples))
+    ioctls = [e for e in events if isinstance(e, Ioctl) and e.cmd == cmd]
+    found = inside.split(ioctls, samples)
+    assert found is not None
+    return found, ioctls, sum(s.count for several in samples.values() for s in several)
+
+
+def share(found: inside.Split, name: str) -> float:
+    return int(found[name]) / sum(int(found[part]) for part in inside.CLASSES)
+
+
+def test_a_fetch_of_a_clean_log_is_copying() -> None:
+    """With manual protection a GET does nothing but copy the bitmap."""
+    said, events = work("get-clean", 400)
+    found, ioctls, samples = together(events, kvm.GET_DIRTY_LOG)
+    assert len(ioctls) == said["calls"], "records behind samples reach us"
+    if found["samples"] != "exact":
+        assert 50 < samples < 400, "once a millisecond on the CPU while nothing was kicked"
+    assert share(found, "copy") > 0.9
+    assert share(found, "walk") < 0.02
+    assert sum(int(found[part]) for part in inside.CLASSES) == sum(inside.on_cpu(i) for i in ioctls)
+
+
+def test_re_arming_a_dirty_log_is_walking() -> None:
+    """A log that begins all dirty, on memory that is not there: every page is looked up and protected."""
+    if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
+        pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
+    said, events = work("clear-all", 64)
+    found, ioctls, samples = together(events, kvm.CLEAR_DIRTY_LOG)
+    assert len(ioctls) == said["calls"]
+    assert share(found, "walk") > 0.9
+    assert share(found, "copy") < 0.05
+    if found["samples"] != "exact":
+        assert samples > 30
+        assert int(found["walk_error"]) < 0.15 * sum(int(found[part]) for part in inside.CLASSES)
+        assert int(found["flush_error"]) > 0, "that no sample hit the flush does not mean that there was none"
+
+
+def test_pages_of_the_rings_are_counted_exactly() -> None:
+    run = undisturbed(Plan(log="ring", slots=4, passes=3, dirty_pages=300, vcpus=2))
+    assert not any(fetch["missing"] or fetch["surplus"] for fetch in run.fetched), run.fetched
+    log = run.breakdown.dirty_log
+    assert log.mode == "ring"
+    # The first fetch takes all of memory and finds nothing dirty in the rings.
+    assert [one.pages for one in log.passes] == [0, 300, 300]
+    assert log.final is not None and log.final.pages == 300
+    assert log.passes[1].dirty_pages_per_s is not None and log.passes[1].dirty_pages_per_s > 0
+
+
+@pytest.mark.parametrize("log", ["legacy", "manual"])
+def test_a_bitmap_tells_no_count_but_the_bytes_are_a_bound(log: str) -> None:
+    run = undisturbed(Plan(log=log, passes=3, dirty_pages=200))
+    log_rows = run.breakdown.dirty_log
+    assert [one.pages for one in log_rows.passes] == [None] * 3
+    assert all(one.pages_at_most is not None and 200 <= one.pages_at_most <= 203 for one in log_rows.passes[1:])
+
+
+@pytest.mark.parametrize("spin", [False, True], ids=["asleep", "busy"])
+def test_bitmap_work_is_told_on_and_off_the_cpu(spin: bool) -> None:
+    run = undisturbed(Plan(delays={"fetch.user": 20 * MS}, spin=spin))
+    final = run.breakdown.dirty_log.final
+    assert final is not None and final.user_off_cpu_ns is not None
+    assert final.user_ns >= 0.95 * run.injected["fetch.user"]
+    if spin:  # another thread may still take its CPU
+        assert final.user_off_cpu_ns <= final.user_ns - 10 * MS
+    else:
+        assert final.user_off_cpu_ns >= 0.95 * run.injected["fetch.user"] - 0.2 * MS
+
+
+def test_logging_is_switched_on_once_for_all_slots() -> None:
+    run = migrate(Plan(slots=8))
+    (on,) = run.breakdown.dirty_log.logging
+    assert on.on and on.slots == 8 and on.kernel_ns > 0 and on.in_blackout_ns == 0
+    assert on.begin < run.breakdown.dirty_log.passes[0].begin
+
+
+def test_our_own_cost_in_the_window_is_between_its_bounds() -> None:
+    state = migrate(Plan(delays={"memory.send": 30 * MS})).breakdown.completeness
+    if state.observer_ns is None:
+        pytest.skip("missing feature: run statistics of BPF programs")
+    assert state.observer_window_ns is not None and state.observer_window_least_ns is not None
+    assert 0 <= state.observer_window_least_ns <= state.observer_window_ns <= state.observer_ns
+    assert state.observer_window_ns > 0
+
+
+def test_tcp_says_that_a_slow_reader_held_it_up() -> None:
+    said, events = work("slow-reader", 600)
+    process = next(iter(split(Header(), events).processes.values()))
+    readings = [e for e in events if isinstance(e, TcpInfo) and e.socket == said["socket"]]
+    assert len(readings) >= 3
+    stretch = (readings[0].at_ns, readings[-1].at_ns)
+    found = tcp.verdict(process, said["socket"], stretch, 0)
+    assert found is not None
+    assert found["rwnd_limited_us"] >= 0.8 * found["busy_us"]
+    assert found["busy_us"] * 1000 >= 0.7 * said["ns"]
+    assert found["sndbuf_limited_us"] <= 0.1 * found["busy_us"]
+    assert found["resolution_us"] >= 1000 and found["busy_us"] % found["resolution_us"] == 0
+    assert readings[-1].values["bytes_acked"] - said["bytes"] in (0, 1), "the witness of the bytes: the FIN's or SYN's"
+
+
+def test_a_vcpu_kept_out_of_the_guest_is_told_stay_by_stay() -> None:
+    said, events = work("outside", 12)
+    spans = sorted((e for e in events if isinstance(e, VcpuSpan)), key=lambda e: e.since_ns)
+    assert len(spans) >= len(said["stays"])
+    close = 0
+    for span, stay in zip(spans, said["stays"], strict=False):
+        assert span.longest_ns >= stay, "its readings lie inside the stay"
+        close += span.longest_ns - stay < 0.05 * stay + 0.2 * MS
+    assert close >= 0.75 * len(said["stays"]), "a busy host takes the CPU between a reading and a call"
+
+
+def test_sends_past_the_system_calls_are_seen_to_the_byte() -> None:
+    said, events = work("spliced", 200)
+    hidden = [e for e in events if isinstance(e, Transfer) and e.hidden]
+    if not hidden:
+        pytest.skip("missing feature: sock:sock_send_length and splice that passes it (Linux 6.5)")
+    ours = [e for e in hidden if e.socket == said["socket"]]
+    assert sum(e.bytes for e in ours) == said["bytes"]
+    assert all(e.in_call_ns == 0 and e.off_cpu_ns == -1 for e in ours), "nobody tells how long they took"
