@@ -23,7 +23,7 @@ REARM = (
     Reference(
         "1.5 ms/GiB",
         "re-arming, Cloud Hypervisor, 64 GiB mostly dirty",
-        "https://github.com/cloud-hypervisor/cloud-hypervisor/issues/8899",
+        "github.com/cloud-hypervisor/cloud-hypervisor/issues/8899",
         "published",
     ),
     Reference(

@@ -8,11 +8,11 @@ was not measured is a dash.
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, Phase
+from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
 from ebpf_mig.printable import printable
+from ebpf_mig.reference import REARM
 
 SIDES = {"source": "src", "destination": "dst"}
 _MANY = 40
@@ -121,11 +121,14 @@ def fetch(b: Breakdown) -> Iterator[str]:
     yield f"in the kernel {milliseconds(final.kernel_ns)}, in the VMM {milliseconds(final.user_ns)}. "
     yield f"It caused {milliseconds(final.send_ns)} ms of sending: {pages}, "
     yield f"{size(final.bytes)}.</p>\n"
+    if final.split is not None:
+        yield f"<p>On the CPU in its ioctls, ms: {_split(final.split)}.</p>\n"
+    yield from _rearm(final)
     sizes = {slot.slot: slot.size_bytes for slot in b.dirty_log.slots}
     rows = [
         f"<td class='w'>{escaped(i.ioctl)}</td><td>{slot_name(i.slot)}</td>"
         f"<td class='n'>{size(sizes.get(i.slot))}</td>{_ns(i.begin)}{_ns(i.duration_ns)}"
-        f"<td>{_locks(i)}</td><td class='n'>{milliseconds(i.off_cpu_ns)}</td><td>{_split(i)}</td>"
+        f"<td>{_locks(i)}</td><td class='n'>{milliseconds(i.off_cpu_ns)}</td><td>{_split(i.split)}</td>"
         for one in b.dirty_log.fetches
         for i in one.ioctls
     ]
@@ -140,33 +143,42 @@ def _locks(ioctl: FetchIoctl) -> str:
     return ", ".join(waits) or "none"
 
 
-def _split(ioctl: FetchIoctl) -> str:
-    """The parts of the call; sampled ones with the 95 % error of their share."""
-    if ioctl.split is None:
+def _rearm(final: FinalFetch) -> Iterator[str]:
+    """What was for nothing, beside figures that others published."""
+    rearm = final.rearm
+    if rearm is None:
+        return
+    doubt = f" ± {milliseconds(rearm.error_ns)}" if rearm.error_ns else ""
+    yield f"<p><b>Avoidable: {milliseconds(rearm.ns)}{doubt} ms</b> of it re-armed {rearm.pages} pages that no vCPU "
+    yield f"could write to any more: {rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page.</p>\n"
+    rows = [
+        f"<td class='w'>{escaped(r.what)}</td><td>{escaped(r.figure)}</td><td>{escaped(r.source)}</td>" for r in REARM
+    ]
+    yield table("rearm", ("for comparison", "figure", "source"), rows)
+
+
+def _split(split: dict[str, int | str] | None) -> str:
+    """The parts of a call, sampled ones with their 95 % error, and what tells so."""
+    if split is None:
         return "-"
-    samples = ioctl.split.get("samples")
     parts: list[str] = []
     for name in _PARTS:
-        ns = ioctl.split.get(name)
+        ns, error = split.get(name), split.get(f"{name}_error")
         if isinstance(ns, int):
-            parts.append(f"{name} {milliseconds(ns)}{_error(ns, ioctl.duration_ns, samples)}")
-    return ", ".join(parts) or "-"
-
-
-def _error(ns: int, whole: int, samples: int | str | None) -> str:
-    if not isinstance(samples, int) or samples < 1 or whole <= 0:
-        return ""
-    share = min(max(ns / whole, 0), 1)
-    return f" ± {milliseconds(1.96 * math.sqrt(share * (1 - share) / samples) * whole)}"
+            parts.append(f"{name} {milliseconds(ns)}" + (f" ± {milliseconds(error)}" if isinstance(error, int) else ""))
+    samples = split.get("samples")
+    how = f" ({samples} samples)" if isinstance(samples, int) else f" ({escaped(str(samples))})" if samples else ""
+    return ", ".join(parts) + how if parts else "-"
 
 
 def passes(b: Breakdown) -> Iterator[str]:
     """The passes in order; the bar is what was sent, so that convergence can be seen."""
     most = max((p.bytes for p in b.dirty_log.passes), default=0) or 1
     rows = [
-        f"<td>{at}</td>{_ns(p.begin)}{_ns(p.kernel_ns)}{_ns(p.user_ns)}{_count(p.pages)}"
-        f"<td class='n'>{size(p.bytes)}</td>{_ns(p.send_ns)}{_ns(p.blocked_ns)}"
-        f"{_count(p.dirty_pages_per_s)}<td class='bars'>"
+        f"<td>{at}</td>{_ns(p.begin)}{_ns(p.kernel_ns)}{_ns(p.user_ns)}{_ns(p.user_off_cpu_ns)}"
+        f"{_count(p.pages)}{_count(p.pages_at_most)}<td class='n'>{size(p.bytes)}</td>{_ns(p.send_ns)}"
+        f"{_ns(p.blocked_ns)}{_count(p.dirty_pages_per_s)}{_stretch(p.brownout)}{_stretch(p.baseline)}"
+        f"<td>{_tcp(p.tcp_info)}</td><td class='bars'>"
         "<svg class='bar' viewBox='0 0 1000 10' preserveAspectRatio='none' aria-hidden='true'>"
         f"<rect class='source' x='0' y='0' height='10' width='{1000 * p.bytes / most:.1f}'/></svg></td>"
         for at, p in enumerate(b.dirty_log.passes, 1)
@@ -176,24 +188,54 @@ def passes(b: Breakdown) -> Iterator[str]:
         "#at ms",
         "#kernel ms",
         "#user ms",
+        "#off CPU ms",
         "#pages",
+        "#whole pages, at most",
         "#sent",
         "#sending ms",
         "#blocked ms",
         "#dirty pages/s",
+        "#vCPUs out, longest ms",
+        "#before logging",
+        "TCP",
         "",
     )
     yield table("passes", head, rows)
+    switches = [
+        f"<td>{'on' if s.on else 'off'}</td>{_ns(s.begin)}{_ns(s.kernel_ns)}{_count(s.slots)}{_ns(s.in_blackout_ns)}"
+        for s in b.dirty_log.logging
+    ]
+    yield table("logging", ("logging", "#at ms", "#kernel ms", "#slots", "#in the blackout ms"), switches)
+
+
+def _stretch(stretch: Stretch | None) -> str:
+    """The share of time that all vCPUs together were outside KVM_RUN, and the longest gap."""
+    if stretch is None or not stretch.vcpus or not stretch.duration_ns:
+        return "<td class='n'>-</td>"
+    share = sum(v.outside_ns for v in stretch.vcpus) / stretch.duration_ns / len(stretch.vcpus)
+    longest = max(v.longest_gap_ns for v in stretch.vcpus)
+    return f"<td class='n'>{100 * share:.2f} %, {milliseconds(longest)}</td>"
+
+
+def _tcp(info: dict[str, int] | None) -> str:
+    """TCP's verdict in whole ms: it counts in jiffies."""
+    if not info:
+        return "-"
+    busy, rwnd, sndbuf = (info.get(name, 0) // 1000 for name in ("busy_us", "rwnd_limited_us", "sndbuf_limited_us"))
+    doubt = f" (± {info.get('resolution_us', 0) // 1000})"
+    retransmits = f", {info['retransmits']} retransmits" if info.get("retransmits") else ""
+    return f"busy {busy} ms, receiver's window {rwnd}, send buffer {sndbuf}{doubt}{retransmits}"
 
 
 def sockets(b: Breakdown) -> Iterator[str]:
     """Who moved how much, and where the time in and between the calls went."""
     rows = [
         f"<td>{escaped(s.role)}</td><td class='n'>{size(s.bytes)}</td><td class='n'>{s.calls}</td>{_ns(s.in_call_ns)}"
-        f"{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}<td>{escaped(s.local)} &rarr; {escaped(s.remote)}</td>"
+        f"{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}<td>{_tcp(s.tcp_info)}</td>"
+        f"<td>{escaped(s.local)} &rarr; {escaped(s.remote)}</td>"
         for s in b.sockets
     ]
-    head = ("socket", "#bytes", "#calls", "#in calls ms", "#copying ms", "#blocked ms", "#between ms", "ends")
+    head = ("socket", "#bytes", "#calls", "#in calls ms", "#copying ms", "#blocked ms", "#between ms", "TCP", "ends")
     yield table("sockets", head, rows)
 
 

@@ -157,7 +157,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
     yield Row(Text(f"{'window':19}{ms(window):>11}{'100.0%':>8}", "dim"))
     unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
     if unseen:
-        yield Row(Text("not seen: " + ", ".join(unseen), "dim"))
+        yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)
 
 
 def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
@@ -200,7 +200,7 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
         pages = "pages not known" if final.pages is None else f"{final.pages} pages"
         yield figure("  what it caused", final.send_ns, f"memory.send: {pages}, {size(final.bytes)}")
         if (longest := _longest(breakdown)) is not None:
-            yield longest
+            yield longest._replace(spare=1)
         yield from text_fetch.inside(breakdown)
     elif breakdown.window_ns is not None:
         why = "none: no dirty logging" if log.mode == "none" else "none seen after the last vCPU stopped"
@@ -249,7 +249,7 @@ def _sockets(sockets: list[SocketUse]) -> Iterator[Row]:
         if use.role.startswith("destination"):
             text = f"{size(use.bytes)}: {inside}"
         yield figure(use.role, use.in_call_ns + use.between_ns, text)._replace(
-            spare=2 if use.role.startswith("dest") else int(at > 0)
+            spare=3 if use.role.startswith("dest") else 2 * int(at > 0)
         )
     if len(carriers) > MAX_SOCKETS:
         yield Row(Text(f"... {len(carriers) - MAX_SOCKETS} more sockets", "dim"))
@@ -262,7 +262,7 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
         what = f"{size(wire.bytes)}, {printable(wire.reason)}"
         why = _short(printable(wire.evidence), _EVIDENCE_ROOM - len(what))
-        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=1)
+        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=2)
     waits: dict[tuple[str, str, str], list[int]] = {}
     for wait in breakdown.waits or []:
         waits.setdefault((wait.phase, wait.thread, _stack(wait)), []).append(wait.duration_ns)
@@ -271,7 +271,7 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
         times = f" ({len(durations)} times)" if len(durations) > 1 else ""
         yield figure(
             f"wait in {phase}", sum(durations), f"{printable(thread)}{times}" + (f": {stack}" if stack else "")
-        )._replace(spare=3 * bool(at))
+        )._replace(spare=4 if at else 1)
 
 
 def _short(text: str, room: int) -> str:

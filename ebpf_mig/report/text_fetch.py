@@ -26,14 +26,14 @@ def inside(breakdown: Breakdown) -> Iterator[Row]:
         total = sum(parts.values()) or 1
         shares = ", ".join(f"{name} {100 * ns / total:.0f}%" for name, ns in parts.items() if 200 * ns >= total)
         error = max(int(split.get(f"{name}_error", 0)) for name in parts)
-        how = "exact" if split.get("samples") == "exact" else f"±{100 * error / total:.0f}, {split['samples']} samples"
+        how = "exact" if split.get("samples") == "exact" else f"±{100 * error / total:.0f}, n={split['samples']}"
         yield figure("  on CPU in ioctls", sum(parts.values()), f"{shares} ({how})")
     rearm, window = final.rearm, breakdown.window_ns or 0
     if rearm is not None and rearm.ns * _TOLD_SHARE >= window:
         doubt = f" ±{ms(rearm.error_ns)}" if rearm.error_ns else ""
         rate = f"{rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page"
         published = "; ".join(f"{r.short} {r.figure}" for r in REARM if r.short)
-        yield figure("  avoidable: re-arming", rearm.ns, f"{rate}{doubt} ({published})")
+        yield figure("  avoidable re-arming", rearm.ns, f"{rate}{doubt} ({published})")
 
 
 def brownout(passes: list[Pass]) -> Iterator[Row]:
@@ -52,7 +52,7 @@ def brownout(passes: list[Pass]) -> Iterator[Row]:
     if before is not None and one.baseline is not None and one.baseline.duration_ns:
         was = f"; before {100 * before.outside_ns / one.baseline.duration_ns:.1f}%"
     text = f"vCPU {vcpu.vcpu} out {100 * share:.1f}%, longest {ms(vcpu.longest_gap_ns)}{was}"
-    yield figure("  brownout, worst", vcpu.outside_ns, text)._replace(spare=2)
+    yield figure("  brownout, worst", vcpu.outside_ns, text)._replace(spare=3)
 
 
 def tcp(info: dict[str, int] | None) -> str:

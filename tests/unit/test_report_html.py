@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ebpf_mig.breakdown import Breakdown, Wait
+from ebpf_mig.breakdown import Breakdown, Logging, Rearm, Stretch, VcpuShare, Wait
 from ebpf_mig.collector import analyse
 from ebpf_mig.events import AnyEvent, Header, Ioctl, Mark, Target, Thread
 from ebpf_mig.recording import read_recording
@@ -171,8 +171,32 @@ def test_every_kind_of_ending_renders(b: Breakdown) -> None:
 def test_sampled_split_carries_its_error() -> None:
     whole = breakdowns.precopy()
     (fetch,) = whole.dirty_log.fetches
-    split: dict[str, int | str] = {"walk": 450_000, "copy": 450_000, "samples": 9}
+    split: dict[str, int | str] = {"walk": 450_000, "copy": 450_000, "samples": 9, "walk_error": 294_000}
     ioctl = msgspec.structs.replace(fetch.ioctls[0], split=split)
     log = msgspec.structs.replace(whole.dirty_log, fetches=[msgspec.structs.replace(fetch, ioctls=[ioctl])])
     text = html.render(msgspec.structs.replace(whole, dirty_log=log), EMPTY)
-    assert "walk 0.450 ± 0.294, copy 0.450 ± 0.294" in text, "1.96 * sqrt(0.25 / 9) of 0.9 ms"
+    assert "walk 0.450 ± 0.294, copy 0.450 (9 samples)" in text
+
+
+def test_passes_carry_brownout_beside_its_baseline_and_tcps_verdict() -> None:
+    whole = breakdowns.precopy()
+    share = VcpuShare(vcpu=0, outside_ns=500_000, longest_gap_ns=400_000, lock_wait_ns=0)
+    lost = Stretch(begin=0, duration_ns=10_000_000, vcpus=[share])
+    idle = msgspec.structs.replace(share, outside_ns=0, longest_gap_ns=0)
+    before = msgspec.structs.replace(lost, vcpus=[idle])
+    info = {"busy_us": 52_000, "rwnd_limited_us": 48_000, "sndbuf_limited_us": 0}
+    info |= {"retransmits": 2, "resolution_us": 4000}
+    first = msgspec.structs.replace(whole.dirty_log.passes[0], brownout=lost, baseline=before, tcp_info=info)
+    rearm = Rearm(ns=3_000_000, error_ns=100_000, samples=40, pages=65_536, ns_per_page=45.776, ms_per_gib=12.0)
+    assert whole.dirty_log.final is not None
+    log = msgspec.structs.replace(
+        whole.dirty_log,
+        passes=[first],
+        final=msgspec.structs.replace(whole.dirty_log.final, rearm=rearm),
+        logging=[Logging(on=False, begin=0, end=9_000_000, kernel_ns=8_000_000, slots=3, in_blackout_ns=7_000_000)],
+    )
+    text = html.render(msgspec.structs.replace(whole, dirty_log=log), EMPTY)
+    assert "5.00 %, 0.400" in text and "0.00 %, 0.000" in text
+    assert "busy 52 ms, receiver's window 48, send buffer 0 (± 4), 2 retransmits" in text
+    assert "Avoidable: 3.000 ± 0.100 ms" in text and "12 ms/GiB, 45.8 ns/page" in text
+    assert "cloud-hypervisor/issues/8899" in text and "7.000" in text

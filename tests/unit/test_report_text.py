@@ -263,3 +263,86 @@ def test_ruler_is_over_its_span_and_labelled_if_there_is_room() -> None:
     assert ruler((0, 8), 80, 20, "x") == "├┤                  "
     assert ruler((79, 80), 80, 20, "x") == "                   │"
     assert ruler((0, 80), 80, 20, "x", unicode=False) == "|------- x --------|"
+
+
+def explained() -> b.Breakdown:
+    """A pre-copy whose final fetch was sampled, re-armed pages, and lost the guest some time."""
+    whole = breakdowns.precopy()
+    log, window = whole.dirty_log, whole.window_ns or 0
+    assert log.final is not None
+    split: dict[str, int | str] = {"walk": 6_000_000, "flush": 0, "copy": 3_600_000, "other": 400_000, "samples": 100}
+    split |= {"walk_error": 960_000, "flush_error": 370_000, "copy_error": 950_000, "other_error": 400_000}
+    final = msgspec.structs.replace(
+        log.final,
+        user_off_cpu_ns=1000,
+        split=split,
+        rearm=b.Rearm(ns=window // 50, error_ns=960_000, samples=100, pages=1 << 18, ns_per_page=22.9, ms_per_gib=6.0),
+    )
+    lost = b.VcpuShare(vcpu=1, outside_ns=500_000, longest_gap_ns=400_000, lock_wait_ns=0)
+    idle = b.VcpuShare(vcpu=1, outside_ns=20_000, longest_gap_ns=10_000, lock_wait_ns=0)
+    passes = [
+        msgspec.structs.replace(
+            one,
+            brownout=b.Stretch(begin=0, duration_ns=10_000_000, vcpus=[lost]),
+            baseline=b.Stretch(begin=-5, duration_ns=10_000_000, vcpus=[idle]),
+        )
+        for one in log.passes
+    ]
+    off = b.Logging(on=False, begin=0, end=9_000_000, kernel_ns=8_000_000, slots=3, in_blackout_ns=7_000_000)
+    log = msgspec.structs.replace(log, final=final, passes=passes, logging=[off])
+    info = {"busy_us": 52_000, "rwnd_limited_us": 48_000, "sndbuf_limited_us": 2000, "retransmits": 2}
+    info |= {"resolution_us": 4000, "from": -1_000_000, "until": 59_000_000}
+    sockets = [msgspec.structs.replace(whole.sockets[0], tcp_info=info), *whole.sockets[1:]]
+    return msgspec.structs.replace(whole, dirty_log=log, sockets=sockets)
+
+
+def test_why_the_final_fetch_took_its_time() -> None:
+    text = render(explained(), Canvas(80, False, True))
+    flat = " ".join(text.split())
+    assert "0.001 of it off CPU" in flat
+    assert "on CPU in ioctls 10.000 ms walk 60%, copy 36%, other 4% (±10, n=100)" in flat
+    assert "avoidable re-arming" in flat
+    assert "6 ms/GiB, 22.9 ns/page ±0.960 (published 1.5 ms/GiB)" in flat
+    assert "logging switched 7.000 ms off in the blackout, 3 slots" in flat
+    assert "TCP, 60 ms: rwnd-limited 48 of 52 ms busy, 2 retransmits (± 4 ms)" in flat
+    assert "sndbuf" not in flat, "less than a tenth of the busy time"
+
+
+def test_brownout_stands_beside_what_was_before() -> None:
+    whole = explained()
+    alone = msgspec.structs.replace(whole, sockets=[], waits=None, wire=None, vcpus=[], witnesses=[])
+    flat = " ".join(render(alone, Canvas(80, False, True)).split())
+    assert "brownout, worst 0.500 ms vCPU 1 out 5.0%, longest 0.400; before 0.2%" in flat
+
+
+def test_exact_splits_say_so_and_small_matters_are_left_to_the_other_formats() -> None:
+    whole = explained()
+    final = whole.dirty_log.final
+    assert final is not None and final.rearm is not None
+    final = msgspec.structs.replace(
+        final,
+        split={"walk": 1_000_000, "flush": 1_000_000, "copy": 0, "other": 0, "samples": "exact"},
+        rearm=msgspec.structs.replace(final.rearm, ns=(whole.window_ns or 0) // 101),
+    )
+    log = msgspec.structs.replace(whole.dirty_log, final=final)
+    flat = " ".join(render(msgspec.structs.replace(whole, dirty_log=log), Canvas(80, False, True)).split())
+    assert "walk 50%, flush 50% (exact)" in flat
+    assert "re-arming" not in flat
+
+
+def test_a_crowded_report_keeps_to_one_screen_and_its_vcpus() -> None:
+    whole = explained()
+    waits = [b.Wait(phase="resume", thread=f"t{n}", duration_ns=10**6 + n, stack=["f"]) for n in range(5)]
+    crowded = msgspec.structs.replace(whole, waits=waits, vcpus=breakdowns.many_vcpus().vcpus)
+    lines = render(crowded, Canvas(80, False, True)).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert any("more, slowest first" in line for line in lines)
+    assert any(line.startswith("  avoidable re-arming") for line in lines)
+
+
+def test_observers_cost_in_the_window_is_a_bound() -> None:
+    whole = breakdowns.precopy()
+    state = msgspec.structs.replace(whole.completeness, observer_window_ns=9_000)
+    assert "in all, in the window ≤ 0.009" in render(
+        msgspec.structs.replace(whole, completeness=state), Canvas(80, False, True)
+    )
