@@ -4,9 +4,10 @@
 In: the events as they arrive. Out: CPU clock events (perf_event_open(2)) on the threads that fetch, with our BPF
 program behind them, and `Samples` events: equal stacks of one ioctl added up.
 
-A sample is a timer interrupt, 1 us on bare metal and 10 us in some virtual machines, so none is taken where it would
-tell nothing: only threads whose fetches take long are sampled, slowly while the guest runs, and fast from the
-first kick to the first send after the final fetch.
+A sample is a timer interrupt, some 1 us on bare metal and 12 us were measured in a virtual machine. So none is taken
+where it would tell nothing: only threads whose fetches take long are sampled, slowly while the guest runs, and fast
+from the first kick to the first send after the final fetch; and never so often that it takes more than a hundredth of
+a fetch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import ctypes
 import fcntl
 import os
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,6 +36,8 @@ WANTED = 200
 """Samples of the final fetch that are enough: 3.5 points of standard error at worst."""
 PAUSE_NS = 1_000_000
 """Dirty-log ioctls further apart are two fetches."""
+MOST_SHARE = 100
+"""Sampling takes at most one part in so many of a thread's time."""
 GIVE_UP_NS = 2_000_000_000
 """A kick that no fetch follows within this was no stop for a migration."""
 
@@ -42,6 +46,7 @@ _ATTR_SIZE = 112
 _DISABLED, _EXCLUDE_USER = 1, 1 << 4
 _ENABLE, _DISABLE, _PERIOD, _SET_BPF = 0x2400, 0x2401, 0x40082404, 0x40042408
 _CLOEXEC = 8
+_TRIAL_NS, _TRIES = 20_000, 12
 
 
 class ThreadClock:
@@ -76,6 +81,24 @@ class ThreadClock:
         os.close(self.fd)
 
 
+def cost_ns(program_fd: int) -> int:
+    """What one sample costs here, measured on our own thread in a few ms. OSError where it cannot be sampled."""
+    clock = ThreadClock(threading.get_native_id(), program_fd)
+    plain = min(_spin() for _ in range(_TRIES))
+    clock.pace(_TRIAL_NS)
+    sampled = min(_spin() for _ in range(_TRIES))
+    clock.close()
+    return max(0, sampled - plain) * _TRIAL_NS // sampled
+
+
+def _spin() -> int:
+    """How long a fixed piece of work takes, some 0.3 ms."""
+    begin = time.perf_counter_ns()
+    for _ in range(10_000):
+        pass
+    return time.perf_counter_ns() - begin
+
+
 @dataclass
 class _Process:
     """What one traced process is doing, as far as its samples go."""
@@ -93,10 +116,14 @@ class _Process:
 
 
 class Sampler:
-    """Decides and does it. `program_fd` is the loaded BPF program; `tell` hands it the period now in force."""
+    """Decides and does it. `program_fd` is the loaded BPF program; `tell` hands it the period now in force.
 
-    def __init__(self, program_fd: int, tell: Callable[[int], None]) -> None:
+    `cost` is what one sample takes, in ns, by `cost_ns`.
+    """
+
+    def __init__(self, program_fd: int, tell: Callable[[int], None], cost: int = 0) -> None:
         self._program_fd, self._tell = program_fd, tell
+        self._least_ns = cost * MOST_SHARE
         self._processes: dict[int, _Process] = {}
         self._opened: dict[int, int] = {}
         self._samples: dict[tuple[int, int], Counter[tuple[int, tuple[str, ...]]]] = {}
@@ -187,8 +214,8 @@ class Sampler:
             return 0
         if process.kicked_ns and time.monotonic_ns() - max(process.kicked_ns, process.until_ns) < GIVE_UP_NS:
             longest = max(process.fetched_ns.values(), default=0)
-            return min(max(longest // WANTED, FASTEST_NS), SLOW_NS)
-        return SLOW_NS
+            return max(min(max(longest // WANTED, FASTEST_NS), SLOW_NS), self._least_ns)
+        return max(SLOW_NS, self._least_ns)
 
     def _set_pace(self) -> None:
         """One period for all: several migrations of one host at once share the fastest that one of them needs."""

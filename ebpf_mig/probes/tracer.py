@@ -26,7 +26,7 @@ from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.privilege import require_privilege
 from ebpf_mig.probes.readings import Readings
 from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
-from ebpf_mig.probes.sampler import Sampler
+from ebpf_mig.probes.sampler import Sampler, cost_ns
 
 RING_BYTES = 8 << 20
 _KVM_MODULE = "/sys/kernel/btf/kvm"
@@ -86,8 +86,15 @@ class Tracer:
         self._stacks: dict[str, tuple[str, ...]] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
         self._names: dict[str, str] = {}
-        self._sampler = Sampler(self._plan.sampler_fd, self._tell_period)
+        self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
         self._readings = Readings(self._total_cost)
+
+    def _make_sampler(self, program_fd: int) -> tuple[Sampler, str]:
+        """A sampler, and why it takes no samples although its program was loaded."""
+        try:
+            return Sampler(program_fd, self._tell_period, cost_ns(program_fd) if program_fd >= 0 else 0), ""
+        except OSError as error:
+            return Sampler(-1, self._tell_period), f"perf_event_open: {error.strerror or error}"
 
     def __enter__(self) -> Tracer:
         return self
@@ -104,6 +111,8 @@ class Tracer:
         self._look_around()
         self._add_processes(self.pids)
         self.attached = attach.arm(self._plan, self._statistics)
+        if self._no_samples:
+            self.attached["split"] = f"absent: {self._no_samples}"
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """Events that arrived, waiting at most `timeout_ms` for the first."""

@@ -92,6 +92,18 @@ def test_a_long_fetch_needs_no_fast_samples(rig: Rig) -> None:
     assert rig.see(kick(200)) == 300_000
 
 
+def test_where_a_sample_is_dear_there_are_fewer(rig: Rig) -> None:
+    """12 us each: one in 1.2 ms is a hundredth."""
+    dear = Sampler(5, rig.told.append, 12_000)
+    dear.follow([get(1, 5)])
+    assert dear.period_ns == 1_200_000
+    dear.follow([kick(100)])
+    assert dear.period_ns == 1_200_000
+    cheap = Sampler(5, rig.told.append, 2_000)
+    cheap.follow([get(1, 5), kick(100)])
+    assert cheap.period_ns == 200_000
+
+
 def test_a_kick_without_a_stop_is_forgotten(rig: Rig) -> None:
     rig.see(get(1, 5), kick(50))
     assert rig.see(VcpuEnter(51 * MS, PID, 12, 8, 50 * MS, -4, 9)) == SLOW_NS
