@@ -19,6 +19,8 @@ APART_IN_STOP_NS = 20_000_000
 """From a kick until a vCPU runs again."""
 APART_AT_EDGES_NS = 2_000_000
 """Where a window may begin or end."""
+COST_APART_NS = 30_000_000
+"""Our own cost, from the first fetch on: a window begins no longer than this after a reading."""
 PATIENCE_S = 0.2
 LEAST_BYTES = 65536
 """A socket that sent less is no migration's."""
@@ -33,14 +35,15 @@ class Readings:
         self._sockets: dict[int, Socket] = {}
         self._bytes: dict[int, int] = {}
         self._stopped: set[int] = set()
-        self._last_ns = 0
+        self._last_ns = self._last_cost_ns = 0
+        self._fetching = False
 
     def open(self) -> None:
         """Gets ready to read; idempotent."""
         self._tcp = self._tcp or TcpReader()
 
     def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
-        """The readings that these events make due."""
+        """The readings that are due with these events, or with none."""
         worth = edge = False
         for event in events:
             if isinstance(event, Transfer):
@@ -56,11 +59,14 @@ class Readings:
             elif isinstance(event, VcpuEnter):
                 edge = edge or bool(self._stopped)
                 self._stopped.clear()
-            elif isinstance(event, Ioctl):
-                worth = worth or event.cmd in kvm.DIRTY_LOG
+            elif isinstance(event, Ioctl) and event.cmd in kvm.DIRTY_LOG:
+                worth = self._fetching = True
         apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
         told: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
-        return told + (self.take() if (worth or edge) and time.monotonic_ns() - self._last_ns > apart else [])
+        now = time.monotonic_ns()
+        if (worth or edge) and now - self._last_ns > apart:
+            return told + self.take()
+        return told + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
 
     def last(self) -> list[AnyEvent]:
         """A last reading and all that is still to be told, which may take `PATIENCE_S`."""
@@ -70,13 +76,16 @@ class Readings:
     def take(self) -> list[AnyEvent]:
         """Our own cost, now; what TCP says comes later, with the events of `due`."""
         self._last_ns = time.monotonic_ns()
-        found: list[AnyEvent] = []
-        if (cost := self._cost()) is not None:
-            found.append(OwnCost(self._last_ns, *cost))
+        found = self._own_cost()
         for inode, socket in list(self._sockets.items()):
             if self._tcp is not None and self._bytes.get(inode, 0) >= LEAST_BYTES:
                 self._tcp.ask(socket)
         return found
+
+    def _own_cost(self) -> list[AnyEvent]:
+        self._last_cost_ns = time.monotonic_ns()
+        cost = self._cost()
+        return [] if cost is None else [OwnCost(self._last_cost_ns, *cost)]
 
     def forget(self, pid: int) -> None:
         """A process is traced no more."""

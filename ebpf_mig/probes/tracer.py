@@ -127,8 +127,7 @@ class Tracer:
             events.append(event)
         if events:
             self._sampler.follow(events)
-            events += self._readings.due(events)
-        return events
+        return events + self._readings.due(events)
 
     def describe(self, fds: list[int]) -> attach.Handover:
         """For another process: what was loaded, its descriptors added to `fds`."""
