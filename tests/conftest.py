@@ -44,3 +44,17 @@ def requires(*features: str) -> pytest.MarkDecorator:
     """Skips the test, naming what is missing."""
     missing = [name for name in features if not FEATURES[name]()]
     return pytest.mark.skipif(bool(missing), reason=f"missing feature: {', '.join(missing)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declares the marker."""
+    text = "everywhere(subject): also run in other kernels and user lands, by `python -m tests.vm`"
+    config.addinivalue_line("markers", text)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The marker's subject goes into JUnit files, as a property."""
+    for item in items:
+        marker = item.get_closest_marker("everywhere")
+        if marker is not None:
+            item.user_properties.append(("subject", marker.args[0]))

@@ -75,6 +75,7 @@ def nothing_left(directory: Path) -> None:
     assert not list(directory.iterdir())
 
 
+@pytest.mark.everywhere("demo")
 @requires(*TRACING)
 def test_demo_json_is_alone_on_stdout(tmp_path: Path, lab_directory: Path) -> None:
     result = run(tmp_path, *DEMO, "-o", "demo.rec", "--format", "json")
@@ -156,6 +157,7 @@ def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -
     nothing_left(lab_directory)
 
 
+@pytest.mark.everywhere("migrate")
 @requires(*TRACING)
 def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
     """The user's own VMs: one process migrates, another only watches; both tell the same blackout."""
@@ -178,6 +180,7 @@ def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
     assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < 200_000
 
 
+@pytest.mark.everywhere("record")
 @requires(*TRACING)
 def test_record_ends_with_its_command(tmp_path: Path) -> None:
     with QemuPair(QUICK) as pair:

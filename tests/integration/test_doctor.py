@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import TRACING, requires
 
 DOCTOR = [sys.executable, "-m", "ebpf_mig.cli", "doctor"]
@@ -16,6 +18,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.everywhere("doctor")
 @requires(*TRACING)
 def test_all_that_is_required_is_there() -> None:
     done = run(*DOCTOR, "--json")

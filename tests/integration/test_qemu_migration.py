@@ -134,6 +134,16 @@ def test_tcp(tmp_path: Path) -> None:
     assert b.phase_ns("fetch.kernel") > 0 and b.phase_ns("memory.send") > 0 and b.phase_ns("state.load") > 0
 
 
+@pytest.mark.everywhere("ring")
+def test_dirty_ring(tmp_path: Path) -> None:
+    run = migrate(tmp_path, replace(QUICK, dirty_ring=4096))
+    assert_complete(run)
+    assert_heartbeat(run)
+    assert run.breakdown.dirty_log.mode == "ring"
+    resets = [e for e in run.recording.events if isinstance(e, Ioctl) and e.cmd == kvm.RESET_DIRTY_RINGS]
+    assert resets and run.breakdown.phase_ns("fetch.kernel") > 0
+
+
 def test_unix(tmp_path: Path) -> None:
     run = migrate(tmp_path, replace(QUICK, transport="unix"))
     assert_true(run)

@@ -38,7 +38,10 @@ def test_a_delay_is_booked_where_it_was_made(phase: str) -> None:
 
 
 @pytest.mark.parametrize("state_first", [False, True], ids=["ram-first", "state-first"])
-@pytest.mark.parametrize("delay_ns", [1 * MS, 20 * MS], ids=["1ms", "20ms"])
+@pytest.mark.parametrize(
+    "delay_ns",
+    [pytest.param(1 * MS, id="1ms"), pytest.param(20 * MS, id="20ms", marks=pytest.mark.everywhere("truth"))],
+)
 def test_delays_everywhere_at_once(delay_ns: int, state_first: bool) -> None:
     delays = {phase: delay_ns for phase in PHASES if phase != "fetch.kernel"}
     run = undisturbed(Plan(delays=delays, state_first=state_first, spin=state_first, vcpus=2), unix=state_first)
@@ -48,6 +51,7 @@ def test_delays_everywhere_at_once(delay_ns: int, state_first: bool) -> None:
         assert run.breakdown.phase_ns(phase) >= 0.95 * injected, phase
 
 
+@pytest.mark.everywhere("truth")
 def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     run = undisturbed(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
     fetches = [i for fetch in run.breakdown.dirty_log.fetches for i in fetch.ioctls]
@@ -73,7 +77,16 @@ def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
     assert max(e.mmu_lock_ns for e in waits) > 0.1 * MS
 
 
-@pytest.mark.parametrize("log", ["legacy", "manual", "initially-set", "ring"])
+@pytest.mark.parametrize(
+    "log",
+    [
+        *(
+            pytest.param(log, marks=pytest.mark.everywhere("dirty log"))
+            for log in ("legacy", "manual", "initially-set")
+        ),
+        pytest.param("ring", marks=pytest.mark.everywhere("ring")),
+    ],
+)
 def test_fetches_find_exactly_the_pages_that_the_guest_wrote(log: str) -> None:
     """The machine knows which pages the guest wrote; the guest that arrives has the same memory."""
     run = undisturbed(Plan(log=log, slots=8, passes=3, dirty_pages=300))
@@ -87,6 +100,7 @@ def test_a_million_small_sends_beside_a_running_guest_are_all_counted() -> None:
     assert len(runs) <= 1000
 
 
+@pytest.mark.everywhere("loss")
 def test_a_million_small_sends_in_a_blackout_are_all_counted() -> None:
     """Each call is kept at first; then the budget folds them."""
     runs = _million("sends")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.vm run`, `userland` and `exec`: see the help."""
+"""`python -m tests.vm run`, `userland`, `exec` and `table`: see the help.
+
+Exit code 0 if all that was asked for passed, 1 if a test failed or a machine never answered, 3 if an image cannot
+be made.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tests.vm import results, suite
 from tests.vm.catalogue import KERNELS, USERLANDS, cache
 from tests.vm.chroot import BuildError, tree
 from tests.vm.images import ROOT, kernel_image, root_image
@@ -17,35 +22,105 @@ def _say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    """The suite in each kernel with each user land asked for, or with the kernel's own."""
+    rows = []
+    for kernel in _names(arguments.kernel, list(KERNELS)):
+        for userland in _names(arguments.userland or KERNELS[kernel].userland, list(USERLANDS)):
+            _say(f"{kernel} with {userland}: building and booting ...")
+            row = suite.emulated(kernel, userland, arguments.keyword, arguments.processors)
+            _tell(row)
+            rows.append(row)
+    return _conclude(rows, keep=not arguments.keyword)
+
+
+def _userland(arguments: argparse.Namespace) -> int:
+    """The suite natively in each user land asked for."""
+    rows = []
+    for userland in arguments.userlands or list(USERLANDS):
+        _say(f"{userland} on this kernel: installing as the README says ...")
+        row = suite.native(userland, arguments.keyword)
+        _tell(row)
+        rows.append(row)
+    return _conclude(rows, keep=not arguments.keyword)
+
+
+def _tell(row: results.Row) -> None:
+    _say(f"{row.release} {row.userland}: {'passed' if row.good else 'FAILED'} after {row.seconds} s")
+    for line in row.infrastructure:
+        _say(f"  {line}")
+
+
+def _conclude(rows: list[results.Row], *, keep: bool) -> int:
+    """Prints the table; a whole run's rows go into the support table, those of a choice of tests do not."""
+    if keep:
+        results.save(rows)
+        _write_table()
+    _say(results.table(rows))
+    return 0 if all(row.good for row in rows) else 1
+
+
+def _write_table() -> None:
+    text = results.SUPPORT_MD.read_text()
+    results.SUPPORT_MD.write_text(results.document(results.load(), text))
+
+
+def _table(_arguments: argparse.Namespace) -> int:
+    _write_table()
+    _say(results.table(results.load()))
+    return 0
+
+
 def _exec(arguments: argparse.Namespace) -> int:
+    """One kernel, one command; its console."""
     userland = USERLANDS[arguments.userland]
     root = root_image(userland)
     kernel = kernel_image(KERNELS[arguments.kernel], tree(userland))
-    emulated = emulator([p for name in USERLANDS if (p := cache() / "tree" / name).exists()])
-    place = cache() / "runs" / f"exec-{arguments.tag or kernel.version}"
+    built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
     outcome = boot(
-        emulated, kernel, root, Path(arguments.source), arguments.command, place=place, timeout_s=arguments.timeout
-    )
+        emulator(built, arguments.processors), kernel, root, Path(arguments.source), arguments.command,
+        place=cache() / "runs" / f"exec-{arguments.tag or kernel.version}", timeout_s=arguments.timeout,
+    )  # fmt: skip
     _say(outcome.console.read_text(errors="replace"))
-    _say(
-        f"{kernel.version}: exit {outcome.code} {outcome.trouble} after {outcome.seconds:.0f} s; files in {outcome.files}"
-    )
+    _say(f"{kernel.version}: exit {outcome.code} {outcome.trouble} after {outcome.seconds:.0f} s; see {outcome.files}")
     return 1 if outcome.code is None else outcome.code
 
 
-def main() -> int:
-    """Runs what was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.vm")
-    commands = parser.add_subparsers(dest="command_name", required=True)
+def _names(text: str, known: list[str]) -> list[str]:
+    names = text.split(",")
+    if strange := [name for name in names if name not in known]:
+        raise BuildError(f"unknown: {', '.join(strange)}; there are {', '.join(known)}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="the marked tests in emulated kernels")
+    run.add_argument("--kernel", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}")
+    run.add_argument("--userland", default="", help=f"of {', '.join(USERLANDS)}; default: the kernel's own")
+    native = commands.add_parser("userland", help="the marked tests in chroots on this machine's own kernel")
+    native.add_argument("userlands", nargs="*", metavar="USERLAND", help=f"of {', '.join(USERLANDS)}")
     execute = commands.add_parser("exec", help="boot one kernel and run a shell command in a copy of a source tree")
     execute.add_argument("--kernel", choices=KERNELS, default="6.1")
     execute.add_argument("--userland", choices=USERLANDS, default="bookworm")
     execute.add_argument("--source", default=str(ROOT))
     execute.add_argument("--timeout", type=float, default=400)
-    execute.add_argument("--tag", default="")
+    execute.add_argument("--tag", default="", help="name of the folder of results")
     execute.add_argument("command")
-    execute.set_defaults(act=_exec)
-    arguments = parser.parse_args()
+    for command in (run, execute):
+        command.add_argument("--processors", type=int, choices=(1, 2), default=2, help="1 on a busy machine")
+    for command in (run, native):
+        command.add_argument("-k", dest="keyword", default="", help="pytest's choice of tests")
+    table = commands.add_parser("table", help="make the table of docs/support.md again")
+    for command, act in ((run, _run), (native, _userland), (execute, _exec), (table, _table)):
+        command.set_defaults(act=act)
+    return parser
+
+
+def main() -> int:
+    """Runs what was asked for."""
+    arguments = _parser().parse_args()
     try:
         code: int = arguments.act(arguments)
     except BuildError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels and user lands of the support table: what they are called, and which Debian suite has them.
 
-A kernel is what the suite's meta package `linux-image-cloud-amd64` points to: cloud kernels have NVMe, ext4 and devtmpfs
-built in, so they boot without an initramfs.
+A kernel is what the suite's meta package `linux-image-cloud-amd64` points to: cloud kernels have NVMe, ext4 and
+devtmpfs built in, so they boot without an initramfs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ class Kernel:
 
     name: str
     suite: str
+    userland: str
+    """The user land it is run with unless another is asked for: its own, where the product runs there."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Userland:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("5.10", "bullseye"),
-        Kernel("6.1", "bookworm"),
-        Kernel("6.12", "trixie"),
-        Kernel("newest", "sid"),
+        Kernel("5.10", "bullseye", "bookworm"),
+        Kernel("6.1", "bookworm", "bookworm"),
+        Kernel("6.12", "trixie", "trixie"),
+        Kernel("newest", "sid", "sid"),
     )
 }
 USERLANDS = {userland.name: userland for userland in map(Userland, ("bookworm", "trixie", "sid"))}

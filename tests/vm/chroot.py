@@ -20,6 +20,7 @@ PACKAGES = (
     "qemu-system-x86"
 )
 UNUSED = ("doc", "man", "locale", "info")
+VERSIONED = {"qemu-system-x86": "QEMU", "python3-bpfcc": "bcc", "python3": "Python"}
 HOST_FILES = ("/etc/resolv.conf", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 """How this machine reaches its package index: the tree uses the same."""
 
@@ -44,26 +45,48 @@ def run(*command: str, timeout_s: float = 900, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def inside(tree: Path, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, cwd: str = "/") -> list[str]:
-    """The command line that runs `command` in the tree: own mount namespace, /dev, /proc, /sys and `binds` (host path -> there)."""
-    mounts = [(Path("/dev"), "/dev"), (Path("/sys"), "/sys"), *(binds or {}).items()]
-    script = ["set -e", "mount --make-rprivate /"]
-    for source, target in mounts:
-        script.append(f"mount --rbind {shlex.quote(str(source))} {shlex.quote(str(tree) + target)}")
-    script += [
-        f"mount -t proc proc {tree}/proc",
-        f"mount -t tmpfs tmpfs {tree}/run",
-        f"mount -t tmpfs tmpfs {tree}/tmp",
-        f'exec chroot {shlex.quote(str(tree))} /bin/sh -c \'cd "$0" && exec "$@"\' {shlex.quote(cwd)} {shlex.join(command)}',
-    ]
-    return ["unshare", "--mount", "sh", "-c", "\n".join(script)]
+def inside(
+    place: Path, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, cwd: str = "/"
+) -> list[str]:
+    """The command line that runs `command` in a tree, with /dev, /proc, /sys and `binds` (from: to) in it."""
+    return ["unshare", "--mount", "sh", "-c", "\n".join(["set -e", *_enter(str(place), command, binds or {}, cwd)])]
+
+
+def overlay(
+    place: Path, scratch: Path, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, cwd: str = "/"
+) -> list[str]:
+    """As `inside`, with what the command writes kept in `scratch` instead of the tree."""
+    layers = [scratch / name for name in ("merged", "upper", "work")]
+    for layer in layers:
+        layer.mkdir(parents=True, exist_ok=True)
+    merged, upper, work = map(str, layers)
+    mount = f"mount -t overlay overlay -o lowerdir={place},upperdir={upper},workdir={work} {merged}"
+    return ["unshare", "--mount", "sh", "-c", "\n".join(["set -e", mount, *_enter(merged, command, binds or {}, cwd)])]
+
+
+def _enter(root: str, command: Sequence[str], binds: Mapping[Path, str], cwd: str) -> list[str]:
+    """Shell lines, without the mounts of others: paths of the cache hold no blanks."""
+    lines = [f"mount --rbind {source} {root}{source}" for source in ("/dev", "/sys")]
+    lines += [f"mkdir -p {root}{target}\nmount --rbind {source} {root}{target}" for source, target in binds.items()]
+    lines += [f"mount -t proc proc {root}/proc", f"mount -t tmpfs tmpfs {root}/run", f"mount -t tmpfs tmpfs {root}/tmp"]
+    return [*lines, f"exec chroot {root} /bin/sh -c 'cd {cwd} && exec \"$@\"' sh {shlex.join(command)}"]
 
 
 def tree(userland: Userland) -> Path:
-    """The suite's tree, made if it is missing or was made from another list of packages."""
-    place = cache() / "tree" / userland.name
+    """The suite's tree with all that the product needs of the distribution."""
+    return _tree(userland.name, userland.name, PACKAGES)
+
+
+def bare_tree(userland: Userland) -> Path:
+    """The suite as a new machine has it: apt, and certificates to reach an index with."""
+    return _tree(f"{userland.name}-bare", userland.name, "ca-certificates")
+
+
+def _tree(name: str, suite: str, packages: str) -> Path:
+    """A tree, made if it is missing or was made from another list of packages."""
+    place = cache() / "tree" / name
     stamp = place.with_suffix(".stamp")
-    want = hashlib.sha256(PACKAGES.encode()).hexdigest()
+    want = hashlib.sha256(packages.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == want:
         return place
     if shutil.which("mmdebstrap") is None:
@@ -71,10 +94,9 @@ def tree(userland: Userland) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     fresh = place.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    excludes = [f"--dpkgopt=path-exclude=/usr/share/{unused}/*" for unused in UNUSED]
-    valid = ['--aptopt=Acquire::Check-Valid-Until "false"']
-    run("mmdebstrap", "--mode=root", "--variant=apt", f"--include={PACKAGES}", *excludes, *valid,
-        userland.name, str(fresh), MIRROR)  # fmt: skip
+    options = [f"--dpkgopt=path-exclude=/usr/share/{unused}/*" for unused in UNUSED]
+    options.append('--aptopt=Acquire::Check-Valid-Until "false"')
+    run("mmdebstrap", "--mode=root", "--variant=apt", f"--include={packages}", *options, suite, str(fresh), MIRROR)
     for file in map(Path, HOST_FILES):
         if file.exists():
             target = fresh / file.relative_to("/")
@@ -87,14 +109,17 @@ def tree(userland: Userland) -> Path:
     return place
 
 
-def versions(place: Path) -> dict[str, str]:
-    """What the tree has: QEMU, bcc and Python by their upstream versions."""
-    script = "dpkg-query -W -f '${Package} ${Version}\\n' qemu-system-x86 python3-bpfcc python3"
-    found = dict(line.split() for line in run("chroot", str(place), "/bin/sh", "-c", script).splitlines())
-    names = {"qemu-system-x86": "QEMU", "python3-bpfcc": "bcc", "python3": "Python"}
-    return {name: _upstream(found[package]) for package, name in names.items()}
+def packages_of(place: Path) -> str:
+    """`package version` lines of what a tree has."""
+    return run("chroot", str(place), "dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *VERSIONED)
+
+
+def versions(listing: str) -> dict[str, str]:
+    """QEMU, bcc and Python by their upstream versions, from `package version` lines."""
+    found = dict(line.split() for line in listing.splitlines())
+    return {name: _upstream(found[package]) for package, name in VERSIONED.items()}
 
 
 def _upstream(version: str) -> str:
     """`1:7.2+dfsg-7+deb12u18` is 7.2, `0.26.0+ds-1` is 0.26.0."""
-    return version.split(":")[-1].split("-")[0].split("+")[0]
+    return version.rsplit(":", maxsplit=1)[-1].split("-", maxsplit=1)[0].split("+", maxsplit=1)[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disks of an emulated machine, made from Debian packages and cached.
 
-Root image: a user land's tree with the product's Python dependencies and a first process. Kernel image: vmlinuz beside its
-modules. Tests image: a source tree, made anew for each run. Needs root, dpkg-deb, e2fsprogs.
+Root image: a user land's tree with the product's Python dependencies and a first process. Kernel image: vmlinuz
+beside its modules. Tests image: a source tree, made anew for each run. Needs root, dpkg-deb, e2fsprogs.
 """
 
 from __future__ import annotations

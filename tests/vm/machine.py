@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One emulated machine from power on to power off, and whether the emulator, not the product, is what failed.
 
-In: a kernel image, a root image, a script. Out: its exit code, its console, a folder with the files it left in /out. Software
-emulation (TCG) with AMD's nested virtualisation: KVM, BPF and migrations inside are real, times are not.
+In: a kernel image, a root image, a script. Out: its exit code, its console, a folder with the files it left in /out.
+Software emulation (TCG) with AMD's nested virtualisation: KVM, BPF and migrations inside are real, times are not.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.vm.catalogue import cache
 from tests.vm.chroot import BuildError, inside
-from tests.vm.images import KernelImage, results_image, source_image, read_results
+from tests.vm.images import KernelImage, read_results, results_image, source_image
 
 MEMORY_MIB = 3072
-COMMAND_LINE = "console=ttyS0 root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr tsc=reliable quiet loglevel=4"
+COMMAND_LINE = (
+    "console=ttyS0 root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr tsc=reliable "
+    "quiet loglevel=4"
+)
 TROUBLE = re.compile(r"Oops: int3|soft lockup|Kernel panic|rcu: INFO: rcu.*stall|BUG: unable to handle")
 END = re.compile(r"^EBPF-MIG-VM end (\d+)", re.MULTILINE)
 
@@ -39,16 +42,18 @@ class Outcome:
 class Emulator:
     """A qemu-system-x86_64: the machine's own, or that of a tree, entered by chroot.
 
-    QEMU before 10 runs stale code after the kernel patched itself when two emulated processors run in parallel, so it gets one.
+    QEMU before 10 runs stale code after the kernel patched itself when two emulated processors run in parallel, so it
+    gets one.
     """
 
     major: int
     tree: Path | None
+    wanted: int = 2
 
     @property
     def processors(self) -> int:
-        """How many processors it can be trusted with."""
-        return 2 if self.major >= 10 else 1
+        """How many processors it gets: those wanted, as far as it can be trusted with them."""
+        return self.wanted if self.major >= 10 else 1
 
     def command(self, arguments: list[str]) -> list[str]:
         """The whole command line; image paths in `arguments` lie in the cache."""
@@ -56,7 +61,7 @@ class Emulator:
         return command if self.tree is None else inside(self.tree, command, binds={cache(): str(cache())})
 
 
-def emulator(trees: list[Path]) -> Emulator:
+def emulator(trees: list[Path], processors: int = 2) -> Emulator:
     """The newest there is: this machine's QEMU or a tree's."""
     candidates: list[Emulator] = []
     if shutil.which("qemu-system-x86_64"):
@@ -66,7 +71,7 @@ def emulator(trees: list[Path]) -> Emulator:
         candidates.append(Emulator(_major(inside(tree, ["qemu-system-x86_64", "--version"])), tree))
     if not candidates:
         raise BuildError("there is no qemu-system-x86_64: apt-get install qemu-system-x86")
-    return max(candidates, key=lambda found: found.major)
+    return replace(max(candidates, key=lambda found: found.major), wanted=processors)
 
 
 def _major(command: list[str]) -> int:

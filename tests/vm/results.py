@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was run where, and the table of it in docs/support.md.
+
+In: JUnit files. Out: `docs/support.json`, one row a pair of kernel and user land, and the table made from it. A kernel
+or user land of the catalogue without a row is in the table as not run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.vm.catalogue import KERNELS, USERLANDS
+
+ROOT = Path(__file__).parents[2]
+SUPPORT_JSON = ROOT / "docs" / "support.json"
+SUPPORT_MD = ROOT / "docs" / "support.md"
+BEGIN, END = "<!-- table: python -m tests.vm table -->\n", "<!-- end of table -->\n"
+SUBJECTS = ("install", "doctor", "demo", "migrate", "record", "truth", "dirty log", "ring", "loss", "tiers")
+"""What a test can be about: the marker's argument, and the table's columns."""
+
+
+@dataclass
+class Subject:
+    """Tests of one subject by how they ended; `why` has one line for each that did not pass."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    why: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """One run of the suite. `how` is `emulated` or `native`; `release` is uname's, `attach` what the doctor said."""
+
+    kernel: str
+    userland: str
+    how: str
+    release: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+    seconds: int = 0
+    attach: str = ""
+    subjects: dict[str, Subject] = field(default_factory=dict)
+    infrastructure: list[str] = field(default_factory=list)
+    """Failures of the emulator, not of the product, each of which was followed by one more try."""
+
+    @property
+    def good(self) -> bool:
+        """Tests ran, and none failed."""
+        return bool(self.subjects) and not any(subject.failed for subject in self.subjects.values())
+
+
+def read_junit(path: Path) -> dict[str, Subject]:
+    """The tests of a JUnit file by their property `subject`."""
+    found: dict[str, Subject] = {}
+    for case in ElementTree.parse(path).iter("testcase"):  # noqa: S314  our own machine's pytest wrote it
+        properties = {p.get("name"): p.get("value") for p in case.iter("property")}
+        subject = found.setdefault(properties.get("subject") or "other", Subject())
+        bad = [child for child in case if child.tag in {"failure", "error"}]
+        skipped = case.find("skipped")
+        if bad:
+            subject.failed += 1
+            subject.why.append(f"{case.get('name')}: {_first_line(bad[0].get('message'))}")
+        elif skipped is not None:
+            subject.skipped += 1
+            subject.why.append(f"{case.get('name')}: {_first_line(skipped.get('message'))}")
+        else:
+            subject.passed += 1
+    return found
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0][:160]
+
+
+def load(path: Path = SUPPORT_JSON) -> list[Row]:
+    """The rows of the file, none if it is missing."""
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    return [Row(**row | {"subjects": {k: Subject(**v) for k, v in row["subjects"].items()}}) for row in rows]
+
+
+def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON) -> None:
+    """Puts rows into the file; a row of the same kernel, user land and kind is replaced."""
+    rows = {(row.how, row.kernel, row.userland): row for row in [*load(path), *fresh]}
+    order = [*KERNELS, "own", *USERLANDS]
+    listed = sorted(rows.values(), key=lambda r: (r.how, order.index(r.kernel), order.index(r.userland)))
+    document = {"schema": "ebpf-mig/support/1", "rows": [asdict(row) for row in listed]}
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """The Markdown table, with what did not pass below it."""
+    have = {(row.how, row.kernel) for row in rows}
+    missing = [Row(name, "", "emulated") for name in KERNELS if ("emulated", name) not in have]
+    done = {row.userland for row in rows if row.how == "native"}
+    missing += [Row("own", name, "native") for name in USERLANDS if name not in done]
+    subjects = [name for name in SUBJECTS if any(name in row.subjects for row in rows)]
+    head = ["kernel", "user land", *subjects, "probes attached by", "run"]
+    lines = [head, ["---"] * len(head), *(_cells(row, subjects) for row in rows)]
+    lines += [[_kernel(row), row.userland or "-", *["not run"] * len(subjects), "", "not run"] for row in missing]
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    notes = [note for row in rows for note in _notes(row)]
+    return text + ("\n" + "\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
+
+
+def _kernel(row: Row) -> str:
+    name = row.release or row.kernel
+    return f"{name} ({row.how})"
+
+
+def _cells(row: Row, subjects: list[str]) -> list[str]:
+    has = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+    return [
+        _kernel(row),
+        f"{row.userland}: {has}",
+        *(_cell(row.subjects.get(name)) for name in subjects),
+        row.attach or "-",
+        f"{row.date}, {row.seconds} s",
+    ]
+
+
+def _cell(subject: Subject | None) -> str:
+    if subject is None:
+        return "not run"
+    ran = subject.passed + subject.failed
+    if not ran:
+        return "skipped"
+    return f"**{subject.failed} of {ran} failed**" if subject.failed else f"passed {ran}"
+
+
+def _notes(row: Row) -> list[str]:
+    where = f"{_kernel(row)}, {row.userland}"
+    found = [f"{where}: {line}" for line in row.infrastructure]
+    for name, subject in row.subjects.items():
+        found += [f"{where}, {name}: {line}" for line in subject.why]
+    return found
+
+
+def document(rows: list[Row], text: str) -> str:
+    """The document `text` with the table of `rows` between its two marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table(rows) + END + after

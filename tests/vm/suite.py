@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the marked integration tests in one emulated kernel, or in one user land on this machine's own kernel.
+
+In: names of the catalogue. Out: a `Row` of results. A machine that the emulator lost is booted once more, and the row
+says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.vm.catalogue import KERNELS, USERLANDS, Userland, cache
+from tests.vm.chroot import bare_tree, overlay, packages_of, run, tree, versions
+from tests.vm.images import ROOT, WITHOUT, kernel_image, root_image
+from tests.vm.machine import boot, emulator
+from tests.vm.results import Row, Subject, read_junit
+
+MARKER = "everywhere"
+TIMEOUT_S = 900
+
+
+def _pytest(keyword: str, out: str) -> str:
+    chosen = f" -k {shlex.quote(keyword)}" if keyword else ""
+    return f"-m {MARKER}{chosen} -p no:cacheprovider -v --color=no --timeout 300 --junitxml={out}/junit.xml tests/integration"
+
+
+def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
+    """The suite in an emulated kernel."""
+    where, begin = USERLANDS[userland], time.monotonic()
+    root = root_image(where)
+    image = kernel_image(KERNELS[kernel], tree(where))
+    built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
+    script = "python3 -m ebpf_mig.cli demo -o /out/demo.rec --format json >/out/demo.json\n"
+    script += f"exec python3 -m pytest {_pytest(keyword, '/out')}\n"
+    row = Row(kernel, userland, "emulated", image.version, versions(packages_of(tree(where))), _today())
+    place = cache() / "runs" / f"{kernel}-{userland}"
+    for _ in range(2):
+        outcome = boot(emulator(built, processors), image, root, ROOT, script, place=place, timeout_s=TIMEOUT_S)
+        if outcome.code is not None:
+            break
+        row.infrastructure.append(f"the emulator failed: {outcome.trouble}; tried once more")
+    _collect(row, outcome.files)
+    row.seconds = round(time.monotonic() - begin)
+    return row
+
+
+def native(userland: str, keyword: str) -> Row:
+    """The product installed in a bare user land as the README says (`./try`, `./check`), on this machine's kernel."""
+    begin = time.monotonic()
+    bare = bare_tree(Userland(userland))
+    place = cache() / "runs" / f"native-{userland}"
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "out").mkdir(parents=True)
+    shutil.copytree(ROOT, place / "src", ignore=WITHOUT, symlinks=True)
+    release = run("uname", "-r").strip()
+    row = Row("own", userland, "native", release, {}, _today())
+    script = (
+        f"./try -o /out/demo.rec >/out/demo.txt || exit 1\n"
+        "touch /out/installed\n"
+        ".venv/bin/ebpf-mig report /out/demo.rec --format json >/out/demo.json\n"
+        "dpkg-query -W -f '${Package} ${Version}\\n' qemu-system-x86 python3-bpfcc python3 >/out/versions\n"
+        f"./check {_pytest(keyword, '/out')}\n"
+    )
+    with (place / "console.log").open("wb") as log:
+        binds = {place / "src": "/src", place / "out": "/out"}
+        command = overlay(bare, place, ["sh", "-c", script], binds=binds, cwd="/src")
+        try:
+            subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            row.infrastructure.append(f"no end within {TIMEOUT_S} s")
+    if (place / "out/versions").exists():
+        row.versions = versions((place / "out/versions").read_text())
+    installed = (place / "out/installed").exists()
+    _collect(row, place / "out")
+    row.subjects["install"] = Subject(passed=int(installed), failed=int(not installed))
+    if not installed:
+        row.subjects["install"].why.append(f"./try failed; see {place}/console.log")
+    row.seconds = round(time.monotonic() - begin)
+    return row
+
+
+def _collect(row: Row, files: Path) -> None:
+    junit, demo = files / "junit.xml", files / "demo.json"
+    if junit.exists():
+        row.subjects |= read_junit(junit)
+    if demo.exists() and (text := demo.read_text()):
+        row.attach = _tiers(json.loads(text)["completeness"]["attach"])
+
+
+def _tiers(attach: dict[str, str]) -> str:
+    """`{signal: tier}` the other way round, the widespread tier first and without its signals."""
+    by_tier: dict[str, list[str]] = {}
+    for signal, tier in sorted(attach.items()):
+        by_tier.setdefault(tier, []).append(signal)
+    ranked = sorted(by_tier.items(), key=lambda item: -len(item[1]))
+    return "; ".join([ranked[0][0], *(f"{tier}: {', '.join(signals)}" for tier, signals in ranked[1:])])
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
