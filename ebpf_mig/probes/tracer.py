@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -309,7 +310,7 @@ def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]
     defines: dict[str, str | int] = dict(WORDS)
     if pids:
         defines["EBPF_MIG_TARGETS(t)"] = f"({test})"
-    defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // 4096
+    defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")
     defines["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
     defines["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
     defines["SPLIT_KNOWN"] = 0  # no tier yet has function probes inside the ioctl

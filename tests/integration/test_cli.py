@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=directory, capture_output=True, text=True, timeout=90, check=False)
+    return subprocess.run(command(*arguments), cwd=directory, capture_output=True, text=True, timeout=280, check=False)
 
 
 def one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -77,7 +77,9 @@ def nothing_left(directory: Path) -> None:
 
 @pytest.mark.everywhere("demo")
 @requires(*TRACING)
-def test_demo_json_is_alone_on_stdout(tmp_path: Path, lab_directory: Path) -> None:
+def test_demo_json_is_alone_on_stdout(
+    tmp_path: Path, lab_directory: Path, record_property: Callable[[str, object], None]
+) -> None:
     result = run(tmp_path, *DEMO, "-o", "demo.rec", "--format", "json")
     nothing_left(lab_directory)
     assert result.returncode == 0, result.stderr
@@ -85,6 +87,7 @@ def test_demo_json_is_alone_on_stdout(tmp_path: Path, lab_directory: Path) -> No
     assert breakdown["schema"] == "ebpf-mig/breakdown/1"
     assert sum(phase["duration_ns"] for phase in breakdown["phases"]) == breakdown["window_ns"]
     assert breakdown["completeness"]["verdict"] == "complete"
+    record_property("attach", json.dumps(breakdown["completeness"]["attach"]))
     assert "ebpf-mig report demo.rec" in result.stderr
     again = run(tmp_path, "report", "demo.rec", "--format", "json")
     assert again.stdout == result.stdout, "the same recording gives the same report, byte for byte"
@@ -107,7 +110,7 @@ def test_two_demos_at_once(tmp_path: Path, lab_directory: Path) -> None:
         subprocess.Popen(command(*DEMO, "-o", f"{n}.rec", "--format", "json"), cwd=tmp_path, stdout=subprocess.PIPE)
         for n in "ab"
     ]
-    answers = [json.loads(process.communicate(timeout=90)[0]) for process in both]
+    answers = [json.loads(process.communicate(timeout=170)[0]) for process in both]
     nothing_left(lab_directory)
     pids = {answer["migration"][side]["pid"] for answer in answers for side in ("source", "destination")}
     assert len(pids) == 4

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from tests.vm import results, suite
-from tests.vm.catalogue import KERNELS, USERLANDS, cache
+from tests.vm.catalogue import KERNELS, USERLANDS, arm64_btf, cache
 from tests.vm.chroot import BuildError, tree
-from tests.vm.images import ROOT, kernel_image, root_image
+from tests.vm.images import ROOT, fetch_arm64_btf, kernel_image, root_image
 from tests.vm.machine import boot, emulator
 
 
@@ -86,6 +86,11 @@ def _exec(arguments: argparse.Namespace) -> int:
     return 1 if outcome.code is None else outcome.code
 
 
+def _arm64(_arguments: argparse.Namespace) -> int:
+    _say(f"{arm64_btf()}: type information of {fetch_arm64_btf()}, for tests/unit/test_arm64.py")
+    return 0
+
+
 def _names(text: str, known: list[str]) -> list[str]:
     names = text.split(",")
     if strange := [name for name in names if name not in known]:
@@ -113,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, native):
         command.add_argument("-k", dest="keyword", default="", help="pytest's choice of tests")
     table = commands.add_parser("table", help="make the table of docs/support.md again")
-    for command, act in ((run, _run), (native, _userland), (execute, _exec), (table, _table)):
+    arm64 = commands.add_parser("arm64", help="fetch what the unit tests compare arm64 with")
+    acts = ((run, _run), (native, _userland), (execute, _exec), (table, _table), (arm64, _arm64))
+    for command, act in acts:
         command.set_defaults(act=act)
     return parser
 

@@ -47,3 +47,8 @@ def cache() -> Path:
     """Where images are kept: $XDG_CACHE_HOME/ebpf-mig/vmtest."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "ebpf-mig" / "vmtest"
+
+
+def arm64_btf() -> Path:
+    """Where `python -m tests.vm arm64` puts the type information of Debian's arm64 kernel."""
+    return cache() / "arm64.btf"

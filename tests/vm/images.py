@@ -15,15 +15,16 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vm.catalogue import MIRROR, Kernel, Userland, cache
-from tests.vm.chroot import inside, run, tree
+from tests.vm.catalogue import MIRROR, Kernel, Userland, arm64_btf, cache
+from tests.vm.chroot import BuildError, inside, run, tree
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 DISK_SIGNATURE = 0xC0FFEE01
 """NVMe disks are numbered at random from Linux 6.12 on: the kernel finds its root by this, the others have labels."""
 WITHOUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "*.img", ".hypothesis")
-META = "linux-image-cloud-amd64"
+BTF_BEGIN = b"\x9f\xeb\x01\x00" + struct.pack("<I", 24)
+"""struct btf_header up to hdr_len (include/uapi/linux/btf.h)."""
 EXTRAS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
 
 
@@ -79,9 +80,10 @@ def _boot_record(size: int) -> bytes:
 class Apt:
     """An apt of its own for one suite: the machine's lists, status and sources are neither read nor changed."""
 
-    def __init__(self, suite: str) -> None:
+    def __init__(self, suite: str, architecture: str = "amd64") -> None:
         """Fetches the suite's list of packages, and its security updates where it has them."""
-        self.place = cache() / "apt" / suite
+        self.place = cache() / "apt" / f"{suite}-{architecture}"
+        self.meta = f"linux-image-cloud-{architecture}"
         for folder in ("lists/partial", "debs/partial"):
             (self.place / folder).mkdir(parents=True, exist_ok=True)
         (self.place / "status").touch()
@@ -94,15 +96,16 @@ class Apt:
             f"-oDir::State::lists={self.place}/lists", f"-oDir::State::status={self.place}/status",
             f"-oDir::Cache::archives={self.place}/debs", "-oDir::Cache::pkgcache=", "-oDir::Cache::srcpkgcache=",
             "-oAPT::Sandbox::User=root", "-oDebug::NoLocking=1", "-oAcquire::Check-Valid-Until=false",
+            f"-oAPT::Architecture={architecture}", f"-oAPT::Architectures={architecture}",
         ]  # fmt: skip
         run("apt-get", *self.options, "-qq", "update")
 
     def kernel_packages(self) -> list[str]:
         """What the meta package leads to: one package, or several where vmlinuz and modules are packaged apart."""
         options = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
-        found = run("apt-cache", *self.options, "depends", "--recurse", *options, META).splitlines()
+        found = run("apt-cache", *self.options, "depends", "--recurse", *options, self.meta).splitlines()
         kinds = ("linux-image-", "linux-binary-", "linux-modules-", "linux-base-")
-        return sorted(name for name in found if name.startswith(kinds) and name != META)
+        return sorted(name for name in found if name.startswith(kinds) and name != self.meta)
 
     def download(self, packages: list[str]) -> list[Path]:
         """The packages' files."""
@@ -154,6 +157,24 @@ def _unpack_kernel(debs: list[Path], files: Path, place: Path, helper: Path) -> 
         "400M",
     )
     (place / "version").write_text(modules.name)
+
+
+def fetch_arm64_btf(suite: str = "trixie") -> str:
+    """Puts the type information of the suite's arm64 kernel where the unit tests look; returns the kernel's release."""
+    apt = Apt(suite, "arm64")
+    with tempfile.TemporaryDirectory(dir=cache()) as temporary:
+        for deb in apt.download(apt.kernel_packages()):
+            run("dpkg-deb", "-x", str(deb), temporary)
+        kernel = next(Path(temporary).glob("**/vmlinuz*"))
+        image = kernel.read_bytes()
+        at = image.find(BTF_BEGIN)
+        if at < 0:
+            raise BuildError(f"{kernel.name} shows no BTF: it is compressed")
+        _, types, strings_at, strings = struct.unpack_from("<4I", image, at + len(BTF_BEGIN))
+        if types < MIB:
+            raise BuildError(f"{kernel.name} has no BTF where it was looked for")
+        arm64_btf().write_bytes(image[at : at + len(BTF_BEGIN) + 16 + strings_at + strings])
+        return kernel.name.removeprefix("vmlinuz-")
 
 
 def source_image(source: Path, image: Path, script: str) -> None:

@@ -74,6 +74,12 @@ def read_junit(path: Path) -> dict[str, Subject]:
     return found
 
 
+def read_property(path: Path, name: str) -> str:
+    """What a test of a JUnit file said under that name, empty if none did."""
+    found = [p.get("value") or "" for p in ElementTree.parse(path).iter("property") if p.get("name") == name]  # noqa: S314
+    return found[0] if found else ""
+
+
 def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0][:160]
 

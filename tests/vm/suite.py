@@ -19,7 +19,7 @@ from tests.vm.catalogue import KERNELS, USERLANDS, Userland, cache
 from tests.vm.chroot import bare_tree, overlay, packages_of, run, tree, versions
 from tests.vm.images import ROOT, WITHOUT, kernel_image, root_image
 from tests.vm.machine import boot, emulator
-from tests.vm.results import Row, Subject, read_junit
+from tests.vm.results import Row, Subject, read_junit, read_property
 
 MARKER = "everywhere"
 TIMEOUT_S = 900
@@ -27,7 +27,8 @@ TIMEOUT_S = 900
 
 def _pytest(keyword: str, out: str) -> str:
     chosen = f" -k {shlex.quote(keyword)}" if keyword else ""
-    return f"-m {MARKER}{chosen} -p no:cacheprovider -v --color=no --timeout 300 --junitxml={out}/junit.xml tests/integration"
+    options = f"-p no:cacheprovider -v --color=no --timeout 300 --junitxml={out}/junit.xml"
+    return f"-m {MARKER}{chosen} {options} tests/integration"
 
 
 def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
@@ -36,8 +37,7 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
     root = root_image(where)
     image = kernel_image(KERNELS[kernel], tree(where))
     built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
-    script = "python3 -m ebpf_mig.cli demo -o /out/demo.rec --format json >/out/demo.json\n"
-    script += f"exec python3 -m pytest {_pytest(keyword, '/out')}\n"
+    script = f"exec python3 -m pytest {_pytest(keyword, '/out')}\n"
     row = Row(kernel, userland, "emulated", image.version, versions(packages_of(tree(where))), _today())
     place = cache() / "runs" / f"{kernel}-{userland}"
     for _ in range(2):
@@ -63,7 +63,6 @@ def native(userland: str, keyword: str) -> Row:
     script = (
         f"./try -o /out/demo.rec >/out/demo.txt || exit 1\n"
         "touch /out/installed\n"
-        ".venv/bin/ebpf-mig report /out/demo.rec --format json >/out/demo.json\n"
         "dpkg-query -W -f '${Package} ${Version}\\n' qemu-system-x86 python3-bpfcc python3 >/out/versions\n"
         f"./check {_pytest(keyword, '/out')}\n"
     )
@@ -86,11 +85,11 @@ def native(userland: str, keyword: str) -> Row:
 
 
 def _collect(row: Row, files: Path) -> None:
-    junit, demo = files / "junit.xml", files / "demo.json"
+    junit = files / "junit.xml"
     if junit.exists():
         row.subjects |= read_junit(junit)
-    if demo.exists() and (text := demo.read_text()):
-        row.attach = _tiers(json.loads(text)["completeness"]["attach"])
+        attach = read_property(junit, "attach")
+        row.attach = _tiers(json.loads(attach)) if attach else ""
 
 
 def _tiers(attach: dict[str, str]) -> str:
