@@ -84,10 +84,10 @@ def test_demo_json_is_alone_on_stdout(
     nothing_left(lab_directory)
     assert result.returncode == 0, result.stderr
     breakdown = json.loads(result.stdout)
+    record_property("attach", json.dumps(breakdown["completeness"]["attach"]))
     assert breakdown["schema"] == "ebpf-mig/breakdown/1"
     assert sum(phase["duration_ns"] for phase in breakdown["phases"]) == breakdown["window_ns"]
     assert breakdown["completeness"]["verdict"] == "complete"
-    record_property("attach", json.dumps(breakdown["completeness"]["attach"]))
     assert "ebpf-mig report demo.rec" in result.stderr
     again = run(tmp_path, "report", "demo.rec", "--format", "json")
     assert again.stdout == result.stdout, "the same recording gives the same report, byte for byte"

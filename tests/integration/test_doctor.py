@@ -15,7 +15,7 @@ DOCTOR = [sys.executable, "-m", "ebpf_mig.cli", "doctor"]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
 
 
 @pytest.mark.everywhere("doctor")
