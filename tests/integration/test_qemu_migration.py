@@ -141,7 +141,7 @@ def test_dirty_ring(tmp_path: Path) -> None:
     assert_heartbeat(run)
     assert run.breakdown.dirty_log.mode == "ring"
     resets = [e for e in run.recording.events if isinstance(e, Ioctl) and e.cmd == kvm.RESET_DIRTY_RINGS]
-    assert resets and run.breakdown.phase_ns("fetch.kernel") > 0
+    assert resets, "QEMU's reaper and its fetches empty the rings"
 
 
 def test_unix(tmp_path: Path) -> None:
