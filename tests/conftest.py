@@ -35,6 +35,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
     "bcrypt": lambda: importlib.util.find_spec("bcrypt") is not None,
     "PyYAML": lambda: importlib.util.find_spec("yaml") is not None,
+    "OpenTelemetry": lambda: importlib.util.find_spec("opentelemetry") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

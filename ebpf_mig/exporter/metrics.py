@@ -64,6 +64,11 @@ class Metrics:
         self._incomplete = Counter(
             "ebpf_mig_migrations_incomplete", "Migrations of which events were lost.", registry=registry
         )
+        self._begin_missed = Counter(
+            "ebpf_mig_migrations_begin_missed",
+            "Migrations that were noticed after dirty logging was switched on: their total time is not known.",
+            registry=registry,
+        )
         self._blackout = Histogram(
             "ebpf_mig_blackout_seconds",
             "From the last vCPU's stop to the first vCPU's start; of migrations of which both sides were seen.",
@@ -122,6 +127,8 @@ class Metrics:
         self._migrations.labels(o.vmm, o.role, o.result).inc()
         if o.verdict == "incomplete":
             self._incomplete.inc()
+        if not o.begin_seen:
+            self._begin_missed.inc()
         exemplar = {"recording": o.recording[:100]} if o.recording else None
         if o.blackout_ns is not None and o.result == "completed":
             self._blackout.labels(o.vmm, o.role).observe(o.blackout_ns / 1e9, exemplar)
@@ -230,6 +237,13 @@ def _watch(s: Status) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, text)
         counter.add_metric([], number)
         yield counter
+    trigger = GaugeMetricFamily(
+        "ebpf_mig_trigger_info",
+        "How migrations are noticed; always 1. By signs, some can be missed: see the documentation.",
+        labels=["trigger"],
+    )
+    trigger.add_metric([s.trigger], 1)
+    yield trigger
     attached = GaugeMetricFamily("ebpf_mig_probe_attached", "Whether a standing probe is attached.", labels=["probe"])
     for probe, is_attached in sorted(s.attached.items()):
         attached.add_metric([probe], float(is_attached))

@@ -138,6 +138,7 @@ class NodeWatch:
             armed_seconds=self._armed_s + armed_now,
             triggers={kind: dict(outcomes) for kind, outcomes in self._triggers.items()},
             attached=dict(self._probe.attached),
+            trigger=self._probe.trigger,
             lost=self._lost_total | {"sign": self._probe.lost()},
             run_seconds={name: ns / 1e9 for name, ns in self._run_ns.items()},
             errors=self._analysis.errors,
