@@ -36,6 +36,8 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bcrypt": lambda: importlib.util.find_spec("bcrypt") is not None,
     "PyYAML": lambda: importlib.util.find_spec("yaml") is not None,
     "OpenTelemetry": lambda: importlib.util.find_spec("opentelemetry") is not None,
+    "kubernetes-validate": lambda: importlib.util.find_spec("kubernetes_validate") is not None,
+    "kustomize": lambda: shutil.which("kustomize") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many migrations of the truth machine, one after the other and fast: `python -m tests.integration.swarm N --name NAME`.
+"""Many migrations of the truth machine, one after the other: `python -m tests.integration.swarm N --name NAME`.
 
 In: how many. Out: on stdout `ready`; after a line on stdin, one migration after the other; then `done N`. Each has
 two fresh processes with a real KVM VM each, forked from this one so that no interpreter has to be started; they are

@@ -60,6 +60,5 @@ def test_many_migrations_in_a_row(tmp_path: Path) -> None:
         assert value(port, "ebpf_mig_errors_total") == 0 and value(port, "ebpf_mig_events_lost_total") == 0
         assert value(port, "ebpf_mig_recordings") == 10
         for name, (resident, fds, threads) in after.items():
-            print(f"{name}: {before[name]} -> {after[name]}")
             assert resident - before[name][0] < GROWTH_KB, f"{name} grew: {before[name]} -> {after[name]}"
             assert (fds, threads) == before[name][1:], name
