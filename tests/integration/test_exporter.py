@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -111,6 +112,19 @@ def test_watch_says_one_line_for_a_migration(tmp_path: Path) -> None:
     assert said["blackout_ns"] == found.blackout_ns and said["role"] == "both" and said["vm"] == f"{OURS}source"
 
 
+def dashboard_queries() -> list[tuple[str, str]]:
+    """(panel, query) of the shipped dashboard, with Grafana's variables filled in."""
+    dashboard = json.loads((Path(__file__).parents[2] / "deploy" / "grafana" / "ebpf-mig.json").read_text())
+    found = []
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            text = re.sub(r"\$(job|node|vmm)\b", ".+", target["expr"])
+            text = re.sub(r"\$__(rate_interval|range|interval)\b", "1m", text)
+            assert "$" not in text
+            found.append((panel["title"], text))
+    return found
+
+
 @requires("prometheus")
 def test_a_real_prometheus_answers_with_the_reports_figure(tmp_path: Path) -> None:
     state, mine = tmp_path / "state", free_port()
@@ -131,7 +145,10 @@ def test_a_real_prometheus_answers_with_the_reports_figure(tmp_path: Path) -> No
             until(lambda: query("ebpf_mig_up == 1"))
             migrate(QUICK)
             answer = until(lambda: query("ebpf_mig_last_migration_blackout_seconds"))
+            answered = {title: bool(query(text)) for title, text in dashboard_queries()}
             summed = query('sum(ebpf_mig_blackout_seconds_sum{role="both"})')
+    silent = {title for title, has_data in answered.items() if not has_data}
+    assert len(answered) == 9 and silent <= {"What was missed"}, "a panel whose query a real Prometheus does not answer"
     (kept,) = state.iterdir()
     said = subprocess.run(
         [*PROGRAM, "report", str(kept), "--format", "json"], capture_output=True, text=True, check=True
