@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,12 @@ def is_ready(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def exporter(state: Path, *more: str, vms: str = "*") -> Iterator[tuple[subprocess.Popen[str], int]]:
+def exporter(
+    state: Path, *more: str, vms: str = "*", before: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     port = free_port()
     options = ["--web.listen-address", f"127.0.0.1:{port}", "--state-directory", str(state), "--vm", OURS + vms]
-    with running(*PROGRAM, "exporter", *options, *more) as process:
+    with running(*before, *PROGRAM, "exporter", *options, *more) as process:
         until(lambda: is_ready(port))
         yield process, port
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import threading
 import time
@@ -210,3 +211,17 @@ def test_a_tracing_back_end_that_is_down_costs_spans_and_nothing_else(tmp_path: 
         assert value(port, "ebpf_mig_blackout_seconds_count") == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+@requires("setpriv")
+def test_what_deploy_grants_is_enough(tmp_path: Path) -> None:
+    unit = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.service"
+    granted = re.search(r"^CapabilityBoundingSet=(.*)$", unit.read_text(), re.MULTILINE)
+    assert granted
+    names = ",".join("+" + name.removeprefix("CAP_").lower() for name in granted[1].split())
+    confined = ["setpriv", f"--bounding-set=-all,{names}", "--inh-caps=-all", "--no-new-privs"]
+    with exporter(tmp_path / "state", before=confined) as (process, port):
+        assert capabilities(process.pid)["CapBnd"] == capabilities(process.pid)["CapEff"] != 0
+        migrate(QUICK)
+        until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
+        assert value(port, "ebpf_mig_errors_total") == 0 and value(port, "ebpf_mig_blackout_seconds_count") == 1
