@@ -22,6 +22,8 @@ from tests.truth.parts import KICK, Plan
 
 AHEAD = 6
 """Pairs that wait for their turn."""
+AGE_S = 1.5
+"""A VM is found up to 0.3 s after it was made; one that migrates sooner can be missed."""
 LINGER_S = 0.6
 """A VMM stays a while after its VM has left."""
 PLAN = Plan(passes=1, dirty_pages=16)
@@ -108,6 +110,7 @@ def main(number: int) -> None:
     sys.setswitchinterval(0.0001)
     waiting = deque(pair() for _ in range(min(AHEAD, number)))
     made, over = len(waiting), deque[Pair]()
+    time.sleep(AGE_S)
     print("ready", flush=True)  # noqa: T201
     sys.stdin.readline()
     for done in range(number):
