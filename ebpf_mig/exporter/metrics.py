@@ -8,6 +8,7 @@ time, the least recently migrated leaving first, each for `VM_SECONDS` at most. 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ebpf_mig.breakdown import PHASES
-from ebpf_mig.exporter.observation import Observation, Status
+from ebpf_mig.exporter.observation import RESULTS, ROLES, VMMS, Observation, Status
 from ebpf_mig.printable import printable
 
 VMS = 256
@@ -115,6 +116,11 @@ class Metrics:
             self.rejected.labels(reason)
         self._traces: Counter | None = None
         registry.register(_Gauges(self))
+        # A series that is born with its first migration would hide it from `increase` and `rate`.
+        for vmm, role in itertools.product(VMMS, ROLES):
+            self._blackout.labels(vmm, role)
+            for result in RESULTS:
+                self._migrations.labels(vmm, role, result)
 
     def build(self, version: str, kernel: str) -> None:
         """Says who is speaking."""

@@ -11,6 +11,7 @@ import msgspec
 from ebpf_mig.breakdown import Breakdown
 
 VMMS = ("qemu", "cloud-hypervisor", "other")
+ROLES = ("source", "destination", "both")
 RESULTS = ("completed", "failed", "cancelled", "unknown")
 
 

@@ -145,10 +145,9 @@ def test_a_real_prometheus_answers_with_the_reports_figure(tmp_path: Path) -> No
             until(lambda: query("ebpf_mig_up == 1"))
             migrate(QUICK)
             answer = until(lambda: query("ebpf_mig_last_migration_blackout_seconds"))
-            answered = {title: bool(query(text)) for title, text in dashboard_queries()}
+            for panel, text in dashboard_queries():
+                assert until(lambda text=text: query(text)), panel  # type: ignore[misc]
             summed = query('sum(ebpf_mig_blackout_seconds_sum{role="both"})')
-    silent = {title for title, has_data in answered.items() if not has_data}
-    assert len(answered) == 9 and silent <= {"What was missed"}, "a panel whose query a real Prometheus does not answer"
     (kept,) = state.iterdir()
     said = subprocess.run(
         [*PROGRAM, "report", str(kept), "--format", "json"], capture_output=True, text=True, check=True
