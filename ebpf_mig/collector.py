@@ -11,6 +11,7 @@ the sockets, the witnesses; say how far all this can be relied upon.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ebpf_mig import fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
 from ebpf_mig.activity import PAGE, Work
@@ -42,13 +43,21 @@ def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fal
 
     `truncated`: the recording was cut off. `unknown`: how many of its events this version cannot read.
     """
-    return placed(header, events, truncated=truncated, unknown=unknown)[0]
+    return placed(header, events, truncated=truncated, unknown=unknown).breakdown
 
 
-def placed(
-    header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0
-) -> tuple[Breakdown, int]:
-    """As `analyse`, with the breakdown's instant 0 on CLOCK_MONOTONIC of the recording's host, in ns."""
+class Placed(NamedTuple):
+    """A breakdown, and what ties it to the world outside the recording."""
+
+    breakdown: Breakdown
+    origin_ns: int
+    """Its instant 0 on CLOCK_MONOTONIC of the recording's host."""
+    connection: str
+    """The migration's TCP connection, see `sockets.connection`; empty if there is none."""
+
+
+def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Placed:
+    """As `analyse`, with when and over which connection."""
     material = processes.split(header, events)
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
@@ -70,7 +79,7 @@ def placed(
         clock=Clock(),
         notes=_notes(case, window, work),
     )
-    return breakdown, origin
+    return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
 
 def _mode(case: Case) -> str:

@@ -147,6 +147,28 @@ def mirrors(source: Process, destination: Process) -> dict[int, int]:
     return result
 
 
+def connection(source: Process | None, destination: Process | None, channels: Channels) -> str:
+    """The migration's TCP connection as both ends, each alone, would write it; empty if there is none.
+
+    Of several, one that carried bytes both ways (QEMU's main channel, with its return path), then the first in the
+    order of the text.
+    """
+    process, keys = (source, channels.source) if source else (destination, channels.destination)
+    if process is None:
+        return ""
+    ways: dict[int, set[int]] = defaultdict(set)
+    for transfer in process.transfers:
+        if transfer.bytes and key_of(transfer) in keys:
+            ways[key_of(transfer)].add(transfer.direction)
+    found: list[tuple[bool, str]] = []
+    for key, directions in ways.items():
+        known = process.sockets.get(key)
+        if known and known.local and known.remote:
+            text = " ".join(sorted((normal(known.local), normal(known.remote))))
+            found.append((len(directions) < 2, text))
+    return min(found)[1] if found else ""
+
+
 def normal(address: str) -> str:
     """One spelling for an IPv4 address and its IPv6-mapped form, with or without brackets."""
     host, _, port = address.rpartition(":")

@@ -32,9 +32,13 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None,
+    "setpriv": lambda: shutil.which("setpriv") is not None,
     "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
     "bcrypt": lambda: importlib.util.find_spec("bcrypt") is not None,
     "PyYAML": lambda: importlib.util.find_spec("yaml") is not None,
+    "OpenTelemetry": lambda: importlib.util.find_spec("opentelemetry") is not None,
+    "kubernetes-validate": lambda: importlib.util.find_spec("kubernetes_validate") is not None,
+    "kustomize": lambda: shutil.which("kustomize") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

@@ -64,15 +64,16 @@ def command(
     own_cost: bool,
 ) -> None:
     """Watch this node and serve the downtime of every migration to Prometheus."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody who reads the configuration again
     with _listen(address) as listener:
         store = Store(state_directory, keep, keep_size)
         with _server(listener, vm_label, web_config, otlp) as (server, pipe):
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
+            signal.signal(signal.SIGHUP, lambda *_: server.send_signal(signal.SIGHUP))
             with NodeWatch(store, pipe.tell, only) as node:
                 privileges.keep_only((*privileges.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
                 node.verify()
-                signal.signal(signal.SIGHUP, lambda *_: server.send_signal(signal.SIGHUP))
                 asked = stopping()
                 pipe.put(node.status())
                 say(f"listening on {place}; recordings go to {printable(state_directory)}")

@@ -74,12 +74,13 @@ def examine(task: Task, recording: BinaryIO) -> Answer:
     from ebpf_mig.recording import read_recording
 
     read = read_recording(recording)
-    breakdown, origin = placed(read.header, read.events, truncated=read.truncated, unknown=read.unknown)
+    found = placed(read.header, read.events, truncated=read.truncated, unknown=read.unknown)
+    breakdown = found.breakdown
     side = breakdown.migration.source or breakdown.migration.destination
     vms = sorted(task.vms, key=lambda vm: side is None or vm.pid != side.pid)
     name = next((vm.name for vm in vms if vm.name), "")
     seen = observe(breakdown, at=task.at, recording=task.recording, vmm=vms[0].vmm, vm=name, trigger=task.trigger)
-    return Answer(seen, trace_of(breakdown, origin, read.header, seen))
+    return Answer(seen, trace_of(found, read.header, seen))
 
 
 def _request(channel: socket.socket) -> tuple[bytes, list[int]]:

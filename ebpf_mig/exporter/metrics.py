@@ -8,6 +8,7 @@ time, the least recently migrated leaving first, each for `VM_SECONDS` at most. 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ebpf_mig.breakdown import PHASES
-from ebpf_mig.exporter.observation import Observation, Status
+from ebpf_mig.exporter.observation import RESULTS, ROLES, VMMS, Observation, Status
 from ebpf_mig.printable import printable
 
 VMS = 256
@@ -63,6 +64,11 @@ class Metrics:
         )
         self._incomplete = Counter(
             "ebpf_mig_migrations_incomplete", "Migrations of which events were lost.", registry=registry
+        )
+        self._begin_missed = Counter(
+            "ebpf_mig_migrations_begin_missed",
+            "Migrations that were noticed after dirty logging was switched on: their total time is not known.",
+            registry=registry,
         )
         self._blackout = Histogram(
             "ebpf_mig_blackout_seconds",
@@ -110,6 +116,11 @@ class Metrics:
             self.rejected.labels(reason)
         self._traces: Counter | None = None
         registry.register(_Gauges(self))
+        # A series that is born with its first migration would hide it from `increase` and `rate`.
+        for vmm, role in itertools.product(VMMS, ROLES):
+            self._blackout.labels(vmm, role)
+            for result in RESULTS:
+                self._migrations.labels(vmm, role, result)
 
     def build(self, version: str, kernel: str) -> None:
         """Says who is speaking."""
@@ -122,6 +133,8 @@ class Metrics:
         self._migrations.labels(o.vmm, o.role, o.result).inc()
         if o.verdict == "incomplete":
             self._incomplete.inc()
+        if not o.begin_seen:
+            self._begin_missed.inc()
         exemplar = {"recording": o.recording[:100]} if o.recording else None
         if o.blackout_ns is not None and o.result == "completed":
             self._blackout.labels(o.vmm, o.role).observe(o.blackout_ns / 1e9, exemplar)
@@ -230,6 +243,13 @@ def _watch(s: Status) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, text)
         counter.add_metric([], number)
         yield counter
+    trigger = GaugeMetricFamily(
+        "ebpf_mig_trigger_info",
+        "How migrations are noticed; always 1. By signs, some can be missed: see the documentation.",
+        labels=["trigger"],
+    )
+    trigger.add_metric([s.trigger], 1)
+    yield trigger
     attached = GaugeMetricFamily("ebpf_mig_probe_attached", "Whether a standing probe is attached.", labels=["probe"])
     for probe, is_attached in sorted(s.attached.items()):
         attached.add_metric([probe], float(is_attached))

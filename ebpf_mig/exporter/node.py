@@ -110,9 +110,8 @@ class NodeWatch:
     def step(self) -> None:
         """One turn of the loop: waits for signs or events, at most a second."""
         if self._tracks:
-            events = self._tracer.poll(ARMED_MS)
-            signs = self._probe.poll(0)
-            self._tracks.saw(events, time.monotonic_ns())
+            signs = self._probe.poll(ARMED_MS)  # events wait better than a VM that begins to migrate meanwhile
+            self._tracks.saw(self._tracer.poll(0), time.monotonic_ns())
         else:
             wait = IDLE_MS
             if self._checks:
@@ -138,6 +137,7 @@ class NodeWatch:
             armed_seconds=self._armed_s + armed_now,
             triggers={kind: dict(outcomes) for kind, outcomes in self._triggers.items()},
             attached=dict(self._probe.attached),
+            trigger=self._probe.trigger,
             lost=self._lost_total | {"sign": self._probe.lost()},
             run_seconds={name: ns / 1e9 for name, ns in self._run_ns.items()},
             errors=self._analysis.errors,

@@ -11,6 +11,7 @@ import msgspec
 from ebpf_mig.breakdown import Breakdown
 
 VMMS = ("qemu", "cloud-hypervisor", "other")
+ROLES = ("source", "destination", "both")
 RESULTS = ("completed", "failed", "cancelled", "unknown")
 
 
@@ -39,6 +40,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     verdict: str
     reasons: list[str]
     lost: dict[str, int]
+    begin_seen: bool = True
+    """Dirty logging was seen to be switched on; of a source."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -50,6 +53,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     triggers: dict[str, dict[str, int]]
     """Kind of sign to outcome (migration, nothing, suppressed) to number."""
     attached: dict[str, bool]
+    """Standing probes."""
+    trigger: str
+    """What tells that a migration may begin: see `probes.node.TRIGGER`."""
     lost: dict[str, int]
     """Events lost in the kernel, by probe."""
     run_seconds: dict[str, float]
@@ -87,6 +93,7 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
         verdict=b.completeness.verdict,
         reasons=b.completeness.reasons,
         lost=b.completeness.lost,
+        begin_seen=m.source is None or m.total_ns is not None or b.window_ns is None,
     )
 
 

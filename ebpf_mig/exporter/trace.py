@@ -8,12 +8,16 @@ destination can name it as its parent without having heard of it. Pure.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.events import Header
 from ebpf_mig.exporter.observation import Observation
-from ebpf_mig.sockets import normal
+
+if TYPE_CHECKING:
+    from ebpf_mig.collector import Placed
 
 MOST_SPANS = 200
 """Of one trace; the shortest visits to a phase are left out beyond."""
@@ -43,15 +47,13 @@ class Trace(msgspec.Struct, frozen=True, tag="trace"):
     vm: str
 
 
-def trace_of(b: Breakdown, origin_ns: int, header: Header, seen: Observation) -> Trace | None:
-    """None where no switchover was found, or the recording does not tell wall-clock time.
-
-    `origin_ns`: the breakdown's instant 0 on CLOCK_MONOTONIC.
-    """
+def trace_of(placed: Placed, header: Header, seen: Observation) -> Trace | None:
+    """None where no switchover was found, or the recording does not tell wall-clock time."""
+    b = placed.breakdown
     if b.window_ns is None or header.clock is None:
         return None
-    zero = origin_ns - header.clock.monotonic_ns + header.clock.realtime_ns
-    trace_id = id_of(connection(b) or f"{header.boot_id} {header.begin_ns}")
+    zero = placed.origin_ns - header.clock.monotonic_ns + header.clock.realtime_ns
+    trace_id = id_of(placed.connection or f"{header.boot_id} {header.begin_ns}")
     of_source = digest(f"{trace_id} source", 16)
     begin = b.window_ns - b.migration.total_ns if b.migration.total_ns is not None else 0
     visits = sorted(
@@ -72,21 +74,6 @@ def trace_of(b: Breakdown, origin_ns: int, header: Header, seen: Observation) ->
         spans=sorted(spans, key=lambda span: (span.begin_ns, -span.end_ns)),
         vm=seen.vm,
     )
-
-
-def connection(b: Breakdown) -> str:
-    """The migration's TCP connection in an order that both ends agree on; empty if there is none.
-
-    Of several, the one that also carries answers: QEMU's main channel; then the first in the order of the text.
-    """
-    pairs: dict[str, set[str]] = {}
-    for row in b.sockets:
-        if row.local and row.remote:
-            pair = " ".join(sorted((normal(row.local), normal(row.remote))))
-            pairs.setdefault(pair, set()).add(row.role.partition(" ")[2])
-    of_migration = {pair for pair, uses in pairs.items() if "migration" in uses}
-    answered = {pair for pair in of_migration if "control" in pairs[pair]}
-    return min(answered or of_migration, default="")
 
 
 def id_of(text: str) -> str:

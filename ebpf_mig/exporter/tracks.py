@@ -10,6 +10,7 @@ processes are one migration once a socket of one is the other end of a socket of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -67,7 +68,11 @@ class Track:
     restored: set[int] = field(default_factory=set)
     ran: set[int] = field(default_factory=set)
     stopped: set[int] = field(default_factory=set)
+    saved: set[int] = field(default_factory=set)
     received: dict[int, int] = field(default_factory=dict)
+    fetchers: set[tuple[int, int]] = field(default_factory=set)
+    handed: dict[int, int] = field(default_factory=dict)
+    """Bytes sent by the threads that fetch dirty logs, while the VM was stopped; by pid."""
     sent_stopped: int = 0
     last_ns: int = 0
     thinned: int = 0
@@ -176,18 +181,20 @@ class Tracks:
             elif isinstance(event, VcpuEnter):
                 track.ran.add(event.pid)
                 track.stopped.discard(event.pid)
+                track.saved.discard(event.pid)
+                track.handed.pop(event.pid, None)
                 track.sent_stopped = 0
             elif isinstance(event, VcpuExit):
                 track.stopped.add(event.pid)
             elif isinstance(event, Transfer):
                 burst += event.bytes
-                if event.direction == 1:
-                    track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
-                elif event.pid in track.logging & track.stopped:
-                    track.sent_stopped += event.bytes
+                _transfer(track, event)
         if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
             track.last_ns = now_ns
             track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)
+        for pid in _found_out(track):
+            track.logging.add(pid)
+            track.watch.missed_beginning(pid)
         if track.between_vms and not track.logging:
             for pid in set(track.pids) - track.fresh:
                 track.logging.add(pid)
@@ -234,8 +241,11 @@ class Tracks:
         first.restored |= second.restored
         first.ran |= second.ran
         first.stopped |= second.stopped
+        first.saved |= second.saved
         first.fetched |= second.fetched
         first.received |= second.received
+        first.fetchers |= second.fetchers
+        first.handed |= second.handed
         first.sent_stopped += second.sent_stopped
         first.thinned += second.thinned
         first.until_ns = max(first.until_ns, second.until_ns)
@@ -258,10 +268,30 @@ def _ioctl(track: Track, event: Ioctl) -> None:
     """Logging is also switched on for a display's memory: that is one small slot, a migration's are all slots."""
     if event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and event.flags & kvm.MEM_LOG_DIRTY_PAGES:
         track.logging.add(event.pid)
-    if event.cmd == kvm.GET_DIRTY_LOG:
+    if event.cmd in kvm.DIRTY_LOG:
         track.fetched.add((event.pid, event.slot))
-        if event.pid not in track.logging and sum(pid == event.pid for pid, _ in track.fetched) >= SLOTS:
-            track.logging.add(event.pid)
-            track.watch.missed_beginning(event.pid)
+        track.fetchers.add((event.pid, event.tid))
+    if event.pid in track.stopped and kvm.name_of(event.cmd) in kvm.VCPU_STATE_GET:
+        track.saved.add(event.pid)
     if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
         track.restored.add(event.pid)
+
+
+def _transfer(track: Track, event: Transfer) -> None:
+    if event.direction == 1:
+        track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
+    elif event.pid in track.stopped - track.fresh:
+        track.sent_stopped += event.bytes
+        if (event.pid, event.tid) in track.fetchers:
+            track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
+
+
+def _found_out(track: Track) -> set[int]:
+    """Sources of which the beginning was missed.
+
+    They fetch more dirty logs than a display does; or, however few their slots, they are stopped, their registers are
+    read, and the thread that fetches dirty logs sends.
+    """
+    fetched = Counter(pid for pid, _ in track.fetched if pid not in track.logging)
+    handed = {pid for pid in track.saved if track.handed.get(pid, 0) >= LOADED_BYTES}
+    return {pid for pid, slots in fetched.items() if slots >= SLOTS or pid in handed}

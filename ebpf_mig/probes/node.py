@@ -23,6 +23,10 @@ KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "listen", 5: "accept"}
 """`stranger` is a thread born in a process that is not known to own a VM; the others are of known owners."""
 
 _HOOKS = (("task_newtask", "on_newtask"), ("inet_sock_set_state", "on_state"))
+TRIGGER = "signs"
+"""The tier of the trigger: thread births and TCP connections of a VM's process. A probe on the memslot path itself
+would be exact and cheaper; where one works it belongs into `NodeProbe`, as a further kind of sign and another tier."""
+
 _RECORD = struct.Struct("=QQQ")
 
 
@@ -44,6 +48,7 @@ class NodeProbe:
             self._program.attach_raw_tracepoint(tracepoint, function)
         self._program.open_ring("signs")
         self.attached = {tracepoint: True for tracepoint, _ in _HOOKS}
+        self.trigger = TRIGGER
 
     def __enter__(self) -> NodeProbe:
         return self

@@ -21,7 +21,7 @@ import msgspec
 
 from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.events import AnyEvent, Ioctl, OffCpu, Samples, Thread
+from ebpf_mig.events import AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
 from ebpf_mig.probes import attach, btf
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.privilege import require_privilege
@@ -89,6 +89,9 @@ class Tracer:
         self._names: dict[str, str] = {}
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
         self._readings = Readings(self._total_cost)
+        self._sockets: dict[int, set[int]] = {}
+        """Socket inodes that the kernel half has told of, by pid: it tells each once."""
+        self._late: list[AnyEvent] = []
 
     def _make_sampler(self, program_fd: int) -> tuple[Sampler, str]:
         """A sampler, and why it takes no samples although its program was loaded."""
@@ -117,8 +120,8 @@ class Tracer:
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """Events that arrived, waiting at most `timeout_ms` for the first."""
-        events: list[AnyEvent] = []
-        for record in self._program.poll(timeout_ms):
+        events, self._late = self._late, []
+        for record in self._program.poll(0 if events else timeout_ms):
             event = self._decode(record)
             if isinstance(event, Samples):
                 self._sampler.take(self._named(event))
@@ -154,6 +157,7 @@ class Tracer:
         processes, threads = self._program.table("processes"), self._program.table("threads")
         with contextlib.suppress(KeyError):
             del processes[ctypes.c_uint32(pid)]
+        self._late = self.poll(0)
         self._sampler.forget(pid)
         self._readings.forget(pid)
         rest = self._accounts(time.monotonic_ns(), pid)
@@ -165,7 +169,18 @@ class Tracer:
         self.pids = tuple(other for other in self.pids if other != pid)
         self._threads = {key: thread for key, thread in self._threads.items() if key[0] != pid}
         self._vcpus = {key: index for key, index in self._vcpus.items() if key[0] != pid}
+        self._forget_sockets(pid)
         return rest
+
+    def _forget_sockets(self, pid: int) -> None:
+        """Makes room in the kernel's tables; and should the process be traced again, its sockets are told again."""
+        streams, owners = self._program.table("streams"), self._program.table("tcp_owners")
+        for inode in self._sockets.pop(pid, ()):
+            with contextlib.suppress(KeyError):
+                del streams[ctypes.c_uint64(inode)]
+        for sock in [sock for sock, owner in owners.items() if owner.pid == pid]:
+            with contextlib.suppress(KeyError):
+                del owners[sock]
 
     def disarm(self) -> None:
         """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
@@ -177,6 +192,7 @@ class Tracer:
         for table in ("streams", "stacks", "tcp_owners"):
             self._program.table(table).clear()
         self._stacks.clear()
+        self._sockets.clear()
 
     def _accounts(self, now: int, pid: int | None = None) -> list[AnyEvent]:
         """The open runs and vCPU accounts of all threads, or of one process's."""
@@ -231,6 +247,8 @@ class Tracer:
         thread = (getattr(event, "pid", 0), getattr(event, "tid", 0))
         if thread[1] and thread not in self._threads:
             self._name(*thread, _comm(*thread))  # born after we looked around, may be gone at the end
+        if isinstance(event, Socket):
+            self._sockets.setdefault(event.pid, set()).add(event.socket)
         if isinstance(event, OffCpu) and event.stack:
             return msgspec.structs.replace(event, stack=self._symbols(event.stack[0]))
         return event

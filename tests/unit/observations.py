@@ -44,6 +44,7 @@ def status(**changes: Any) -> Status:
         "armed_seconds": 1.5,
         "triggers": {"born": {"nothing": 2}, "connect": {"migration": 1}},
         "attached": {"task_newtask": True, "inet_sock_set_state": True},
+        "trigger": "signs",
         "lost": {"sign": 0},
         "run_seconds": {"on_sys_enter": 0.25},
         "errors": 0,

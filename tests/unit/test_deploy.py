@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.exposition import generate_latest
 
 from ebpf_mig.exporter.metrics import Metrics
@@ -96,3 +97,30 @@ def test_manifests_fit_together() -> None:
     (container,) = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["securityContext"]["privileged"] is False and pod["hostPID"] is True
+
+
+@requires("kubernetes-validate", "PyYAML")
+@pytest.mark.parametrize("version", ["1.28", "1.33", "1.37"])
+def test_manifests_are_what_kubernetes_takes(version: str) -> None:
+    import kubernetes_validate
+    import yaml
+
+    for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        manifest = yaml.safe_load(path.read_text())
+        if manifest["kind"] != "Kustomization":
+            kubernetes_validate.validate(manifest, version, strict=True)
+    misspelt = yaml.safe_load((DEPLOY / "kubernetes" / "daemonset.yaml").read_text())
+    misspelt["spec"]["template"]["spec"]["containers"][0]["securityContext"]["privilegd"] = False
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(misspelt, version, strict=True)
+
+
+@requires("kustomize", "PyYAML")
+def test_kustomize_builds_what_is_in_the_files() -> None:
+    import yaml
+
+    code, said = run("kustomize", "build", "kubernetes")
+    assert code == 0, said
+    built = list(yaml.safe_load_all(said))
+    assert [one["kind"] for one in built] == ["Namespace", "DaemonSet"]
+    assert all(one["metadata"].get("namespace", "ebpf-mig") == "ebpf-mig" for one in built)

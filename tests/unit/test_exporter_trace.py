@@ -12,20 +12,30 @@ from ebpf_mig.collector import placed
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, ClockPair, Header
 from ebpf_mig.exporter.observation import observe
-from ebpf_mig.exporter.trace import Trace, connection, trace_of
+from ebpf_mig.exporter.trace import Trace, trace_of
 from ebpf_mig.recording import read_recording
 
 DATA = Path(__file__).parents[1] / "data"
-TCP = ("qemu-7.2-tcp", "qemu-7.2-multifd", "qemu-10.0-multifd", "qemu-11.1-tcp", "cloud-hypervisor-54-4connections")
+TCP = (
+    "qemu-7.2-tcp",
+    "qemu-7.2-multifd",
+    "qemu-10.0-multifd",
+    "qemu-11.1-tcp",
+    "cloud-hypervisor-54-4connections",
+    "qemu-10.0-3vcpus",
+    "qemu-11.1-multifd",
+    "qemu-7.2-postcopy",
+    "cloud-hypervisor-52-tcp",
+)
 CLOCK = ClockPair(0, 1_700_000_000_000_000_000, 100)
 
 
 def trace(header: Header, events: list[AnyEvent]) -> Trace:
-    breakdown, origin = placed(header, events)
-    seen = observe(breakdown, at=0, recording="x.rec", vmm="qemu", vm="vm", trigger="start")
-    found = trace_of(breakdown, origin, msgspec.structs.replace(header, clock=CLOCK), seen)
-    assert found is not None
-    return found
+    found = placed(header, events)
+    seen = observe(found.breakdown, at=0, recording="x.rec", vmm="qemu", vm="vm", trigger="start")
+    made = trace_of(found, msgspec.structs.replace(header, clock=CLOCK), seen)
+    assert made is not None
+    return made
 
 
 def side(header: Header, events: list[AnyEvent], pid: int) -> tuple[Header, list[AnyEvent]]:
@@ -38,19 +48,19 @@ def side(header: Header, events: list[AnyEvent], pid: int) -> tuple[Header, list
 def test_two_hosts_that_know_nothing_of_each_other_make_one_trace(name: str) -> None:
     recording = read_recording(DATA / f"{name}.rec")
     header, events = recording.header, recording.events
-    whole, _ = placed(header, events)
+    whole, _, connection = placed(header, events)
     assert whole.migration.source and whole.migration.destination
     both = trace(header, events)
     source = trace(*side(header, events, whole.migration.source.pid))
     destination = trace(*side(header, events, whole.migration.destination.pid))
     assert source.trace_id == destination.trace_id == both.trace_id
     assert source.span_id == destination.parent_id != "" and not source.parent_id and not destination.span_id
-    assert connection(whole).count(":") == 2
+    assert connection.count(":") == 2
 
 
 def test_spans_are_the_phases_in_wall_clock_time() -> None:
     recording = read_recording(DATA / "qemu-7.2-tcp.rec")
-    breakdown, origin = placed(recording.header, recording.events)
+    breakdown, origin, _ = placed(recording.header, recording.events)
     found = trace(recording.header, recording.events)
     took: dict[str, int] = {}
     for span in found.spans:
@@ -68,7 +78,7 @@ def test_other_migrations_are_other_traces() -> None:
     ids = {trace(r.header, r.events).trace_id for r in (read_recording(DATA / f"{name}.rec") for name in TCP)}
     assert len(ids) == len(TCP)
     unix = read_recording(DATA / "qemu-7.2-unix.rec")
-    assert connection(placed(unix.header, unix.events)[0]) == "" and trace(unix.header, unix.events).trace_id
+    assert placed(unix.header, unix.events).connection == "" and trace(unix.header, unix.events).trace_id
 
 
 def test_endpoints_are_those_of_the_specification() -> None:

@@ -13,6 +13,7 @@ from ebpf_mig.exporter.tracks import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, Ende
 SOURCE, DESTINATION, OTHER = 10, 20, 30
 MS, S = 10**6, 10**9
 SET_REGS = 0x4090AE82
+GET_REGS = 0x8090AE81
 
 
 def logging(pid: int, at: int, on: bool = True, size: int = 1 << 30) -> Ioctl:
@@ -73,6 +74,20 @@ def test_a_source_alone_ends_when_it_stays_stopped() -> None:
     tracks.saw([stop(SOURCE, 20 * S), move(SOURCE, 20 * S + MS, 0, 50_000)], 20 * S)
     (end,) = ended(tracks, 23 * S)
     assert end.reason == "migrated" and len(end.events) == 3
+
+
+def save(pid: int, at: int) -> Ioctl:
+    return Ioctl(at, at + 1, pid, pid, 6, GET_REGS, 0)
+
+
+def test_a_source_of_few_slots_whose_beginning_was_missed_shows_itself_when_it_hands_over() -> None:
+    acts: list[AnyEvent] = [fetch(SOURCE, MS, 0), stop(SOURCE, 3 * MS), save(SOURCE, 4 * MS)]
+    acts.append(move(SOURCE, 5 * MS, 0, 50_000))
+    for left_out in (None, *acts):
+        tracks = begun(pids=[SOURCE])
+        tracks.saw([event for event in acts if event is not left_out], 6 * MS)
+        (end,) = ended(tracks, 4 * S)
+        assert end.reason == ("migrated" if left_out is None else "nothing"), left_out
 
 
 def test_a_source_that_its_manager_ends_after_handing_over_has_migrated() -> None:

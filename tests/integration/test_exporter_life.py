@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exporter's processes: what each may do, how they end, what they leave behind, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.vmm.qemu import QemuMigration
+from tests.conftest import TRACING, requires
+from tests.integration.exporters import (
+    NAMED,
+    OURS,
+    PROGRAM,
+    children,
+    exporter,
+    fetch,
+    free_port,
+    gone,
+    migrate,
+    quietly,
+    report,
+    running,
+    until,
+    value,
+)
+from tests.integration.migrations import QUICK
+
+pytestmark = requires(*TRACING)
+SLOW = Scenario(128 * MIB, 32 * MIB, 300, bandwidth_bytes=3 << 20)
+
+
+def capabilities(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
+
+
+def bpf_objects(pid: int) -> dict[str, set[int]]:
+    """Ids of the BPF programs, maps and links that the process holds, by the kernel's word."""
+    found: dict[str, set[int]] = {"prog": set(), "map": set(), "link": set()}
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        for line in info.read_text().splitlines():
+            kind, _, number = line.partition("_id:")
+            if kind in found:
+                found[kind].add(int(number))
+    return found
+
+
+def in_kernel(kind: str, number: int) -> bool:
+    """Whether the kernel still has the object of this id; asked of libbpf, as bpftool does."""
+    lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    fd = getattr(lib, f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
+    if fd >= 0:
+        os.close(fd)
+    return bool(fd >= 0)
+
+
+def resident_kb(pid: int) -> int:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1])
+
+
+def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
+    with exporter(tmp_path / "state") as (process, port):
+        others = children(process.pid)
+        assert set(others) == {"serve", "analyst"}, "the loader has ended"
+        for pid in others.values():
+            assert not any(capabilities(pid).values())
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert "NoNewPrivs:\t1" in status and "Uid:\t65534\t65534\t65534\t65534" in status
+            assert not any(bpf_objects(pid).values()), "it was handed a descriptor that is none of its business"
+        for pid in (process.pid, *others.values()):
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            assert "LLVM" not in maps and "libbcc" not in maps
+        held = capabilities(process.pid)
+        assert held["CapEff"] == held["CapBnd"] and not held["CapEff"] >> 21 & 1
+        assert sum(map(resident_kb, (process.pid, *others.values()))) < 80_000
+        objects = bpf_objects(process.pid)
+        assert len(objects["prog"]) >= 8 and len(objects["link"]) == 2
+        assert all(in_kernel(kind, number) for kind, numbers in objects.items() for number in numbers)
+        process.kill()
+        until(lambda: all(map(gone, others.values())))
+        process.wait()
+        until(lambda: not any(in_kernel(kind, number) for kind, numbers in objects.items() for number in numbers))
+        with pytest.raises(OSError):
+            fetch(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminated_keeps_what_it_saw(
+    tmp_path: Path,
+) -> None:
+    state = tmp_path / "state"
+    with QemuPair(SLOW, None, NAMED) as pair:
+        time.sleep(5)
+        with contextlib.closing(
+            QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+        ) as migration:
+            migration.prepare()
+            thread = threading.Thread(target=quietly, args=(migration,))
+            with exporter(tmp_path / "killed") as (first, port):
+                thread.start()
+                until(lambda: value(port, "ebpf_mig_armed") == 1)
+                first.kill()
+            with exporter(tmp_path / "terminated") as (second, port):
+                until(lambda: value(port, "ebpf_mig_armed") == 1)
+                time.sleep(1)
+                second.send_signal(signal.SIGTERM)
+                assert second.wait(15) == 0
+            with exporter(state) as (_, port):
+                assert thread.is_alive(), "the migration was over too soon to show anything"
+                thread.join()
+                until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
+                (kept,) = state.iterdir()
+                blackout = report(kept).blackout_ns
+                assert blackout is not None
+                assert value(port, "ebpf_mig_blackout_seconds_sum") == blackout / 1e9
+                assert value(port, "ebpf_mig_migrations_begin_missed_total") == 1
+    (cut,) = (tmp_path / "terminated").iterdir()
+    assert report(cut).migration.result == "unknown" and report(cut).blackout_ns is None
+    assert not list((tmp_path / "killed").iterdir())
+
+
+@requires("bcrypt", "PyYAML")
+def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
+    import bcrypt
+
+    def secret(password: str) -> str:
+        return bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode()
+
+    def status(password: str) -> int:
+        manager = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+        manager.add_password(None, url, "anna", password)
+        opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(manager))
+        try:
+            with opener.open(url, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0
+
+    tmp_path.chmod(0o755)
+    for above in tmp_path.parents[:2]:
+        above.chmod(0o755)
+    config, port = tmp_path / "web.yml", free_port()
+    config.write_text(f"basic_auth_users: {{anna: '{secret('old')}'}}\n")
+    url = f"http://127.0.0.1:{port}/metrics"
+    options = ["--web.listen-address", f"127.0.0.1:{port}", "--web.config.file", str(config)]
+    options += ["--state-directory", str(tmp_path / "state"), "--vm", f"{OURS}*"]
+    with running(*PROGRAM, "exporter", *options) as process:
+        until(lambda: status("old") == 200)
+        assert status("new") == 401
+        config.write_text(f"basic_auth_users: {{anna: '{secret('new')}'}}\n")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: status("new") == 200)
+        assert status("old") == 401
+        config.write_text("basic_auth_userz: {}\n")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert status("new") == 200 and status("old") == 401 and process.poll() is None
+
+
+@requires("OpenTelemetry")
+def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None:
+    from tests.integration.otlp_receiver import attributes, receiving
+
+    with receiving() as receiver:
+        option = ("--otlp-endpoint", receiver.endpoint)
+        with (
+            exporter(tmp_path / "here", *option, vms="source") as (_, here),
+            exporter(tmp_path / "there", *option, vms="destination") as (_, there),
+        ):
+            migrate(QUICK)
+            until(lambda: value(here, "ebpf_mig_migrations_total", role="source") == 1, 15)
+            until(lambda: value(there, "ebpf_mig_migrations_total", role="destination") == 1, 15)
+            until(lambda: len(receiver.named("migration")) == 2, 15)
+            until(lambda: value(here, "ebpf_mig_exporter_spans_total", outcome="sent") > 0)
+    roots = {attributes(span)["ebpf_mig.role"]: span for span in receiver.named("migration")}
+    source, destination = roots["source"], roots["destination"]
+    assert source.trace_id == destination.trace_id and len(source.trace_id) == 16
+    assert destination.parent_span_id == source.span_id and not source.parent_span_id
+    assert {span.trace_id for span in receiver.spans} == {source.trace_id}
+    found = report(next((tmp_path / "here").iterdir()))
+    fetched = [s for s in receiver.named("fetch.kernel") if s.parent_span_id == source.span_id]
+    assert sum(s.end_time_unix_nano - s.start_time_unix_nano for s in fetched) == found.phase_ns("fetch.kernel")
+    loaded = receiver.named("state.load")
+    assert loaded and {span.parent_span_id for span in loaded} == {destination.span_id}
+    assert abs(source.end_time_unix_nano / 1e9 - time.time()) < 60
+    assert attributes(source)["ebpf_mig.vm"] == f"{OURS}source"
+    assert {resource["service.name"] for resource in receiver.resources} == {"ebpf-mig"}
+
+
+@requires("OpenTelemetry")
+def test_a_tracing_back_end_that_is_down_costs_spans_and_nothing_else(tmp_path: Path) -> None:
+    with exporter(tmp_path / "state", "--otlp-endpoint", f"http://127.0.0.1:{free_port()}") as (process, port):
+        migrate(QUICK)
+        until(lambda: value(port, "ebpf_mig_migrations_total") == 1, 15)
+        until(lambda: value(port, "ebpf_mig_exporter_spans_total", outcome="failed") > 0, 30)
+        assert value(port, "ebpf_mig_blackout_seconds_count") == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@requires("setpriv")
+def test_what_deploy_grants_is_enough(tmp_path: Path) -> None:
+    unit = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.service"
+    granted = re.search(r"^CapabilityBoundingSet=(.*)$", unit.read_text(), re.MULTILINE)
+    assert granted
+    names = ",".join("+" + name.removeprefix("CAP_").lower() for name in granted[1].split())
+    confined = ["setpriv", f"--bounding-set=-all,{names}", "--inh-caps=-all", "--no-new-privs"]
+    with exporter(tmp_path / "state", before=confined) as (process, port):
+        assert capabilities(process.pid)["CapBnd"] == capabilities(process.pid)["CapEff"] != 0
+        migrate(QUICK)
+        until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
+        assert value(port, "ebpf_mig_errors_total") == 0 and value(port, "ebpf_mig_blackout_seconds_count") == 1

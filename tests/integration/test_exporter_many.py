@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations in a row, as fast as the truth machine makes them: none is missed, and the exporter does not grow.
+
+EBPF_MIG_MIGRATIONS says how many; 1000 take some five minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TRACING, requires
+from tests.integration.exporters import OURS, children, exporter, running, until, value
+
+pytestmark = requires(*TRACING)
+
+NUMBER = int(os.environ.get("EBPF_MIG_MIGRATIONS", "60"))
+WARM = max(20, NUMBER // 10)
+GROWTH_KB = 4096
+"""Of each process, between its first migrations and its last; it does not grow with their number."""
+
+
+def held(pid: int) -> tuple[int, int, int]:
+    """(resident kB, descriptors, threads)."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    fds = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return int(status["VmRSS"].split()[0]), fds, int(status["Threads"])
+
+
+def swarm(number: int) -> None:
+    command = [sys.executable, "-m", "tests.integration.swarm", str(number), "--name", f"{OURS}many"]
+    with running(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        out, _ = process.communicate("go\n")
+        assert out.split("\n")[-2] == f"done {number}"
+
+
+@pytest.mark.timeout(60 + 2 * NUMBER)
+def test_many_migrations_in_a_row(tmp_path: Path) -> None:
+    with exporter(tmp_path / "state", "--keep", "10") as (process, port):
+        pids = {"watch": process.pid, **children(process.pid)}
+
+        def settled(migrations: int) -> dict[str, tuple[int, int, int]]:
+            until(lambda: value(port, "ebpf_mig_migrations_total") >= migrations, 60)
+            until(lambda: value(port, "ebpf_mig_vms") == 0)
+            until(lambda: value(port, "ebpf_mig_armed") == 0)
+            time.sleep(12)  # the child that analyses has gone
+            return {name: held(pid) for name, pid in pids.items()}
+
+        swarm(WARM)
+        before = settled(WARM)
+        swarm(NUMBER)
+        after = settled(WARM + NUMBER)
+        assert value(port, "ebpf_mig_migrations_total", role="both", result="completed") == WARM + NUMBER
+        assert value(port, "ebpf_mig_migrations_total") == WARM + NUMBER
+        assert value(port, "ebpf_mig_errors_total") == 0 and value(port, "ebpf_mig_events_lost_total") == 0
+        assert value(port, "ebpf_mig_recordings") == 10
+        for name, (resident, fds, threads) in after.items():
+            assert resident - before[name][0] < GROWTH_KB, f"{name} grew: {before[name]} -> {after[name]}"
+            assert (fds, threads) == before[name][1:], name
