@@ -15,6 +15,7 @@ from typing import Any
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.printable import printable
 from ebpf_mig.report import html_tables as tables
+from ebpf_mig.report import what_if
 from ebpf_mig.report.html_tables import escaped, milliseconds
 from ebpf_mig.report.lanes import Lane, View
 
@@ -46,6 +47,7 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
     yield from tables.facts(b)
     for name, section in (
         ("Where it went", tables.waterfall(b)),
+        ("What if", what_if.html(b)),
         ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),
         ("Final dirty-log fetch", tables.fetch(b)),
