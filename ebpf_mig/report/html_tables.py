@@ -16,7 +16,8 @@ from ebpf_mig.printable import printable
 
 SIDES = {"source": "src", "destination": "dst"}
 _MANY = 40
-_PARTS = ("walk", "flush", "copy", "other")
+PARTS = ("walk", "flush", "copy", "other")
+Split = dict[str, int | str]
 
 
 def escaped(text: str, limit: int = 400) -> str:
@@ -141,23 +142,27 @@ def _locks(ioctl: FetchIoctl) -> str:
 
 
 def _split(ioctl: FetchIoctl) -> str:
-    """The parts of the call; sampled ones with the 95 % error of their share."""
+    """The parts of the call; sampled ones with their error at 95 %."""
     if ioctl.split is None:
         return "-"
-    samples = ioctl.split.get("samples")
     parts: list[str] = []
-    for name in _PARTS:
+    for name in PARTS:
         ns = ioctl.split.get(name)
         if isinstance(ns, int):
-            parts.append(f"{name} {milliseconds(ns)}{_error(ns, ioctl.duration_ns, samples)}")
+            error = error_of(ioctl.split, name, ioctl.duration_ns)
+            parts.append(f"{name} {milliseconds(ns)}" + ("" if error is None else f" ± {milliseconds(error)}"))
     return ", ".join(parts) or "-"
 
 
-def _error(ns: int, whole: int, samples: int | str | None) -> str:
-    if not isinstance(samples, int) or samples < 1 or whole <= 0:
-        return ""
-    share = min(max(ns / whole, 0), 1)
-    return f" ± {milliseconds(1.96 * math.sqrt(share * (1 - share) / samples) * whole)}"
+def error_of(whole: Split, name: str, total: int) -> int | None:
+    """How far a part may lie off at 95 %: as the breakdown says, else from the number of samples; None if exact."""
+    samples, said = whole.get("samples"), whole.get(f"{name}_error")
+    if isinstance(said, int):
+        return said
+    if not isinstance(samples, int) or samples < 1 or total <= 0:
+        return None
+    share = min(max(int(whole.get(name, 0)) / total, 0), 1)
+    return round(1.96 * math.sqrt(share * (1 - share) / samples) * total)
 
 
 def passes(b: Breakdown) -> Iterator[str]:
@@ -189,8 +194,9 @@ def passes(b: Breakdown) -> Iterator[str]:
 def sockets(b: Breakdown) -> Iterator[str]:
     """Who moved how much, and where the time in and between the calls went."""
     rows = [
-        f"<td>{escaped(s.role)}</td><td class='n'>{size(s.bytes)}</td><td class='n'>{s.calls}</td>{_ns(s.in_call_ns)}"
-        f"{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}<td>{escaped(s.local)} &rarr; {escaped(s.remote)}</td>"
+        f"<td class='w'>{escaped(s.role)}</td><td class='n'>{size(s.bytes)}</td><td class='n'>{s.calls}</td>"
+        f"{_ns(s.in_call_ns)}{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}"
+        f"<td>{escaped(s.local)} &rarr; {escaped(s.remote)}</td>"
         for s in b.sockets
     ]
     head = ("socket", "#bytes", "#calls", "#in calls ms", "#copying ms", "#blocked ms", "#between ms", "ends")
@@ -201,7 +207,7 @@ def wire(b: Breakdown) -> Iterator[str]:
     """Sent and not yet received."""
     rows = [
         f"{_ns(w.sent)}{_ns(w.received)}{_ns(w.in_flight_ns)}<td class='n'>{size(w.bytes)}</td>"
-        f"<td>{escaped(w.reason)}</td><td>{escaped(w.evidence)}</td>"
+        f"<td class='w'>{escaped(w.reason)}</td><td class='why'>{escaped(w.evidence)}</td>"
         for w in b.wire or []
     ]
     yield table("wire", ("#sent at ms", "#received at ms", "#in flight ms", "#bytes", "reason", "evidence"), rows)
