@@ -42,6 +42,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
     "tc with tbf and veth": lambda: _succeeds("unshare", "--net", sys.executable, "-c", _LIMIT_A_LINK),
+    "fish": lambda: shutil.which("fish") is not None,
     "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None,

@@ -27,6 +27,7 @@ from ebpf_mig.manpage import page
 from ebpf_mig.recording import RecordingWriter, read_recording
 from ebpf_mig.redact import redacted
 from ebpf_mig.report import csv as csv_report
+from tests.conftest import requires
 from tests.unit import breakdowns
 from tests.unit.test_cli import ROOT, run
 
@@ -105,9 +106,23 @@ def test_completion_script(shell: str) -> None:
         assert subprocess.run([shell, "-n"], input=done.stdout.encode(), check=False).returncode == 0
 
 
+@requires("fish")
+def test_fish_completes(tmp_path: Path) -> None:
+    script = tmp_path / "ebpf-mig.fish"
+    script.write_text(run("completion", "fish").stdout)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ask = f"source {script}; complete -C 'ebpf-mig exp'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["export", "exporter"]
+
+
 def test_completion_completes() -> None:
     done = run(_EBPF_MIG_COMPLETE="bash_complete", COMP_WORDS="ebpf-mig rep", COMP_CWORD="1")
     assert done.stdout.split() == ["plain,report"]
+    done = run(_EBPF_MIG_COMPLETE="zsh_complete", COMP_WORDS="ebpf-mig exp", COMP_CWORD="1")
+    assert done.stdout.splitlines()[:2] == ["plain", "export"] and "exporter" in done.stdout
     done = run(_EBPF_MIG_COMPLETE="bash_complete", COMP_WORDS="ebpf-mig report --format ", COMP_CWORD="3")
     assert done.stdout.split() == [f"plain,{form}" for form in ("text", "json", "html", "perfetto", "csv")]
 
