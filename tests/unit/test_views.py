@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 from ebpf_mig.benchmark import Benchmark
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.cli import COMMANDS
+from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.schema import schema_of
 from ebpf_mig.events import Mark, Socket, Target, Thread
@@ -29,7 +30,7 @@ from ebpf_mig.redact import redacted
 from ebpf_mig.report import csv as csv_report
 from tests.conftest import requires
 from tests.unit import breakdowns
-from tests.unit.test_cli import ROOT, run
+from tests.unit.test_cli import ROOT, every_command, run
 
 DATA = Path(__file__).parent.parent / "data"
 RECORDING = DATA / "qemu-10.0-tcp.rec"
@@ -135,6 +136,21 @@ def test_man_page_tells_of_every_command_and_is_clean_troff() -> None:
     if shutil.which("man"):
         done = subprocess.run(["man", "--warnings", "-l", "-"], input=text.encode(), capture_output=True, check=False)
         assert done.returncode == 0 and done.stderr == b"", done.stderr
+
+
+def test_man_page_has_every_option_of_every_command() -> None:
+    """It is made when it is asked for, so it cannot be of another day than the command line."""
+    text = subprocess.run(
+        [sys.executable, "-m", "ebpf_mig.manpage"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert text == page()
+    for words in every_command(cli):
+        helped = run(*words, "--help").stdout
+        section = text.partition(f".SS {' '.join(('ebpf-mig', *words))} ".replace("-", "\\-"))[2].partition("\n.SS ")[0]
+        grouped = len(words) == 0 or "COMMAND [ARGS]" in helped.splitlines()[0]
+        for option in re.findall(r"^  (?:-\w, )?(--[\w.-]+)", helped, re.MULTILINE):
+            found = text if grouped else section
+            assert option.replace("-", "\\-") in found, f"{words} {option}"
 
 
 def test_binary_report_keeps_off_the_terminal() -> None:
