@@ -253,6 +253,26 @@ class Clock(Struct, frozen=True, kw_only=True):
     bound_ns: int = 0
 
 
+class Change(Struct, frozen=True, kw_only=True):
+    """What one wish would change in the blackout."""
+
+    wish: str
+    """As the user wrote it: `fetch=0`."""
+    change_ns: int | None
+    """Negative: shorter. None: cannot be told."""
+    why: str
+
+
+class WhatIf(Struct, frozen=True, kw_only=True):
+    """A prediction: the same migration, were something else. Never a measurement."""
+
+    blackout_ns: int | None
+    """None if one of the changes cannot be told."""
+    changes: list[Change]
+    assumptions: list[str]
+    """What has to hold for it, one line each."""
+
+
 class Breakdown(Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
     migration: Migration
@@ -273,6 +293,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     clock: Clock
     notes: list[str]
     """Doubts about single figures, one line each."""
+    what_if: WhatIf | None = None
+    """Only where it was asked for (`report --what-if`)."""
 
     def phase_ns(self, name: str) -> int:
         """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def _succeeds(*command: str) -> bool:
         return False
 
 
+_LIMIT_A_LINK = """
+from pyroute2 import IPRoute
+with IPRoute() as ip:
+    ip.link("add", ifname="va", kind="veth", peer="vb")
+    index = ip.link_lookup(ifname="va")[0]
+    ip.tc("add", "tbf", index, handle="1:", rate=125000, burst=65536, latency="20ms")
+"""
+"""What `tc qdisc add dev va root tbf` does; run in a network namespace of its own."""
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
@@ -30,6 +41,9 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "x86-64": lambda: platform.machine() == "x86_64",
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
+    "tc with tbf and veth": lambda: _succeeds("unshare", "--net", sys.executable, "-c", _LIMIT_A_LINK),
+    "fish": lambda: shutil.which("fish") is not None,
+    "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None,
     "setpriv": lambda: shutil.which("setpriv") is not None,

@@ -15,8 +15,10 @@ from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
 
 _QEMU_EXAMPLES = (
     examples(
-        "ebpf-mig migrate qemu --source a.qmp --destination b.qmp --uri tcp:127.0.0.1:4444",
-        "ebpf-mig migrate qemu --source a.qmp --destination b.qmp --uri unix:/run/m.sock --multifd 4",
+        "ebpf-mig migrate qemu --source a.qmp --destination b.qmp \\",
+        "    --uri tcp:127.0.0.1:4444",
+        "ebpf-mig migrate qemu --source a.qmp --destination b.qmp \\",
+        "    --uri unix:/run/m.sock --multifd 4",
     )
     + """
 
@@ -26,7 +28,7 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
 )
 
 
-@click.group("migrate")
+@click.group("migrate", epilog=examples("ebpf-mig migrate qemu --help", "ebpf-mig migrate cloud-hypervisor --help"))
 def command() -> None:
     """Migrate VMs that run already, and print where the downtime went."""
 
@@ -71,8 +73,10 @@ def qemu(
 
 _CH_EXAMPLES = (
     examples(
-        "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock --url tcp:127.0.0.1:4444",
-        "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock --url unix:/run/m --local",
+        "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock \\",
+        "    --url tcp:127.0.0.1:4444",
+        "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock \\",
+        "    --url unix:/run/m --local",
     )
     + """
 

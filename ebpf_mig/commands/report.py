@@ -7,14 +7,18 @@ of report is entered.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import click
+import msgspec
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.commands.common import (
+    RATE,
     color_option,
     examples,
     format_option,
@@ -23,14 +27,16 @@ from ebpf_mig.commands.common import (
     write_result,
 )
 from ebpf_mig.commands.terminal import canvas_for
-from ebpf_mig.errors import IncompleteError
+from ebpf_mig.errors import IncompleteError, UsageError
 from ebpf_mig.printable import printable
 from ebpf_mig.recording import Recording
+from ebpf_mig.whatif import Wishes
 
 EPILOG = examples(
     "ebpf-mig report vm1.rec",
     "ebpf-mig report vm1.rec --format json | jq .blackout_ns",
     "ebpf-mig report vm1.rec --format html -o vm1.html --redact",
+    "ebpf-mig report vm1.rec --what-if bandwidth=25Gbit --what-if fetch=0",
     "ssh HOST cat vm1.rec | ebpf-mig report -",
 )
 
@@ -43,7 +49,9 @@ class Source(NamedTuple):
 
 
 def _text(source: Source, output: str, color: str) -> str:
-    return rendered(source.breakdown, "text", output, color)
+    from ebpf_mig.report import what_if
+
+    return rendered(source.breakdown, "text", output, color) + what_if.text(source.breakdown)
 
 
 def _json(source: Source, output: str, color: str) -> str:
@@ -77,21 +85,48 @@ _FORMATS: dict[str, Callable[[Source, str, str], str | bytes]] = {
     "csv": _csv,
 }
 """By name: from the source, the output's name and the choice of colour to the report. Each imports what it needs."""
+_PREDICTING = ("text", "json", "html")
 
 
 @click.command(epilog=EPILOG)
 @click.argument("file", type=click.Path(allow_dash=True))
 @format_option(*_FORMATS)
 @output_option()
+@click.option(
+    "--what-if",
+    "wishes",
+    multiple=True,
+    metavar="WISH",
+    help="Predict the blackout, were something else: bandwidth=25Gbit, fetch=0 (the final fetch free; fetch=50%: half"
+    " as long), rearm=0 (pages not write-protected anew). Can be given several times.",
+)
 @click.option("--redact", is_flag=True, help="Leave out names of hosts, threads and files, and addresses.")
 @color_option
 @strict_option
-def command(*, file: str, form: str, output: str, force: bool, redact: bool, color: str, strict: bool) -> None:
+def command(
+    *,
+    file: str,
+    form: str,
+    output: str,
+    force: bool,
+    wishes: Sequence[str],
+    redact: bool,
+    color: str,
+    strict: bool,
+) -> None:
     """Show where the blackout went.
 
     FILE is a recording that `demo`, `migrate` or `record` made; `-` is stdin.
     """
+    if wishes and form not in _PREDICTING:
+        raise UsageError(f"no prediction goes into {form}", f"use --format {', '.join(_PREDICTING)}")
+    wanted = parse_wishes(wishes)
     source = _source(file, redact)
+    if wishes:
+        from ebpf_mig import whatif
+
+        predicted = whatif.predict(source.recording.header, source.recording.events, source.breakdown, wanted)
+        source = source._replace(breakdown=msgspec.structs.replace(source.breakdown, what_if=predicted))
     write_result(_FORMATS[form](source, output, color), output, force=force)
     require_complete(source.breakdown, strict)
 
@@ -112,6 +147,31 @@ def require_complete(breakdown: Breakdown, strict: bool) -> None:
     if strict and breakdown.completeness.verdict == "incomplete":
         reasons = breakdown.completeness.reasons
         raise IncompleteError(f"incomplete: {reasons[0]}" if reasons else "the recording is incomplete")
+
+
+def parse_wishes(texts: Sequence[str]) -> Wishes:
+    """`NAME=VALUE` each; UsageError if one cannot be read or is said twice."""
+    values: dict[str, tuple[str, str]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in {"bandwidth", "fetch", "rearm"}:
+            raise UsageError(f"cannot read the wish {text!r}", "write bandwidth=25Gbit, fetch=0 or rearm=0")
+        if name in values:
+            raise UsageError(f"{name} is wished for twice")
+        values[name] = (value, text)
+    bandwidth = RATE.convert(values["bandwidth"][0], None, None) if "bandwidth" in values else None
+    if bandwidth == 0:
+        raise UsageError("no migration ends over a link without bandwidth", "write it like bandwidth=25Gbit")
+    fetch, rearm = (_share(*values[name]) if name in values else None for name in ("fetch", "rearm"))
+    return Wishes(bandwidth, fetch, rearm, tuple((name, text) for name, (_, text) in values.items()))
+
+
+def _share(value: str, text: str) -> Fraction:
+    """`0`, or what is left in per cent."""
+    match = re.fullmatch(r"0|([0-9]{1,5}(?:\.[0-9]{1,6})?)%", value, re.ASCII)
+    if match is None:
+        raise UsageError(f"cannot read the wish {text!r}", f"write {text.partition('=')[0]}=0, or =50% for half of it")
+    return Fraction(match[1] or 0) / 100
 
 
 def _source(file: str, redact: bool) -> Source:

@@ -7,6 +7,7 @@ policy forbids it). All text of others is escaped; what is in the page's data ca
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from importlib.resources import files
@@ -14,7 +15,9 @@ from typing import Any
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.printable import printable
+from ebpf_mig.report import html_charts as charts
 from ebpf_mig.report import html_tables as tables
+from ebpf_mig.report import what_if
 from ebpf_mig.report.html_tables import escaped, milliseconds
 from ebpf_mig.report.lanes import Lane, View
 
@@ -46,10 +49,11 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
     yield from tables.facts(b)
     for name, section in (
         ("Where it went", tables.waterfall(b)),
+        ("What if", what_if.html(b)),
         ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),
-        ("Final dirty-log fetch", tables.fetch(b)),
-        ("Pre-copy passes", tables.passes(b)),
+        ("Final dirty-log fetch", itertools.chain(charts.split(b), tables.fetch(b))),
+        ("Pre-copy passes", itertools.chain(charts.convergence(b), tables.passes(b))),
         ("Sockets", tables.sockets(b)),
         ("In flight", tables.wire(b)),
         ("Waits", tables.waits(b)),

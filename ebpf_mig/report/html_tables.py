@@ -16,7 +16,8 @@ from ebpf_mig.reference import REARM
 
 SIDES = {"source": "src", "destination": "dst"}
 _MANY = 40
-_PARTS = ("walk", "flush", "copy", "other")
+PARTS = ("walk", "flush", "copy", "other")
+Split = dict[str, int | str]
 
 
 def escaped(text: str, limit: int = 400) -> str:
@@ -157,18 +158,24 @@ def _rearm(final: FinalFetch) -> Iterator[str]:
     yield table("rearm", ("for comparison", "figure", "source"), rows)
 
 
-def _split(split: dict[str, int | str] | None) -> str:
+def _split(split: Split | None) -> str:
     """The parts of a call, sampled ones with their 95 % error, and what tells so."""
     if split is None:
         return "-"
     parts: list[str] = []
-    for name in _PARTS:
-        ns, error = split.get(name), split.get(f"{name}_error")
+    for name in PARTS:
+        ns, error = split.get(name), error_of(split, name)
         if isinstance(ns, int):
-            parts.append(f"{name} {milliseconds(ns)}" + (f" ± {milliseconds(error)}" if isinstance(error, int) else ""))
+            parts.append(f"{name} {milliseconds(ns)}" + ("" if error is None else f" ± {milliseconds(error)}"))
     samples = split.get("samples")
     how = f" ({samples} samples)" if isinstance(samples, int) else f" ({escaped(str(samples))})" if samples else ""
     return ", ".join(parts) + how if parts else "-"
+
+
+def error_of(split: Split, name: str) -> int | None:
+    """How far a part may lie off at 95 %; None if it is exact or no error is known."""
+    error = split.get(f"{name}_error")
+    return error if isinstance(error, int) else None
 
 
 def passes(b: Breakdown) -> Iterator[str]:
@@ -230,8 +237,8 @@ def _tcp(info: dict[str, int] | None) -> str:
 def sockets(b: Breakdown) -> Iterator[str]:
     """Who moved how much, and where the time in and between the calls went."""
     rows = [
-        f"<td>{escaped(s.role)}</td><td class='n'>{size(s.bytes)}</td><td class='n'>{s.calls}</td>{_ns(s.in_call_ns)}"
-        f"{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}<td>{_tcp(s.tcp_info)}</td>"
+        f"<td class='w'>{escaped(s.role)}</td><td class='n'>{size(s.bytes)}</td><td class='n'>{s.calls}</td>"
+        f"{_ns(s.in_call_ns)}{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}<td>{_tcp(s.tcp_info)}</td>"
         f"<td>{escaped(s.local)} &rarr; {escaped(s.remote)}</td>"
         for s in b.sockets
     ]
@@ -243,7 +250,7 @@ def wire(b: Breakdown) -> Iterator[str]:
     """Sent and not yet received."""
     rows = [
         f"{_ns(w.sent)}{_ns(w.received)}{_ns(w.in_flight_ns)}<td class='n'>{size(w.bytes)}</td>"
-        f"<td>{escaped(w.reason)}</td><td>{escaped(w.evidence)}</td>"
+        f"<td class='w'>{escaped(w.reason)}</td><td class='why'>{escaped(w.evidence)}</td>"
         for w in b.wire or []
     ]
     yield table("wire", ("#sent at ms", "#received at ms", "#in flight ms", "#bytes", "reason", "evidence"), rows)

@@ -168,6 +168,11 @@ def _ioctl_args(call: Ioctl) -> Args:
     args: Args = {"fd": call.fd, "return": call.ret}
     if fetches.is_dirty_log(call) or call.size:
         args["slot"] = call.slot
+    match kvm.name_of(call.cmd):
+        case "CLEAR_DIRTY_LOG":
+            args |= {"first_page": call.addr, "pages": call.size}
+        case "SET_USER_MEMORY_REGION" | "SET_USER_MEMORY_REGION2":
+            args |= {"flags": call.flags, "guest_address": call.addr, "bytes": call.size}
     optional = (
         ("off_cpu_ns", call.off_cpu_ns),
         ("slots_lock_ns", call.slots_lock_ns),

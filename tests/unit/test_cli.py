@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import ebpf_mig
-from ebpf_mig.cli import COMMANDS
+from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.events import Header
 from ebpf_mig.recording import RecordingWriter
 
@@ -91,13 +93,24 @@ def test_a_package_that_is_not_the_bpf_compiler_is_told_apart(tmp_path: Path) ->
     assert done.stdout.endswith(", an unrelated package called bcc)\n")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(command: str) -> None:
-    done = run(command, "--help")
+def every_command(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of each command line: groups and what is in them."""
+    yield path
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from every_command(command, (*path, name))
+        else:
+            yield *path, name
+
+
+@pytest.mark.parametrize("words", list(every_command(cli)), ids=" ".join)
+def test_every_command_has_help_with_examples(words: tuple[str, ...]) -> None:
+    done = run(*words, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"Usage: ebpf-mig {command} ")
-    if "COMMAND [ARGS]" not in done.stdout.splitlines()[0]:
-        assert "Examples:\n    ebpf-mig " in done.stdout
+    assert done.stdout.startswith(f"Usage: {' '.join(('ebpf-mig', *words))} ")
+    assert f"Examples:\n    {' '.join(('ebpf-mig', *words))}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.cli import COMMANDS
 from tests.unit.test_cli import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,19 +27,29 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SHOWN = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 
+LIVE = re.compile(r"^```console live\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
 def session(text: str, directory: Path) -> str:
     """The block as it would read if its commands were typed now."""
     commands = re.findall(r"^\$ (.*)$", text, re.MULTILINE)
     assert commands, "a block without a command"
+    return "".join(f"$ {command}\n{typed(command, directory).stdout}" for command in commands)
+
+
+def typed(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """What a terminal shows of a command, stderr included."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "80", "TZ": "UTC"}
-    shown = ""
-    for command in commands:
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=directory, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        shown += f"$ {command}\n{done.stdout}"
-    return shown
+    return subprocess.run(
+        ["bash", "-c", command], cwd=directory, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def place(directory: Path) -> None:
+    """The recordings, where the pages say that they are."""
+    (directory / "tests").mkdir()
+    (directory / "tests" / "data").symlink_to(ROOT / "tests" / "data")
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
@@ -47,8 +58,7 @@ def test_commands_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     if "duckdb" in text:
         pytest.importorskip("duckdb", reason="missing: duckdb (PyPI)")
         pytest.importorskip("pyarrow", reason="missing: pyarrow (PyPI)")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "data").symlink_to(ROOT / "tests" / "data")
+    place(tmp_path)
     for content, name in FILE.findall(text):
         (tmp_path / name).write_text(content)
     blocks = BLOCK.findall(text)
@@ -70,3 +80,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, target
+
+
+def test_the_contents_name_every_page() -> None:
+    named = set(LINK.findall((ROOT / "docs" / "README.md").read_text()))
+    assert {page.name for page in PAGES[1:]} - {"README.md"} <= named
+
+
+def test_every_command_has_its_place_in_the_docs() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    for command in COMMANDS:
+        assert f"\n## ebpf-mig {command}\n" in text, f"docs/commands.md says nothing of {command}"

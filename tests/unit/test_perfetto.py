@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ebpf_mig.events import AnyEvent, Header, Ioctl, Thread
 from ebpf_mig.recording import read_recording
 from ebpf_mig.report import perfetto
 from ebpf_mig.report.lanes import view
+from tests.conftest import requires
 from tests.unit.test_replay import COMPLETED, RECORDINGS
 
 pb: Any = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2", reason="missing: perfetto (PyPI)")
@@ -140,3 +142,29 @@ def test_hostile_names_and_overlapping_calls() -> None:
 def test_varints() -> None:
     assert perfetto.varint(300) == b"\xac\x02" and perfetto.varint(0) == b"\0"
     assert perfetto.varint(-1) == b"\xff" * 9 + b"\x01"
+
+
+def test_ioctls_have_their_arguments() -> None:
+    trace, b, recording = decode(next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
+    told = {(e.begin_ns, e.tid): e for e in recording.events if isinstance(e, Ioctl)}
+    seen = [(t.thread.tid, s) for u, t in trace.tracks.items() if t.HasField("thread") for s in trace.slices[u]]
+    clears = [(told[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "CLEAR_DIRTY_LOG"]
+    assert clears and all(a["pages"] == e.size and a["first_page"] == e.addr and a["slot"] == e.slot for e, a in clears)
+    regions = [(told[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "SET_USER_MEMORY_REGION"]
+    assert regions and all(a["bytes"] == e.size and a["guest_address"] == e.addr for e, a in regions)
+    window = next(args for _, _, _, args in trace.named("window"))
+    assert (window["clock_offset_ns"], window["clock_bound_ns"]) == (b.clock.offset_ns, b.clock.bound_ns)
+
+
+@requires("trace_processor_shell")
+def test_trace_processor_answers_in_sql(tmp_path: Path) -> None:
+    """The program that the `perfetto` package would download, where the machine has it."""
+    recording = read_recording(path := next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
+    b = analyse(recording.header, recording.events)
+    trace, query = tmp_path / "t.pftrace", tmp_path / "q.sql"
+    trace.write_bytes(perfetto.render(b, recording.header, view(recording.header, recording.events)))
+    from_phases = "FROM slice s JOIN track t ON s.track_id = t.id WHERE t.name = 'phases'"
+    query.write_text(f"SELECT s.name, SUM(s.dur) {from_phases} GROUP BY 1")
+    done = subprocess.run(["trace_processor_shell", "-q", query, trace], capture_output=True, text=True, check=True)
+    rows = dict(line.replace('"', "").rsplit(",", 1) for line in done.stdout.splitlines()[1:] if "," in line)
+    assert {k: int(v) for k, v in rows.items()} == {p.phase: p.duration_ns for p in b.phases if p.spans}, path

@@ -168,14 +168,59 @@ def test_every_kind_of_ending_renders(b: Breakdown) -> None:
     assert html_tables.headline(b) in text and b.completeness.verdict in text
 
 
-def test_sampled_split_carries_its_error() -> None:
+def split_by(split: dict[str, int | str]) -> Breakdown:
+    """A breakdown whose final fetch's first ioctl, of 0.9 ms, and the fetch as a whole have the split."""
     whole = breakdowns.precopy()
     (fetch,) = whole.dirty_log.fetches
-    split: dict[str, int | str] = {"walk": 450_000, "copy": 450_000, "samples": 9, "walk_error": 294_000}
     ioctl = msgspec.structs.replace(fetch.ioctls[0], split=split)
-    log = msgspec.structs.replace(whole.dirty_log, fetches=[msgspec.structs.replace(fetch, ioctls=[ioctl])])
-    text = html.render(msgspec.structs.replace(whole, dirty_log=log), EMPTY)
+    fetches = [msgspec.structs.replace(fetch, ioctls=[ioctl])]
+    assert whole.dirty_log.final is not None
+    final = msgspec.structs.replace(whole.dirty_log.final, split=split)
+    log = msgspec.structs.replace(whole.dirty_log, fetches=fetches, final=final)
+    return msgspec.structs.replace(whole, dirty_log=log)
+
+
+def test_sampled_split_carries_its_error() -> None:
+    text = html.render(split_by({"walk": 450_000, "copy": 450_000, "samples": 9, "walk_error": 294_000}), EMPTY)
     assert "walk 0.450 ± 0.294, copy 0.450 (9 samples)" in text
+
+
+@needs_browser
+def test_split_is_drawn_with_its_error_bars(chromium: Browser, tmp_path: Path) -> None:
+    parts: dict[str, int | str] = {"walk": 600_000, "flush": 200_000, "copy": 80_000, "other": 20_000}
+    errors: dict[str, int | str] = {"walk_error": 100_000, "flush_error": 50_000, "copy_error": 9_000, "other_error": 1}
+    chromium.open(page(tmp_path, split_by({**parts, "samples": 31, **errors}), EMPTY))
+    rows = cells(chromium, "split")
+    assert [row[:4] for row in rows[:2]] == [
+        ["walk", "0.600", "0.100", "66.7 %"],
+        ["flush", "0.200", "0.050", "22.2 %"],
+    ]
+    script = """return [...document.querySelectorAll('#split tr svg')].map(s => {
+        const bar = s.querySelector('rect').getBBox(), error = s.querySelector('.error').getBBox();
+        return [bar.width, error.x, error.x + error.width]})"""
+    drawn = chromium.run(script)
+    assert drawn[0] == pytest.approx([1000 * 6 / 7, 1000 * 5 / 7, 1000], abs=0.2), "0.6 ± 0.1 ms, 0.7 being the width"
+    assert drawn[1] == pytest.approx([1000 * 2 / 7, 1000 * 1.5 / 7, 1000 * 2.5 / 7], abs=0.2)
+    assert "31 samples" in chromium.run("return document.body.textContent")
+    chromium.open(page(tmp_path, split_by({**parts, "samples": "exact"}), EMPTY))
+    assert [row[2] for row in cells(chromium, "split")] == ["-"] * 4
+    assert chromium.run("return document.querySelectorAll('#split .error').length") == 0
+
+
+@needs_browser
+def test_convergence_is_drawn_to_scale(chromium: Browser, tmp_path: Path) -> None:
+    b, seen = max((load(path) for path in COMPLETED), key=lambda loaded: len(loaded[0].dirty_log.passes))
+    chromium.open(page(tmp_path, b, seen))
+    script = """return [...document.querySelectorAll('svg.chart rect')].map(r => { const b = r.getBBox();
+        return [b.x, b.width, b.height, r.querySelector('title').textContent] })"""
+    bars = chromium.run(script)
+    passes, final = b.dirty_log.passes, b.dirty_log.final
+    assert final is not None and b.blackout is not None and len(bars) == len(passes) + 1 > 2
+    span = b.blackout[1] - passes[0].begin
+    most = max(final.bytes, *(p.bytes for p in passes))
+    assert bars[0][2] == pytest.approx(100 * passes[0].bytes / most, abs=1)
+    assert bars[1][0] == pytest.approx(1000 * (passes[1].begin - passes[0].begin) / span, abs=0.1)
+    assert bars[-1][0] + bars[-1][1] == pytest.approx(1000, abs=0.1) and "in the blackout" in bars[-1][3]
 
 
 def test_passes_carry_brownout_beside_its_baseline_and_tcps_verdict() -> None:

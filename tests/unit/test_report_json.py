@@ -123,6 +123,7 @@ def test_names_and_order_of_the_schema() -> None:
             },
             "clock": {"offset_ns": None, "bound_ns": None},
             "notes": None,
+            "what_if": None,
         }
     )
 

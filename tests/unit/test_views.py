@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 from ebpf_mig.benchmark import Benchmark
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.cli import COMMANDS
+from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.schema import schema_of
 from ebpf_mig.events import Mark, Socket, Target, Thread
@@ -27,8 +28,9 @@ from ebpf_mig.manpage import page
 from ebpf_mig.recording import RecordingWriter, read_recording
 from ebpf_mig.redact import redacted
 from ebpf_mig.report import csv as csv_report
+from tests.conftest import requires
 from tests.unit import breakdowns
-from tests.unit.test_cli import ROOT, run
+from tests.unit.test_cli import ROOT, every_command, run
 
 DATA = Path(__file__).parent.parent / "data"
 RECORDING = DATA / "qemu-10.0-tcp.rec"
@@ -105,9 +107,23 @@ def test_completion_script(shell: str) -> None:
         assert subprocess.run([shell, "-n"], input=done.stdout.encode(), check=False).returncode == 0
 
 
+@requires("fish")
+def test_fish_completes(tmp_path: Path) -> None:
+    script = tmp_path / "ebpf-mig.fish"
+    script.write_text(run("completion", "fish").stdout)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ask = f"source {script}; complete -C 'ebpf-mig exp'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["export", "exporter"]
+
+
 def test_completion_completes() -> None:
     done = run(_EBPF_MIG_COMPLETE="bash_complete", COMP_WORDS="ebpf-mig rep", COMP_CWORD="1")
     assert done.stdout.split() == ["plain,report"]
+    done = run(_EBPF_MIG_COMPLETE="zsh_complete", COMP_WORDS="ebpf-mig exp", COMP_CWORD="1")
+    assert done.stdout.splitlines()[:2] == ["plain", "export"] and "exporter" in done.stdout
     done = run(_EBPF_MIG_COMPLETE="bash_complete", COMP_WORDS="ebpf-mig report --format ", COMP_CWORD="3")
     assert done.stdout.split() == [f"plain,{form}" for form in ("text", "json", "html", "perfetto", "csv")]
 
@@ -120,6 +136,21 @@ def test_man_page_tells_of_every_command_and_is_clean_troff() -> None:
     if shutil.which("man"):
         done = subprocess.run(["man", "--warnings", "-l", "-"], input=text.encode(), capture_output=True, check=False)
         assert done.returncode == 0 and done.stderr == b"", done.stderr
+
+
+def test_man_page_has_every_option_of_every_command() -> None:
+    """It is made when it is asked for, so it cannot be of another day than the command line."""
+    text = subprocess.run(
+        [sys.executable, "-m", "ebpf_mig.manpage"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert text == page()
+    for words in every_command(cli):
+        helped = run(*words, "--help").stdout
+        section = text.partition(f".SS {' '.join(('ebpf-mig', *words))} ".replace("-", "\\-"))[2].partition("\n.SS ")[0]
+        grouped = len(words) == 0 or "COMMAND [ARGS]" in helped.splitlines()[0]
+        for option in re.findall(r"^  (?:-\w, )?(--[\w.-]+)", helped, re.MULTILINE):
+            found = text if grouped else section
+            assert option.replace("-", "\\-") in found, f"{words} {option}"
 
 
 def test_binary_report_keeps_off_the_terminal() -> None:

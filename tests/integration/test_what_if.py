@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions beside what then really happened: the same guest over a link that `tc` limits to either of two rates."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.commands import tracing
+from ebpf_mig.commands.report import parse_wishes
+from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.whatif import predict
+from tests.conftest import TRACING, requires
+from tests.integration.link import LinkedPair, limited
+
+pytestmark = requires(*TRACING, "tc with tbf and veth")
+
+GUEST = Scenario(memory_bytes=64 * MIB, working_set_bytes=8 * MIB, pages_per_s=None, downtime_ms=2000)
+"""Dirties its working set anew in each pass, over either link, so that the blackout moves the same pages."""
+SLOW, FAST = 100, 200
+"""Mbit/s."""
+
+
+def migrate(rate_mbit: int, file: Path) -> tuple[Recording, Breakdown]:
+    with limited(rate_mbit * 125_000) as names, LinkedPair(GUEST, names) as pair:
+        time.sleep(0.2)
+        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+        with contextlib.closing(migration):
+            writer = functools.partial(tracing.open_recording, str(file), "test", force=True)
+            outcome, _ = tracing.trace_migration(migration, 60, writer)
+    assert outcome.result == "completed", outcome.error
+    recording = read_recording(str(file))
+    return recording, analyse(recording.header, recording.events)
+
+
+@pytest.mark.timeout(300)
+def test_another_bandwidth_is_predicted_within_15_per_cent(tmp_path: Path) -> None:
+    runs = {rate: [migrate(rate, tmp_path / f"{rate}-{n}.rec") for n in range(3)] for rate in (SLOW, FAST)}
+    measured = {rate: statistics.median(b.blackout_ns or 0 for _, b in runs[rate]) for rate in runs}
+    assert measured[SLOW] > 1.5 * measured[FAST], "tc limits the link, and the link the migration"
+    for here, there in ((SLOW, FAST), (FAST, SLOW)):
+        wishes = parse_wishes([f"bandwidth={there}Mbit"])
+        predicted = [predict(r.header, r.events, b, wishes).blackout_ns or 0 for r, b in runs[here]]
+        off = statistics.median(predicted) / measured[there] - 1
+        said = f"{here} -> {there} Mbit/s: {statistics.median(predicted) / 1e6:.1f} ms predicted, "
+        said += f"{measured[there] / 1e6:.1f} measured, {100 * off:+.1f} %"
+        assert abs(off) < 0.15, said
