@@ -29,8 +29,10 @@ LEAST_BYTES = 65536
 class Readings:
     """Decides when and reads. `cost` gives (ns, runs) of our programs so far, None where the kernel does not count."""
 
-    def __init__(self, cost: Callable[[], tuple[int, int] | None]) -> None:
+    def __init__(self, cost: Callable[[], tuple[int, int] | None], *, tcp: bool = True) -> None:
+        """`tcp`: also read TCP's account, which takes a thread and 15 MB."""
         self._cost = cost
+        self._with_tcp = tcp
         self._tcp: TcpReader | None = None
         self._sockets: dict[int, Socket] = {}
         self._bytes: dict[int, int] = {}
@@ -40,7 +42,8 @@ class Readings:
 
     def open(self) -> None:
         """Gets ready to read; idempotent."""
-        self._tcp = self._tcp or TcpReader()
+        if self._with_tcp:
+            self._tcp = self._tcp or TcpReader()
 
     def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         """The readings that are due with these events, or with none."""

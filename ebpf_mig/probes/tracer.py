@@ -77,7 +77,10 @@ class Tracer:
     """Traces the given processes, or those that are added later; use as a context manager."""
 
     def __init__(self, pids: Sequence[int] = (), handed: attach.Plan | None = None) -> None:
-        """`handed`: what another process loaded, without pids; else it is loaded here, with LLVM."""
+        """`handed`: what another process loaded, without pids; else it is loaded here, with LLVM.
+
+        What stays on a node for long does without TCP's account of the connections: it costs memory and a slower arm.
+        """
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
         self._statistics = BpfStatistics()
@@ -88,7 +91,7 @@ class Tracer:
         self._vcpus: dict[tuple[int, int], int] = {}
         self._names: dict[str, str] = {}
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
-        self._readings = Readings(self._total_cost)
+        self._readings = Readings(self._total_cost, tcp=handed is None)
         self._sockets: dict[int, set[int]] = {}
         """Socket inodes that the kernel half has told of, by pid: it tells each once."""
         self._late: list[AnyEvent] = []
@@ -120,8 +123,9 @@ class Tracer:
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """Events that arrived, waiting at most `timeout_ms` for the first."""
-        events, self._late = self._late, []
-        for record in self._program.poll(0 if events else timeout_ms):
+        late, self._late = self._late, []
+        events: list[AnyEvent] = []
+        for record in self._program.poll(0 if late else timeout_ms):
             event = self._decode(record)
             if isinstance(event, Samples):
                 self._sampler.take(self._named(event))
@@ -131,7 +135,7 @@ class Tracer:
             events.append(event)
         if events:
             self._sampler.follow(events)
-        return events + self._readings.due(events)
+        return late + events + self._readings.due(events)
 
     def describe(self, fds: list[int]) -> attach.Handover:
         """For another process: what was loaded, its descriptors added to `fds`."""
