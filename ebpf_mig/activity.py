@@ -11,11 +11,11 @@ on after it has sent the memory; Cloud Hypervisor from v53 on fetches once more 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig import kvm
-from ebpf_mig.events import Ioctl, Transfer
+from ebpf_mig.events import Ioctl, OffCpu, Transfer
 from ebpf_mig.fetches import Burst, is_clear
 from ebpf_mig.processes import RECEIVE, SEND
 from ebpf_mig.sockets import key_of
@@ -46,15 +46,22 @@ class Work:
     """Begin of the first fetch after the stop."""
     folded: int
     """Sends that were recorded as one run of calls although state was saved amid them."""
+    preempted: Sequence[tuple[int, int]] = ()
+    """Stretches in which the thread that sends had lost its CPU, in order."""
 
 
 def observe(
-    stop: int, until: int, bursts: Sequence[Burst], transfers: Sequence[Transfer], ioctls: Sequence[Ioctl]
+    stop: int,
+    until: int,
+    bursts: Sequence[Burst],
+    transfers: Sequence[Transfer],
+    ioctls: Sequence[Ioctl],
+    waits: Sequence[OffCpu] = (),
 ) -> Work:
     """The source's work in [stop, until).
 
     `bursts` are its fetches after the stop, `transfers` those on the migration's sockets in both directions,
-    `ioctls` its KVM ioctls apart from the dirty log's.
+    `ioctls` its KVM ioctls apart from the dirty log's, `waits` when its threads were off the CPU.
     """
     fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
     sends = [
@@ -87,7 +94,17 @@ def observe(
         quiet_until=max((i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=stop),
         fetched=fetched,
         folded=folded,
+        preempted=_preempted(waits, {send.tid for send in sends}, stop),
     )
+
+
+def _preempted(waits: Sequence[OffCpu], tids: Collection[int], since: int) -> list[tuple[int, int]]:
+    """When a thread was ready to run and did not; where several did at once, the first."""
+    found: list[tuple[int, int]] = []
+    for wait in waits:
+        if wait.preempted and wait.tid in tids and wait.end_ns > since and (not found or wait.begin_ns >= found[-1][1]):
+            found.append((wait.begin_ns, wait.end_ns))
+    return found
 
 
 def is_vcpu_read(ioctl: Ioctl) -> bool:

@@ -7,12 +7,13 @@ In: a recording taken apart. Out: a `Case` with its sides, sockets, fetches and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ebpf_mig import fetches, sockets
 from ebpf_mig import switchover as switchovers
 from ebpf_mig.events import Transfer
 from ebpf_mig.fetches import Burst
-from ebpf_mig.processes import SEND, Material, Process
+from ebpf_mig.processes import RECEIVE, SEND, Material, Process
 from ebpf_mig.sockets import Channels
 from ebpf_mig.switchover import Switchover
 
@@ -35,18 +36,33 @@ class Case:
     channels: Channels = field(default_factory=Channels)
     switchover: Switchover | None = None
     bursts: list[Burst] | None = None
+    _by_channel: dict[tuple[int, frozenset[int]], list[Transfer]] = field(default_factory=dict)
+    _sends: tuple[tuple[int, Channels], list[Transfer]] | None = None
 
     def transfers(self, process: Process | None) -> list[Transfer]:
         """A side's transfers on the migration's sockets, both directions."""
         if process is None:
             return []
         keys = self.channels.source if process is self.source else self.channels.destination
-        return [t for t in process.transfers if sockets.key_of(t) in keys]
+        known = self._by_channel.get((process.pid, keys))
+        if known is None:
+            known = [t for t in process.transfers if sockets.key_of(t) in keys]
+            self._by_channel[process.pid, keys] = known
+        return known
+
+    @cached_property
+    def receives(self) -> list[Transfer]:
+        """What the destination received for the migration; asked for once its sockets are known."""
+        return [t for t in self.transfers(self.destination) if t.direction == RECEIVE]
 
     @property
     def sends(self) -> list[Transfer]:
-        """What the source sent for the migration, since it began."""
-        return [t for t in self.transfers(self.source) if t.direction == SEND and t.begin_ns >= self.since]
+        """What the source sent for the migration, since it began; as `transfers`, not to be changed."""
+        known = self._sends
+        if known is None or known[0] != (self.since, self.channels):
+            found = [t for t in self.transfers(self.source) if t.direction == SEND and t.begin_ns >= self.since]
+            known = self._sends = (self.since, self.channels), found
+        return known[1]
 
 
 def locate(case: Case) -> None:

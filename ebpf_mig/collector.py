@@ -11,6 +11,7 @@ the sockets, the witnesses; say how far all this can be relied upon.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 from ebpf_mig import fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
@@ -36,6 +37,8 @@ from ebpf_mig.processes import RECEIVE, SEND, Process
 from ebpf_mig.verdict import measured
 from ebpf_mig.waits import Party
 from ebpf_mig.window import attribute
+
+_tid = attrgetter("tid")
 
 
 def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Breakdown:
@@ -205,7 +208,7 @@ def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
             sends = [t for t in source.transfers if t.direction == SEND and t.socket == near]
             receives = [t for t in destination.transfers if t.direction == RECEIVE and t.socket == far]
             segments = [s for p in (source, destination) for s in p.segments if s.socket in (near, far)]
-            segments.sort(key=lambda s: (s.at_ns, s.pid))
+            segments.sort(key=attrgetter("at_ns", "pid"))
             rows = wire.gather(sends, receives, segments, window)
             found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
@@ -224,12 +227,12 @@ def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> li
         return None
     parties: list[Party] = []
     if case.source is not None:
-        senders = frozenset(t.tid for t in case.sends)
+        senders = frozenset(map(_tid, case.sends))
         drivers = fetches.fetchers(case.source) & senders or senders
         aborted = case.switchover is not None and case.switchover.kind == "aborted"
         parties.append(Party(case.source, "both" if aborted else "source", drivers, senders))
     if case.destination is not None:
-        receivers = frozenset(t.tid for t in case.transfers(case.destination) if t.direction == RECEIVE)
+        receivers = frozenset(map(_tid, case.receives))
         restorers = frozenset(i.tid for i in case.destination.ioctls if phases.is_restore(i))
         parties.append(Party(case.destination, "destination", receivers & restorers or receivers))
     return waits.gather(parties, parts, window[0])

@@ -51,7 +51,7 @@ class Burst:
 
 def is_dirty_log(ioctl: Ioctl) -> bool:
     """One of the ioctls that fetch or clear the dirty log."""
-    return _name(ioctl) in ("GET_DIRTY_LOG", "CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
+    return kvm.is_dirty_log(ioctl.cmd)
 
 
 def is_clear(ioctl: Ioctl) -> bool:
@@ -63,15 +63,10 @@ def _name(ioctl: Ioctl) -> str:
     return kvm.name_of(ioctl.cmd)
 
 
-def is_memslot(ioctl: Ioctl) -> bool:
-    """Sets a memslot, and with it whether its pages are logged."""
-    return _name(ioctl) in ("SET_USER_MEMORY_REGION", "SET_USER_MEMORY_REGION2")
-
-
 def sizes(process: Process) -> dict[int, tuple[int, int]]:
     """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
     found = {slot.slot: (slot.addr, slot.size) for slot in process.slots if slot.size > 0}
-    found.update({i.slot: (i.addr, i.size) for i in process.ioctls if is_memslot(i) and i.size > 0})
+    found.update({i.slot: (i.addr, i.size) for i in process.memslots if i.size > 0})
     return found
 
 
@@ -79,10 +74,10 @@ def fetchers(process: Process) -> frozenset[int]:
     """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
     slots: dict[int, set[int]] = defaultdict(set)
     rings: set[int] = set()
-    for ioctl in process.ioctls:
+    for ioctl in process.dirty_log:
         if _name(ioctl) == "RESET_DIRTY_RINGS":
             rings.add(ioctl.tid)
-        elif is_dirty_log(ioctl):
+        else:
             slots[ioctl.tid].add(ioctl.slot)
     known = sizes(process)
     largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
@@ -102,8 +97,8 @@ def switched_on(process: Process, before: int | None) -> int | None:
     """
     on: dict[int, bool] = {}
     turned: list[Ioctl] = []
-    for ioctl in process.ioctls:
-        if not is_memslot(ioctl) or ioctl.size == 0 or (before is not None and ioctl.begin_ns >= before):
+    for ioctl in process.memslots:
+        if ioctl.size == 0 or (before is not None and ioctl.begin_ns >= before):
             continue
         flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
         if flag and not on.get(ioctl.slot, False):
@@ -125,13 +120,13 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
     result: list[Burst] = []
     seen: set[tuple[int, int]] = set()
     last = 0
-    for ioctl in process.ioctls:
-        if not is_dirty_log(ioctl) or ioctl.begin_ns < since:
+    for ioctl in process.dirty_log:
+        if ioctl.begin_ns < since:
             continue
-        stopped = stop is not None and ioctl.begin_ns >= stop
-        if ioctl.tid not in tids and not (stopped and _name(ioctl) == "RESET_DIRTY_RINGS"):
+        stopped, name = stop is not None and ioctl.begin_ns >= stop, _name(ioctl)
+        if ioctl.tid not in tids and not (stopped and name == "RESET_DIRTY_RINGS"):
             continue
-        clear = is_clear(ioctl)
+        clear = name == "CLEAR_DIRTY_LOG"
         current = result[-1] if result else None
         if (
             current is None
@@ -141,7 +136,7 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
                 and (
                     not current.fetched
                     or ioctl.begin_ns - last >= BURST_NS
-                    or (_name(ioctl) == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in seen)
+                    or (name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in seen)
                     or _any_in(begins, last, ioctl.begin_ns)
                 )
             )
@@ -176,9 +171,7 @@ def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
     known = sizes(process)
     used = sorted({i.slot for burst in found for i in burst.ioctls if _name(i) != "RESET_DIRTY_RINGS"})
     if not used:
-        used = sorted(
-            {i.slot for i in process.ioctls if is_memslot(i) and i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size}
-        )
+        used = sorted({i.slot for i in process.memslots if i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size})
     return [breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1]) for slot in used if slot in known]
 
 

@@ -80,6 +80,22 @@ def name_of(cmd: int) -> str:
     return _BY_NUMBER.get(number(cmd), hex(cmd))
 
 
+_DIRTY_LOG_NAMES = frozenset(map(name_of, DIRTY_LOG))
+_MEMSLOT_NAMES = frozenset(map(name_of, MEMSLOT))
+
+
+@lru_cache(maxsize=1024)
+def is_dirty_log(cmd: int) -> bool:
+    """One of the ioctls that fetch or clear the dirty log."""
+    return name_of(cmd) in _DIRTY_LOG_NAMES
+
+
+@lru_cache(maxsize=1024)
+def is_memslot(cmd: int) -> bool:
+    """One of the ioctls that set a memslot."""
+    return name_of(cmd) in _MEMSLOT_NAMES
+
+
 VCPU_STATE_GET = frozenset({
     "GET_REGS", "GET_SREGS", "GET_SREGS2", "GET_MP_STATE", "GET_VCPU_EVENTS", "GET_LAPIC", "GET_XSAVE",
     "GET_XSAVE2", "GET_XCRS", "GET_FPU", "GET_DEBUGREGS", "GET_NESTED_STATE", "GET_ONE_REG", "GET_CPUID2",

@@ -171,8 +171,8 @@ class DirtyLogRows:
         since = fetches.switched_on(self.process, self.stop)
         state: dict[int, bool] = {}
         groups: list[tuple[bool, list[Ioctl]]] = []
-        for ioctl in self.process.ioctls:
-            if not fetches.is_memslot(ioctl) or not ioctl.size:
+        for ioctl in self.process.memslots:
+            if not ioctl.size:
                 continue
             flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
             if flag != state.get(ioctl.slot, False) and since is not None and ioctl.begin_ns >= since:

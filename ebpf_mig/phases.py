@@ -20,7 +20,8 @@ from ebpf_mig.activity import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
 from ebpf_mig.events import Ioctl, Transfer
 
 SHORT_NS = 1_000_000
-"""A wait between two kinds of work that no rule names belongs to the former up to this, else to nobody."""
+"""A wait between two kinds of work that no rule names belongs to the former up to this, else to nobody. Time in which
+the thread had lost its CPU is no wait of its choosing, and is not counted."""
 
 SETUP_GAP_NS = 20_000_000
 """Restore work after a longer rest, where the source was not traced, is another stretch."""
@@ -112,7 +113,8 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
     for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
         if label == REPLY and previous not in (MEMORY, STATE, REPLY):
             continue
-        partition.until(begin, _between(previous, label, begin - partition.cursor, work.fetched is not None))
+        waited = begin - partition.cursor - _within(work.preempted, partition.cursor, begin)
+        partition.until(begin, _between(previous, label, waited, work.fetched is not None))
         if label == REPLY:
             # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
             partition.until(end, "memory.send" if previous == MEMORY else "handover")
@@ -127,6 +129,11 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
     elif previous in (STATE, REPLY):
         partition.until(until, "handover")
     partition.until(until, "unattributed")
+
+
+def _within(spans: Sequence[tuple[int, int]], begin: int, end: int) -> int:
+    """How much of [begin, end) the spans, which do not overlap, cover."""
+    return sum(max(0, min(closed, end) - max(opened, begin)) for opened, closed in spans)
 
 
 def _after(previous: int | None, label: int) -> int:
@@ -215,13 +222,15 @@ def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int
 
     Each ends with a receive and lies more than SHORT_NS behind the destination's last ioctl or receive.
     """
-    acts = sorted([(t.begin_ns, t.end_ns, True) for t in receives] + [(i.begin_ns, i.end_ns, False) for i in restores])
+    acts = [(t.begin_ns, t.end_ns, True) for t in receives if t.end_ns > since]
+    acts += [(i.begin_ns, i.end_ns, False) for i in restores if i.end_ns > since]
+    acts.sort()
     found: list[tuple[int, int]] = []
     idle_from = since
     for begin, end, is_receive in acts:
         if begin >= until:
             break
-        if is_receive and end > since and max(begin, end - 1) - idle_from > SHORT_NS:
+        if is_receive and max(begin, end - 1) - idle_from > SHORT_NS:
             found.append((idle_from, end))
         idle_from = max(idle_from, end)
     return found

@@ -10,15 +10,19 @@ that the result does not depend on the order of the input.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter, eq
+from typing import Any, TypeVar
 
 import msgspec
 
 from ebpf_mig import events as ev
-from ebpf_mig import timeline
+from ebpf_mig import kvm, timeline
 from ebpf_mig.timeline import Timeline
 
 SEND, RECEIVE = 0, 1
@@ -49,6 +53,21 @@ class Process:
     def hint(self) -> str:
         """The role the user gave it."""
         return self.target.role if self.target else "unknown"
+
+    @cached_property
+    def dirty_log(self) -> list[ev.Ioctl]:
+        """The ioctls that fetch or clear the dirty log."""
+        return [ioctl for ioctl in self.ioctls if kvm.is_dirty_log(ioctl.cmd)]
+
+    @cached_property
+    def other_ioctls(self) -> list[ev.Ioctl]:
+        """All others."""
+        return [ioctl for ioctl in self.ioctls if not kvm.is_dirty_log(ioctl.cmd)]
+
+    @cached_property
+    def memslots(self) -> list[ev.Ioctl]:
+        """The ioctls that set memslots."""
+        return [ioctl for ioctl in self.other_ioctls if kvm.is_memslot(ioctl.cmd)]
 
     @cached_property
     def sockets(self) -> dict[int, ev.Socket]:
@@ -141,8 +160,6 @@ _STREAMS: dict[type, str] = {
     ev.TcpInfo: "tcp",
 }
 
-_AS_THEY_ARE = tuple(name for name in _STREAMS.values() if name not in ("ioctls", "transfers", "tcp"))
-
 _key = msgspec.structs.astuple
 
 
@@ -154,22 +171,21 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
     marks: list[ev.Mark] = []
     endings: list[ev.Ending] = []
     costs: list[ev.OwnCost] = []
+    streams: dict[tuple[type, int], list[ev.AnyEvent]] = defaultdict(list)
     for event in events:
-        if isinstance(event, ev.Mark):
+        kind = type(event)
+        if kind in _STREAMS:
+            streams[kind, event.pid].append(event)  # type: ignore[union-attr]
+        elif isinstance(event, ev.Mark):
             marks.append(event)
         elif isinstance(event, ev.Ending):
             endings.append(event)
         elif isinstance(event, ev.OwnCost):
             costs.append(event)
-        elif stream := _STREAMS.get(type(event)):
-            process = processes.get(event.pid) or processes.setdefault(event.pid, Process(event.pid))
-            getattr(process, stream).append(event)
-    for process in processes.values():
-        process.ioctls = sorted(map(_whole_ioctl, process.ioctls), key=_key)
-        process.transfers = sorted(map(_whole_transfer, process.transfers), key=_key)
-        for name in _AS_THEY_ARE:
-            getattr(process, name).sort(key=_key)
-        process.tcp.sort(key=_tcp_key)
+    for (kind, pid), found in streams.items():
+        process = processes.setdefault(pid, Process(pid))
+        whole = [_WHOLE[kind](event) for event in found] if kind in _WHOLE else found
+        setattr(process, _STREAMS[kind], _in_order(kind, whole))
     marks.sort(key=_key)
     costs.sort(key=_key)
     return Material(header, dict(sorted(processes.items())), marks, _last(endings), costs)
@@ -177,6 +193,24 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
 
 def _tcp_key(event: ev.TcpInfo) -> tuple[int, int, list[tuple[str, int]]]:
     return event.at_ns, event.socket, sorted(event.values.items())
+
+
+_Event = TypeVar("_Event", bound=ev.Event)
+
+
+def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
+    """Sorted by all fields: by the first, and where that is the same by the rest. Sorting by a tuple of all would
+    take as much memory again as the events."""
+    all_fields: Callable[[Any], Any] = _tcp_key if kind is ev.TcpInfo else _key
+    first = attrgetter(kind.__struct_fields__[0])  # type: ignore[attr-defined]
+    events.sort(key=first)
+    keys = list(map(first, events))
+    done = 0
+    for at in itertools.compress(itertools.count(), map(eq, keys, itertools.islice(keys, 1, None))):
+        if at >= done:
+            done = bisect_right(keys, keys[at])
+            events[at:done] = sorted(events[at:done], key=all_fields)
+    return events
 
 
 def _whole_ioctl(event: ev.Ioctl) -> ev.Ioctl:
@@ -197,6 +231,9 @@ def _whole_transfer(event: ev.Transfer) -> ev.Transfer:
         in_call_ns=max(0, event.in_call_ns),
         bytes=max(0, event.bytes),
     )
+
+
+_WHOLE: dict[type, Callable[[Any], ev.AnyEvent]] = {ev.Ioctl: _whole_ioctl, ev.Transfer: _whole_transfer}
 
 
 def _last(endings: list[ev.Ending]) -> ev.Ending | None:

@@ -44,7 +44,7 @@ def _leans_away(process: Process, score: tuple[int, int]) -> bool:
 
 
 def _as_source(process: Process) -> int:
-    dirty = any(fetches.is_dirty_log(i) for i in process.ioctls)
+    dirty = bool(process.dirty_log)
     several = dirty and _fetches_for_migration(process)
     ran_before = any(line.ran_before for line in process.vcpus.values())
     stopped = bool(process.gaps) and process.gaps[-1][1] is None
@@ -62,7 +62,7 @@ def _as_destination(process: Process) -> int:
 
 
 def _fetches_for_migration(process: Process) -> bool:
-    slots = {i.slot for i in process.ioctls if fetches.is_dirty_log(i)}
+    slots = {i.slot for i in process.dirty_log}
     known = fetches.sizes(process)
     largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
     return len(slots) > 1 or largest in slots

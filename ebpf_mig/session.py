@@ -24,6 +24,8 @@ from ebpf_mig.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.probes.tracer import Tracer
 
 POLL_MS = 20
+YIELD_NICE = 10
+"""Added to the niceness of the thread that reads the records."""
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -113,7 +115,7 @@ class Session:
 
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""
-        with _held_signals() as deliver:
+        with _held_signals() as deliver, _yielding():
             while True:
                 events = self._tracer.poll(POLL_MS)
                 sink.write_many(events)
@@ -131,6 +133,20 @@ class Session:
         self._tracer.close()
         sink.write_many([Ending(time.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
         sink.flush()
+
+
+@contextlib.contextmanager
+def _yielding() -> Iterator[None]:
+    """The reader is in no hurry: where CPUs are scarce, the VMMs' threads come first. Of this thread alone."""
+    thread = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, thread)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(before + YIELD_NICE, 19))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # without CAP_SYS_NICE there is no way back
+            os.setpriority(os.PRIO_PROCESS, thread, before)
 
 
 @contextlib.contextmanager

@@ -199,8 +199,8 @@ def usage(
             continue
         used: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         for transfer in process.transfers:
-            if key_of(transfer) in keys and _in_window(transfer, window):
-                used[(transfer.direction, key_of(transfer))].append(transfer)
+            if _in_window(transfer, window) and (key := key_of(transfer)) in keys:
+                used[(transfer.direction, key)].append(transfer)
         for (direction, _), transfers in sorted(used.items(), key=lambda i: (i[0][0] != main, i[0][1])):
             role = "migration" if direction == main else "control"
             rows.append(_row(process, f"{side} {role}", transfers, window))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ebpf_mig import activity, fetches, phases
+from ebpf_mig import activity, phases
 from ebpf_mig.activity import Work
 from ebpf_mig.breakdown import Phase
 from ebpf_mig.case import Case, postcopy
 from ebpf_mig.events import Transfer
 from ebpf_mig.phases import Partition
-from ebpf_mig.processes import RECEIVE, SEND, Process
+from ebpf_mig.processes import SEND, Process
 from ebpf_mig.switchover import Switchover
 
 PAGES_BYTES = 65536
@@ -46,7 +46,7 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     if found.first_start is not None or load is not None:
         begin = found.first_start if found.first_start is not None else partition.end
         restores = [i for i in case.destination.ioctls if phases.is_restore(i)] if case.destination else []
-        receives = [t for t in case.transfers(case.destination) if t.direction == RECEIVE and t.end_ns <= begin]
+        receives = [t for t in case.receives if t.end_ns <= begin]
         received = max((t.end_ns for t in receives), default=None)
         # Other threads may go on receiving memory meanwhile; they hold nobody up.
         loaders = {i.tid for i in restores}
@@ -64,7 +64,8 @@ def _work(case: Case, source: Process, stop: int, until: int | None) -> Work:
         until,
         [b for b in case.bursts or [] if stop <= b.begin < until],
         case.transfers(source),
-        [i for i in source.ioctls if not fetches.is_dirty_log(i)],
+        source.other_ioctls,
+        source.off_cpu,
     )
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import msgspec
 
 from ebpf_mig.breakdown import Wire
 from ebpf_mig.events import Segment, Transfer
+
+_at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
 
 LEAST_NS = 1_000_000
 """Shorter stretches are what a network costs; they are not worth a line."""
@@ -51,7 +54,8 @@ def gather(
         return []
     ahead = receives[-1].position + receives[-1].bytes - sends[-1].position - sends[-1].bytes
     if 0 < ahead <= PEEKED_BYTES:
-        receives = [msgspec.structs.replace(r, position=max(0, r.position - ahead)) for r in receives]
+        near = (r for r in receives if r.end_ns >= window[0])
+        receives = [msgspec.structs.replace(r, position=max(0, r.position - ahead)) for r in near]
     origin = window[0]
     found = [(s, *_reason(s, sends, receives, segments)) for s in _stretches(sends, receives, window)]
     found.sort(key=lambda item: item[0].sent - item[0].received)
@@ -73,23 +77,26 @@ def without_wire(row: Wire) -> Wire:
     return msgspec.structs.replace(row, reason="late reader", evidence="a UNIX socket has no wire")
 
 
+def _reaches(transfer: Transfer) -> int:
+    """Position of the first byte after it."""
+    return transfer.position + transfer.bytes
+
+
 def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: tuple[int, int]) -> list[Stretch]:
     """Receives whose first byte had been sent LEAST_NS before, and that ended a silence as long."""
-    ends = [send.position + send.bytes for send in sends]
-    times = [send.end_ns for send in sends]
     found: list[Stretch] = []
     quiet_from = window[0]
-    for receive in receives:
-        # `ends` grows: the first send that reaches beyond the receive's first byte carried it.
-        carrier = bisect_right(ends, receive.position)
+    for receive in (r for r in receives if r.end_ns >= window[0]):
+        # Positions grow: the first send that reaches beyond the receive's first byte carried it.
+        carrier = bisect_right(sends, receive.position, key=_reaches)
         quiet, quiet_from = quiet_from, max(quiet_from, receive.end_ns)
-        if carrier == len(sends) or not window[0] <= receive.end_ns <= window[1]:
+        if carrier == len(sends) or receive.end_ns > window[1]:
             continue
-        sent = max(times[carrier], quiet)
+        sent = max(sends[carrier].end_ns, quiet)
         if receive.end_ns - sent < LEAST_NS:
             continue
-        done = bisect_right(times, receive.end_ns)
-        outstanding = max(ends[done - 1] if done else 0, receive.position + receive.bytes) - receive.position
+        done = bisect_right(sends, receive.end_ns, key=_ended)
+        outstanding = max(_reaches(sends[done - 1]) if done else 0, receive.position + receive.bytes) - receive.position
         found.append(Stretch(sent, receive.end_ns, outstanding))
     return found
 
@@ -100,9 +107,8 @@ def _reason(
     """(reason, evidence) from the segments within the stretch."""
     sender = sends[0].socket, sends[0].pid
     receiver = receives[0].socket, receives[0].pid
-    times = [segment.at_ns for segment in segments]
-    first = bisect_left(times, stretch.sent)
-    within = segments[first : bisect_right(times, stretch.received)]
+    first = bisect_left(segments, stretch.sent, key=_at)
+    within = segments[first : bisect_right(segments, stretch.received, key=_at)]
     data = [s for s in within if (s.socket, s.pid) == receiver and s.payload]
     acks = [s for s in within if (s.socket, s.pid) == sender and s.acked]
     if not segments:

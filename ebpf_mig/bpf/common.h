@@ -12,9 +12,14 @@
 #include "arch.h"
 
 #define OFF_NONE 0xffff
-#define RB_NO_WAKEUP 1ULL		/* flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h */
+/*
+ * Flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h. To wake the reader is an interrupt and a switch amid what we
+ * measure, so it comes by the clock, and is woken only by what it has to act upon at once.
+ */
+#define RB_NO_WAKEUP 1ULL
 #define RB_FORCE_WAKEUP 2ULL
 
+#define LONG_FETCH_NS 100000ULL		/* a dirty-log ioctl that may be worth sampling */
 #define GAP_NS 100000ULL		/* a vCPU this long out of KVM_RUN is worth an event */
 #define BURST_NS 1000000ULL		/* dirty-log ioctls further apart belong to different fetches */
 #define FOLD_GAP_NS 10000000ULL		/* calls further apart are not folded into one run */

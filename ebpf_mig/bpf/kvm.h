@@ -90,7 +90,7 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	r->last_exit = s->run_exit;
 	r->last_ret = s->run_ret;
 	r->runs = s->runs;
-	events.ringbuf_submit(r, 0);
+	events.ringbuf_submit(r, s->runs > 1 ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);	/* a destination that starts */
 }
 
 /*
@@ -115,7 +115,7 @@ static __always_inline void vcpu_span(struct thread_state *s, struct process_sta
 			r->max_gap = s->span_max;
 			r->gaps = s->span_gaps;
 			r->lock = LOCKS_KNOWN ? s->span_lock : -1;
-			events.ringbuf_submit(r, 0);
+			events.ringbuf_submit(r, RB_NO_WAKEUP);
 		} else {
 			count(KIND_VCPU_SPAN, true);
 		}
@@ -157,7 +157,7 @@ static __always_inline void vcpu_exit(struct thread_state *s, struct process_sta
 	r->fd = fd;
 	r->enter = enter;
 	r->ret = ret;
-	events.ringbuf_submit(r, 0);
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
 /* Keeps of a memory ioctl's argument what the report needs; `arg` points to user memory. */
@@ -186,13 +186,14 @@ static __always_inline void read_memory_argument(struct thread_state *s, u32 cmd
 	}
 }
 
+/* `p` may be missing, but for GET_DIRTY_LOG. */
 static __always_inline void ioctl_enter(struct thread_state *s, struct process_state *p, u64 now, u32 cmd,
 					const void *arg)
 {
 	u32 zero = 0;
 	u64 *all;
 
-	if (cmd == KVM_GET_DIRTY_LOG && now - p->last_fetch > BURST_NS) {
+	if (p && cmd == KVM_GET_DIRTY_LOG && now - p->last_fetch > BURST_NS) {
 		p->epoch++;
 		all = fetches.lookup(&zero);
 		if (all)
@@ -203,12 +204,20 @@ static __always_inline void ioctl_enter(struct thread_state *s, struct process_s
 	read_memory_argument(s, cmd, arg);
 }
 
+static __always_inline bool is_long_fetch(struct thread_state *s, u64 now)
+{
+	u32 cmd = s->a1;
+
+	return (cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS) &&
+	       now - s->enter > LONG_FETCH_NS;
+}
+
 static __always_inline void ioctl_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now,
 				       s64 ret)
 {
 	struct ioctl_record *r;
 
-	if ((u32)s->a1 == KVM_GET_DIRTY_LOG)
+	if (p && (u32)s->a1 == KVM_GET_DIRTY_LOG)
 		p->last_fetch = now;
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (!r) {
@@ -236,7 +245,7 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->copy = SPLIT_KNOWN ? s->split_ns[SPLIT_COPY] : -1;
 	r->spin = LOCKS_KNOWN && OFF_CPU_KNOWN ? s->spin_ns : -1;
 	r->off_total = OFF_CPU_KNOWN ? s->off_all : -1;
-	events.ringbuf_submit(r, s->samples ? RB_FORCE_WAKEUP : 0);
+	events.ringbuf_submit(r, s->samples || is_long_fetch(s, now) ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 	s->samples = 0;
 }
 
@@ -254,5 +263,5 @@ static __always_inline void kick(u64 pid_tgid, u64 now, u64 target, u64 signal)
 	r->tid = (u32)pid_tgid;
 	r->target = (u32)target;
 	r->signal = (u32)signal;
-	events.ringbuf_submit(r, 0);
+	events.ringbuf_submit(r, RB_FORCE_WAKEUP);	/* a source that stops */
 }

@@ -97,7 +97,7 @@ static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 		bpf_probe_read_kernel(&port, sizeof(port), (void *)(sk + OFF_skc_dport));
 		r->remote_port = (u16)(port << 8 | port >> 8);
 	}
-	events.ringbuf_submit(r, 0);
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
 /* Bytes seen on the socket in this direction before this run; tells the socket on first use. */
@@ -152,7 +152,7 @@ static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u6
 		r->off_cpu = timed ? run->off_cpu : -1;
 		r->off_before = timed ? run->off_before : -1;
 		r->hidden = way == HIDDEN;
-		events.ringbuf_submit(r, 0);
+		events.ringbuf_submit(r, RB_NO_WAKEUP);
 	} else {
 		count(KIND_TRANSFER, true);
 	}

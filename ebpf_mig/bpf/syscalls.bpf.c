@@ -35,24 +35,35 @@ static __always_inline bool is_tracked_ioctl(u32 cmd)
 	return ((cmd >> 8) & 0xff) == KVM_TYPE && !is_noise(cmd);
 }
 
+/* A call that changes nothing of its process saves a lookup. */
+static __always_inline bool needs_process(u64 nr, u32 cmd)
+{
+	return nr == NR_ioctl && (cmd == KVM_RUN || cmd == KVM_GET_DIRTY_LOG);
+}
+
+/*
+ * Most calls are none of ours: they are told by their number, then by the request, before anything is looked up.
+ * No call leaves `nr` behind: whatever set it is followed by the return that takes it away.
+ */
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr = ctx->args[1];
-	struct thread_state *s;
 	struct process_state *p;
+	struct thread_state *s;
 	struct call_args c;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
-	s = this_thread(pid_tgid);
-	p = this_process(pid_tgid);
-	if (!s || !p)
-		return 0;
-	s->seen = 1;
-	s->nr = 0;
 	if (nr != NR_ioctl && nr != NR_tgkill && direction_of(nr) < 0)
 		return 0;
 	read_args((const void *)ctx->args[0], &c);
+	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
+		return 0;
+	s = this_thread(pid_tgid);
+	p = needs_process(nr, c.a1) ? this_process(pid_tgid) : 0;
+	if (!s)
+		return 0;
+	s->seen = 1;
 	now = bpf_ktime_get_ns();
 	if (nr == NR_tgkill) {
 		tell_wait_before_kick(pid_tgid, now);
@@ -60,29 +71,31 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	}
 	if (nr == NR_ioctl) {
-		if (!is_tracked_ioctl(c.a1))
-			return 0;
-		if ((u32)c.a1 == KVM_RUN)
-			vcpu_enter(s, p, pid_tgid, now, c.a0);
-		else
+		if ((u32)c.a1 == KVM_RUN) {
+			if (p)
+				vcpu_enter(s, p, pid_tgid, now, c.a0);
+		} else {
 			ioctl_enter(s, p, now, c.a1, (const void *)c.a2);
+		}
 	}
 	s->nr = nr + 1;
 	s->off_call = 0;
 	s->off_before = s->off_all;
 	s->a0 = c.a0;
 	s->a1 = c.a1;
-	s->a2 = c.a2;
 	s->enter = now;
 	return 0;
 }
 
 /* A thread whose first sight is a return was inside the call when tracing began: KVM_RUN is worth telling. */
-static __always_inline void first_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid,
-				       const void *regs, s64 ret)
+static __always_inline void first_exit(u64 pid_tgid, const void *regs, s64 ret)
 {
+	struct thread_state *s = this_thread(pid_tgid);
+	struct process_state *p = this_process(pid_tgid);
 	struct call_args c;
 
+	if (!s || !p)
+		return;
 	s->seen = 1;
 	read_args(regs, &c);
 	if (c.nr == NR_ioctl && (u32)c.a1 == KVM_RUN)
@@ -93,17 +106,14 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr;
 	s64 ret = ctx->args[1];
-	struct thread_state *s;
 	struct process_state *p;
+	struct thread_state *s;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
-	s = this_thread(pid_tgid);
-	p = this_process(pid_tgid);
-	if (!s || !p)
-		return 0;
-	if (!s->seen) {
-		first_exit(s, p, pid_tgid, (const void *)ctx->args[0], ret);
+	s = known_thread(pid_tgid);
+	if (!s || !s->seen) {
+		first_exit(pid_tgid, (const void *)ctx->args[0], ret);
 		return 0;
 	}
 	if (!s->nr)
@@ -111,11 +121,14 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	now = bpf_ktime_get_ns();
 	nr = s->nr - 1;
 	s->nr = 0;
-	if (nr != NR_ioctl)
-		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret);
-	else if ((u32)s->a1 == KVM_RUN)
+	p = nr != NR_ioctl || needs_process(nr, s->a1) ? this_process(pid_tgid) : 0;
+	if (nr == NR_ioctl && (u32)s->a1 != KVM_RUN)
+		ioctl_exit(s, p, pid_tgid, now, ret);
+	else if (!p)
+		return 0;
+	else if (nr == NR_ioctl)
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
 	else
-		ioctl_exit(s, p, pid_tgid, now, ret);
+		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret);
 	return 0;
 }

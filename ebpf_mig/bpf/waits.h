@@ -55,7 +55,7 @@ static __always_inline void tell_off_cpu(u64 pid_tgid, u64 since, u64 until, u64
 	r->stack = stack;
 	r->preempted = preempted;
 	r->unused = 0;
-	events.ringbuf_submit(r, 0);
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
 static __always_inline void switched_in(u32 tid, u32 tgid)

@@ -60,7 +60,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	r->in_flight = (u32)(nxt - una);
 	r->unsent = (u32)(half_at(sk, OFF_tcp_write) - nxt);
 	r->window = half_at(sk, OFF_tcp_wnd);
-	events.ringbuf_submit(r, 0);
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
 	return 0;
 }

@@ -159,7 +159,7 @@ class Program:
         """bcc keeps it mapped; a program that is handed over does without."""
 
     def poll(self, timeout_ms: int) -> list[bytes]:
-        """Records that arrived, waiting at most `timeout_ms` for the first."""
+        """Records that arrived. Waits `timeout_ms`, or for one that wakes us, as most do not."""
         self._bpf.ring_buffer_poll(timeout_ms)
         self._bpf.ring_buffer_consume()  # records that were told to wake nobody, and those behind them
         taken = self._records[:]

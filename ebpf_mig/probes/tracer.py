@@ -122,7 +122,7 @@ class Tracer:
             self.attached["split"] = f"absent: {self._no_samples}"
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
-        """Events that arrived, waiting at most `timeout_ms` for the first."""
+        """Events that arrived until `timeout_ms` from now, or until one came that is not to wait."""
         late, self._late = self._late, []
         events: list[AnyEvent] = []
         for record in self._program.poll(0 if late else timeout_ms):

@@ -40,6 +40,9 @@ _RING_DIRTY, _RING_RESET = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_held = ctypes.PyDLL(None, use_errno=True)
+"""Keeps the interpreter's lock: between call and return no other thread of ours can come in."""
+_held.ioctl.argtypes = _libc.ioctl.argtypes
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -49,20 +52,22 @@ _ALLOWED = os.sched_getaffinity(0)
 Argument = int | ctypes.Array[ctypes.c_char] | None
 
 
-def ioctl(fd: int, cmd: int, argument: Argument = 0) -> int:
-    """ioctl(2); OSError with the kernel's errno."""
+def ioctl(fd: int, cmd: int, argument: Argument = 0, *, hold: bool = False) -> int:
+    """ioctl(2); OSError with the kernel's errno. `hold`: keep the interpreter's lock, and so return at once."""
     pointer = ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
-    result = int(_libc.ioctl(fd, cmd, pointer))
+    result = int((_held if hold else _libc).ioctl(fd, cmd, pointer))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{numbers.name_of(cmd)}: {os.strerror(code)}")
     return result
 
 
-def run_delay_ns() -> int:
-    """How long the calling thread has waited for a CPU so far; 0 where the kernel does not count."""
+def run_delay_ns(tid: int | None = None) -> int:
+    """How long a thread of ours, or the calling one, has waited for a CPU so far; 0 where the kernel does not count."""
     try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+        return int(
+            Path(f"/proc/self/task/{tid}/schedstat" if tid else "/proc/thread-self/schedstat").read_text().split()[1]
+        )
     except OSError:
         return 0
 

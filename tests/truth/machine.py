@@ -190,6 +190,8 @@ class Source(Machine):
         else:
             state = self.save(STATE, delayed=True)
         kvm.ioctl(self.vm.fd, kvm.GET_IRQCHIP, ctypes.create_string_buffer(kvm.SIZES[kvm.GET_IRQCHIP]))
+        if self.plan.state_first:
+            self.entered()
         half = len(state) // 2
         self.enter("state.send")
         connection.sendall(_HEADER.pack(b"S", len(self.vcpus), len(state)) + state[:half])
@@ -229,9 +231,8 @@ class Destination(Machine):
         kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
         for thread in self.threads:
             thread.start()
-        time.sleep(0.05)
-        last = max(thread.entered_ns for thread in self.threads)
-        self.marks.append((last, last, "end"))
+        entered = [thread.entered() for thread in self.threads]
+        self.marks.append((max(since for since, _ in entered), max(by for _, by in entered), "end"))
 
     def restore(self, state: bytes) -> None:
         """Writes the vCPUs' state; the delay comes after the first write."""

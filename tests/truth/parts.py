@@ -63,7 +63,7 @@ class VcpuThread:
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu, self.stopping, self.over = vcpu, False, False
-        self.entered_ns = self.stopped_ns = 0
+        self.entered_ns = self.stopped_ns = self._waited_ns = 0
         self.finished, self.stopped, self.let_go = threading.Event(), threading.Event(), threading.Event()
         self.stopped.set()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -76,6 +76,7 @@ class VcpuThread:
             self.let_go.clear()
             if self.over:
                 return
+            self._waited_ns = kvm.run_delay_ns()
             self.entered_ns = time.monotonic_ns()
             while not self.stopping:
                 if self.vcpu.run() == kvm.EXIT_IO:
@@ -96,6 +97,14 @@ class VcpuThread:
         seen = Path(f"/proc/self/task/{self._thread.native_id}/syscall")
         while f" {numbers.RUN:#x} " not in seen.read_text():
             time.sleep(0.0005)
+
+    def entered(self) -> tuple[int, int]:
+        """Between which instants a thread that sits in KVM_RUN entered it: on the way there it can lose the CPU."""
+        while not self.entered_ns:
+            time.sleep(0.001)
+        self.settle()
+        waited = kvm.run_delay_ns(self._thread.native_id) - self._waited_ns
+        return self.entered_ns, self.entered_ns + waited + CALL_NS
 
     def kick(self, number: signal.Signals) -> None:
         """tgkill(2); only KICK stops the vCPU."""
@@ -146,7 +155,7 @@ class Machine:
         """An ioctl that is the whole of `phase`; in doubt: waiting for a CPU meanwhile, and the way there and back."""
         waited = kvm.run_delay_ns()
         self.enter(phase)
-        kvm.ioctl(fd, cmd, argument)
+        kvm.ioctl(fd, cmd, argument, hold=True)
         self.enter(after)
         waited = kvm.run_delay_ns() - waited
         (begin, _, _), (end, _, _) = self.marks[-2:]

@@ -45,11 +45,11 @@ def sound(run: Run) -> bool:
     return not run.wrong() and exact and run.same_memory and not run.breakdown.completeness.lost
 
 
-def sweep(runs: int, say: Callable[[str], None]) -> bool:
+def sweep(runs: int, say: Callable[[str], None], first: int = 0) -> bool:
     """Runs and tells; true if all runs were sound."""
     worst: dict[tuple[str, int], list[int]] = {}
     good = doubtful = 0
-    for number in range(runs):
+    for number in range(first, first + runs):
         plan = plan_for(number)
         run = undisturbed(plan, unix=number % 2 == 1)
         doubtful += bool(run.doubtful())

@@ -19,10 +19,16 @@ def durations(partition: Partition) -> dict[str, int]:
     return {p.phase: p.duration_ns for p in partition.phases() if p.duration_ns}
 
 
-def booked(intervals: list[Interval], until: int = 100 * MS, fetched: int | None = 0, quiet: int = 0) -> dict[str, int]:
+def booked(
+    intervals: list[Interval],
+    until: int = 100 * MS,
+    fetched: int | None = 0,
+    quiet: int = 0,
+    preempted: tuple[tuple[int, int], ...] = (),
+) -> dict[str, int]:
     """Phases of [0, until) with the source doing `intervals`."""
     partition = Partition(0, until)
-    work = Work(intervals=intervals, state_from=None, memory=[], quiet_until=quiet, fetched=fetched, folded=0)
+    work = Work(intervals, None, memory=[], quiet_until=quiet, fetched=fetched, folded=0, preempted=preempted)
     phases.source(partition, 0, until, work)
     return durations(partition)
 
@@ -95,6 +101,14 @@ def test_short_waits_belong_to_the_former_long_ones_to_nobody(first: int, second
     assert short[phase] == MS + (10 if own[0] == phase else 0) + (MS - 10 if own[1] == phase else 0)
     long = booked([(0, 10, first), (11 + MS, 2 * MS, second)], until=2 * MS)
     assert long["unattributed"] == MS + 1
+
+
+def test_a_lost_cpu_does_not_make_a_wait_long() -> None:
+    """5 ms lie between sending and saving, 4 of them lost to another thread."""
+    work = [(0, 10, MEMORY), (5 * MS, 6 * MS, SAVE)]
+    assert booked(work, 6 * MS)["unattributed"] == 5 * MS - 10
+    assert booked(work, 6 * MS, preempted=((MS // 2, 9 * MS // 2),)) == {"memory.send": 5 * MS, "state.save": MS}
+    assert booked(work, 6 * MS, preempted=((4 * MS, 8 * MS),))["unattributed"] == 5 * MS - 10
 
 
 def test_until_the_first_work_the_vm_is_being_quieted() -> None:

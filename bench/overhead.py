@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost of looking: `python -m bench.overhead` sets a watched migration beside an unwatched one, ours beside others.
+
+In: numbers of rounds and pairs. Out: two Markdown tables for docs/overhead.md, from one run: nanoseconds that each
+observer adds to a call, and what it adds to the blackout. Needs root and /dev/kvm; observers that are not installed
+are left out by name. Exit code 1 if a target is missed.
+
+Each round measures all observers in turn, and nobody before, between and after; an observer's figure is its
+difference from the two neighbours that nobody watched. The blackout's witness is QEMU's own: the stamps of its QMP
+events STOP and RESUME, which cost the same on both sides of a pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from bench.observers import OTHERS, OURS, Observer, Watched
+from ebpf_mig.events import Mark
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.stats import bootstrap_interval
+from ebpf_mig.vmm.qemu import QemuMigration
+
+KINDS = {"dirty-log": 1000, "run": 300, "send": 500, "getppid": 2000}
+"""Calls of one batch, by kind of `bench.calls`."""
+COLUMNS = ("dirty-log", "run", "send", "getppid", "untraced getppid")
+BATCHES = 9
+START_S, SHARE, MOST_NS, STRACE_RATIO = 1.5, 0.01, 200_000, 50
+NOBODY = "nobody"
+
+SCENARIO = Scenario(memory_bytes=64 * MIB, working_set_bytes=1 * MIB, pages_per_s=1_000, transport="unix")
+"""Without TCP: what Nagle's algorithm adds by chance would drown what is measured."""
+
+
+class Caller:
+    """A process of `bench.calls`."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "bench.calls"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+        if self._answer() != "ready":
+            raise RuntimeError("bench.calls did not start")
+
+    def _answer(self) -> str:
+        return self._process.stdout.readline().strip() if self._process.stdout else ""
+
+    def make(self, kind: str) -> float:
+        """ns a call, of one batch."""
+        if self._process.stdin:
+            self._process.stdin.write(f"{kind} {KINDS[kind]}\n")
+            self._process.stdin.flush()
+        return int(self._answer()) / KINDS[kind]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def batches(watched: Caller, other: Caller) -> dict[str, float]:
+    """The fastest batch of each kind, in ns a call; kinds take turns."""
+    best: dict[str, float] = {}
+    for _ in range(BATCHES):
+        for column in COLUMNS:
+            caller, kind = (other, "getppid") if column.startswith("untraced") else (watched, column)
+            best[column] = min(best.get(column, float("inf")), caller.make(kind))
+        time.sleep(0.01)
+    return best
+
+
+@dataclass
+class Result:
+    """What one observer came to, over all rounds."""
+
+    added: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """By column: ns more than the neighbours that nobody watched."""
+    runs: list[Watched] = field(default_factory=list)
+
+    def ns(self, column: str) -> float:
+        """The median round's."""
+        return median(self.added[column])
+
+
+def measure_calls(observers: Sequence[Observer], rounds: int) -> tuple[dict[str, float], dict[str, Result]]:
+    """(ns a call when nobody watches, by column; results by observer)."""
+    results = {observer.name: Result() for observer in observers}
+    alone: dict[str, list[float]] = defaultdict(list)
+    with contextlib.closing(Caller()) as watched, contextlib.closing(Caller()) as other:
+        for _ in range(rounds):
+            before = batches(watched, other)
+            for observer in observers:
+                with observer.watching([watched.pid]) as run:
+                    during = batches(watched, other)
+                after = batches(watched, other)
+                results[observer.name].runs.append(run)
+                for column in COLUMNS:
+                    results[observer.name].added[column].append(during[column] - (before[column] + after[column]) / 2)
+                    alone[column].append(before[column])
+                before = after
+    return {column: median(values) for column, values in alone.items()}, results
+
+
+def stop_to_resume(observer: Observer | None) -> int:
+    """The ns between QEMU's own STOP on the source and RESUME on the destination of one migration."""
+    with QemuPair(SCENARIO) as pair:
+        time.sleep(0.2)
+        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+        with contextlib.closing(migration):
+            migration.prepare()
+            with watched_by(observer, [pair.source.pid, pair.destination.pid]):
+                outcome = migration.run(60)
+                time.sleep(0.1)
+    marks = {m.name: m.at_ns for m in outcome.marks if isinstance(m, Mark)}
+    if outcome.result != "completed" or not {"qmp.STOP", "qmp.RESUME"} <= marks.keys():
+        raise RuntimeError(f"the migration {outcome.result}: {outcome.error}")
+    return marks["qmp.RESUME"] - marks["qmp.STOP"]
+
+
+@contextlib.contextmanager
+def watched_by(observer: Observer | None, pids: Sequence[int]) -> Iterator[None]:
+    """With the observer, or with nobody."""
+    if observer is None:
+        yield
+    else:
+        with observer.watching(pids):
+            yield
+
+
+def measure_blackouts(observers: Sequence[Observer], rounds: int) -> dict[str, list[tuple[int, int]]]:
+    """By observer, pairs of blackouts in ns: (nobody watching, it watching), one pair a round; who begins rotates."""
+    found: dict[str, list[tuple[int, int]]] = {observer.name: [] for observer in observers}
+    everybody = [None, *observers]
+    for number in range(rounds):
+        turn = number % len(everybody)
+        took = {who.name if who else NOBODY: stop_to_resume(who) for who in everybody[turn:] + everybody[:turn]}
+        for observer in observers:
+            found[observer.name].append((took[NOBODY], took[observer.name]))
+    return found
+
+
+def print_calls(alone: dict[str, float], results: dict[str, Result]) -> bool:
+    """The first table; whether targets are met."""
+    print("| ns added | KVM_GET_DIRTY_LOG | KVM_RUN | send | another system call | one of an untraced process |"
+          " KVM ioctls seen |")  # fmt: skip
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    print("| (a call alone takes, loop included) | " + " | ".join(f"{alone[c]:.0f}" for c in COLUMNS) + " | |")
+    made = KINDS["dirty-log"] * BATCHES
+    for name, result in results.items():
+        figures = " | ".join(f"{result.ns(column):+.0f}" for column in COLUMNS)
+        seen = 100 * sum(run.seen for run in result.runs) / (made * len(result.runs))
+        print(f"| {name} | {figures} | {seen:.1f} % |")
+    ours = results[OURS.name]
+    good = tell("nothing lost by us", not any(run.lost for run in ours.runs), "of what the kernel saw")
+    start = max(run.start_s for run in ours.runs)
+    good &= tell(f"start to armed at most {START_S} s", start <= START_S, f"{start:.2f} s in the slowest")
+    own = ours.ns("dirty-log")
+    for name, result in results.items():
+        ratio = result.ns("dirty-log") / own
+        if name.startswith("bpftrace"):
+            good &= tell("cheaper than bpftrace a traced ioctl", ratio > 1, f"{ratio:.2f} times as dear")
+        elif name.startswith("strace"):
+            wanted = f"at least {STRACE_RATIO} times cheaper than strace"
+            good &= tell(wanted, ratio >= STRACE_RATIO, f"{ratio:.0f} times as dear")
+    return good
+
+
+def print_blackouts(found: dict[str, list[tuple[int, int]]]) -> bool:
+    """The second table; whether ours meets the target."""
+    print("\n| blackout | pairs | alone, median ms | watched, median ms | added, median ms | 95 % interval of it |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name, pairs in found.items():
+        added = [after - before for before, after in pairs]
+        low, high = bootstrap_interval(added)
+        without, watched = median(p[0] for p in pairs), median(p[1] for p in pairs)
+        print(
+            f"| {name} | {len(pairs)} | {without / 1e6:.3f} | {watched / 1e6:.3f} | {median(added) / 1e6:+.3f} | "
+            f"{low / 1e6:+.3f} to {high / 1e6:+.3f} |"
+        )
+    ours = found[OURS.name]
+    added = median(after - before for before, after in ours)
+    share = added / median(before for before, _ in ours)
+    measured = f"{added / 1e3:+.0f} us, {100 * share:+.1f} %"
+    return tell("blackout within 1 % and 200 us", share <= SHARE and added <= MOST_NS, measured)
+
+
+def tell(what: str, good: bool, measured: str) -> bool:
+    """One line about a target."""
+    print(f"\n{'met' if good else 'MISSED'}: {what} ({measured})")
+    return good
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="of calls; 0 leaves them out")
+    parser.add_argument("--pairs", type=int, default=20, help="of migrations; 0 leaves them out")
+    parser.add_argument("--ours", action="store_true", help="no other observers")
+    options = parser.parse_args()
+    others = [] if options.ours else [observer for observer in OTHERS if observer.available()]
+    for missing in () if options.ours else set(OTHERS) - set(others):
+        print(f"{missing.name} is left out: {missing.needs} is not installed", file=sys.stderr)
+    observers = [OURS, *others]
+    good = print_calls(*measure_calls(observers, options.rounds)) if options.rounds else True
+    if options.pairs:
+        good &= print_blackouts(measure_blackouts(observers, options.pairs))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it takes to read and analyse a long recording: `python -m bench.reading` (time and memory by number of events).
+
+In: a real recording whose pre-copy is repeated, shifted in time and stream position, until it has the wanted number of
+events; the switchover at its end is the real one. Out: a Markdown table for docs/overhead.md; exit code 1 if a million
+events take more than 2 s or 500 MB, or the largest recording costs more per event than 1.5 times what a million costs.
+Each measurement is the best of some tries, in a process of its own. Seconds are those of one CPU, since others on the
+machine must not count; the wall clock stands beside them. No privilege needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ebpf_mig import fetches
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.events import AnyEvent, Ending, Header, Mark, Socket, Thread, Transfer, VcpuState
+from ebpf_mig.processes import split
+from ebpf_mig.recording import RecordingWriter, read_recording
+from ebpf_mig.switchover import find
+
+DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
+SEED = DATA / "qemu-11.1-3vcpus.rec"
+MILLION = 1_000_000
+MOST_S, MOST_BYTES, MOST_GROWTH = 2.0, 500 * 10**6, 1.5
+_INSTANTS = ("begin_ns", "end_ns", "at_ns", "enter_ns", "exit_ns", "last_exit_ns")
+
+
+def shifted(event: AnyEvent, by_ns: int, positions: dict[tuple[int, int], int], times: int) -> AnyEvent:
+    """The event `by_ns` later, after `times` repetitions of the bytes that `positions` has by socket and direction."""
+    changes = {name: at + by_ns for name in _INSTANTS if (at := getattr(event, name, 0))}
+    if isinstance(event, Transfer):
+        changes["position"] = event.position + times * positions.get((event.socket, event.direction), 0)
+    return msgspec.structs.replace(event, **changes)
+
+
+def begin_of(event: AnyEvent) -> int:
+    """When an event began, 0 for those without an instant."""
+    return getattr(event, "begin_ns", 0) or getattr(event, "at_ns", 0)
+
+
+def precopy_of(header: Header, events: list[AnyEvent]) -> tuple[int, int]:
+    """From the first switching on of the log to the last moment before the first kick, on the recording's clock."""
+    breakdown = analyse(header, events)
+    source = breakdown.migration.source
+    if source is None:
+        raise ValueError("the recording has no source")
+    process = split(header, events).processes[source.pid]
+    found = find(process, None, process.transfers, ())
+    begin = fetches.switched_on(process, None)
+    if begin is None or found is None:
+        raise ValueError("the recording has no switchover, or its log was on all the time")
+    return begin, min([*found.kicks.values(), found.stop])
+
+
+def stretched(header: Header, events: list[AnyEvent], count: int) -> Iterator[AnyEvent]:
+    """About `count` events: those before the pre-copy, the pre-copy many times, the rest."""
+    begin, end = precopy_of(header, events)
+    apart = (Socket, Thread, Mark, VcpuState, Ending)
+    middle = [e for e in events if begin < begin_of(e) < end and not isinstance(e, apart)]
+    positions: Counter[tuple[int, int]] = Counter()
+    for event in middle:
+        if isinstance(event, Transfer):
+            positions[event.socket, event.direction] += event.bytes
+    copies = max(0, (count - len(events)) // len(middle))
+    once = {id(event) for event in middle}
+    yield from (e for e in events if begin_of(e) < end and id(e) not in once)
+    for number in range(copies + 1):
+        for event in middle:
+            yield shifted(event, number * (end - begin), positions, number)
+    for event in events:
+        if begin_of(event) >= end:
+            yield shifted(event, copies * (end - begin), positions, copies)
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process (VmHWM, which unlike ru_maxrss knows nothing of our parent)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measure_here(path: str) -> None:
+    """Reads, analyses, and tells as JSON."""
+    wall, begin = time.perf_counter(), time.process_time()
+    recording = read_recording(path)
+    read = time.process_time()
+    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
+    done = time.process_time()
+    said = {
+        "events": len(recording.events),
+        "read_s": read - begin,
+        "analyse_s": done - read,
+        "wall_s": time.perf_counter() - wall,
+        "peak": peak_bytes(),
+        "switchover": switchover_of(breakdown),
+    }
+    print(json.dumps(said))
+
+
+def switchover_of(breakdown: Breakdown) -> list[int | None]:
+    """What a longer pre-copy must not change."""
+    return [breakdown.blackout_ns, breakdown.window_ns, *(phase.duration_ns for phase in breakdown.phases)]
+
+
+def measure(path: Path, tries: int) -> dict[str, Any]:
+    """The best of some tries, each in a new process."""
+    best: dict[str, Any] = {}
+    for _ in range(tries):
+        command = [sys.executable, "-m", "bench.reading", "--measure", str(path)]
+        said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        if not best or said["read_s"] + said["analyse_s"] < best["read_s"] + best["analyse_s"]:
+            best = said
+    return best
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, nargs="*", default=[MILLION, 3 * MILLION, 10 * MILLION])
+    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--measure", metavar="FILE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure_here(options.measure)
+        return 0
+    seed = read_recording(SEED)
+    same = switchover_of(analyse(seed.header, seed.events))
+    print("| events | file MB | read s | analyse s | both s | us an event | wall clock s | peak MB | bytes an event |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    per_event: list[float] = []
+    good = True
+    for count in options.events:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "long.rec"
+            with RecordingWriter(path, seed.header) as writer:
+                writer.write_many(stretched(seed.header, seed.events, count))
+            size = path.stat().st_size
+            said = measure(path, options.tries)
+        if said["switchover"] != same:
+            raise ValueError(f"{count} events: the switchover is not the real one: {said['switchover']}, {same}")
+        both = said["read_s"] + said["analyse_s"]
+        per_event.append(both / said["events"])
+        if count == MILLION:
+            good = both <= MOST_S and said["peak"] <= MOST_BYTES
+        print(
+            f"| {said['events']} | {size / 1e6:.1f} | {said['read_s']:.2f} | {said['analyse_s']:.2f} | {both:.2f} | "
+            f"{both / said['events'] * 1e6:.2f} | "
+            f"{said['wall_s']:.2f} | {said['peak'] / 1e6:.0f} | {said['peak'] / said['events']:.0f} |",
+            flush=True,
+        )
+    linear = per_event[-1] <= MOST_GROWTH * per_event[0]
+    print(f"\nat most {MOST_S:.0f} s and {MOST_BYTES / 1e6:.0f} MB for a million: {'yes' if good else 'NO'}; ", end="")
+    print(f"linear: {'yes' if linear else 'NO'}, {per_event[-1] / per_event[0]:.2f} times as much an event")
+    return 0 if good and linear else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
