@@ -71,6 +71,23 @@ class Vcpu(Struct, frozen=True, kw_only=True):
     blackout_ns: int | None
 
 
+class Pausing(Struct, frozen=True, kw_only=True):
+    """The stop of the vCPUs, as the thread that asked for it saw it."""
+
+    stop_ns: int
+    """Pause request to the last vCPU's stop."""
+    noticed_ns: int
+    """From there to the next call of that thread: only then does it go on."""
+    naps: int
+    """How often it slept from its request until it went on."""
+    asleep_ns: int
+    """The part of `noticed_ns` that it slept."""
+    polling: bool
+    """It slept on a timer: nobody wakes it when the vCPUs have stopped."""
+    kicked_late_ns: int
+    """How long it had been off the CPU right before its request, and so before the window."""
+
+
 class Slot(Struct, frozen=True, kw_only=True):
     slot: int
     base: int
@@ -230,6 +247,9 @@ class Witness(Struct, frozen=True, kw_only=True):
     difference_ns: int
     """value - our figure."""
     explanation: str
+    span: Span | None = None
+    """Where the kernel's events show the very thing that it measured; None if they do not. It is our figure, except of
+    downtimes: those are compared with the blackout."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):
@@ -295,6 +315,7 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """Doubts about single figures, one line each."""
     what_if: WhatIf | None = None
     """Only where it was asked for (`report --what-if`)."""
+    pausing: Pausing | None = None
 
     def phase_ns(self, name: str) -> int:
         """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""

@@ -17,7 +17,20 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-from ebpf_mig import fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
+from ebpf_mig import (
+    fetches,
+    inside,
+    own_parts,
+    pausing,
+    phases,
+    processes,
+    roles,
+    sockets,
+    verdict,
+    waits,
+    wire,
+    witness,
+)
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
     Breakdown,
@@ -85,6 +98,7 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
     window, parts, work = attribute(case)
+    wires = _wire(case, window)
     origin = window[0] if window else case.since
     breakdown = Breakdown(
         migration=_migration(case, window),
@@ -95,12 +109,13 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
         vcpus=_vcpus(case, origin),
         dirty_log=_dirty_log(case, origin, parts, work),
         sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
-        wire=_wire(case, window),
+        wire=wires,
         waits=_waits(case, window, parts),
-        witnesses=_witnesses(case),
+        witnesses=_witnesses(case, window, parts, wires),
         completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown, window),
         clock=Clock(),
         notes=_notes(case, window, work),
+        pausing=pausing.observe(case.source, case.switchover),
     )
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
@@ -241,11 +256,16 @@ def _since(segments: list[Segment], begin: int) -> list[Segment]:
     return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
 
 
-def _witnesses(case: Case) -> list[Witness]:
+def _witnesses(
+    case: Case, window: tuple[int, int] | None, parts: list[Phase], wires: list[Wire] | None
+) -> list[Witness]:
     if case.switchover is None:
         return []
     pids = (case.source.pid if case.source else None, case.destination.pid if case.destination else None)
-    return witness.gather(case.material.marks, case.switchover, pids)
+    found = witness.gather(case.material.marks, case.switchover, pids)
+    paused = pausing.observe(case.source, case.switchover)
+    own = own_parts.explained(found, case, window, paused.kicked_late_ns if paused else 0)
+    return own + own_parts.gather(case, window, parts, wires)
 
 
 def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> list[Wait] | None:

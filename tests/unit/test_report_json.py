@@ -110,7 +110,7 @@ def test_names_and_order_of_the_schema() -> None:
             ],
             "wire": None,
             "waits": None,
-            "witnesses": [{"name": None, "value_ns": None, "difference_ns": None, "explanation": None}],
+            "witnesses": [{"name": None, "value_ns": None, "difference_ns": None, "explanation": None, "span": None}],
             "completeness": {
                 "verdict": None,
                 "lost": {},
@@ -124,6 +124,7 @@ def test_names_and_order_of_the_schema() -> None:
             "clock": {"offset_ns": None, "bound_ns": None},
             "notes": None,
             "what_if": None,
+            "pausing": None,
         }
     )
 
