@@ -10,7 +10,10 @@ the sockets, the witnesses; say how far all this can be relied upon.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import gc
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -22,6 +25,7 @@ from ebpf_mig import (
     phases,
     processes,
     roles,
+    served,
     sockets,
     verdict,
     waits,
@@ -30,6 +34,7 @@ from ebpf_mig import (
 )
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
+    IMMEDIATE,
     Breakdown,
     Clock,
     DirtyLog,
@@ -43,7 +48,7 @@ from ebpf_mig.breakdown import (
     Witness,
 )
 from ebpf_mig.case import Case, locate, postcopy
-from ebpf_mig.events import AnyEvent, Header
+from ebpf_mig.events import AnyEvent, Header, Segment
 from ebpf_mig.fetches import Burst
 from ebpf_mig.passes import DirtyLogRows
 from ebpf_mig.processes import RECEIVE, SEND, Process
@@ -74,6 +79,23 @@ class Placed(NamedTuple):
 
 def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Placed:
     """As `analyse`, with when and over which connection."""
+    with _uncollected():
+        return _placed(header, events, truncated, unknown)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: the analysis makes no cycles, and each full collection walks all its lists."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown: int) -> Placed:
     material = processes.split(header, events)
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
@@ -96,6 +118,7 @@ def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fals
         clock=Clock(),
         notes=_notes(case, window, work),
         pausing=pausing.observe(case.source, case.switchover),
+        postcopy=served.observe(case),
     )
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
@@ -220,13 +243,20 @@ def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
     found: list[Wire] = []
     for near, far in sorted(sockets.mirrors(source, destination).items()):
         if near in case.channels.source:
-            sends = [t for t in source.transfers if t.direction == SEND and t.socket == near]
-            receives = [t for t in destination.transfers if t.direction == RECEIVE and t.socket == far]
-            segments = [s for p in (source, destination) for s in p.segments if s.socket in (near, far)]
+            sends = source.streams.get((SEND, near), [])
+            receives = destination.streams.get((RECEIVE, far), [])
+            segments = [
+                s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
+            ]
             segments.sort(key=attrgetter("at_ns", "pid"))
             rows = wire.gather(sends, receives, segments, window)
             found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
+
+
+def _since(segments: list[Segment], begin: int) -> list[Segment]:
+    """Those from `begin` on, and one before, which tells that they were traced at all."""
+    return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
 
 
 def _witnesses(
@@ -301,6 +331,4 @@ def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
     named = ", ".join(map(str, vcpus[:8])) + (f" and {len(vcpus) - 8} more" if len(vcpus) > 8 else "")
     longest = max(ns for _, ns in took) / 1000
     calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
-    return (
-        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us: taken not to have run the guest"
-    )
+    return f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us{IMMEDIATE}"

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from ebpf_mig import activity, kvm, pausing, phases
 from ebpf_mig.case import Case, postcopy
 from ebpf_mig.events import Ioctl, Transfer
-from ebpf_mig.processes import RECEIVE, SEND, Process
-from ebpf_mig.sockets import key_of
+from ebpf_mig.processes import RECEIVE, SEND, Process, key_of
 from ebpf_mig.switchover import Switchover
 
 Span = tuple[int, int]
