@@ -56,7 +56,7 @@ def explained(witnesses: Sequence[Witness], case: Case, window: Span | None, lat
         f"{'after' if found[1] >= switchover.first_start else 'before'} the start"
     )
     if late_ns >= MS // 2:
-        why += f"; its thread was off the CPU for {late_ns / MS:.3f} before that"
+        why += f"; its thread had lost the CPU for {late_ns / MS:.3f} before that"
     return [
         msgspec.structs.replace(w, explanation=why, span=span) if w.name == "ch.downtime_ms" else w for w in witnesses
     ]

@@ -13,7 +13,7 @@ from ebpf_mig.processes import Process
 from ebpf_mig.switchover import Switchover
 
 BEFORE_NS = 1_000_000
-"""A wait of the kicking thread that ended this soon before its first kick made that kick late."""
+"""Where the kicking thread got its CPU back this soon before its first kick, that kick was late."""
 
 
 def driver(source: Process, found: Switchover) -> int | None:
@@ -44,6 +44,6 @@ def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
 
 
 def _before(source: Process, found: Switchover, tid: int) -> list[OffCpu]:
-    """The last time that the thread was off the CPU before it kicked, if that was just before."""
-    waits = [w for w in source.off_cpu if w.tid == tid and w.end_ns <= found.requested]
+    """The last time that the thread had lost the CPU before it kicked, if that was just before."""
+    waits = [w for w in source.off_cpu if w.preempted and w.tid == tid and w.end_ns <= found.requested]
     return [w for w in waits[-1:] if found.requested - w.end_ns <= BEFORE_NS]

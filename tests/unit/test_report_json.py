@@ -125,6 +125,7 @@ def test_names_and_order_of_the_schema() -> None:
             "notes": None,
             "what_if": None,
             "pausing": None,
+            "postcopy": None,
         }
     )
 
