@@ -61,7 +61,7 @@ def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
 def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
     plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
     names = tiers()
-    for _ in range(5):
+    for _ in range(3):
         runs = migrate_by(names, plan, unix=unix)
         if not runs[0].doubtful():
             break
