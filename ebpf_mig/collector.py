@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
-from ebpf_mig import fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
+from ebpf_mig import crossing, fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
     Breakdown,
@@ -82,6 +82,8 @@ def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fals
         clock=Clock(),
         notes=_notes(case, window, work),
     )
+    if header.remote is not None:
+        breakdown = crossing.bounded(breakdown, header.remote, origin)
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
 
@@ -111,7 +113,12 @@ def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
 
 
 def _endpoint(case: Case, process: Process | None) -> Endpoint | None:
-    return Endpoint(host=case.material.header.host, pid=process.pid) if process else None
+    if process is None:
+        return None
+    remote = case.material.header.remote
+    if remote is not None and process.pid == remote.pid:
+        return Endpoint(host=remote.host, pid=remote.own_pid)
+    return Endpoint(host=case.material.header.host, pid=process.pid)
 
 
 def _blackout(case: Case) -> int | None:
