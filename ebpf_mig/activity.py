@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from ebpf_mig import kvm
 from ebpf_mig.events import Ioctl, OffCpu, Transfer
 from ebpf_mig.fetches import Burst, is_clear
-from ebpf_mig.processes import RECEIVE, SEND
-from ebpf_mig.sockets import key_of
+from ebpf_mig.processes import RECEIVE, SEND, key_of
 
 CLUSTER_NS = 1_000_000
 """Sends further apart than this are not one message, where no reply tells messages apart."""

@@ -75,6 +75,23 @@ class Vcpu(Struct, frozen=True, kw_only=True):
     """As that of a phase, of `blackout_ns` and `start`."""
 
 
+class Pausing(Struct, frozen=True, kw_only=True):
+    """The stop of the vCPUs, as the thread that asked for it saw it."""
+
+    stop_ns: int
+    """Pause request to the last vCPU's stop."""
+    noticed_ns: int
+    """From there to the next call of that thread: only then does it go on."""
+    naps: int
+    """How often it slept from its request until it went on."""
+    asleep_ns: int
+    """The part of `noticed_ns` that it slept."""
+    polling: bool
+    """It slept on a timer: nobody wakes it when the vCPUs have stopped."""
+    kicked_late_ns: int
+    """How long it had been off the CPU right before its request, and so before the window."""
+
+
 class Slot(Struct, frozen=True, kw_only=True):
     slot: int
     base: int
@@ -236,6 +253,9 @@ class Witness(Struct, frozen=True, kw_only=True):
     difference_ns: int
     """value - our figure."""
     explanation: str
+    span: Span | None = None
+    """Where the kernel's events show the very thing that it measured; None if they do not. It is our figure, except of
+    downtimes: those are compared with the blackout."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):
@@ -265,8 +285,10 @@ class Clock(Struct, frozen=True, kw_only=True):
     """With `bound_ns` None: `least`, figures that span the hosts are at least as long as said; `most`: at most."""
     drift_ppb: int = 0
     """How much the clocks' rates differ at most, in parts per billion."""
-    pairs: Span = (0, 0)
-    """How many pairs of events on both hosts bound it from above and from below."""
+    pairs_there: int = 0
+    """How many pairs of an event on the source and a later one on the destination bound it from above."""
+    pairs_back: int = 0
+    """The same the other way, from below."""
 
 
 class Change(Struct, frozen=True, kw_only=True):
@@ -313,6 +335,7 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """How far `window_ns` can be off, as `Clock.bound_ns` for `blackout_ns`."""
     what_if: WhatIf | None = None
     """Only where it was asked for (`report --what-if`)."""
+    pausing: Pausing | None = None
 
     def phase_ns(self, name: str) -> int:
         """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""

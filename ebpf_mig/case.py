@@ -13,7 +13,7 @@ from ebpf_mig import fetches, sockets
 from ebpf_mig import switchover as switchovers
 from ebpf_mig.events import Transfer
 from ebpf_mig.fetches import Burst
-from ebpf_mig.processes import RECEIVE, SEND, Material, Process
+from ebpf_mig.processes import RECEIVE, SEND, Material, Process, key_of
 from ebpf_mig.sockets import Channels
 from ebpf_mig.switchover import Switchover
 
@@ -46,7 +46,7 @@ class Case:
         keys = self.channels.source if process is self.source else self.channels.destination
         known = self._by_channel.get((process.pid, keys))
         if known is None:
-            known = [t for t in process.transfers if sockets.key_of(t) in keys]
+            known = [t for t in process.transfers if (t.socket or key_of(t)) in keys]
             self._by_channel[process.pid, keys] = known
         return known
 

@@ -10,11 +10,28 @@ the sockets, the witnesses; say how far all this can be relied upon.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import gc
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-from ebpf_mig import crossing, fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
+from ebpf_mig import (
+    crossing,
+    fetches,
+    inside,
+    own_parts,
+    pausing,
+    phases,
+    processes,
+    roles,
+    sockets,
+    verdict,
+    waits,
+    wire,
+    witness,
+)
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
     Breakdown,
@@ -30,7 +47,7 @@ from ebpf_mig.breakdown import (
     Witness,
 )
 from ebpf_mig.case import Case, locate, postcopy
-from ebpf_mig.events import AnyEvent, Header
+from ebpf_mig.events import AnyEvent, Header, Segment
 from ebpf_mig.fetches import Burst
 from ebpf_mig.passes import DirtyLogRows
 from ebpf_mig.processes import RECEIVE, SEND, Process
@@ -61,10 +78,28 @@ class Placed(NamedTuple):
 
 def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Placed:
     """As `analyse`, with when and over which connection."""
+    with _uncollected():
+        return _placed(header, events, truncated, unknown)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: the analysis makes no cycles, and each full collection walks all its lists."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown: int) -> Placed:
     material = processes.split(header, events)
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
     window, parts, work = attribute(case)
+    wires = _wire(case, window)
     origin = window[0] if window else case.since
     breakdown = Breakdown(
         migration=_migration(case, window),
@@ -75,12 +110,13 @@ def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = Fals
         vcpus=_vcpus(case, origin),
         dirty_log=_dirty_log(case, origin, parts, work),
         sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
-        wire=_wire(case, window),
+        wire=wires,
         waits=_waits(case, window, parts),
-        witnesses=_witnesses(case),
+        witnesses=_witnesses(case, window, parts, wires),
         completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown, window),
         clock=Clock(),
         notes=_notes(case, window, work),
+        pausing=pausing.observe(case.source, case.switchover),
     )
     if header.remote is not None:
         breakdown = crossing.bounded(breakdown, header.remote, origin)
@@ -212,20 +248,32 @@ def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
     found: list[Wire] = []
     for near, far in sorted(sockets.mirrors(source, destination).items()):
         if near in case.channels.source:
-            sends = [t for t in source.transfers if t.direction == SEND and t.socket == near]
-            receives = [t for t in destination.transfers if t.direction == RECEIVE and t.socket == far]
-            segments = [s for p in (source, destination) for s in p.segments if s.socket in (near, far)]
+            sends = source.streams.get((SEND, near), [])
+            receives = destination.streams.get((RECEIVE, far), [])
+            segments = [
+                s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
+            ]
             segments.sort(key=attrgetter("at_ns", "pid"))
             rows = wire.gather(sends, receives, segments, window)
             found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
 
 
-def _witnesses(case: Case) -> list[Witness]:
+def _since(segments: list[Segment], begin: int) -> list[Segment]:
+    """Those from `begin` on, and one before, which tells that they were traced at all."""
+    return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
+
+
+def _witnesses(
+    case: Case, window: tuple[int, int] | None, parts: list[Phase], wires: list[Wire] | None
+) -> list[Witness]:
     if case.switchover is None:
         return []
     pids = (case.source.pid if case.source else None, case.destination.pid if case.destination else None)
-    return witness.gather(case.material.marks, case.switchover, pids)
+    found = witness.gather(case.material.marks, case.switchover, pids)
+    paused = pausing.observe(case.source, case.switchover)
+    own = own_parts.explained(found, case, window, paused.kicked_late_ns if paused else 0)
+    return own + own_parts.gather(case, window, parts, wires)
 
 
 def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> list[Wait] | None:

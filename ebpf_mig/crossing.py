@@ -30,7 +30,8 @@ def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
         bound_ns=bound_at(remote, origin + start),
         open=remote.open,
         drift_ppb=remote.drift_ppb,
-        pairs=remote.pairs,
+        pairs_there=remote.pairs[0],
+        pairs_back=remote.pairs[1],
     )
     end = bound_at(remote, origin + breakdown.window_ns) if breakdown.window_ns is not None else 0
     rows = breakdown.wire

@@ -37,7 +37,7 @@ class Burst:
 
     @property
     def begin(self) -> int:
-        return self.ioctls[0].begin_ns
+        return self.ioctls[0].begin_ns if self.ioctls else 0
 
     @property
     def fetched(self) -> bool:
@@ -56,11 +56,7 @@ def is_dirty_log(ioctl: Ioctl) -> bool:
 
 def is_clear(ioctl: Ioctl) -> bool:
     """Re-arms the log of a stretch of pages."""
-    return _name(ioctl) == "CLEAR_DIRTY_LOG"
-
-
-def _name(ioctl: Ioctl) -> str:
-    return kvm.name_of(ioctl.cmd)
+    return kvm.name_of(ioctl.cmd) == "CLEAR_DIRTY_LOG"
 
 
 def sizes(process: Process) -> dict[int, tuple[int, int]]:
@@ -74,11 +70,11 @@ def fetchers(process: Process) -> frozenset[int]:
     """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
     slots: dict[int, set[int]] = defaultdict(set)
     rings: set[int] = set()
-    for ioctl in process.dirty_log:
-        if _name(ioctl) == "RESET_DIRTY_RINGS":
-            rings.add(ioctl.tid)
+    for tid, cmd, slot in {(ioctl.tid, ioctl.cmd, ioctl.slot) for ioctl in process.dirty_log}:
+        if kvm.name_of(cmd) == "RESET_DIRTY_RINGS":
+            rings.add(tid)
         else:
-            slots[ioctl.tid].add(ioctl.slot)
+            slots[tid].add(slot)
     known = sizes(process)
     largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
     several = {tid for tid, fetched in slots.items() if len(fetched) > 1 or largest in fetched}
@@ -116,42 +112,36 @@ def switched_on(process: Process, before: int | None) -> int | None:
 def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Transfer]) -> list[Burst]:
     """The migration's fetches from `since` on; one that begins before the last stop ends there."""
     tids = fetchers(process)
-    begins = sorted(send.begin_ns for send in sends)
+    begins = [send.begin_ns for send in sends]
     result: list[Burst] = []
-    seen: set[tuple[int, int]] = set()
+    current = Burst()
+    fetched_slots: set[tuple[int, int]] = set()
     last = 0
-    for ioctl in process.dirty_log:
-        if ioctl.begin_ns < since:
-            continue
-        stopped, name = stop is not None and ioctl.begin_ns >= stop, _name(ioctl)
+    for ioctl in process.dirty_log[bisect_left(process.dirty_log, since, key=_begin) :]:
+        begin, name = ioctl.begin_ns, kvm.name_of(ioctl.cmd)
+        stopped = stop is not None and begin >= stop
         if ioctl.tid not in tids and not (stopped and name == "RESET_DIRTY_RINGS"):
             continue
+        apart = begin - last >= BURST_NS or _any_in(begins, last, begin)
+        again = name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in fetched_slots
         clear = name == "CLEAR_DIRTY_LOG"
-        current = result[-1] if result else None
-        if (
-            current is None
-            or (stop is not None and current.begin < stop <= ioctl.begin_ns)
-            or (
-                not clear
-                and (
-                    not current.fetched
-                    or ioctl.begin_ns - last >= BURST_NS
-                    or (name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in seen)
-                    or _any_in(begins, last, ioctl.begin_ns)
-                )
-            )
-        ):
-            current = Burst()
+        crosses = stopped and stop is not None and current.begin < stop
+        if not result or crosses or (not clear and (apart or again or not current.fetched)):
+            current = Burst([ioctl], ioctl.end_ns)
             result.append(current)
-            seen.clear()
+            fetched_slots.clear()
             last = 0
-        close = not current.ioctls or (ioctl.begin_ns - last < BURST_NS and not _any_in(begins, last, ioctl.begin_ns))
-        if not clear or close:
-            current.end = max(current.end, ioctl.end_ns)
-        current.ioctls.append(ioctl)
-        seen.add((ioctl.cmd, ioctl.slot))
+        else:
+            if not clear or not apart:
+                current.end = max(current.end, ioctl.end_ns)
+            current.ioctls.append(ioctl)
+        fetched_slots.add((ioctl.cmd, ioctl.slot))
         last = max(last, ioctl.end_ns)
     return result
+
+
+def _begin(ioctl: Ioctl) -> int:
+    return ioctl.begin_ns
 
 
 def _any_in(instants: Sequence[int], begin: int, end: int) -> bool:
@@ -169,7 +159,7 @@ def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
 def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
     """The slots that were fetched, as far as their place is known."""
     known = sizes(process)
-    used = sorted({i.slot for burst in found for i in burst.ioctls if _name(i) != "RESET_DIRTY_RINGS"})
+    used = sorted({i.slot for burst in found for i in burst.ioctls if kvm.name_of(i.cmd) != "RESET_DIRTY_RINGS"})
     if not used:
         used = sorted({i.slot for i in process.memslots if i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size})
     return [breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1]) for slot in used if slot in known]
@@ -177,8 +167,9 @@ def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
 
 def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> str:
     """manual, legacy, ring or none. With a ring already drained there may be no ioctl at all."""
-    names = {_name(i) for burst in found for i in burst.ioctls}
-    running = {_name(i) for b in found for i in b.ioctls if stop is None or i.begin_ns < stop}
+    names = {kvm.name_of(cmd) for cmd in {i.cmd for burst in found for i in burst.ioctls}}
+    before = {i.cmd for burst in found for i in burst.ioctls if stop is None or i.begin_ns < stop}
+    running = {kvm.name_of(cmd) for cmd in before}
     if "CLEAR_DIRTY_LOG" in names:
         return "manual"
     if "RESET_DIRTY_RINGS" in names and "GET_DIRTY_LOG" not in running:

@@ -6,7 +6,7 @@ In: a source's fetches and sends. Out: rows of the breakdown.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,10 +100,11 @@ class DirtyLogRows:
 
     def returned(self, burst: Burst, before: Burst | None) -> int | None:
         """Ring entries given back from the end of the fetch before to the end of this one; None with a bitmap."""
-        if any(kvm.name_of(i.cmd) == "GET_DIRTY_LOG" for i in burst.ioctls):
+        if any(i.cmd == kvm.GET_DIRTY_LOG for i in burst.ioctls):
             return None
         since = before.end if before else self.bursts[0].begin
-        resets = [i for i in self._resets if since <= i.begin_ns <= burst.end]
+        first, until = bisect_left(self._resets, since, key=_begin), bisect_right(self._resets, burst.end, key=_begin)
+        resets = self._resets[first:until]
         return sum(max(0, i.ret) for i in resets) if resets else None
 
     def final(self, until: int) -> list[Fetch]:
@@ -194,6 +195,10 @@ class DirtyLogRows:
             slots=len({i.slot for i in ioctls}),
             in_blackout_ns=sum(max(0, min(i.end_ns, end) - max(i.begin_ns, begin)) for i in ioctls),
         )
+
+
+def _begin(ioctl: Ioctl) -> int:
+    return ioctl.begin_ns
 
 
 def _uncovered(ioctls: Sequence[Ioctl], begin: int, until: int) -> list[Span]:

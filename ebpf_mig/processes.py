@@ -28,6 +28,11 @@ from ebpf_mig.timeline import Timeline
 SEND, RECEIVE = 0, 1
 
 
+def key_of(transfer: ev.Transfer) -> int:
+    """The socket's inode; without one, a negative number made of the file descriptor."""
+    return transfer.socket if transfer.socket else -1 - transfer.fd
+
+
 @dataclass
 class Process:
     """One traced process; every list is in time order."""
@@ -68,6 +73,14 @@ class Process:
     def memslots(self) -> list[ev.Ioctl]:
         """The ioctls that set memslots."""
         return [ioctl for ioctl in self.other_ioctls if kvm.is_memslot(ioctl.cmd)]
+
+    @cached_property
+    def streams(self) -> dict[tuple[int, int], list[ev.Transfer]]:
+        """Transfers in order by direction and socket, as told by `key_of`."""
+        result: dict[tuple[int, int], list[ev.Transfer]] = defaultdict(list)
+        for transfer in self.transfers:
+            result[transfer.direction, transfer.socket or key_of(transfer)].append(transfer)
+        return dict(result)
 
     @cached_property
     def sockets(self) -> dict[int, ev.Socket]:
@@ -184,8 +197,7 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
             costs.append(event)
     for (kind, pid), found in streams.items():
         process = processes.setdefault(pid, Process(pid))
-        whole = [_WHOLE[kind](event) for event in found] if kind in _WHOLE else found
-        setattr(process, _STREAMS[kind], _in_order(kind, whole))
+        setattr(process, _STREAMS[kind], _in_order(kind, _made_whole(kind, found)))
     marks.sort(key=_key)
     costs.sort(key=_key)
     return Material(header, dict(sorted(processes.items())), marks, _last(endings), costs)
@@ -213,27 +225,26 @@ def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
     return events
 
 
-def _whole_ioctl(event: ev.Ioctl) -> ev.Ioctl:
-    """A call whose begin was not seen, or makes no sense, begins when it ends."""
-    if 0 < event.begin_ns <= event.end_ns:
-        return event
-    return msgspec.structs.replace(event, begin_ns=event.end_ns)
+def _made_whole(kind: type, events: list[Any]) -> list[Any]:
+    """A call whose begin was not seen, or makes no sense, begins when it ends; nobody moves less than nothing."""
+    if kind is ev.Ioctl:
+        return [i if 0 < i.begin_ns <= i.end_ns else msgspec.structs.replace(i, begin_ns=i.end_ns) for i in events]
+    if kind is ev.Transfer:
+        return [
+            t if 0 < t.begin_ns <= t.end_ns and t.in_call_ns >= 0 and t.bytes >= 0 else _whole_transfer(t)
+            for t in events
+        ]
+    return events
 
 
 def _whole_transfer(event: ev.Transfer) -> ev.Transfer:
-    """The same for transfers, which cannot move less than nothing either."""
     length = event.end_ns - event.begin_ns
-    if 0 < event.begin_ns <= event.end_ns and event.in_call_ns >= 0 and event.bytes >= 0:
-        return event
     return msgspec.structs.replace(
         event,
         begin_ns=event.begin_ns if event.begin_ns > 0 and length >= 0 else event.end_ns,
         in_call_ns=max(0, event.in_call_ns),
         bytes=max(0, event.bytes),
     )
-
-
-_WHOLE: dict[type, Callable[[Any], ev.AnyEvent]] = {ev.Ioctl: _whole_ioctl, ev.Transfer: _whole_transfer}
 
 
 def _last(endings: list[ev.Ending]) -> ev.Ending | None:

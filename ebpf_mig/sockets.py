@@ -12,13 +12,13 @@ by how much went through, and never by a thread's name.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig import tcp
 from ebpf_mig.breakdown import SocketUse
 from ebpf_mig.events import Socket, Transfer
-from ebpf_mig.processes import RECEIVE, SEND, Process
+from ebpf_mig.processes import RECEIVE, SEND, Process, key_of
 
 AF_UNIX = 1
 LEAST_BYTES = 4096
@@ -29,7 +29,7 @@ EXTRA_SHARE = 100
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The migration's sockets: keys as made by `key_of`."""
+    """The migration's sockets: keys as made by `processes.key_of`."""
 
     source: frozenset[int] = frozenset()
     destination: frozenset[int] = frozenset()
@@ -39,11 +39,6 @@ class Channels:
     def connections(self) -> int:
         """How many connections carry it."""
         return max(len(self.source), len(self.destination))
-
-
-def key_of(transfer: Transfer) -> int:
-    """The socket's inode; without one, a negative number made of the file descriptor."""
-    return transfer.socket if transfer.socket else -1 - transfer.fd
 
 
 def choose(source: Process | None, destination: Process | None, since: int, fetchers: Collection[int]) -> Channels:
@@ -61,11 +56,6 @@ def choose(source: Process | None, destination: Process | None, since: int, fetc
     return Channels(keys, other, _transport(source, keys))
 
 
-def of_channels(transfers: Iterable[Transfer], keys: Collection[int], direction: int) -> list[Transfer]:
-    """The transfers of one direction on the given sockets, in order."""
-    return [t for t in transfers if t.direction == direction and key_of(t) in keys]
-
-
 def _busiest(
     process: Process | None,
     direction: int,
@@ -78,11 +68,11 @@ def _busiest(
         return frozenset()
     total: Counter[int] = Counter()
     by_tids: Counter[int] = Counter()
-    for transfer in process.transfers:
-        if transfer.direction == direction and transfer.end_ns >= since:
-            total[key_of(transfer)] += transfer.bytes
-            if transfer.tid in tids:
-                by_tids[key_of(transfer)] += transfer.bytes
+    for (way, key), transfers in process.streams.items():
+        late = [t for t in transfers if t.end_ns >= since] if way == direction else ()
+        if late:
+            total[key] = sum(t.bytes for t in late)
+            by_tids[key] = sum(t.bytes for t in late if t.tid in tids)
     crossing = {key: total[key] for key in total if key in mirrors}
     candidates = crossing or {key: size for key, size in total.items() if size >= LEAST_BYTES}
     if not candidates:
@@ -156,9 +146,9 @@ def connection(source: Process | None, destination: Process | None, channels: Ch
     if process is None:
         return ""
     ways: dict[int, set[int]] = defaultdict(set)
-    for transfer in process.transfers:
-        if transfer.bytes and key_of(transfer) in keys:
-            ways[key_of(transfer)].add(transfer.direction)
+    for (direction, key), transfers in process.streams.items():
+        if key in keys and any(t.bytes for t in transfers):
+            ways[key].add(direction)
     found: list[tuple[bool, str]] = []
     for key, directions in ways.items():
         known = process.sockets.get(key)
@@ -196,20 +186,19 @@ def usage(
     ):
         if process is None:
             continue
-        used: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-        for transfer in process.transfers:
-            if _in_window(transfer, window) and (key := key_of(transfer)) in keys:
-                used[(transfer.direction, key)].append(transfer)
-        for (direction, _), transfers in sorted(used.items(), key=lambda i: (i[0][0] != main, i[0][1])):
-            role = "migration" if direction == main else "control"
-            rows.append(_row(process, f"{side} {role}", transfers, window))
+        for (direction, key), transfers in sorted(process.streams.items(), key=lambda i: (i[0][0] != main, i[0][1])):
+            used = _in_window(transfers, direction, window) if key in keys else ()
+            if used:
+                role = "migration" if direction == main else "control"
+                rows.append(_row(process, f"{side} {role}", used, window))
     return rows
 
 
-def _in_window(transfer: Transfer, window: tuple[int, int]) -> bool:
+def _in_window(transfers: Sequence[Transfer], direction: int, window: tuple[int, int]) -> list[Transfer]:
     """Sends count where they begin, receives where they end: that is when the bytes move."""
-    at = transfer.begin_ns if transfer.direction == SEND else transfer.end_ns
-    return window[0] <= at <= window[1]
+    if direction == SEND:
+        return [t for t in transfers if window[0] <= t.begin_ns <= window[1]]
+    return [t for t in transfers if window[0] <= t.end_ns <= window[1]]
 
 
 def _row(process: Process, role: str, transfers: list[Transfer], window: tuple[int, int]) -> SocketUse:

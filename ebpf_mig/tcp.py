@@ -30,17 +30,21 @@ def verdict(process: Process, socket: int, stretch: Span, origin: int) -> dict[s
     A socket that was first read amid the stretch is taken from its birth: all counts begin at zero.
     """
     readings = process.tcp_by_socket.get(socket, [])
-    at = [reading.at_ns for reading in readings]
-    before = bisect_right(at, stretch[0]) - 1
-    after = min(bisect_left(at, stretch[1]), len(at) - 1)
+    before = bisect_right(readings, stretch[0], key=_at) - 1
+    after = min(bisect_left(readings, stretch[1], key=_at), len(readings) - 1)
     if after < 0 or after <= before:
         return None
     first, last = readings[before] if before >= 0 else None, readings[after]
     found = {name: _difference(last, first, key) for key, name in _SUMS.items() if key in last.values}
     found |= {name: last.values[key] for key, name in _LATEST.items() if key in last.values}
     found["resolution_us"] = last.values.get("jiffy_us", 0)
-    begin = first.at_ns if first else min((s.at_ns for s in process.told if s.socket == socket), default=at[0])
+    told = [s.at_ns for s in process.told if s.socket == socket]
+    begin = first.at_ns if first else min(told, default=readings[0].at_ns)
     return {**found, "from": begin - origin, "until": last.at_ns - origin}
+
+
+def _at(reading: TcpInfo) -> int:
+    return reading.at_ns
 
 
 def _difference(last: TcpInfo, first: TcpInfo | None, key: str) -> int:

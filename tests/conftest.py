@@ -32,12 +32,21 @@ with IPRoute() as ip:
 """What `tc qdisc add dev va root tbf` does; run in a network namespace of its own."""
 
 
+def _tier_works(tier: str) -> bool:
+    """Whether functions can be traced that way, seen in a process of its own: the answer of the product itself."""
+    script = f"import os, ebpf_mig.probes.tracer as t; t.Tracer([os.getpid()], tier={tier!r}).arm()"
+    return os.geteuid() == 0 and Path("/dev/kvm").exists() and _succeeds(sys.executable, "-c", script)
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
+    "fentry": lambda: Path("/sys/kernel/btf/kvm").exists() and _tier_works("fentry"),
+    "kprobes": lambda: Path("/sys/bus/event_source/devices/kprobe").exists() and _tier_works("kprobe"),
+    "bpftrace": lambda: shutil.which("bpftrace") is not None,
     "x86-64": lambda: platform.machine() == "x86_64",
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,

@@ -43,6 +43,7 @@ def command() -> None:
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Cancel the migration after this.")
 @tracing.recording_options
+@tracing.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -57,6 +58,7 @@ def qemu(
     timeout: int,
     output: str | None,
     force: bool,
+    tier: str,
     form: str,
     color: str,
     strict: bool,
@@ -67,7 +69,7 @@ def qemu(
     options = QemuOptions(bandwidth, downtime_ms, multifd, postcopy)
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(QemuMigration(source, destination, uri, options)) as migration:
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)
 
 
@@ -97,8 +99,11 @@ The destination is a Cloud Hypervisor started with --api-socket alone."""
 @click.option("--memory-mode", type=click.Choice(["precopy", "postcopy"]), default="precopy", show_default=True)
 @click.option("--source-log", metavar="FILE", help="The source's log file: its own figures are set beside ours.")
 @click.option("--destination-log", metavar="FILE", help="The same of the destination.")
+@click.option("--source-events", metavar="FILE", help="What the source's --event-monitor writes.")
+@click.option("--destination-events", metavar="FILE", help="The same of the destination.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
 @tracing.recording_options
+@tracing.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -114,9 +119,12 @@ def cloud_hypervisor(
     memory_mode: str,
     source_log: str | None,
     destination_log: str | None,
+    source_events: str | None,
+    destination_events: str | None,
     timeout: int,
     output: str | None,
     force: bool,
+    tier: str,
     form: str,
     color: str,
     strict: bool,
@@ -124,8 +132,11 @@ def cloud_hypervisor(
     """Migrate a Cloud Hypervisor VM through its HTTP API."""
     tracing.check_output(output, force)
     postcopy = memory_mode == "postcopy"
-    options = ChOptions(local, downtime_ms, timeout_s, connections, tls_dir, postcopy, source_log, destination_log)
+    options = ChOptions(
+        local, downtime_ms, timeout_s, connections, tls_dir, postcopy,
+        source_log, destination_log, source_events, destination_events,
+    )  # fmt: skip
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)

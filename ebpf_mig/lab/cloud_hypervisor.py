@@ -44,6 +44,7 @@ class ChVm:
     process: subprocess.Popen[bytes]
     api: str
     log: Path
+    events: Path
     heartbeat: Heartbeat
 
     @property
@@ -101,10 +102,13 @@ def build_preload(directory: Path) -> Path:
 class ChPair:
     """Source and destination; started on entering, gone on leaving."""
 
-    def __init__(self, scenario: Scenario, binary: str | None = None, *, local: bool = False) -> None:
+    def __init__(
+        self, scenario: Scenario, binary: str | None = None, *, local: bool = False, tls_dir: str | None = None
+    ) -> None:
         self.scenario = scenario
         self.binary = find_binary(binary)
         self.local = local
+        self.tls_dir = tls_dir
         self.notes: list[str] = []
         self._stack = contextlib.ExitStack()
         self._prefix: list[str] = []
@@ -139,20 +143,24 @@ class ChPair:
             downtime_ms=s.downtime_ms,
             connections=s.multifd_channels,
             postcopy=s.postcopy,
+            tls_dir=self.tls_dir,
             source_log=str(self.source.log),
             destination_log=str(self.destination.log),
+            source_events=str(self.source.events),
+            destination_events=str(self.destination.events),
         )
 
     def _start(self, role: str, more: list[str]) -> ChVm:
-        api, log = self.directory / f"{role}.api", self.directory / f"{role}.log"
+        api, log, events = (self.directory / f"{role}.{kind}" for kind in ("api", "log", "events"))
         read_end, write_end = os.pipe()
         heartbeat = Heartbeat(read_end)
         self._stack.callback(heartbeat.join)
-        command = [*self._prefix, self.binary, "--api-socket", f"path={api}", "--log-file", str(log), "-v", *more]
+        command = [*self._prefix, self.binary, "--api-socket", f"path={api}", "--log-file", str(log), "-vv"]
+        command += ["--event-monitor", f"path={events}", *more]
         with os.fdopen(write_end, "wb", buffering=0) as serial, (self.directory / f"{role}.err").open("wb") as stderr:
             process = spawn(command, serial, stderr)
             self._stack.callback(stop, process)
-        return ChVm(role, process, str(api), log, heartbeat)
+        return ChVm(role, process, str(api), log, events, heartbeat)
 
     def _uri(self) -> str:
         if self.scenario.transport == "unix" or self.local:

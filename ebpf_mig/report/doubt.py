@@ -30,9 +30,10 @@ def blackout(breakdown: Breakdown) -> str:
 def told(clock: Clock) -> str:
     """How the destination's clock was brought over, and what is not known of it."""
     offset = f"{clock.offset_ns / 1e6:+.3f} ms"
-    above, below = clock.pairs
     if clock.bound_ns is None:
         missing = "came back" if clock.open == "least" else "went there"
         limit, longer = ("at most", "at least") if clock.open == "least" else ("at least", "at most")
         return f"{limit} {offset}, since nothing {missing}: what spans the hosts took {longer} as long as said"
-    return f"{offset} ± {ms(clock.bound_ns)} ms, by {above} pairs of events there and {below} back"
+    return (
+        f"{offset} ± {ms(clock.bound_ns)} ms, by {clock.pairs_there} pairs of events there and {clock.pairs_back} back"
+    )

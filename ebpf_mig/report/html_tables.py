@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
+from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
 from ebpf_mig.printable import printable
 from ebpf_mig.reference import REARM
 from ebpf_mig.report import doubt
@@ -289,7 +289,7 @@ def completeness(b: Breakdown) -> Iterator[str]:
     ]
     cost = "not measured" if state.observer_ns is None else f"{milliseconds(state.observer_ns)} ms in all"
     rows.append(f"<td>cost of the observation</td><td>{cost}</td>")
-    clock = doubt.told(b.clock) if b.clock.pairs != (0, 0) else "one clock"
+    clock = doubt.told(b.clock) if b.clock != Clock() else "one clock"
     rows.append(f"<td>clock of the destination</td><td>{clock}</td>")
     yield table("completeness", ("what", "how much"), rows)
     if b.notes:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig import fetches, kvm, processes, roles, sockets
+from ebpf_mig import fetches, kvm, processes, roles
 from ebpf_mig.case import Case, locate
 from ebpf_mig.events import AnyEvent, Header, Ioctl, OffCpu, Transfer
-from ebpf_mig.processes import RECEIVE, SEND, Process
+from ebpf_mig.processes import RECEIVE, SEND, Process, key_of
 from ebpf_mig.timeline import Timeline
 from ebpf_mig.window import attribute
 
@@ -265,7 +265,7 @@ def _moves(found: View, case: Case, side: str, direction: int) -> Iterable[Slice
     """The slices of a side's transfers on the migration's own sockets."""
     process = case.source if side == "source" else case.destination
     keys = case.channels.source if side == "source" else case.channels.destination
-    fds = {(t.tid, t.fd) for t in (process.transfers if process else ()) if sockets.key_of(t) in keys}
+    fds = {(t.tid, t.fd) for t in (process.transfers if process else ()) if key_of(t) in keys}
     word = "sends" if direction == SEND else "receives"
     for lane in found.lanes:
         if lane.side == side and lane.kind == "socket":

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, Phase, SocketUse, Vcpu, Wait, Witness
+from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, Pausing, Phase, SocketUse, Vcpu, Wait, Witness
 from ebpf_mig.printable import printable
 from ebpf_mig.report import doubt, text_fetch
 from ebpf_mig.report.canvas import PLAIN, Canvas
@@ -31,6 +31,18 @@ SCREEN = 40
 _STACK_ROOM = 34
 _EVIDENCE_ROOM = 84
 """Two lines of 80 columns."""
+
+_PART_SPARE = {
+    "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,
+    "ch.restore_ms": 3, "ch.recv_snapshot_ms": 3, "ch.resume_ms": 3, "ch.overhead_ms": 5, "ch.state_to_resume_ms": 5,
+    "ch.paused..resumed": 3,
+}  # fmt: skip
+"""Rows of Cloud Hypervisor's own figures: how much they can be spared."""
+
+_MUCH = 5
+"""What was in flight for a fifth of the window is never left out."""
+_LATE_NS = 500_000
+"""Sleep after the stop that is not worth a line."""
 
 _BAR_AT = 39
 _SIDES = {"source": ("src", "cyan"), "destination": ("dst", "magenta"), "both": ("both", "blue")}
@@ -67,6 +79,7 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [*_waterfall(breakdown, canvas)],
         [*_vcpus(breakdown)],
         [
+            *_pausing(breakdown.pausing),
             *_dirty_log(breakdown),
             *_sockets(breakdown.sockets),
             *_in_flight(breakdown),
@@ -190,6 +203,15 @@ def _vcpus(breakdown: Breakdown) -> Iterator[Row]:
         yield Row(Text(f"... {more} more, slowest first", "dim"))
 
 
+def _pausing(pausing: Pausing | None) -> Iterator[Row]:
+    """What it cost to stop the vCPUs, if noticing that they had stopped is worth a line."""
+    if pausing is None or pausing.asleep_ns < max(_LATE_NS, pausing.noticed_ns // 2):
+        return
+    why = "polls" if pausing.polling else "asleep"
+    text = f"stop {ms(pausing.stop_ns)}, noticed {ms(pausing.noticed_ns)} later ({why} {ms(pausing.asleep_ns)})"
+    yield figure("kick latency", pausing.stop_ns + pausing.noticed_ns, text)
+
+
 def _vcpu(vcpu: Vcpu) -> Text:
     own = f"{vcpu.vcpu:<19}{ms(vcpu.blackout_ns):>11}"
     return Text(f"{own}{ms(vcpu.kick_ns):>14}{ms(vcpu.stop):>11}{ms(vcpu.start):>11}")
@@ -212,6 +234,8 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
     if passes := log.passes:
         kernel, user = sum(p.kernel_ns for p in passes), sum(p.user_ns for p in passes)
         sent = f"; {size(sum(p.bytes for p in passes))} sent"
+        if not passes[-1].bytes:
+            sent += ", the last one's kept for the final one" if len(passes) > 1 else ": kept for the final one"
         yield _fetch(f"{len(passes)} pre-copy pass{'es' if len(passes) > 1 else ''}", kernel, user, sent)
         yield from text_fetch.brownout(passes)
     for switch in log.logging:
@@ -266,7 +290,8 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
         what = f"{size(wire.bytes)}, {printable(wire.reason)}"
         why = _short(printable(wire.evidence), _EVIDENCE_ROOM - len(what))
-        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=2)
+        much = wire.in_flight_ns >= (breakdown.window_ns or 0) // _MUCH
+        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=0 if much else 2)
     waits: dict[tuple[str, str, str], list[int]] = {}
     for wait in breakdown.waits or []:
         waits.setdefault((wait.phase, wait.thread, _stack(wait)), []).append(wait.duration_ns)
@@ -303,11 +328,14 @@ def _stack(wait: Wait) -> str:
 
 
 def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
+    """Those of the blackout, then the VMM's own parts, of which the destination's go first where room is scarce."""
     for witness in witnesses:
         ours = witness.value_ns - witness.difference_ns
         why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
         text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
-        yield figure(witness.name, witness.value_ns, text)
+        if witness.name in _PART_SPARE:
+            text = f"ours {ms(ours)}{why}"
+        yield figure(witness.name, witness.value_ns, text)._replace(spare=_PART_SPARE.get(witness.name, 0))
 
 
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
@@ -322,10 +350,10 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     yield remark("  observer", cost + by)
     for reason in state.reasons:
         yield remark("  because", printable(reason, 400))
-    if breakdown.clock.pairs != (0, 0):
+    if breakdown.clock != Clock():
         yield remark("clock of destination", doubt.told(breakdown.clock))
-    for note in breakdown.notes[:MAX_LISTED]:
-        yield remark("note", printable(note, 400))
+    for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
+        yield remark("note", printable(note, 400))._replace(spare=2 if at else 0)
     if len(breakdown.notes) > MAX_LISTED:
         yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 
