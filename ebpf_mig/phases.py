@@ -214,7 +214,7 @@ def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Se
     end = max(i.end_ns for i in before)
     told = next((at for at in answered if at >= end and (start is None or at < start)), None)
     if told is not None:
-        end = max(end, *(i.end_ns for i in restores if i.begin_ns < told))
+        end = max([end, *(i.end_ns for i in restores if i.begin_ns < told)])
     return Loading(begin, end)
 
 
