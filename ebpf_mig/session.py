@@ -21,6 +21,7 @@ from typing import Protocol
 from ebpf_mig import __version__
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, ClockPair, Ending, Header, Target
+from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.probes.tracer import Tracer
 
 POLL_MS = 20
@@ -97,10 +98,11 @@ def _with_comm(target: Target) -> Target:
 class Session:
     """A prepared run: programs compiled and loaded, nothing attached yet. Use as a context manager."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], tier: str = AUTO) -> None:
+        """`tier`: of what kind the probes are to be, one of `probes.functions.NAMES`."""
         require_alive(targets)
         self.targets = tuple(targets)
-        self._tracer = Tracer([target.pid for target in targets])
+        self._tracer = Tracer([target.pid for target in targets], tier=tier)
 
     def __enter__(self) -> Session:
         return self

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -32,12 +33,28 @@ with IPRoute() as ip:
 """What `tc qdisc add dev va root tbf` does; run in a network namespace of its own."""
 
 
+_FIRES = """
+import sys
+from ebpf_mig.probes import functions, loader
+counting = loader.BpfStatistics()
+sys.exit(not {"kvm", "socket", "split"} <= functions.Chooser(sys.argv[1]).choose().groups)
+"""
+
+
+def _tier_works(tier: str) -> bool:
+    """Whether functions can be traced that way, seen in a process of its own: the answer of the product itself."""
+    return os.geteuid() == 0 and Path("/dev/kvm").exists() and _succeeds(sys.executable, "-c", _FIRES, tier)
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
+    "fentry": functools.cache(lambda: _tier_works("fentry")),
+    "kprobes": functools.cache(lambda: _tier_works("kprobe")),
+    "bpftrace": lambda: shutil.which("bpftrace") is not None,
     "x86-64": lambda: platform.machine() == "x86_64",
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,

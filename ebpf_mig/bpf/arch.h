@@ -23,6 +23,9 @@ struct call_args {
 #define NR_recvmsg 47
 #define NR_tgkill 234
 
+#define REG_FIRST_ARGUMENT 112		/* struct pt_regs: di, ax */
+#define REG_RETURNED 80
+
 /* dx, si, di and orig_ax stand side by side from offset 96 on; a return changes ax only. */
 static __always_inline void read_args(const void *regs, struct call_args *out)
 {
@@ -48,6 +51,9 @@ static __always_inline void read_args(const void *regs, struct call_args *out)
 #define NR_recvfrom 207
 #define NR_sendmsg 211
 #define NR_recvmsg 212
+
+#define REG_FIRST_ARGUMENT 0		/* struct pt_regs: regs[0] is both */
+#define REG_RETURNED 0
 
 /* regs[31], sp, pc, pstate, orig_x0, syscallno: a return overwrites x0 only, orig_x0 keeps it. */
 static __always_inline void read_args(const void *regs, struct call_args *out)

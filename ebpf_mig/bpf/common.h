@@ -68,6 +68,7 @@ struct thread_state {
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
 	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since it was last told of */
 	u64 samples;				/* taken in the ioctl in flight */
+	u64 part, part_since, part_idle, flushing;	/* the part of it that is going on (SPLIT_* + 1): see split.h */
 	struct transfer_run run[3];		/* SEND, RECEIVE, HIDDEN */
 };
 _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
@@ -136,6 +137,16 @@ static __always_inline struct thread_state *this_thread(u64 pid_tgid)
 static __always_inline struct thread_state *known_thread(u32 tid)
 {
 	return threads.lookup(&tid);
+}
+
+static __always_inline void begin_call(struct thread_state *s, u64 now, u64 nr, u64 a0, u64 a1)
+{
+	s->nr = nr + 1;
+	s->off_call = 0;
+	s->off_before = s->off_all;
+	s->a0 = a0;
+	s->a1 = a1;
+	s->enter = now;
 }
 
 static __always_inline u64 word_at(u64 base, u32 offset)

@@ -21,6 +21,8 @@
 #define KVM_SET_USER_MEMORY_REGION 0x4020ae46
 #define KVM_SET_USER_MEMORY_REGION2 0x40a0ae49
 
+#include "split.h"
+
 struct ioctl_record {
 	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;
 	u64 off_cpu, slots_lock, mmu_lock, other_lock;
@@ -50,6 +52,22 @@ static __always_inline bool is_noise(u32 cmd)
 {
 	return cmd == KVM_IRQ_LINE || cmd == KVM_IRQ_LINE_STATUS || cmd == KVM_INTERRUPT ||
 	       cmd == KVM_SIGNAL_MSI || cmd == KVM_CHECK_EXTENSION;
+}
+
+static __always_inline bool is_tracked_ioctl(u32 cmd)
+{
+	return ((cmd >> 8) & 0xff) == KVM_TYPE && !is_noise(cmd);
+}
+
+static __always_inline bool is_dirty_log(u32 cmd)
+{
+	return cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS;
+}
+
+/* A call that changes nothing of its process saves a lookup. */
+static __always_inline bool needs_process(u64 nr, u32 cmd)
+{
+	return nr == NR_ioctl && (cmd == KVM_RUN || cmd == KVM_GET_DIRTY_LOG);
 }
 
 static __always_inline void vcpu_enter(struct thread_state *s, struct process_state *p, u64 pid_tgid,
@@ -201,15 +219,22 @@ static __always_inline void ioctl_enter(struct thread_state *s, struct process_s
 	}
 	s->lock_ns[LOCK_SLOTS] = s->lock_ns[LOCK_MMU] = s->lock_ns[LOCK_OTHER] = s->spin_ns = 0;
 	s->split_ns[SPLIT_WALK] = s->split_ns[SPLIT_FLUSH] = s->split_ns[SPLIT_COPY] = 0;
+	s->part = s->flushing = 0;
 	read_memory_argument(s, cmd, arg);
+}
+
+static __always_inline void any_ioctl_enter(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now,
+					    const struct call_args *c)
+{
+	if ((u32)c->a1 != KVM_RUN)
+		ioctl_enter(s, p, now, c->a1, (const void *)c->a2);
+	else if (p)
+		vcpu_enter(s, p, pid_tgid, now, c->a0);
 }
 
 static __always_inline bool is_long_fetch(struct thread_state *s, u64 now)
 {
-	u32 cmd = s->a1;
-
-	return (cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS) &&
-	       now - s->enter > LONG_FETCH_NS;
+	return is_dirty_log(s->a1) && now - s->enter > LONG_FETCH_NS;
 }
 
 static __always_inline void ioctl_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now,
@@ -219,6 +244,8 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 
 	if (p && (u32)s->a1 == KVM_GET_DIRTY_LOG)
 		p->last_fetch = now;
+	if (SPLIT_KNOWN)
+		end_part(s, now);
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (!r) {
 		count(KIND_IOCTL, true);

@@ -21,11 +21,6 @@ _Static_assert(sizeof(struct sample_record) == 8 * SAMPLE_WORDS, "sample record"
 
 BPF_ARRAY(sampling, u64, 1);		/* the period in ns, as the Python half last set it */
 
-static __always_inline bool is_dirty_log(u32 cmd)
-{
-	return cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS;
-}
-
 int on_sample(void *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), *period;

@@ -159,14 +159,15 @@ static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u6
 	run->calls = 0;
 }
 
+/* `fd` is -1 where a function of the socket was hooked, not a call of a descriptor. */
 static __always_inline void transfer_done(struct thread_state *s, struct process_state *p, u64 pid_tgid,
-					  u64 now, u32 direction, s64 ret)
+					  u64 now, u32 direction, s64 ret, u64 file, u64 fd)
 {
 	struct transfer_run *run = direction == SEND ? &s->run[0] : &s->run[1];
-	u64 file = file_of(s->a0), took = now - s->enter, socket;
+	u64 took = now - s->enter, socket;
 	bool detail = in_detail(p, now);
 
-	if (!run->calls || run->file != file || run->fd != s->a0 || run->epoch != p->epoch || detail ||
+	if (!run->calls || run->file != file || run->fd != fd || run->epoch != p->epoch || detail ||
 	    s->enter - run->end > FOLD_GAP_NS || now - run->begin > FOLD_MAX_NS) {
 		socket = socket_of(file);
 		if (!socket)
@@ -178,7 +179,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		flush_run(run, pid_tgid, now, direction);
 		run->begin = s->enter;
 		run->off_before = s->off_before;
-		run->fd = s->a0;
+		run->fd = fd;
 		run->file = file;
 		run->socket = socket;
 		run->epoch = p->epoch;

@@ -48,6 +48,7 @@ _EXAMPLES = examples(
 @click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this.")
 @tracing.recording_options
+@tracing.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -68,6 +69,7 @@ def command(
     timeout: int,
     output: str | None,
     force: bool,
+    tier: str,
     form: str,
     color: str,
     strict: bool,
@@ -84,7 +86,7 @@ def command(
     run = _qemu(scenario, vmm_binary) if vmm == "qemu" else _cloud_hypervisor(scenario, vmm_binary, local)
     with run as (migration, notes):
         time.sleep(_WARM_UP_S)
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, notes)
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, notes, tier=tier)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)
 
 

@@ -43,6 +43,7 @@ def command() -> None:
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Cancel the migration after this.")
 @tracing.recording_options
+@tracing.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -57,6 +58,7 @@ def qemu(
     timeout: int,
     output: str | None,
     force: bool,
+    tier: str,
     form: str,
     color: str,
     strict: bool,
@@ -67,7 +69,7 @@ def qemu(
     options = QemuOptions(bandwidth, downtime_ms, multifd, postcopy)
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(QemuMigration(source, destination, uri, options)) as migration:
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)
 
 
@@ -101,6 +103,7 @@ The destination is a Cloud Hypervisor started with --api-socket alone."""
 @click.option("--destination-events", metavar="FILE", help="The same of the destination.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
 @tracing.recording_options
+@tracing.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -121,6 +124,7 @@ def cloud_hypervisor(
     timeout: int,
     output: str | None,
     force: bool,
+    tier: str,
     form: str,
     color: str,
     strict: bool,
@@ -134,5 +138,5 @@ def cloud_hypervisor(
     )  # fmt: skip
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer)
+        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)

@@ -30,14 +30,17 @@ _EXAMPLES = examples(
 @click.option("--pid", "pids", type=int, multiple=True, required=True, help="Source VMM; again: the destination's.")
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
 @tracing.recording_options
+@tracing.tier_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def command(pids: Sequence[int], duration: int | None, output: str | None, force: bool, command: Sequence[str]) -> None:
+def command(
+    pids: Sequence[int], duration: int | None, output: str | None, force: bool, tier: str, command: Sequence[str]
+) -> None:
     """Trace running VMMs until the migration ended, the COMMAND and what it began ended, or Ctrl-C."""
     if len(set(pids)) != len(pids) or len(pids) > 2:
         raise UsageError("--pid takes the source and, if it runs on this host, one other process, the destination")
     roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=True)]
-    with Session(targets) as session:
+    with Session(targets, tier) as session:
         header = session.arm()
         with tracing.open_recording(output, "record", header, force) as (writer, where):
             child = _start(command)

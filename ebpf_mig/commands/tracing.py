@@ -25,6 +25,7 @@ from ebpf_mig.commands.common import write_result
 from ebpf_mig.commands.report import rendered, require_complete
 from ebpf_mig.errors import UsageError, VmmError
 from ebpf_mig.events import AnyEvent, Header
+from ebpf_mig.probes.functions import AUTO, NAMES
 from ebpf_mig.recording import RecordingWriter, default_name, read_recording
 from ebpf_mig.session import Session
 from ebpf_mig.vmm.base import Migration, Outcome
@@ -44,6 +45,17 @@ def recording_options(function: _F) -> _F:
     output = click.option("-o", "--output", metavar="FILE", help="The recording; `-` for stdout. Default: a new name.")
     force = click.option("--force", is_flag=True, help="Overwrite an existing FILE.")
     return output(force(function))
+
+
+tier_option = click.option(
+    "--tier",
+    type=click.Choice(NAMES),
+    default=AUTO,
+    show_default=True,
+    envvar="EBPF_MIG_TIER",
+    show_envvar=True,
+    help="Kind of probe; auto takes the cheapest that was seen to fire.",
+)
 
 
 @contextlib.contextmanager
@@ -93,12 +105,14 @@ def trace_migration(
     timeout_s: float,
     open_writer: Callable[[Header], contextlib.AbstractContextManager[tuple[RecordingWriter, str]]],
     notes: Sequence[str] = (),
+    *,
+    tier: str = AUTO,
 ) -> tuple[Outcome, str]:
     """Arms, migrates, records. Returns the VMM's outcome and the recording's name.
 
     Ctrl-C cancels the migration, waits for its end, finishes the recording and is then raised again.
     """
-    with Session(migration.targets()) as session:
+    with Session(migration.targets(), tier) as session:
         migration.prepare()
         header = session.arm(notes)
         with open_writer(header) as (writer, name):

@@ -101,7 +101,7 @@ def is_fresh(pid: int) -> bool:
     stays 0 on some hosts.
     """
     for tid in threads_of(pid):
-        if in_kvm_run(pid, tid) or (tid != pid and _cpu_ticks(pid, tid) >= BUSY_TICKS):
+        if in_kvm_run(pid, tid) is not None or (tid != pid and _cpu_ticks(pid, tid) >= BUSY_TICKS):
             return False
     return True
 

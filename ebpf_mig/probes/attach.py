@@ -3,47 +3,29 @@
 
 In: a set of -D constants. Out: a loaded `Program`, attached, and a table signal -> tier for the report. A tier counts
 as working when a call that we provoke ran its program, not when attaching returned success: fentry on some kernels
-attaches and never fires.
+attaches and never fires. Functions are tried before anything is compiled (`functions`), and all that was attached is
+looked at again.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes import provoke
+from ebpf_mig.probes.functions import AUTO, NAMES, Choice, Chooser
 from ebpf_mig.probes.handed import Description, Handed
+from ebpf_mig.probes.hooks import TRACEPOINT, Hook
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
 
-
-@dataclass(frozen=True)
-class Tier:
-    """One way of getting the signals: which file, which hooks, and how to make each of them fire once."""
-
-    name: str
-    family: str
-    hooks: tuple[tuple[str, str], ...]
-    """(raw tracepoint, function)."""
-    signals: tuple[str, ...]
-    provoke: Callable[[], object]
-
-
-TRACEPOINT = Tier(
-    name="tracepoint",
-    family="syscalls.bpf.c",
-    hooks=(("sys_enter", "on_sys_enter"), ("sys_exit", "on_sys_exit")),
-    signals=("dirty-log", "vcpu", "state", "kick", "socket", "brownout"),
-    provoke=os.getppid,
-)
-
+FAMILY = "trace.bpf.c"
+KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
 SAMPLER = "on_sample"
 """The perf event program of sampling.h."""
-
-TIERS = (TRACEPOINT,)
-"""Best first."""
 
 
 @dataclass(frozen=True)
@@ -52,106 +34,155 @@ class Extra:
 
     signal: str
     hooks: tuple[tuple[str, str], ...]
+    """(raw tracepoint, function)."""
 
 
+HIDDEN_SENDS = Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),))
+"""Needless where functions of the sockets are hooked, which all sends pass."""
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
     Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
-    Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),)),
+    HIDDEN_SENDS,
 )
+_USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was loaded, ready to be attached."""
 
-    tier: Tier
-    extras: tuple[Extra, ...]
+    hooks: tuple[Hook, ...]
+    """Extras first, so that what the others' records carry is known from the first record on."""
     program: Program | Handed
+    tiers: dict[str, str]
+    """By signal."""
     sampler_fd: int = -1
     """The loaded program behind samples inside dirty-log ioctls; -1 where it is not wanted or was refused."""
-    sampler_refusal: str = ""
-
-    def hooks(self) -> list[tuple[str, str]]:
-        """Extras first, so that what the tier's records carry is known from its first record on."""
-        return [hook for extra in self.extras for hook in extra.hooks] + list(self.tier.hooks)
 
 
-def load_best(defines: dict[str, str | int], tracepoints: set[str]) -> Plan:
-    """Compiles and loads, without attaching, the best tier whose programs the kernel accepts.
+def load_best(
+    tier: str, defines: Callable[[Choice], dict[str, str | int]], tracepoints: set[str], statistics: BpfStatistics
+) -> Plan:
+    """Compiles and loads, without attaching, the best that the kernel accepts of the tier asked for (`NAMES`).
 
-    `tracepoints` names those that this kernel has, of all that extras want.
+    `defines` gives the -D constants for a choice, `tracepoints` those that this kernel has of all that extras want.
+    PreflightError if a tier that was asked for by name cannot be had.
     """
-    extras = tuple(extra for extra in EXTRAS if all(name in tracepoints for name, _ in extra.hooks))
     require_bcc()
-    refusals = []
-    for tier in TIERS:
-        try:
-            program = Program(tier.family, defines)
-            plan = Plan(tier, extras, program)
-            for _, function in plan.hooks():
-                program.load(function)
-        except PreflightError as error:
-            refusals.append(f"{tier.name}: {error}")
-            continue
-        return _with_sampler(plan, bool(defines.get("SPLIT_KNOWN")))
-    raise PreflightError("no attach tier loads: " + "; ".join(refusals), "ebpf-mig doctor")
+    choice, chooser = _chosen(tier, statistics)
+    with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
+        hooks = tuple(_hooks(choice, tracepoints))
+        constants = defines(choice)
+        program = Program(FAMILY, constants)
+        for hook in hooks:
+            program.load_hook(hook, chooser.module_fd if chooser else -1)
+    plan = Plan(hooks, program, _tiers(choice, tracepoints))
+    return plan if "split" in choice.groups else _with_sampler(plan)
+
+
+def _chosen(tier: str, statistics: BpfStatistics) -> tuple[Choice, Chooser | None]:
+    if tier not in NAMES:
+        raise PreflightError(f"there is no tier {tier!r}", f"one of {', '.join(NAMES)}")
+    if tier == TRACEPOINT:
+        return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), "not asked for")), None
+    if not statistics.enabled:
+        why = "the kernel does not count runs of BPF programs for us, so that nothing can be seen to fire"
+        if tier != AUTO:
+            raise PreflightError(f"tier {tier}: {why}", "run with CAP_SYS_ADMIN, or without --tier")
+        return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), why)), None
+    chooser = Chooser(tier)
+    choice = chooser.choose()
+    if tier != AUTO and not {"kvm", "socket"} <= choice.groups:
+        why = "; ".join(sorted(set(choice.refusals.values())))
+        raise PreflightError(f"tier {tier} cannot be had: {why}", "leave --tier out, and the best that works is taken")
+    return choice, chooser
+
+
+def _hooks(choice: Choice, tracepoints: set[str]) -> list[Hook]:
+    extras = [extra for extra in EXTRAS if _has(extra, tracepoints)]
+    if "socket" in choice.groups:
+        extras = [extra for extra in extras if extra is not HIDDEN_SENDS]
+    hooks = [
+        Hook(TRACEPOINT, name, program, (extra.signal,), provoked=False)
+        for extra in extras
+        for name, program in extra.hooks
+    ]
+    if "kvm" in choice.groups:
+        hooks.append(_USERSPACE_EXIT)
+    if not {"kvm", "socket"} <= choice.groups:
+        hooks += [Hook(TRACEPOINT, "sys_enter", "on_sys_enter"), Hook(TRACEPOINT, "sys_exit", "on_sys_exit")]
+    return hooks + list(choice.hooks)
+
+
+def _has(extra: Extra, tracepoints: set[str]) -> bool:
+    return all(name in tracepoints for name, _ in extra.hooks)
+
+
+def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
+    """The table signal -> tier. Return probes count as what is at the entry."""
+    table = {extra.signal: TRACEPOINT if _has(extra, tracepoints) else "absent: no such tracepoint" for extra in EXTRAS}
+    table |= dict.fromkeys((*KVM_SIGNALS, "socket"), TRACEPOINT)
+    entries = {"fexit": "fentry", "kretprobe": "kprobe"}
+    kinds: dict[str, set[str]] = {}
+    for hook in choice.hooks:
+        for signal in hook.signals:
+            kinds.setdefault(signal, set()).add(entries.get(hook.how, hook.how))
+    return table | {signal: "+".join(sorted(found)) for signal, found in kinds.items()}
 
 
 class Handover(msgspec.Struct, frozen=True):
     """A `Plan` for another process: the descriptors go beside it."""
 
-    tier: str
-    extras: list[str]
+    hooks: list[Hook]
+    tiers: dict[str, str]
+    """As they were told after arming, doubts included."""
     loaded: Description
-    sampler_refusal: str = ""
 
 
-def hand_over(plan: Plan, fds: list[int]) -> Handover:
-    """The plan in words; its descriptors are added to `fds`. For one that was loaded in this process."""
+def hand_over(plan: Plan, attached: dict[str, str], fds: list[int]) -> Handover:
+    """The plan in words; its descriptors are added to `fds`. For one that was loaded and armed in this process."""
     assert isinstance(plan.program, Program)  # noqa: S101
-    return Handover(
-        plan.tier.name, [extra.signal for extra in plan.extras], plan.program.describe(fds), plan.sampler_refusal
-    )
+    return Handover(list(plan.hooks), attached, plan.program.describe(fds))
 
 
 def taken_over(handover: Handover, fds: Sequence[int]) -> Plan:
     """The reverse, in the process that got `fds`."""
-    tier = next(tier for tier in TIERS if tier.name == handover.tier)
-    extras = tuple(extra for extra in EXTRAS if extra.signal in handover.extras)
     program = Handed(handover.loaded, fds)
-    return Plan(tier, extras, program, program.descriptor(SAMPLER), handover.sampler_refusal)
+    return Plan(tuple(handover.hooks), program, handover.tiers, program.descriptor(SAMPLER))
 
 
-def _with_sampler(plan: Plan, measured: bool) -> Plan:
-    """Where function probes measure inside the ioctl, nobody needs samples."""
-    if measured or not isinstance(plan.program, Program):
-        return plan
+def _with_sampler(plan: Plan) -> Plan:
+    """Where no functions inside the ioctl can be hooked, samples tell what it did."""
+    assert isinstance(plan.program, Program)  # noqa: S101
     try:
-        return replace(plan, sampler_fd=plan.program.load(SAMPLER, sampling=True))
+        fd = plan.program.load(SAMPLER, sampling=True)
     except PreflightError as error:
-        return replace(plan, sampler_refusal=str(error))
+        return replace(plan, tiers=plan.tiers | {"split": f"absent: {error}"})
+    return replace(plan, sampler_fd=fd, tiers=plan.tiers | {"split": "samples"})
 
 
-def arm(plan: Plan, statistics: BpfStatistics) -> dict[str, str]:
-    """Attaches everything and returns the table signal -> tier; PreflightError if a hook of the tier stays silent."""
-    for tracepoint, function in plan.hooks():
-        plan.program.attach_raw_tracepoint(tracepoint, function)
-    table = {extra.signal: "absent: no such tracepoint" for extra in EXTRAS}
-    table |= {extra.signal: "tracepoint" for extra in plan.extras}
-    table["split"] = "samples" if plan.sampler_fd >= 0 else f"absent: {plan.sampler_refusal or plan.tier.name}"
+def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
+    """Attaches everything and returns the table signal -> tier; PreflightError if a hook that must fire is silent.
+
+    `seen`: they were seen to fire before, so nothing is provoked.
+    """
+    for hook in plan.hooks:
+        plan.program.attach(hook)
+    if seen:
+        return dict(plan.tiers)
     if not statistics.enabled:
-        return table | dict.fromkeys(plan.tier.signals, f"{plan.tier.name} (not verified)")
-    plan.tier.provoke()
+        doubtful = {s: f"{t} (not verified)" for s, t in plan.tiers.items() if s in (*KVM_SIGNALS, "socket")}
+        return plan.tiers | doubtful
+    provoke.everything()
     ran = plan.program.run_statistics()
-    silent = [function for _, function in plan.tier.hooks if ran[function][1] == 0]
+    silent = [hook.key for hook in plan.hooks if hook.provoked and ran[hook.key][1] == 0]
     if silent:
-        raise PreflightError(f"{', '.join(silent)} attached but never ran", "ebpf-mig doctor")
-    return table | dict.fromkeys(plan.tier.signals, plan.tier.name)
+        raise PreflightError(f"{', '.join(silent)} attached but never ran", "ebpf-mig doctor; or --tier tracepoint")
+    return dict(plan.tiers)
 
 
 def disarm(plan: Plan) -> None:
     """Detaches everything; the maps stay readable."""
-    for tracepoint, _ in plan.hooks():
-        plan.program.detach_raw_tracepoint(tracepoint)
+    for hook in plan.hooks:
+        plan.program.detach(hook)

@@ -9,8 +9,10 @@ Format: Documentation/bpf/btf.rst (Linux 6.12).
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
@@ -23,7 +25,7 @@ Member = tuple[str, str]
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
 _TYPE = struct.Struct("=III")
-_STRUCT, _UNION, _TYPEDEF = 4, 5, 8
+_STRUCT, _UNION, _TYPEDEF, _FUNC, _FUNC_PROTO = 4, 5, 8, 12, 13
 # Bytes that follow the 12-byte type: fixed by kind, or per element of vlen.
 _FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
 _PER_ELEMENT = {_STRUCT: 12, _UNION: 12, 6: 8, 13: 8, 15: 12, 19: 12}
@@ -75,6 +77,19 @@ class _Btf:
                     found.setdefault(text, number)
         return found
 
+    def arguments(self, number: int) -> int:
+        """How many arguments function `number` takes: its type is a prototype with one entry each."""
+        prototype = self._record(number)[1]
+        info = self._record(prototype)[0]
+        return info & 0xFFFF if (info >> 24) & 31 == _FUNC_PROTO else 0
+
+    def _record(self, number: int) -> tuple[int, int]:
+        """(info, size or type) of a type."""
+        if number < self.first_id:
+            return self.base._record(number) if self.base else (0, 0)
+        info, kind = _TYPE.unpack_from(self.types, self.records[number - self.first_id])[1:]
+        return int(info), int(kind)
+
     def member(self, number: int, wanted: bytes, depth: int = 0) -> int | None:
         """Byte offset of a member of struct or union `number`; looks into anonymous ones."""
         if number < self.first_id:
@@ -96,13 +111,24 @@ class _Btf:
         return None
 
 
+@functools.lru_cache(maxsize=4)
+def _parsed(path: str, base: str | None = None) -> _Btf:
+    """To parse vmlinux's takes a tenth of a second and some 10 MB: it is done once, see `forget`."""
+    return _Btf(Path(path).read_bytes(), _parsed(base) if base else None)
+
+
+def forget() -> None:
+    """Frees what was parsed; the next question parses again."""
+    _parsed.cache_clear()
+
+
 def offsets(path: str, members: Sequence[Member], base: str | None = None) -> dict[Member, int | None]:
     """Byte offsets of `members` by the BTF at `path`; `base` is vmlinux's where `path` is a module's.
 
     PreflightError if the file cannot be read or is no BTF.
     """
     with _clear_errors(path):
-        btf = _Btf(Path(path).read_bytes(), _Btf(Path(base).read_bytes()) if base else None)
+        btf = _parsed(path, base)
         ids = btf.named({name.encode() for name, _ in members})
         return {
             (name, member): btf.member(ids[name.encode()], member.encode()) if name.encode() in ids else None
@@ -110,10 +136,31 @@ def offsets(path: str, members: Sequence[Member], base: str | None = None) -> di
         }
 
 
+@dataclass(frozen=True)
+class FunctionType:
+    """What BTF knows of a function: its id, for attaching to it, in vmlinux's BTF or in a module's own."""
+
+    btf_id: int
+    arguments: int
+    module: bool
+
+
+def functions(path: str, names: Iterable[str], base: str | None = None) -> dict[str, FunctionType]:
+    """Those of the functions that the BTF at `path` has; of a module's, only its own."""
+    with _clear_errors(path):
+        btf = _parsed(path, base)
+        found = btf.named({name.encode() for name in names}, _FUNC)
+        return {
+            name.decode(): FunctionType(number, btf.arguments(number), base is not None)
+            for name, number in found.items()
+            if base is None or number >= btf.first_id
+        }
+
+
 def tracepoints(path: str, names: Iterable[str]) -> set[str]:
     """Which of these tracepoints the kernel has: each leaves a typedef `btf_trace_NAME` in its BTF."""
     with _clear_errors(path):
-        found = _Btf(Path(path).read_bytes()).named({b"btf_trace_" + name.encode() for name in names}, _TYPEDEF)
+        found = _parsed(path).named({b"btf_trace_" + name.encode() for name in names}, _TYPEDEF)
         return {name.decode().removeprefix("btf_trace_") for name in found}
 
 

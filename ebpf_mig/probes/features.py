@@ -8,6 +8,7 @@ of its own, so that asking costs no LLVM here and a broken installation cannot t
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import btf
-from ebpf_mig.probes.attach import EXTRAS, TIERS
+from ebpf_mig.probes.attach import EXTRAS
 from ebpf_mig.probes.privilege import capabilities, require_privilege
 
 OK, WARN, MISSING = "ok", "warn", "missing"
@@ -106,14 +107,21 @@ def _kvm() -> Check:
 
 
 def _loads() -> Check:
-    """Compiles and loads each tier for this very process, in a process of its own."""
-    script = "import os, ebpf_mig.probes.tracer as t; tr = t.Tracer([os.getpid()]); tr.arm(); print(tr.attached)"
+    """Compiles, loads and fires the best that works, for a process of its own."""
+    script = (
+        "import json, os, ebpf_mig.probes.tracer as t\n"
+        "tracer = t.Tracer([os.getpid()]); tracer.arm(); print(json.dumps(tracer.attached))"
+    )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120, env=env
     )
     if run.returncode == 0:
-        return Check("probes", OK, f"load, attach and fire ({', '.join(tier.name for tier in TIERS)})", required=True)
+        tiers: dict[str, list[str]] = {}
+        for signal, tier in sorted(json.loads(run.stdout).items()):
+            tiers.setdefault(tier, []).append(signal)
+        told = "; ".join(f"{tier}: {', '.join(signals)}" for tier, signals in sorted(tiers.items()))
+        return Check("probes", OK, f"load, attach and fire ({told})", required=True)
     why = (run.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition("PreflightError: ")[2]
     remedy = "see the lines above; kernel 5.8 or newer with CONFIG_BPF_SYSCALL is needed"
     return Check("probes", MISSING, why, remedy, required=True)

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes.hooks import TRACEPOINT, Hook, run_statistics
+from ebpf_mig.probes.kernelcalls import KPROBE, KRETPROBE, KprobeEvent, attach_tracing
 from ebpf_mig.probes.symbols import Symbols
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -45,6 +47,54 @@ class Description(msgspec.Struct, frozen=True):
     functions: dict[str, int]
     """Loaded programs, by name; the descriptor's place among those handed over."""
     maps: dict[str, Map]
+    events: dict[str, int] = {}
+    """Open kprobe events by the key of their hook, likewise."""
+
+
+class Attachments:
+    """What is attached: raw tracepoints, fentry and fexit by link, kprobes by perf event. No bcc, no libbpf."""
+
+    def __init__(self) -> None:
+        self._links: dict[Hook, int] = {}
+        self._events: dict[str, KprobeEvent] = {}
+        self._attached: list[Hook] = []
+
+    def prepare(self, hook: Hook, fd: int = -1) -> None:
+        """Opens a kprobe's event, or takes over `fd`, without running anything yet. OSError if refused."""
+        if hook.how in (KPROBE, KRETPROBE):
+            self._events[hook.key] = KprobeEvent(hook.target, hook.how, fd)
+
+    def events(self) -> dict[str, int]:
+        """Descriptors of the open events."""
+        return {key: event.fd for key, event in self._events.items()}
+
+    def attach(self, hook: Hook, program: int) -> None:
+        """Attaches a loaded program; PreflightError if the kernel refuses."""
+        try:
+            if hook.key in self._events:
+                self._events[hook.key].attach(program)
+            else:
+                name = hook.target if hook.how == TRACEPOINT else ""
+                self._links[hook] = attach_tracing(program, name)
+        except OSError as error:
+            raise PreflightError(f"cannot attach to {hook.how} {hook.target}: {error.strerror or error}") from error
+        self._attached.append(hook)
+
+    def detach(self, hook: Hook) -> None:
+        """Detaches it again; the kprobe event stays open."""
+        self._attached.remove(hook)
+        if hook.key in self._events:
+            self._events[hook.key].detach()
+        else:
+            os.close(self._links.pop(hook))
+
+    def close(self) -> None:
+        """Takes everything down; idempotent."""
+        for hook in list(self._attached):
+            self.detach(hook)
+        for event in self._events.values():
+            event.close()
+        self._events.clear()
 
 
 def _libbpf() -> ctypes.CDLL:
@@ -61,7 +111,6 @@ def _libbpf() -> ctypes.CDLL:
     lib.bpf_map_update_elem.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
     lib.bpf_map_delete_elem.argtypes = [ctypes.c_int, ctypes.c_void_p]
     lib.bpf_map_get_next_key.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-    lib.bpf_raw_tracepoint_open.argtypes = [ctypes.c_char_p, ctypes.c_int]
     return lib
 
 
@@ -125,23 +174,23 @@ class Handed:
         self._functions = {name: fds[place] for name, place in description.functions.items()}
         self._tables = {name: Table(self._lib, fds[m.fd], m) for name, m in description.maps.items()}
         self._map_fds = [fds[m.fd] for m in description.maps.values()]
-        self._links: dict[str, int] = {}
+        self._attachments = Attachments()
+        self._events = {key: fds[place] for key, place in description.events.items()}
         self._records: list[bytes] = []
         self._ring: int | None = None
         self._take = _CALLBACK(self._keep)
         self._cpus: int = self._lib.libbpf_num_possible_cpus()
         self._closed = False
 
-    def attach_raw_tracepoint(self, tracepoint: str, function: str) -> None:
+    def attach(self, hook: Hook) -> None:
         """Attaches one of the loaded functions; PreflightError if the kernel refuses."""
-        fd = self._lib.bpf_raw_tracepoint_open(tracepoint.encode(), self._functions[function])
-        if fd < 0:
-            raise PreflightError(f"cannot attach to raw tracepoint {tracepoint}: {os.strerror(-fd)}")
-        self._links[tracepoint] = fd
+        if hook.key in self._events:
+            self._attachments.prepare(hook, self._events.pop(hook.key))
+        self._attachments.attach(hook, self._functions[hook.key])
 
-    def detach_raw_tracepoint(self, tracepoint: str) -> None:
-        """Detaches what `attach_raw_tracepoint` attached."""
-        os.close(self._links.pop(tracepoint))
+    def detach(self, hook: Hook) -> None:
+        """Detaches what `attach` attached."""
+        self._attachments.detach(hook)
 
     def table(self, name: str) -> Table:
         """The map of that name."""
@@ -217,18 +266,10 @@ class Handed:
         if self._closed:
             return
         self._closed = True
-        for tracepoint in list(self._links):
-            self.detach_raw_tracepoint(tracepoint)
+        self._attachments.close()
         self.close_ring()
-        for fd in (*self._functions.values(), *self._map_fds):
+        for fd in (*self._functions.values(), *self._map_fds, *self._events.values()):
             os.close(fd)
-
-
-def run_statistics(fd: int) -> tuple[int, int]:
-    """(run time in ns, runs) of the program behind a descriptor, as the kernel tells in fdinfo."""
-    with open(f"/proc/self/fdinfo/{fd}") as info:  # noqa: PTH123
-        fields = dict(line.split(":", 1) for line in info if ":" in line)
-    return int(fields.get("run_time_ns", "0")), int(fields.get("run_cnt", "0"))
 
 
 def _type_of(size: int, fields: Sequence[tuple[str, int, int]]) -> Any:

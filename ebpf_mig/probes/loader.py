@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.probes.handed import Description, Map, run_statistics
+from ebpf_mig.probes import kernelcalls
+from ebpf_mig.probes.handed import Attachments, Description, Map
+from ebpf_mig.probes.hooks import TRACEPOINT, Hook, run_statistics
 
 _BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
 _INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
 _BPF_ENABLE_STATS = 32
-_SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
 
 def require_bcc() -> Any:
@@ -112,6 +113,9 @@ class Program:
         self._records: list[bytes] = []
         self._rings: set[str] = set()
         self._functions: dict[str, Any] = {}
+        self._fds: dict[str, int] = {}
+        """Of loaded programs, by the key of their hook."""
+        self._attachments = Attachments()
 
     def load(self, function: str, *, sampling: bool = False) -> int:
         """Hands one function to the kernel's verifier as a raw tracepoint or perf event program; its descriptor.
@@ -126,18 +130,33 @@ class Program:
         except Exception as error:
             detail = _last_line(said) or str(error)
             raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
-        return int(self._functions[function].fd)
+        self._fds[function] = int(self._functions[function].fd)
+        return self._fds[function]
 
-    def attach_raw_tracepoint(self, tracepoint: str, function: str) -> None:
-        """Attaches a loaded function; PreflightError if this kernel has no such tracepoint."""
+    def load_hook(self, hook: Hook, module_fd: int = -1) -> None:
+        """Hands a hook's function to the verifier, for that way of attaching; `module_fd` is kvm.ko's BTF.
+
+        PreflightError if refused.
+        """
+        if hook.how == TRACEPOINT:
+            self._fds[hook.key] = self.load(hook.program)
+            return
+        code = self._bpf.dump_func(hook.program.encode())
         try:
-            self._bpf.attach_raw_tracepoint(tp=tracepoint.encode(), fn_name=function.encode())
-        except Exception as error:
-            raise PreflightError(f"cannot attach to raw tracepoint {tracepoint}: {error}") from error
+            fd = kernelcalls.load(code, hook.how, hook.btf_id, module_fd if hook.in_module else 0)
+            self._attachments.prepare(hook)
+        except OSError as error:
+            why = f"the kernel refuses {hook.program} as {hook.how} of {hook.target}: {error.strerror}"
+            raise PreflightError(why, "ebpf-mig doctor; or --tier tracepoint") from error
+        self._fds[hook.key] = fd
 
-    def detach_raw_tracepoint(self, tracepoint: str) -> None:
-        """Detaches what `attach_raw_tracepoint` attached."""
-        self._bpf.detach_raw_tracepoint(tp=tracepoint.encode())
+    def attach(self, hook: Hook) -> None:
+        """Attaches a loaded hook; PreflightError if the kernel refuses."""
+        self._attachments.attach(hook, self._fds[hook.key])
+
+    def detach(self, hook: Hook) -> None:
+        """Detaches what `attach` attached."""
+        self._attachments.detach(hook)
 
     def table(self, name: str) -> Any:
         """The bcc table of that name."""
@@ -192,7 +211,7 @@ class Program:
 
     def run_statistics(self) -> dict[str, tuple[int, int]]:
         """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""
-        return {name: run_statistics(function.fd) for name, function in self._functions.items()}
+        return {name: run_statistics(fd) for name, fd in self._fds.items()}
 
     def describe(self, fds: list[int]) -> Description:
         """What was loaded, for another process; the descriptors of programs and maps are added to `fds`."""
@@ -202,7 +221,8 @@ class Program:
             fds.append(fd)
             return len(fds) - 1
 
-        functions = {name: place(function.fd) for name, function in self._functions.items()}
+        functions = {name: place(fd) for name, fd in self._fds.items()}
+        events = {key: place(fd) for key, fd in self._attachments.events().items()}
         maps = {}
         for number in range(lib.bpf_num_tables(self._bpf.module)):
             name = ctypes.string_at(lib.bpf_table_name(self._bpf.module, number)).decode()
@@ -211,10 +231,13 @@ class Program:
             fields = [(n, getattr(leaf, n).offset, getattr(leaf, n).size) for n, *_ in getattr(leaf, "_fields_", ())]
             sizes = ctypes.sizeof(table.Key), ctypes.sizeof(leaf)
             maps[name] = Map(place(table.map_fd), table.ttype, *sizes, table.max_entries, fields)
-        return Description(functions, maps)
+        return Description(functions, maps, events)
 
     def close(self) -> None:
         """Detaches everything; idempotent."""
+        self._attachments.close()
+        for name in self._fds.keys() - self._functions.keys():
+            os.close(self._fds.pop(name))
         self._bpf.cleanup()
 
 
@@ -239,7 +262,7 @@ class BpfStatistics:
             return
         libc = ctypes.CDLL(None, use_errno=True)
         attributes = (ctypes.c_uint32 * 1)(0)
-        number = _SYS_BPF.get(os.uname().machine, 0)
+        number = kernelcalls.SYS_BPF.get(os.uname().machine, 0)
         self._fd = libc.syscall(number, _BPF_ENABLE_STATS, attributes, 4) if number else -1
 
     def close(self) -> None:

@@ -16,13 +16,14 @@ import msgspec
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import btf
 from ebpf_mig.probes.handed import Description, Handed
+from ebpf_mig.probes.hooks import TRACEPOINT, Hook
 from ebpf_mig.probes.loader import Program, require_bcc
 from ebpf_mig.probes.privilege import require_privilege
 
 KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "listen", 5: "accept"}
 """`stranger` is a thread born in a process that is not known to own a VM; the others are of known owners."""
 
-_HOOKS = (("task_newtask", "on_newtask"), ("inet_sock_set_state", "on_state"))
+_HOOKS = (Hook(TRACEPOINT, "task_newtask", "on_newtask"), Hook(TRACEPOINT, "inet_sock_set_state", "on_state"))
 TRIGGER = "signs"
 """The tier of the trigger: thread births and TCP connections of a VM's process. A probe on the memslot path itself
 would be exact and cheaper; where one works it belongs into `NodeProbe`, as a further kind of sign and another tier."""
@@ -44,10 +45,10 @@ class NodeProbe:
     def __init__(self, handed: Handed | None = None) -> None:
         """`handed`: what another process loaded; else it is loaded here, with LLVM."""
         self._program = _loaded() if handed is None else handed
-        for tracepoint, function in _HOOKS:
-            self._program.attach_raw_tracepoint(tracepoint, function)
+        for hook in _HOOKS:
+            self._program.attach(hook)
         self._program.open_ring("signs")
-        self.attached = {tracepoint: True for tracepoint, _ in _HOOKS}
+        self.attached = {hook.target: True for hook in _HOOKS}
         self.trigger = TRIGGER
 
     def __enter__(self) -> NodeProbe:
@@ -104,6 +105,6 @@ def _loaded() -> Program:
     if offset is None:
         raise PreflightError("the kernel's BTF has no sock_common.skc_num", "ebpf-mig doctor")
     program = Program("node.bpf.c", {"OFF_skc_num": offset})
-    for _, function in _HOOKS:
-        program.load(function)
+    for hook in _HOOKS:
+        program.load_hook(hook)
     return program

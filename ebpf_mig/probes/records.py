@@ -35,7 +35,7 @@ WORDS = {
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
     "SEGMENT_WORDS": 9,
-    "THREAD_WORDS": 85,
+    "THREAD_WORDS": 89,
     "SAMPLE_WORDS": 30,
     "VCPU_SPAN_WORDS": 9,
 }
@@ -121,7 +121,7 @@ def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
 def _socket(w: tuple[int, ...]) -> Socket:
     family = w[5]
     local, remote = _endpoint(family, w[6:8], w[10]), _endpoint(family, w[8:10], w[11])
-    return Socket(w[1], w[2], w[3], w[4], family, local, remote, w[12])
+    return Socket(w[1], w[2], _signed(w[3]), w[4], family, local, remote, w[12])
 
 
 _DECODERS: dict[int, Callable[[tuple[int, ...]], AnyEvent]] = {

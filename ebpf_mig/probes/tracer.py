@@ -23,6 +23,7 @@ from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.events import AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
 from ebpf_mig.probes import attach, btf
+from ebpf_mig.probes.functions import AUTO, Choice
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.privilege import require_privilege
 from ebpf_mig.probes.readings import Readings
@@ -31,11 +32,17 @@ from ebpf_mig.probes.sampler import Sampler, cost_ns
 
 RING_BYTES = 8 << 20
 _KVM_MODULE = "/sys/kernel/btf/kvm"
+_NONE = 0xFFFF
+"""OFF_NONE of bpf/common.h."""
+_USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
+"""From the end of a task's kernel stack, where its registers are, for kernels before 5.15: THREAD_SIZE without KASAN,
+`struct pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10)."""
 _NOWHERE = 0x7FFFFFF0
 """An offset that no lock has: its waits are then booked as those of other locks."""
 _OFFSETS = {
     "OFF_task_pid": ("task_struct", "pid"),
     "OFF_task_tgid": ("task_struct", "tgid"),
+    "OFF_task_stack": ("task_struct", "stack"),
     "OFF_task_files": ("task_struct", "files"),
     "OFF_files_fdt": ("files_struct", "fdt"),
     "OFF_fdtable_fd": ("fdtable", "fd"),
@@ -76,16 +83,17 @@ _PF_USER_WORKER = 0x4000
 class Tracer:
     """Traces the given processes, or those that are added later; use as a context manager."""
 
-    def __init__(self, pids: Sequence[int] = (), handed: attach.Plan | None = None) -> None:
-        """`handed`: what another process loaded, without pids; else it is loaded here, with LLVM.
+    def __init__(self, pids: Sequence[int] = (), handed: attach.Plan | None = None, tier: str = AUTO) -> None:
+        """`handed`: what another process loaded, without pids; else it is loaded here, with LLVM, from that tier.
 
         What stays on a node for long does without TCP's account of the connections: it costs memory and a slower arm.
         """
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
         self._statistics = BpfStatistics()
-        self._plan = handed or _loaded(self.pids)
+        self._plan = handed or _loaded(self.pids, tier, self._statistics)
         self._program = self._plan.program
+        self._seen = handed is not None
         self._threads: dict[tuple[int, int], Thread] = {}
         self._stacks: dict[str, tuple[str, ...]] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
@@ -117,7 +125,8 @@ class Tracer:
         self._readings.open()
         self._look_around()
         self._add_processes(self.pids)
-        self.attached = attach.arm(self._plan, self._statistics)
+        self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
+        self._seen = True
         if self._no_samples:
             self.attached["split"] = f"absent: {self._no_samples}"
 
@@ -139,7 +148,7 @@ class Tracer:
 
     def describe(self, fds: list[int]) -> attach.Handover:
         """For another process: what was loaded, its descriptors added to `fds`."""
-        return attach.hand_over(self._plan, fds)
+        return attach.hand_over(self._plan, self.attached, fds)
 
     def finish(self) -> list[AnyEvent]:
         """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""
@@ -288,16 +297,19 @@ class Tracer:
         """Fills the tables; a vCPU that sits in KVM_RUN already (halted, say) is known from the start."""
         processes, threads = self._program.table("processes"), self._program.table("threads")
         for pid in pids:
-            inside = [tid for tid in threads_of(pid) if in_kvm_run(pid, tid)]
-            for tid in inside:
-                threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1)
+            inside = {tid: fd for tid in threads_of(pid) if (fd := in_kvm_run(pid, tid)) is not None}
+            for tid, fd in inside.items():
+                threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1, vcpu_fd=fd)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
 
 
-def _loaded(pids: Sequence[int]) -> attach.Plan:
+def _loaded(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> attach.Plan:
     require_privilege()
     present = btf.tracepoints(btf.VMLINUX, [name for extra in attach.EXTRAS for name, _ in extra.hooks])
-    return attach.load_best(_defines(pids, present), present)
+    try:
+        return attach.load_best(tier, lambda choice: _defines(pids, present, choice), present, statistics)
+    finally:
+        btf.forget()
 
 
 def _comm(pid: int, tid: int) -> str:
@@ -313,9 +325,10 @@ def threads_of(pid: int) -> list[int]:
     return [int(task.name) for task in Path(f"/proc/{pid}/task").glob("[0-9]*")]
 
 
-def in_kvm_run(pid: int, tid: int) -> bool:
-    """Whether a thread sleeps inside KVM_RUN: /proc/PID/task/TID/syscall begins with ioctl's number, fd, request.
+def in_kvm_run(pid: int, tid: int) -> int | None:
+    """The vCPU's descriptor if a thread sleeps inside KVM_RUN, else None.
 
+    /proc/PID/task/TID/syscall begins with ioctl's number, fd, request.
     Since Linux 6.13 a VM's `kvm-nx-lpage-recovery` is among its threads, born inside a vCPU's KVM_RUN and showing its
     registers for ever; the flags in `stat` give it away.
     """
@@ -323,11 +336,16 @@ def in_kvm_run(pid: int, tid: int) -> bool:
         fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
         flags = int(Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()[6])
     except (OSError, ValueError, IndexError):
-        return False
-    return len(fields) > 2 and fields[2] == hex(kvm.RUN) and not flags & _PF_USER_WORKER
+        return None
+    asleep = len(fields) > 2 and fields[2] == hex(kvm.RUN) and not flags & _PF_USER_WORKER
+    return int(fields[1], 16) if asleep else None
 
 
-def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]:
+def _defines(
+    pids: Sequence[int],
+    tracepoints: set[str],
+    choice: Choice = Choice(),  # noqa: B008 - it is frozen
+) -> dict[str, str | int]:
     test = "||".join(f"(t)=={pid}" for pid in pids)
     defines: dict[str, str | int] = dict(WORDS)
     if pids:
@@ -335,7 +353,11 @@ def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]
     defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")
     defines["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
     defines["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
-    defines["SPLIT_KNOWN"] = 0  # no tier yet has function probes inside the ioctl
+    defines["KVM_FUNCTIONS"] = int("kvm" in choice.groups)
+    defines["SOCKET_FUNCTIONS"] = int("socket" in choice.groups)
+    defines["SPLIT_KNOWN"] = int("split" in choice.groups)
+    defines["TASK_REGS_HELPER"] = int(choice.task_regs)
+    defines["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
     defines |= _kvm_offsets()
     found = btf.offsets(btf.VMLINUX, [*_OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
     defines["OFF_task_state"] = found[_STATE] or found[_STATE_BEFORE_5_14] or 0
@@ -350,7 +372,9 @@ def _defines(pids: Sequence[int], tracepoints: set[str]) -> dict[str, str | int]
 def _kvm_offsets() -> dict[str, int]:
     """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither tells."""
     members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
-    found = btf.offsets(btf.VMLINUX, list(members.values()))
+    manual = ("kvm", "manual_dirty_log_protect")
+    found = btf.offsets(btf.VMLINUX, [*members.values(), manual])
     if None in found.values() and Path(_KVM_MODULE).exists():
-        found = btf.offsets(_KVM_MODULE, list(members.values()), base=btf.VMLINUX)
-    return {name: _NOWHERE if found[member] is None else found[member] or 0 for name, member in members.items()}
+        found = btf.offsets(_KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
+    locks = {name: _NOWHERE if found[member] is None else found[member] or 0 for name, member in members.items()}
+    return locks | {"OFF_kvm_manual": found[manual] or _NONE}

@@ -139,7 +139,8 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
     def secret(password: str) -> str:
         return bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode()
 
-    def status(password: str) -> int:
+    def status(password: str, page: str = "/metrics") -> int:
+        url = f"http://127.0.0.1:{port}{page}"
         manager = urllib.request.HTTPPasswordMgrWithDefaultRealm()
         manager.add_password(None, url, "anna", password)
         opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(manager))
@@ -151,25 +152,32 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
         except OSError:
             return 0
 
+    def users(password: str) -> str:
+        return f"basic_auth_users: {{anna: '{secret(password)}'}}\n"
+
     tmp_path.chmod(0o755)
     for above in tmp_path.parents[:2]:
         above.chmod(0o755)
-    config, port = tmp_path / "web.yml", free_port()
-    config.write_text(f"basic_auth_users: {{anna: '{secret('old')}'}}\n")
-    url = f"http://127.0.0.1:{port}/metrics"
+    config, said, port = tmp_path / "web.yml", tmp_path / "said", free_port()
+    config.write_text(users("first"))
     options = ["--web.listen-address", f"127.0.0.1:{port}", "--web.config.file", str(config)]
     options += ["--state-directory", str(tmp_path / "state"), "--vm", f"{OURS}*"]
-    with running(*PROGRAM, "exporter", *options) as process:
-        until(lambda: status("old") == 200)
-        assert status("new") == 401
-        config.write_text(f"basic_auth_users: {{anna: '{secret('new')}'}}\n")
-        process.send_signal(signal.SIGHUP)
-        until(lambda: status("new") == 200)
-        assert status("old") == 401
+    with said.open("w") as stderr, running(*PROGRAM, "exporter", *options, stderr=stderr) as process:
+        until(lambda: status("first") == 200)
+        assert status("second") == 401
+        config.write_text(users("second"))
+        process.send_signal(signal.SIGHUP)  # probably while it still starts
+        until(lambda: status("second") == 200)
+        assert status("first") == 401
+        until(lambda: status("second", "/-/ready") == 200)
+        config.write_text(users("third"))
+        process.send_signal(signal.SIGHUP)  # now that every privilege is gone
+        until(lambda: status("third") == 200)
+        assert status("second") == 401
         config.write_text("basic_auth_userz: {}\n")
         process.send_signal(signal.SIGHUP)
-        time.sleep(1)
-        assert status("new") == 200 and status("old") == 401 and process.poll() is None
+        until(lambda: "the web configuration stays as it was" in said.read_text())
+        assert status("third") == 200 and status("second") == 401 and process.poll() is None
 
 
 @requires("OpenTelemetry")

@@ -23,6 +23,7 @@ from typing import Any
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.events import AnyEvent, Header, Target
+from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.session import Session
 from tests.truth.parts import AFTER_MEMORY, Plan, encode
 
@@ -94,20 +95,43 @@ def helpers(*commands: Sequence[str]) -> Iterator[list[Helper]]:
         yield started
 
 
+Traced = tuple[Header, list[AnyEvent]]
+
+
 def trace(
     targets: Sequence[Target], act: Callable[[], list[dict[str, Any]]]
 ) -> tuple[Header, list[AnyEvent], list[dict[str, Any]]]:
     """Traces the targets while `act` goes on in a thread."""
-    sink, results = Memory(), list[list[dict[str, Any]]]()
-    with Session(targets) as session:
-        header = session.arm()
+    ((header, events),), results = trace_by((AUTO,), targets, act)
+    return header, events, results
+
+
+def trace_by(
+    tiers: Sequence[str], targets: Sequence[Target], act: Callable[[], list[dict[str, Any]]]
+) -> tuple[list[Traced], list[dict[str, Any]]]:
+    """Traces the targets by several tiers at once, each with programs of its own, while `act` goes on in a thread."""
+    results: list[list[dict[str, Any]]] = []
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(Session(targets, tier)) for tier in tiers]
+        sinks = [Memory() for _ in tiers]
+        headers = [session.arm() for session in sessions]
         worker = threading.Thread(target=lambda: results.append(act()), daemon=True)
         worker.start()
-        session.pump(sink, lambda _: None if worker.is_alive() else "migrated")
-        session.finish(sink, "migrated")
+
+        def pump(session: Session, sink: Memory) -> None:
+            session.pump(sink, lambda _: None if worker.is_alive() else "migrated")
+
+        others = [threading.Thread(target=pump, args=pair) for pair in list(zip(sessions, sinks, strict=True))[1:]]
+        for other in others:
+            other.start()
+        pump(sessions[0], sinks[0])
+        for other in others:
+            other.join()
+        for session, sink in zip(sessions, sinks, strict=True):
+            session.finish(sink, "migrated")
     if not results:
         raise RuntimeError("the traced work failed; see its standard error")
-    return header, sink.events, results[0]
+    return [(header, sink.events) for header, sink in zip(headers, sinks, strict=True)], results[0]
 
 
 @dataclass
@@ -148,6 +172,12 @@ class Run:
 
 def migrate(plan: Plan, *, unix: bool = False) -> Run:
     """One migration of the truth machine under the tracer."""
+    (run,) = migrate_by((AUTO,), plan, unix=unix)
+    return run
+
+
+def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[Run]:
+    """One migration of the truth machine under several tiers' tracers at once: what each of them says."""
     with tempfile.TemporaryDirectory() as directory:
         plan = replace(plan, address=f"{directory}/socket" if unix else f"127.0.0.1:{_free_port()}")
         module = "tests.truth.machine"
@@ -158,16 +188,19 @@ def migrate(plan: Plan, *, unix: bool = False) -> Run:
                 return [json.loads(here.expect()), json.loads(there.expect())]
 
             targets = [Target(pid=here.pid, role="source"), Target(pid=there.pid, role="destination")]
-            header, events, (left, right) = trace(targets, act)
-    return Run(
-        plan,
-        analyse(header, events),
-        events,
-        _durations([*left["marks"], *right["marks"]]),
-        {**left["injected"], **right["injected"]},
-        left["fetched"],
-        left["checksum"] == right["checksum"],
-    )
+            traced, (left, right) = trace_by(tiers, targets, act)
+    return [
+        Run(
+            plan,
+            analyse(header, events),
+            events,
+            _durations([*left["marks"], *right["marks"]]),
+            {**left["injected"], **right["injected"]},
+            left["fetched"],
+            left["checksum"] == right["checksum"],
+        )
+        for header, events in traced
+    ]
 
 
 def work(name: str, argument: int) -> tuple[dict[str, Any], list[AnyEvent]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig import kvm
-from ebpf_mig.probes import btf, loader
+from ebpf_mig.probes import btf, kernelcalls, loader
 from ebpf_mig.probes.tracer import _OFFSETS
 from tests.conftest import requires
 from tests.vm.catalogue import arm64_btf
@@ -65,7 +65,7 @@ def test_system_calls_have_the_kernels_numbers(architecture: str) -> None:
     assert {"ioctl", "sendmsg", "recvmsg", "tgkill", "write"} <= ours.keys()
     assert evaluate(architecture, "asm/unistd.h", {name: f"__NR_{name}" for name in ours}) == ours
     machine = {"arm64": "aarch64", "x86": "x86_64"}[architecture]
-    assert evaluate(architecture, "asm/unistd.h", {"bpf": "__NR_bpf"})["bpf"] == loader._SYS_BPF[machine]
+    assert evaluate(architecture, "asm/unistd.h", {"bpf": "__NR_bpf"})["bpf"] == kernelcalls.SYS_BPF[machine]
 
 
 @pytest.mark.parametrize("architecture", ["arm64", "x86"])
@@ -132,7 +132,7 @@ def test_programs_are_built_for_arm64() -> None:
         "from ebpf_mig.probes import loader, tracer\n"
         "hooks = {'sched_switch', 'contention_begin', 'contention_end', 'tcp_probe'}\n"
         "defines = tracer._defines([os.getpid()], hooks)\n"
-        "program = loader.Program('syscalls.bpf.c', defines)\n"
+        "program = loader.Program('trace.bpf.c', defines)\n"
         "for name in ('on_sys_enter', 'on_sys_exit', 'on_sched_switch', 'on_contention_end', 'on_tcp_probe'):\n"
         "    code = program._bpf.dump_func(name.encode())\n"
         "    adds = {i for op, _, _, i in struct.iter_unpack('<BBhi', code) if op == 0x07}\n"

@@ -1,16 +1,16 @@
-// SPDX-License-Identifier: GPL-2.0
+/* SPDX-License-Identifier: GPL-2.0 */
 /*
  * The tracepoint tier: raw_syscalls sys_enter and sys_exit carry every signal, on every kernel since 4.17.
  *
  * They tax each system call of the host, so they are attached for a migration only. Seccomp denies a call before
  * sys_enter fires, and threads may already be inside a call when tracing begins: an exit without an entry is normal.
+ * Where KVM's signals come from its functions, only sends and receives are left here.
  */
+#pragma once
+
 #include "kvm.h"
 #include "sockets.h"
 #include "waits.h"
-#include "sampling.h"
-#include "hidden.h"
-#include "wire.h"
 
 static __always_inline int direction_of(u64 nr)
 {
@@ -30,17 +30,6 @@ static __always_inline int direction_of(u64 nr)
 	return -1;
 }
 
-static __always_inline bool is_tracked_ioctl(u32 cmd)
-{
-	return ((cmd >> 8) & 0xff) == KVM_TYPE && !is_noise(cmd);
-}
-
-/* A call that changes nothing of its process saves a lookup. */
-static __always_inline bool needs_process(u64 nr, u32 cmd)
-{
-	return nr == NR_ioctl && (cmd == KVM_RUN || cmd == KVM_GET_DIRTY_LOG);
-}
-
 /*
  * Most calls are none of ours: they are told by their number, then by the request, before anything is looked up.
  * No call leaves `nr` behind: whatever set it is followed by the return that takes it away.
@@ -54,7 +43,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
-	if (nr != NR_ioctl && nr != NR_tgkill && direction_of(nr) < 0)
+	if (direction_of(nr) < 0 && (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
 		return 0;
 	read_args((const void *)ctx->args[0], &c);
 	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
@@ -70,20 +59,9 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 		kick(pid_tgid, now, c.a1, c.a2);
 		return 0;
 	}
-	if (nr == NR_ioctl) {
-		if ((u32)c.a1 == KVM_RUN) {
-			if (p)
-				vcpu_enter(s, p, pid_tgid, now, c.a0);
-		} else {
-			ioctl_enter(s, p, now, c.a1, (const void *)c.a2);
-		}
-	}
-	s->nr = nr + 1;
-	s->off_call = 0;
-	s->off_before = s->off_all;
-	s->a0 = c.a0;
-	s->a1 = c.a1;
-	s->enter = now;
+	if (nr == NR_ioctl)
+		any_ioctl_enter(s, p, pid_tgid, now, &c);
+	begin_call(s, now, nr, c.a0, c.a1);
 	return 0;
 }
 
@@ -112,11 +90,11 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
 	s = known_thread(pid_tgid);
-	if (!s || !s->seen) {
+	if (!KVM_FUNCTIONS && (!s || !s->seen)) {
 		first_exit(pid_tgid, (const void *)ctx->args[0], ret);
 		return 0;
 	}
-	if (!s->nr)
+	if (!s || !s->nr || (KVM_FUNCTIONS && s->nr == NR_ioctl + 1))
 		return 0;
 	now = bpf_ktime_get_ns();
 	nr = s->nr - 1;
@@ -129,6 +107,6 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	else if (nr == NR_ioctl)
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
 	else
-		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret);
+		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret, file_of(s->a0), s->a0);
 	return 0;
 }

@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The function tiers: the same signals from the kernel functions that only a VM or a socket comes through, so that
+ * the calls of others cost nothing.
+ *
+ * In: entries and returns of the functions named in probes/functions.py, by fentry and fexit or by kprobe and
+ * kretprobe, whichever was seen to fire; the return of KVM_RUN by kvm:kvm_userspace_exit, which also shows the vCPU
+ * that sat in KVM_RUN before tracing began, and holds no return probe while a vCPU sleeps. Out: as calls.h.
+ * What the caller asked for is read from the registers it entered the kernel with: functions' own arguments differ.
+ */
+#pragma once
+
+#include "kvm.h"
+#include "sockets.h"
+#include "waits.h"
+
+#define FENTRY 1
+#define KPROBE 2
+
+/* The registers of the current task as it entered the kernel. Helpers of Linux 5.11 and 5.15. */
+static __always_inline const void *user_regs(void)
+{
+#if TASK_REGS_HELPER
+	void *(*current_task)(void) = (void *)158;	/* bpf_get_current_task_btf */
+	void *(*task_regs)(void *) = (void *)175;	/* bpf_task_pt_regs */
+
+	return task_regs(current_task());
+#else
+	return (const void *)(word_at(bpf_get_current_task(), OFF_task_stack) + USER_REGS_AT);
+#endif
+}
+
+/*
+ * A word of the context, read so that the verifier sees a number: what fentry hands over are pointers with types.
+ * fentry: the arguments, one u64 each; fexit: the value returned behind them; kprobe and kretprobe: the registers.
+ */
+static __always_inline u64 context_word(void *ctx, u32 offset)
+{
+	u64 v = 0;
+
+	bpf_probe_read_kernel(&v, sizeof(v), (char *)ctx + offset);
+	return v;
+}
+
+static __always_inline u64 first_argument(void *ctx, u32 how)
+{
+	return context_word(ctx, how == FENTRY ? 0 : REG_FIRST_ARGUMENT);
+}
+
+static __always_inline u64 returned(void *ctx, u32 how, u32 arguments)
+{
+	return context_word(ctx, how == FENTRY ? 8 * arguments : REG_RETURNED);
+}
+
+/* What is still in flight as a call begins: its return was missed, as kretprobes can when many calls sleep. */
+static __always_inline void forget_call(struct thread_state *s)
+{
+	if (s->nr == NR_ioctl + 1 && (u32)s->a1 == KVM_RUN)
+		return;
+	count(s->nr == NR_ioctl + 1 ? KIND_IOCTL : KIND_TRANSFER, true);
+}
+
+#if KVM_FUNCTIONS
+
+int on_kvm_ioctl(void *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	struct process_state *p;
+	struct thread_state *s;
+	struct call_args c;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	read_args(user_regs(), &c);
+	if (c.nr != NR_ioctl || !is_tracked_ioctl(c.a1))
+		return 0;
+	s = this_thread(pid_tgid);
+	p = needs_process(c.nr, c.a1) ? this_process(pid_tgid) : 0;
+	if (!s)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (s->nr)
+		forget_call(s);
+	any_ioctl_enter(s, p, pid_tgid, now, &c);
+	begin_call(s, now, c.nr, c.a0, c.a1);
+	return 0;
+}
+
+static __always_inline int kvm_ioctl_return(void *ctx, u32 how)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	struct process_state *p;
+	struct thread_state *s;
+	s64 ret;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = known_thread(pid_tgid);
+	if (!s || s->nr != NR_ioctl + 1)
+		return 0;
+	now = bpf_ktime_get_ns();
+	ret = returned(ctx, how, 3);	/* struct file *, unsigned int, unsigned long: file_operations.unlocked_ioctl */
+	s->nr = 0;
+	p = needs_process(NR_ioctl, s->a1) ? this_process(pid_tgid) : 0;
+	if ((u32)s->a1 != KVM_RUN)
+		ioctl_exit(s, p, pid_tgid, now, ret);
+	else if (p)			/* refused before it came to kvm_userspace_exit */
+		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
+	return 0;
+}
+
+int on_kvm_ioctl_fexit(void *ctx)
+{
+	return kvm_ioctl_return(ctx, FENTRY);
+}
+
+/* Also on the functions that a vCPU's ioctls but KVM_RUN end in: a return probe on their caller would sleep with it. */
+int on_kvm_ioctl_kretprobe(void *ctx)
+{
+	return kvm_ioctl_return(ctx, KPROBE);
+}
+
+/* kvm_userspace_exit: reason, errno; once for each return of KVM_RUN. */
+int on_kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), enter = 0;
+	s64 ret = (s32)ctx->args[1];
+	struct process_state *p;
+	struct thread_state *s;
+	struct call_args c;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = this_thread(pid_tgid);
+	p = this_process(pid_tgid);
+	if (!s || !p)
+		return 0;
+	if (s->nr == NR_ioctl + 1 && (u32)s->a1 == KVM_RUN) {
+		enter = s->enter;
+		c.a0 = s->a0;
+		s->nr = 0;
+	} else {
+		read_args(user_regs(), &c);
+	}
+	vcpu_exit(s, p, pid_tgid, bpf_ktime_get_ns(), enter, c.a0, ret);
+	return 0;
+}
+
+int on_tgkill(void *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	struct call_args c;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	read_args(user_regs(), &c);
+	now = bpf_ktime_get_ns();
+	tell_wait_before_kick(pid_tgid, now);
+	kick(pid_tgid, now, c.a1, c.a2);
+	return 0;
+}
+
+/* The thread, if it is inside a dirty-log ioctl. */
+static __always_inline struct thread_state *fetching(void)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct thread_state *s;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = known_thread(pid_tgid);
+	return s && s->nr == NR_ioctl + 1 && is_dirty_log(s->a1) ? s : 0;
+}
+
+/* Return of kvm_arch_sync_dirty_log. */
+int on_synced(void *ctx)
+{
+	struct thread_state *s = fetching();
+
+	if (s)
+		split_synced(s, bpf_ktime_get_ns());
+	return 0;
+}
+
+int on_flush(void *ctx)
+{
+	struct thread_state *s = fetching();
+
+	if (s && !s->flushing++)
+		split_flush(s, bpf_ktime_get_ns());
+	return 0;
+}
+
+int on_flushed(void *ctx)
+{
+	struct thread_state *s = fetching();
+
+	if (s && s->flushing && !--s->flushing)
+		split_flushed(s, bpf_ktime_get_ns());
+	return 0;
+}
+
+/* kvm_dirty_ring_reset, one vCPU's ring. */
+int on_ring_reset(void *ctx)
+{
+	struct thread_state *s = fetching();
+
+	if (s)
+		begin_part(s, SPLIT_WALK, bpf_ktime_get_ns());
+	return 0;
+}
+
+int on_ring_was_reset(void *ctx)
+{
+	struct thread_state *s = fetching();
+
+	if (s)
+		end_part(s, bpf_ktime_get_ns());
+	return 0;
+}
+
+#endif
+
+#if SOCKET_FUNCTIONS
+
+/* A send from within a KVM ioctl is the kernel's own, say to fetch guest memory from afar. */
+static __always_inline int transfer_begin(void *ctx, u32 how, u32 nr)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct thread_state *s;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = this_thread(pid_tgid);
+	if (!s || s->nr == NR_ioctl + 1)
+		return 0;
+	if (s->nr)
+		forget_call(s);
+	begin_call(s, bpf_ktime_get_ns(), nr, first_argument(ctx, how), 0);
+	return 0;
+}
+
+static __always_inline int transfer_end(void *ctx, u32 how, u32 nr)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	u32 arguments = nr == NR_sendmsg ? 3 : 4;	/* sock, msg, size; a receive also has flags */
+	struct process_state *p;
+	struct thread_state *s;
+	s64 ret;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	s = known_thread(pid_tgid);
+	if (!s || s->nr != nr + 1)
+		return 0;
+	now = bpf_ktime_get_ns();
+	s->nr = 0;
+	p = this_process(pid_tgid);
+	if (!p)
+		return 0;
+	ret = (s32)returned(ctx, how, arguments);
+	transfer_done(s, p, pid_tgid, now, nr == NR_sendmsg ? SEND : RECEIVE, ret, word_at(s->a0, OFF_socket_file), -1);
+	return 0;
+}
+
+#define TRANSFER_HOOKS(how, entry, leave)				\
+int on_send_##entry(void *ctx)						\
+{									\
+	return transfer_begin(ctx, how, NR_sendmsg);			\
+}									\
+int on_send_##leave(void *ctx)						\
+{									\
+	return transfer_end(ctx, how, NR_sendmsg);			\
+}									\
+int on_receive_##entry(void *ctx)					\
+{									\
+	return transfer_begin(ctx, how, NR_recvmsg);			\
+}									\
+int on_receive_##leave(void *ctx)					\
+{									\
+	return transfer_end(ctx, how, NR_recvmsg);			\
+}
+
+TRANSFER_HOOKS(FENTRY, fentry, fexit)
+TRANSFER_HOOKS(KPROBE, kprobe, kretprobe)
+
+#endif

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What a dirty-log ioctl spends its time on, by the functions it passes: nothing is hooked that runs for each page, or
+ * for each word of the bitmap.
+ *
+ * kvm_get_dirty_log_protect and kvm_clear_dirty_log_protect (virt/kvm/kvm_main.c, Linux 5.10 to 7.2) first have
+ * kvm_arch_sync_dirty_log return, then walk the bitmap under mmu_lock, then flush if anything was protected; a GET
+ * copies the bitmap out last. So the walk lies between sync and flush, scanning the bitmap included, the copy between
+ * flush and return. With manual protection a GET only copies. A GET that flushes nothing scanned and copied a clean
+ * log: where the one ended and the other began is not known, and neither is booked. Waits are left out of all parts.
+ */
+#pragma once
+
+#include "common.h"
+
+#define SPLIT_UNSURE 3			/* a walk if a flush follows, else nothing that we know */
+
+static __always_inline u64 idle_in_call(struct thread_state *s)
+{
+	return s->off_call + s->spin_ns;
+}
+
+static __always_inline void begin_part(struct thread_state *s, u32 part, u64 now)
+{
+	s->part = part + 1;
+	s->part_since = now;
+	s->part_idle = idle_in_call(s);
+}
+
+static __always_inline void end_part(struct thread_state *s, u64 now)
+{
+	u64 part = s->part, took = now - s->part_since, idle = idle_in_call(s) - s->part_idle;
+
+	s->part = 0;
+	if (!part || part > SPLIT_COPY + 1)
+		return;
+	took = took > idle ? took - idle : 0;
+	if (part == SPLIT_WALK + 1)
+		s->split_ns[SPLIT_WALK] += took;
+	else if (part == SPLIT_FLUSH + 1)
+		s->split_ns[SPLIT_FLUSH] += took;
+	else
+		s->split_ns[SPLIT_COPY] += took;
+}
+
+/* Whether a GET of this VM leaves its pages as they are; `manual_dirty_log_protect` of struct kvm. */
+static __always_inline bool only_copies(struct thread_state *s)
+{
+	u32 manual = 0;
+
+	if (OFF_kvm_manual == OFF_NONE)
+		return false;
+	bpf_probe_read_kernel(&manual, sizeof(manual),
+			      (void *)(word_at(file_of(s->a0), OFF_file_private) + OFF_kvm_manual));
+	return manual != 0;
+}
+
+static __always_inline void split_synced(struct thread_state *s, u64 now)
+{
+	if ((u32)s->a1 == KVM_CLEAR_DIRTY_LOG)
+		begin_part(s, SPLIT_WALK, now);
+	else if ((u32)s->a1 == KVM_GET_DIRTY_LOG)
+		begin_part(s, only_copies(s) ? SPLIT_COPY : SPLIT_UNSURE, now);
+}
+
+static __always_inline void split_flush(struct thread_state *s, u64 now)
+{
+	if (s->part == SPLIT_UNSURE + 1)
+		s->part = SPLIT_WALK + 1;
+	end_part(s, now);
+	begin_part(s, SPLIT_FLUSH, now);
+}
+
+static __always_inline void split_flushed(struct thread_state *s, u64 now)
+{
+	end_part(s, now);
+	if ((u32)s->a1 == KVM_GET_DIRTY_LOG)
+		begin_part(s, SPLIT_COPY, now);
+}

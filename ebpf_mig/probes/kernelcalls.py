@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf(2) and perf_event_open(2) for what bcc does not do in all its versions: programs on kernel functions.
+
+In: instructions that bcc compiled, the name of a function. Out: file descriptors; closing them takes all of it down.
+bcc before 0.31 knows no fentry on functions of modules, and bcc's own kprobes leave entries in tracefs when we die.
+Layouts: include/uapi/linux/bpf.h (`union bpf_attr`), include/uapi/linux/perf_event.h, Linux 5.10 and later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import resource
+import struct
+from pathlib import Path
+
+FENTRY, FEXIT, KPROBE, KRETPROBE = "fentry", "fexit", "kprobe", "kretprobe"
+
+SYS_BPF = {"x86_64": 321, "aarch64": 280}
+SYS_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
+
+_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _OBJ_INFO, _BTF_GET_FD, _BTF_NEXT, _LINK_CREATE = 5, 17, 15, 19, 23, 28
+_TYPE_KPROBE, _TYPE_TRACING = 2, 26
+_ATTACH = {FENTRY: 24, FEXIT: 25}
+_ATTACH_PERF_EVENT = 41
+_ENABLE, _DISABLE, _SET_BPF = 0x2400, 0x2401, 0x40042408
+_PERF_ATTR_BYTES = 112
+_DISABLED, _CLOEXEC = 1, 8
+_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
+_LOG_BYTES = 1 << 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _bpf(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
+    number = SYS_BPF.get(os.uname().machine)
+    if number is None:
+        raise OSError("bpf(2) has no known number on this machine")
+    result = int(_libc.syscall(number, command, attributes, len(attributes)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _attributes(*parts: tuple[int, str, int]) -> ctypes.Array[ctypes.c_char]:
+    """A `union bpf_attr` of 128 bytes from (offset, format, value); none of it in use beyond."""
+    buffer = ctypes.create_string_buffer(128)
+    for offset, form, value in parts:
+        struct.pack_into("=" + form, buffer, offset, value)
+    return buffer
+
+
+def load(code: bytes, how: str, btf_id: int = 0, btf_fd: int = 0) -> int:
+    """Loads instructions for one way of attaching; the descriptor. OSError with the verifier's last words.
+
+    `btf_id` names the function for fentry and fexit, in vmlinux's BTF or in that behind `btf_fd`.
+    """
+    with contextlib.suppress(ValueError, OSError):  # before Linux 5.11 programs count as locked memory
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    instructions, licence = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    kind = _TYPE_TRACING if how in _ATTACH else _TYPE_KPROBE
+    parts = [
+        (0, "I", kind), (4, "I", len(code) // 8), (8, "Q", ctypes.addressof(instructions)),
+        (16, "Q", ctypes.addressof(licence)), (68, "I", _ATTACH.get(how, 0)), (108, "I", btf_id), (112, "I", btf_fd),
+    ]  # fmt: skip
+    try:
+        return _bpf(_PROG_LOAD, _attributes(*parts))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            said = [(24, "I", 1), (28, "I", _LOG_BYTES), (32, "Q", ctypes.addressof(log))]
+            return _bpf(_PROG_LOAD, _attributes(*parts, *said))
+        lines = [line for line in log.value.decode(errors="replace").splitlines() if line.strip()]
+        detail = next((line for line in reversed(lines) if not line.startswith("processed ")), error.strerror)
+        raise OSError(error.errno, detail) from error
+
+
+def attach_tracing(program: int, tracepoint: str = "") -> int:
+    """Attaches a program to a raw tracepoint, or an fentry or fexit program to the function it was loaded for.
+
+    Closing the result detaches. OSError if the kernel has no such tracepoint.
+    """
+    name = ctypes.create_string_buffer(tracepoint.encode())
+    return _bpf(
+        _RAW_TRACEPOINT_OPEN, _attributes((0, "Q", ctypes.addressof(name) if tracepoint else 0), (8, "I", program))
+    )
+
+
+class KprobeEvent:
+    """A kprobe or kretprobe on a function, as a perf event: it is gone when its descriptor is closed, or we die.
+
+    `attach` and `detach` alternate. The probe itself stays while the event is open; without a program it does nothing.
+    """
+
+    def __init__(self, function: str, how: str, fd: int = -1) -> None:
+        """`fd`: an event that another process opened. OSError: no such function, or none that can be probed."""
+        self.function, self.how = function, how
+        self._handed = fd >= 0
+        self.fd = fd if fd >= 0 else self._open()
+        self._link = -1
+        self._kept = False
+
+    def _open(self) -> int:
+        kind = int((_KPROBE_PMU / "type").read_text())
+        bit = int((_KPROBE_PMU / "format/retprobe").read_text().strip().partition(":")[2] or 0)
+        name = ctypes.create_string_buffer(self.function.encode())
+        config = 1 << bit if self.how == KRETPROBE else 0
+        attr = ctypes.create_string_buffer(_PERF_ATTR_BYTES)
+        struct.pack_into("=IIQ", attr, 0, kind, _PERF_ATTR_BYTES, config)
+        struct.pack_into("=Q", attr, 40, _DISABLED)
+        struct.pack_into("=Q", attr, 56, ctypes.addressof(name))
+        number = SYS_PERF_EVENT_OPEN.get(os.uname().machine)
+        if number is None:
+            raise OSError("perf_event_open has no known number on this machine")
+        fd = int(_libc.syscall(number, attr, -1, 0, -1, _CLOEXEC))
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return fd
+
+    def attach(self, program: int) -> None:
+        """Runs `program` at the probe from now on; by a link where the kernel has them (Linux 5.15)."""
+        if self.fd < 0:
+            self.fd = self._open()
+        if self._kept:
+            return
+        parts = (0, "I", program), (4, "I", self.fd), (8, "I", _ATTACH_PERF_EVENT)
+        try:
+            self._link = _bpf(_LINK_CREATE, _attributes(*parts))
+        except OSError:
+            fcntl.ioctl(self.fd, _SET_BPF, program)
+            self._kept = True
+        fcntl.ioctl(self.fd, _ENABLE, 0)
+
+    def detach(self) -> None:
+        """Runs it no more; where there are no links only the event's end does that, so a handed one runs on."""
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self.fd, _DISABLE, 0)
+        if self._link >= 0:
+            os.close(self._link)
+            self._link = -1
+        elif not self._handed:
+            self.close()
+            self._kept = False
+
+    def close(self) -> None:
+        """Takes the probe down; idempotent."""
+        for fd in (self._link, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self._link = self.fd = -1
+
+
+def module_btf(name: str) -> int:
+    """A descriptor of a module's BTF; -1 where there is none or CAP_SYS_ADMIN is missing."""
+    number = 0
+    while True:
+        try:
+            buffer = _attributes((0, "I", number))
+            _bpf(_BTF_NEXT, buffer)
+            number = struct.unpack_from("=I", buffer, 4)[0]
+            fd = _bpf(_BTF_GET_FD, _attributes((0, "I", number)))
+        except OSError:
+            return -1
+        if _name_of(fd) == name:
+            return fd
+        os.close(fd)
+
+
+def _name_of(fd: int) -> str:
+    """The module whose BTF is behind a descriptor: `struct bpf_btf_info`, name at offset 16, its length at 24."""
+    text, info = ctypes.create_string_buffer(64), ctypes.create_string_buffer(32)
+    struct.pack_into("=QI", info, 16, ctypes.addressof(text), len(text))
+    try:
+        _bpf(_OBJ_INFO, _attributes((0, "I", fd), (4, "I", len(info)), (8, "Q", ctypes.addressof(info))))
+    except OSError:
+        return ""
+    return text.value.decode(errors="replace")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attach tiers beside each other on one and the same migration, beside its truth, and beside bpftrace.
+
+All tiers watch at once, each with programs of its own, so that no difference can come from the migration.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig import kvm
+from ebpf_mig.events import AnyEvent, Ioctl, Kick, Transfer
+from ebpf_mig.probes.functions import AUTO
+from ebpf_mig.probes.tracer import Tracer
+from tests.conftest import FEATURES, requires
+from tests.truth.harness import PHASES, Run, migrate_by
+from tests.truth.parts import Plan
+
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64"), pytest.mark.everywhere("tiers")]
+
+MS = 1_000_000
+ESSENTIAL = ("dirty-log", "vcpu", "state", "kick", "socket", "brownout")
+
+
+def tiers() -> list[str]:
+    """Those that this kernel has; the test is skipped where there is one only."""
+    found = ["tracepoint"]
+    found += [tier for tier, feature in (("kprobe", "kprobes"), ("fentry", "fentry")) if FEATURES[feature]()]
+    if len(found) == 1:
+        pytest.skip("missing feature: kprobes or fentry")
+    return found
+
+
+def told(run: Run) -> dict[str, str]:
+    return run.breakdown.completeness.attach
+
+
+def bytes_sent(run: Run) -> dict[int, int]:
+    """By process: what it sent on the sockets that both ends of show."""
+    total: dict[int, int] = {}
+    for e in run.events:
+        if isinstance(e, Transfer) and e.direction == 0:
+            total[e.pid] = total.get(e.pid, 0) + e.bytes
+    return total
+
+
+def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
+    return sorted((e for e in events if isinstance(e, Ioctl) and e.cmd in cmds), key=lambda e: e.begin_ns)
+
+
+@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
+    plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
+    names = tiers()
+    for _ in range(3):
+        runs = migrate_by(names, plan, unix=unix)
+        if not runs[0].doubtful():
+            break
+    for name, run in zip(names, runs, strict=True):
+        assert {told(run)[signal] for signal in ESSENTIAL} == {name}
+        assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
+        assert run.wrong() == {}, name
+    for one, other in itertools.combinations(runs, 2):
+        a, b = one.breakdown, other.breakdown
+        assert a.blackout_ns is not None and b.blackout_ns is not None
+        assert abs(a.blackout_ns - b.blackout_ns) <= 0.5 * MS
+        for phase in PHASES:
+            assert abs(a.phase_ns(phase) - b.phase_ns(phase)) <= one.tolerance(phase), phase
+        assert bytes_sent(one) == bytes_sent(other)
+        left, right = (ioctls(r.events, kvm.DIRTY_LOG | kvm.MEMSLOT) for r in (one, other))
+        assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [
+            (e.tid, e.fd, e.cmd, e.slot, e.ret) for e in right
+        ]
+        kicks = [[(k.tid, k.target, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
+        assert kicks[0] == kicks[1]
+        assert {v.vcpu for v in a.vcpus} == {v.vcpu for v in b.vcpus} == {0, 1}
+        # State ioctls are only bursts in the breakdown, but each of them is there.
+        counts = [len([e for e in r.events if isinstance(e, Ioctl)]) for r in (one, other)]
+        assert counts[0] == counts[1]
+
+
+def test_the_split_of_function_tiers_is_bpftraces() -> None:
+    """Flushes and walks of one migration: by our programs, and by bpftrace's own probes on the same functions."""
+    if not FEATURES["bpftrace"]():
+        pytest.skip("missing feature: bpftrace")
+    names = [name for name in tiers() if name != "tracepoint"]
+    symbols = {line.split()[2] for line in Path("/proc/kallsyms").read_text().splitlines()}
+    flush = next(n for n in ("kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot") if n in symbols)
+    script = (
+        f"kretprobe:kvm_arch_sync_dirty_log {{ @synced[tid] = nsecs; }}\n"
+        f"kprobe:{flush} /@synced[tid]/ {{ @walk = @walk + (nsecs - @synced[tid]); @flush[tid] = nsecs; }}\n"
+        f"kretprobe:{flush} /@flush[tid]/ {{ @flushed = @flushed + (nsecs - @flush[tid]); @n = @n + 1;"
+        " delete(@synced[tid]); delete(@flush[tid]); }\n"
+        "END { clear(@synced); clear(@flush); }\n"
+    )
+    watcher = subprocess.Popen(
+        ["bpftrace", "-e", f'BEGIN {{ printf("ready\\n"); }}\n{script}'], stdout=subprocess.PIPE, text=True
+    )
+    assert watcher.stdout is not None
+    while "ready" not in watcher.stdout.readline():
+        assert watcher.poll() is None, "bpftrace does not start"
+    runs = migrate_by(names, Plan(log="legacy", slots=8, passes=6, dirty_pages=1000))
+    watcher.send_signal(signal.SIGINT)
+    said = watcher.communicate(timeout=60)[0]
+    witness = {name: int(value) for name, value in re.findall(r"@(walk|flushed|n): (\d+)", said)}
+    assert witness["n"] > 6
+    for name, run in zip(names, runs, strict=True):
+        found = ioctls(run.events, frozenset({kvm.GET_DIRTY_LOG}))
+        assert told(run)["split"] == name
+        assert all(min(e.walk_ns, e.flush_ns, e.copy_ns) >= 0 for e in found)
+        with_flush = [e for e in found if e.flush_ns]
+        assert len(with_flush) == witness["n"]
+        # Each probe between two of ours is time that one sees and the other does not.
+        doubt = 0.02 * MS * witness["n"]
+        assert sum(e.walk_ns for e in with_flush) == pytest.approx(witness["walk"], rel=0.15, abs=doubt)
+        assert sum(e.flush_ns for e in with_flush) == pytest.approx(witness["flushed"], rel=0.15, abs=doubt)
+        assert all(e.walk_ns + e.flush_ns + e.copy_ns <= e.end_ns - e.begin_ns for e in found)
+
+
+def test_what_auto_takes_was_seen_to_fire() -> None:
+    """fentry where it fires, else kprobes: each signal's tier is in the report, and nothing is verified by hope."""
+    names = tiers()
+    (run,) = migrate_by((AUTO,), Plan())
+    attach = told(run)
+    assert run.breakdown.completeness.verdict == "complete"
+    best = {tier for tier in ("fentry", "kprobe") if tier in names}
+    for signal_name in ("dirty-log", "vcpu", "state", "kick", "brownout"):
+        assert set(attach[signal_name].split("+")) <= {"fentry", "kprobe"}, attach
+    if "fentry" in best:
+        assert {attach[s] for s in ESSENTIAL} == {"fentry"}
+
+
+CALLER = """
+import os, sys, time
+def batch():
+    begin = time.perf_counter_ns()
+    for _ in range(3000): os.getppid()
+    return time.perf_counter_ns() - begin
+batch()
+print("ready", flush=True)
+for _ in sys.stdin:
+    print(min(batch() for _ in range(9)), flush=True)
+"""
+"""A process that nobody traces; tells the ns of 3000 system calls when asked."""
+
+
+def test_functions_cost_other_processes_nothing(record_property: Callable[[str, object], None]) -> None:
+    names = tiers()
+    other = subprocess.Popen([sys.executable, "-c", CALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None and other.stdout is not None
+    other.stdout.readline()
+    took: dict[str, int] = {}
+    for name in ["nobody", *names, "nobody again"]:
+        tracer = Tracer([1], tier=name) if name in names else None
+        if tracer is not None:
+            tracer.arm()
+        other.stdin.write("\n")
+        other.stdin.flush()
+        took[name] = int(other.stdout.readline())
+        if tracer is not None:
+            tracer.close()
+    other.kill()
+    other.wait()
+    record_property("cost to others", json.dumps(took))
+    alone = max(took["nobody"], took["nobody again"])
+    for name in names:
+        assert name == "tracepoint" or took[name] < 1.2 * alone, took
