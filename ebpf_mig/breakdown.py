@@ -277,6 +277,8 @@ class Witness(Struct, frozen=True, kw_only=True):
     span: Span | None = None
     """Where the kernel's events show the very thing that it measured; None if they do not. It is our figure, except of
     downtimes: those are compared with the blackout."""
+    doubt_ns: int = 0
+    """Time at the span's border that may belong to the neighbouring part."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):

@@ -36,7 +36,11 @@ def gather(case: Case, window: Span | None, parts: Sequence[Phase], wires: Seque
         if name in told and name in found.spans:
             begin, end = found.spans[name]
             why = _why(name, (begin - origin, end - origin), parts, wires or (), found)
-            rows.append(_row(name, told[name], (begin - origin, end - origin), end - begin, why))
+            doubt = found.doubts.get(name, 0)
+            if doubt >= MS:
+                why += f"; {doubt / MS:.3f} of user time may be its neighbour's"
+            row = _row(name, told[name], (begin - origin, end - origin), end - begin, why)
+            rows.append(msgspec.structs.replace(row, doubt_ns=doubt))
     rows += _unnamed(told, found, origin, parts)
     return rows
 

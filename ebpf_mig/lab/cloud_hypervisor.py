@@ -107,12 +107,22 @@ class ChPair:
     """Source and destination; started on entering, gone on leaving."""
 
     def __init__(
-        self, scenario: Scenario, binary: str | None = None, *, local: bool = False, tls_dir: str | None = None
+        self,
+        scenario: Scenario,
+        binary: str | None = None,
+        *,
+        local: bool = False,
+        tls_dir: str | None = None,
+        preload: bool = True,
+        seccomp: str | None = None,
     ) -> None:
+        """`preload` False: a KVM that cannot save nested state fails the migration, after the stop."""
         self.scenario = scenario
         self.binary = find_binary(binary)
         self.local = local
         self.tls_dir = tls_dir
+        self._preload = preload
+        self._seccomp = seccomp or ("log" if local else None)
         self.notes: list[str] = []
         self._stack = contextlib.ExitStack()
         self._prefix: list[str] = []
@@ -123,10 +133,10 @@ class ChPair:
             self.directory = guard.enter_context(private_directory())
             guest = self.directory / "guest.elf"
             guest.write_bytes(self.scenario.guest())
-            if lacks_nested_state():
+            if self._preload and lacks_nested_state():
                 self.notes.append(PRELOAD_NOTE)
                 self._prefix = ["/usr/bin/env", f"LD_PRELOAD={build_preload(self.directory)}"]
-            if self.local:
+            if self.local and self._seccomp == "log":
                 self.notes.append(SECCOMP_NOTE)
             s = self.scenario
             memory = f"size={s.memory_bytes // MIB}M" + (",shared=on" if self.local else "")
@@ -162,7 +172,12 @@ class ChPair:
         heartbeat = Heartbeat(read_end)
         self._stack.callback(heartbeat.join)
         command = [*self._prefix, self.binary, "--api-socket", f"path={api}", "--log-file", str(log), "-vv"]
-        command += ["--event-monitor", f"path={events}", *(["--seccomp", "log"] if self.local else []), *more]
+        command += [
+            "--event-monitor",
+            f"path={events}",
+            *(["--seccomp", self._seccomp] if self._seccomp else []),
+            *more,
+        ]
         with os.fdopen(write_end, "wb", buffering=0) as serial, (self.directory / f"{role}.err").open("wb") as stderr:
             process = spawn(command, serial, stderr)
             self._stack.callback(stop, process)
