@@ -234,6 +234,8 @@ class Segment(Event, frozen=True, tag=13):
     """Sequence number of its first byte, 32 bits as on the wire; -1 unknown."""
     ack: int = -1
     """Its acknowledgement number."""
+    received: int = -1
+    """Sequence number up to which all had arrived before it came (rcv_nxt)."""
 
 
 class VcpuSpan(Event, frozen=True, tag=14):

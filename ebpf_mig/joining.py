@@ -195,10 +195,8 @@ def _evidence(source: Survey, destination: Survey, near: End, far: End) -> Evide
     there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
     pairs.arrived(near.sends, here, there, arrivals, True)
     pairs.arrived(far.sends, there, here, returns, False)
-    if not _retransmitted(source, near):
-        pairs.acknowledged(there, here, acks, True)
-    if not _retransmitted(destination, far):
-        pairs.acknowledged(here, there, replies, False)
+    pairs.acknowledged(there, here, acks, True)
+    pairs.acknowledged(here, there, replies, False)
     found.most = [hull for hull in (out, arrivals, replies) if hull.count]
     found.least = [hull for hull in (back, returns, acks) if hull.count]
     return found
@@ -213,10 +211,6 @@ def _from_start(side: Survey, end: End) -> bool:
     readings = [reading.values for reading in _readings(side, end)]
     told = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
     return bool(told) and 0 < max(told) <= end.sent + _SYN_FIN
-
-
-def _retransmitted(side: Survey, end: End) -> bool:
-    return any(reading.values.get("total_retrans", 0) for reading in _readings(side, end))
 
 
 def _rough(evidence: Evidence) -> int | None:

@@ -106,28 +106,29 @@ def _received(blocks: Sequence[Block]) -> list[Mark]:
     return marks
 
 
-def acknowledged(data: Sequence[Segment], acks: Sequence[Segment], hull: Hull, data_is_other: bool) -> None:
-    """Adds pairs from TCP itself: an acknowledgement came after the data that it acknowledges had arrived.
+def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hull, receiver_is_other: bool) -> None:
+    """Adds pairs from TCP itself: what had not arrived yet was acknowledged later.
 
-    `data` are segments that arrived at one end, `acks` those at the other, in order of time. Of data that arrived twice
-    the first counts. `data_is_other`: the data arrived on the other clock, which bounds the offset from below.
+    `receiver` are segments as they came to one end, which tell what it had not received before; `acks` those that came
+    to the other, in order of time. `receiver_is_other`: its clock is the other, which bounds the offset from below.
     """
-    arrivals = _first_arrivals(data)
-    if not arrivals:
+    lacking = [segment for segment in receiver if segment.received >= 0]
+    if not lacking:
         return
-    origin, index, latest = arrivals[0][0], 0, None
+    place, index = lacking[0].received, 0
+    latest: int | None = None
     used: int | None = None
     for ack in acks:
         if ack.ack < 0:
             continue
-        reached = _after(origin, ack.ack)
-        while index < len(arrivals) and arrivals[index][0] <= reached:
-            latest = arrivals[index][1]
+        reached = _after(place, ack.ack)
+        while index < len(lacking) and (before := _after(place, lacking[index].received)) < reached:
+            place, latest = max(place, before), lacking[index].at_ns
             index += 1
         if latest is None or latest == used:
             continue
         used = latest
-        if data_is_other:
+        if receiver_is_other:
             hull.add(ack.at_ns, ack.at_ns - latest)
         else:
             hull.add(latest, ack.at_ns - latest)
@@ -179,19 +180,6 @@ def _origin(blocks: Sequence[Block], acks: Sequence[Segment]) -> int | None:
         number = (ack.ack - ack.acked + ack.in_flight + ack.unsent - written) % _WRAP
         if found is None or _after(found, number) < found:
             found = number
-    return found
-
-
-def _first_arrivals(data: Sequence[Segment]) -> list[Mark]:
-    """Sequence numbers after each segment that went beyond all before, counted on beyond 2^32, and when it came."""
-    found: list[Mark] = []
-    for segment in data:
-        if segment.seq < 0 or not segment.payload:
-            continue
-        after = (segment.seq + segment.payload) % _WRAP
-        place = _after(found[-1][0], after) if found else after
-        if not found or place > found[-1][0]:
-            found.append((place, segment.at_ns))
     return found
 
 

@@ -8,10 +8,10 @@
  */
 #pragma once
 
-#include "common.h"
+#include "sockets.h"
 
 struct segment_record {
-	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window, seq, ack;
+	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received;
 };
 _Static_assert(sizeof(struct segment_record) == 8 * SEGMENT_WORDS, "segment record");
 
@@ -38,7 +38,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	u32 tgid, una, nxt, ack, length;
 	u8 offset = 0;
 
-	if (!o)
+	if (!o || inode_of(sk) != o->socket)	/* closed, and the memory may be another connection's by now */
 		return 0;
 	tgid = o->pid;
 	p = processes.lookup(&tgid);
@@ -66,6 +66,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	r->window = half_at(sk, OFF_tcp_wnd);
 	r->seq = in_host_order(half_at(header, 4));
 	r->ack = ack;
+	r->received = half_at(sk, OFF_tcp_rcv_nxt);
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
 	return 0;

@@ -118,7 +118,9 @@ class Wire:
         while left:
             payload = min(left, random.choice((1448, 14_480, 65_160)))
             there += random.randint(50, 4000)
-            self.data.append(Segment(there + AHEAD, 2, 9, payload, 0, 0, 0, 1 << 20, self._number(place), 17))
+            self.data.append(
+                Segment(there + AHEAD, 2, 9, payload, 0, 0, 0, 1 << 20, self._number(place), 17, self._number(place))
+            )
             place, left = place + payload, left - payload
             back = max(there, back) + random.randint(50, 4000)
             self.least_delay = min(self.least_delay, there - now)
@@ -148,10 +150,10 @@ def test_segments_and_acknowledgements_bound_the_offset_on_both_sides_and_hold_t
         assert AHEAD - max(-y for _, y in below.points) < 50_000
 
 
-def test_data_that_came_twice_counts_from_its_first_arrival() -> None:
-    first = Segment(AHEAD + 100, 2, 9, 1000, 0, 0, 0, 0, 5000, 0)
-    again = Segment(AHEAD + 900, 2, 9, 1000, 0, 0, 0, 0, 5000, 0)
-    ack = Segment(300, 1, 7, 0, 1000, 1000, 0, 0, 0, 6000)
+def test_data_that_comes_twice_is_not_what_the_acknowledgement_waited_for() -> None:
+    first = Segment(AHEAD + 100, 2, 9, 1000, 0, 0, 0, 0, 5000, 0, 5000)
+    again = Segment(AHEAD + 900, 2, 9, 1000, 0, 0, 0, 0, 5000, 0, 6000)
+    ack = Segment(300, 1, 7, 0, 1000, 1000, 0, 0, 0, 6000, 0)
     hull = Hull()
     pairs.acknowledged([first, again], [ack], hull, True)
     assert hull.points == [(300, 200 - AHEAD)]
