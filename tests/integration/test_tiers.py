@@ -83,7 +83,7 @@ def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
         assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [
             (e.tid, e.fd, e.cmd, e.slot, e.ret) for e in right
         ]
-        kicks = [[(k.tid, k.target, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
+        kicks = [[(k.tid, k.target_tid, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
         assert kicks[0] == kicks[1]
         assert {v.vcpu for v in a.vcpus} == {v.vcpu for v in b.vcpus} == {0, 1}
         # State ioctls are only bursts in the breakdown, but each of them is there.
@@ -103,6 +103,7 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
         f"kprobe:{flush} /@synced[tid]/ {{ @walk = @walk + (nsecs - @synced[tid]); @flush[tid] = nsecs; }}\n"
         f"kretprobe:{flush} /@flush[tid]/ {{ @flushed = @flushed + (nsecs - @flush[tid]); @n = @n + 1;"
         " delete(@synced[tid]); delete(@flush[tid]); }\n"
+        "kretprobe:kvm_get_dirty_log_protect { delete(@synced[tid]); delete(@flush[tid]); }\n"
         "END { clear(@synced); clear(@flush); }\n"
     )
     watcher = subprocess.Popen(
@@ -162,18 +163,19 @@ def test_functions_cost_other_processes_nothing(record_property: Callable[[str, 
     assert other.stdin is not None and other.stdout is not None
     other.stdout.readline()
     took: dict[str, int] = {}
-    for name in ["nobody", *names, "nobody again"]:
-        tracer = Tracer([1], tier=name) if name in names else None
-        if tracer is not None:
-            tracer.arm()
+    tracers = {name: Tracer([1], tier=name) for name in names}
+    for name in ["nobody", *names] * 3:
+        if name in tracers:
+            tracers[name].arm()
         other.stdin.write("\n")
         other.stdin.flush()
-        took[name] = int(other.stdout.readline())
-        if tracer is not None:
-            tracer.close()
+        took[name] = min(took.get(name, 1 << 62), int(other.stdout.readline()))
+        if name in tracers:
+            tracers[name].disarm()
+    for tracer in tracers.values():
+        tracer.close()
     other.kill()
     other.wait()
     record_property("cost to others", json.dumps(took))
-    alone = max(took["nobody"], took["nobody again"])
     for name in names:
-        assert name == "tracepoint" or took[name] < 1.2 * alone, took
+        assert name == "tracepoint" or took[name] < 1.2 * took["nobody"], took

@@ -44,6 +44,8 @@ class Source(Machine):
         self._gets = {slot: kvm.log_of(slot, bitmap) for slot, bitmap in self._bitmaps.items()}
         self.first_read = {kvm.LIST // PAGE}
         self._hog_pages, self._hogging = 0, threading.Event()
+        self.held = (0, 0)
+        """Between which instants another thread was inside its long CLEAR, which holds slots_lock."""
         if plan.delays.get("fetch.kernel"):
             self._feed_hog(plan.delays["fetch.kernel"])
 
@@ -65,7 +67,8 @@ class Source(Machine):
         self._hogging.set()
         begin = time.monotonic_ns()
         self.vm.clear_log(HOG_SLOT, self._ones, self._hog_pages, kvm.GIB // PAGE)
-        self.injected["fetch.kernel"] = time.monotonic_ns() - begin
+        self.held = begin, time.monotonic_ns()
+        self.injected["fetch.kernel"] = self.held[1] - begin
 
     def dirty(self, pages: list[int]) -> None:
         """Has the guest write to exactly these pages."""
@@ -284,7 +287,8 @@ def main(role: str, plan: Plan) -> None:
         say("ready")
         sys.stdin.readline()
         made.connect(address)
-        machine.result(fetched=machine.migrate(made))
+        fetched = machine.migrate(made)
+        machine.result(fetched=fetched, held=machine.held)
     else:
         machine = Destination(plan)
         made.bind(address)
