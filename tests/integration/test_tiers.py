@@ -25,7 +25,8 @@ from tests.conftest import FEATURES, requires
 from tests.truth.harness import PHASES, Run, migrate_by
 from tests.truth.parts import Plan
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64"), pytest.mark.everywhere("tiers")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+everywhere = pytest.mark.everywhere("tiers")
 
 MS = 1_000_000
 ESSENTIAL = ("dirty-log", "vcpu", "state", "kick", "socket", "brownout")
@@ -57,7 +58,7 @@ def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
     return sorted((e for e in events if isinstance(e, Ioctl) and e.cmd in cmds), key=lambda e: e.begin_ns)
 
 
-@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+@pytest.mark.parametrize("unix", [pytest.param(False, marks=everywhere, id="tcp"), pytest.param(True, id="unix")])
 def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
     plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
     names = tiers()
@@ -91,6 +92,7 @@ def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
         assert counts[0] == counts[1]
 
 
+@everywhere
 def test_the_split_of_function_tiers_is_bpftraces() -> None:
     """Flushes and walks of one migration: by our programs, and by bpftrace's own probes on the same functions."""
     if not FEATURES["bpftrace"]():
@@ -130,6 +132,7 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
         assert all(e.walk_ns + e.flush_ns + e.copy_ns <= e.end_ns - e.begin_ns for e in found)
 
 
+@everywhere
 def test_what_auto_takes_was_seen_to_fire() -> None:
     """fentry where it fires, else kprobes: each signal's tier is in the report, and nothing is verified by hope."""
     names = tiers()
@@ -157,6 +160,7 @@ for _ in sys.stdin:
 """A process that nobody traces; tells the ns of 3000 system calls when asked."""
 
 
+@everywhere
 def test_functions_cost_other_processes_nothing(record_property: Callable[[str, object], None]) -> None:
     names = tiers()
     other = subprocess.Popen([sys.executable, "-c", CALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

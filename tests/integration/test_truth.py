@@ -65,15 +65,15 @@ def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
         if run.injected["fetch.kernel"] < 5 * MS:
             pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
         fetches = [e for e in run.events if isinstance(e, Ioctl) and e.cmd == kvm.GET_DIRTY_LOG]
-        longest = max(fetches, key=lambda e: e.end_ns - e.begin_ns)
-        behind = run.held[1] - longest.begin_ns
-        if behind >= 5 * MS:
+        beside = [e for e in fetches if run.held[0] <= e.begin_ns < run.held[1]]
+        longest = max(beside, key=lambda e: e.end_ns - e.begin_ns, default=fetches[-1])
+        behind, took = run.held[1] - longest.begin_ns, longest.end_ns - longest.begin_ns
+        if took >= 0.9 * behind >= 4.5 * MS:  # else that thread lost its CPU before it read the clock
             break
-    took = longest.end_ns - longest.begin_ns
     assert took >= 0.9 * behind >= 4.5 * MS
     rows = [i for fetch in run.breakdown.dirty_log.fetches for i in fetch.ioctls]
-    row = max(rows, key=lambda i: i.duration_ns)
-    assert row.duration_ns == took and row.lock_wait_ns is not None
+    row = next(i for i in rows if i.duration_ns == took)
+    assert row.lock_wait_ns is not None
     assert row.lock_wait_ns["slots_lock"] >= 0.9 * behind
     assert row.lock_wait_ns["slots_lock"] + row.lock_wait_ns.get("mmu_lock", 0) <= took
     assert row.lock_wait_ns.get("mmu_lock", 0) < 0.1 * took

@@ -22,7 +22,7 @@ from tests.vm.machine import boot, emulator
 from tests.vm.results import Row, Subject, read_junit, read_property
 
 MARKER = "everywhere"
-TIMEOUT_S = 900
+TIMEOUT_S = 1500
 
 
 def _pytest(keyword: str, out: str) -> str:
