@@ -17,9 +17,25 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-from ebpf_mig import fetches, inside, phases, processes, roles, sockets, verdict, waits, wire, witness
+from ebpf_mig import (
+    crossing,
+    fetches,
+    inside,
+    own_parts,
+    pausing,
+    phases,
+    processes,
+    roles,
+    served,
+    sockets,
+    verdict,
+    waits,
+    wire,
+    witness,
+)
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
+    IMMEDIATE,
     Breakdown,
     Clock,
     DirtyLog,
@@ -85,6 +101,7 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
     window, parts, work = attribute(case)
+    wires = _wire(case, window)
     origin = window[0] if window else case.since
     breakdown = Breakdown(
         migration=_migration(case, window),
@@ -95,13 +112,17 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
         vcpus=_vcpus(case, origin),
         dirty_log=_dirty_log(case, origin, parts, work),
         sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
-        wire=_wire(case, window),
+        wire=wires,
         waits=_waits(case, window, parts),
-        witnesses=_witnesses(case),
+        witnesses=_witnesses(case, window, parts, wires),
         completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown, window),
         clock=Clock(),
         notes=_notes(case, window, work),
+        pausing=pausing.observe(case.source, case.switchover),
+        postcopy=served.observe(case),
     )
+    if header.remote is not None:
+        breakdown = crossing.bounded(breakdown, header.remote, origin)
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
 
@@ -131,7 +152,12 @@ def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
 
 
 def _endpoint(case: Case, process: Process | None) -> Endpoint | None:
-    return Endpoint(host=case.material.header.host, pid=process.pid) if process else None
+    if process is None:
+        return None
+    remote = case.material.header.remote
+    if remote is not None and process.pid == remote.pid:
+        return Endpoint(host=remote.host, pid=remote.own_pid)
+    return Endpoint(host=case.material.header.host, pid=process.pid)
 
 
 def _blackout(case: Case) -> int | None:
@@ -241,11 +267,16 @@ def _since(segments: list[Segment], begin: int) -> list[Segment]:
     return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
 
 
-def _witnesses(case: Case) -> list[Witness]:
+def _witnesses(
+    case: Case, window: tuple[int, int] | None, parts: list[Phase], wires: list[Wire] | None
+) -> list[Witness]:
     if case.switchover is None:
         return []
     pids = (case.source.pid if case.source else None, case.destination.pid if case.destination else None)
-    return witness.gather(case.material.marks, case.switchover, pids)
+    found = witness.gather(case.material.marks, case.switchover, pids)
+    paused = pausing.observe(case.source, case.switchover)
+    own = own_parts.explained(found, case, window, paused.kicked_late_ns if paused else 0)
+    return own + own_parts.gather(case, window, parts, wires)
 
 
 def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> list[Wait] | None:
@@ -308,6 +339,4 @@ def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
     named = ", ".join(map(str, vcpus[:8])) + (f" and {len(vcpus) - 8} more" if len(vcpus) > 8 else "")
     longest = max(ns for _, ns in took) / 1000
     calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
-    return (
-        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us: taken not to have run the guest"
-    )
+    return f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us{IMMEDIATE}"

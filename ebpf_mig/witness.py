@@ -20,6 +20,12 @@ _DOWNTIME = {
     "ch": "from its pause call to the answer to Complete",
 }
 
+_PAIRS = (
+    ("qmp.STOP..RESUME", "qmp.STOP", "qmp.RESUME"),
+    ("ch.paused..resumed", "ch.event.paused", "ch.event.resumed"),
+)
+"""What the VMMs say at the stop and at the start."""
+
 
 def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None, int | None]) -> list[Witness]:
     """Everything comparable with the blackout; empty if the blackout is not known."""
@@ -38,22 +44,23 @@ def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None
                     explanation=_DOWNTIME.get(prefix, f"as {prefix} told it, in whole ms"),
                 )
             )
-    stopped = _nearest(marks, "qmp.STOP", pids[0], switchover.stop)
-    resuming = pids[0] if switchover.kind == "aborted" else pids[1]
-    resumed = _nearest(marks, "qmp.RESUME", resuming, switchover.first_start)
-    if stopped and resumed:
-        value = resumed.at_ns - stopped.at_ns
-        doubt_ns = max(stopped.doubt_ns, resumed.doubt_ns)
-        doubt = f", doubt {_span(doubt_ns)}" if doubt_ns > SMALL_DOUBT_NS else ""
-        found.append(
-            Witness(
-                name="qmp.STOP..RESUME",
-                value_ns=value,
-                difference_ns=value - blackout,
-                explanation=f"{_us(stopped.at_ns - switchover.stop)} the stop, "
-                f"{_us(resumed.at_ns - switchover.first_start)} the start{doubt}",
+    for name, stop, resume in _PAIRS:
+        stopped = _nearest(marks, stop, pids[0], switchover.stop)
+        resuming = pids[0] if switchover.kind == "aborted" else pids[1]
+        resumed = _nearest(marks, resume, resuming, switchover.first_start)
+        if stopped and resumed:
+            value = resumed.at_ns - stopped.at_ns
+            doubt_ns = max(stopped.doubt_ns, resumed.doubt_ns)
+            doubt = f", doubt {_span(doubt_ns)}" if doubt_ns > SMALL_DOUBT_NS else ""
+            found.append(
+                Witness(
+                    name=name,
+                    value_ns=value,
+                    difference_ns=value - blackout,
+                    explanation=f"{_us(stopped.at_ns - switchover.stop)} the stop, "
+                    f"{_us(resumed.at_ns - switchover.first_start)} the start{doubt}",
+                )
             )
-        )
     return sorted(found, key=lambda w: (w.name, w.value_ns))
 
 

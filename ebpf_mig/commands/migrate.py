@@ -99,6 +99,8 @@ The destination is a Cloud Hypervisor started with --api-socket alone."""
 @click.option("--memory-mode", type=click.Choice(["precopy", "postcopy"]), default="precopy", show_default=True)
 @click.option("--source-log", metavar="FILE", help="The source's log file: its own figures are set beside ours.")
 @click.option("--destination-log", metavar="FILE", help="The same of the destination.")
+@click.option("--source-events", metavar="FILE", help="What the source's --event-monitor writes.")
+@click.option("--destination-events", metavar="FILE", help="The same of the destination.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
 @tracing.recording_options
 @tracing.tier_option
@@ -117,6 +119,8 @@ def cloud_hypervisor(
     memory_mode: str,
     source_log: str | None,
     destination_log: str | None,
+    source_events: str | None,
+    destination_events: str | None,
     timeout: int,
     output: str | None,
     force: bool,
@@ -128,7 +132,10 @@ def cloud_hypervisor(
     """Migrate a Cloud Hypervisor VM through its HTTP API."""
     tracing.check_output(output, force)
     postcopy = memory_mode == "postcopy"
-    options = ChOptions(local, downtime_ms, timeout_s, connections, tls_dir, postcopy, source_log, destination_log)
+    options = ChOptions(
+        local, downtime_ms, timeout_s, connections, tls_dir, postcopy,
+        source_log, destination_log, source_events, destination_events,
+    )  # fmt: skip
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
         outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)

@@ -69,6 +69,7 @@ _OFFSETS = {
     "OFF_tcp_nxt": ("tcp_sock", "snd_nxt"),
     "OFF_tcp_write": ("tcp_sock", "write_seq"),
     "OFF_tcp_wnd": ("tcp_sock", "snd_wnd"),
+    "OFF_tcp_rcv_nxt": ("tcp_sock", "rcv_nxt"),
 }
 
 

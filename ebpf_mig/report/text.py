@@ -14,9 +14,19 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, Phase, SocketUse, Vcpu, Wait, Witness
+from ebpf_mig.breakdown import (
+    IMMEDIATE,
+    Breakdown,
+    Clock,
+    Endpoint,
+    FetchIoctl,
+    Phase,
+    SocketUse,
+    Vcpu,
+    Wait,
+)
 from ebpf_mig.printable import printable
-from ebpf_mig.report import text_fetch
+from ebpf_mig.report import doubt, text_fetch, text_own
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.rows import Row, figure, ms, remark, size
 from ebpf_mig.report.waterfall import bar, ruler
@@ -32,6 +42,8 @@ _STACK_ROOM = 34
 _EVIDENCE_ROOM = 84
 """Two lines of 80 columns."""
 
+_MUCH = 5
+"""What was in flight for a fifth of the window is never left out."""
 _BAR_AT = 39
 _SIDES = {"source": ("src", "cyan"), "destination": ("dst", "magenta"), "both": ("both", "blue")}
 _VERDICTS = {"complete": "green", "bounded": "yellow", "incomplete": "bold red"}
@@ -67,10 +79,12 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [*_waterfall(breakdown, canvas)],
         [*_vcpus(breakdown)],
         [
+            *text_own.pausing(breakdown.pausing),
+            *text_own.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),
             *_sockets(breakdown.sockets),
             *_in_flight(breakdown),
-            *_witnesses(breakdown.witnesses),
+            *text_own.witnesses(breakdown.witnesses),
         ],
         [*_trust(breakdown)],
     )
@@ -111,7 +125,7 @@ def _headline_text(breakdown: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         missing = "stop" if breakdown.window_ns is None else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
-    return f"{_blackout_word(breakdown)} {ms(breakdown.blackout_ns)} ms"
+    return f"{_blackout_word(breakdown)} {doubt.blackout(breakdown)}"
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
@@ -152,15 +166,19 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         scale = ruler(breakdown.blackout, window, width, _blackout_word(breakdown), unicode=canvas.unicode)
     yield Row(Text.assemble((f"{'phase':14}{'side':5}{'ms':>11}{'share':>8} ", "dim"), (scale, "bold")))
     for phase in breakdown.phases:
-        if phase.duration_ns or phase.phase == "unattributed":
-            yield Row(_phase(phase, window, width, canvas.unicode))
-    yield Row(Text(f"{'window':19}{ms(window):>11}{'100.0%':>8}", "dim"))
+        if phase.duration_ns or phase.bound_ns or phase.phase == "unattributed":
+            yield Row(_phase(phase, breakdown.clock, window, width, canvas.unicode))
+    yield Row(
+        Text(
+            f"{'window':19}{doubt.limited(window, breakdown.window_bound_ns, breakdown.clock):>11}{'100.0%':>8}", "dim"
+        )
+    )
     unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)
 
 
-def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
+def _phase(phase: Phase, clock: Clock, window: int, width: int, unicode: bool) -> Text:
     side, colour = _SIDES.get(phase.side, (phase.side, ""))
     name = "bold" if phase.phase.startswith("fetch.") else ""
     if phase.phase == "unattributed":
@@ -168,7 +186,7 @@ def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
     share = f"{100 * phase.duration_ns / window:.1f}%"
     return Text.assemble(
         (f"{phase.phase:14}", name),
-        f"{side:5}{ms(phase.duration_ns):>11}{share:>8} ",
+        f"{side:5}{doubt.limited(phase.duration_ns, phase.bound_ns, clock):>11}{share:>8} ",
         (bar(phase.spans, window, width, unicode=unicode), colour),
     )
 
@@ -208,6 +226,8 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
     if passes := log.passes:
         kernel, user = sum(p.kernel_ns for p in passes), sum(p.user_ns for p in passes)
         sent = f"; {size(sum(p.bytes for p in passes))} sent"
+        if not passes[-1].bytes:
+            sent += ", the last one's kept for the final one" if len(passes) > 1 else ": kept for the final one"
         yield _fetch(f"{len(passes)} pre-copy pass{'es' if len(passes) > 1 else ''}", kernel, user, sent)
         yield from text_fetch.brownout(passes)
     for switch in log.logging:
@@ -262,7 +282,8 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
         what = f"{size(wire.bytes)}, {printable(wire.reason)}"
         why = _short(printable(wire.evidence), _EVIDENCE_ROOM - len(what))
-        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=2)
+        much = wire.in_flight_ns >= (breakdown.window_ns or 0) // _MUCH
+        yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=0 if much else 2)
     waits: dict[tuple[str, str, str], list[int]] = {}
     for wait in breakdown.waits or []:
         waits.setdefault((wait.phase, wait.thread, _stack(wait)), []).append(wait.duration_ns)
@@ -298,14 +319,6 @@ def _stack(wait: Wait) -> str:
     return shown
 
 
-def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
-    for witness in witnesses:
-        ours = witness.value_ns - witness.difference_ns
-        why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
-        text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
-        yield figure(witness.name, witness.value_ns, text)
-
-
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
@@ -318,11 +331,10 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     yield remark("  observer", cost + by)
     for reason in state.reasons:
         yield remark("  because", printable(reason, 400))
-    if breakdown.clock.bound_ns or breakdown.clock.offset_ns:
-        offset = f"{breakdown.clock.offset_ns / 1e6:+.3f} ms"
-        yield remark("clock of destination", f"{offset}, known to ± {ms(breakdown.clock.bound_ns)} ms")
-    for note in breakdown.notes[:MAX_LISTED]:
-        yield remark("note", printable(note, 400))
+    if breakdown.clock != Clock():
+        yield remark("clock of destination", doubt.told(breakdown.clock))
+    for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
+        yield remark("note", printable(note, 400))._replace(spare=2 if at or note.endswith(IMMEDIATE) else 0)
     if len(breakdown.notes) > MAX_LISTED:
         yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cloud Hypervisor's HTTP API over its UNIX socket, and what its log says.
+"""Cloud Hypervisor's HTTP API over its UNIX socket.
 
 In: the path of an API socket. Out: answers as Python values; refusals as VmmError in the VMM's own words, which
 are a JSON array of strings since v47 and plain text before. One connection a call: a blocking call blocks only itself.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import socket
 import struct
 from pathlib import Path
@@ -20,7 +19,13 @@ from ebpf_mig.errors import VmmError
 
 ANSWER_BYTES = 1 << 20
 _QUICK_S = 5.0
+_MARKER, _NO_URL = "ebpf-mig", 4711
+_URL_OF = {"vm.send-migration": "destination_url", "vm.receive-migration": "receiver_url"}
 _REMEDY = "start Cloud Hypervisor with --api-socket path=PATH and give that PATH"
+
+
+class RefusedError(VmmError):
+    """The VMM answered, and the answer was no."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -65,7 +70,7 @@ class Api:
         finally:
             connection.close()
         if answer.status >= 300:
-            raise VmmError(f"the {self.role} refuses {name}: {_refusal(data) or f'status {answer.status}'}")
+            raise RefusedError(f"the {self.role} refuses {name}: {_refusal(data) or f'status {answer.status}'}")
         return _decoded(data, self.path) if data else None
 
     def ping(self) -> tuple[int, str]:
@@ -84,11 +89,25 @@ class Api:
         """The VM's state (`Running`, `Paused`, ...), empty if there is no VM."""
         try:
             answer = self.call("GET", "vm.info")
-        except VmmError as error:
-            if "refuses" in str(error):
-                return ""
-            raise
+        except RefusedError:
+            return ""
         return str(answer.get("state", "")) if isinstance(answer, dict) else ""
+
+    def knows(self, name: str, field: str) -> bool | None:
+        """Whether a call that takes JSON knows a field; None if its answer does not tell.
+
+        Unknown fields are ignored without a word, known ones of the wrong type are refused while the body is being
+        read (serde), before anything is done. So both this field and the URL are of a wrong type, and the refusal
+        is about the first of them that is known.
+        """
+        try:
+            self.call("PUT", name, {field: {_MARKER: 0}, _URL_OF.get(name, "destination_url"): _NO_URL})
+        except RefusedError as error:
+            words = str(error)
+            if str(_NO_URL) in words:
+                return False
+            return True if _MARKER in words or "invalid type" in words else None
+        return None
 
 
 def _is_vmm(pid: int) -> bool:
@@ -113,25 +132,3 @@ def _decoded(data: bytes, path: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise VmmError(f"{path} does not answer like Cloud Hypervisor", _REMEDY) from error
-
-
-_TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d+)ms")
-_PART = re.compile(r"(\w+):(\d+)ms")
-
-
-def log_figures(path: str) -> dict[str, int]:
-    """The VMM's own figures in ms by name, the last of each: `downtime`, and with -vv `final_iter`, `state`, ...
-
-    Empty if the log cannot be read. Lines: vmm/src/migration (change #7979, v52).
-    """
-    try:
-        text = Path(path).read_bytes()[-ANSWER_BYTES:].decode(errors="replace")
-    except OSError:
-        return {}
-    found: dict[str, int] = {}
-    for line in text.splitlines():
-        if total := _TOTAL.search(line):
-            found["downtime"] = int(total[1])
-        if "Downtime breakdown:" in line or "Migration (incoming):" in line:
-            found |= {name: int(ms) for name, ms in _PART.findall(line)}
-    return found

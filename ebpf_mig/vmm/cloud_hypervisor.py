@@ -2,30 +2,30 @@
 """A Cloud Hypervisor migration through its HTTP API.
 
 In: two API sockets, a URL and `ChOptions`. Out: see `vmm.base.Migration`. The receive call is made first, in a thread
-of its own, and known to listen before the send call. Up to v52 the send call returns at the end, from v53 at once;
-there is no call that tells the end, so it is taken from what both ends do: the source's process exits after
-success, the receive call answers. Nothing is polled over the API while the migration runs.
+of its own, and known to listen before the send call. What a version can is asked of it, not told by its number. Nothing
+is asked over the API while the migration runs; how it ended, `ch_end` tells.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import select
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebpf_mig.errors import VmmError
+from ebpf_mig.errors import UsageError, VmmError
 from ebpf_mig.events import AnyEvent, Target
+from ebpf_mig.vmm import ch_events
 from ebpf_mig.vmm.base import Outcome, mark
-from ebpf_mig.vmm.ch_api import Api, log_figures
+from ebpf_mig.vmm.ch_api import Api
+from ebpf_mig.vmm.ch_end import Call, Ending
+from ebpf_mig.vmm.ch_log import LogPlace
+from ebpf_mig.vmm.listening import listens
 
 _LISTEN_S = 10.0
-_AFTER_S = 10.0
-"""How long one end may take to show what the other has shown."""
-_LISTENING = "0A"
+_SEND, _RECEIVE = "vm.send-migration", "vm.receive-migration"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ChOptions:
     postcopy: bool = False
     source_log: str | None = None
     destination_log: str | None = None
+    source_events: str | None = None
+    destination_events: str | None = None
 
     def send(self, url: str) -> dict[str, Any]:
         """The body of vm.send-migration; only what was asked for, since older versions know less."""
@@ -58,13 +60,18 @@ class ChOptions:
         wanted = {"tls_dir": self.tls_dir, "memory_mode": "Postcopy" if self.postcopy else None}
         return {"receiver_url": url} | {key: value for key, value in wanted.items() if value is not None}
 
-
-@dataclass
-class _Call:
-    """A call in a thread of its own: whether it has returned, and its refusal."""
-
-    done: threading.Event = field(default_factory=threading.Event)
-    error: VmmError | None = None
+    def check(self, url: str) -> None:
+        """UsageError for what no version takes (vmm/src/api/mod.rs, `VmSendMigrationData::validate`)."""
+        kind, _, rest = url.partition(":")
+        port = rest.rpartition(":")[2]
+        if kind not in {"tcp", "unix"} or not rest or (kind == "tcp" and not (port.isdigit() and port != rest)):
+            raise UsageError(f"{url!r} is no place to migrate to", "use tcp:HOST:PORT or unix:PATH")
+        if self.local and kind != "unix":
+            raise UsageError("memory can be handed over through a UNIX socket only", "use --url unix:PATH with --local")
+        if kind != "tcp" and (self.tls_dir or (self.connections or 1) > 1):
+            raise UsageError("several connections and TLS need TCP", "use --url tcp:HOST:PORT")
+        if self.postcopy and (self.local or (self.connections or 1) > 1):
+            raise UsageError("postcopy goes with neither --local nor several connections", "leave one of them out")
 
 
 class ChMigration:
@@ -73,13 +80,19 @@ class ChMigration:
     def __init__(self, source: str, destination: str, url: str, options: ChOptions | None = None) -> None:
         self.url = url
         self.options = options or ChOptions()
+        self.options.check(url)
         self._src, self._dst = Api(source, "source"), Api(destination, "destination")
         self._src_pid, self._src_version = self._src.ping()
         self._dst_pid, self._dst_version = self._dst.ping()
         if self._src_pid == self._dst_pid:
             raise VmmError("source and destination are the same Cloud Hypervisor", "give each its own API socket")
-        self._receive = _Call()
-        self._cancelled = threading.Event()
+        o = self.options
+        self._logs = [(self._src_pid, o.source_log), (self._dst_pid, o.destination_log)]
+        self._events = [(self._src_pid, o.source_events), (self._dst_pid, o.destination_events)]
+        self._places: dict[int, LogPlace] = {}
+        self._watched: dict[int, ch_events.EventFile] = {}
+        self._asked = [0, 0]
+        self._receive, self._send, self._cancelled = Call(), Call(), Call()
 
     def targets(self) -> list[Target]:
         """Source first."""
@@ -90,7 +103,7 @@ class ChMigration:
         ]
 
     def prepare(self) -> None:
-        """The destination is made to listen; VmmError if either end is in no state for it."""
+        """The destination is made to listen; VmmError if either end is in no state for it, or cannot what is asked."""
         state = self._src.state()
         if state not in {"Running", "Paused"}:
             raise VmmError(f"the source has no running VM to migrate (state {state or 'none'})")
@@ -98,97 +111,94 @@ class ChMigration:
             raise VmmError("the destination has a VM already", "start it with --api-socket alone")
         if self.url.startswith("unix:") and Path(self.url[5:]).exists():
             raise VmmError(f"{self.url[5:]} exists already, the destination cannot listen there", "remove it first")
-        self._in_thread(self._receive, self._dst, "vm.receive-migration", self.options.receive(self.url))
+        receive = self._receive_body()
+        self._places = {pid: LogPlace.now(path) for pid, path in self._logs if path}
+        for pid, path in self._events:
+            if path:
+                self._watched[pid] = ch_events.EventFile(path)
+                self._watched[pid].start()
+        self._asked[ch_events.RECEIVE_ASKED] = time.monotonic_ns()
+        self._receive.start(_RECEIVE, lambda: self._dst.call("PUT", _RECEIVE, receive, None))
         deadline = time.monotonic() + _LISTEN_S
-        while not self._listens():
+        while not listens(self._dst_pid, self.url):
             if self._receive.error is not None:
                 raise self._receive.error
             if time.monotonic() > deadline:
                 raise VmmError(f"the destination does not listen at {self.url} within {_LISTEN_S:.0f} s")
             time.sleep(0.01)
 
+    def _receive_body(self) -> dict[str, Any]:
+        """Checked: unknown fields are ignored by the VMM, and something else than what was asked for would run."""
+        sends, receive = self.options.send(self.url), self.options.receive(self.url)
+        for field in sends.keys() - {"destination_url"}:
+            if self._src.knows(_SEND, field) is False:
+                raise VmmError(f"the source (version {self._src_version}) does not know {field!r}", _remedy(field))
+        for field in receive.keys() - {"receiver_url"}:
+            if self._dst.knows(_RECEIVE, field) is False:
+                if field == "memory_mode" and self._dst.knows(_SEND, field):
+                    del receive[field]  # the sender announces it
+                    continue
+                version = self._dst_version
+                raise VmmError(f"the destination (version {version}) does not know {field!r}", _remedy(field))
+        return receive
+
     def run(self, timeout_s: float) -> Outcome:
         """Sends; see `Migration.run`. There is no call to cancel: at the time-out the migration goes on."""
         trigger = mark(self._src_pid, "session.trigger", self.url)
-        send = _Call()
-        self._in_thread(send, self._src, "vm.send-migration", self.options.send(self.url))
-        try:
-            exited = os.pidfd_open(self._src_pid)
-        except OSError:
-            return Outcome("failed", "the source ended before the migration began", (trigger,))
-        try:
-            result, error = self._wait(send, exited, time.monotonic() + timeout_s)
-        finally:
-            os.close(exited)
+        with contextlib.ExitStack() as stack:
+            try:
+                source, destination = os.pidfd_open(self._src_pid), os.pidfd_open(self._dst_pid)
+            except OSError:
+                return Outcome("failed", "a VMM ended before the migration began", (trigger,))
+            stack.callback(os.close, source)
+            stack.callback(os.close, destination)
+            self._asked[ch_events.SEND_ASKED] = time.monotonic_ns()
+            body = self.options.send(self.url)
+            self._send.start(_SEND, lambda: self._src.call("PUT", _SEND, body, None))
+            result, error = Ending(
+                send=self._send,
+                receive=self._receive,
+                cancelled=self._cancelled,
+                source_pid=self._src_pid,
+                source=source,
+                destination=destination,
+                long=self.options.postcopy,
+                why_failed=self._why_failed,
+                destination_has_vm=self._destination_has_vm,
+            ).wait(time.monotonic() + timeout_s)
         return Outcome(result, error, (trigger, *self._figures()))
 
     def cancel(self) -> None:
         """Makes `run` return; Cloud Hypervisor has no call that cancels, so the migration itself goes on."""
-        self._cancelled.set()
+        self._cancelled.finish()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Stops reading events; a receive call that has not returned goes on in the VMM."""
+        for file in self._watched.values():
+            file.stop()
+        for call in (self._receive, self._send, self._cancelled):
+            call.close()
 
-    def _in_thread(self, call: _Call, api: Api, name: str, body: dict[str, Any]) -> None:
-        def work() -> None:
-            try:
-                api.call("PUT", name, body, None)
-            except VmmError as error:
-                call.error = error
-            call.done.set()
+    def _why_failed(self) -> str:
+        place = self._places.get(self._src_pid)
+        return place.failure() if place else ""
 
-        threading.Thread(target=work, name=name, daemon=True).start()
-
-    def _listens(self) -> bool:
-        """By the socket's path or /proc/net/tcp: a trial connection would be taken for the migration."""
-        if self.url.startswith("unix:"):
-            return Path(self.url[5:]).exists()
-        port = self.url.rpartition(":")[2]
-        wanted = f":{int(port):04X}" if port.isdigit() else ""
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            try:
-                rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            except OSError:
-                continue
-            if any(row[1].endswith(wanted) and row[3] == _LISTENING for row in rows):
-                return True
-        return False
-
-    def _wait(self, send: _Call, exited: int, deadline: float) -> tuple[str, str]:
-        while True:
-            if send.error is not None:
-                return "failed", str(send.error)
-            if self._receive.done.is_set():
-                return self._judge(send, exited)
-            if self._cancelled.is_set():
-                return "unknown", "interrupted; Cloud Hypervisor has no call to cancel, the migration goes on"
-            if time.monotonic() > deadline:
-                return "unknown", "not done in time; Cloud Hypervisor has no call to cancel, it may go on"
-            if _gone(exited, 0.02) and not self._receive.done.wait(_AFTER_S):
-                return "unknown", "the source ended, but the destination does not say that it has the VM"
-
-    def _judge(self, send: _Call, exited: int) -> tuple[str, str]:
-        """The receive call has returned. Up to v52 it answers success to an aborted migration, too."""
-        if self._receive.error is not None:
-            send.done.wait(1)
-            return "failed", str(send.error or self._receive.error)
-        until = time.monotonic() + _AFTER_S
-        while time.monotonic() < until:
-            if send.error is not None:
-                return "failed", str(send.error)
-            if _gone(exited, 0.02):
-                return "completed", ""
-        if self._dst.state():
-            return "completed", ""
-        return "failed", "the destination has no VM and the source goes on"
+    def _destination_has_vm(self) -> bool:
+        try:
+            return bool(self._dst.state())
+        except VmmError:
+            return False
 
     def _figures(self) -> list[AnyEvent]:
+        """What both VMMs say of it: marks `ch.NAME_ms` of their logs and `ch.event.NAME` of their event monitors."""
         found: list[AnyEvent] = []
-        for pid, path in ((self._src_pid, self.options.source_log), (self._dst_pid, self.options.destination_log)):
-            if path:
-                found += [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(log_figures(path).items())]
+        for pid, place in self._places.items():
+            found += [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(place.figures().items())]
+        for pid, file in self._watched.items():
+            found += ch_events.marks(pid, file.stop(), (self._asked[0], self._asked[1]))
         return found
 
 
-def _gone(pidfd: int, timeout_s: float) -> bool:
-    return bool(select.select([pidfd], [], [], timeout_s)[0])
+def _remedy(field: str) -> str:
+    since = {"tls_dir": "v53", "memory_mode": "v53", "local": "v21"}.get(field, "v52")
+    return f"Cloud Hypervisor has it since {since}; leave the option out or use a newer one"

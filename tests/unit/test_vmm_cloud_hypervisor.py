@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.ch_api import Api, log_figures
+from ebpf_mig.errors import UsageError, VmmError
+from ebpf_mig.vmm.ch_api import Api
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
 
 
@@ -108,15 +108,36 @@ def test_only_what_was_asked_for_is_sent() -> None:
     assert options.receive("unix:/m") == {"receiver_url": "unix:/m", "memory_mode": "Postcopy"}
 
 
-def test_figures_of_the_log_by_key(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(
-        "x INFO -- Migration completed after 2.2s with a downtime of 298ms (goal was 300ms)\r\n"
-        "x DEBUG -- Downtime breakdown: 298ms (final_iter:269ms state:7ms send_state:19ms complete:1ms)\r\n"
-        "x DEBUG -- Migration (incoming): recv_snapshot:3ms restore:10ms\r\n"
-    )
-    assert log_figures(str(log)) == {
-        "downtime": 298, "final_iter": 269, "state": 7, "send_state": 19, "complete": 1,
-        "recv_snapshot": 3, "restore": 10,
-    }  # fmt: skip
-    assert log_figures("/nonexistent") == {}
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [
+        ("invalid type: map, expected a nonzero u32 at line 1 column 16", True),
+        ("unknown variant `ebpf-mig`, expected `Precopy` or `Postcopy` at line 1 column 27", True),
+        ("invalid type: integer `4711`, expected a string at line 1 column 53", False),
+        ("", None),
+    ],
+)
+def test_a_field_is_known_if_the_refusal_is_about_it(tmp_path: Path, words: str, known: bool | None) -> None:
+    body = ["Failed to deserialize JSON", words] if words else b""
+    with server(tmp_path / "s", answer(400, body)) as path:
+        assert Api(path, "source").knows("vm.send-migration", "connections") is known
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("tcp:1.2.3.4", ChOptions()),
+        ("tcp:host:port", ChOptions()),
+        ("unix:", ChOptions()),
+        ("exec:rm", ChOptions()),
+        ("tcp:h:1", ChOptions(local=True)),
+        ("unix:/m", ChOptions(connections=2)),
+        ("unix:/m", ChOptions(tls_dir="/t")),
+        ("tcp:h:1", ChOptions(postcopy=True, connections=2)),
+        ("unix:/m", ChOptions(postcopy=True, local=True)),
+    ],
+)
+def test_what_no_version_takes_is_refused_first(url: str, options: ChOptions) -> None:
+    with pytest.raises(UsageError):
+        options.check(url)
+    ChOptions(connections=2, tls_dir="/t").check("tcp:[::1]:4444")

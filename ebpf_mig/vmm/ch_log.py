@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Cloud Hypervisor's log says of one migration, on either side.
+
+In: a log file and where to begin in it, since one log may tell of many migrations. Out: its own figures in ms by name,
+and its reason for a failure. Fields are found by key, so their order does not matter.
+Lines: vmm/src/lib.rs and vm-migration/src/context.rs (v52 to v54).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST_BYTES = 1 << 24
+"""Of the log's end: with -vv a line is written for each dirty range."""
+
+_TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d+)ms")
+_STATE_TO_RESUME = re.compile(r"Receiving final state and resuming the VM took (\d+)ms")
+_FAILED = re.compile(r"Migration failed: (.+)")
+_PART = re.compile(r"\b([a-z_]+)[:=](\d+)ms")
+_PARTS = {
+    "Downtime breakdown:": ("final_iter", "state", "send_state", "complete"),
+    "Migration (incoming):": ("recv_snapshot", "restore", "resume"),
+    "Precopy complete:": ("overhead",),
+}
+"""Which keys of which line. `overhead` is the part of the final iteration that is not its transfer."""
+
+
+@dataclass(frozen=True)
+class LogPlace:
+    """A log file, and how long it was when the migration began."""
+
+    path: str
+    offset: int
+
+    @classmethod
+    def now(cls, path: str) -> LogPlace:
+        """The file's present end; a file that is not there yet begins at 0."""
+        try:
+            return cls(path, Path(path).stat().st_size)
+        except OSError:
+            return cls(path, 0)
+
+    def lines(self) -> list[str]:
+        """What was written since; empty if the log cannot be read."""
+        try:
+            with Path(self.path).open("rb") as file:
+                end = file.seek(0, 2)
+                begin = self.offset if self.offset <= end else 0
+                file.seek(max(begin, end - MOST_BYTES))
+                return file.read(MOST_BYTES).decode(errors="replace").splitlines()
+        except OSError:
+            return []
+
+    def figures(self) -> dict[str, int]:
+        """The VMM's own figures in ms by name, the last of each.
+
+        `downtime` and, where it logs at debug level, `final_iter`, `overhead`, `state`, `send_state`, `complete` of the
+        source; `recv_snapshot`, `restore`, `resume`, `state_to_resume` of the destination.
+        """
+        found: dict[str, int] = {}
+        for line in self.lines():
+            if total := _TOTAL.search(line):
+                found["downtime"] = int(total[1])
+            if took := _STATE_TO_RESUME.search(line):
+                found["state_to_resume"] = int(took[1])
+            for start, wanted in _PARTS.items():
+                if start in line:
+                    found |= {name: int(ms) for name, ms in _PART.findall(line) if name in wanted}
+        return found
+
+    def failure(self) -> str:
+        """Its reason why the migration failed (v53 and later log it); empty if it has none."""
+        found = [match[1].strip() for line in self.lines() if (match := _FAILED.search(line))]
+        return found[-1][:500] if found else ""
