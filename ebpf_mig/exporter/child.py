@@ -28,7 +28,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:
-    """`python -m MODULE ARGUMENTS`, with our import path, in `/`, and of the environment what it may have to do with."""
+    """`python -m MODULE ARGUMENTS`, with our import path, in `/`, with the environment it may need."""
     environment = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith("OTEL_")}
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
