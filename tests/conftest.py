@@ -57,6 +57,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "prometheus": lambda: shutil.which("prometheus") is not None,
     "setpriv": lambda: shutil.which("setpriv") is not None,
     "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
+    "systemd": lambda: all(map(shutil.which, ("/lib/systemd/systemd", "systemctl", "unshare", "nsenter"))),
     "bcrypt": lambda: importlib.util.find_spec("bcrypt") is not None,
     "PyYAML": lambda: importlib.util.find_spec("yaml") is not None,
     "OpenTelemetry": lambda: importlib.util.find_spec("opentelemetry") is not None,
