@@ -61,6 +61,7 @@ def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path
         exemplars = {s.exemplar.labels["recording"] for s in samples(port) if s.exemplar}
         assert exemplars == {kept.name}
         until(lambda: value(port, "ebpf_mig_triggers_total", outcome="migration") == 1)
+        assert value(port, "ebpf_mig_trigger_delay_seconds_count") >= 1
         until(lambda: value(port, "ebpf_mig_armed") == 0)
         until(lambda: value(port, "ebpf_mig_vms") == 0)
         process.send_signal(signal.SIGTERM)
