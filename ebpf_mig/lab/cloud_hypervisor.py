@@ -22,6 +22,7 @@ from pathlib import Path
 from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
+from ebpf_mig.lab.link import ADDRESSES, PORT, Link
 from ebpf_mig.lab.process import private_directory, spawn, stop
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.vmm.cloud_hypervisor import ChOptions
@@ -103,11 +104,18 @@ class ChPair:
     """Source and destination; started on entering, gone on leaving."""
 
     def __init__(
-        self, scenario: Scenario, binary: str | None = None, *, local: bool = False, tls_dir: str | None = None
+        self,
+        scenario: Scenario,
+        binary: str | None = None,
+        *,
+        local: bool = False,
+        tls_dir: str | None = None,
+        link: Link | None = None,
     ) -> None:
         self.scenario = scenario
         self.binary = find_binary(binary)
         self.local = local
+        self._link = link
         self.tls_dir = tls_dir
         self.notes: list[str] = []
         self._stack = contextlib.ExitStack()
@@ -158,13 +166,16 @@ class ChPair:
         command = [*self._prefix, self.binary, "--api-socket", f"path={api}", "--log-file", str(log), "-vv"]
         command += ["--event-monitor", f"path={events}", *more]
         with os.fdopen(write_end, "wb", buffering=0) as serial, (self.directory / f"{role}.err").open("wb") as stderr:
-            process = spawn(command, serial, stderr)
+            with self._link.inside(role) if self._link else contextlib.nullcontext():
+                process = spawn(command, serial, stderr)
             self._stack.callback(stop, process)
         return ChVm(role, process, str(api), log, events, heartbeat)
 
     def _uri(self) -> str:
         if self.scenario.transport == "unix" or self.local:
             return f"unix:{self.directory}/migration"
+        if self._link:
+            return f"tcp:{ADDRESSES['destination']}:{PORT}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return f"tcp:127.0.0.1:{probe.getsockname()[1]}"
