@@ -27,6 +27,9 @@ PHASES: tuple[tuple[str, str], ...] = (
 )
 """Every phase and its side, in the order in which reports print them."""
 
+IMMEDIATE = ": taken not to have run the guest"
+"""How a note on KVM_RUN calls that returned at once ends."""
+
 Span = tuple[int, int]
 
 
@@ -89,7 +92,25 @@ class Pausing(Struct, frozen=True, kw_only=True):
     polling: bool
     """It slept on a timer: nobody wakes it when the vCPUs have stopped."""
     kicked_late_ns: int
-    """How long it had been off the CPU right before its request, and so before the window."""
+    """How long it had lost the CPU right before its request, and so before the window."""
+
+
+class Served(Struct, frozen=True, kw_only=True):
+    """What a destination received in postcopy in a while; where calls were recorded as runs, nearly."""
+
+    bytes: int
+    asked: int
+    """Send calls with which it asked."""
+    waited_ns: int | None
+    """Of its threads together, off the CPU in receive calls; None if that was not measured."""
+
+
+class Postcopy(Struct, frozen=True, kw_only=True):
+    while_dark: Served | None
+    """What it needed to restore the VM, before the start; None where pages have no connection of their own."""
+    after: Served
+    drained_ns: int
+    """From the start to the last byte received."""
 
 
 class Slot(Struct, frozen=True, kw_only=True):
@@ -256,6 +277,8 @@ class Witness(Struct, frozen=True, kw_only=True):
     span: Span | None = None
     """Where the kernel's events show the very thing that it measured; None if they do not. It is our figure, except of
     downtimes: those are compared with the blackout."""
+    doubt_ns: int = 0
+    """Time at the span's border that may belong to the neighbouring part."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):
@@ -336,6 +359,7 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     what_if: WhatIf | None = None
     """Only where it was asked for (`report --what-if`)."""
     pausing: Pausing | None = None
+    postcopy: Postcopy | None = None
 
     def phase_ns(self, name: str) -> int:
         """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""

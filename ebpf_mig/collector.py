@@ -26,6 +26,7 @@ from ebpf_mig import (
     phases,
     processes,
     roles,
+    served,
     sockets,
     verdict,
     waits,
@@ -34,6 +35,7 @@ from ebpf_mig import (
 )
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
+    IMMEDIATE,
     Breakdown,
     Clock,
     DirtyLog,
@@ -117,6 +119,7 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
         clock=Clock(),
         notes=_notes(case, window, work),
         pausing=pausing.observe(case.source, case.switchover),
+        postcopy=served.observe(case),
     )
     if header.remote is not None:
         breakdown = crossing.bounded(breakdown, header.remote, origin)
@@ -336,6 +339,4 @@ def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
     named = ", ".join(map(str, vcpus[:8])) + (f" and {len(vcpus) - 8} more" if len(vcpus) > 8 else "")
     longest = max(ns for _, ns in took) / 1000
     calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
-    return (
-        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us: taken not to have run the guest"
-    )
+    return f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us{IMMEDIATE}"

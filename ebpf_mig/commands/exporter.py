@@ -22,7 +22,7 @@ from ebpf_mig.exporter import privileges
 from ebpf_mig.exporter.child import Options, start
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
-from ebpf_mig.exporter.observation import Message
+from ebpf_mig.exporter.observation import Message, Reload
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.trace import Trace
 from ebpf_mig.printable import printable
@@ -64,20 +64,27 @@ def command(
     own_cost: bool,
 ) -> None:
     """Watch this node and serve the downtime of every migration to Prometheus."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody who reads the configuration again
+    reloads: list[int] = []
+    signal.signal(signal.SIGHUP, lambda signum, _frame: reloads.append(signum))
     with _listen(address) as listener:
         store = Store(state_directory, keep, keep_size)
         with _server(listener, vm_label, web_config, otlp) as (server, pipe):
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
-            signal.signal(signal.SIGHUP, lambda *_: server.send_signal(signal.SIGHUP))
             with NodeWatch(store, pipe.tell, only) as node:
                 privileges.keep_only((*privileges.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
                 node.verify()
                 asked = stopping()
                 pipe.put(node.status())
                 say(f"listening on {place}; recordings go to {printable(state_directory)}")
-                node.run(lambda: bool(asked) or server.poll() is not None, pipe.put)
+
+                def over() -> bool:
+                    if reloads:
+                        reloads.clear()
+                        pipe.put(Reload())
+                    return bool(asked) or server.poll() is not None
+
+                node.run(over, pipe.put)
                 if asked:
                     say("draining")
                     return
@@ -147,11 +154,8 @@ def _server(
         yield server, pipe
     finally:
         pipe.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it then dies with us: nobody's processes we may not kill
             server.wait(_DRAIN_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def _listen(address: str) -> socket.socket:

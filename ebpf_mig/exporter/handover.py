@@ -18,6 +18,7 @@ from ebpf_mig.errors import PreflightError
 from ebpf_mig.exporter import privileges
 from ebpf_mig.exporter.child import start
 from ebpf_mig.probes import attach
+from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.probes.handed import Description, Handed
 from ebpf_mig.probes.node import NodeProbe
 from ebpf_mig.probes.tracer import Tracer
@@ -66,7 +67,7 @@ def _load(channel: socket.socket) -> None:
     fds: list[int] = []
     try:
         privileges.keep_only(privileges.LOADER)
-        node, tracer = NodeProbe(), Tracer()
+        node, tracer = NodeProbe(), Tracer(tier=os.environ.get("EBPF_MIG_TIER", AUTO))
         tracer.arm()  # what does not attach or never fires is told now
         tracer.disarm()
         parcel = Parcel(node=node.describe(fds), trace=tracer.describe(fds))

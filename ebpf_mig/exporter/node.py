@@ -72,7 +72,9 @@ class NodeWatch:
         """`only`: a glob; VMs whose name does not match are left alone."""
         self._store = store
         self._only = only
+        self._analysis = Analysis(store, tell)  # starts while the other compiles
         self._probe, self._tracer = load_apart()
+        self._analysis.verify()
         self._tracks = Tracks()
         self._vms: dict[int, _Known] = {}
         self._checks: list[tuple[float, int]] = []
@@ -83,7 +85,6 @@ class NodeWatch:
         self._lost_total: dict[str, int] = {}
         self._run_ns: dict[str, int] = {}
         self._triggers: dict[str, dict[str, int]] = {}
-        self._analysis = Analysis(store, tell)
         self._rescanned = self._ticked = 0.0
         self._now = time.monotonic()
 

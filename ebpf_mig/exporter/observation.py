@@ -66,7 +66,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     recording_bytes: int
 
 
-Message = Observation | Status
+class Reload(msgspec.Struct, frozen=True, tag="reload"):
+    """The web configuration is to be read again. No signal: nobody's processes the watch may not signal any more."""
+
+
+Message = Observation | Status | Reload
 
 
 def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigger: str) -> Observation:

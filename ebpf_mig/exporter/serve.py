@@ -25,7 +25,7 @@ from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.exporter import privileges
 from ebpf_mig.exporter.child import Options
 from ebpf_mig.exporter.metrics import Metrics
-from ebpf_mig.exporter.observation import Message, Observation
+from ebpf_mig.exporter.observation import Message, Observation, Reload
 from ebpf_mig.exporter.trace import Trace
 from ebpf_mig.exporter.web import Web
 
@@ -39,8 +39,10 @@ def main(arguments: list[str]) -> int:
     """Serves until the pipe ends."""
     logging.basicConfig(format="ebpf-mig: %(message)s", stream=sys.stderr)
     options = msgspec.json.decode(arguments[0], type=Options)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)  # the watch drains first, and then closes the pipe
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(
+            signum, signal.SIG_IGN
+        )  # the watch drains first, and then closes the pipe; it says when to reload
     metrics = Metrics(options.vm_label)
     metrics.build(__version__, platform.release())
     web = Web(socket.socket(fileno=options.listener), metrics)
@@ -53,11 +55,10 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     privileges.become_nobody()
     privileges.die_with_parent(options.parent)  # after it: a change of identity forgets this
-    signal.signal(signal.SIGHUP, lambda *_: _reload(web, options.web_config))
     threading.Thread(target=web.serve_forever, args=(0.5,), name="http", daemon=True).start()
     trace = sender() if sender else None
     with os.fdopen(options.pipe, "rb") as pipe:
-        receive(pipe, metrics, trace)
+        receive(pipe, metrics, trace, lambda: _reload(web, options.web_config))
     if trace is not None:
         trace.close()
     web.shutdown()
@@ -75,7 +76,7 @@ def _sender(options: Options, metrics: Metrics) -> Callable[[], Sender] | None:
     return lambda: Sender(options.otlp, metrics.traces)
 
 
-def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None = None) -> None:
+def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None, reload: Callable[[], None]) -> None:
     """Takes messages until the pipe ends."""
     decoder = msgspec.json.Decoder(Message | Trace)
     for line in pipe:
@@ -85,6 +86,8 @@ def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None = None) -> N
         elif isinstance(message, Trace):
             if sender is not None:
                 sender.send(message, metrics.label_of(message.vm))
+        elif isinstance(message, Reload):
+            reload()
         else:
             metrics.status(message)
 

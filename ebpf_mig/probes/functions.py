@@ -117,7 +117,8 @@ class Choice:
 class _Trial:
     """A probe that does nothing, attached to see whether it fires."""
 
-    def __init__(self, hook: Hook, module_fd: int) -> None:
+    def __init__(self, hook: Hook, module_fd: int, *, again: bool) -> None:
+        """`again`: also whether it can be attached a second time, as an exporter does."""
         self.hook = hook
         self._event: KprobeEvent | None = None
         self._link = -1
@@ -125,7 +126,8 @@ class _Trial:
         self._program = kernelcalls.load(_NOTHING, hook.how, hook.btf_id, fd)
         try:
             if hook.how in (FENTRY, FEXIT):
-                os.close(kernelcalls.attach_tracing(self._program))  # an exporter attaches again and again
+                if again:  # Linux before 5.18 may refuse
+                    os.close(kernelcalls.attach_tracing(self._program))
                 self._link = kernelcalls.attach_tracing(self._program)
             else:
                 self._event = KprobeEvent(hook.target, hook.how)
@@ -204,7 +206,8 @@ class Chooser:
         for function in functions:
             for name in function.names:
                 try:
-                    trials.append((function, _Trial(self._hook(function, name, how), self.module_fd)))
+                    hook = self._hook(function, name, how)
+                    trials.append((function, _Trial(hook, self.module_fd, again=not trials)))
                 except OSError as error:
                     why[function.names[0]] = f"{how} on {name}: {error.strerror or error}"
                     continue

@@ -14,9 +14,19 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, Pausing, Phase, SocketUse, Vcpu, Wait, Witness
+from ebpf_mig.breakdown import (
+    IMMEDIATE,
+    Breakdown,
+    Clock,
+    Endpoint,
+    FetchIoctl,
+    Phase,
+    SocketUse,
+    Vcpu,
+    Wait,
+)
 from ebpf_mig.printable import printable
-from ebpf_mig.report import doubt, text_fetch
+from ebpf_mig.report import doubt, text_fetch, text_own
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.rows import Row, figure, ms, remark, size
 from ebpf_mig.report.waterfall import bar, ruler
@@ -32,18 +42,8 @@ _STACK_ROOM = 34
 _EVIDENCE_ROOM = 84
 """Two lines of 80 columns."""
 
-_PART_SPARE = {
-    "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,
-    "ch.restore_ms": 3, "ch.recv_snapshot_ms": 3, "ch.resume_ms": 3, "ch.overhead_ms": 5, "ch.state_to_resume_ms": 5,
-    "ch.paused..resumed": 3,
-}  # fmt: skip
-"""Rows of Cloud Hypervisor's own figures: how much they can be spared."""
-
 _MUCH = 5
 """What was in flight for a fifth of the window is never left out."""
-_LATE_NS = 500_000
-"""Sleep after the stop that is not worth a line."""
-
 _BAR_AT = 39
 _SIDES = {"source": ("src", "cyan"), "destination": ("dst", "magenta"), "both": ("both", "blue")}
 _VERDICTS = {"complete": "green", "bounded": "yellow", "incomplete": "bold red"}
@@ -79,11 +79,12 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [*_waterfall(breakdown, canvas)],
         [*_vcpus(breakdown)],
         [
-            *_pausing(breakdown.pausing),
+            *text_own.pausing(breakdown.pausing),
+            *text_own.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),
             *_sockets(breakdown.sockets),
             *_in_flight(breakdown),
-            *_witnesses(breakdown.witnesses),
+            *text_own.witnesses(breakdown.witnesses),
         ],
         [*_trust(breakdown)],
     )
@@ -203,15 +204,6 @@ def _vcpus(breakdown: Breakdown) -> Iterator[Row]:
         yield Row(Text(f"... {more} more, slowest first", "dim"))
 
 
-def _pausing(pausing: Pausing | None) -> Iterator[Row]:
-    """What it cost to stop the vCPUs, if noticing that they had stopped is worth a line."""
-    if pausing is None or pausing.asleep_ns < max(_LATE_NS, pausing.noticed_ns // 2):
-        return
-    why = "polls" if pausing.polling else "asleep"
-    text = f"stop {ms(pausing.stop_ns)}, noticed {ms(pausing.noticed_ns)} later ({why} {ms(pausing.asleep_ns)})"
-    yield figure("kick latency", pausing.stop_ns + pausing.noticed_ns, text)
-
-
 def _vcpu(vcpu: Vcpu) -> Text:
     own = f"{vcpu.vcpu:<19}{ms(vcpu.blackout_ns):>11}"
     return Text(f"{own}{ms(vcpu.kick_ns):>14}{ms(vcpu.stop):>11}{ms(vcpu.start):>11}")
@@ -327,17 +319,6 @@ def _stack(wait: Wait) -> str:
     return shown
 
 
-def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
-    """Those of the blackout, then the VMM's own parts, of which the destination's go first where room is scarce."""
-    for witness in witnesses:
-        ours = witness.value_ns - witness.difference_ns
-        why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
-        text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
-        if witness.name in _PART_SPARE:
-            text = f"ours {ms(ours)}{why}"
-        yield figure(witness.name, witness.value_ns, text)._replace(spare=_PART_SPARE.get(witness.name, 0))
-
-
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
@@ -353,7 +334,7 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     if breakdown.clock != Clock():
         yield remark("clock of destination", doubt.told(breakdown.clock))
     for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
-        yield remark("note", printable(note, 400))._replace(spare=2 if at else 0)
+        yield remark("note", printable(note, 400))._replace(spare=2 if at or note.endswith(IMMEDIATE) else 0)
     if len(breakdown.notes) > MAX_LISTED:
         yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 

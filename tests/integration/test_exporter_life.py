@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -24,6 +26,7 @@ from tests.integration.exporters import (
     NAMED,
     OURS,
     PROGRAM,
+    SETTLED_S,
     children,
     exporter,
     fetch,
@@ -39,7 +42,8 @@ from tests.integration.exporters import (
 from tests.integration.migrations import QUICK
 
 pytestmark = requires(*TRACING)
-SLOW = Scenario(128 * MIB, 32 * MIB, 300, bandwidth_bytes=3 << 20)
+ENDLESS = Scenario(128 * MIB, 32 * MIB, 1000, bandwidth_bytes=1 << 20)
+"""Dirties four times what may be sent: it lasts until the limit is lifted."""
 
 
 def capabilities(pid: int) -> dict[str, int]:
@@ -72,6 +76,19 @@ def resident_kb(pid: int) -> int:
     return int(line.split()[1])
 
 
+def lift_limit(monitor: Path) -> None:
+    """Lets a QEMU send as fast as it can, through a monitor of our own."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(monitor))
+        with connection.makefile("rw") as stream:
+            faster = {"execute": "migrate-set-parameters", "arguments": {"max-bandwidth": 1 << 30}}
+            for command in ({"execute": "qmp_capabilities"}, faster):
+                stream.write(json.dumps(command) + "\n")
+                stream.flush()
+                while "return" not in json.loads(stream.readline()):
+                    pass  # a greeting, an event
+
+
 def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (process, port):
         others = children(process.pid)
@@ -102,8 +119,9 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
     tmp_path: Path,
 ) -> None:
     state = tmp_path / "state"
-    with QemuPair(SLOW, None, NAMED) as pair:
-        time.sleep(5)
+    monitors = ["-qmp", f"unix:{tmp_path}/{{role}}.more,server=on,wait=off"]
+    with QemuPair(ENDLESS, None, NAMED + monitors) as pair:
+        time.sleep(SETTLED_S)
         with contextlib.closing(
             QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         ) as migration:
@@ -119,7 +137,10 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
                 second.send_signal(signal.SIGTERM)
                 assert second.wait(15) == 0
             with exporter(state) as (_, port):
-                assert thread.is_alive(), "the migration was over too soon to show anything"
+                until(lambda: value(port, "ebpf_mig_armed") == 1)
+                time.sleep(3)  # longer than what merely looks like a migration is traced
+                assert value(port, "ebpf_mig_armed") == 1
+                lift_limit(tmp_path / "source.more")
                 thread.join()
                 until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
                 (kept,) = state.iterdir()
@@ -139,7 +160,8 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
     def secret(password: str) -> str:
         return bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode()
 
-    def status(password: str) -> int:
+    def status(password: str, page: str = "/metrics") -> int:
+        url = f"http://127.0.0.1:{port}{page}"
         manager = urllib.request.HTTPPasswordMgrWithDefaultRealm()
         manager.add_password(None, url, "anna", password)
         opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(manager))
@@ -151,25 +173,32 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
         except OSError:
             return 0
 
+    def users(password: str) -> str:
+        return f"basic_auth_users: {{anna: '{secret(password)}'}}\n"
+
     tmp_path.chmod(0o755)
     for above in tmp_path.parents[:2]:
         above.chmod(0o755)
-    config, port = tmp_path / "web.yml", free_port()
-    config.write_text(f"basic_auth_users: {{anna: '{secret('old')}'}}\n")
-    url = f"http://127.0.0.1:{port}/metrics"
+    config, said, port = tmp_path / "web.yml", tmp_path / "said", free_port()
+    config.write_text(users("first"))
     options = ["--web.listen-address", f"127.0.0.1:{port}", "--web.config.file", str(config)]
     options += ["--state-directory", str(tmp_path / "state"), "--vm", f"{OURS}*"]
-    with running(*PROGRAM, "exporter", *options) as process:
-        until(lambda: status("old") == 200)
-        assert status("new") == 401
-        config.write_text(f"basic_auth_users: {{anna: '{secret('new')}'}}\n")
-        process.send_signal(signal.SIGHUP)
-        until(lambda: status("new") == 200)
-        assert status("old") == 401
+    with said.open("w") as stderr, running(*PROGRAM, "exporter", *options, stderr=stderr) as process:
+        until(lambda: status("first") == 200)
+        assert status("second") == 401
+        config.write_text(users("second"))
+        process.send_signal(signal.SIGHUP)  # probably while it still starts
+        until(lambda: status("second") == 200)
+        assert status("first") == 401
+        until(lambda: status("second", "/-/ready") == 200)
+        config.write_text(users("third"))
+        process.send_signal(signal.SIGHUP)  # now that every privilege is gone
+        until(lambda: status("third") == 200)
+        assert status("second") == 401
         config.write_text("basic_auth_userz: {}\n")
         process.send_signal(signal.SIGHUP)
-        time.sleep(1)
-        assert status("new") == 200 and status("old") == 401 and process.poll() is None
+        until(lambda: "the web configuration stays as it was" in said.read_text())
+        assert status("third") == 200 and status("second") == 401 and process.poll() is None
 
 
 @requires("OpenTelemetry")

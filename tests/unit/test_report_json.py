@@ -112,7 +112,16 @@ def test_names_and_order_of_the_schema() -> None:
             ],
             "wire": None,
             "waits": None,
-            "witnesses": [{"name": None, "value_ns": None, "difference_ns": None, "explanation": None, "span": None}],
+            "witnesses": [
+                {
+                    "name": None,
+                    "value_ns": None,
+                    "difference_ns": None,
+                    "explanation": None,
+                    "span": None,
+                    "doubt_ns": None,
+                }
+            ],
             "completeness": {
                 "verdict": None,
                 "lost": {},
@@ -135,6 +144,7 @@ def test_names_and_order_of_the_schema() -> None:
             "window_bound_ns": None,
             "what_if": None,
             "pausing": None,
+            "postcopy": None,
         }
     )
 
