@@ -2,8 +2,8 @@
 """The standing watch over a node's VMs: cheap signs that a migration may begin, at no cost to any system call.
 
 In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. Thread births come from the tracepoint
-`task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older); where a function of KVM can be hooked, logging itself is
-told.
+`task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older); where a function of KVM
+can be hooked, logging itself is told.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
 
 @pytest.mark.parametrize("unix", [pytest.param(False, marks=everywhere, id="tcp"), pytest.param(True, id="unix")])
 def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
-    """The same calls, bytes and kicks; and the same times, unless the machine took the CPU between two of the probes."""
+    """The same calls, bytes, kicks; and the same times, unless the machine took the CPU between two of the probes."""
     plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
     names = tiers()
     for _ in range(4):
