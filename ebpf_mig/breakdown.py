@@ -27,6 +27,9 @@ PHASES: tuple[tuple[str, str], ...] = (
 )
 """Every phase and its side, in the order in which reports print them."""
 
+IMMEDIATE = ": taken not to have run the guest"
+"""How a note on KVM_RUN calls that returned at once ends."""
+
 Span = tuple[int, int]
 
 
@@ -60,6 +63,8 @@ class Phase(Struct, frozen=True, kw_only=True):
     side: str
     duration_ns: int
     spans: list[Span]
+    bound_ns: int | None = 0
+    """How far `duration_ns` can be off where it spans two hosts' clocks; None: no limit is known, see `Clock.open`."""
 
 
 class Vcpu(Struct, frozen=True, kw_only=True):
@@ -69,6 +74,8 @@ class Vcpu(Struct, frozen=True, kw_only=True):
     stop: int | None
     start: int | None
     blackout_ns: int | None
+    bound_ns: int | None = 0
+    """As that of a phase, of `blackout_ns` and `start`."""
 
 
 class Pausing(Struct, frozen=True, kw_only=True):
@@ -85,7 +92,25 @@ class Pausing(Struct, frozen=True, kw_only=True):
     polling: bool
     """It slept on a timer: nobody wakes it when the vCPUs have stopped."""
     kicked_late_ns: int
-    """How long it had been off the CPU right before its request, and so before the window."""
+    """How long it had lost the CPU right before its request, and so before the window."""
+
+
+class Served(Struct, frozen=True, kw_only=True):
+    """What a destination received in postcopy in a while; where calls were recorded as runs, nearly."""
+
+    bytes: int
+    asked: int
+    """Send calls with which it asked."""
+    waited_ns: int | None
+    """Of its threads together, off the CPU in receive calls; None if that was not measured."""
+
+
+class Postcopy(Struct, frozen=True, kw_only=True):
+    while_dark: Served | None
+    """What it needed to restore the VM, before the start; None where pages have no connection of their own."""
+    after: Served
+    drained_ns: int
+    """From the start to the last byte received."""
 
 
 class Slot(Struct, frozen=True, kw_only=True):
@@ -232,6 +257,8 @@ class Wire(Struct, frozen=True, kw_only=True):
     in_flight_ns: int
     reason: str
     evidence: str
+    bound_ns: int | None = 0
+    """As that of a phase, of `in_flight_ns`."""
 
 
 class Wait(Struct, frozen=True, kw_only=True):
@@ -250,6 +277,8 @@ class Witness(Struct, frozen=True, kw_only=True):
     span: Span | None = None
     """Where the kernel's events show the very thing that it measured; None if they do not. It is our figure, except of
     downtimes: those are compared with the blackout."""
+    doubt_ns: int = 0
+    """Time at the span's border that may belong to the neighbouring part."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):
@@ -269,8 +298,20 @@ class Completeness(Struct, frozen=True, kw_only=True):
 
 
 class Clock(Struct, frozen=True, kw_only=True):
+    """The destination's clock beside the source's. On one host it is the same: all are 0."""
+
     offset_ns: int = 0
-    bound_ns: int = 0
+    """How much it is ahead at the destination's start."""
+    bound_ns: int | None = 0
+    """How far `offset_ns`, and so `blackout_ns`, can be off; None: on one side there is no limit."""
+    open: str = ""
+    """With `bound_ns` None: `least`, figures that span the hosts are at least as long as said; `most`: at most."""
+    drift_ppb: int = 0
+    """How much the clocks' rates differ at most, in parts per billion."""
+    pairs_there: int = 0
+    """How many pairs of an event on the source and a later one on the destination bound it from above."""
+    pairs_back: int = 0
+    """The same the other way, from below."""
 
 
 class Change(Struct, frozen=True, kw_only=True):
@@ -313,9 +354,12 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     clock: Clock
     notes: list[str]
     """Doubts about single figures, one line each."""
+    window_bound_ns: int | None = 0
+    """How far `window_ns` can be off, as `Clock.bound_ns` for `blackout_ns`."""
     what_if: WhatIf | None = None
     """Only where it was asked for (`report --what-if`)."""
     pausing: Pausing | None = None
+    postcopy: Postcopy | None = None
 
     def phase_ns(self, name: str) -> int:
         """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""

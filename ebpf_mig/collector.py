@@ -18,6 +18,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ebpf_mig import (
+    crossing,
     fetches,
     inside,
     own_parts,
@@ -25,6 +26,7 @@ from ebpf_mig import (
     phases,
     processes,
     roles,
+    served,
     sockets,
     verdict,
     waits,
@@ -33,6 +35,7 @@ from ebpf_mig import (
 )
 from ebpf_mig.activity import PAGE, Work
 from ebpf_mig.breakdown import (
+    IMMEDIATE,
     Breakdown,
     Clock,
     DirtyLog,
@@ -116,7 +119,10 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
         clock=Clock(),
         notes=_notes(case, window, work),
         pausing=pausing.observe(case.source, case.switchover),
+        postcopy=served.observe(case),
     )
+    if header.remote is not None:
+        breakdown = crossing.bounded(breakdown, header.remote, origin)
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
 
@@ -146,7 +152,12 @@ def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
 
 
 def _endpoint(case: Case, process: Process | None) -> Endpoint | None:
-    return Endpoint(host=case.material.header.host, pid=process.pid) if process else None
+    if process is None:
+        return None
+    remote = case.material.header.remote
+    if remote is not None and process.pid == remote.pid:
+        return Endpoint(host=remote.host, pid=remote.own_pid)
+    return Endpoint(host=case.material.header.host, pid=process.pid)
 
 
 def _blackout(case: Case) -> int | None:
@@ -328,6 +339,4 @@ def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
     named = ", ".join(map(str, vcpus[:8])) + (f" and {len(vcpus) - 8} more" if len(vcpus) > 8 else "")
     longest = max(ns for _, ns in took) / 1000
     calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
-    return (
-        f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us: taken not to have run the guest"
-    )
+    return f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us{IMMEDIATE}"

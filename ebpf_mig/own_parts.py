@@ -36,7 +36,11 @@ def gather(case: Case, window: Span | None, parts: Sequence[Phase], wires: Seque
         if name in told and name in found.spans:
             begin, end = found.spans[name]
             why = _why(name, (begin - origin, end - origin), parts, wires or (), found)
-            rows.append(_row(name, told[name], (begin - origin, end - origin), end - begin, why))
+            doubt = found.doubts.get(name, 0)
+            if doubt >= MS:
+                why += f"; {doubt / MS:.3f} of user time may be its neighbour's"
+            row = _row(name, told[name], (begin - origin, end - origin), end - begin, why)
+            rows.append(msgspec.structs.replace(row, doubt_ns=doubt))
     rows += _unnamed(told, found, origin, parts)
     return rows
 
@@ -56,7 +60,7 @@ def explained(witnesses: Sequence[Witness], case: Case, window: Span | None, lat
         f"{'after' if found[1] >= switchover.first_start else 'before'} the start"
     )
     if late_ns >= MS // 2:
-        why += f"; its thread was off the CPU for {late_ns / MS:.3f} before that"
+        why += f"; its thread had lost the CPU for {late_ns / MS:.3f} before that"
     return [
         msgspec.structs.replace(w, explanation=why, span=span) if w.name == "ch.downtime_ms" else w for w in witnesses
     ]

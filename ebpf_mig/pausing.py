@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from ebpf_mig.breakdown import Pausing
 from ebpf_mig.events import OffCpu
-from ebpf_mig.processes import Process
+from ebpf_mig.processes import Process, begun
 from ebpf_mig.switchover import Switchover
 
 BEFORE_NS = 1_000_000
-"""A wait of the kicking thread that ended this soon before its first kick made that kick late."""
+"""Where the kicking thread got its CPU back this soon before its first kick, that kick was late."""
 
 
 def driver(source: Process, found: Switchover) -> int | None:
@@ -26,8 +26,9 @@ def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
     if source is None or found is None:
         return None
     tid = driver(source, found)
-    acts = [i.begin_ns for i in source.ioctls if i.tid == tid and i.begin_ns >= found.stop]
-    acts += [t.begin_ns for t in source.transfers if t.tid == tid and t.begin_ns >= found.stop]
+    ioctl = next((i.begin_ns for i in begun(source.ioctls, found.stop) if i.tid == tid), None)
+    transfer = next((t.begin_ns for t in begun(source.transfers, found.stop) if t.tid == tid), None)
+    acts = [at for at in (ioctl, transfer) if at is not None]
     if tid is None or not acts:
         return None
     noticed = min(acts)
@@ -44,6 +45,6 @@ def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
 
 
 def _before(source: Process, found: Switchover, tid: int) -> list[OffCpu]:
-    """The last time that the thread was off the CPU before it kicked, if that was just before."""
-    waits = [w for w in source.off_cpu if w.tid == tid and w.end_ns <= found.requested]
+    """The last time that the thread had lost the CPU before it kicked, if that was just before."""
+    waits = [w for w in source.off_cpu if w.preempted and w.tid == tid and w.end_ns <= found.requested]
     return [w for w in waits[-1:] if found.requested - w.end_ns <= BEFORE_NS]

@@ -12,6 +12,7 @@ does.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -213,16 +214,20 @@ def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Se
     end = max(i.end_ns for i in before)
     told = next((at for at in answered if at >= end and (start is None or at < start)), None)
     if told is not None:
-        end = max(end, *(i.end_ns for i in restores if i.begin_ns < told))
+        end = max([end, *(i.end_ns for i in restores if i.begin_ns < told)])
     return Loading(begin, end)
 
 
 def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int, until: int) -> list[tuple[int, int]]:
     """Stretches of [since, until) in which the destination, amid loading, waited for bytes that had been sent.
 
-    Each ends with a receive and lies more than SHORT_NS behind the destination's last ioctl or receive.
+    Each ends with a receive and lies more than SHORT_NS behind the destination's last ioctl or receive. Calls that were
+    folded into one run with restoring amid them tell nothing.
     """
-    acts = [(t.begin_ns, t.end_ns, True) for t in receives if t.end_ns > since]
+    begins = [i.begin_ns for i in restores]
+    late = [t for t in receives if t.end_ns > since]
+    single = [t for t in late if t.calls <= 1 or not _any_between(begins, t.begin_ns, t.end_ns)]
+    acts = [(t.begin_ns, t.end_ns, True) for t in single]
     acts += [(i.begin_ns, i.end_ns, False) for i in restores if i.end_ns > since]
     acts.sort()
     found: list[tuple[int, int]] = []
@@ -234,6 +239,11 @@ def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int
             found.append((idle_from, end))
         idle_from = max(idle_from, end)
     return found
+
+
+def _any_between(instants: Sequence[int], begin: int, end: int) -> bool:
+    at = bisect_right(instants, begin)
+    return at < len(instants) and instants[at] < end
 
 
 def destination(

@@ -11,7 +11,7 @@ it, in every version, whatever it is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ebpf_mig import activity, kvm, pausing, phases
 from ebpf_mig.case import Case, postcopy
@@ -20,8 +20,8 @@ from ebpf_mig.processes import RECEIVE, SEND, Process, key_of
 from ebpf_mig.switchover import Switchover
 
 Span = tuple[int, int]
-HEADER = 16
-"""Bytes of a message without a payload, as `Complete` is."""
+HEADER = 64
+"""A message without a payload, as `Complete` is, has 16 bytes; TLS adds some."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Talk:
     spans: dict[str, Span]
     second_fetch: Span | None = None
     """The dirty log fetched again after the vCPUs' state was read, with the sending of what it found (v53)."""
+    doubts: dict[str, int] = field(default_factory=dict)
+    """Ns of user time at a span's border that may belong to the neighbour: no call of the kernel tells."""
 
 
 def messages(transfers: Sequence[Transfer], first: int) -> list[Message]:
@@ -78,25 +80,27 @@ def follow(case: Case, snapshotted: int | None = None) -> Talk:
     source, found = case.source, case.switchover
     if source is None or found is None or found.kind != "completed":
         return Talk({})
-    spans, second = _source(case, source, found, snapshotted)
-    return Talk(spans | _destination(case, found), second)
+    spans, second, serialising = _source(case, source, found, snapshotted)
+    loading, parsing = _destination(case, found)
+    doubts = dict.fromkeys(("state", "send_state"), serialising) | dict.fromkeys(("recv_snapshot", "restore"), parsing)
+    return Talk(spans | loading, second, doubts)
 
 
 def _source(
     case: Case, source: Process, found: Switchover, snapshotted: int | None
-) -> tuple[dict[str, Span], Span | None]:
+) -> tuple[dict[str, Span], Span | None, int]:
     tid = pausing.driver(source, found)
     own = [t for t in case.transfers(source) if t.tid == tid and t.end_ns > found.stop]
     last = next((t for t in reversed(own) if t.direction == RECEIVE and t.bytes), None)
     if last is None:
-        return {}, None
+        return {}, None, 0
     talk = messages([t for t in own if key_of(t) == key_of(last)], SEND)
     if len(talk) < 2 or talk[-1].bytes > HEADER:
-        return {}, None
+        return {}, None, 0
     state, complete = talk[-2:]
     begin = _snapshot_begin(source, found, tid, state.begin)
     if begin is None:
-        return {}, None
+        return {}, None, 0
     saved = max((i.end_ns for i in source.other_ioctls if begin <= i.begin_ns < state.begin), default=begin)
     second = _second_fetch(case, begin, state, talk[:-2])
     done = max(saved, second[1] if second else 0)
@@ -108,7 +112,7 @@ def _source(
         "send_state": (done, state.answered),
         "complete": (complete.begin, complete.answered),
     }
-    return spans | _final_iteration(case, found, begin), second
+    return spans | _final_iteration(case, found, begin), second, state.begin - done
 
 
 def _snapshot_begin(source: Process, found: Switchover, tid: int | None, before: int) -> int | None:
@@ -142,32 +146,34 @@ def _final_iteration(case: Case, found: Switchover, snapshot: int) -> dict[str, 
     return {"final_iter": (begin, end), "overhead": (begin, first)}
 
 
-def _destination(case: Case, found: Switchover) -> dict[str, Span]:
+def _destination(case: Case, found: Switchover) -> tuple[dict[str, Span], int]:
     process = case.destination
     if process is None or found.first_start is None:
-        return {}
+        return {}, 0
     restores = [i for i in process.ioctls if phases.is_restore(i) and found.stop <= i.begin_ns < found.first_start]
     if not restores:
-        return {}
+        return {}, 0
     loader = restores[-1].tid
     own = [t for t in case.transfers(process) if t.tid == loader and t.end_ns > found.requested]
     talk = messages(own, RECEIVE)
     talk = [m for m in talk if m.first[-1].end_ns < found.first_start]
     if len(talk) < 2 or talk[-1].bytes > HEADER:
-        return {}
+        return {}, 0
     state, complete = talk[-2:]
     header = state.first[0].end_ns
     work = [i for i in process.ioctls if i.tid == loader]
-    return _restoring(work, state) | {
+    restoring, parsing = _restoring(work, state)
+    return restoring | {
         "resume": (complete.first[-1].end_ns, complete.answer[0].begin_ns),
         "state_to_resume": (header, complete.answer[0].begin_ns),
-    }
+    }, parsing
 
 
-def _restoring(work: Sequence[Ioctl], state: Message) -> dict[str, Span]:
+def _restoring(work: Sequence[Ioctl], state: Message) -> tuple[dict[str, Span], int]:
     """Restoring begins, for the kernel, with the first question after the payload: which CPUID is supported."""
     received = state.first[-1].end_ns
     first = next((i.begin_ns for i in work if i.begin_ns >= received), None)
     if first is None:
-        return {}
-    return {"recv_snapshot": (state.first[0].end_ns, first), "restore": (first, state.answer[0].begin_ns)}
+        return {}, 0
+    spans = {"recv_snapshot": (state.first[0].end_ns, first), "restore": (first, state.answer[0].begin_ns)}
+    return spans, first - received

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ebpf_mig import activity, phases
+from ebpf_mig import activity, phases, served
 from ebpf_mig.activity import Work
 from ebpf_mig.breakdown import Phase
 from ebpf_mig.case import Case, postcopy
@@ -30,7 +30,7 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
         return None, phases.unseen(), None
     if found.kind == "aborted":
         return _aborted(case, source, found)
-    transfers = case.transfers(source)
+    transfers = served.own_work(case)
     work = _work(case, source, found.stop, found.first_start)
     load = _loading(case, found, work, transfers)
     handed = _handed(case, source, found, work, load)
@@ -63,7 +63,7 @@ def _work(case: Case, source: Process, stop: int, until: int | None) -> Work:
         stop,
         until,
         [b for b in case.bursts or [] if stop <= b.begin < until],
-        case.transfers(source),
+        served.own_work(case),
         source.other_ioctls,
         source.off_cpu,
     )
@@ -80,7 +80,7 @@ def _loading(case: Case, found: Switchover, work: Work, transfers: list[Transfer
 def _handed(case: Case, source: Process, found: Switchover, work: Work, load: phases.Loading | None) -> int:
     """When the last byte that the destination needed had left the source."""
     limit = found.first_start if found.first_start is not None else 1 << 63
-    sends = [t for t in case.transfers(source) if t.direction == SEND and t.end_ns > found.stop]
+    sends = [t for t in served.own_work(case) if t.direction == SEND and t.end_ns > found.stop]
     if load is not None and postcopy(case):
         return _state_sent(sends, work, load)
     if load is not None:

@@ -37,6 +37,8 @@ class Stretch:
     """When the first of them had been sent, or the destination's last receive before, if that was later."""
     received: int
     size: int
+    folded: bool = False
+    """The receive that ended it was recorded in a run of calls: then segments were not kept either."""
 
 
 PEEKED_BYTES = 64
@@ -97,7 +99,7 @@ def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: 
             continue
         done = bisect_right(sends, receive.end_ns, key=_ended)
         outstanding = max(_reaches(sends[done - 1]) if done else 0, receive.position + receive.bytes) - receive.position
-        found.append(Stretch(sent, receive.end_ns, outstanding))
+        found.append(Stretch(sent, receive.end_ns, outstanding, receive.calls > 1))
     return found
 
 
@@ -113,6 +115,8 @@ def _reason(
     acks = [s for s in within if (s.socket, s.pid) == sender and s.acked]
     if not segments:
         return "unknown", "no TCP segments were traced"
+    if not data and stretch.folded:
+        return "unknown", "calls and segments were too many to be kept one by one"
     if not data:
         return "late reader", "all had arrived before"
     arrived = data[0].at_ns

@@ -31,7 +31,7 @@ PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
 
 _PHASES = frozenset(phase for phase, _ in PHASES)
 _PARTS = ("lock", "off_cpu", "kernel", "user")
-_TRIGGERS = ("start", "born", "thread", "connect", "accept", "memory", "candidate")
+_TRIGGERS = ("start", "born", "thread", "connect", "accept", "logging", "memory", "candidate")
 _OUTCOMES = ("migration", "nothing", "suppressed")
 
 

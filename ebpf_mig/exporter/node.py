@@ -163,7 +163,11 @@ class NodeWatch:
         return known is not None and discovery.start_time(pid) == known.vm.started
 
     def _sign(self, sign: Sign) -> None:
-        if sign.kind == "stranger":
+        if sign.kind == "logging" and sign.pid not in self._vms:
+            vm = discovery.vm_of(sign.pid)
+            if vm is not None:
+                self._found(vm, new=True)
+        elif sign.kind == "stranger":
             self._checks += [(self._now + wait, sign.pid) for wait in RECHECKS_S]
         elif sign.pid in self._vms and sign.kind != "listen":
             known = sign.pid in self._tracks
@@ -217,7 +221,7 @@ class NodeWatch:
         """Traces a VM that showed a sign, and with it those that may be its destination."""
         known = self._vms[pid]
         known.fresh = known.fresh and discovery.is_fresh(pid)
-        if pid not in self._tracks and not known.may_try():
+        if pid not in self._tracks and not known.may_try() and kind != "logging":
             self._count(kind, "suppressed")
             return
         _log.debug("process %d: %s", pid, kind)

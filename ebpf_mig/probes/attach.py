@@ -136,13 +136,14 @@ class Handover(msgspec.Struct, frozen=True):
 
     hooks: list[Hook]
     tiers: dict[str, str]
+    """As they were told after arming, doubts included."""
     loaded: Description
 
 
-def hand_over(plan: Plan, fds: list[int]) -> Handover:
-    """The plan in words; its descriptors are added to `fds`. For one that was loaded in this process."""
+def hand_over(plan: Plan, attached: dict[str, str], fds: list[int]) -> Handover:
+    """The plan in words; its descriptors are added to `fds`. For one that was loaded and armed in this process."""
     assert isinstance(plan.program, Program)  # noqa: S101
-    return Handover(list(plan.hooks), plan.tiers, plan.program.describe(fds))
+    return Handover(list(plan.hooks), attached, plan.program.describe(fds))
 
 
 def taken_over(handover: Handover, fds: Sequence[int]) -> Plan:
@@ -161,10 +162,15 @@ def _with_sampler(plan: Plan) -> Plan:
     return replace(plan, sampler_fd=fd, tiers=plan.tiers | {"split": "samples"})
 
 
-def arm(plan: Plan, statistics: BpfStatistics) -> dict[str, str]:
-    """Attaches everything and returns the table signal -> tier; PreflightError if a hook that must fire is silent."""
+def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
+    """Attaches everything and returns the table signal -> tier; PreflightError if a hook that must fire is silent.
+
+    `seen`: they were seen to fire before, so nothing is provoked.
+    """
     for hook in plan.hooks:
         plan.program.attach(hook)
+    if seen:
+        return dict(plan.tiers)
     if not statistics.enabled:
         doubtful = {s: f"{t} (not verified)" for s, t in plan.tiers.items() if s in (*KVM_SIGNALS, "socket")}
         return plan.tiers | doubtful

@@ -69,6 +69,7 @@ _OFFSETS = {
     "OFF_tcp_nxt": ("tcp_sock", "snd_nxt"),
     "OFF_tcp_write": ("tcp_sock", "write_seq"),
     "OFF_tcp_wnd": ("tcp_sock", "snd_wnd"),
+    "OFF_tcp_rcv_nxt": ("tcp_sock", "rcv_nxt"),
 }
 
 
@@ -93,6 +94,7 @@ class Tracer:
         self._statistics = BpfStatistics()
         self._plan = handed or _loaded(self.pids, tier, self._statistics)
         self._program = self._plan.program
+        self._seen = handed is not None
         self._threads: dict[tuple[int, int], Thread] = {}
         self._stacks: dict[str, tuple[str, ...]] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
@@ -124,7 +126,8 @@ class Tracer:
         self._readings.open()
         self._look_around(self.pids)
         self._add_processes(self.pids)
-        self.attached = attach.arm(self._plan, self._statistics)
+        self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
+        self._seen = True
         if self._no_samples:
             self.attached["split"] = f"absent: {self._no_samples}"
 
@@ -146,7 +149,7 @@ class Tracer:
 
     def describe(self, fds: list[int]) -> attach.Handover:
         """For another process: what was loaded, its descriptors added to `fds`."""
-        return attach.hand_over(self._plan, fds)
+        return attach.hand_over(self._plan, self.attached, fds)
 
     def finish(self) -> list[AnyEvent]:
         """Detaches and hands over the rest: buffered records, open runs, each vCPU's account, thread names."""

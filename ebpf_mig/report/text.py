@@ -14,9 +14,19 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, Pausing, Phase, SocketUse, Vcpu, Wait, Witness
+from ebpf_mig.breakdown import (
+    IMMEDIATE,
+    Breakdown,
+    Clock,
+    Endpoint,
+    FetchIoctl,
+    Phase,
+    SocketUse,
+    Vcpu,
+    Wait,
+)
 from ebpf_mig.printable import printable
-from ebpf_mig.report import text_fetch
+from ebpf_mig.report import doubt, text_fetch, text_own
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.rows import Row, figure, ms, remark, size
 from ebpf_mig.report.waterfall import bar, ruler
@@ -32,18 +42,8 @@ _STACK_ROOM = 34
 _EVIDENCE_ROOM = 84
 """Two lines of 80 columns."""
 
-_PART_SPARE = {
-    "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,
-    "ch.restore_ms": 3, "ch.recv_snapshot_ms": 3, "ch.resume_ms": 3, "ch.overhead_ms": 5, "ch.state_to_resume_ms": 5,
-    "ch.paused..resumed": 3,
-}  # fmt: skip
-"""Rows of Cloud Hypervisor's own figures: how much they can be spared."""
-
 _MUCH = 5
 """What was in flight for a fifth of the window is never left out."""
-_LATE_NS = 500_000
-"""Sleep after the stop that is not worth a line."""
-
 _BAR_AT = 39
 _SIDES = {"source": ("src", "cyan"), "destination": ("dst", "magenta"), "both": ("both", "blue")}
 _VERDICTS = {"complete": "green", "bounded": "yellow", "incomplete": "bold red"}
@@ -79,11 +79,12 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [*_waterfall(breakdown, canvas)],
         [*_vcpus(breakdown)],
         [
-            *_pausing(breakdown.pausing),
+            *text_own.pausing(breakdown.pausing),
+            *text_own.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),
             *_sockets(breakdown.sockets),
             *_in_flight(breakdown),
-            *_witnesses(breakdown.witnesses),
+            *text_own.witnesses(breakdown.witnesses),
         ],
         [*_trust(breakdown)],
     )
@@ -124,7 +125,7 @@ def _headline_text(breakdown: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         missing = "stop" if breakdown.window_ns is None else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
-    return f"{_blackout_word(breakdown)} {ms(breakdown.blackout_ns)} ms"
+    return f"{_blackout_word(breakdown)} {doubt.blackout(breakdown)}"
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
@@ -165,15 +166,19 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         scale = ruler(breakdown.blackout, window, width, _blackout_word(breakdown), unicode=canvas.unicode)
     yield Row(Text.assemble((f"{'phase':14}{'side':5}{'ms':>11}{'share':>8} ", "dim"), (scale, "bold")))
     for phase in breakdown.phases:
-        if phase.duration_ns or phase.phase == "unattributed":
-            yield Row(_phase(phase, window, width, canvas.unicode))
-    yield Row(Text(f"{'window':19}{ms(window):>11}{'100.0%':>8}", "dim"))
+        if phase.duration_ns or phase.bound_ns or phase.phase == "unattributed":
+            yield Row(_phase(phase, breakdown.clock, window, width, canvas.unicode))
+    yield Row(
+        Text(
+            f"{'window':19}{doubt.limited(window, breakdown.window_bound_ns, breakdown.clock):>11}{'100.0%':>8}", "dim"
+        )
+    )
     unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)
 
 
-def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
+def _phase(phase: Phase, clock: Clock, window: int, width: int, unicode: bool) -> Text:
     side, colour = _SIDES.get(phase.side, (phase.side, ""))
     name = "bold" if phase.phase.startswith("fetch.") else ""
     if phase.phase == "unattributed":
@@ -181,7 +186,7 @@ def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
     share = f"{100 * phase.duration_ns / window:.1f}%"
     return Text.assemble(
         (f"{phase.phase:14}", name),
-        f"{side:5}{ms(phase.duration_ns):>11}{share:>8} ",
+        f"{side:5}{doubt.limited(phase.duration_ns, phase.bound_ns, clock):>11}{share:>8} ",
         (bar(phase.spans, window, width, unicode=unicode), colour),
     )
 
@@ -197,15 +202,6 @@ def _vcpus(breakdown: Breakdown) -> Iterator[Row]:
         yield Row(_vcpu(vcpu))
     if (more := len(vcpus) - MAX_VCPUS) > 0:
         yield Row(Text(f"... {more} more, slowest first", "dim"))
-
-
-def _pausing(pausing: Pausing | None) -> Iterator[Row]:
-    """What it cost to stop the vCPUs, if noticing that they had stopped is worth a line."""
-    if pausing is None or pausing.asleep_ns < max(_LATE_NS, pausing.noticed_ns // 2):
-        return
-    why = "polls" if pausing.polling else "asleep"
-    text = f"stop {ms(pausing.stop_ns)}, noticed {ms(pausing.noticed_ns)} later ({why} {ms(pausing.asleep_ns)})"
-    yield figure("kick latency", pausing.stop_ns + pausing.noticed_ns, text)
 
 
 def _vcpu(vcpu: Vcpu) -> Text:
@@ -323,17 +319,6 @@ def _stack(wait: Wait) -> str:
     return shown
 
 
-def _witnesses(witnesses: list[Witness]) -> Iterator[Row]:
-    """Those of the blackout, then the VMM's own parts, of which the destination's go first where room is scarce."""
-    for witness in witnesses:
-        ours = witness.value_ns - witness.difference_ns
-        why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
-        text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
-        if witness.name in _PART_SPARE:
-            text = f"ours {ms(ours)}{why}"
-        yield figure(witness.name, witness.value_ns, text)._replace(spare=_PART_SPARE.get(witness.name, 0))
-
-
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
@@ -346,11 +331,10 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     yield remark("  observer", cost + by)
     for reason in state.reasons:
         yield remark("  because", printable(reason, 400))
-    if breakdown.clock.bound_ns or breakdown.clock.offset_ns:
-        offset = f"{breakdown.clock.offset_ns / 1e6:+.3f} ms"
-        yield remark("clock of destination", f"{offset}, known to ± {ms(breakdown.clock.bound_ns)} ms")
+    if breakdown.clock != Clock():
+        yield remark("clock of destination", doubt.told(breakdown.clock))
     for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
-        yield remark("note", printable(note, 400))._replace(spare=2 if at else 0)
+        yield remark("note", printable(note, 400))._replace(spare=2 if at or note.endswith(IMMEDIATE) else 0)
     if len(breakdown.notes) > MAX_LISTED:
         yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 

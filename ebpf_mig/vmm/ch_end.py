@@ -26,6 +26,7 @@ from ebpf_mig.errors import VmmError
 
 AFTER_S = 5.0
 """How long one end may take to show what the other has shown."""
+REASON_S = 1.0
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
 _LOOK_S = 0.5
@@ -103,7 +104,7 @@ class Ending:
                 if worker.ended():
                     if self._soon(self.receive.fd, self.source):
                         continue
-                    why = self.why_failed() or "its migration thread ended, the reason is in its log"
+                    why = self._sources_reason() or "its migration thread ended, the reason is in its log"
                     return "failed", f"the source goes on with the VM: {why}"
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -116,8 +117,7 @@ class Ending:
     def _received(self, deadline: float) -> tuple[str, str]:
         """The receive call has returned."""
         if self.receive.error is not None:
-            self._soon(self.send.fd, limit=1.0)
-            return "failed", str(self.send.error or self.why_failed() or self.receive.error)
+            return "failed", str(self._sources_reason() or self.receive.error)
         limit = max(AFTER_S, deadline - time.monotonic()) if self.long else AFTER_S
         self._soon(self.source, *([] if self.send.done.is_set() else [self.send.fd]), limit=limit)
         if self.send.error is not None:
@@ -128,7 +128,14 @@ class Ending:
             return "failed", "the destination ended"
         if _gone(self.source) or self.destination_has_vm():
             return "completed", ""
-        return "failed", self.why_failed() or "the destination has no VM and the source goes on"
+        return "failed", self._sources_reason() or "the destination has no VM and the source goes on"
+
+    def _sources_reason(self) -> str:
+        """What its send call, or its log, says soon after the other end has failed; the switchover is over by then."""
+        until = time.monotonic() + REASON_S
+        while not (why := str(self.send.error or "") or self.why_failed()) and time.monotonic() < until:
+            time.sleep(0.05)
+        return why
 
     def _soon(self, *fds: int, limit: float | None = None) -> bool:
         limit = AFTER_S if limit is None else limit

@@ -21,6 +21,7 @@ from ebpf_mig.vmm.ch_end import Call, Ending
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One end shows at once what the other has shown, or never."""
     monkeypatch.setattr(ch_end, "AFTER_S", 0.3)
+    monkeypatch.setattr(ch_end, "REASON_S", 0.2)
 
 
 class World:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ebpf_mig import wire
 from ebpf_mig.breakdown import Wire
 from ebpf_mig.events import Segment, Transfer
@@ -88,3 +90,9 @@ def test_short_stretches_and_silence_without_bytes_are_left_out() -> None:
     prompt = [receive(90, 150, 0, 16), receive(160, 50_100, 16, 100)]
     assert wire.gather(late_send, prompt, [], (0, 100_000 * US)) == []
     assert wire.gather([], [], [], (0, 1)) == []
+
+
+def test_calls_that_were_folded_tell_no_reason() -> None:
+    folded = msgspec.structs.replace(receive(160, 9010, 16, 43_047), calls=300)
+    found = only(SENDS, [receive(90, 150, 0, 16), folded], [data(140, 16)])
+    assert found.reason == "unknown" and "one by one" in found.evidence

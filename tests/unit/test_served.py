@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Postcopy with a connection of its own for pages, on a script whose numbers are worked out by hand (us)."""
+
+from __future__ import annotations
+
+from tests.unit.script import Script
+from tests.unit.scripts import cloud_hypervisor_local
+
+US = 1000
+PAGE = 4096
+
+
+def postcopy(*, late_pages: int = 100) -> Script:
+    """The local migration, pages fetched through sockets 71 and 81 by threads 5: three while dark, the rest late."""
+    script = cloud_hypervisor_local()
+    source, destination = script.vms
+    script.join(71, 81, unix=True)
+    source.send(1200, 1202, 2, socket=71)  # which kind of connection it is
+    for begin in (2100, 2400, 2700):
+        source.receive(begin - 50, begin, 32, socket=71, tid=5)
+        source.send(begin + 5, begin + 10, 16 + PAGE, socket=71, tid=5)
+        destination.send(begin - 20, begin - 18, 32, socket=81, tid=5)
+        destination.receive(begin - 15, begin + 40, 16 + PAGE, socket=81, tid=5, off_cpu_us=50)
+    source.receive(4000, 9990, 32 * late_pages, socket=71, tid=5, calls=late_pages)
+    source.send(4000, 9990, PAGE * late_pages, socket=71, tid=5, calls=late_pages)
+    destination.send(4000, 9995, 32 * late_pages, socket=81, tid=5, calls=late_pages)
+    destination.receive(4000, 10_000, PAGE * late_pages, socket=81, tid=5, calls=late_pages, off_cpu_us=3000)
+    return script
+
+
+def test_pages_that_are_asked_for_are_no_state() -> None:
+    plain, served = cloud_hypervisor_local().result(), postcopy().result()
+    assert served.breakdown.migration.mode == "postcopy"
+    assert served.phases == plain.phases
+    assert served.breakdown.dirty_log.final is None
+
+
+def test_what_was_fetched_when() -> None:
+    found = postcopy().result().breakdown.postcopy
+    assert found is not None and found.while_dark is not None
+    assert (found.while_dark.bytes, found.while_dark.asked) == (3 * (16 + PAGE), 3)
+    assert found.while_dark.waited_ns == 150 * US
+    assert (found.after.bytes, found.after.asked, found.after.waited_ns) == (100 * PAGE, 100, 3000 * US)
+    assert found.drained_ns == (10_000 - 3800) * US
+
+
+def test_a_run_of_calls_across_the_start_is_shared_out() -> None:
+    script = postcopy()
+    script.vms[1].receive(3700, 3900, 2000, socket=81, tid=5, calls=2, off_cpu_us=20)
+    found = script.result().breakdown.postcopy
+    assert found is not None and found.while_dark is not None
+    assert (found.while_dark.bytes, found.after.bytes) == (3 * (16 + PAGE) + 1000, 100 * PAGE + 1000)
+
+
+def test_other_modes_have_none() -> None:
+    assert cloud_hypervisor_local().result().breakdown.postcopy is None
