@@ -155,11 +155,12 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
 
 
 @everywhere
-def test_what_auto_takes_was_seen_to_fire() -> None:
+def test_what_auto_takes_was_seen_to_fire(record_property: Callable[[str, object], None]) -> None:
     """fentry where it fires, else kprobes: each signal's tier is in the report, and nothing is verified by hope."""
     names = tiers()
     (run,) = migrate_by((AUTO,), Plan())
     attach = told(run)
+    record_property("attach", json.dumps(attach))
     assert run.breakdown.completeness.verdict == "complete"
     best = {tier for tier in ("fentry", "kprobe") if tier in names}
     for signal_name in ("dirty-log", "vcpu", "state", "kick", "brownout"):
