@@ -15,7 +15,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -136,14 +135,14 @@ def encode(plan: ChPlan) -> str:
 
 
 def main(role: str, plan: ChPlan) -> None:
-    """Serves until the source's migration has succeeded, or it is killed."""
+    """Serves until the source's migration has succeeded, or it is told to `quit`."""
     sys.setswitchinterval(0.0001)
     signal.signal(KICK, lambda *_: None)
     vmm = Vmm(role, plan)
     threading.Thread(target=vmm.run, name="vmm", daemon=True).start()
     say("ready")
-    while True:
-        time.sleep(60)
+    sys.stdin.readline()
+    os._exit(0)
 
 
 if __name__ == "__main__":
