@@ -23,7 +23,7 @@ from ebpf_mig.recording import read_recording
 
 EXECUTABLE = str(Path(sys.executable).with_name("ebpf-mig"))
 SCRIPT = Path(__file__).with_name("same_signals.bt")
-_PATIENCE_S = 20.0
+_PATIENCE_S = 90.0
 _SETTLE_S = 0.3
 _PERF_SETTLE_S = 1.0
 """perf trace does not say when it has begun."""

@@ -63,6 +63,8 @@ class Phase(Struct, frozen=True, kw_only=True):
     side: str
     duration_ns: int
     spans: list[Span]
+    bound_ns: int | None = 0
+    """How far `duration_ns` can be off where it spans two hosts' clocks; None: no limit is known, see `Clock.open`."""
 
 
 class Vcpu(Struct, frozen=True, kw_only=True):
@@ -72,6 +74,8 @@ class Vcpu(Struct, frozen=True, kw_only=True):
     stop: int | None
     start: int | None
     blackout_ns: int | None
+    bound_ns: int | None = 0
+    """As that of a phase, of `blackout_ns` and `start`."""
 
 
 class Pausing(Struct, frozen=True, kw_only=True):
@@ -253,6 +257,8 @@ class Wire(Struct, frozen=True, kw_only=True):
     in_flight_ns: int
     reason: str
     evidence: str
+    bound_ns: int | None = 0
+    """As that of a phase, of `in_flight_ns`."""
 
 
 class Wait(Struct, frozen=True, kw_only=True):
@@ -292,8 +298,20 @@ class Completeness(Struct, frozen=True, kw_only=True):
 
 
 class Clock(Struct, frozen=True, kw_only=True):
+    """The destination's clock beside the source's. On one host it is the same: all are 0."""
+
     offset_ns: int = 0
-    bound_ns: int = 0
+    """How much it is ahead at the destination's start."""
+    bound_ns: int | None = 0
+    """How far `offset_ns`, and so `blackout_ns`, can be off; None: on one side there is no limit."""
+    open: str = ""
+    """With `bound_ns` None: `least`, figures that span the hosts are at least as long as said; `most`: at most."""
+    drift_ppb: int = 0
+    """How much the clocks' rates differ at most, in parts per billion."""
+    pairs_there: int = 0
+    """How many pairs of an event on the source and a later one on the destination bound it from above."""
+    pairs_back: int = 0
+    """The same the other way, from below."""
 
 
 class Change(Struct, frozen=True, kw_only=True):
@@ -336,6 +354,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     clock: Clock
     notes: list[str]
     """Doubts about single figures, one line each."""
+    window_bound_ns: int | None = 0
+    """How far `window_ns` can be off, as `Clock.bound_ns` for `blackout_ns`."""
     what_if: WhatIf | None = None
     """Only where it was asked for (`report --what-if`)."""
     pausing: Pausing | None = None

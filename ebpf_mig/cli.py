@@ -26,7 +26,7 @@ from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.printable import printable
 
 COMMANDS = (
-    "demo", "migrate", "record", "report", "export", "bench", "diff", "watch", "exporter", "doctor", "schema",
+    "demo", "migrate", "record", "report", "join", "export", "bench", "diff", "watch", "exporter", "doctor", "schema",
     "completion",
 )  # fmt: skip
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""

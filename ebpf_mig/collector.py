@@ -18,6 +18,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ebpf_mig import (
+    crossing,
     fetches,
     inside,
     own_parts,
@@ -120,6 +121,8 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
         pausing=pausing.observe(case.source, case.switchover),
         postcopy=served.observe(case),
     )
+    if header.remote is not None:
+        breakdown = crossing.bounded(breakdown, header.remote, origin)
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
 
@@ -149,7 +152,12 @@ def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
 
 
 def _endpoint(case: Case, process: Process | None) -> Endpoint | None:
-    return Endpoint(host=case.material.header.host, pid=process.pid) if process else None
+    if process is None:
+        return None
+    remote = case.material.header.remote
+    if remote is not None and process.pid == remote.pid:
+        return Endpoint(host=remote.host, pid=remote.own_pid)
+    return Endpoint(host=case.material.header.host, pid=process.pid)
 
 
 def _blackout(case: Case) -> int | None:

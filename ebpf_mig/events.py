@@ -160,7 +160,7 @@ class Socket(Event, frozen=True, tag=7):
     """Address and port as `ADDR:PORT`, or empty (UNIX)."""
     remote: str
     peer: int = 0
-    """UNIX only: inode of the other end, 0 unknown."""
+    """UNIX, and of any kind in a joined recording: inode of the other end, 0 unknown."""
 
 
 class Thread(Event, frozen=True, tag=8):
@@ -230,6 +230,12 @@ class Segment(Event, frozen=True, tag=13):
     """Written by the process and not yet sent (write_seq - snd_nxt)."""
     window: int
     """The other end's receive window before it came (snd_wnd)."""
+    seq: int = -1
+    """Sequence number of its first byte, 32 bits as on the wire; -1 unknown."""
+    ack: int = -1
+    """Its acknowledgement number."""
+    received: int = -1
+    """Sequence number up to which all had arrived before it came (rcv_nxt)."""
 
 
 class VcpuSpan(Event, frozen=True, tag=14):
@@ -282,6 +288,8 @@ class OwnCost(Event, frozen=True, tag=17):
     at_ns: int
     run_ns: int
     runs: int
+    remote: bool = False
+    """Of the other host, in a joined recording."""
 
 
 class Ending(Event, frozen=True, tag=11):
@@ -339,6 +347,31 @@ class ClockPair(msgspec.Struct, frozen=True, array_like=True):
     doubt_ns: int
 
 
+class Remote(msgspec.Struct, frozen=True, kw_only=True):
+    """The other host's share of a joined recording: the destination's. Its events are on the clock of this host."""
+
+    host: str = ""
+    pid: int = 0
+    """The destination in this recording."""
+    own_pid: int = 0
+    """The destination on its host: another number only if the source had the same."""
+    boot_id: str = ""
+    kernel: str = ""
+    machine: str = ""
+    offset_ns: int = 0
+    """The destination's clock minus the source's, taken away from each of its instants."""
+    bound_ns: int | None = 0
+    """How far that can be off at `at_ns`; None: on one side there is no limit."""
+    open: str = ""
+    """`least` or `most`: nothing bounds the offset from below, or from above."""
+    at_ns: int = 0
+    """When, on the source's clock: the destination's start."""
+    drift_ppb: int = 0
+    """How much the two rates differ at most."""
+    pairs: tuple[int, int] = (0, 0)
+    """How many pairs of events bound the offset from above and from below."""
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The first block of a recording: whose it is and how it was made."""
 
@@ -355,3 +388,5 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     attach: dict[str, str] = {}
     """Attach tier by signal: `fentry`, `kprobe`, `tracepoint`, `absent: why`."""
     notes: list[str] = []
+    remote: Remote | None = None
+    """Only in a joined recording."""

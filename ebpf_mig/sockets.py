@@ -120,17 +120,16 @@ def mirrors(source: Process, destination: Process) -> dict[int, int]:
     by_ends: dict[tuple[str, str], int] = {}
     by_peer: dict[int, int] = {}
     for inode, socket in sorted(destination.sockets.items()):
-        if socket.family == AF_UNIX:
-            if socket.peer:
-                by_peer[socket.peer] = inode
-        elif socket.local and socket.remote:
+        if socket.peer:
+            by_peer[socket.peer] = inode
+        elif socket.family != AF_UNIX and socket.local and socket.remote:
             by_ends[(normal(socket.remote), normal(socket.local))] = inode
     result: dict[int, int] = {}
     for inode, socket in sorted(source.sockets.items()):
-        if socket.family == AF_UNIX:
-            if inode in by_peer:
-                result[inode] = by_peer[inode]
-            elif socket.peer in destination.sockets:
+        if inode in by_peer:
+            result[inode] = by_peer[inode]
+        elif socket.family == AF_UNIX:
+            if socket.peer in destination.sockets:
                 result[inode] = socket.peer
         elif (ends := (normal(socket.local), normal(socket.remote))) in by_ends:
             result[inode] = by_ends[ends]

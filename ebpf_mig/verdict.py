@@ -60,9 +60,20 @@ def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | Non
     """Run time of our BPF programs in the window: (at least, at most), by the readings in and around it."""
     if window is None or not material.costs:
         return None, None
-    readings = [(material.header.begin_ns, 0), *((cost.at_ns, cost.run_ns) for cost in material.costs)]
-    if material.ending and material.ending.observer_ns:
-        readings.append((material.ending.at_ns, sum(material.ending.observer_ns.values())))
+    if material.header.remote is None:
+        readings = [(cost.at_ns, cost.run_ns) for cost in material.costs]
+        if material.ending and material.ending.observer_ns:
+            readings.append((material.ending.at_ns, sum(material.ending.observer_ns.values())))
+        return _between([(material.header.begin_ns, 0), *readings], window)
+    hosts = [[(c.at_ns, c.run_ns) for c in material.costs if c.remote is remote] for remote in (False, True)]
+    costs = [_between([(min(material.header.begin_ns, host[0][0]), 0), *host], window) for host in hosts if host]
+    least, most = ([cost[side] for cost in costs] for side in (0, 1))
+    whole = len(costs) == len(hosts)
+    return sum(filter(None, least)), sum(filter(None, most)) if whole and None not in most else None
+
+
+def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int | None]:
+    """What one kernel's readings say: (at least, at most)."""
     before = [run for at, run in readings if at <= window[0]]
     after = [run for at, run in readings if at >= window[1]]
     within = [run for at, run in readings if window[0] <= at <= window[1]]

@@ -46,17 +46,20 @@ static __always_inline u64 socket_of(u64 file)
 	return word_at(inode, OFF_inode_ino);
 }
 
+/* Inode number of a struct sock, 0 once its file is closed. */
+static __always_inline u64 inode_of(u64 sk)
+{
+	u64 sock = word_at(sk, OFF_sock_socket);
+
+	return sock ? word_at(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino) : 0;
+}
+
 /* Inode number of the other end of a UNIX socket, 0 while it has none. */
 static __always_inline u64 unix_peer(u64 sk)
 {
-	u64 peer = word_at(sk, OFF_unix_peer), sock;
+	u64 peer = word_at(sk, OFF_unix_peer);
 
-	if (!peer)
-		return 0;
-	sock = word_at(peer, OFF_sock_socket);
-	if (!sock)
-		return 0;
-	return word_at(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino);
+	return peer ? inode_of(peer) : 0;
 }
 
 static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file, u64 socket)

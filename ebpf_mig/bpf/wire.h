@@ -8,10 +8,10 @@
  */
 #pragma once
 
-#include "common.h"
+#include "sockets.h"
 
 struct segment_record {
-	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window;
+	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received;
 };
 _Static_assert(sizeof(struct segment_record) == 8 * SEGMENT_WORDS, "segment record");
 
@@ -21,6 +21,11 @@ static __always_inline u32 half_at(u64 base, u32 offset)
 
 	bpf_probe_read_kernel(&v, sizeof(v), (void *)(base + offset));
 	return v;
+}
+
+static __always_inline u32 in_host_order(u32 v)
+{
+	return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24;
 }
 
 /* tcp_probe: sk, skb. skb->data points at the TCP header (tcp_rcv_established, net/ipv4/tcp_input.c, Linux 6.12). */
@@ -33,7 +38,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	u32 tgid, una, nxt, ack, length;
 	u8 offset = 0;
 
-	if (!o)
+	if (!o || inode_of(sk) != o->socket)	/* closed, and the memory may be another connection's by now */
 		return 0;
 	tgid = o->pid;
 	p = processes.lookup(&tgid);
@@ -46,8 +51,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	}
 	header = word_at(skb, OFF_skb_data);
 	bpf_probe_read_kernel(&offset, sizeof(offset), (void *)(header + 12));
-	ack = half_at(header, 8);
-	ack = ack >> 24 | (ack >> 8 & 0xff00) | (ack << 8 & 0xff0000) | ack << 24;
+	ack = in_host_order(half_at(header, 8));
 	length = half_at(skb, OFF_skb_len);
 	una = half_at(sk, OFF_tcp_una);
 	nxt = half_at(sk, OFF_tcp_nxt);
@@ -60,6 +64,9 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	r->in_flight = (u32)(nxt - una);
 	r->unsent = (u32)(half_at(sk, OFF_tcp_write) - nxt);
 	r->window = half_at(sk, OFF_tcp_wnd);
+	r->seq = in_host_order(half_at(header, 4));
+	r->ack = ack;
+	r->received = half_at(sk, OFF_tcp_rcv_nxt);
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
 	return 0;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ebpf-mig report`: what a recording says about the blackout.
 
-In: a recording. Out: a report on stdout or in a file. Needs neither bcc nor privilege. `_FORMATS` is where a new kind
+In: a recording. Out: a report on stdout or in a file. Needs neither bcc nor privilege. `FORMATS` is where a new kind
 of report is entered.
 """
 
@@ -77,7 +77,7 @@ def _csv(source: Source, output: str, color: str) -> str:  # noqa: ARG001
     return csv.render(source.breakdown)
 
 
-_FORMATS: dict[str, Callable[[Source, str, str], str | bytes]] = {
+FORMATS: dict[str, Callable[[Source, str, str], str | bytes]] = {
     "text": _text,
     "json": _json,
     "html": _html,
@@ -90,7 +90,7 @@ _PREDICTING = ("text", "json", "html")
 
 @click.command(epilog=EPILOG)
 @click.argument("file", type=click.Path(allow_dash=True))
-@format_option(*_FORMATS)
+@format_option(*FORMATS)
 @output_option()
 @click.option(
     "--what-if",
@@ -127,8 +127,20 @@ def command(
 
         predicted = whatif.predict(source.recording.header, source.recording.events, source.breakdown, wanted)
         source = source._replace(breakdown=msgspec.structs.replace(source.breakdown, what_if=predicted))
-    write_result(_FORMATS[form](source, output, color), output, force=force)
+    write_result(FORMATS[form](source, output, color), output, force=force)
     require_complete(source.breakdown, strict)
+
+
+def warn(name: str, recording: Recording) -> None:
+    """Says on stderr what of a recording is missing."""
+    if recording.truncated:
+        click.echo(f"ebpf-mig: {printable(name)} is cut off: {printable(recording.reason)}", err=True)
+    if recording.unknown:
+        click.echo(
+            f"ebpf-mig: {printable(name)} was made by a newer ebpf-mig: "
+            f"{recording.unknown} events of unknown kinds are left out",
+            err=True,
+        )
 
 
 def rendered(breakdown: Breakdown, form: str, output: str, color: str) -> str:
@@ -180,14 +192,7 @@ def _source(file: str, redact: bool) -> Source:
     from ebpf_mig.redact import redacted
 
     recording = read_recording(sys.stdin.buffer if file == "-" else file)
-    if recording.truncated:
-        click.echo(f"ebpf-mig: {printable(file)} is cut off: {printable(recording.reason)}", err=True)
-    if recording.unknown:
-        click.echo(
-            f"ebpf-mig: {printable(file)} was made by a newer ebpf-mig: "
-            f"{recording.unknown} events of unknown kinds are left out",
-            err=True,
-        )
+    warn(file, recording)
     if redact:
         recording = redacted(recording)
     breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.errors import EbpfMigError, PreflightError
 from ebpf_mig.events import AnyEvent, Header
 from ebpf_mig.exporter import footprint
+from ebpf_mig.exporter.analyst import READY
 from ebpf_mig.exporter.child import start
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.messages import Answer, Task
@@ -58,6 +59,15 @@ class Analysis:
         self._process = start("ebpf_mig.exporter.analyst", str(place), str(os.getpid()), fds=[place])
         theirs.close()
         self._answers = self._channel.makefile("rb")
+
+    def verify(self) -> None:
+        """Waits until the process that analyses has given up its privilege; PreflightError if it cannot."""
+        try:
+            said = self._answers.readline()
+        except OSError as error:  # it did not say so in time
+            raise PreflightError(f"the process that analyses does not start: {error}") from error
+        if said != READY:
+            raise PreflightError(f"the process that analyses ended with status {self._process.wait()}")
 
     def put(self, case: Case) -> None:
         """Takes over an ended migration. The thread begins here: one that began earlier would keep capabilities."""

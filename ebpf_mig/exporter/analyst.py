@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that reads recordings and makes breakdowns: nobody, without any capability.
 
-In: a socket over which the watch sends `Task`s, each with the descriptor of a recording. Out: an `Answer` for each,
-as a line of JSON. Whatever a recording does to the code that parses it, it does in here.
+In: a socket over which the watch sends `Task`s, each with the descriptor of a recording. Out: `READY`, then an `Answer`
+for each, as a line of JSON. Whatever a recording does to the code that parses it, it does in here.
 
 It is started while there still is the privilege to become nobody, and then sleeps, small: the work is done by a child
 that is forked for it and ends when there has been none for a while.
@@ -28,6 +28,8 @@ IDLE_S = 10.0
 """The child waits this long for the next migration: importing its modules takes a third of a second of CPU time."""
 PATIENCE_S = 100
 """The largest recordings take a few seconds."""
+READY = b"ready\n"
+"""Said once, when every privilege is gone: nothing is analysed before."""
 MEMORY_BYTES = 2 << 30
 """Address space: `tracks.KEPT_EVENTS` of the largest events take a quarter of it."""
 
@@ -99,4 +101,6 @@ if __name__ == "__main__":
         signal.signal(signum, signal.SIG_IGN)  # the watch waits for what has been begun
     privileges.become_nobody()
     privileges.die_with_parent(int(sys.argv[2]))  # after it: a change of identity forgets this
-    main(socket.socket(fileno=int(sys.argv[1])))
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.sendall(READY)
+    main(channel)

@@ -13,6 +13,8 @@ from collections.abc import Collection
 
 import msgspec
 
+_PASSED = ("PATH", "EBPF_MIG_TIER")
+
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the process that listens is told on its command line, as JSON."""
@@ -26,8 +28,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:
-    """`python -m MODULE ARGUMENTS`, with our import path, in `/`, with no environment but OpenTelemetry's."""
-    environment = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("OTEL_")}
+    """`python -m MODULE ARGUMENTS`, with our import path, in `/`, with the environment it may need."""
+    environment = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith("OTEL_")}
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         pass_fds=tuple(fds),

@@ -101,6 +101,10 @@ VCPU_RETURNS = tuple(
 """Where a vCPU's ioctls return by kprobes: a return probe on kvm_vcpu_ioctl would be held as long as a guest runs, and
 the kernel has few of them."""
 
+MEMSLOT = Function(("kvm_set_memory_region",), "node", ("logging",),
+                   {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)  # fmt: skip
+"""Where a VM's memory begins to be logged: the standing trigger of `watch` and `exporter`."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -151,8 +155,9 @@ class _Trial:
 class Chooser:
     """Tries functions; use once. Run statistics of BPF programs must be on."""
 
-    def __init__(self, wanted: str) -> None:
+    def __init__(self, wanted: str, functions: tuple[Function, ...] = FUNCTIONS) -> None:
         self._wanted = wanted
+        self._functions = functions
         self._types = self._known_types()
         self.module_fd = kernelcalls.module_btf("kvm") if any(t.module for t in self._types.values()) else -1
 
@@ -163,25 +168,26 @@ class Chooser:
         self.module_fd = -1
 
     def _known_types(self) -> dict[str, btf.FunctionType]:
-        names = {name for function in FUNCTIONS for name in function.names}
+        names = {name for function in self._functions for name in function.names}
         found = btf.functions(btf.VMLINUX, names)
         if _KVM_BTF.exists():
             found = btf.functions(str(_KVM_BTF), names - found.keys(), base=btf.VMLINUX) | found
         return found
 
-    def choose(self) -> Choice:
-        """Hooks by the best kind of probe that fires, for each group of functions that can be had whole."""
-        chosen: dict[Function, str] = {}
-        named: dict[Function, str] = {}
-        open_ones = list(FUNCTIONS)
+    def fired(self) -> tuple[dict[Function, tuple[str, str]], dict[str, str]]:
+        """(kind of probe and name by function that can be hooked, reasons by the name of one that cannot)."""
+        chosen: dict[Function, tuple[str, str]] = {}
         why: dict[str, str] = {}
         for how in (FENTRY, KPROBE):
-            if self._wanted not in (AUTO, how):
-                continue
-            tried = [f for f in open_ones if self._may(f, how)]
-            for function, name in self._seen(tried, how, why):
-                chosen[function], named[function] = how, name
-            open_ones = [f for f in open_ones if f not in chosen]
+            if self._wanted in (AUTO, how):
+                tried = [f for f in self._functions if f not in chosen and self._may(f, how)]
+                chosen |= {function: (how, name) for function, name in self._seen(tried, how, why)}
+        return chosen, why
+
+    def choose(self) -> Choice:
+        """Hooks by the best kind of probe that fires, for each group of functions that can be had whole."""
+        chosen, why = self.fired()
+        open_ones = [function for function in self._functions if function not in chosen]
         groups, refusals = set(), {}
         for group in ("kvm", "socket", "split"):
             lacking = [f.names[0] for f in open_ones if f.group == group and f.required]
@@ -192,7 +198,7 @@ class Chooser:
         if "kvm" not in groups:  # system calls are traced then, which show sends and receives at no further cost
             refusals |= dict.fromkeys(groups, refusals["kvm"])
             groups = set()
-        hooks = [hook for f, how in chosen.items() if f.group in groups for hook in self._hooks(f, named[f], how)]
+        hooks = [hook for f, (how, name) in chosen.items() if f.group in groups for hook in self.hooks(f, name, how)]
         if groups and any(hook.how == KPROBE and hook.target == "kvm_vcpu_ioctl" for hook in hooks):
             hooks += self._vcpu_returns()
         return Choice(tuple(hooks), frozenset(groups), refusals, _has_task_regs())
@@ -233,7 +239,8 @@ class Chooser:
             number, module = known.btf_id, known.module
         return Hook(how, name, "", function.signals, number, module, function.provoked)
 
-    def _hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
+    def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
+        """A function's hooks by one kind of probe."""
         at_entry = self._hook(function, name, how)
         for programs, kind in ((function.entry, how), (function.leave, _RETURN_OF[how])):
             if how in programs:
@@ -245,7 +252,7 @@ class Chooser:
         for function in VCPU_RETURNS:
             with contextlib.suppress(OSError):
                 KprobeEvent(function.names[0], KRETPROBE).close()
-                found += list(self._hooks(function, function.names[0], KPROBE))
+                found += list(self.hooks(function, function.names[0], KPROBE))
         return found
 
 

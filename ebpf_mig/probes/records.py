@@ -34,7 +34,7 @@ WORDS = {
     "TRANSFER_WORDS": 17,
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
-    "SEGMENT_WORDS": 9,
+    "SEGMENT_WORDS": 12,
     "THREAD_WORDS": 89,
     "SAMPLE_WORDS": 30,
     "VCPU_SPAN_WORDS": 9,
@@ -92,8 +92,7 @@ def _off_cpu(w: tuple[int, ...]) -> OffCpu:
 
 
 def _segment(w: tuple[int, ...]) -> Segment:
-    _, at, pid, socket, payload, acked, in_flight, unsent, window = w
-    return Segment(at, pid, socket, payload, acked, in_flight, unsent, window)
+    return Segment(*w[1:])
 
 
 def _sample(w: tuple[int, ...]) -> Samples:

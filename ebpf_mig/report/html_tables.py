@@ -10,9 +10,10 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-from ebpf_mig.breakdown import Breakdown, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
+from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
 from ebpf_mig.printable import printable
 from ebpf_mig.reference import REARM
+from ebpf_mig.report import doubt
 
 SIDES = {"source": "src", "destination": "dst"}
 _MANY = 40
@@ -45,7 +46,7 @@ def headline(b: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         return "blackout not measured"
     word = "aborted blackout" if b.migration.result in {"failed", "cancelled"} else "blackout"
-    return f"{word} {milliseconds(b.blackout_ns)} ms"
+    return f"{word} {doubt.blackout(b)}"
 
 
 def facts(b: Breakdown) -> Iterator[str]:
@@ -71,13 +72,15 @@ def waterfall(b: Breakdown) -> Iterator[str]:
         return
     rows = [
         (
-            f"<td class='w'>{p.phase}</td><td>{SIDES.get(p.side, p.side)}</td>{_ns(p.duration_ns)}"
+            f"<td class='w'>{p.phase}</td><td>{SIDES.get(p.side, p.side)}</td>"
+            f"<td class='n'>{doubt.limited(p.duration_ns, p.bound_ns, b.clock)}</td>"
             f"<td class='n'>{100 * p.duration_ns / b.window_ns:.1f} %</td><td class='bars'>{_bar(p, b.window_ns)}</td>"
         )
         for p in b.phases
     ]
     rows.append(
-        f"<td>window</td><td></td><td class='n'>{milliseconds(b.window_ns)}</td><td class='n'>100.0 %</td><td></td>"
+        f"<td>window</td><td></td><td class='n'>{doubt.limited(b.window_ns, b.window_bound_ns, b.clock)}</td>"
+        f"<td class='n'>100.0 %</td><td></td>"
     )
     yield table("phases", ("phase", "side", "#ms", "#share", ""), rows)
 
@@ -286,7 +289,7 @@ def completeness(b: Breakdown) -> Iterator[str]:
     ]
     cost = "not measured" if state.observer_ns is None else f"{milliseconds(state.observer_ns)} ms in all"
     rows.append(f"<td>cost of the observation</td><td>{cost}</td>")
-    clock = f"{b.clock.offset_ns / 1e6:+.3f} ± {milliseconds(b.clock.bound_ns)} ms"
+    clock = doubt.told(b.clock) if b.clock != Clock() else "one clock"
     rows.append(f"<td>clock of the destination</td><td>{clock}</td>")
     yield table("completeness", ("what", "how much"), rows)
     if b.notes:

@@ -108,7 +108,7 @@ class _Writer:
                 "result": breakdown.migration.result,
                 "completeness": breakdown.completeness.verdict,
                 "clock_offset_ns": breakdown.clock.offset_ns,
-                "clock_bound_ns": breakdown.clock.bound_ns,
+                "clock_bound_ns": -1 if breakdown.clock.bound_ns is None else breakdown.clock.bound_ns,
             }
             whole = [self._slice(0, breakdown.window_ns, "window", about)]
             yield from self._simple(top, "window", whole, 0)

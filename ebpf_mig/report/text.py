@@ -17,6 +17,7 @@ from rich.text import Text
 from ebpf_mig.breakdown import (
     IMMEDIATE,
     Breakdown,
+    Clock,
     Endpoint,
     FetchIoctl,
     Phase,
@@ -25,7 +26,7 @@ from ebpf_mig.breakdown import (
     Wait,
 )
 from ebpf_mig.printable import printable
-from ebpf_mig.report import text_fetch, text_own
+from ebpf_mig.report import doubt, text_fetch, text_own
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.rows import Row, figure, ms, remark, size
 from ebpf_mig.report.waterfall import bar, ruler
@@ -124,7 +125,7 @@ def _headline_text(breakdown: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         missing = "stop" if breakdown.window_ns is None else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
-    return f"{_blackout_word(breakdown)} {ms(breakdown.blackout_ns)} ms"
+    return f"{_blackout_word(breakdown)} {doubt.blackout(breakdown)}"
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
@@ -165,15 +166,19 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         scale = ruler(breakdown.blackout, window, width, _blackout_word(breakdown), unicode=canvas.unicode)
     yield Row(Text.assemble((f"{'phase':14}{'side':5}{'ms':>11}{'share':>8} ", "dim"), (scale, "bold")))
     for phase in breakdown.phases:
-        if phase.duration_ns or phase.phase == "unattributed":
-            yield Row(_phase(phase, window, width, canvas.unicode))
-    yield Row(Text(f"{'window':19}{ms(window):>11}{'100.0%':>8}", "dim"))
+        if phase.duration_ns or phase.bound_ns or phase.phase == "unattributed":
+            yield Row(_phase(phase, breakdown.clock, window, width, canvas.unicode))
+    yield Row(
+        Text(
+            f"{'window':19}{doubt.limited(window, breakdown.window_bound_ns, breakdown.clock):>11}{'100.0%':>8}", "dim"
+        )
+    )
     unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)
 
 
-def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
+def _phase(phase: Phase, clock: Clock, window: int, width: int, unicode: bool) -> Text:
     side, colour = _SIDES.get(phase.side, (phase.side, ""))
     name = "bold" if phase.phase.startswith("fetch.") else ""
     if phase.phase == "unattributed":
@@ -181,7 +186,7 @@ def _phase(phase: Phase, window: int, width: int, unicode: bool) -> Text:
     share = f"{100 * phase.duration_ns / window:.1f}%"
     return Text.assemble(
         (f"{phase.phase:14}", name),
-        f"{side:5}{ms(phase.duration_ns):>11}{share:>8} ",
+        f"{side:5}{doubt.limited(phase.duration_ns, phase.bound_ns, clock):>11}{share:>8} ",
         (bar(phase.spans, window, width, unicode=unicode), colour),
     )
 
@@ -326,11 +331,10 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     yield remark("  observer", cost + by)
     for reason in state.reasons:
         yield remark("  because", printable(reason, 400))
-    if breakdown.clock.bound_ns or breakdown.clock.offset_ns:
-        offset = f"{breakdown.clock.offset_ns / 1e6:+.3f} ms"
-        yield remark("clock of destination", f"{offset}, known to ± {ms(breakdown.clock.bound_ns)} ms")
-    for note in breakdown.notes[:MAX_LISTED]:
-        yield remark("note", printable(note, 400))._replace(spare=2 * note.endswith(IMMEDIATE))
+    if breakdown.clock != Clock():
+        yield remark("clock of destination", doubt.told(breakdown.clock))
+    for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
+        yield remark("note", printable(note, 400))._replace(spare=2 if at or note.endswith(IMMEDIATE) else 0)
     if len(breakdown.notes) > MAX_LISTED:
         yield Row(Text(f"... {len(breakdown.notes) - MAX_LISTED} more notes, all in --format json", "dim"))
 

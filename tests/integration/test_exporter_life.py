@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -24,6 +26,7 @@ from tests.integration.exporters import (
     NAMED,
     OURS,
     PROGRAM,
+    SETTLED_S,
     children,
     exporter,
     fetch,
@@ -36,10 +39,11 @@ from tests.integration.exporters import (
     until,
     value,
 )
-from tests.integration.migrations import QUICK
+from tests.integration.migrations import LASTING
 
 pytestmark = requires(*TRACING)
-SLOW = Scenario(128 * MIB, 32 * MIB, 300, bandwidth_bytes=3 << 20)
+ENDLESS = Scenario(128 * MIB, 32 * MIB, 1000, bandwidth_bytes=1 << 20)
+"""Dirties four times what may be sent: it lasts until the limit is lifted."""
 
 
 def capabilities(pid: int) -> dict[str, int]:
@@ -72,6 +76,19 @@ def resident_kb(pid: int) -> int:
     return int(line.split()[1])
 
 
+def lift_limit(monitor: Path) -> None:
+    """Lets a QEMU send as fast as it can, through a monitor of our own."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(monitor))
+        with connection.makefile("rw") as stream:
+            faster = {"execute": "migrate-set-parameters", "arguments": {"max-bandwidth": 1 << 30}}
+            for command in ({"execute": "qmp_capabilities"}, faster):
+                stream.write(json.dumps(command) + "\n")
+                stream.flush()
+                while "return" not in json.loads(stream.readline()):
+                    pass  # a greeting, an event
+
+
 def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (process, port):
         others = children(process.pid)
@@ -102,8 +119,9 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
     tmp_path: Path,
 ) -> None:
     state = tmp_path / "state"
-    with QemuPair(SLOW, None, NAMED) as pair:
-        time.sleep(5)
+    monitors = ["-qmp", f"unix:{tmp_path}/{{role}}.more,server=on,wait=off"]
+    with QemuPair(ENDLESS, None, NAMED + monitors) as pair:
+        time.sleep(SETTLED_S)
         with contextlib.closing(
             QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         ) as migration:
@@ -119,7 +137,10 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
                 second.send_signal(signal.SIGTERM)
                 assert second.wait(15) == 0
             with exporter(state) as (_, port):
-                assert thread.is_alive(), "the migration was over too soon to show anything"
+                until(lambda: value(port, "ebpf_mig_armed") == 1)
+                time.sleep(3)  # longer than what merely looks like a migration is traced
+                assert value(port, "ebpf_mig_armed") == 1
+                lift_limit(tmp_path / "source.more")
                 thread.join()
                 until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
                 (kept,) = state.iterdir()
@@ -190,7 +211,7 @@ def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None
             exporter(tmp_path / "here", *option, vms="source") as (_, here),
             exporter(tmp_path / "there", *option, vms="destination") as (_, there),
         ):
-            migrate(QUICK)
+            migrate(LASTING)
             until(lambda: value(here, "ebpf_mig_migrations_total", role="source") == 1, 15)
             until(lambda: value(there, "ebpf_mig_migrations_total", role="destination") == 1, 15)
             until(lambda: len(receiver.named("migration")) == 2, 15)
@@ -213,7 +234,7 @@ def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None
 @requires("OpenTelemetry")
 def test_a_tracing_back_end_that_is_down_costs_spans_and_nothing_else(tmp_path: Path) -> None:
     with exporter(tmp_path / "state", "--otlp-endpoint", f"http://127.0.0.1:{free_port()}") as (process, port):
-        migrate(QUICK)
+        migrate(LASTING)
         until(lambda: value(port, "ebpf_mig_migrations_total") == 1, 15)
         until(lambda: value(port, "ebpf_mig_exporter_spans_total", outcome="failed") > 0, 30)
         assert value(port, "ebpf_mig_blackout_seconds_count") == 1
@@ -230,6 +251,6 @@ def test_what_deploy_grants_is_enough(tmp_path: Path) -> None:
     confined = ["setpriv", f"--bounding-set=-all,{names}", "--inh-caps=-all", "--no-new-privs"]
     with exporter(tmp_path / "state", before=confined) as (process, port):
         assert capabilities(process.pid)["CapBnd"] == capabilities(process.pid)["CapEff"] != 0
-        migrate(QUICK)
+        migrate(LASTING)
         until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
         assert value(port, "ebpf_mig_errors_total") == 0 and value(port, "ebpf_mig_blackout_seconds_count") == 1

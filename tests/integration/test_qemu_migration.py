@@ -47,13 +47,17 @@ def source_pid(run: Traced) -> int:
 
 
 def instants(run: Traced) -> tuple[int, int, int]:
-    """(window begin, last stop, first start) in CLOCK_MONOTONIC, from the first kick that the breakdown names."""
+    """(window begin, last stop, first start) in CLOCK_MONOTONIC; it begins with the kick, or stop, that fits.
+
+    Without a kick where the vCPU had been kicked before and was out of KVM_RUN still, as the dirty ring's reaper does.
+    """
     b = run.breakdown
     assert b.blackout is not None
     ours = [e for e in run.recording.events if isinstance(e, Kick | VcpuExit | VcpuState) and e.pid == source_pid(run)]
     # A vCPU that was outside of its own accord when asked to stop has no exit to tell, only its account at the end.
     stops = {e.exit_ns if isinstance(e, VcpuState) else e.at_ns for e in ours if not isinstance(e, Kick)}
-    begin = next(e.at_ns for e in ours if isinstance(e, Kick) and e.at_ns + b.blackout[0] in stops)
+    begins = [*(e.at_ns for e in ours if isinstance(e, Kick)), *sorted(stops)]
+    begin = next(at for at in begins if at + b.blackout[0] in stops)
     return begin, begin + b.blackout[0], begin + b.blackout[1]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from tests.conftest import FEATURES, requires
 from tests.truth.harness import PHASES, Run, migrate_by
 from tests.truth.parts import Plan
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64"), pytest.mark.everywhere("tiers")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+everywhere = pytest.mark.everywhere("tiers")
 
 MS = 1_000_000
 ESSENTIAL = ("dirty-log", "vcpu", "state", "kick", "socket", "brownout")
@@ -57,37 +59,58 @@ def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
     return sorted((e for e in events if isinstance(e, Ioctl) and e.cmd in cmds), key=lambda e: e.begin_ns)
 
 
-@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+@pytest.mark.parametrize("unix", [pytest.param(False, marks=everywhere, id="tcp"), pytest.param(True, id="unix")])
 def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
+    """The same calls, bytes, kicks; and the same times, unless the machine took the CPU between two of the probes."""
     plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
     names = tiers()
-    for _ in range(3):
+    for _ in range(4):
         runs = migrate_by(names, plan, unix=unix)
-        if not runs[0].doubtful():
+        for name, run in zip(names, runs, strict=True):
+            assert {told(run)[signal] for signal in ESSENTIAL} == {name}
+            assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
+        for one, other in itertools.combinations(runs, 2):
+            assert_same_calls(one, other)
+        off = differences(runs)
+        if not off:
             break
-    for name, run in zip(names, runs, strict=True):
-        assert {told(run)[signal] for signal in ESSENTIAL} == {name}
-        assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
-        assert run.wrong() == {}, name
+    assert not off
+
+
+def assert_same_calls(one: Run, other: Run) -> None:
+    assert bytes_sent(one) == bytes_sent(other)
+    left, right = (ioctls(r.events, kvm.DIRTY_LOG | kvm.MEMSLOT) for r in (one, other))
+    assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in right]
+    kicks = [[(k.tid, k.target_tid, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
+    assert kicks[0] == kicks[1]
+    assert {v.vcpu for v in one.breakdown.vcpus} == {v.vcpu for v in other.breakdown.vcpus} == {0, 1}
+    assert len([e for e in one.events if isinstance(e, Ioctl)]) == len(
+        [e for e in other.events if isinstance(e, Ioctl)]
+    )
+
+
+def differences(runs: list[Run]) -> dict[str, int]:
+    """ns by which phases and the blackout differ between runs, or phases from the truth where it is known, if too much.
+
+    Each tier's programs run inside the calls that the others time: so much they may differ, besides the tolerance.
+    """
+    cost = sum(run.breakdown.completeness.observer_window_ns or 0 for run in runs)
+    off: dict[str, int] = {}
     for one, other in itertools.combinations(runs, 2):
         a, b = one.breakdown, other.breakdown
         assert a.blackout_ns is not None and b.blackout_ns is not None
-        assert abs(a.blackout_ns - b.blackout_ns) <= 0.5 * MS
+        off["blackout"] = max(off.get("blackout", 0), abs(a.blackout_ns - b.blackout_ns) - MS // 2)
         for phase in PHASES:
-            assert abs(a.phase_ns(phase) - b.phase_ns(phase)) <= one.tolerance(phase), phase
-        assert bytes_sent(one) == bytes_sent(other)
-        left, right = (ioctls(r.events, kvm.DIRTY_LOG | kvm.MEMSLOT) for r in (one, other))
-        assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [
-            (e.tid, e.fd, e.cmd, e.slot, e.ret) for e in right
-        ]
-        kicks = [[(k.tid, k.target, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
-        assert kicks[0] == kicks[1]
-        assert {v.vcpu for v in a.vcpus} == {v.vcpu for v in b.vcpus} == {0, 1}
-        # State ioctls are only bursts in the breakdown, but each of them is there.
-        counts = [len([e for e in r.events if isinstance(e, Ioctl)]) for r in (one, other)]
-        assert counts[0] == counts[1]
+            apart = abs(a.phase_ns(phase) - b.phase_ns(phase)) - one.tolerance(phase) - cost
+            off[phase] = max(off.get(phase, 0), apart)
+    for run in runs:
+        for phase in PHASES:
+            if phase not in run.doubtful():
+                off[f"{phase} beside the truth"] = abs(run.error(phase)) - run.tolerance(phase) - cost
+    return {name: ns for name, ns in off.items() if ns > 0}
 
 
+@everywhere
 def test_the_split_of_function_tiers_is_bpftraces() -> None:
     """Flushes and walks of one migration: by our programs, and by bpftrace's own probes on the same functions."""
     if not FEATURES["bpftrace"]():
@@ -96,10 +119,11 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
     symbols = {line.split()[2] for line in Path("/proc/kallsyms").read_text().splitlines()}
     flush = next(n for n in ("kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot") if n in symbols)
     script = (
-        f"kretprobe:kvm_arch_sync_dirty_log {{ @synced[tid] = nsecs; }}\n"
+        f"kretprobe:kvm_arch_sync_dirty_log /pid != {os.getpid()}/ {{ @synced[tid] = nsecs; }}\n"
         f"kprobe:{flush} /@synced[tid]/ {{ @walk = @walk + (nsecs - @synced[tid]); @flush[tid] = nsecs; }}\n"
         f"kretprobe:{flush} /@flush[tid]/ {{ @flushed = @flushed + (nsecs - @flush[tid]); @n = @n + 1;"
         " delete(@synced[tid]); delete(@flush[tid]); }\n"
+        "kretprobe:kvm_get_dirty_log_protect { delete(@synced[tid]); delete(@flush[tid]); }\n"
         "END { clear(@synced); clear(@flush); }\n"
     )
     watcher = subprocess.Popen(
@@ -126,6 +150,7 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
         assert all(e.walk_ns + e.flush_ns + e.copy_ns <= e.end_ns - e.begin_ns for e in found)
 
 
+@everywhere
 def test_what_auto_takes_was_seen_to_fire() -> None:
     """fentry where it fires, else kprobes: each signal's tier is in the report, and nothing is verified by hope."""
     names = tiers()
@@ -153,24 +178,26 @@ for _ in sys.stdin:
 """A process that nobody traces; tells the ns of 3000 system calls when asked."""
 
 
+@everywhere
 def test_functions_cost_other_processes_nothing(record_property: Callable[[str, object], None]) -> None:
     names = tiers()
     other = subprocess.Popen([sys.executable, "-c", CALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdin is not None and other.stdout is not None
     other.stdout.readline()
     took: dict[str, int] = {}
-    for name in ["nobody", *names, "nobody again"]:
-        tracer = Tracer([1], tier=name) if name in names else None
-        if tracer is not None:
-            tracer.arm()
+    tracers = {name: Tracer([1], tier=name) for name in names}
+    for name in ["nobody", *names] * 3:
+        if name in tracers:
+            tracers[name].arm()
         other.stdin.write("\n")
         other.stdin.flush()
-        took[name] = int(other.stdout.readline())
-        if tracer is not None:
-            tracer.close()
+        took[name] = min(took.get(name, 1 << 62), int(other.stdout.readline()))
+        if name in tracers:
+            tracers[name].disarm()
+    for tracer in tracers.values():
+        tracer.close()
     other.kill()
     other.wait()
     record_property("cost to others", json.dumps(took))
-    alone = max(took["nobody"], took["nobody again"])
     for name in names:
-        assert name == "tracepoint" or took[name] < 1.2 * alone, took
+        assert name == "tracepoint" or took[name] < 1.2 * took["nobody"], took

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig import kvm
-from ebpf_mig.events import Ending, Ioctl, Transfer
+from ebpf_mig.collector import analyse
+from ebpf_mig.events import Ending, Header, Ioctl, Transfer
+from ebpf_mig.probes import tracer
 from tests.conftest import requires
 from tests.truth import large
 from tests.truth.harness import PHASES, undisturbed, work
@@ -57,15 +59,24 @@ def test_delays_everywhere_at_once(delay_ns: int, state_first: bool) -> None:
 
 @pytest.mark.everywhere("truth")
 def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
-    run = undisturbed(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
-    fetches = [i for fetch in run.breakdown.dirty_log.fetches for i in fetch.ioctls]
-    longest = max(fetches, key=lambda i: i.duration_ns)
-    if run.injected["fetch.kernel"] < 5 * MS:
-        pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
-    assert longest.duration_ns >= run.injected["fetch.kernel"] / 2
-    assert longest.lock_wait_ns is not None
-    assert longest.lock_wait_ns["slots_lock"] >= 0.9 * longest.duration_ns
-    assert longest.lock_wait_ns.get("mmu_lock", 0) < 0.1 * longest.duration_ns
+    """The wait is as long as the other thread's call lasts after ours began: on a busy host ours may begin late."""
+    for _ in range(5):
+        run = undisturbed(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
+        if run.injected["fetch.kernel"] < 5 * MS:
+            pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
+        fetches = [e for e in run.events if isinstance(e, Ioctl) and e.cmd == kvm.GET_DIRTY_LOG]
+        beside = [e for e in fetches if run.held[0] <= e.begin_ns < run.held[1]]
+        longest = max(beside, key=lambda e: e.end_ns - e.begin_ns, default=fetches[-1])
+        behind, took = run.held[1] - longest.begin_ns, longest.end_ns - longest.begin_ns
+        if took >= 0.9 * behind >= 4.5 * MS:  # else that thread lost its CPU before it read the clock
+            break
+    assert took >= 0.9 * behind >= 4.5 * MS
+    rows = [i for fetch in run.breakdown.dirty_log.fetches for i in fetch.ioctls]
+    row = next(i for i in rows if i.duration_ns == took)
+    assert row.lock_wait_ns is not None
+    assert row.lock_wait_ns["slots_lock"] >= 0.9 * behind
+    assert row.lock_wait_ns["slots_lock"] + row.lock_wait_ns.get("mmu_lock", 0) <= took
+    assert row.lock_wait_ns.get("mmu_lock", 0) < 0.1 * took
 
 
 def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
@@ -99,28 +110,54 @@ def test_fetches_find_exactly_the_pages_that_the_guest_wrote(log: str) -> None:
 
 
 def test_a_million_small_sends_beside_a_running_guest_are_all_counted() -> None:
-    runs = _million("sends-running")
+    runs = _many("sends-running", MILLION)
     assert len(runs) <= 1000
 
 
-@pytest.mark.everywhere("loss")
-def test_a_million_small_sends_in_a_blackout_are_all_counted() -> None:
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(200_000, marks=pytest.mark.everywhere("loss"), id="200000"),
+        pytest.param(MILLION, id="million"),
+    ],
+)
+def test_many_small_sends_in_a_blackout_are_all_counted(count: int) -> None:
     """Each call is kept at first; then the budget folds them."""
-    runs = _million("sends")
+    runs = _many("sends", count)
     took_ms = (runs[-1].end_ns - runs[0].begin_ns) / MS
     assert len(runs) <= 1.1 * (DETAIL_BUDGET + DETAIL_PER_MS * took_ms)
 
 
-def _million(workload: str) -> list[Transfer]:
-    """The records of a million sends, after the sums were found exact and nothing lost."""
-    said, events = work(workload, MILLION)
+@pytest.mark.everywhere("loss")
+def test_what_is_lost_is_told_and_its_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a ring buffer that is far too small: what the records lack is what the positions of the others jump over."""
+    monkeypatch.setattr(tracer, "RING_BYTES", 16384)
+    said, events = work("sends", 100_000)
+    ending = events[-1]
+    assert isinstance(ending, Ending)
+    assert ending.lost["transfer"] > 0
+    runs = sorted(
+        (e for e in events if isinstance(e, Transfer) and e.socket == said["socket"] and e.direction == 0),
+        key=lambda run: run.position,
+    )
+    ends = [0, *(run.position + run.bytes for run in runs)]
+    gaps = [run.position - end for run, end in zip(runs, ends, strict=False)]
+    gaps.append(said["bytes"] - ends[-1])
+    assert all(gap >= 0 for gap in gaps) and sum(gap > 0 for gap in gaps) <= ending.lost["transfer"]
+    assert sum(gaps) + sum(run.bytes for run in runs) == said["bytes"]
+    assert analyse(Header(), events).completeness.verdict == "incomplete"
+
+
+def _many(workload: str, count: int) -> list[Transfer]:
+    """The records of so many sends, after the sums were found exact and nothing lost."""
+    said, events = work(workload, count)
     runs = [e for e in events if isinstance(e, Transfer) and e.socket == said["socket"] and e.direction == 0]
     runs.sort(key=lambda run: run.begin_ns)
     ending = events[-1]
     assert isinstance(ending, Ending)
     assert ending.lost == {}
-    assert sum(run.calls for run in runs) == said["calls"] == MILLION
-    assert sum(run.bytes for run in runs) == said["bytes"] == MILLION * MESSAGE
+    assert sum(run.calls for run in runs) == said["calls"] == count
+    assert sum(run.bytes for run in runs) == said["bytes"] == count * MESSAGE
     assert runs[-1].position + runs[-1].bytes == said["bytes"]
     return runs
 

@@ -147,6 +147,8 @@ class Run:
     """How long the delays really were."""
     fetched: list[dict[str, Any]]
     same_memory: bool
+    held: tuple[int, int] = (0, 0)
+    """Between which instants another thread held slots_lock, if the plan delays fetch.kernel."""
 
     def error(self, phase: str) -> int:
         """How far our figure lies outside what the truth allows."""
@@ -198,6 +200,7 @@ def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[
             {**left["injected"], **right["injected"]},
             left["fetched"],
             left["checksum"] == right["checksum"],
+            tuple(left["held"]),
         )
         for header, events in traced
     ]

@@ -44,6 +44,9 @@ class Source(Machine):
         self._gets = {slot: kvm.log_of(slot, bitmap) for slot, bitmap in self._bitmaps.items()}
         self.first_read = {kvm.LIST // PAGE}
         self._hog_pages, self._hogging = 0, threading.Event()
+        self._beside: threading.Thread | None = None
+        self.held = (0, 0)
+        """Between which instants another thread was inside its long CLEAR, which holds slots_lock."""
         if plan.delays.get("fetch.kernel"):
             self._feed_hog(plan.delays["fetch.kernel"])
 
@@ -65,7 +68,8 @@ class Source(Machine):
         self._hogging.set()
         begin = time.monotonic_ns()
         self.vm.clear_log(HOG_SLOT, self._ones, self._hog_pages, kvm.GIB // PAGE)
-        self.injected["fetch.kernel"] = time.monotonic_ns() - begin
+        self.held = begin, time.monotonic_ns()
+        self.injected["fetch.kernel"] = self.held[1] - begin
 
     def dirty(self, pages: list[int]) -> None:
         """Has the guest write to exactly these pages."""
@@ -167,6 +171,8 @@ class Source(Machine):
                 fetched.append(self.compare(found, wanted))
         self.marks.clear()
         self.hand_over(connection, fetched, wanted)
+        if self._beside is not None:
+            self._beside.join()
         return fetched
 
     def hand_over(self, connection: socket.socket, fetched: list[dict[str, Any]], wanted: set[int]) -> None:
@@ -178,7 +184,8 @@ class Source(Machine):
         if self.plan.state_first:
             state = self.save(STATE, delayed=True)
         if self._hog_pages:
-            threading.Thread(target=self._hog, daemon=True).start()
+            self._beside = threading.Thread(target=self._hog, daemon=True)
+            self._beside.start()
             self._hogging.wait()
             time.sleep(HEAD_START_S)
         found = self.fetch(clear=False)
@@ -284,7 +291,8 @@ def main(role: str, plan: Plan) -> None:
         say("ready")
         sys.stdin.readline()
         made.connect(address)
-        machine.result(fetched=machine.migrate(made))
+        fetched = machine.migrate(made)
+        machine.result(fetched=fetched, held=machine.held)
     else:
         machine = Destination(plan)
         made.bind(address)

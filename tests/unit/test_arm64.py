@@ -19,6 +19,7 @@ import pytest
 
 from ebpf_mig import kvm
 from ebpf_mig.probes import btf, kernelcalls, loader
+from ebpf_mig.probes.functions import FUNCTIONS
 from ebpf_mig.probes.tracer import _OFFSETS
 from tests.conftest import requires
 from tests.vm.catalogue import arm64_btf
@@ -115,6 +116,20 @@ def test_an_arm64_kernel_has_every_structure_that_programs_read() -> None:
     assert [member for member in wanted if found[member] is None] == []
 
 
+def test_an_arm64_kernel_has_the_functions_that_are_hooked() -> None:
+    """With as many arguments as the programs read the returned value behind; KVM is built in there."""
+    if not arm64_btf().exists():
+        pytest.skip("missing feature: BTF of an arm64 kernel (python -m tests.vm arm64)")
+    names = {name.replace("__x64_sys_", "__arm64_sys_") for function in FUNCTIONS for name in function.names}
+    found = btf.functions(str(arm64_btf()), names)
+    for function in FUNCTIONS:
+        there = [found.get(name.replace("__x64_sys_", "__arm64_sys_")) for name in function.names]
+        known = [one for one in there if one is not None]
+        assert known, function.names
+        assert not any(one.module for one in known)
+        assert not function.arguments or {one.arguments for one in known} == {function.arguments}
+
+
 def built_for_arm64(script: str) -> str:
     """Runs Python in a process whose bcc builds for arm64; its output."""
     done = subprocess.run(
@@ -129,7 +144,7 @@ def test_programs_are_built_for_arm64() -> None:
     """Each function has code, and reads the system call's number where arm64 keeps it, not where x86-64 does."""
     said = built_for_arm64(
         "import os, struct\n"
-        "from ebpf_mig.probes import loader, tracer\n"
+        "from ebpf_mig.probes import functions, loader, tracer\n"
         "hooks = {'sched_switch', 'contention_begin', 'contention_end', 'tcp_probe'}\n"
         "defines = tracer._defines([os.getpid()], hooks)\n"
         "program = loader.Program('trace.bpf.c', defines)\n"
@@ -137,11 +152,19 @@ def test_programs_are_built_for_arm64() -> None:
         "    code = program._bpf.dump_func(name.encode())\n"
         "    adds = {i for op, _, _, i in struct.iter_unpack('<BBhi', code) if op == 0x07}\n"
         "    print(name, len(code), 280 in adds, 96 in adds)\n"
+        "choice = functions.Choice((), frozenset({'kvm', 'socket', 'split'}))\n"
+        "program = loader.Program('trace.bpf.c', tracer._defines([os.getpid()], hooks, choice))\n"
+        "for name in ('on_kvm_ioctl', 'on_kvm_ioctl_kretprobe', 'on_send_kprobe', 'on_tgkill', 'on_flushed'):\n"
+        "    code = program._bpf.dump_func(name.encode())\n"
+        "    adds = {i for op, _, _, i in struct.iter_unpack('<BBhi', code) if op == 0x07}\n"
+        "    print(name, len(code), 280 in adds, 80 in adds or 112 in adds)\n"
         "print('node', loader.Program('node.bpf.c', {'OFF_skc_num': 14}) is not None)\n"
     )
     lines = dict(line.split(" ", 1) for line in said.splitlines())
     assert lines["node"] == "True"
     assert all(lines[name].endswith("True False") for name in ("on_sys_enter", "on_sys_exit")), said
+    assert all(lines[name].endswith("True False") for name in ("on_kvm_ioctl", "on_tgkill")), said
+    assert all(lines[name].endswith("False False") for name in ("on_kvm_ioctl_kretprobe", "on_send_kprobe")), said
     assert all(int(lines[name].split()[0]) > 0 for name in lines if name != "node")
 
 

@@ -100,3 +100,12 @@ def test_the_running_kernel() -> None:
         12,
         14,
     )  # include/net/sock.h: skc_portpair is dport then num, behind the 8-byte addrpair and hash
+
+
+def test_functions_and_their_arguments(base: str, tmp_path: Path) -> None:
+    """A function's type is a prototype; a module's own functions have the ids behind those of its base."""
+    proto = a_type(0, 13, 2, 1, struct.pack("=4I", 0, 1, 0, 1))
+    path = tmp_path / "module"
+    path.write_bytes(blob(proto + a_type(len(STRINGS), 12, 0, 5), b"send\0"))
+    found = btf.functions(str(path), {"send", "outer"}, base=base)
+    assert found == {"send": btf.FunctionType(btf_id=6, arguments=2, module=True)}

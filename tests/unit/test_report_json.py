@@ -40,8 +40,10 @@ def test_names_and_order_of_the_schema() -> None:
             "window_ns": None,
             "blackout_ns": None,
             "blackout": None,
-            "phases": [{"phase": None, "side": None, "duration_ns": None, "spans": None}],
-            "vcpus": [{"vcpu": None, "kick_ns": None, "stop": None, "start": None, "blackout_ns": None}],
+            "phases": [{"phase": None, "side": None, "duration_ns": None, "spans": None, "bound_ns": None}],
+            "vcpus": [
+                {"vcpu": None, "kick_ns": None, "stop": None, "start": None, "blackout_ns": None, "bound_ns": None}
+            ],
             "dirty_log": {
                 "mode": None,
                 "slots": [{"slot": None, "base": None, "size_bytes": None}],
@@ -130,8 +132,16 @@ def test_names_and_order_of_the_schema() -> None:
                 "observer_window_ns": None,
                 "observer_window_least_ns": None,
             },
-            "clock": {"offset_ns": None, "bound_ns": None},
+            "clock": {
+                "offset_ns": None,
+                "bound_ns": None,
+                "open": None,
+                "drift_ppb": None,
+                "pairs_there": None,
+                "pairs_back": None,
+            },
             "notes": None,
+            "window_bound_ns": None,
             "what_if": None,
             "pausing": None,
             "postcopy": None,
@@ -150,6 +160,7 @@ def test_first_lines_and_exact_integers() -> None:
         "side": "source",
         "duration_ns": 1_200_000,
         "spans": [[722_000, 1_622_000], [1_722_000, 2_022_000]],
+        "bound_ns": 0,
     }
     assert sum(phase["duration_ns"] for phase in value["phases"]) == value["window_ns"]
 

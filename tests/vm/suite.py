@@ -22,12 +22,12 @@ from tests.vm.machine import boot, emulator
 from tests.vm.results import Row, Subject, read_junit, read_property
 
 MARKER = "everywhere"
-TIMEOUT_S = 900
+TIMEOUT_S = 2700
 
 
 def _pytest(keyword: str, out: str) -> str:
     chosen = f" -k {shlex.quote(keyword)}" if keyword else ""
-    options = f"-p no:cacheprovider -v --color=no --timeout 300 --junitxml={out}/junit.xml"
+    options = f"-p no:cacheprovider -v --color=no --timeout 900 --junitxml={out}/junit.xml"
     return f"-m {MARKER}{chosen} {options} tests/integration"
 
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the clocks of two hosts are apart: hard bounds, from what was sent before it was received.
+
+In: pairs of instants, one on each clock, of which the one is known to come before the other. Out: `Bounds` on the
+offset (the destination's clock minus the source's) at any instant. The model and its proof are in docs/clock.md: over a
+migration the offset is a line, but for a wander of the rate. Each pair says that the line passes below or above a
+point; of the points only the convex hull is kept. What is left is a convex region of lines, and at any instant
+the offset lies between the lowest and the highest of them. All arithmetic is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+MAX_DRIFT = Fraction(1, 1000)
+"""How much two clocks can differ in rate: adjtimex(2) takes 500 ppm to either side (MAXFREQ, include/linux/timex.h)."""
+WANDER = Fraction(1, 10**6)
+"""How much the rate can change meanwhile: a pair this far away from the instant of interest counts that much less."""
+MOST_CORNERS = 256
+"""Points of a hull that are used. Real hulls have a few dozen; without some the bound is wider, never wrong."""
+_FAR = Fraction(1 << 66)
+
+Point = tuple[int, int]
+"""An instant on the source's clock, and a limit of the offset there; ns."""
+
+
+@dataclass
+class Hull:
+    """The lower convex hull of points that come in the order of their instants. Lines lie below all of them."""
+
+    points: list[Point] = field(default_factory=list)
+    count: int = 0
+    """How many points were given."""
+
+    def add(self, x: int, y: int) -> None:
+        """Takes the next point."""
+        self.count += 1
+        points = self.points
+        while points and (x <= points[-1][0] and y <= points[-1][1]):
+            points.pop()
+        if points and x <= points[-1][0]:
+            return
+        while len(points) > 1:
+            (x1, y1), (x2, y2) = points[-2], points[-1]
+            if (x2 - x1) * (y - y1) > (y2 - y1) * (x - x1):
+                break
+            points.pop()
+        points.append((x, y))
+
+
+@dataclass
+class Evidence:
+    """What is known of the offset: it lies below each point of `most` and above each of `least`."""
+
+    most: list[Hull] = field(default_factory=list)
+    least: list[Hull] = field(default_factory=list)
+    """With the offsets negated, so that both are lower hulls."""
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """How many pairs bound it from above and from below."""
+        return sum(hull.count for hull in self.most), sum(hull.count for hull in self.least)
+
+    def add(self, other: Evidence) -> None:
+        """Takes another connection's evidence in."""
+        self.most += other.most
+        self.least += other.least
+
+    def limit(self, at: int, least: int, most: int) -> Evidence:
+        """The same, with the offset known to lie in [least, most] at one instant."""
+        return Evidence([*self.most, Hull([(at, most)], 1)], [*self.least, Hull([(at, -least)], 1)])
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The offset at one instant. None: nothing bounds it on that side."""
+
+    at: int
+    least: int | None
+    most: int | None
+    drift: tuple[Fraction, Fraction]
+    """The least and the most that the rates can differ."""
+
+    @property
+    def offset(self) -> int:
+        """The middle, or the one limit that is known."""
+        if self.least is None or self.most is None:
+            return self.most if self.most is not None else self.least or 0
+        return (self.least + self.most) // 2
+
+    @property
+    def bound(self) -> int | None:
+        """How far `offset` can be off; None: there is no limit on one side."""
+        if self.least is None or self.most is None:
+            return None
+        return max(self.most - self.offset, self.offset - self.least)
+
+
+class ContradictionError(ValueError):
+    """No two clocks can have given these pairs: something was received before it was sent."""
+
+
+def bounds(evidence: Evidence, at: int) -> Bounds:
+    """The offset at `at`, an instant on the source's clock. ContradictionError if the pairs fit no line."""
+    region = _region(evidence, at)
+    if not region:
+        raise ContradictionError
+    heights = [height for height, _ in region]
+    slopes = [slope for _, slope in region]
+    above, below = (sum(len(hull.points) for hull in hulls) for hulls in (evidence.most, evidence.least))
+    return Bounds(
+        at,
+        _floor(min(heights)) if below else None,
+        -_floor(-max(heights)) if above else None,
+        (min(slopes), max(slopes)),
+    )
+
+
+Line = tuple[Fraction, Fraction]
+"""The offset at the instant of interest, and its rate of change."""
+
+
+def _region(evidence: Evidence, at: int) -> list[Line]:
+    """The corners of the set of lines that pass below `most` and above `least`; empty if there are none."""
+    corners: list[Line] = [
+        (-_FAR, -MAX_DRIFT),
+        (_FAR, -MAX_DRIFT),
+        (_FAR, MAX_DRIFT),
+        (-_FAR, MAX_DRIFT),
+    ]
+    for sign, hulls in ((1, evidence.most), (-1, evidence.least)):
+        for hull in hulls:
+            for x, y in _thinned(hull.points):
+                limit = y + WANDER * abs(x - at)
+                corners = _cut(corners, sign, sign * (x - at), limit)
+    return corners
+
+
+def _cut(corners: Sequence[Line], a: int, b: int, limit: Fraction) -> list[Line]:
+    """The part of a convex polygon where a * height + b * slope <= limit."""
+    kept: list[Line] = []
+    over = [a * height + b * slope - limit for height, slope in corners]
+    for index, corner in enumerate(corners):
+        before, here = over[index - 1], over[index]
+        if (before > 0) != (here > 0):
+            last = corners[index - 1]
+            share = before / (before - here)
+            kept.append((last[0] + share * (corner[0] - last[0]), last[1] + share * (corner[1] - last[1])))
+        if here <= 0:
+            kept.append(corner)
+    return kept
+
+
+def _thinned(points: Sequence[Point]) -> Iterable[Point]:
+    if len(points) <= MOST_CORNERS:
+        return points
+    step = len(points) / MOST_CORNERS
+    return [points[int(number * step)] for number in range(MOST_CORNERS)]
+
+
+def _floor(value: Fraction) -> int:
+    return value.numerator // value.denominator

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins the recordings of a migration's two hosts into one, on the source's clock.
+
+In: two recordings, in any order. Out: one recording that every report can be made of; its header's `remote` says how
+the clocks were brought together. JoinError says why two recordings do not belong together. The recordings can come
+from anybody: nothing in them is a path or a command, what they can make us compute is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from msgspec.structs import force_setattr, replace
+
+from ebpf_mig import clock, matching, pairs
+from ebpf_mig import events as ev
+from ebpf_mig.clock import Bounds, ContradictionError, Evidence, Hull
+from ebpf_mig.errors import UsageError
+from ebpf_mig.matching import End, JoinError, Match
+from ebpf_mig.printable import printable
+from ebpf_mig.processes import Process
+from ebpf_mig.recording import Recording, read_recording
+
+LATEST = 1 << 62
+"""No clock shows more, ns; instants beyond are cut to it."""
+_OTHER_PID = 1 << 32
+"""Added to the destination's pid where both have the same: no kernel gives such a number."""
+_SYN_FIN = 2
+"""TCP counts these as acknowledged bytes, too (tcp_snd_una_update, net/ipv4/tcp_input.c)."""
+_SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
+INSTANTS: dict[type, tuple[str, ...]] = {
+    kind: tuple(
+        name
+        for name in kind.__struct_fields__
+        if name in {"begin_ns", "end_ns", "at_ns", "enter_ns", "exit_ns", "last_exit_ns", "since_ns", "until_ns"}
+    )
+    for kind in (
+        ev.Ioctl, ev.VcpuEnter, ev.VcpuExit, ev.VcpuState, ev.Kick, ev.Transfer, ev.Socket, ev.Mark, ev.Slot, ev.OffCpu,
+        ev.Segment, ev.VcpuSpan, ev.Samples, ev.TcpInfo, ev.OwnCost,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What PTP or chrony say: how far the destination's wall clock is ahead of the source's."""
+
+    ahead_ns: int
+    doubt_ns: int
+
+
+@dataclass
+class Survey:
+    """What a recording holds that tells whose it is."""
+
+    name: str
+    recording: Recording
+    ends: list[End] = field(default_factory=list)
+    told: list[ev.Socket] = field(default_factory=list)
+    segments: dict[tuple[int, int], list[ev.Segment]] = field(default_factory=lambda: defaultdict(list))
+    tcp: list[ev.TcpInfo] = field(default_factory=list)
+    vcpus: dict[int, Process] = field(default_factory=dict)
+    ending: ev.Ending | None = None
+
+    @property
+    def header(self) -> ev.Header:
+        return self.recording.header
+
+
+def survey(name: str, recording: Recording) -> Survey:
+    """One look at each event."""
+    if recording.header.remote is not None:
+        raise JoinError(f"{name} is a joined recording already", "look at it with: ebpf-mig report")
+    found = Survey(name, recording)
+    transfers: list[ev.Transfer] = []
+    for event in recording.events:
+        match event:
+            case ev.Transfer():
+                transfers.append(event)
+            case ev.Segment():
+                found.segments[event.pid, event.socket].append(event)
+            case ev.Socket():
+                found.told.append(event)
+            case ev.TcpInfo():
+                found.tcp.append(event)
+            case ev.VcpuEnter():
+                _vcpus(found, event.pid).enters.append(event)
+            case ev.VcpuExit():
+                _vcpus(found, event.pid).exits.append(event)
+            case ev.VcpuState():
+                _vcpus(found, event.pid).states.append(event)
+            case ev.Ending():
+                found.ending = event
+    found.ends = matching.ends_of(transfers, found.told)
+    return found
+
+
+def _vcpus(found: Survey, pid: int) -> Process:
+    process = found.vcpus.get(pid)
+    if process is None:
+        process = found.vcpus[pid] = Process(pid)
+    return process
+
+
+def read_both(
+    first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
+) -> Recording:
+    """Reads two files and joins them; see `joined`. RecordingError if one is no recording."""
+    both = read_recording(first), read_recording(second)
+    return joined(*both, names or (printable(first), printable(second)), hint, pid)
+
+
+def joined(
+    first: Recording,
+    second: Recording,
+    names: tuple[str, str] = ("the first", "the second"),
+    hint: Hint | None = None,
+    pid: int | None = None,
+) -> Recording:
+    """One recording of both sides; the events of `first` and `second` are changed and must not be used again.
+
+    `pid` chooses among several migrations: the source's or the destination's. Raises JoinError, UsageError.
+    """
+    near, far = survey(names[0], first), survey(names[1], second)
+    _refuse_same(near, far)
+    found = matching.matches(near.ends, far.ends, names)
+    chosen = [match for match in found if pid is None or pid in (match.near, match.far)]
+    if not chosen:
+        both = ", ".join(f"{match.near} and {match.far}" for match in found)
+        raise UsageError(f"no migration of process {pid} is in both recordings", f"they have those of {both}")
+    match = chosen[0]
+    if match.outward < 0:
+        near, far = far, near
+        match = Match(match.far, match.near, [(b, a) for a, b in match.ends], match.nat)
+    bounds, evidence = _bounds(near, far, match, hint)
+    notes = []
+    if len(found) > 1 and pid is None:
+        others = ", ".join(str(other.near) for other in found if other is not chosen[0])
+        notes.append(f"both recordings also hold migrations of {others}; --pid chooses")
+    return _merged(near, far, match, bounds, evidence, notes)
+
+
+def _refuse_same(near: Survey, far: Survey) -> None:
+    a, b = near.header, far.header
+    if a == b and a.boot_id:
+        raise JoinError(f"{near.name} and {far.name} are the same recording")
+    for one in (near, far):
+        inside = {end.pid for end in one.ends}
+        own = matching.matches_within(one.ends)
+        if len(inside) > 1 and own:
+            raise JoinError(f"{one.name} holds both sides of a migration already", "look at it with: ebpf-mig report")
+
+
+def _bounds(source: Survey, destination: Survey, match: Match, hint: Hint | None) -> tuple[Bounds, Evidence]:
+    """The offset at the destination's start."""
+    evidence = Evidence()
+    for near, far in match.ends:
+        evidence.add(_evidence(source, destination, near, far))
+    rough = _rough(evidence)
+    if rough is None and hint is None:
+        raise JoinError(
+            f"{source.name} and {destination.name}: the connections match, but nothing in them bounds the clocks",
+            "record both from before the migration begins, or give --clock-offset",
+        )
+    wall = None if hint is None else _wall(source.header, destination.header, hint)
+    started = _start(destination, match)
+    at = started - (rough if rough is not None else wall[0] if wall else 0)
+    try:
+        bounds = clock.bounds(evidence, at)
+    except ContradictionError:
+        raise JoinError(
+            f"{source.name} and {destination.name} are not of the same migration: by any clocks, bytes of "
+            f"{match.ends[0][0].name} would have been received before they were sent"
+        ) from None
+    if wall is None:
+        return bounds, evidence
+    evidence = evidence.limit(at, wall[0] - wall[1], wall[0] + wall[1])
+    try:
+        return clock.bounds(evidence, at), evidence
+    except ContradictionError:
+        raise UsageError(_refused(bounds, wall), "leave it out, or give it a larger doubt: OFFSET+-DOUBT") from None
+
+
+def _refused(bounds: Bounds, wall: tuple[int, int]) -> str:
+    sides = []
+    if bounds.least is not None:
+        sides.append(f"at least {(bounds.least - wall[0]) / 1e6:+.3f} ms")
+    if bounds.most is not None:
+        sides.append(f"at most {(bounds.most - wall[0]) / 1e6:+.3f} ms")
+    said = f"+-{wall[1] / 1e6:.3f} ms"
+    return f"--clock-offset contradicts what was sent and received: it is off by {', '.join(sides)}, and says {said}"
+
+
+def _evidence(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
+    """What one connection says."""
+    found = Evidence()
+    out, back, arrivals, returns, acks, replies = (Hull() for _ in range(6))
+    pairs.follows(pairs.Way(near.sends, far.receives, _from_start(source, near)), out, True)
+    pairs.follows(pairs.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
+    here = sorted(source.segments[near.pid, near.inode], key=attrgetter("at_ns"))
+    there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
+    pairs.arrived(near.sends, here, there, arrivals, True)
+    pairs.arrived(far.sends, there, here, returns, False)
+    pairs.acknowledged(there, here, acks, True)
+    pairs.acknowledged(here, there, replies, False)
+    found.most = [hull for hull in (out, arrivals, replies) if hull.count]
+    found.least = [hull for hull in (back, returns, acks) if hull.count]
+    return found
+
+
+def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
+    return [reading for reading in side.tcp if (reading.pid, reading.socket) == (end.pid, end.inode)]
+
+
+def _from_start(side: Survey, end: End) -> bool:
+    """TCP has sent no more than was traced: so the first byte was traced, too."""
+    readings = [reading.values for reading in _readings(side, end)]
+    told = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
+    return bool(told) and 0 < max(told) <= end.sent + _SYN_FIN
+
+
+def _rough(evidence: Evidence) -> int | None:
+    """Some offset that is near the truth: to find the instant at which it is wanted."""
+    most = [y for hull in evidence.most for _, y in hull.points]
+    least = [-y for hull in evidence.least for _, y in hull.points]
+    if most and least:
+        return (min(most) + max(least)) // 2
+    return min(most) if most else max(least) if least else None
+
+
+def _wall(source: ev.Header, destination: ev.Header, hint: Hint) -> tuple[int, int]:
+    """(offset of the monotonic clocks, doubt) from a hint about the wall clocks."""
+    if source.clock is None or destination.clock is None:
+        raise UsageError("a recording without its wall clock cannot use --clock-offset", "leave it out")
+    a, b = source.clock, destination.clock
+    offset = (a.realtime_ns - a.monotonic_ns) - (b.realtime_ns - b.monotonic_ns) + hint.ahead_ns
+    return offset, hint.doubt_ns + a.doubt_ns + b.doubt_ns
+
+
+def _start(destination: Survey, match: Match) -> int:
+    """The destination's first run, on its clock; the last that it received, if it never ran."""
+    process = destination.vcpus.get(match.far)
+    lines = process.vcpus.values() if process else ()
+    starts = [line.first_run for line in lines if line.first_run is not None]
+    last = [t.end_ns for _, far in match.ends for t in (*far.receives, *far.sends)]
+    return min(starts) if starts else max(last, default=0)
+
+
+def _merged(
+    source: Survey, destination: Survey, match: Match, bounds: Bounds, evidence: Evidence, notes: list[str]
+) -> Recording:
+    a, b = source.header, destination.header
+    pid = match.far if match.far != match.near else match.far + _OTHER_PID
+    offset = bounds.offset
+    remote = ev.Remote(
+        host=b.host,
+        pid=pid,
+        own_pid=match.far,
+        boot_id=b.boot_id,
+        kernel=b.kernel,
+        machine=b.machine,
+        offset_ns=offset,
+        bound_ns=bounds.bound,
+        open="least" if bounds.least is None else "most" if bounds.most is None else "",
+        at_ns=bounds.at,
+        drift_ppb=-int(-max(map(abs, bounds.drift)) * 10**9 // 1),
+        pairs=evidence.pairs,
+    )
+    if match.nat:
+        notes.append("the two ends of the connection have other addresses or ports (NAT): matched by bytes and times")
+    if a.boot_id and a.boot_id == b.boot_id:
+        notes.append(f"both were recorded on one kernel, so the true offset is 0: estimated {offset / 1e3:+.3f} us")
+    header = replace(
+        a,
+        targets=[_target(a, match.near, "source", match.near), _target(b, match.far, "destination", pid)],
+        attach=_attach(a.attach, b.attach),
+        notes=[*a.notes, *(note for note in b.notes if note not in a.notes), *notes],
+        remote=remote,
+    )
+    peers = {(far.pid, far.inode): near.inode for near, far in match.ends}
+    events = _kept(source.recording.events, match.near, lambda socket: replace(socket, peer=0))
+    theirs = _kept(
+        destination.recording.events,
+        match.far,
+        lambda socket: replace(socket, peer=peers.get((socket.pid, socket.socket), 0)),
+    )
+    _shift(theirs, -offset, None if pid == match.far else pid)
+    events += theirs
+    events += _costs(source, 0, remote=False) + _costs(destination, offset, remote=True)
+    ending = _ending(source.ending, destination.ending, offset)
+    events += [ending] if ending else []
+    recordings = (source, destination)
+    return Recording(
+        header=header,
+        events=events,
+        truncated=any(side.recording.truncated for side in recordings),
+        reason="; ".join(f"{s.name}: {s.recording.reason}" for s in recordings if s.recording.truncated),
+        unknown=sum(side.recording.unknown for side in recordings),
+    )
+
+
+def _target(header: ev.Header, own: int, role: str, pid: int) -> ev.Target:
+    known = next((t for t in header.targets if t.pid == own), ev.Target(pid=own, role=role))
+    given = known.role if known.role in ("source", "destination") else role
+    return replace(known, pid=pid, role=given)
+
+
+def _attach(source: dict[str, str], destination: dict[str, str]) -> dict[str, str]:
+    """Tiers of both hosts; of a signal that both need, the absence on either counts."""
+    tiers: dict[str, str] = {}
+    for signal in sorted(source.keys() | destination.keys()):
+        here, there = source.get(signal, "absent: not known"), destination.get(signal, "absent: not known")
+        if here == there or signal in _SOURCE_ONLY:
+            tiers[signal] = here
+        elif here.startswith("absent"):
+            tiers[signal] = f"absent: on the source: {here.removeprefix('absent').lstrip(': ')}"
+        elif there.startswith("absent"):
+            tiers[signal] = f"absent: on the destination: {there.removeprefix('absent').lstrip(': ')}"
+        else:
+            tiers[signal] = f"{here} and {there}"
+    return tiers
+
+
+def _kept(events: Iterable[ev.AnyEvent], pid: int, socket: Callable[[ev.Socket], ev.Socket]) -> list[ev.AnyEvent]:
+    """The events of one process."""
+    kept: list[ev.AnyEvent] = []
+    for event in events:
+        kind = type(event)
+        if kind is ev.Ending or kind is ev.OwnCost or event.pid != pid:  # type: ignore[union-attr]
+            continue
+        kept.append(socket(event) if isinstance(event, ev.Socket) else event)
+    return kept
+
+
+def _shift(events: Sequence[ev.AnyEvent], by_ns: int, pid: int | None) -> None:
+    """Moves instants, and gives another pid, in place: a copy of a million events takes seconds. 0 is "not seen"."""
+    for event in events:
+        for name in INSTANTS.get(type(event), ()):
+            at = getattr(event, name)
+            if at:
+                at += by_ns
+                force_setattr(event, name, at if -LATEST < at < LATEST else LATEST)
+        if pid is not None:
+            force_setattr(event, "pid", pid)
+
+
+def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
+    """Our own cost on one host, with its last reading: two hosts' run times must not be mixed."""
+    found: list[ev.AnyEvent] = [
+        replace(event, at_ns=event.at_ns - offset, remote=remote)
+        for event in side.recording.events
+        if isinstance(event, ev.OwnCost)
+    ]
+    if side.ending and side.ending.observer_ns:
+        found.append(ev.OwnCost(side.ending.at_ns - offset, sum(side.ending.observer_ns.values()), 0, remote))
+    return found
+
+
+_WORDS = ("cancelled", "failed", "migrated")
+"""Reasons that say how the migration ended, the most certain last."""
+
+
+def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int) -> ev.Ending | None:
+    if source is None or destination is None:
+        return None
+    said = max((source, destination), key=lambda e: _WORDS.index(e.reason) if e.reason in _WORDS else -1)
+
+    def both(name: str) -> dict[str, int]:
+        return dict(Counter(getattr(source, name)) + Counter(getattr(destination, name)))
+
+    return ev.Ending(
+        max(source.at_ns, destination.at_ns - offset),
+        said.reason,
+        both("lost"),
+        both("unpaired"),
+        both("observer_ns"),
+        both("observer_runs"),
+    )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes that one process loaded and another attaches, again and again, without the privilege to load: every tier."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ebpf_mig import kvm
+from tests.conftest import FEATURES, requires
+
+SCRIPT = """
+import collections, json, os, socket, time
+from ebpf_mig.exporter import privileges
+from ebpf_mig.exporter.handover import load_apart
+from ebpf_mig.probes import provoke
+
+node, tracer = load_apart()
+privileges.keep_only(privileges.ENGINE)
+ours = os.getpid()
+rounds = []
+for _ in range(3):
+    tracer.arm()
+    tracer.add(ours)
+    provoke.everything()
+    tracer.remove(ours)
+    seen = collections.Counter()
+    for event in tracer.poll(0):
+        seen[type(event).__name__ + (":" + hex(event.cmd) if hasattr(event, "cmd") else "")] += 1
+        if type(event).__name__ == "Transfer":
+            seen[f"bytes {event.direction}"] += event.bytes
+    tracer.disarm()
+    provoke.everything()
+    rounds.append(seen)
+signs = [sign.kind for sign in node.poll(200) if sign.pid == ours]
+told = {"signs": signs, "trigger": node.trigger, "attached": tracer.attached, "rounds": rounds}
+print(json.dumps({**told, "lost": tracer.losses()[0]}))
+"""
+
+
+@pytest.mark.everywhere("tiers")
+@pytest.mark.parametrize("tier", ["tracepoint", "kprobe", "fentry", "auto"])
+@requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")
+def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
+    """The process that has the descriptors traces itself, thrice, and each time sees all of its own calls."""
+    needs = {"kprobe": "kprobes", "fentry": "fentry"}
+    if tier in needs and not FEATURES[needs[tier]]():
+        pytest.skip(f"missing feature: {needs[tier]}")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True, text=True, timeout=600, check=False, env=os.environ | {"EBPF_MIG_TIER": tier},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    if tier != "auto":
+        assert said["attached"]["vcpu"] == said["attached"]["socket"] == tier
+    first = said["rounds"][0]
+    for cmd in (kvm.GET_DIRTY_LOG, kvm.CLEAR_DIRTY_LOG, kvm.RESET_DIRTY_RINGS, kvm.CREATE_VM, kvm.CREATE_VCPU):
+        assert first[f"Ioctl:{cmd:#x}"] >= 1, first
+    assert first["VcpuExit"] == first["VcpuEnter"] == 2, "KVM_RUN returned -EINTR in both VMs"
+    assert first["Kick"] == 1
+    for seen in said["rounds"]:
+        for kind in ("Kick", "VcpuExit", "VcpuEnter", *(name for name in first if name.startswith("Ioctl"))):
+            assert seen[kind] == first[kind], kind
+    assert said["lost"] == {}
+    functions = FEATURES["kprobes"]() or FEATURES["fentry"]()
+    assert said["trigger"] == ("logging" if functions else "signs")
+    assert said["signs"].count("logging") == (6 if functions else 0), "once for each VM that is logged"

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of functions and the table that is told of it, as far as it needs no kernel that has kprobes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes import attach, functions
+from ebpf_mig.probes.functions import FUNCTIONS, Choice
+from ebpf_mig.probes.hooks import Hook
+from ebpf_mig.probes.loader import source_text
+from ebpf_mig.verdict import ESSENTIAL
+
+TRACEPOINTS = {name for extra in attach.EXTRAS for name, _ in extra.hooks}
+ALL = frozenset({"kvm", "socket", "split"})
+
+
+class Counting:
+    """Run statistics, on or off."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+
+def test_system_calls_carry_what_functions_do_not() -> None:
+    table = attach._tiers(Choice(), TRACEPOINTS)
+    assert {table[signal] for signal in ESSENTIAL} == {"tracepoint"}
+    hooked = [hook.target for hook in attach._hooks(Choice(), TRACEPOINTS)]
+    assert {"sys_enter", "sys_exit", "sock_send_length"} <= set(hooked) and "kvm_userspace_exit" not in hooked
+
+
+def test_functions_alone_leave_system_calls_alone() -> None:
+    choice = Choice((Hook("fentry", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log", "state")),), ALL)
+    hooked = [hook.target for hook in attach._hooks(choice, TRACEPOINTS)]
+    assert not {"sys_enter", "sys_exit", "sock_send_length"} & set(hooked)
+    assert hooked.index("kvm_userspace_exit") < hooked.index("kvm_vm_ioctl")
+
+
+def test_kvm_by_functions_and_sockets_by_system_calls() -> None:
+    choice = Choice((Hook("kprobe", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log",)),), frozenset({"kvm"}))
+    hooked = {hook.target for hook in attach._hooks(choice, TRACEPOINTS)}
+    assert {"sys_enter", "kvm_vm_ioctl", "kvm_userspace_exit", "sock_send_length"} <= hooked
+    table = attach._tiers(choice, TRACEPOINTS)
+    assert (table["dirty-log"], table["socket"]) == ("kprobe", "tracepoint")
+
+
+def test_a_signal_of_two_kinds_of_probe_names_both() -> None:
+    hooks = (
+        Hook("kprobe", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log", "state")),
+        Hook("kretprobe", "kvm_vm_ioctl", "on_kvm_ioctl_kretprobe", ("dirty-log", "state")),
+        Hook("fentry", "kvm_vcpu_ioctl", "on_kvm_ioctl", ("vcpu", "state", "brownout")),
+    )
+    table = attach._tiers(Choice(hooks, ALL), set())
+    assert (table["dirty-log"], table["vcpu"], table["state"]) == ("kprobe", "fentry", "fentry+kprobe")
+    assert table["lock"] == "absent: no such tracepoint"
+
+
+def test_without_run_statistics_no_function_is_trusted() -> None:
+    choice, chooser = attach._chosen("auto", Counting(False))  # type: ignore[arg-type]
+    assert not choice.groups and chooser is None
+    with pytest.raises(PreflightError, match=r"tier fentry: .*seen to fire"):
+        attach._chosen("fentry", Counting(False))  # type: ignore[arg-type]
+
+
+def test_every_signal_has_a_function_and_every_program_exists() -> None:
+    told = {signal for function in FUNCTIONS for signal in function.signals}
+    assert ESSENTIAL | {"brownout", "split", "hidden-sends"} == told
+    text = source_text("functions.h")
+    for function in (*FUNCTIONS, *functions.VCPU_RETURNS):
+        for program in (*function.entry.values(), *function.leave.values()):
+            way, _, kind = program.removeprefix("on_").partition("_")
+            made_by_macro = way in ("send", "receive") and f"on_{way}_##" in text and kind in text
+            assert f"int {program}(" in text or made_by_macro, program
+
+
+def test_kvm_run_has_no_return_probe_among_kprobes() -> None:
+    vcpu = next(function for function in FUNCTIONS if function.names == ("kvm_vcpu_ioctl",))
+    assert "kprobe" not in vcpu.leave and "fentry" in vcpu.leave
