@@ -65,8 +65,13 @@ def precopy_of(header: Header, events: list[AnyEvent]) -> tuple[int, int]:
     return begin, min([*found.kicks.values(), found.stop])
 
 
-def stretched(header: Header, events: list[AnyEvent], count: int) -> Iterator[AnyEvent]:
-    """About `count` events: those before the pre-copy, the pre-copy many times, the rest."""
+def stretched(
+    header: Header, events: list[AnyEvent], count: int, mirrored: dict[int, int] | None = None
+) -> Iterator[AnyEvent]:
+    """About `count` events: those before the pre-copy, the pre-copy many times, the rest.
+
+    `mirrored`: sockets whose streams are those of another socket, which tells by how much they advance.
+    """
     begin, end = precopy_of(header, events)
     apart = (Socket, Thread, Mark, VcpuState, Ending)
     middle = [e for e in events if begin < begin_of(e) < end and not isinstance(e, apart)]
@@ -74,6 +79,9 @@ def stretched(header: Header, events: list[AnyEvent], count: int) -> Iterator[An
     for event in middle:
         if isinstance(event, Transfer):
             positions[event.socket, event.direction] += event.bytes
+    for end_, other in (mirrored or {}).items():
+        for direction in (0, 1):
+            positions[end_, direction] = positions[other, 1 - direction]
     copies = max(0, (count - len(events)) // len(middle))
     once = {id(event) for event in middle}
     yield from (e for e in events if begin_of(e) < end and id(e) not in once)

@@ -20,8 +20,9 @@ from ebpf_mig import events as ev
 from ebpf_mig.clock import Bounds, ContradictionError, Evidence, Hull
 from ebpf_mig.errors import UsageError
 from ebpf_mig.matching import End, JoinError, Match
+from ebpf_mig.printable import printable
 from ebpf_mig.processes import Process
-from ebpf_mig.recording import Recording
+from ebpf_mig.recording import Recording, read_recording
 
 LATEST = 1 << 62
 """No clock shows more, ns; instants beyond are cut to it."""
@@ -102,6 +103,14 @@ def _vcpus(found: Survey, pid: int) -> Process:
     if process is None:
         process = found.vcpus[pid] = Process(pid)
     return process
+
+
+def read_both(
+    first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
+) -> Recording:
+    """Reads two files and joins them; see `joined`. RecordingError if one is no recording."""
+    both = read_recording(first), read_recording(second)
+    return joined(*both, names or (printable(first), printable(second)), hint, pid)
 
 
 def joined(

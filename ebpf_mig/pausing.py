@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ebpf_mig.breakdown import Pausing
 from ebpf_mig.events import OffCpu
-from ebpf_mig.processes import Process
+from ebpf_mig.processes import Process, begun
 from ebpf_mig.switchover import Switchover
 
 BEFORE_NS = 1_000_000
@@ -26,8 +26,9 @@ def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
     if source is None or found is None:
         return None
     tid = driver(source, found)
-    acts = [i.begin_ns for i in source.ioctls if i.tid == tid and i.begin_ns >= found.stop]
-    acts += [t.begin_ns for t in source.transfers if t.tid == tid and t.begin_ns >= found.stop]
+    ioctl = next((i.begin_ns for i in begun(source.ioctls, found.stop) if i.tid == tid), None)
+    transfer = next((t.begin_ns for t in begun(source.transfers, found.stop) if t.tid == tid), None)
+    acts = [at for at in (ioctl, transfer) if at is not None]
     if tid is None or not acts:
         return None
     noticed = min(acts)

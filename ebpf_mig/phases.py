@@ -225,8 +225,9 @@ def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int
     folded into one run with restoring amid them tell nothing.
     """
     begins = [i.begin_ns for i in restores]
-    single = [t for t in receives if t.calls <= 1 or not _any_between(begins, t.begin_ns, t.end_ns)]
-    acts = [(t.begin_ns, t.end_ns, True) for t in single if t.end_ns > since]
+    late = [t for t in receives if t.end_ns > since]
+    single = [t for t in late if t.calls <= 1 or not _any_between(begins, t.begin_ns, t.end_ns)]
+    acts = [(t.begin_ns, t.end_ns, True) for t in single]
     acts += [(i.begin_ns, i.end_ns, False) for i in restores if i.end_ns > since]
     acts.sort()
     found: list[tuple[int, int]] = []

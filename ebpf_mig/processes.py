@@ -11,7 +11,7 @@ that the result does not depend on the order of the input.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,6 +31,14 @@ SEND, RECEIVE = 0, 1
 def key_of(transfer: ev.Transfer) -> int:
     """The socket's inode; without one, a negative number made of the file descriptor."""
     return transfer.socket if transfer.socket else -1 - transfer.fd
+
+
+_Timed = TypeVar("_Timed", ev.Ioctl, ev.Transfer)
+
+
+def begun(events: list[_Timed], since: int) -> list[_Timed]:
+    """Those that began at `since` or later, of events in order."""
+    return events[bisect_left(events, since, key=attrgetter("begin_ns")) :]
 
 
 @dataclass
@@ -181,23 +189,19 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
     processes: dict[int, Process] = {}
     for target in header.targets:
         processes.setdefault(target.pid, Process(target.pid, target))
-    marks: list[ev.Mark] = []
-    endings: list[ev.Ending] = []
-    costs: list[ev.OwnCost] = []
-    streams: dict[tuple[type, int], list[ev.AnyEvent]] = defaultdict(list)
+    by_kind: dict[type, list[Any]] = defaultdict(list)
     for event in events:
-        kind = type(event)
-        if kind in _STREAMS:
-            streams[kind, event.pid].append(event)  # type: ignore[union-attr]
-        elif isinstance(event, ev.Mark):
-            marks.append(event)
-        elif isinstance(event, ev.Ending):
-            endings.append(event)
-        elif isinstance(event, ev.OwnCost):
-            costs.append(event)
-    for (kind, pid), found in streams.items():
-        process = processes.setdefault(pid, Process(pid))
-        setattr(process, _STREAMS[kind], _in_order(kind, _made_whole(kind, found)))
+        by_kind[type(event)].append(event)
+    for kind, stream in _STREAMS.items():
+        by_pid: dict[int, list[Any]] = defaultdict(list)
+        for event in by_kind.pop(kind, ()):
+            by_pid[event.pid].append(event)
+        for pid, found in by_pid.items():
+            process = processes.setdefault(pid, Process(pid))
+            setattr(process, stream, _in_order(kind, _made_whole(kind, found)))
+    marks: list[ev.Mark] = by_kind[ev.Mark]
+    endings: list[ev.Ending] = by_kind[ev.Ending]
+    costs: list[ev.OwnCost] = by_kind[ev.OwnCost]
     marks.sort(key=_key)
     costs.sort(key=_key)
     return Material(header, dict(sorted(processes.items())), marks, _last(endings), costs)

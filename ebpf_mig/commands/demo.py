@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 
-from ebpf_mig.commands import tracing
+from ebpf_mig.commands import both, tracing
 from ebpf_mig.commands.common import DURATION, RATE, SIZE, color_option, examples, format_option, strict_option
-from ebpf_mig.errors import UsageError
+from ebpf_mig.errors import RecordingError, UsageError
 from ebpf_mig.lab.cloud_hypervisor import ChPair
+from ebpf_mig.lab.link import Link
 from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.vmm.base import Migration
+from ebpf_mig.recorder import Recorder
+from ebpf_mig.recording import Recording
+from ebpf_mig.vmm.base import Migration, Outcome
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration
 from ebpf_mig.vmm.qemu import QemuMigration
 
@@ -45,6 +50,9 @@ _EXAMPLES = examples(
 @click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
 @click.option("--vmm", type=click.Choice(["qemu", "cloud-hypervisor"]), default="qemu", show_default=True)
 @click.option("--local", is_flag=True, help="Hand the memory over instead of sending it (Cloud Hypervisor).")
+@click.option(
+    "--two-hosts", is_flag=True, help="Each VM in a network of its own, --bandwidth between them; two recorders."
+)
 @click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this.")
 @tracing.recording_options
@@ -65,6 +73,7 @@ def command(
     dirty_ring: int | None,
     vmm: str,
     local: bool,
+    two_hosts: bool,
     vmm_binary: str | None,
     timeout: int,
     output: str | None,
@@ -82,6 +91,12 @@ def command(
     )  # fmt: skip
     if vmm == "qemu" and local:
         raise UsageError("QEMU hands no memory over here", "use --local with --vmm cloud-hypervisor")
+    if two_hosts:
+        names = both.file_names(output, "demo", force)
+        start = _qemu if vmm == "qemu" else functools.partial(_cloud_hypervisor, local=False)
+        outcome, halves = _two_hosts(scenario, functools.partial(start, binary=vmm_binary), timeout, tier)
+        tracing.conclude(outcome, both.show(halves, names, force, form, color), strict)
+        return
     open_writer = functools.partial(tracing.open_recording, output, "demo", force=force)
     run = _qemu(scenario, vmm_binary) if vmm == "qemu" else _cloud_hypervisor(scenario, vmm_binary, local)
     with run as (migration, notes):
@@ -90,19 +105,54 @@ def command(
     tracing.conclude(outcome, tracing.show(name, form, color), strict)
 
 
+def _two_hosts(
+    scenario: Scenario,
+    start: Callable[..., contextlib.AbstractContextManager[tuple[Migration, list[str]]]],
+    timeout: int,
+    tier: str,
+) -> tuple[Outcome, dict[str, Recording]]:
+    """Each VM and its recorder in a network namespace of its own: the outcome, and each side's recording."""
+    if scenario.transport != "tcp":
+        raise UsageError("two hosts have no UNIX socket in common", "leave --transport out")
+    with contextlib.ExitStack() as stack:
+        # The link has the bandwidth and the VMM is not told, as between real hosts.
+        link = stack.enter_context(Link(scenario.bandwidth_bytes or 0))
+        unlimited = dataclasses.replace(scenario, bandwidth_bytes=0)
+        migration, _ = stack.enter_context(start(unlimited, link=link))
+        targets = migration.targets()
+        recorders: dict[str, Recorder] = {}
+        for target in targets:
+            command = [sys.executable, "-m", "ebpf_mig.cli", "record", "--pid", str(target.pid), "--tier", tier]
+            with link.inside(target.role):
+                recorder = Recorder(f"the {target.role}'s recorder", [*command, "--until-eof", "--output", "-"])
+            recorders[target.role] = recorder
+            stack.callback(recorder.close)
+        migration.prepare()
+        for recorder in recorders.values():
+            recorder.armed()
+        outcome = both.driven(migration, timeout / 10**9)
+        found = {role: both.taken(recorder) for role, recorder in recorders.items()}
+    halves = {role: both.told(half, targets, outcome.marks) for role, half in found.items() if half is not None}
+    if not halves:
+        raise RecordingError("neither recorder left a recording")
+    return outcome, halves
+
+
 @contextlib.contextmanager
-def _qemu(scenario: Scenario, binary: str | None) -> Iterator[tuple[Migration, list[str]]]:
-    with QemuPair(scenario, binary) as pair:
+def _qemu(scenario: Scenario, binary: str | None, link: Link | None = None) -> Iterator[tuple[Migration, list[str]]]:
+    with QemuPair(scenario, binary, link=link) as pair:
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         with contextlib.closing(migration):
             yield migration, []
 
 
 @contextlib.contextmanager
-def _cloud_hypervisor(scenario: Scenario, binary: str | None, local: bool) -> Iterator[tuple[Migration, list[str]]]:
+def _cloud_hypervisor(
+    scenario: Scenario, binary: str | None, local: bool, link: Link | None = None
+) -> Iterator[tuple[Migration, list[str]]]:
     if scenario.dirty_ring is not None:
         raise UsageError("Cloud Hypervisor logs dirty pages in bitmaps", "leave --dirty-ring out")
-    with ChPair(scenario, binary, local=local) as pair:
+    with ChPair(scenario, binary, local=local, link=link) as pair:
         migration = ChMigration(pair.source.api, pair.destination.api, pair.uri, pair.options())
         with contextlib.closing(migration):
             yield migration, pair.notes

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from ebpf_mig.commands.common import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, Target
 from ebpf_mig.session import Session
+from ebpf_mig.vmm.behind import process_behind
 from ebpf_mig.watch import MigrationWatch
 
 _AFTER_COMMAND_NS = 1_000_000_000
@@ -27,15 +30,28 @@ _EXAMPLES = examples(
 
 
 @click.command("record", epilog=_EXAMPLES)
-@click.option("--pid", "pids", type=int, multiple=True, required=True, help="Source VMM; again: the destination's.")
+@click.option("--pid", "pids", type=int, multiple=True, help="Source VMM; again: the destination's.")
+@click.option("--api-socket", metavar="PATH", help="Instead of --pid: the VMM's QMP or API socket, to find it by.")
+@click.option("--until-eof", is_flag=True, help="End when standard input does: with the ssh that started us.")
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
 @tracing.recording_options
 @tracing.tier_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def command(
-    pids: Sequence[int], duration: int | None, output: str | None, force: bool, tier: str, command: Sequence[str]
+    pids: Sequence[int],
+    api_socket: str | None,
+    until_eof: bool,
+    duration: int | None,
+    output: str | None,
+    force: bool,
+    tier: str,
+    command: Sequence[str],
 ) -> None:
     """Trace running VMMs until the migration ended, the COMMAND and what it began ended, or Ctrl-C."""
+    if bool(pids) == (api_socket is not None):
+        raise UsageError("record needs to know whom to trace", "give --pid, or --api-socket")
+    if api_socket is not None:
+        pids = [process_behind(api_socket)]
     if len(set(pids)) != len(pids) or len(pids) > 2:
         raise UsageError("--pid takes the source and, if it runs on this host, one other process, the destination")
     roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
@@ -47,7 +63,7 @@ def command(
             tracing.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
             reason = "interrupted"
             try:
-                reason = session.pump(writer, _until(pids, duration, child))
+                reason = session.pump(writer, _until(pids, duration, child, until_eof))
             finally:
                 session.finish(writer, reason)
                 _stop(child)
@@ -70,8 +86,19 @@ def _stop(child: subprocess.Popen[bytes] | None) -> None:
             child.wait(5)
 
 
+def _input_ended() -> bool:
+    """Whether whoever holds the other end of our standard input has let go of it; what it writes is dropped."""
+    while select.select([0], [], [], 0)[0]:
+        try:
+            if not os.read(0, 4096):
+                return True
+        except OSError:
+            return True
+    return False
+
+
 def _until(
-    pids: Sequence[int], duration_ns: int | None, child: subprocess.Popen[bytes] | None
+    pids: Sequence[int], duration_ns: int | None, child: subprocess.Popen[bytes] | None, until_eof: bool
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
     watch = MigrationWatch(pids)
     begin = time.monotonic_ns()
@@ -86,6 +113,8 @@ def _until(
             return verdict
         if duration_ns is not None and now - begin >= duration_ns:
             return "duration"
+        if until_eof and _input_ended():
+            return "command-ended"
         if child is not None and child.poll() is not None:
             ended = ended or now
             if now - ended >= _AFTER_COMMAND_NS:

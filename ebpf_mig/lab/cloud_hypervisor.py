@@ -22,6 +22,7 @@ from pathlib import Path
 from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
+from ebpf_mig.lab.link import ADDRESSES, PORT, Link
 from ebpf_mig.lab.process import private_directory, spawn, stop
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.vmm.cloud_hypervisor import ChOptions
@@ -115,11 +116,13 @@ class ChPair:
         tls_dir: str | None = None,
         preload: bool = True,
         seccomp: str | None = None,
+        link: Link | None = None,
     ) -> None:
         """`preload` False: a KVM that cannot save nested state fails the migration, after the stop."""
         self.scenario = scenario
         self.binary = find_binary(binary)
         self.local = local
+        self._link = link
         self.tls_dir = tls_dir
         self._preload = preload
         self._seccomp = seccomp or ("log" if local else None)
@@ -179,13 +182,16 @@ class ChPair:
             *more,
         ]
         with os.fdopen(write_end, "wb", buffering=0) as serial, (self.directory / f"{role}.err").open("wb") as stderr:
-            process = spawn(command, serial, stderr)
+            with self._link.inside(role) if self._link else contextlib.nullcontext():
+                process = spawn(command, serial, stderr)
             self._stack.callback(stop, process)
         return ChVm(role, process, str(api), log, events, heartbeat)
 
     def _uri(self) -> str:
         if self.scenario.transport == "unix" or self.local:
             return f"unix:{self.directory}/migration"
+        if self._link:
+            return f"tcp:{ADDRESSES['destination']}:{PORT}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return f"tcp:127.0.0.1:{probe.getsockname()[1]}"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
+from ebpf_mig.lab.link import ADDRESSES, PORT, Link
 from ebpf_mig.lab.process import private_directory, spawn, stop
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.vmm.qemu import QemuOptions
@@ -63,10 +64,13 @@ def find_binary(wanted: str | None) -> str:
 class QemuPair:
     """Source and destination; started on entering, gone on leaving."""
 
-    def __init__(self, scenario: Scenario, binary: str | None = None, extra: Sequence[str] = ()) -> None:
+    def __init__(
+        self, scenario: Scenario, binary: str | None = None, extra: Sequence[str] = (), link: Link | None = None
+    ) -> None:
         self.scenario = scenario
         self.binary = find_binary(binary)
         self._extra = list(extra)
+        self._link = link
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> QemuPair:
@@ -97,7 +101,8 @@ class QemuPair:
         heartbeat = Heartbeat(read_end)  # owns read_end and ends once every write end is closed
         self._stack.callback(heartbeat.join)
         with os.fdopen(write_end, "wb", buffering=0) as serial, log.open("wb") as stderr:
-            process = spawn([*self._command(role, qmp), *more], serial, stderr)
+            with self._link.inside(role) if self._link else contextlib.nullcontext():
+                process = spawn([*self._command(role, qmp), *more], serial, stderr)
             self._stack.callback(stop, process)
         return QemuVm(role, process, str(qmp), log, heartbeat)
 
@@ -119,6 +124,8 @@ class QemuPair:
     def _uri(self) -> str:
         if self.scenario.transport == "unix":
             return f"unix:{self.directory}/migration"
+        if self._link:
+            return f"tcp:{ADDRESSES['destination']}:{PORT}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return f"tcp:127.0.0.1:{probe.getsockname()[1]}"

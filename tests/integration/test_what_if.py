@@ -15,12 +15,13 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import tracing
 from ebpf_mig.commands.report import parse_wishes
+from ebpf_mig.lab.link import Link
+from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording import Recording, read_recording
 from ebpf_mig.vmm.qemu import QemuMigration
 from ebpf_mig.whatif import predict
 from tests.conftest import TRACING, requires
-from tests.integration.link import LinkedPair, limited
 
 pytestmark = requires(*TRACING, "tc with tbf and veth")
 
@@ -31,7 +32,7 @@ SLOW, FAST = 100, 200
 
 
 def migrate(rate_mbit: int, file: Path) -> tuple[Recording, Breakdown]:
-    with limited(rate_mbit * 125_000) as names, LinkedPair(GUEST, names) as pair:
+    with Link(rate_mbit * 125_000) as link, QemuPair(GUEST, link=link) as pair:
         time.sleep(0.2)
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         with contextlib.closing(migration):

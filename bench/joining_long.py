@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it takes to join two long recordings: `python -m bench.joining_long` (time and memory).
+
+In: a real recording, taken apart into its two sides, whose pre-copy is repeated until each side has the wanted number
+of events (where one side has fewer, it slept a lot). Out: a line for docs/clock.md; exit code 1 if two recordings of a
+million events take more than 3 s or 600 MB. Reading, joining and analysing, in a process of its own; the best of
+some tries. Seconds are those of one CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import msgspec
+
+from bench.joining import side_of
+from bench.reading import MILLION, SEED, begin_of, peak_bytes, precopy_of, stretched, switchover_of
+from ebpf_mig.collector import analyse
+from ebpf_mig.events import AnyEvent, OffCpu
+from ebpf_mig.joining import read_both
+from ebpf_mig.processes import split
+from ebpf_mig.recording import Recording, RecordingWriter, read_recording
+from ebpf_mig.sockets import mirrors
+
+MOST_S, MOST_BYTES = 3.0, 600 * 10**6
+
+
+def long_sides(seed: Recording, count: int) -> Iterator[tuple[Recording, list[AnyEvent]]]:
+    """Both sides with `count` events each, from the same number of repetitions."""
+    sides = [side_of(seed, role) for role in ("source", "destination")]
+    begin, end = precopy_of(seed.header, seed.events)
+    share = max(sum(begin < begin_of(e) < end for e in side.events) for side in sides)
+    of_both = sum(begin < begin_of(e) < end for e in seed.events)
+    near, far = (split(side.header, side.events).processes[side.header.targets[0].pid] for side in sides)
+    mirrored = {there: here for here, there in mirrors(near, far).items()}
+    whole = Recording(
+        header=seed.header,
+        events=list(stretched(seed.header, seed.events, count * of_both // share, mirrored)),
+        truncated=False,
+        reason="",
+        unknown=0,
+    )
+    for side in sides:
+        pid = side.header.targets[0].pid
+        events = [e for e in whole.events if getattr(e, "pid", pid) == pid]
+        sleeper = OffCpu(begin + 1, begin + 10, pid, pid)
+        yield side, [*islice(cycle([sleeper]), max(0, count - len(events))), *events]
+
+
+def measure_here(paths: list[str]) -> None:
+    """Reads, joins, analyses, and tells as JSON."""
+    wall, begin = time.perf_counter(), time.process_time()
+    whole = read_both(paths[0], paths[1])
+    joined = time.process_time()
+    breakdown = analyse(whole.header, whole.events, truncated=whole.truncated)
+    said = {
+        "join_s": joined - begin,
+        "analyse_s": time.process_time() - joined,
+        "wall_s": time.perf_counter() - wall,
+        "peak": peak_bytes(),
+        "blackout": switchover_of(breakdown)[0],
+        "bound": breakdown.clock.bound_ns,
+    }
+    print(json.dumps(said))
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=MILLION)
+    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--measure", metavar="FILE", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure_here(options.measure)
+        return 0
+    seed = read_recording(SEED)
+    with tempfile.TemporaryDirectory() as directory:
+        paths = []
+        for number, (side, events) in enumerate(long_sides(seed, options.events)):
+            paths.append(f"{directory}/{number}.rec")
+            with RecordingWriter(paths[-1], side.header) as writer:
+                writer.write_many(events)
+            print(f"{len(events)} events, {Path(paths[-1]).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+        del events
+        command = [sys.executable, "-m", "bench.joining_long", "--measure", *paths]
+        runs = [
+            msgspec.json.decode(subprocess.run(command, check=True, capture_output=True).stdout)
+            for _ in range(options.tries)
+        ]
+    best = min(runs, key=lambda run: run["join_s"] + run["analyse_s"])
+    one_clock = analyse(seed.header, seed.events).blackout_ns
+    if one_clock is None or abs(best["blackout"] - one_clock) > best["bound"]:
+        raise ValueError(f"the blackout is not the real one: {best['blackout']}, {one_clock}")
+    both = best["join_s"] + best["analyse_s"]
+    print("| events each | read and join s | analyse s | both s | wall clock s | peak MB |\n|--:|--:|--:|--:|--:|--:|")
+    figures = f"{best['join_s']:.2f} | {best['analyse_s']:.2f} | {both:.2f} | {best['wall_s']:.2f}"
+    print(f"| {options.events} | {figures} | {best['peak'] / 1e6:.0f} |")
+    good = both <= MOST_S and best["peak"] <= MOST_BYTES
+    print(f"\nat most {MOST_S:.0f} s and {MOST_BYTES / 1e6:.0f} MB: {'yes' if good else 'NO'}")
+    return 0 if good or options.events != MILLION else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hosts in small: two network namespaces, a VMM and a recorder of its own in each, one breakdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT
+from ebpf_mig.recording import read_recording
+from tests.conftest import TRACING, requires
+
+pytestmark = requires(*TRACING, "tc with tbf and veth")
+
+GUEST = ("--memory", "128MiB", "--working-set", "2MiB", "--dirty-rate", "20000")
+
+
+def command(*more: str) -> list[str]:
+    return [sys.executable, "-m", "ebpf_mig.cli", *more]
+
+
+def namespaces() -> set[str]:
+    """Network namespaces in which something runs."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/ns/net"):
+        try:
+            found.add(str(entry.readlink()))
+        except OSError:
+            continue
+    return found
+
+
+def ours(parent: int) -> set[int]:
+    """Everything below a process, itself included."""
+    found = {parent}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) in found:
+            found.add(int(entry.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
+def gone(pids: set[int], within_s: float = 20) -> bool:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("vmm", ["qemu", "cloud-hypervisor"])
+def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path: Path, vmm: str) -> None:
+    if vmm != "qemu" and not os.environ.get(ENVIRONMENT):
+        pytest.skip(f"missing feature: {ENVIRONMENT}")
+    run = [*command("demo", "--two-hosts", "--bandwidth", "1Gbit", "--vmm", vmm, *GUEST), "--format", "json"]
+    done = subprocess.run([*run, "-o", "x.rec"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["migration"]["result"] == "completed"
+    assert told["migration"]["transport"] == "tcp"
+    assert told["sockets"][0]["local"].startswith("10.77.0.1:")
+    clock = told["clock"]
+    # Both kernels are one here, and so are the clocks: the truth is 0.
+    assert abs(clock["offset_ns"]) <= clock["bound_ns"] < 1_000_000
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["x.destination.rec", "x.source.rec"]
+    assert all(read_recording(tmp_path / name).header.remote is None for name in files)
+    again = subprocess.run(
+        command("join", "x.destination.rec", "x.source.rec", "--format", "json"),
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(again.stdout) == told
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -> None:
+    before = namespaces()
+    run = [*command("demo", "--two-hosts", "--bandwidth", "20Mbit", "--downtime-limit", "1ms", *GUEST), "-o", "x.rec"]
+    process = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(ours(process.pid)) < 5 and time.monotonic() < until:
+        time.sleep(0.05)  # two VMs, two recorders
+    time.sleep(1)
+    children = ours(process.pid)
+    assert len(children) >= 5
+    assert len(namespaces() - before) == 2
+    process.send_signal(sent)
+    assert process.wait(60) == (130 if sent is signal.SIGINT else -signal.SIGKILL)
+    assert gone(children)
+    assert namespaces() - before == set()
