@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ebpf_mig.events import AnyEvent, Mark, Target
+from ebpf_mig.events import AnyEvent, ClockPair, Mark, Target
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,21 @@ class Outcome:
     """completed, failed, cancelled or unknown."""
     error: str = ""
     marks: tuple[AnyEvent, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An end on another host, as far as its recorder there tells."""
+
+    pid: int = 0
+    """There; 0 unknown."""
+    clock: ClockPair | None = None
+    """That host's clocks; None unknown."""
+
+    @property
+    def key(self) -> int:
+        """What stands for its pid in marks: no process here has it."""
+        return -1 - self.pid
 
 
 class Migration(Protocol):
