@@ -175,5 +175,7 @@ def _restoring(work: Sequence[Ioctl], state: Message) -> tuple[dict[str, Span], 
     first = next((i.begin_ns for i in work if i.begin_ns >= received), None)
     if first is None:
         return {}, 0
-    spans = {"recv_snapshot": (state.first[0].end_ns, first), "restore": (first, state.answer[0].begin_ns)}
+    # Between header and payload it ends the thread that accepts connections; that is in none of its figures.
+    begin = state.first[1].begin_ns if len(state.first) > 1 else state.first[0].end_ns
+    spans = {"recv_snapshot": (begin, first), "restore": (first, state.answer[0].begin_ns)}
     return spans, first - received

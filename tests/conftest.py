@@ -65,12 +65,14 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "prometheus": lambda: shutil.which("prometheus") is not None,
     "setpriv": lambda: shutil.which("setpriv") is not None,
     "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
+    "systemd": lambda: all(map(shutil.which, ("/lib/systemd/systemd", "systemctl", "unshare", "nsenter"))),
     "bcrypt": lambda: importlib.util.find_spec("bcrypt") is not None,
     "PyYAML": lambda: importlib.util.find_spec("yaml") is not None,
     "OpenTelemetry": lambda: importlib.util.find_spec("opentelemetry") is not None,
     "kubernetes-validate": lambda: importlib.util.find_spec("kubernetes_validate") is not None,
     "kustomize": lambda: shutil.which("kustomize") is not None,
     "sshd": lambda: shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin") is not None,
+    "kubeconform": lambda: shutil.which("kubeconform") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

@@ -23,7 +23,8 @@ struct call_args {
 #define NR_recvmsg 47
 #define NR_tgkill 234
 
-#define REG_FIRST_ARGUMENT 112		/* struct pt_regs: di, ax */
+#define REG_FIRST_ARGUMENT 112		/* struct pt_regs: di, si, ax */
+#define REG_SECOND_ARGUMENT 104
 #define REG_RETURNED 80
 
 /* dx, si, di and orig_ax stand side by side from offset 96 on; a return changes ax only. */
@@ -52,7 +53,8 @@ static __always_inline void read_args(const void *regs, struct call_args *out)
 #define NR_sendmsg 211
 #define NR_recvmsg 212
 
-#define REG_FIRST_ARGUMENT 0		/* struct pt_regs: regs[0] is both */
+#define REG_FIRST_ARGUMENT 0		/* struct pt_regs: regs[0], regs[1]; x0 is also what is returned */
+#define REG_SECOND_ARGUMENT 8
 #define REG_RETURNED 0
 
 /* regs[31], sp, pc, pstate, orig_x0, syscallno: a return overwrites x0 only, orig_x0 keeps it. */

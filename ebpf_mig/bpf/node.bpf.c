@@ -2,12 +2,14 @@
 /*
  * The exporter's standing watch: what a node's VMs do that may be the beginning of a migration.
  *
- * It runs when a thread is born and when a TCP socket changes state, never on a system call: a node where nobody
- * migrates pays for these alone. In: `vms`, the processes known to own a KVM VM. Out: NODE records. Threads of other
+ * It runs when a thread is born, when a TCP socket changes state and, where KVM's functions can be hooked, when a
+ * memslot is set, never on a system call: a node where nobody migrates pays for these alone. In: `vms`, the processes known to own a KVM VM. Out: NODE records. Threads of other
  * processes are told too, seldom, because that is how a VM that was just created shows itself: by its vCPU threads.
  */
 #include <linux/types.h>
+#include "arch.h"
 
+#define KVM_MEM_LOG_DIRTY_PAGES 1
 #define CLONE_THREAD 0x00010000ULL
 
 /* include/net/tcp_states.h */
@@ -20,7 +22,7 @@
 #define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is told at most this often */
 #define VM_PAUSE_NS 1000000ULL		/* threads born in a burst are one sign */
 
-enum sign { SIGN_STRANGER = 1, SIGN_THREAD, SIGN_CONNECT, SIGN_LISTEN, SIGN_ACCEPT };
+enum sign { SIGN_STRANGER = 1, SIGN_THREAD, SIGN_CONNECT, SIGN_LISTEN, SIGN_ACCEPT, SIGN_LOGGING };
 
 struct node_record {
 	u64 at, pid, sign;
@@ -31,6 +33,7 @@ BPF_PERCPU_ARRAY(lost, u64, 1);
 BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last thread birth was told */
 BPF_HASH(ports, u16, u32, 4096);	/* listening port -> tgid */
 BPF_TABLE("lru_hash", u32, u64, strangers, 4096);
+BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when it was last told to log */
 
 static __always_inline void tell(u64 now, u32 pid, u64 sign)
 {
@@ -105,4 +108,41 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 		ports.delete(&port);
 	}
 	return 0;
+}
+
+/* A VM's memory is logged from now on: no sign that a migration may begin, but its beginning. */
+static __always_inline int memslot(u64 region)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32, flags = 0;
+	u64 now, *last;
+
+	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(region + 4));
+	if (!(flags & KVM_MEM_LOG_DIRTY_PAGES))
+		return 0;
+	now = bpf_ktime_get_ns();
+	last = logging.lookup(&tgid);
+	if (last && now - *last < VM_PAUSE_NS) {
+		*last = now;
+		return 0;
+	}
+	logging.update(&tgid, &now);
+	tell(now, tgid, SIGN_LOGGING);
+	return 0;
+}
+
+/* kvm_set_memory_region(struct kvm *, const struct kvm_userspace_memory_region[2] *): slot, flags, ... */
+int on_memslot_fentry(void *ctx)
+{
+	u64 region = 0;
+
+	bpf_probe_read_kernel(&region, sizeof(region), (char *)ctx + 8);
+	return memslot(region);
+}
+
+int on_memslot_kprobe(void *ctx)
+{
+	u64 region = 0;
+
+	bpf_probe_read_kernel(&region, sizeof(region), (char *)ctx + REG_SECOND_ARGUMENT);
+	return memslot(region);
 }

@@ -20,6 +20,7 @@ from ebpf_mig.exporter.child import start
 from ebpf_mig.probes import attach
 from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.probes.handed import Description, Handed
+from ebpf_mig.probes.hooks import Hook
 from ebpf_mig.probes.node import NodeProbe
 from ebpf_mig.probes.tracer import Tracer
 
@@ -36,6 +37,7 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     remedy: str = ""
     node: Description | None = None
+    node_hooks: list[Hook] = []
     trace: attach.Handover | None = None
 
 
@@ -59,7 +61,7 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
     parcel = msgspec.json.decode(data, type=Parcel)
     if parcel.error or parcel.node is None or parcel.trace is None:
         raise PreflightError(parcel.error, parcel.remedy or None)
-    return NodeProbe(Handed(parcel.node, fds)), Tracer(handed=attach.taken_over(parcel.trace, fds))
+    return NodeProbe((Handed(parcel.node, fds), parcel.node_hooks)), Tracer(handed=attach.taken_over(parcel.trace, fds))
 
 
 def _load(channel: socket.socket) -> None:
@@ -70,7 +72,7 @@ def _load(channel: socket.socket) -> None:
         node, tracer = NodeProbe(), Tracer(tier=os.environ.get("EBPF_MIG_TIER", AUTO))
         tracer.arm()  # what does not attach or never fires is told now
         tracer.disarm()
-        parcel = Parcel(node=node.describe(fds), trace=tracer.describe(fds))
+        parcel = Parcel(node=node.describe(fds), node_hooks=list(node.hooks), trace=tracer.describe(fds))
     except PreflightError as error:
         parcel, fds = Parcel(error=str(error), remedy=error.remedy or ""), []
     socket.send_fds(channel, [msgspec.json.encode(parcel)], fds)

@@ -15,10 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ebpf_mig.breakdown import PHASES
-from ebpf_mig.exporter.observation import RESULTS, ROLES, VMMS, Observation, Status
+from ebpf_mig.exporter.observation import DELAYS_S, RESULTS, ROLES, VMMS, Observation, Status
 from ebpf_mig.printable import printable
 
 VMS = 256
@@ -31,7 +31,7 @@ PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
 
 _PHASES = frozenset(phase for phase, _ in PHASES)
 _PARTS = ("lock", "off_cpu", "kernel", "user")
-_TRIGGERS = ("start", "born", "thread", "connect", "accept", "memory", "candidate")
+_TRIGGERS = ("start", "born", "thread", "connect", "accept", "logging", "memory", "candidate")
 _OUTCOMES = ("migration", "nothing", "suppressed")
 
 
@@ -263,6 +263,13 @@ def _watch(s: Status) -> Iterator[Metric]:
         for outcome in _OUTCOMES:
             signs.add_metric([sign, outcome], s.triggers.get(sign, {}).get(outcome, 0))
     yield signs
+    delay = HistogramMetricFamily(
+        "ebpf_mig_trigger_delay_seconds",
+        "From a sign to the VM being traced; a migration that takes less than that is missed, at least in part.",
+    )
+    ends = (*map(str, DELAYS_S), "+Inf")
+    delay.add_metric([], list(zip(ends, itertools.accumulate(s.delays), strict=True)), s.delay_seconds)
+    yield delay
     lost = CounterMetricFamily("ebpf_mig_events_lost", "Events that the kernel had no room for.", labels=["probe"])
     for probe, count in sorted(s.lost.items())[:20]:
         lost.add_metric([probe], count)

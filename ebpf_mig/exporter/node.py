@@ -8,6 +8,7 @@ showed a sign; the end of each migration; back to idle. It never calls a VMM.
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import logging
 import time
@@ -22,7 +23,7 @@ from ebpf_mig.exporter.analysis import Analysis, Case
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.handover import load_apart
 from ebpf_mig.exporter.messages import Answer
-from ebpf_mig.exporter.observation import Status
+from ebpf_mig.exporter.observation import DELAYS_S, Status
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.tracks import Ended, Tracks
 from ebpf_mig.probes.node import Sign
@@ -85,6 +86,7 @@ class NodeWatch:
         self._lost_total: dict[str, int] = {}
         self._run_ns: dict[str, int] = {}
         self._triggers: dict[str, dict[str, int]] = {}
+        self._delays, self._delay_s = [0] * (len(DELAYS_S) + 1), 0.0
         self._rescanned = self._ticked = 0.0
         self._now = time.monotonic()
 
@@ -137,6 +139,8 @@ class NodeWatch:
             armed=self._armed,
             armed_seconds=self._armed_s + armed_now,
             triggers={kind: dict(outcomes) for kind, outcomes in self._triggers.items()},
+            delays=self._delays[:],
+            delay_seconds=self._delay_s,
             attached=dict(self._probe.attached),
             trigger=self._probe.trigger,
             lost=self._lost_total | {"sign": self._probe.lost()},
@@ -159,10 +163,19 @@ class NodeWatch:
         return known is not None and discovery.start_time(pid) == known.vm.started
 
     def _sign(self, sign: Sign) -> None:
-        if sign.kind == "stranger":
+        if sign.kind == "logging" and sign.pid not in self._vms:
+            vm = discovery.vm_of(sign.pid)
+            if vm is not None:
+                self._found(vm, new=True)
+        elif sign.kind == "stranger":
             self._checks += [(self._now + wait, sign.pid) for wait in RECHECKS_S]
         elif sign.pid in self._vms and sign.kind != "listen":
+            known = sign.pid in self._tracks
             self._suspect(sign.pid, sign.kind)
+            if not known and sign.pid in self._tracks:
+                delay = (time.monotonic_ns() - sign.at_ns) / 1e9
+                self._delays[bisect.bisect_left(DELAYS_S, delay)] += 1
+                self._delay_s += delay
 
     def _recheck(self) -> None:
         due = {pid for at, pid in self._checks if at <= self._now}
@@ -208,7 +221,7 @@ class NodeWatch:
         """Traces a VM that showed a sign, and with it those that may be its destination."""
         known = self._vms[pid]
         known.fresh = known.fresh and discovery.is_fresh(pid)
-        if pid not in self._tracks and not known.may_try():
+        if pid not in self._tracks and not known.may_try() and kind != "logging":
             self._count(kind, "suppressed")
             return
         _log.debug("process %d: %s", pid, kind)

@@ -13,6 +13,8 @@ from ebpf_mig.breakdown import Breakdown
 VMMS = ("qemu", "cloud-hypervisor", "other")
 ROLES = ("source", "destination", "both")
 RESULTS = ("completed", "failed", "cancelled", "unknown")
+DELAYS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+"""Upper ends of `Status.delays`; a migration that takes less than such a delay may be missed."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
@@ -52,6 +54,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     armed_seconds: float
     triggers: dict[str, dict[str, int]]
     """Kind of sign to outcome (migration, nothing, suppressed) to number."""
+    delays: list[int]
+    """Signs by the time from the sign to the VM being traced: one number for each of `DELAYS_S`, one for more."""
+    delay_seconds: float
+    """Sum of those times."""
     attached: dict[str, bool]
     """Standing probes."""
     trigger: str

@@ -45,6 +45,8 @@ class Function:
     arguments: int = 0
     """How many it must have where the return value is read behind them (fexit)."""
     required: bool = True
+    one_of: str = ""
+    """Functions of one name of which at least one is required."""
     provoked: bool = True
     """Whether `provoke` makes it fire on every machine; if not, a silent kprobe is trusted, a silent fentry never."""
 
@@ -67,7 +69,11 @@ def _transfers(name: str, way: str, *, required: bool = False) -> Function:
     return Function((name,), "socket", signals, entry, leave, 3 if way == "send" else 4, required, provoked=required)
 
 
-_FLUSH = ("kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot")
+_FLUSHES = (
+    "kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot", "kvm_flush_remote_tlbs_range",
+    "kvm_flush_remote_tlbs",
+)  # fmt: skip
+"""One calls the next, the outermost counts; compilers inline some into others, so that what is there need not fire."""
 
 FUNCTIONS = (
     _ioctls("kvm_vm_ioctl", ("dirty-log", "state")),
@@ -83,9 +89,8 @@ FUNCTIONS = (
     _transfers("inet6_sendmsg", "send"),
     _transfers("inet6_recvmsg", "receive"),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
-    Function(_FLUSH, "split", ("split",), _both("on_flush"), _both("on_flushed")),
-    Function(("kvm_flush_remote_tlbs",), "split", ("split",), _both("on_flush"), _both("on_flushed"),
-             required=False, provoked=False),
+    *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
+      for name in _FLUSHES),
     Function(("kvm_dirty_ring_reset",), "split", ("split",), _both("on_ring_reset"), _both("on_ring_was_reset"),
              required=False, provoked=False),
 )  # fmt: skip
@@ -100,6 +105,10 @@ VCPU_RETURNS = tuple(
 )  # fmt: skip
 """Where a vCPU's ioctls return by kprobes: a return probe on kvm_vcpu_ioctl would be held as long as a guest runs, and
 the kernel has few of them."""
+
+MEMSLOT = Function(("kvm_set_memory_region",), "node", ("logging",),
+                   {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)  # fmt: skip
+"""Where a VM's memory begins to be logged: the standing trigger of `watch` and `exporter`."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,9 @@ class _Trial:
 class Chooser:
     """Tries functions; use once. Run statistics of BPF programs must be on."""
 
-    def __init__(self, wanted: str) -> None:
+    def __init__(self, wanted: str, functions: tuple[Function, ...] = FUNCTIONS) -> None:
         self._wanted = wanted
+        self._functions = functions
         self._types = self._known_types()
         self.module_fd = kernelcalls.module_btf("kvm") if any(t.module for t in self._types.values()) else -1
 
@@ -163,28 +173,31 @@ class Chooser:
         self.module_fd = -1
 
     def _known_types(self) -> dict[str, btf.FunctionType]:
-        names = {name for function in FUNCTIONS for name in function.names}
+        names = {name for function in self._functions for name in function.names}
         found = btf.functions(btf.VMLINUX, names)
         if _KVM_BTF.exists():
             found = btf.functions(str(_KVM_BTF), names - found.keys(), base=btf.VMLINUX) | found
         return found
 
-    def choose(self) -> Choice:
-        """Hooks by the best kind of probe that fires, for each group of functions that can be had whole."""
-        chosen: dict[Function, str] = {}
-        named: dict[Function, str] = {}
-        open_ones = list(FUNCTIONS)
+    def fired(self) -> tuple[dict[Function, tuple[str, str]], dict[str, str]]:
+        """(kind of probe and name by function that can be hooked, reasons by the name of one that cannot)."""
+        chosen: dict[Function, tuple[str, str]] = {}
         why: dict[str, str] = {}
         for how in (FENTRY, KPROBE):
-            if self._wanted not in (AUTO, how):
-                continue
-            tried = [f for f in open_ones if self._may(f, how)]
-            for function, name in self._seen(tried, how, why):
-                chosen[function], named[function] = how, name
-            open_ones = [f for f in open_ones if f not in chosen]
+            if self._wanted in (AUTO, how):
+                tried = [f for f in self._functions if f not in chosen and self._may(f, how)]
+                chosen |= {function: (how, name) for function, name in self._seen(tried, how, why)}
+        return chosen, why
+
+    def choose(self) -> Choice:
+        """Hooks by the best kind of probe that fires, for each group of functions that can be had whole."""
+        chosen, why = self.fired()
+        open_ones = [function for function in self._functions if function not in chosen]
         groups, refusals = set(), {}
         for group in ("kvm", "socket", "split"):
             lacking = [f.names[0] for f in open_ones if f.group == group and f.required]
+            had = {f.one_of for f in chosen}
+            lacking += [f.names[0] for f in open_ones if f.group == group and f.one_of and f.one_of not in had]
             if lacking:
                 refusals[group] = "; ".join(why.get(name, f"{name}: no {self._wanted} probe") for name in lacking)
             else:
@@ -192,7 +205,7 @@ class Chooser:
         if "kvm" not in groups:  # system calls are traced then, which show sends and receives at no further cost
             refusals |= dict.fromkeys(groups, refusals["kvm"])
             groups = set()
-        hooks = [hook for f, how in chosen.items() if f.group in groups for hook in self._hooks(f, named[f], how)]
+        hooks = [hook for f, (how, name) in chosen.items() if f.group in groups for hook in self.hooks(f, name, how)]
         if groups and any(hook.how == KPROBE and hook.target == "kvm_vcpu_ioctl" for hook in hooks):
             hooks += self._vcpu_returns()
         return Choice(tuple(hooks), frozenset(groups), refusals, _has_task_regs())
@@ -233,7 +246,8 @@ class Chooser:
             number, module = known.btf_id, known.module
         return Hook(how, name, "", function.signals, number, module, function.provoked)
 
-    def _hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
+    def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
+        """A function's hooks by one kind of probe."""
         at_entry = self._hook(function, name, how)
         for programs, kind in ((function.entry, how), (function.leave, _RETURN_OF[how])):
             if how in programs:
@@ -245,7 +259,7 @@ class Chooser:
         for function in VCPU_RETURNS:
             with contextlib.suppress(OSError):
                 KprobeEvent(function.names[0], KRETPROBE).close()
-                found += list(self._hooks(function, function.names[0], KPROBE))
+                found += list(self.hooks(function, function.names[0], KPROBE))
         return found
 
 

@@ -2,7 +2,8 @@
 """The standing watch over a node's VMs: cheap signs that a migration may begin, at no cost to any system call.
 
 In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. Thread births come from the tracepoint
-`task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older).
+`task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older); where a function of KVM
+can be hooked, logging itself is told.
 """
 
 from __future__ import annotations
@@ -10,23 +11,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import btf
+from ebpf_mig.probes.functions import AUTO, MEMSLOT, Chooser
 from ebpf_mig.probes.handed import Description, Handed
 from ebpf_mig.probes.hooks import TRACEPOINT, Hook
-from ebpf_mig.probes.loader import Program, require_bcc
+from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
 from ebpf_mig.probes.privilege import require_privilege
 
-KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "listen", 5: "accept"}
-"""`stranger` is a thread born in a process that is not known to own a VM; the others are of known owners."""
+KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "listen", 5: "accept", 6: "logging"}
+"""`stranger` is a thread born in a process that is not known to own a VM, `logging` a VM of any process whose memory is
+logged from now on; the others are of known owners."""
 
 _HOOKS = (Hook(TRACEPOINT, "task_newtask", "on_newtask"), Hook(TRACEPOINT, "inet_sock_set_state", "on_state"))
-TRIGGER = "signs"
-"""The tier of the trigger: thread births and TCP connections of a VM's process. A probe on the memslot path itself
-would be exact and cheaper; where one works it belongs into `NodeProbe`, as a further kind of sign and another tier."""
+SIGNS, LOGGING = "signs", "logging"
+"""What the trigger relies on: thread births and TCP connections of a VM's process, which can be missed; or also on the
+function in which KVM begins to log a VM's memory, which no migration passes by."""
 
 _RECORD = struct.Struct("=QQQ")
 
@@ -42,14 +46,16 @@ class Sign(msgspec.Struct, frozen=True):
 class NodeProbe:
     """Compiled, loaded and attached from the start; use as a context manager. PreflightError without privilege."""
 
-    def __init__(self, handed: Handed | None = None) -> None:
-        """`handed`: what another process loaded; else it is loaded here, with LLVM."""
-        self._program = _loaded() if handed is None else handed
-        for hook in _HOOKS:
+    def __init__(self, handed: tuple[Handed, Sequence[Hook]] | None = None) -> None:
+        """`handed`: what another process loaded, and where it belongs; else it is loaded here, with LLVM."""
+        self._program: Program | Handed
+        self.hooks: Sequence[Hook]
+        self._program, self.hooks = handed or _loaded()
+        for hook in self.hooks:
             self._program.attach(hook)
         self._program.open_ring("signs")
-        self.attached = {hook.target: True for hook in _HOOKS}
-        self.trigger = TRIGGER
+        self.attached = {hook.target: True for hook in self.hooks}
+        self.trigger = LOGGING if any(LOGGING in hook.signals for hook in self.hooks) else SIGNS
 
     def __enter__(self) -> NodeProbe:
         return self
@@ -97,7 +103,7 @@ class NodeProbe:
         self._program.close()
 
 
-def _loaded() -> Program:
+def _loaded() -> tuple[Program, Sequence[Hook]]:
     require_privilege()
     require_bcc()
     member = ("sock_common", "skc_num")
@@ -107,4 +113,16 @@ def _loaded() -> Program:
     program = Program("node.bpf.c", {"OFF_skc_num": offset})
     for hook in _HOOKS:
         program.load_hook(hook)
-    return program
+    return program, [*_HOOKS, *_memslot_hooks(program)]
+
+
+def _memslot_hooks(program: Program) -> list[Hook]:
+    """The function in which logging begins, loaded, if it was seen to fire; which takes run statistics."""
+    with contextlib.closing(BpfStatistics()) as statistics:
+        if not statistics.enabled:
+            return []
+        with contextlib.closing(Chooser(AUTO, (MEMSLOT,))) as chooser:
+            hooks = [hook for f, (how, name) in chooser.fired()[0].items() for hook in chooser.hooks(f, name, how)]
+            for hook in hooks:
+                program.load_hook(hook, chooser.module_fd)
+    return hooks

@@ -124,7 +124,7 @@ class Tracer:
         self._program.open_ring("events")
         self._program.symbol(0)  # reads all of /proc/kallsyms once, which must not happen amid a migration
         self._readings.open()
-        self._look_around()
+        self._look_around(self.pids)
         self._add_processes(self.pids)
         self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
         self._seen = True
@@ -163,8 +163,8 @@ class Tracer:
     def add(self, pid: int) -> None:
         """Traces one more process, at once if armed; for a tracer made without pids."""
         self.pids = (*self.pids, pid)
-        self._look_around()
-        self._add_processes([pid])
+        self._add_processes([pid])  # first: a migration under way does not wait for us to know its threads' names
+        self._look_around([pid])
 
     def remove(self, pid: int) -> list[AnyEvent]:
         """Traces a process no more; hands over what the kernel and we still hold about it. Call `poll` after it."""
@@ -213,7 +213,7 @@ class Tracer:
         found: list[AnyEvent] = []
         threads = self._program.hash_items("threads", WORDS["THREAD_WORDS"])
         streams = self._program.hash_items("streams", 2)
-        self._look_around()
+        self._look_around(self.pids)
         for tid, words in threads.items():
             if pid is not None and words[0] != pid:
                 continue
@@ -275,9 +275,9 @@ class Tracer:
             self._stacks[stack_id] = frames[begin : begin + _MAX_FRAMES]
         return self._stacks[stack_id]
 
-    def _look_around(self) -> None:
+    def _look_around(self, pids: Sequence[int]) -> None:
         """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
-        for pid in self.pids:
+        for pid in pids:
             for tid in threads_of(pid):
                 self._name(pid, tid, _comm(pid, tid))
             for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):

@@ -126,8 +126,10 @@ class Ending:
             self._soon(self.source, limit=limit)
         if _gone(self.destination):
             return "failed", "the destination ended"
-        if _gone(self.source) or self.destination_has_vm():
+        if self.destination_has_vm():
             return "completed", ""
+        if _gone(self.source):
+            return "failed", "the source ended, and the destination has no VM although it answers success"
         return "failed", self._sources_reason() or "the destination has no VM and the source goes on"
 
     def _sources_reason(self) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from tests.integration.exporters import (
     until,
     value,
 )
-from tests.integration.migrations import QUICK
+from tests.integration.migrations import LASTING, QUICK
 
 pytestmark = requires(*TRACING)
 
@@ -46,10 +47,7 @@ pytestmark = requires(*TRACING)
 def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with exporter(state) as (process, port):
-        scenario = Scenario(
-            QUICK.memory_bytes, QUICK.working_set_bytes, QUICK.pages_per_s, vcpus=2, transport=transport
-        )
-        migrate(scenario)
+        migrate(dataclasses.replace(LASTING, vcpus=2, transport=transport))
         until(lambda: value(port, "ebpf_mig_migrations_total") == 1, 15)
         (kept,) = state.iterdir()
         found = report(kept)
@@ -63,6 +61,7 @@ def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path
         exemplars = {s.exemplar.labels["recording"] for s in samples(port) if s.exemplar}
         assert exemplars == {kept.name}
         until(lambda: value(port, "ebpf_mig_triggers_total", outcome="migration") == 1)
+        assert value(port, "ebpf_mig_trigger_delay_seconds_count") >= 1
         until(lambda: value(port, "ebpf_mig_armed") == 0)
         until(lambda: value(port, "ebpf_mig_vms") == 0)
         process.send_signal(signal.SIGTERM)
@@ -104,7 +103,7 @@ def test_watch_says_one_line_for_a_migration(tmp_path: Path) -> None:
     with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None and process.stdout is not None
         assert "watching" in process.stderr.readline()
-        migrate(QUICK)
+        migrate(LASTING)
         out = process.stdout.read()
         assert process.wait(15) == 0
     (said,) = [json.loads(line) for line in out.splitlines()]
@@ -143,7 +142,7 @@ def test_a_real_prometheus_answers_with_the_reports_figure(tmp_path: Path) -> No
                 return []
 
             until(lambda: query("ebpf_mig_up == 1"))
-            migrate(QUICK)
+            migrate(LASTING)
             answer = until(lambda: query("ebpf_mig_last_migration_blackout_seconds"))
             for panel, text in dashboard_queries():
                 assert until(lambda text=text: query(text)), panel  # type: ignore[misc]

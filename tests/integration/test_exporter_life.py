@@ -39,7 +39,7 @@ from tests.integration.exporters import (
     until,
     value,
 )
-from tests.integration.migrations import QUICK
+from tests.integration.migrations import LASTING
 
 pytestmark = requires(*TRACING)
 ENDLESS = Scenario(128 * MIB, 32 * MIB, 1000, bandwidth_bytes=1 << 20)
@@ -211,7 +211,7 @@ def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None
             exporter(tmp_path / "here", *option, vms="source") as (_, here),
             exporter(tmp_path / "there", *option, vms="destination") as (_, there),
         ):
-            migrate(QUICK)
+            migrate(LASTING)
             until(lambda: value(here, "ebpf_mig_migrations_total", role="source") == 1, 15)
             until(lambda: value(there, "ebpf_mig_migrations_total", role="destination") == 1, 15)
             until(lambda: len(receiver.named("migration")) == 2, 15)
@@ -234,7 +234,7 @@ def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None
 @requires("OpenTelemetry")
 def test_a_tracing_back_end_that_is_down_costs_spans_and_nothing_else(tmp_path: Path) -> None:
     with exporter(tmp_path / "state", "--otlp-endpoint", f"http://127.0.0.1:{free_port()}") as (process, port):
-        migrate(QUICK)
+        migrate(LASTING)
         until(lambda: value(port, "ebpf_mig_migrations_total") == 1, 15)
         until(lambda: value(port, "ebpf_mig_exporter_spans_total", outcome="failed") > 0, 30)
         assert value(port, "ebpf_mig_blackout_seconds_count") == 1
@@ -251,6 +251,6 @@ def test_what_deploy_grants_is_enough(tmp_path: Path) -> None:
     confined = ["setpriv", f"--bounding-set=-all,{names}", "--inh-caps=-all", "--no-new-privs"]
     with exporter(tmp_path / "state", before=confined) as (process, port):
         assert capabilities(process.pid)["CapBnd"] == capabilities(process.pid)["CapEff"] != 0
-        migrate(QUICK)
+        migrate(LASTING)
         until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
         assert value(port, "ebpf_mig_errors_total") == 0 and value(port, "ebpf_mig_blackout_seconds_count") == 1

@@ -36,7 +36,9 @@ for _ in range(3):
     tracer.disarm()
     provoke.everything()
     rounds.append(seen)
-print(json.dumps({"attached": tracer.attached, "rounds": rounds, "lost": tracer.losses()[0]}))
+signs = [sign.kind for sign in node.poll(200) if sign.pid == ours]
+said = {"signs": signs, "trigger": node.trigger, "attached": tracer.attached}
+print(json.dumps(said | {"rounds": rounds, "lost": tracer.losses()[0]}))
 """
 
 
@@ -65,3 +67,6 @@ def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
         for kind in ("Kick", "VcpuExit", "VcpuEnter", *(name for name in first if name.startswith("Ioctl"))):
             assert seen[kind] == first[kind], kind
     assert said["lost"] == {}
+    functions = FEATURES["kprobes"]() or FEATURES["fentry"]()
+    assert said["trigger"] == ("logging" if functions else "signs")
+    assert said["signs"].count("logging") == (6 if functions else 0), "once for each VM that is logged"

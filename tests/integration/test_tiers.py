@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 
 from ebpf_mig import kvm
 from ebpf_mig.events import AnyEvent, Ioctl, Kick, Transfer
-from ebpf_mig.probes.functions import AUTO
+from ebpf_mig.probes.functions import _FLUSHES, AUTO
 from ebpf_mig.probes.tracer import Tracer
 from tests.conftest import FEATURES, requires
 from tests.truth.harness import PHASES, Run, migrate_by
@@ -60,36 +61,53 @@ def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
 
 @pytest.mark.parametrize("unix", [pytest.param(False, marks=everywhere, id="tcp"), pytest.param(True, id="unix")])
 def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
+    """The same calls, bytes, kicks; and the same times, unless the machine took the CPU between two of the probes."""
     plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
     names = tiers()
-    for _ in range(3):
+    for _ in range(4):
         runs = migrate_by(names, plan, unix=unix)
-        if not runs[0].doubtful():
+        for name, run in zip(names, runs, strict=True):
+            assert {told(run)[signal] for signal in ESSENTIAL} == {name}
+            assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
+        for one, other in itertools.combinations(runs, 2):
+            assert_same_calls(one, other)
+        off = differences(runs)
+        if not off:
             break
-    # Each tier's programs run inside the calls that the others time.
+    assert not off
+
+
+def assert_same_calls(one: Run, other: Run) -> None:
+    assert bytes_sent(one) == bytes_sent(other)
+    left, right = (ioctls(r.events, kvm.DIRTY_LOG | kvm.MEMSLOT) for r in (one, other))
+    assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in right]
+    kicks = [[(k.tid, k.target_tid, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
+    assert kicks[0] == kicks[1]
+    assert {v.vcpu for v in one.breakdown.vcpus} == {v.vcpu for v in other.breakdown.vcpus} == {0, 1}
+    assert len([e for e in one.events if isinstance(e, Ioctl)]) == len(
+        [e for e in other.events if isinstance(e, Ioctl)]
+    )
+
+
+def differences(runs: list[Run]) -> dict[str, int]:
+    """ns by which phases and the blackout differ between runs, or phases from the truth where it is known, if too much.
+
+    Each tier's programs run inside the calls that the others time: so much they may differ, besides the tolerance.
+    """
     cost = sum(run.breakdown.completeness.observer_window_ns or 0 for run in runs)
-    for name, run in zip(names, runs, strict=True):
-        assert {told(run)[signal] for signal in ESSENTIAL} == {name}
-        assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
-        sure = [phase for phase in PHASES if phase not in run.doubtful()]
-        assert not {phase: run.error(phase) for phase in sure if abs(run.error(phase)) > run.tolerance(phase) + cost}
+    off: dict[str, int] = {}
     for one, other in itertools.combinations(runs, 2):
         a, b = one.breakdown, other.breakdown
         assert a.blackout_ns is not None and b.blackout_ns is not None
-        assert abs(a.blackout_ns - b.blackout_ns) <= 0.5 * MS
+        off["blackout"] = max(off.get("blackout", 0), abs(a.blackout_ns - b.blackout_ns) - MS // 2)
         for phase in PHASES:
-            assert abs(a.phase_ns(phase) - b.phase_ns(phase)) <= one.tolerance(phase) + cost, phase
-        assert bytes_sent(one) == bytes_sent(other)
-        left, right = (ioctls(r.events, kvm.DIRTY_LOG | kvm.MEMSLOT) for r in (one, other))
-        assert [(e.tid, e.fd, e.cmd, e.slot, e.ret) for e in left] == [
-            (e.tid, e.fd, e.cmd, e.slot, e.ret) for e in right
-        ]
-        kicks = [[(k.tid, k.target_tid, k.signal) for k in r.events if isinstance(k, Kick)] for r in (one, other)]
-        assert kicks[0] == kicks[1]
-        assert {v.vcpu for v in a.vcpus} == {v.vcpu for v in b.vcpus} == {0, 1}
-        # State ioctls are only bursts in the breakdown, but each of them is there.
-        counts = [len([e for e in r.events if isinstance(e, Ioctl)]) for r in (one, other)]
-        assert counts[0] == counts[1]
+            apart = abs(a.phase_ns(phase) - b.phase_ns(phase)) - one.tolerance(phase) - cost
+            off[phase] = max(off.get(phase, 0), apart)
+    for run in runs:
+        for phase in PHASES:
+            if phase not in run.doubtful():
+                off[f"{phase} beside the truth"] = abs(run.error(phase)) - run.tolerance(phase) - cost
+    return {name: ns for name, ns in off.items() if ns > 0}
 
 
 @everywhere
@@ -99,14 +117,18 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
         pytest.skip("missing feature: bpftrace")
     names = [name for name in tiers() if name != "tracepoint"]
     symbols = {line.split()[2] for line in Path("/proc/kallsyms").read_text().splitlines()}
-    flush = next(n for n in ("kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot") if n in symbols)
+    flushes = [name for name in _FLUSHES if name in symbols]
+    ours = f"/pid != {os.getpid()}/"  # we provoke our own probes meanwhile
     script = (
-        f"kretprobe:kvm_arch_sync_dirty_log {{ @synced[tid] = nsecs; }}\n"
-        f"kprobe:{flush} /@synced[tid]/ {{ @walk = @walk + (nsecs - @synced[tid]); @flush[tid] = nsecs; }}\n"
-        f"kretprobe:{flush} /@flush[tid]/ {{ @flushed = @flushed + (nsecs - @flush[tid]); @n = @n + 1;"
-        " delete(@synced[tid]); delete(@flush[tid]); }\n"
+        f"kretprobe:kvm_arch_sync_dirty_log {ours} {{ @synced[tid] = nsecs; @depth[tid] = 0; }}\n"
+        f"{','.join(f'kprobe:{name}' for name in flushes)} /@synced[tid]/ {{\n"
+        "  if (@depth[tid] == 0) { @walk = @walk + (nsecs - @synced[tid]); @flush[tid] = nsecs; }\n"
+        "  @depth[tid] = @depth[tid] + 1; }\n"
+        f"{','.join(f'kretprobe:{name}' for name in flushes)} /@flush[tid]/ {{ @depth[tid] = @depth[tid] - 1;\n"
+        "  if (@depth[tid] == 0) { @flushed = @flushed + (nsecs - @flush[tid]); @n = @n + 1;\n"
+        "    delete(@synced[tid]); delete(@flush[tid]); } }\n"
         "kretprobe:kvm_get_dirty_log_protect { delete(@synced[tid]); delete(@flush[tid]); }\n"
-        "END { clear(@synced); clear(@flush); }\n"
+        "END { clear(@synced); clear(@flush); clear(@depth); }\n"
     )
     watcher = subprocess.Popen(
         ["bpftrace", "-e", f'BEGIN {{ printf("ready\\n"); }}\n{script}'], stdout=subprocess.PIPE, text=True
@@ -118,7 +140,7 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
     watcher.send_signal(signal.SIGINT)
     said = watcher.communicate(timeout=60)[0]
     witness = {name: int(value) for name, value in re.findall(r"@(walk|flushed|n): (\d+)", said)}
-    assert witness["n"] > 6
+    assert witness["n"] >= 6, "each pass but the first finds dirty pages, which are protected again and flushed"
     for name, run in zip(names, runs, strict=True):
         found = ioctls(run.events, frozenset({kvm.GET_DIRTY_LOG}))
         assert told(run)["split"] == name
@@ -133,11 +155,12 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
 
 
 @everywhere
-def test_what_auto_takes_was_seen_to_fire() -> None:
+def test_what_auto_takes_was_seen_to_fire(record_property: Callable[[str, object], None]) -> None:
     """fentry where it fires, else kprobes: each signal's tier is in the report, and nothing is verified by hope."""
     names = tiers()
     (run,) = migrate_by((AUTO,), Plan())
     attach = told(run)
+    record_property("attach", json.dumps(attach))
     assert run.breakdown.completeness.verdict == "complete"
     best = {tier for tier in ("fentry", "kprobe") if tier in names}
     for signal_name in ("dirty-log", "vcpu", "state", "kick", "brownout"):

@@ -181,7 +181,7 @@ def migrate(plan: Plan, *, unix: bool = False) -> Run:
 def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[Run]:
     """One migration of the truth machine under several tiers' tracers at once: what each of them says."""
     with tempfile.TemporaryDirectory() as directory:
-        plan = replace(plan, address=f"{directory}/socket" if unix else f"127.0.0.1:{_free_port()}")
+        plan = replace(plan, address=f"{directory}/socket" if unix else f"127.0.0.1:{free_port()}")
         module = "tests.truth.machine"
         with helpers((module, "destination", encode(plan)), (module, "source", encode(plan))) as (there, here):
 
@@ -196,7 +196,7 @@ def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[
             plan,
             analyse(header, events),
             events,
-            _durations([*left["marks"], *right["marks"]]),
+            durations([*left["marks"], *right["marks"]]),
             {**left["injected"], **right["injected"]},
             left["fetched"],
             left["checksum"] == right["checksum"],
@@ -227,7 +227,7 @@ def undisturbed(plan: Plan, *, unix: bool = False, tries: int = 5) -> Run:
     return run
 
 
-def _durations(marks: list[tuple[int, int, str]]) -> dict[str, tuple[int, int]]:
+def durations(marks: list[tuple[int, int, str]]) -> dict[str, tuple[int, int]]:
     """(at least, at most) ns by phase; a phase can be entered more than once."""
     found: dict[str, tuple[int, int]] = {}
     for (opened, open_by, name), (closed, closed_by, _) in itertools.pairwise(marks):
@@ -240,7 +240,7 @@ def _durations(marks: list[tuple[int, int, str]]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

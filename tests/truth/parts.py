@@ -82,7 +82,11 @@ class VcpuThread:
                 if self.vcpu.run() == kvm.EXIT_IO:
                     self.finished.set()
             self.stopped_ns = time.monotonic_ns()
+            self.left()
             self.stopped.set()
+
+    def left(self) -> None:
+        """What a VMM does in the vCPU's thread once it has stopped: nothing here."""
 
     def start(self) -> None:
         """Enters KVM_RUN; `finished` tells that the guest has written its list."""
@@ -129,6 +133,8 @@ class VcpuThread:
 class Machine:
     """What both sides have: a VM, its vCPUs, a log of the phases."""
 
+    thread_of: type[VcpuThread] = VcpuThread
+
     def __init__(self, plan: Plan) -> None:
         self.plan, self.marks = plan, list[tuple[int, int, str]]()
         self.injected: dict[str, int] = {}
@@ -140,7 +146,7 @@ class Machine:
         for slot, (base, size) in self.layout.items():
             self.vm.set_slot(slot, base, size)
         self.vcpus = [Vcpu(self.vm, index) for index in range(plan.vcpus)]
-        self.threads = [VcpuThread(vcpu) for vcpu in self.vcpus]
+        self.threads = [self.thread_of(vcpu) for vcpu in self.vcpus]
 
     def enter(self, phase: str) -> None:
         """The next call begins this phase; `entered` after that call says by when it had begun at the latest."""

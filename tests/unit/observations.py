@@ -43,6 +43,8 @@ def status(**changes: Any) -> Status:
         "armed": False,
         "armed_seconds": 1.5,
         "triggers": {"born": {"nothing": 2}, "connect": {"migration": 1}},
+        "delays": [2, 0, 1, 0, 0, 0, 0, 1],
+        "delay_seconds": 1.02,
         "attached": {"task_newtask": True, "inet_sock_set_state": True},
         "trigger": "signs",
         "lost": {"sign": 0},

@@ -121,6 +121,12 @@ def test_and_where_the_source_says_nothing_either(world: World) -> None:
     assert world.judge(received) == ("failed", "the destination has no VM and the source goes on")
 
 
+def test_an_old_receiver_answers_success_when_its_sender_has_died(world: World) -> None:
+    world.has_vm = False
+    result, why = world.judge(exits, received)
+    assert result == "failed" and "has no VM" in why
+
+
 def test_the_sources_own_reason_goes_before_the_destinations(world: World) -> None:
     assert world.judge(receive_refused) == ("failed", "Migration was aborted")
     world.log = "Connection reset"

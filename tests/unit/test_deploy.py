@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,31 @@ def test_kustomize_builds_what_is_in_the_files() -> None:
     built = list(yaml.safe_load_all(said))
     assert [one["kind"] for one in built] == ["Namespace", "DaemonSet"]
     assert all(one["metadata"].get("namespace", "ebpf-mig") == "ebpf-mig" for one in built)
+
+
+def bundled(directory: Path, version: str, names: Iterable[str]) -> str:
+    """Kubernetes' schemas of kubernetes-validate, each with its definitions inside, as kubeconform reads them."""
+    import kubernetes_validate
+
+    source = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / f"v{version}-local-strict"
+    definitions = json.loads((source / "_definitions.json").read_text())["$defs"]
+    for name in names:
+        schema = json.loads((source / f"{name}.json").read_text()) | {"$defs": definitions}
+        (directory / f"{name}.json").write_text(json.dumps(schema).replace("/api/_definitions.json#", "#"))
+    return f"{directory}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
+
+
+@requires("kustomize", "kubeconform", "kubernetes-validate")
+def test_what_kustomize_builds_is_what_kubernetes_takes(tmp_path: Path) -> None:
+    place = bundled(tmp_path, "1.37.0", ["daemonset-apps-v1", "namespace-v1"])
+    code, built = run("kustomize", "build", "kubernetes")
+    assert code == 0, built
+
+    def validate(text: str) -> tuple[int, str]:
+        (tmp_path / "built.yaml").write_text(text)
+        return run("kubeconform", "-strict", "-summary", "-schema-location", place, str(tmp_path / "built.yaml"))
+
+    code, said = validate(built)
+    assert code == 0 and "Valid: 2" in said, said
+    code, said = validate(built.replace("privileged: false", "privilegd: false"))
+    assert code == 1 and "'privilegd' not allowed" in said

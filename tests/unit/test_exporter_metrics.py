@@ -90,6 +90,16 @@ def test_series_are_bounded_whatever_tenants_and_clients_do() -> None:
     assert got["ebpf_mig_series_dropped_total", ()] == 50
 
 
+def test_how_late_signs_were_followed_up() -> None:
+    metrics = Metrics()
+    metrics.status(status(delays=[2, 0, 1, 0, 0, 0, 0, 1], delay_seconds=1.02))
+    got = samples(metrics)
+    name = "ebpf_mig_trigger_delay_seconds"
+    assert got[f"{name}_bucket", (("le", "0.01"),)] == 2 and got[f"{name}_bucket", (("le", "0.025"),)] == 3
+    assert got[f"{name}_bucket", (("le", "+Inf"),)] == got[f"{name}_count", ()] == 4
+    assert got[f"{name}_sum", ()] == 1.02
+
+
 def test_a_vm_expires() -> None:
     now = [1000.0]
     metrics = Metrics(clock=lambda: now[0])

@@ -52,7 +52,7 @@ def test_each_part_has_its_place() -> None:
         "state": (4000, 4800),
         "send_state": (4800, 52_000),
         "complete": (52_010, 52_900),
-        "recv_snapshot": (5506, 49_800),
+        "recv_snapshot": (5508, 49_800),
         "restore": (49_800, 51_500),
         "resume": (52_030, 52_850),
         "state_to_resume": (5506, 52_850),

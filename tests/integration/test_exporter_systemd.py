@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped unit, with all its hardening, run by a real systemd while real VMs migrate."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tests.conftest import TRACING, requires
+from tests.integration.exporters import OURS, fetch, free_port, is_ready, migrate, report, until, value
+from tests.integration.migrations import LASTING
+from tests.integration.systemd import manager
+
+pytestmark = requires(*TRACING, "systemd")
+UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.service"
+
+
+def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops() -> None:
+    port = free_port()
+    options = f"--web.listen-address 127.0.0.1:{port} --state-directory ${{STATE_DIRECTORY}} --vm {OURS}*"
+    command = f"{Path(sys.executable).parent}/ebpf-mig exporter {options}"
+    with manager(UNIT, f"[Service]\nExecStart=\nExecStart={command}\nRestartSec=1") as systemd:
+        until(systemd.up)
+        systemd.ctl("start", UNIT.name)
+        until(lambda: is_ready(port))
+        first = int(systemd.ctl("show", "--value", "--property=MainPID", UNIT.name))
+        assert "Seccomp:\t2" in Path(f"/proc/{first}/status").read_text()
+        migrate(LASTING)
+        until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
+        (kept,) = systemd.state(UNIT.name).iterdir()
+        blackout = report(kept).blackout_ns
+        assert blackout is not None and value(port, "ebpf_mig_blackout_seconds_sum") == blackout / 1e9
+        assert value(port, "ebpf_mig_errors_total") == 0
+        systemd.ctl("reload", UNIT.name)
+        assert fetch(f"http://127.0.0.1:{port}/-/healthy") == "healthy\n"
+        os.kill(first, signal.SIGKILL)
+        second = until(lambda: is_ready(port) and int(systemd.ctl("show", "--value", "-p", "MainPID", UNIT.name)))
+        assert second != first
+        systemd.ctl("stop", UNIT.name)
+        assert systemd.ctl("show", "--value", "--property=Result", UNIT.name) == "success"
+        assert not is_ready(port)
