@@ -25,6 +25,7 @@ from ebpf_mig.recorder import Recorder, RemoteError
 from ebpf_mig.vmm.base import Elsewhere
 
 CONNECT_S = 20.0
+_MOST_READ = 1 << 20
 _SSH = (
     "ssh", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "StreamLocalBindUnlink=yes",
     "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15",
@@ -44,11 +45,14 @@ class Way:
 
     def line(self, arguments: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
         """The command line here that runs ebpf-mig there."""
-        there = [*shlex.split(self.tool), *arguments]
+        return self.there([*shlex.split(self.tool), *arguments], forward)
+
+    def there(self, command: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
+        """The same of any command."""
         if self.command is not None:
-            return [*shlex.split(self.command), *there]
+            return [*shlex.split(self.command), *command]
         ways = ["-L", f"{forward[0]}:{forward[1]}"] if forward else []
-        return [*_SSH, *ways, "--", self.host, shlex.join(there)]
+        return [*_SSH, *ways, "--", self.host, shlex.join(command)]
 
 
 @dataclass
@@ -83,8 +87,18 @@ class Remote:
     def end(self) -> Elsewhere:
         """The process there, as far as its recorder tells."""
         if self.header is None or not self.header.targets:
-            return Elsewhere()
-        return Elsewhere(self.header.targets[0].pid, self.header.clock)
+            return Elsewhere(read=self._read)
+        return Elsewhere(self.header.targets[0].pid, self.header.clock, self._read)
+
+    def _read(self, paths: list[str]) -> str:
+        """Files there, one after the other; what cannot be read is left out."""
+        command = self.way.there(["cat", *paths])
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(
+                command, capture_output=True, stdin=subprocess.DEVNULL, timeout=CONNECT_S, check=False
+            )
+            return done.stdout[:_MOST_READ].decode(errors="replace")
+        return ""
 
     def _start(self, guard: contextlib.ExitStack) -> None:
         """The recorder with the forwarded socket; where it cannot record, the socket alone."""

@@ -32,6 +32,7 @@ from ebpf_mig.recorder import Recorder
 from ebpf_mig.recording import Recording, RecordingWriter, default_name, read_recording
 from ebpf_mig.remote import Remote, Way
 from ebpf_mig.vmm.base import Elsewhere, Migration, Outcome
+from ebpf_mig.vmm.cloud_hypervisor import ChMigration
 from ebpf_mig.vmm.qemu import QemuMigration
 
 ROLES = ("source", "destination")
@@ -168,7 +169,7 @@ def way_of(
 def across(
     way: tuple[str, Way],
     sockets: dict[str, str],
-    connect: Callable[[str, str, tuple[str, Elsewhere]], QemuMigration],
+    connect: Callable[[str, str, tuple[str, Elsewhere]], QemuMigration | ChMigration],
     timeout_s: float,
     names: dict[str, str],
     *,
@@ -185,7 +186,8 @@ def across(
         with contextlib.closing(connect(ends["source"], ends["destination"], (role, remote.end))) as migration:
             open_writer = functools.partial(tracing.open_recording, names[here], "migrate", force=force)
             outcome, _ = tracing.trace_migration(migration, timeout_s, open_writer, tier=tier)
-            target = Target(pid=remote.end.pid, role=role, vmm="qemu", vmm_version=migration.version(role))
+            vmm = migration.targets()[0].vmm
+            target = Target(pid=remote.end.pid, role=role, vmm=vmm, vmm_version=migration.version(role))
         halves = {here: read_recording(names[here])}
         other = taken(remote.recorder) if remote.recorder else None
     if other is not None:

@@ -10,7 +10,7 @@ import click
 
 from ebpf_mig.commands import both, tracing
 from ebpf_mig.commands.common import DURATION, RATE, color_option, examples, format_option, strict_option
-from ebpf_mig.errors import PreflightError
+from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.joining import Hint
 from ebpf_mig.vmm.base import Elsewhere
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
@@ -124,6 +124,7 @@ The destination is a Cloud Hypervisor started with --api-socket alone."""
 @click.option("--source-events", metavar="FILE", help="What the source's --event-monitor writes.")
 @click.option("--destination-events", metavar="FILE", help="The same of the destination.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
+@both.elsewhere_options
 @tracing.recording_options
 @tracing.tier_option
 @format_option("text", "json")
@@ -144,6 +145,11 @@ def cloud_hypervisor(
     source_events: str | None,
     destination_events: str | None,
     timeout: int,
+    source_host: str | None,
+    destination_host: str | None,
+    remote_command: str | None,
+    remote_tool: str,
+    hint: Hint | None,
     output: str | None,
     force: bool,
     tier: str,
@@ -158,6 +164,21 @@ def cloud_hypervisor(
         local, downtime_ms, timeout_s, connections, tls_dir, postcopy,
         source_log, destination_log, source_events, destination_events,
     )  # fmt: skip
+    way = both.way_of(source_host, destination_host, remote_command, remote_tool)
+    if way is not None:
+        if source_host or destination_log or destination_events:
+            raise UsageError("only the destination can be elsewhere, without its files", "run it on the source's host")
+
+        def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> ChMigration:
+            return ChMigration(near, far, url, options, remote)
+
+        names = both.file_names(output, "migrate", force)
+        sockets = {"source": source, "destination": destination}
+        outcome, halves, problem = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        tracing.conclude(outcome, both.show(halves, names, form, color, hint), strict)
+        if problem:
+            click.get_current_context().exit(PreflightError.exit_code)
+        return
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
         outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)

@@ -8,6 +8,7 @@ what the VMM itself says about the migration, to be set beside the kernel's figu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,9 @@ class Elsewhere:
     """There; 0 unknown."""
     clock: ClockPair | None = None
     """That host's clocks; None unknown."""
+
+    read: Callable[[list[str]], str] | None = None
+    """Reads files there."""
 
     @property
     def key(self) -> int:

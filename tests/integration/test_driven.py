@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT, ChPair
 from ebpf_mig.lab.link import Link
 from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording_format import FRAME
+from ebpf_mig.vmm.ch_api import Api
 from tests.conftest import TRACING, requires
 from tests.integration.sshd import Server, ssh_of
 
@@ -125,6 +128,39 @@ def test_what_is_not_ssh_works_through_a_relay(tmp_path: Path, link: Link) -> No
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     assert json.loads(out)["clock"]["pairs_back"] > 0
+
+
+@pytest.mark.skipif(not os.environ.get(ENVIRONMENT), reason=f"missing feature: {ENVIRONMENT}")
+@pytest.mark.parametrize("breaks", [False, True], ids=["to-the-end", "connection-breaks"])
+def test_cloud_hypervisor_with_its_destination_elsewhere(tmp_path: Path, link: Link, breaks: bool) -> None:
+    guest = dataclasses.replace(QUICK, working_set_bytes=64 * MIB, pages_per_s=2000) if breaks else QUICK
+    with ChPair(guest, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", "cloud-hypervisor", "--url", pair.uri]
+        command += ["--source", pair.source.api, "--destination", pair.destination.api]
+        command += ["--destination-host", "far", "-o", "x.rec", *([] if breaks else ["--format", "json"])]
+        with link.inside("source"):
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        if breaks:
+            until = time.monotonic() + 60
+            while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(0.3)
+            ssh = ssh_of(process.pid)
+            assert ssh is not None
+            os.kill(ssh, signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+        assert Api(pair.destination.api, "destination").state() == "Running", err
+    if breaks:
+        assert process.returncode == 4, err
+        assert "whether the destination runs is not known" in err
+        assert "source pid" in out
+        return
+    assert process.returncode == 0, err
+    told = json.loads(out)
+    assert told["migration"]["vmm"] == "cloud-hypervisor"
+    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
 
 
 def test_a_wrong_host_key_is_one_clear_line_and_nothing_is_migrated(tmp_path: Path, link: Link) -> None:
