@@ -197,17 +197,19 @@ def _refused(bounds: Bounds, wall: tuple[int, int]) -> str:
 def _evidence(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
     """What one connection says."""
     found = Evidence()
-    out, back, arrivals, returns, acks, replies = (Hull() for _ in range(6))
+    out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
     pairs.follows(pairs.Way(near.sends, far.receives, _from_start(source, near)), out, True)
     pairs.follows(pairs.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
     here = sorted(source.segments[near.pid, near.inode], key=attrgetter("at_ns"))
     there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
     pairs.arrived(near.sends, here, there, arrivals, True)
     pairs.arrived(far.sends, there, here, returns, False)
+    pairs.released(here, there, opened, True)
+    pairs.released(there, here, reopened, False)
     pairs.acknowledged(there, here, acks, True)
     pairs.acknowledged(here, there, replies, False)
-    found.most = [hull for hull in (out, arrivals, replies) if hull.count]
-    found.least = [hull for hull in (back, returns, acks) if hull.count]
+    found.most = [hull for hull in (out, arrivals, replies, opened) if hull.count]
+    found.least = [hull for hull in (back, returns, acks, reopened) if hull.count]
     return found
 
 
