@@ -257,7 +257,8 @@ def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
                 s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
             ]
             segments.sort(key=attrgetter("at_ns", "pid"))
-            rows = wire.gather(sends, receives, segments, window)
+            again = [r for r in source.retransmits if r.socket == near]
+            rows = wire.gather(sends, receives, segments, window, again)
             found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
 
