@@ -49,7 +49,6 @@ def _tier_works(tier: str) -> bool:
 _LOSE_A_SEGMENT = (
     "ip link set lo up && iptables -A INPUT -p tcp -m length --length 1000 "
     "-m statistic --mode nth --every 2 --packet 0 -j DROP"
-    "-m statistic --mode nth --every 2 --packet 0 -j DROP"
 )
 
 
