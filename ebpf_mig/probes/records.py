@@ -151,6 +151,8 @@ def decode(record: bytes) -> AnyEvent:
     return _DECODERS[words[0]](words)
 
 
+IN_VAIN = 1000
+"""Calls in a row that moved nothing, and are worth telling of."""
 _RUN_WORDS = 13
 _WAYS = ((0, 0), (1, 0), (0, 1))
 """(direction, hidden) of the open runs."""
@@ -175,9 +177,11 @@ def open_runs(tid: int, thread: tuple[int, ...], streams: dict[int, tuple[int, .
     for way, (direction, hidden) in enumerate(_WAYS):
         at = _RUN_AT + way * _RUN_WORDS
         begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _, *off = thread[at : at + _RUN_WORDS]
-        if calls:
+        if calls or failed >= IN_VAIN:
             before = streams.get(socket, (0, 0))[direction]
             waits = (-1, -1) if hidden else off
             numbers = (calls, size, in_call, longest, failed, before, *waits, hidden)
+            if not calls:  # what is left there is the last run's, which was told
+                numbers = (0, 0, 0, 0, failed, before, -1, -1, hidden)
             found.append(Transfer(begin, end, thread[0], tid, _signed(fd), direction, socket, *numbers))
     return found
