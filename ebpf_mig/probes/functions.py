@@ -45,6 +45,8 @@ class Function:
     arguments: int = 0
     """How many it must have where the return value is read behind them (fexit)."""
     required: bool = True
+    one_of: str = ""
+    """Functions of one name of which at least one is required."""
     provoked: bool = True
     """Whether `provoke` makes it fire on every machine; if not, a silent kprobe is trusted, a silent fentry never."""
 
@@ -67,7 +69,11 @@ def _transfers(name: str, way: str, *, required: bool = False) -> Function:
     return Function((name,), "socket", signals, entry, leave, 3 if way == "send" else 4, required, provoked=required)
 
 
-_FLUSH = ("kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot")
+_FLUSHES = (
+    "kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot", "kvm_flush_remote_tlbs_range",
+    "kvm_flush_remote_tlbs",
+)  # fmt: skip
+"""One calls the next, the outermost counts; compilers inline some into others, so that what is there need not fire."""
 
 FUNCTIONS = (
     _ioctls("kvm_vm_ioctl", ("dirty-log", "state")),
@@ -83,9 +89,8 @@ FUNCTIONS = (
     _transfers("inet6_sendmsg", "send"),
     _transfers("inet6_recvmsg", "receive"),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
-    Function(_FLUSH, "split", ("split",), _both("on_flush"), _both("on_flushed")),
-    Function(("kvm_flush_remote_tlbs",), "split", ("split",), _both("on_flush"), _both("on_flushed"),
-             required=False, provoked=False),
+    *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
+      for name in _FLUSHES),
     Function(("kvm_dirty_ring_reset",), "split", ("split",), _both("on_ring_reset"), _both("on_ring_was_reset"),
              required=False, provoked=False),
 )  # fmt: skip
@@ -191,6 +196,8 @@ class Chooser:
         groups, refusals = set(), {}
         for group in ("kvm", "socket", "split"):
             lacking = [f.names[0] for f in open_ones if f.group == group and f.required]
+            had = {f.one_of for f in chosen}
+            lacking += [f.names[0] for f in open_ones if f.group == group and f.one_of and f.one_of not in had]
             if lacking:
                 refusals[group] = "; ".join(why.get(name, f"{name}: no {self._wanted} probe") for name in lacking)
             else:

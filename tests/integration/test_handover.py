@@ -37,8 +37,8 @@ for _ in range(3):
     provoke.everything()
     rounds.append(seen)
 signs = [sign.kind for sign in node.poll(200) if sign.pid == ours]
-told = {"signs": signs, "trigger": node.trigger, "attached": tracer.attached, "rounds": rounds}
-print(json.dumps({**told, "lost": tracer.losses()[0]}))
+said = {"signs": signs, "trigger": node.trigger, "attached": tracer.attached}
+print(json.dumps(said | {"rounds": rounds, "lost": tracer.losses()[0]}))
 """
 
 

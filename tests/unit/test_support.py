@@ -61,3 +61,15 @@ def test_a_new_row_replaces_the_old_one_of_its_kind(tmp_path: Path) -> None:
     results.save([results.Row("6.1", "bookworm", "emulated", "new", subjects={"demo": results.Subject(1)})], path)
     assert [(row.release, row.userland) for row in results.load(path)] == [("new", "bookworm"), ("x", "sid")]
     assert results.load(path)[0].subjects["demo"].passed == 1
+
+
+def test_a_choice_of_tests_replaces_the_subjects_that_it_ran(tmp_path: Path) -> None:
+    path = tmp_path / "support.json"
+    both = {"demo": results.Subject(1), "ring": results.Subject(failed=1)}
+    results.save([results.Row("6.1", "bookworm", "emulated", "r", attach="fentry", subjects=both)], path)
+    part = results.Row("6.1", "bookworm", "emulated", "r", subjects={"ring": results.Subject(2)})
+    results.save([part], path, whole=False)
+    (row,) = results.load(path)
+    assert (row.subjects["demo"].passed, row.subjects["ring"].passed, row.attach) == (1, 2, "fentry")
+    results.save([results.Row("6.1", "bookworm", "emulated", "newer", subjects={})], path, whole=False)
+    assert results.load(path)[0].subjects == {}, "what was run in another kernel tells nothing of this one"

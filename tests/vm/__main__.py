@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
             row = suite.emulated(kernel, userland, arguments.keyword, arguments.processors)
             _tell(row)
             rows.append(row)
-    return _conclude(rows, keep=not arguments.keyword)
+    return _conclude(rows, arguments)
 
 
 def _userland(arguments: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def _userland(arguments: argparse.Namespace) -> int:
         row = suite.native(userland, arguments.keyword)
         _tell(row)
         rows.append(row)
-    return _conclude(rows, keep=not arguments.keyword)
+    return _conclude(rows, arguments)
 
 
 def _tell(row: results.Row) -> None:
@@ -51,10 +51,10 @@ def _tell(row: results.Row) -> None:
         _say(f"  {line}")
 
 
-def _conclude(rows: list[results.Row], *, keep: bool) -> int:
-    """Prints the table; a whole run's rows go into the support table, those of a choice of tests do not."""
-    if keep:
-        results.save(rows)
+def _conclude(rows: list[results.Row], arguments: argparse.Namespace) -> int:
+    """Prints the table; a whole run's rows go into the support table, those of a choice of tests if asked for."""
+    if arguments.keep or not arguments.keyword:
+        results.save([row for row in rows if row.subjects], whole=not arguments.keyword)
         _write_table()
     _say(results.table(rows))
     return 0 if all(row.good for row in rows) else 1
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--processors", type=int, choices=(1, 2), default=2, help="1 on a busy machine")
     for command in (run, native):
         command.add_argument("-k", dest="keyword", default="", help="pytest's choice of tests")
+        command.add_argument("--keep", action="store_true", help="a choice's results go into the table too")
     table = commands.add_parser("table", help="make the table of docs/support.md again")
     arm64 = commands.add_parser("arm64", help="fetch what the unit tests compare arm64 with")
     acts = ((run, _run), (native, _userland), (execute, _exec), (table, _table), (arm64, _arm64))

@@ -92,9 +92,19 @@ def load(path: Path = SUPPORT_JSON) -> list[Row]:
     return [Row(**row | {"subjects": {k: Subject(**v) for k, v in row["subjects"].items()}}) for row in rows]
 
 
-def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON) -> None:
-    """Puts rows into the file; a row of the same kernel, user land and kind is replaced."""
-    rows = {(row.how, row.kernel, row.userland): row for row in [*load(path), *fresh]}
+def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON, *, whole: bool = True) -> None:
+    """Puts rows into the file; a row of the same kernel, user land and kind is replaced.
+
+    Rows of a choice of tests (not `whole`) replace the subjects that they ran, where versions are the same.
+    """
+    rows = {(row.how, row.kernel, row.userland): row for row in load(path)}
+    for row in fresh:
+        before = rows.get((row.how, row.kernel, row.userland))
+        if not whole and before and (before.release, before.versions) == (row.release, row.versions):
+            row.subjects = before.subjects | row.subjects
+            row.attach = row.attach or before.attach
+            row.seconds += before.seconds
+        rows[row.how, row.kernel, row.userland] = row
     order = [*KERNELS, "own", *USERLANDS]
     listed = sorted(rows.values(), key=lambda r: (r.how, order.index(r.kernel), order.index(r.userland)))
     document = {"schema": "ebpf-mig/support/1", "rows": [asdict(row) for row in listed]}
