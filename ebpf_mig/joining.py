@@ -40,7 +40,7 @@ INSTANTS: dict[type, tuple[str, ...]] = {
     )
     for kind in (
         ev.Ioctl, ev.VcpuEnter, ev.VcpuExit, ev.VcpuState, ev.Kick, ev.Transfer, ev.Socket, ev.Mark, ev.Slot, ev.OffCpu,
-        ev.Segment, ev.VcpuSpan, ev.Samples, ev.TcpInfo, ev.OwnCost,
+        ev.Segment, ev.Retransmit, ev.VcpuSpan, ev.Samples, ev.TcpInfo, ev.OwnCost,
     )
 }  # fmt: skip
 
