@@ -19,10 +19,11 @@ from ebpf_mig import clock, matching, pairs
 from ebpf_mig import events as ev
 from ebpf_mig.clock import Bounds, ContradictionError, Evidence, Hull
 from ebpf_mig.errors import UsageError
+from ebpf_mig.folding import read_folded
 from ebpf_mig.matching import End, JoinError, Match
 from ebpf_mig.printable import printable
 from ebpf_mig.processes import Process
-from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.recording import Recording
 
 LATEST = 1 << 62
 """No clock shows more, ns; instants beyond are cut to it."""
@@ -109,7 +110,7 @@ def read_both(
     first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
 ) -> Recording:
     """Reads two files and joins them; see `joined`. RecordingError if one is no recording."""
-    both = read_recording(first), read_recording(second)
+    both = read_folded(first), read_folded(second)
     return joined(*both, names or (printable(first), printable(second)), hint, pid)
 
 
