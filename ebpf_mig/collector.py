@@ -257,7 +257,8 @@ def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
                 s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
             ]
             segments.sort(key=attrgetter("at_ns", "pid"))
-            rows = wire.gather(sends, receives, segments, window)
+            again = [r for r in source.retransmits if r.socket == near]
+            rows = wire.gather(sends, receives, segments, window, again)
             found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
 
@@ -305,6 +306,7 @@ def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> lis
     if work is not None and work.folded:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
     notes += _unseen_sends(case)
+    notes += _spinning(case)
     for side, process in (("source", case.source), ("destination", case.destination)):
         if process is None or window is None:
             continue
@@ -331,6 +333,14 @@ def _unseen_sends(case: Case) -> list[str]:
     if blind and case.bursts and not case.sends:
         return ["no send was seen: this kernel does not show those by io_uring and the like, nor anything shows RDMA"]
     return []
+
+
+def _spinning(case: Case) -> list[str]:
+    """A receiver whose sender is gone gets nothing from each call; one that does not notice asks for ever."""
+    vain = max((t.failed for t in case.receives if not t.calls), default=0)
+    if not vain:
+        return []
+    return [f"the destination's last {vain} receive calls got nothing: the other end is gone, and it keeps asking"]
 
 
 def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:

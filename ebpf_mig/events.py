@@ -292,6 +292,22 @@ class OwnCost(Event, frozen=True, tag=17):
     """Of the other host, in a joined recording."""
 
 
+class Retransmit(Event, frozen=True, tag=18):
+    """A TCP segment that a traced socket sent again in the blackout: it, or the answer to it, got lost or late.
+
+    Source: tcp:tcp_retransmit_skb.
+    """
+
+    at_ns: int
+    pid: int
+    socket: int
+    bytes: int
+    seq: int
+    """Sequence number of its first byte, 32 bits as on the wire."""
+    number: int
+    """The how-manieth it is on this socket since tracing began; earlier ones may have no event."""
+
+
 class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
@@ -321,6 +337,7 @@ AnyEvent = (
     | Ending
     | OffCpu
     | Segment
+    | Retransmit
     | VcpuSpan
     | Samples
     | TcpInfo

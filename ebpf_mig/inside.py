@@ -76,16 +76,16 @@ def split(ioctls: Sequence[Ioctl], samples: dict[tuple[int, int], list[Samples]]
     """
     if not ioctls:
         return None
-    worked = sum(on_cpu(ioctl) for ioctl in ioctls)
-    if all(min(i.walk_ns, i.flush_ns, i.copy_ns) >= 0 for i in ioctls):
+    if all(i.walk_ns >= 0 and i.flush_ns >= 0 and i.copy_ns >= 0 for i in ioctls):
+        worked = sum(on_cpu(ioctl) for ioctl in ioctls)
         parts = {
             "walk": sum(i.walk_ns for i in ioctls),
             "flush": sum(i.flush_ns for i in ioctls),
             "copy": sum(i.copy_ns for i in ioctls),
         }
         return {**parts, "other": max(0, worked - sum(parts.values())), "samples": "exact"}
-    found = [sample for i in ioctls for sample in samples.get((i.tid, i.begin_ns), ())]
-    return _estimate(worked, found)
+    found = [sample for i in ioctls for sample in samples.get((i.tid, i.begin_ns), ())] if samples else []
+    return _estimate(sum(on_cpu(ioctl) for ioctl in ioctls), found) if found else None
 
 
 def _estimate(worked: int, found: Iterable[Samples]) -> Split | None:

@@ -87,7 +87,8 @@ def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], f
         said.append(f"of which {(second[1] - second[0]) / MS:.3f} ms is a second dirty-log fetch")
     stalled = sum(_overlap([(w.sent, w.received)], span) for w in wires)
     if stalled >= MS and name not in ("final_iter", "overhead"):
-        said.append(f"of which {stalled / MS:.3f} ms on the wire")
+        longest = max(wires, key=lambda w: _overlap([(w.sent, w.received)], span))
+        said.append(f"of which {stalled / MS:.3f} ms sent but not received ({longest.reason})")
     return "; ".join(filter(None, said))
 
 

@@ -73,10 +73,10 @@ class DirtyLogRows:
     def _pass(self, burst: Burst, before: Burst | None, following: int | None) -> Pass:
         first = bisect_left(self._begins, burst.begin)
         until = bisect_left(self._begins, following) if following is not None else len(self._begins)
-        sent = list(self.sends[first:until])
+        sent = self.sends[first:until]
         ready = sent[0].begin_ns if sent else burst.end
-        end = max((s.end_ns for s in sent), default=burst.begin)
-        size = sum(s.bytes for s in sent)
+        end = max([s.end_ns for s in sent], default=burst.begin)
+        size = sum([s.bytes for s in sent])
         pages, most = self.returned(burst, before), size // self.page
         took = burst.begin - before.begin if before else 0
         user = _uncovered(burst.ioctls, burst.begin, ready)
@@ -87,7 +87,7 @@ class DirtyLogRows:
             user_ns=sum(right - left for left, right in user),
             pages=pages,
             bytes=size,
-            send_ns=sum(min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent),
+            send_ns=sum([min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent]),
             blocked_ns=off_cpu_within(sent, (burst.begin, end)) if sent else None,
             dirty_pages_per_s=(most if pages is None else pages) * 1_000_000_000 // took if took > 0 else None,
             pages_at_most=most,

@@ -58,6 +58,7 @@ class Process:
     slots: list[ev.Slot] = field(default_factory=list)
     off_cpu: list[ev.OffCpu] = field(default_factory=list)
     segments: list[ev.Segment] = field(default_factory=list)
+    retransmits: list[ev.Retransmit] = field(default_factory=list)
     spans: list[ev.VcpuSpan] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
@@ -176,6 +177,7 @@ _STREAMS: dict[type, str] = {
     ev.Slot: "slots",
     ev.OffCpu: "off_cpu",
     ev.Segment: "segments",
+    ev.Retransmit: "retransmits",
     ev.VcpuSpan: "spans",
     ev.Samples: "samples",
     ev.TcpInfo: "tcp",

@@ -231,6 +231,8 @@ def off_cpu_within(transfers: Iterable[Transfer], window: tuple[int, int]) -> in
     """Time off the CPU inside the calls, cut to the window; None if it is unknown for any of them."""
     total = 0
     for transfer in transfers:
+        if not transfer.off_cpu_ns:
+            continue
         if transfer.off_cpu_ns < 0:
             return None
         total += min(transfer.off_cpu_ns, in_call_within(transfer, window))

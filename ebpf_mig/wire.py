@@ -16,7 +16,7 @@ from operator import attrgetter
 import msgspec
 
 from ebpf_mig.breakdown import Wire
-from ebpf_mig.events import Segment, Transfer
+from ebpf_mig.events import Retransmit, Segment, Transfer
 
 _at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
 
@@ -46,11 +46,16 @@ PEEKED_BYTES = 64
 
 
 def gather(
-    sends: Sequence[Transfer], receives: Sequence[Transfer], segments: Sequence[Segment], window: tuple[int, int]
+    sends: Sequence[Transfer],
+    receives: Sequence[Transfer],
+    segments: Sequence[Segment],
+    window: tuple[int, int],
+    again: Sequence[Retransmit] = (),
 ) -> list[Wire]:
     """The longest stretches of one connection in the window, instants relative to its begin.
 
-    `sends` and `receives` are of the two ends of one stream, in order; `segments` those that arrived at either.
+    `sends` and `receives` are of the two ends of one stream, in order; `segments` those that arrived at either; `again`
+    what the sender sent once more, in order.
     """
     if not sends or not receives:
         return []
@@ -59,7 +64,7 @@ def gather(
         near = (r for r in receives if r.end_ns >= window[0])
         receives = [msgspec.structs.replace(r, position=max(0, r.position - ahead)) for r in near]
     origin = window[0]
-    found = [(s, *_reason(s, sends, receives, segments)) for s in _stretches(sends, receives, window)]
+    found = [(s, *_reason(s, sends, receives, segments, again)) for s in _stretches(sends, receives, window)]
     found.sort(key=lambda item: item[0].sent - item[0].received)
     return [
         Wire(
@@ -104,7 +109,11 @@ def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: 
 
 
 def _reason(
-    stretch: Stretch, sends: Sequence[Transfer], receives: Sequence[Transfer], segments: Sequence[Segment]
+    stretch: Stretch,
+    sends: Sequence[Transfer],
+    receives: Sequence[Transfer],
+    segments: Sequence[Segment],
+    again: Sequence[Retransmit],
 ) -> tuple[str, str]:
     """(reason, evidence) from the segments within the stretch."""
     sender = sends[0].socket, sends[0].pid
@@ -124,6 +133,9 @@ def _reason(
     if waited < (stretch.received - stretch.sent) // 2:
         return "late reader", f"they had arrived {(stretch.received - arrived) / 1e6:.3f} ms before they were read"
     ack = next((s for s in reversed(acks) if s.at_ns <= arrived), None)
+    repeated = [r for r in again if stretch.sent <= r.at_ns <= arrived]
+    if repeated and (ack is None or ack.at_ns < repeated[-1].at_ns):
+        return "retransmission", _repeated(stretch, repeated)
     if ack is None or arrived - ack.at_ns > PROMPT_NS:
         return "unknown", f"the first data arrived after {waited / 1e6:.3f} ms, no acknowledgement right before it"
     held = f"{ack.unsent} B behind {ack.in_flight} B not acknowledged"
@@ -138,3 +150,10 @@ def _reason(
         "unknown",
         f"an ACK came right before the data, but nothing was held back ({waited / 1e6:.3f} ms)",
     )
+
+
+def _repeated(stretch: Stretch, repeated: Sequence[Retransmit]) -> str:
+    """Nothing that let the data out came later than the last of these."""
+    first, last = (repeated[0].at_ns - stretch.sent) / 1e6, repeated[-1]
+    times = "once" if len(repeated) == 1 else f"{len(repeated)} times"
+    return f"{last.bytes} B sent again, {times}, first after {first:.1f} ms; no. {last.number} of its socket"

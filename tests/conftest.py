@@ -46,6 +46,12 @@ def _tier_works(tier: str) -> bool:
     return os.geteuid() == 0 and Path("/dev/kvm").exists() and _succeeds(sys.executable, "-c", _FIRES, tier)
 
 
+_LOSE_A_SEGMENT = (
+    "ip link set lo up && iptables -A INPUT -p tcp -m length --length 1000 "
+    "-m statistic --mode nth --every 2 --packet 0 -j DROP"
+)
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
@@ -59,6 +65,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
     "tc with tbf and veth": lambda: _succeeds("unshare", "--net", sys.executable, "-c", _LIMIT_A_LINK),
+    "iptables with length and statistic": lambda: _succeeds("unshare", "--net", "sh", "-c", _LOSE_A_SEGMENT),
     "fish": lambda: shutil.which("fish") is not None,
     "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,
@@ -71,6 +78,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "OpenTelemetry": lambda: importlib.util.find_spec("opentelemetry") is not None,
     "kubernetes-validate": lambda: importlib.util.find_spec("kubernetes_validate") is not None,
     "kustomize": lambda: shutil.which("kustomize") is not None,
+    "sshd": lambda: shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin") is not None,
     "kubeconform": lambda: shutil.which("kubeconform") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }

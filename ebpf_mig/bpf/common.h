@@ -39,6 +39,7 @@ enum kind {
 	KIND_SEGMENT = 9,
 	KIND_SAMPLE = 10,
 	KIND_VCPU_SPAN = 11,
+	KIND_RETRANSMIT = 12,
 	KIND_THREADS = 15,		/* losses only: the thread table was full */
 	KIND_MAX = 16,
 };
@@ -101,7 +102,7 @@ static __always_inline bool is_target(u32 tgid)
 
 BPF_ARRAY(fetches, u64, 1);			/* by any traced process */
 struct owner {
-	u64 pid, socket;
+	u64 pid, socket, retransmits;
 };
 BPF_HASH(tcp_owners, u64, struct owner, 4096);	/* by struct sock */
 BPF_PERCPU_ARRAY(blank_thread, struct thread_state, 1);

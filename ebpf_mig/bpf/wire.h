@@ -4,7 +4,8 @@
  *
  * In: tcp:tcp_probe, which fires for each incoming segment of the host, before TCP has worked on it; sockets that no
  * traced call has used fail the first lookup. Out: SEGMENT records: what came, and what the socket itself has in
- * flight and has not been allowed to send.
+ * flight and has not been allowed to send. And tcp:tcp_retransmit_skb, which fires for each segment that is sent
+ * again. Out: RETRANSMIT records.
  */
 #pragma once
 
@@ -14,6 +15,11 @@ struct segment_record {
 	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received;
 };
 _Static_assert(sizeof(struct segment_record) == 8 * SEGMENT_WORDS, "segment record");
+
+struct retransmit_record {
+	u64 kind, at, pid, socket, bytes, seq, number;
+};
+_Static_assert(sizeof(struct retransmit_record) == 8 * RETRANSMIT_WORDS, "retransmit record");
 
 static __always_inline u32 half_at(u64 base, u32 offset)
 {
@@ -67,6 +73,43 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	r->seq = in_host_order(half_at(header, 4));
 	r->ack = ack;
 	r->received = half_at(sk, OFF_tcp_rcv_nxt);
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
+	__sync_fetch_and_add(&p->budget, -1);
+	return 0;
+}
+
+/*
+ * tcp_retransmit_skb: sk, skb. skb->cb begins with the first sequence number and that after the last (struct tcp_skb_cb,
+ * include/net/tcp.h, Linux 5.8 to 6.18). Each is counted; those while no vCPU runs are told, with the count so far.
+ */
+int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 sk = ctx->args[0], skb = ctx->args[1], now = bpf_ktime_get_ns();
+	struct owner *o = tcp_owners.lookup(&sk);
+	struct retransmit_record *r;
+	struct process_state *p;
+	u32 tgid, seq;
+
+	if (!o || inode_of(sk) != o->socket)
+		return 0;
+	__sync_fetch_and_add(&o->retransmits, 1);
+	tgid = o->pid;
+	p = processes.lookup(&tgid);
+	if (!p || !in_detail(p, now))
+		return 0;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_RETRANSMIT, true);
+		return 0;
+	}
+	seq = half_at(skb, OFF_skb_cb);
+	r->kind = KIND_RETRANSMIT;
+	r->at = now;
+	r->pid = tgid;
+	r->socket = o->socket;
+	r->bytes = (u32)(half_at(skb, OFF_skb_cb + 4) - seq);
+	r->seq = seq;
+	r->number = o->retransmits;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
 	return 0;

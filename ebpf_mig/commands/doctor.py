@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
 
 
 def _lines(check: Check) -> str:
-    text = f"{_SIGNS[check.state]}  {check.name:15} {printable(check.fact)}\n"
+    text = f"{_SIGNS[check.state]}  {check.name:16} {printable(check.fact)}\n"
     if check.remedy and check.state != "ok":
-        text += f"{'':9}{'':15} remedy: {check.remedy}\n"
+        text += f"{'':9}{'':16} remedy: {check.remedy}\n"
     return text

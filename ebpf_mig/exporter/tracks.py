@@ -20,6 +20,7 @@ from ebpf_mig.events import (
     Ioctl,
     Kick,
     OffCpu,
+    Retransmit,
     Segment,
     Socket,
     Thread,
@@ -49,7 +50,9 @@ STATE_BYTES = 4096
 KEPT_EVENTS = 300_000
 """Events held of one migration; beyond, the earliest transfers go first: they only make the totals of pre-copy."""
 
-_OF_ONE_PROCESS = Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | OffCpu | Segment
+_OF_ONE_PROCESS = (
+    Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | OffCpu | Segment | Retransmit
+)
 
 
 @dataclass

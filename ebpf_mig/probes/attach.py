@@ -43,6 +43,7 @@ EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
     Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
+    Extra("retransmits", (("tcp_retransmit_skb", "on_tcp_retransmit_skb"),)),
     HIDDEN_SENDS,
 )
 _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))

@@ -45,6 +45,7 @@ def checks() -> Iterator[Check]:
     """All answers, the required ones first."""
     questions: list[Callable[[], Check]] = [
         _privilege, _bcc, _kernel_btf, _kvm, _loads, _extras, _lockdown, _tracefs, _statistics, _clock, _qemu,
+        _cloud_hypervisor, _nested_state,
         _namespace,
     ]  # fmt: skip
     for question in questions:
@@ -182,6 +183,34 @@ def _qemu() -> Check:
         return Check("QEMU", WARN, "not found; needed by demo only", "apt-get install qemu-system-x86")
     run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
     return Check("QEMU", OK, (run.stdout.splitlines() or ["unknown version"])[0].removeprefix("QEMU emulator "))
+
+
+def _cloud_hypervisor() -> Check:
+    from ebpf_mig.lab.cloud_hypervisor import find_binary
+
+    name = "Cloud Hypervisor"
+    try:
+        path = find_binary(None)
+    except PreflightError as error:
+        return Check(name, WARN, "not found; needed by demo --vmm cloud-hypervisor only", error.remedy or "")
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    return Check(name, OK, (run.stdout.splitlines() or ["unknown version"])[0].removeprefix("cloud-hypervisor "))
+
+
+def _nested_state() -> Check:
+    """Cloud Hypervisor asks for it whatever the guest does, and a refusal fails its migrations after the stop."""
+    from ebpf_mig.lab.cloud_hypervisor import lacks_nested_state
+
+    if not Path("/dev/kvm").exists():
+        return Check("nested state", WARN, "not known without /dev/kvm")
+    if not lacks_nested_state():
+        return Check("nested state", OK, "KVM can save it")
+    fact = "KVM cannot save it: Cloud Hypervisor's migrations fail; the demo preloads a library that answers for it"
+    if shutil.which("cc") is None:
+        return Check("nested state", WARN, f"{fact}, and has no C compiler for it", "apt-get install gcc libc6-dev")
+    return Check(
+        "nested state", WARN, fact, "for VMs of your own: a KVM with nested virtualisation (kvm_intel nested=1)"
+    )
 
 
 def _namespace() -> Check:

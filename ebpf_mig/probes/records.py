@@ -16,6 +16,7 @@ from ebpf_mig.events import (
     Ioctl,
     Kick,
     OffCpu,
+    Retransmit,
     Samples,
     Segment,
     Socket,
@@ -35,6 +36,7 @@ WORDS = {
     "SOCKET_WORDS": 13,
     "OFF_CPU_WORDS": 8,
     "SEGMENT_WORDS": 12,
+    "RETRANSMIT_WORDS": 7,
     "THREAD_WORDS": 89,
     "SAMPLE_WORDS": 30,
     "VCPU_SPAN_WORDS": 9,
@@ -50,6 +52,7 @@ KIND_NAMES = {
     9: "segment",
     10: "sample",
     11: "vcpu-span",
+    12: "retransmit",
     15: "thread-table",
 }
 """Names of the kinds in loss reports."""
@@ -95,6 +98,10 @@ def _segment(w: tuple[int, ...]) -> Segment:
     return Segment(*w[1:])
 
 
+def _retransmit(w: tuple[int, ...]) -> Retransmit:
+    return Retransmit(*w[1:])
+
+
 def _sample(w: tuple[int, ...]) -> Samples:
     """One sample; its stack is still addresses, the tracer turns them into names and adds equal ones up."""
     _, _, pid, tid, begin, period, *frames = w
@@ -134,6 +141,7 @@ _DECODERS: dict[int, Callable[[tuple[int, ...]], AnyEvent]] = {
     9: _segment,
     10: _sample,
     11: _vcpu_span,
+    12: _retransmit,
 }
 
 
@@ -143,6 +151,8 @@ def decode(record: bytes) -> AnyEvent:
     return _DECODERS[words[0]](words)
 
 
+IN_VAIN = 1000
+"""Calls in a row that moved nothing, and are worth telling of."""
 _RUN_WORDS = 13
 _WAYS = ((0, 0), (1, 0), (0, 1))
 """(direction, hidden) of the open runs."""
@@ -167,9 +177,11 @@ def open_runs(tid: int, thread: tuple[int, ...], streams: dict[int, tuple[int, .
     for way, (direction, hidden) in enumerate(_WAYS):
         at = _RUN_AT + way * _RUN_WORDS
         begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _, *off = thread[at : at + _RUN_WORDS]
-        if calls:
+        if calls or failed >= IN_VAIN:
             before = streams.get(socket, (0, 0))[direction]
             waits = (-1, -1) if hidden else off
             numbers = (calls, size, in_call, longest, failed, before, *waits, hidden)
+            if not calls:  # what is left there is the last run's, which was told
+                numbers = (0, 0, 0, 0, failed, before, -1, -1, hidden)
             found.append(Transfer(begin, end, thread[0], tid, _signed(fd), direction, socket, *numbers))
     return found

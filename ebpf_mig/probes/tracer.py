@@ -65,6 +65,7 @@ _OFFSETS = {
     "OFF_skc_v6_rcv_saddr": ("sock_common", "skc_v6_rcv_saddr"),
     "OFF_skb_data": ("sk_buff", "data"),
     "OFF_skb_len": ("sk_buff", "len"),
+    "OFF_skb_cb": ("sk_buff", "cb"),
     "OFF_tcp_una": ("tcp_sock", "snd_una"),
     "OFF_tcp_nxt": ("tcp_sock", "snd_nxt"),
     "OFF_tcp_write": ("tcp_sock", "write_seq"),

@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.vmm.ch_api import RefusedError
 
 AFTER_S = 5.0
 """How long one end may take to show what the other has shown."""
 REASON_S = 1.0
+_LOST = "the connection to its host broke"
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
 _LOOK_S = 0.5
@@ -78,6 +80,7 @@ class Ending:
     source: int
     """pidfds of the two processes."""
     destination: int
+    """-1: on another host."""
     long: bool
     """The source may live long after the destination runs: it serves pages (postcopy)."""
     why_failed: Callable[[], str]
@@ -90,11 +93,13 @@ class Ending:
             while True:
                 if self.send.error is not None:
                     return "failed", str(self.send.error)
-                if self.receive.done.is_set():
+                if self.receive.done.is_set() and not self._lost():
                     return self._received(deadline)
                 if self.cancelled.done.is_set():
                     return "unknown", "interrupted; Cloud Hypervisor has no call to cancel, the migration goes on"
                 if _gone(self.source):
+                    if self._lost():
+                        return "unknown", f"the source is done; whether the destination runs is not known: {_LOST}"
                     if self._soon(self.receive.fd):
                         continue
                     return "failed", (
@@ -109,10 +114,17 @@ class Ending:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return "unknown", "not done in time; Cloud Hypervisor has no call to cancel, it may go on"
-                fds = [self.receive.fd, self.cancelled.fd, self.source, *worker.fds()]
+                fds = [self.cancelled.fd, self.source, *worker.fds()]
+                if not self._lost():
+                    fds.append(self.receive.fd)
                 if not self.send.done.is_set():
                     fds.append(self.send.fd)
                 _readable(fds, min(left, worker.patience()))
+
+    def _lost(self) -> bool:
+        """Whether the receive call ended only because the other host is out of reach; the migration may go on."""
+        error = self.receive.error
+        return self.destination < 0 and error is not None and not isinstance(error, RefusedError)
 
     def _received(self, deadline: float) -> tuple[str, str]:
         """The receive call has returned."""
@@ -124,7 +136,7 @@ class Ending:
             return "failed", str(self.send.error)
         if not _gone(self.source):
             self._soon(self.source, limit=limit)
-        if _gone(self.destination):
+        if self.destination >= 0 and _gone(self.destination):
             return "failed", "the destination ended"
         if self.destination_has_vm():
             return "completed", ""

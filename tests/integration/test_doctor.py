@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from ebpf_mig.lab.cloud_hypervisor import lacks_nested_state
 from tests.conftest import TRACING, requires
 
 DOCTOR = [sys.executable, "-m", "ebpf_mig.cli", "doctor"]
@@ -37,3 +38,12 @@ def test_what_is_missing_comes_with_its_remedy() -> None:
     assert done.returncode == 3
     assert "MISSING  privilege" in done.stdout and "remedy: run as root" in done.stdout
     assert "tracing cannot work here: privilege" in done.stderr
+
+
+@requires("/dev/kvm")
+def test_what_cloud_hypervisor_needs_of_kvm() -> None:
+    checks = {check["name"]: check for check in json.loads(run(*DOCTOR, "--json").stdout)}
+    nested = checks["nested state"]
+    assert (nested["state"] == "ok") is not lacks_nested_state()
+    assert nested["state"] == "ok" or ("preloads a library" in nested["fact"] and nested["remedy"])
+    assert checks["Cloud Hypervisor"]["state"] == "ok" or "demo --vmm" in checks["Cloud Hypervisor"]["fact"]

@@ -64,7 +64,7 @@ def test_the_wire_over_tcp_has_a_name(manner: str) -> None:
     assert run.breakdown is not None
     stall = next(w for w in run.breakdown.wire or [] if w.bytes > 30_000)
     assert stall.reason == "Nagle, delayed ACK" and "behind 16 B not acknowledged" in stall.evidence
-    assert "on the wire" in run.witness("send_state_ms").explanation
+    assert "sent but not received (Nagle, delayed ACK)" in run.witness("send_state_ms").explanation
 
 
 def test_the_second_fetch_of_newer_versions_is_told_apart() -> None:

@@ -22,6 +22,9 @@ from tests.truth.kvm import PAGE
 from tests.truth.machine import STATE, Source
 from tests.truth.parts import AFTER_MEMORY
 
+DEVICES = "x" * 30_000
+"""What stands for the state of devices."""
+
 
 class ChSource(Source):
     """The side that has the guest."""
@@ -116,7 +119,7 @@ class ChSource(Source):
             self.fetch(clear=False)
             self.enter("state.save")
         snapshot_ms, sending = snapshot.ms(), Clock()
-        payload = json.dumps({"vcpus": base64.b64encode(state).decode(), "devices": "x" * 30_000}).encode()
+        payload = json.dumps({"vcpus": base64.b64encode(state).decode(), "devices": DEVICES}).encode()
         self.enter("state.send")
         ch_wire.request(connection, ch_wire.STATE, len(payload))
         self.entered()

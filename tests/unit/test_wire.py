@@ -7,7 +7,7 @@ import msgspec
 
 from ebpf_mig import wire
 from ebpf_mig.breakdown import Wire
-from ebpf_mig.events import Segment, Transfer
+from ebpf_mig.events import Retransmit, Segment, Transfer
 
 US = 1000
 SRC, DST, NEAR, FAR = 1000, 2000, 70, 80
@@ -96,3 +96,29 @@ def test_calls_that_were_folded_tell_no_reason() -> None:
     folded = msgspec.structs.replace(receive(160, 9010, 16, 43_047), calls=300)
     found = only(SENDS, [receive(90, 150, 0, 16), folded], [data(140, 16)])
     assert found.reason == "unknown" and "one by one" in found.evidence
+
+
+def again(at: int, size: int, number: int) -> Retransmit:
+    return Retransmit(at * US, SRC, NEAR, size, 0, number)
+
+
+RECEIVED_LATE = [receive(90, 150, 0, 16), receive(160, 240_500, 16, 43_047)]
+
+
+def late(segments: list[Segment], *repeated: Retransmit) -> Wire:
+    (found,) = wire.gather(SENDS, RECEIVED_LATE, segments, (0, 300_000 * US), repeated)
+    return found
+
+
+def test_a_segment_that_got_lost() -> None:
+    found = late([data(140, 16), ack(40_450, 16, 43_047), data(240_400, 43_047)], again(240_390, 43_047, 7))
+    assert found.reason == "retransmission"
+    assert found.evidence == "43047 B sent again, once, first after 240.2 ms; no. 7 of its socket"
+    found = late([data(140, 16), data(240_400, 43_047)], again(40_150, 16, 1), again(240_390, 43_047, 2))
+    assert found.evidence == "43047 B sent again, 2 times, first after 40.0 ms; no. 2 of its socket"
+
+
+def test_a_retransmission_that_let_nothing_out() -> None:
+    segments = [data(140, 16), ack(240_390, 16, 43_047), data(240_400, 43_047)]
+    assert late(segments, again(100_000, 16, 1)).reason == "Nagle, delayed ACK"
+    assert late(segments, again(240_450, 16, 1)).reason == "Nagle, delayed ACK"
