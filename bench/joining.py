@@ -67,6 +67,20 @@ def side_of(recording: Recording, role: str) -> Recording:
     return Recording(header=header, events=events, truncated=False, reason="", unknown=0)
 
 
+def by_one_clock(source: Recording, destination: Recording) -> Recording:
+    """Two recordings of one kernel, as one recorder would have made them."""
+    header = replace(source.header, targets=[*source.header.targets, *destination.header.targets])
+    events = [*(e for e in source.events if not isinstance(e, Ending)), *destination.events]
+    return replace(source, header=header, events=events)
+
+
+def seeds_of(paths: Sequence[Path]) -> list[tuple[Path, Recording]]:
+    """The recordings that can be joined with themselves, and those of the lab's two hosts."""
+    halves = [read_recording(DATA / "hosts" / f"{role}.rec") for role in ("source", "destination")]
+    found = [(path, read_recording(path)) for path in paths]
+    return [*((path, one) for path, one in found if is_two_sided(one)), (DATA / "hosts", by_one_clock(*halves))]
+
+
 def skewed(recording: Recording, skew: Skew) -> Recording:
     """The same by another clock."""
     known = recording.header.clock
@@ -163,8 +177,7 @@ def main() -> int:
     if options.lab:
         return lab(options.lab)
     random.seed(options.seed)
-    paths = options.recordings or sorted(DATA.glob("*.rec"))
-    seeds = [(path, one) for path in paths if is_two_sided(one := read_recording(path))]
+    seeds = seeds_of(options.recordings or sorted(DATA.glob("*.rec")))
     widths: dict[str, list[int]] = defaultdict(list)
     differences: list[int] = []
     wrong = open_ended = 0

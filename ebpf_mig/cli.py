@@ -27,7 +27,7 @@ from ebpf_mig.printable import printable
 
 COMMANDS = (
     "demo", "migrate", "record", "report", "join", "export", "bench", "diff", "watch", "exporter", "doctor", "schema",
-    "completion",
+    "completion", "relay",
 )  # fmt: skip
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
 

@@ -19,10 +19,11 @@ from ebpf_mig import clock, matching, pairs
 from ebpf_mig import events as ev
 from ebpf_mig.clock import Bounds, ContradictionError, Evidence, Hull
 from ebpf_mig.errors import UsageError
+from ebpf_mig.folding import read_folded
 from ebpf_mig.matching import End, JoinError, Match
 from ebpf_mig.printable import printable
 from ebpf_mig.processes import Process
-from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.recording import Recording
 
 LATEST = 1 << 62
 """No clock shows more, ns; instants beyond are cut to it."""
@@ -109,7 +110,7 @@ def read_both(
     first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
 ) -> Recording:
     """Reads two files and joins them; see `joined`. RecordingError if one is no recording."""
-    both = read_recording(first), read_recording(second)
+    both = read_folded(first), read_folded(second)
     return joined(*both, names or (printable(first), printable(second)), hint, pid)
 
 
@@ -197,17 +198,19 @@ def _refused(bounds: Bounds, wall: tuple[int, int]) -> str:
 def _evidence(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
     """What one connection says."""
     found = Evidence()
-    out, back, arrivals, returns, acks, replies = (Hull() for _ in range(6))
+    out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
     pairs.follows(pairs.Way(near.sends, far.receives, _from_start(source, near)), out, True)
     pairs.follows(pairs.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
     here = sorted(source.segments[near.pid, near.inode], key=attrgetter("at_ns"))
     there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
     pairs.arrived(near.sends, here, there, arrivals, True)
     pairs.arrived(far.sends, there, here, returns, False)
+    pairs.released(here, there, opened, True)
+    pairs.released(there, here, reopened, False)
     pairs.acknowledged(there, here, acks, True)
     pairs.acknowledged(here, there, replies, False)
-    found.most = [hull for hull in (out, arrivals, replies) if hull.count]
-    found.least = [hull for hull in (back, returns, acks) if hull.count]
+    found.most = [hull for hull in (out, arrivals, replies, opened) if hull.count]
+    found.least = [hull for hull in (back, returns, acks, reopened) if hull.count]
     return found
 
 

@@ -134,6 +134,39 @@ def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hul
             hull.add(latest, ack.at_ns - latest)
 
 
+def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool) -> None:
+    """Adds pairs from TCP itself: what had not left when some segment came to the sender arrived later.
+
+    `sender` are segments as they came to one end, which tell up to where it had sent; `data` those that came to the
+    other, in order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
+    """
+    known = [segment for segment in sender if segment.ack >= 0]
+    if not known:
+        return
+    place, index = _next(known[0]), 0
+    latest: int | None = None
+    used: int | None = None
+    for segment in data:
+        if segment.seq < 0 or not segment.payload:
+            continue
+        reached = _after(place, (segment.seq + segment.payload) % _WRAP)
+        while index < len(known) and (before := _after(place, _next(known[index]))) < reached:
+            place, latest = max(place, before), known[index].at_ns
+            index += 1
+        if latest is None or latest == used:
+            continue
+        used = latest
+        if data_is_other:
+            hull.add(latest, segment.at_ns - latest)
+        else:
+            hull.add(segment.at_ns, segment.at_ns - latest)
+
+
+def _next(segment: Segment) -> int:
+    """The sequence number that the socket was to send next (snd_nxt)."""
+    return (segment.ack - segment.acked + segment.in_flight) % _WRAP
+
+
 def arrived(
     sends: Sequence[Transfer], acks: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool
 ) -> None:

@@ -91,9 +91,11 @@ class Recorder:
         return recording
 
     @property
-    def running(self) -> bool:
-        """Whether the command still runs."""
-        return self._process.poll() is None
+    def status(self) -> int | None:
+        """How the command ended; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(2 if self._ended else 0)
+        return self._process.poll()
 
     def close(self) -> None:
         """Ends it, at the latest now; idempotent."""

@@ -211,15 +211,15 @@ class RecordingReader:
         try:
             while frame := self._read_frame():
                 events = self._decode(*frame)
-                ended = ended or any(type(event) is Ending for event in events)
+                ended = ended or Ending in map(type, events)
                 yield events
         except DamageError as damage:
-            self._cut(str(damage))
+            self.cut(str(damage))
         except OSError as error:
-            self._cut(f"block {self._block} cannot be read: {error.strerror}")
+            self.cut(f"block {self._block} cannot be read: {error.strerror}")
         else:
             if not ended:
-                self._cut("it has no ending: tracing was killed or is still going on")
+                self.cut("it has no ending: tracing was killed or is still going on")
 
     def close(self) -> None:
         """Close the file if we opened it."""
@@ -237,7 +237,8 @@ class RecordingReader:
             why = error.strerror if isinstance(error, OSError) else error
             raise RecordingError(f"cannot read {self._name}: {why}") from error
 
-    def _cut(self, reason: str) -> None:
+    def cut(self, reason: str) -> None:
+        """Notes that later events are missing."""
         self.truncated = True
         self.reason = reason
 
@@ -305,7 +306,7 @@ def read_recording(source: str | Path | bytes | BinaryIO) -> Recording:
     with RecordingReader(source) as reader:
         for block in reader.blocks():
             if len(events) + len(block) > MAX_EVENTS:
-                reader._cut(f"it holds more than {MAX_EVENTS} events")
+                reader.cut(f"it holds more than {MAX_EVENTS} events")
                 break
             events += block
         return Recording(

@@ -40,6 +40,10 @@ MAX_ITEM_TEXT = 512
 TEXTUAL = frozenset(event for event in get_args(AnyEvent) if not set(get_type_hints(event).values()) <= {int, bool})
 """Events with fields of variable size, which `bounded` is for."""
 
+_VARIABLE = {
+    event: tuple(name for name, kind in get_type_hints(event).items() if kind not in (int, bool)) for event in TEXTUAL
+}
+
 # RecursionError: arrays nested thousands deep. UnicodeDecodeError: a string that is not UTF-8.
 _UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 _TAGS = frozenset(event.__struct_config__.tag for event in get_args(AnyEvent))
@@ -116,8 +120,11 @@ def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
 
 def bounded(event: AnyEvent) -> AnyEvent:
     """`event` with its strings, lists and dictionaries cut to the limits, and its strings encodable as UTF-8."""
+    fields = _VARIABLE[type(event)]
+    if all(_fits(getattr(event, name)) for name in fields):
+        return event
     changes: dict[str, Any] = {}
-    for name in event.__struct_fields__:
+    for name in fields:
         value = getattr(event, name)
         if isinstance(value, str):
             changes[name] = _text(value, MAX_TEXT)
@@ -126,6 +133,17 @@ def bounded(event: AnyEvent) -> AnyEvent:
         elif isinstance(value, tuple):
             changes[name] = tuple(_text(item, MAX_ITEM_TEXT) for item in value[:MAX_ITEMS])
     return msgspec.structs.replace(event, **changes)
+
+
+def _fits(value: object) -> bool:
+    """Whether it is surely within the limits, which nearly all are; `bounded` looks closer at the others."""
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT and value.isascii()
+    if isinstance(value, tuple):
+        return not value or (len(value) <= MAX_ITEMS and all(len(v) <= MAX_ITEM_TEXT and v.isascii() for v in value))
+    if isinstance(value, dict):
+        return len(value) <= MAX_ITEMS and all(len(key) <= MAX_ITEM_TEXT and key.isascii() for key in value)
+    return True
 
 
 def _text(text: str, limit: int) -> str:

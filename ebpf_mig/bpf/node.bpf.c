@@ -114,10 +114,11 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 static __always_inline int memslot(u64 region)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32, flags = 0;
-	u64 now, *last;
+	u64 now, *last, size = 0;
 
 	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(region + 4));
-	if (!(flags & KVM_MEM_LOG_DIRTY_PAGES))
+	bpf_probe_read_kernel(&size, sizeof(size), (void *)(region + 16));
+	if (!(flags & KVM_MEM_LOG_DIRTY_PAGES) || !size)	/* without a size it is taken away */
 		return 0;
 	now = bpf_ktime_get_ns();
 	last = logging.lookup(&tgid);
@@ -130,7 +131,7 @@ static __always_inline int memslot(u64 region)
 	return 0;
 }
 
-/* kvm_set_memory_region(struct kvm *, const struct kvm_userspace_memory_region[2] *): slot, flags, ... */
+/* kvm_set_memory_region(struct kvm *, const struct kvm_userspace_memory_region[2] *): slot, flags, address, size */
 int on_memslot_fentry(void *ctx)
 {
 	u64 region = 0;

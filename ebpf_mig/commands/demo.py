@@ -95,7 +95,8 @@ def command(
         names = both.file_names(output, "demo", force)
         start = _qemu if vmm == "qemu" else functools.partial(_cloud_hypervisor, local=False)
         outcome, halves = _two_hosts(scenario, functools.partial(start, binary=vmm_binary), timeout, tier)
-        tracing.conclude(outcome, both.show(halves, names, force, form, color), strict)
+        both.keep(halves, names, force)
+        tracing.conclude(outcome, both.show(halves, names, form, color), strict)
         return
     open_writer = functools.partial(tracing.open_recording, output, "demo", force=force)
     run = _qemu(scenario, vmm_binary) if vmm == "qemu" else _cloud_hypervisor(scenario, vmm_binary, local)

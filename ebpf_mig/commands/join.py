@@ -83,17 +83,19 @@ def command(
     FIRST and SECOND are recordings that `record` made on the two hosts of one migration, in any order.
     """
     from ebpf_mig.collector import analyse
+    from ebpf_mig.folding import read_folded
     from ebpf_mig.joining import joined
     from ebpf_mig.printable import printable
-    from ebpf_mig.recording import RecordingWriter, read_recording
+    from ebpf_mig.recording import RecordingWriter
 
     if recording is not None and recording == output:
         raise UsageError("the report and the joined recording cannot be one file", "give them two names")
     names = printable(first), printable(second)
-    both = [read_recording(file) for file in (first, second)]
+    both = [read_folded(file) for file in (first, second)]
     for name, one in zip(names, both, strict=True):
         warn(name, one)
     whole = joined(both[0], both[1], names, hint, pid)
+    del both
     if recording is not None:
         with RecordingWriter(recording, whole.header, force) as writer:
             writer.write_many(whole.events)

@@ -8,8 +8,11 @@ import functools
 
 import click
 
-from ebpf_mig.commands import tracing
+from ebpf_mig.commands import both, tracing
 from ebpf_mig.commands.common import DURATION, RATE, color_option, examples, format_option, strict_option
+from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.joining import Hint
+from ebpf_mig.vmm.base import Elsewhere
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
 from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
 
@@ -42,6 +45,7 @@ def command() -> None:
 @click.option("--bandwidth", type=RATE, help="Set QEMU's max-bandwidth, e.g. 10Gbit; 0: unlimited.")
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Cancel the migration after this.")
+@both.elsewhere_options
 @tracing.recording_options
 @tracing.tier_option
 @format_option("text", "json")
@@ -56,6 +60,11 @@ def qemu(
     bandwidth: int | None,
     postcopy: bool,
     timeout: int,
+    source_host: str | None,
+    destination_host: str | None,
+    remote_command: str | None,
+    remote_tool: str,
+    hint: Hint | None,
     output: str | None,
     force: bool,
     tier: str,
@@ -67,6 +76,19 @@ def qemu(
     tracing.check_output(output, force)
     downtime_ms = None if downtime_limit is None else downtime_limit // 10**6
     options = QemuOptions(bandwidth, downtime_ms, multifd, postcopy)
+    way = both.way_of(source_host, destination_host, remote_command, remote_tool)
+    if way is not None:
+        names = both.file_names(output, "migrate", force)
+        sockets = {"source": source, "destination": destination}
+
+        def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> QemuMigration:
+            return QemuMigration(near, far, uri, options, remote)
+
+        outcome, halves, problem = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        tracing.conclude(outcome, both.show(halves, names, form, color, hint), strict)
+        if problem:
+            click.get_current_context().exit(PreflightError.exit_code)
+        return
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(QemuMigration(source, destination, uri, options)) as migration:
         outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
@@ -102,6 +124,7 @@ The destination is a Cloud Hypervisor started with --api-socket alone."""
 @click.option("--source-events", metavar="FILE", help="What the source's --event-monitor writes.")
 @click.option("--destination-events", metavar="FILE", help="The same of the destination.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
+@both.elsewhere_options
 @tracing.recording_options
 @tracing.tier_option
 @format_option("text", "json")
@@ -122,6 +145,11 @@ def cloud_hypervisor(
     source_events: str | None,
     destination_events: str | None,
     timeout: int,
+    source_host: str | None,
+    destination_host: str | None,
+    remote_command: str | None,
+    remote_tool: str,
+    hint: Hint | None,
     output: str | None,
     force: bool,
     tier: str,
@@ -136,6 +164,21 @@ def cloud_hypervisor(
         local, downtime_ms, timeout_s, connections, tls_dir, postcopy,
         source_log, destination_log, source_events, destination_events,
     )  # fmt: skip
+    way = both.way_of(source_host, destination_host, remote_command, remote_tool)
+    if way is not None:
+        if source_host or destination_log or destination_events:
+            raise UsageError("only the destination can be elsewhere, without its files", "run it on the source's host")
+
+        def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> ChMigration:
+            return ChMigration(near, far, url, options, remote)
+
+        names = both.file_names(output, "migrate", force)
+        sockets = {"source": source, "destination": destination}
+        outcome, halves, problem = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        tracing.conclude(outcome, both.show(halves, names, form, color, hint), strict)
+        if problem:
+            click.get_current_context().exit(PreflightError.exit_code)
+        return
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
         outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)

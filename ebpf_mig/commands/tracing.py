@@ -24,7 +24,7 @@ from ebpf_mig.commands.common import say as say  # noqa: PLC0414 - others take i
 from ebpf_mig.commands.common import write_result
 from ebpf_mig.commands.report import rendered, require_complete
 from ebpf_mig.errors import UsageError, VmmError
-from ebpf_mig.events import AnyEvent, Header
+from ebpf_mig.events import AnyEvent, Header, Mark
 from ebpf_mig.probes.functions import AUTO, NAMES
 from ebpf_mig.recording import RecordingWriter, default_name, read_recording
 from ebpf_mig.session import Session
@@ -130,7 +130,8 @@ def trace_migration(
                 raise run.error
             outcome = run.outcome or Outcome("unknown")
             reason = "migrated" if outcome.result == "completed" else outcome.result
-            session.finish(writer, reason, outcome.marks)
+            here = [event for event in outcome.marks if not (isinstance(event, Mark) and event.pid < 0)]
+            session.finish(writer, reason, here)
     if interrupted is not None:
         raise interrupted
     return outcome, name

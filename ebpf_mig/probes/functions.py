@@ -106,9 +106,12 @@ VCPU_RETURNS = tuple(
 """Where a vCPU's ioctls return by kprobes: a return probe on kvm_vcpu_ioctl would be held as long as a guest runs, and
 the kernel has few of them."""
 
-MEMSLOT = Function(("kvm_set_memory_region",), "node", ("logging",),
-                   {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)  # fmt: skip
-"""Where a VM's memory begins to be logged: the standing trigger of `watch` and `exporter`."""
+MEMSLOTS = tuple(
+    Function((name,), "node", ("logging",), {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)
+    for name in ("kvm_set_memory_region", "__kvm_set_memory_region")
+)
+"""Where a VM's memory begins to be logged, the standing trigger of `watch` and `exporter`: the one calls the other, and
+may be inlined into its caller (as in Linux 6.12)."""
 
 
 @dataclass(frozen=True)

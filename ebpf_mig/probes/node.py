@@ -17,7 +17,7 @@ import msgspec
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import btf
-from ebpf_mig.probes.functions import AUTO, MEMSLOT, Chooser
+from ebpf_mig.probes.functions import AUTO, MEMSLOTS, Chooser
 from ebpf_mig.probes.handed import Description, Handed
 from ebpf_mig.probes.hooks import TRACEPOINT, Hook
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
@@ -121,8 +121,9 @@ def _memslot_hooks(program: Program) -> list[Hook]:
     with contextlib.closing(BpfStatistics()) as statistics:
         if not statistics.enabled:
             return []
-        with contextlib.closing(Chooser(AUTO, (MEMSLOT,))) as chooser:
-            hooks = [hook for f, (how, name) in chooser.fired()[0].items() for hook in chooser.hooks(f, name, how)]
+        with contextlib.closing(Chooser(AUTO, MEMSLOTS)) as chooser:
+            fired, _ = chooser.fired()
+            hooks = [hook for f in MEMSLOTS if f in fired for hook in chooser.hooks(f, fired[f][1], fired[f][0])][:1]
             for hook in hooks:
                 program.load_hook(hook, chooser.module_fd)
     return hooks

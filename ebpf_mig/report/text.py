@@ -173,7 +173,11 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
             f"{'window':19}{doubt.limited(window, breakdown.window_bound_ns, breakdown.clock):>11}{'100.0%':>8}", "dim"
         )
     )
-    unseen = [phase.phase for phase in breakdown.phases if not phase.duration_ns and phase.phase != "unattributed"]
+    unseen = [
+        phase.phase
+        for phase in breakdown.phases
+        if not (phase.duration_ns or phase.bound_ns) and phase.phase != "unattributed"
+    ]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)
 

@@ -8,11 +8,12 @@ what the VMM itself says about the migration, to be set beside the kernel's figu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ebpf_mig.events import AnyEvent, Mark, Target
+from ebpf_mig.events import AnyEvent, ClockPair, Mark, Target
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,24 @@ class Outcome:
     """completed, failed, cancelled or unknown."""
     error: str = ""
     marks: tuple[AnyEvent, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An end on another host, as far as its recorder there tells."""
+
+    pid: int = 0
+    """There; 0 unknown."""
+    clock: ClockPair | None = None
+    """That host's clocks; None unknown."""
+
+    read: Callable[[list[str]], str] | None = None
+    """Reads files there."""
+
+    @property
+    def key(self) -> int:
+        """What stands for its pid in marks: no process here has it."""
+        return -1 - self.pid
 
 
 class Migration(Protocol):

@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.vmm.ch_api import RefusedError
 
 AFTER_S = 5.0
 """How long one end may take to show what the other has shown."""
 REASON_S = 1.0
 """How long its log may take to have the reason."""
+_LOST = "the connection to its host broke"
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
 LOOK_S = 0.5
@@ -79,6 +81,7 @@ class Ending:
     source: int
     """pidfds of the two processes."""
     destination: int
+    """-1: on another host."""
     long: bool
     """The source may live long after the destination runs: it serves pages (postcopy)."""
     why_failed: Callable[[], str]
@@ -91,11 +94,13 @@ class Ending:
             while True:
                 if self.send.error is not None:
                     return "failed", str(self.send.error)
-                if self.receive.done.is_set():
+                if self.receive.done.is_set() and not self._lost():
                     return self._received(deadline, worker)
                 if self.cancelled.done.is_set():
                     return "unknown", "interrupted; Cloud Hypervisor has no call to cancel, the migration goes on"
                 if _gone(self.source):
+                    if self._lost():
+                        return "unknown", f"the source is done; whether the destination runs is not known: {_LOST}"
                     if self._soon(self.receive.fd):
                         continue
                     return "failed", (
@@ -110,10 +115,17 @@ class Ending:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return "unknown", "not done in time; Cloud Hypervisor has no call to cancel, it may go on"
-                fds = [self.receive.fd, self.cancelled.fd, self.source, *worker.fds()]
+                fds = [self.cancelled.fd, self.source, *worker.fds()]
+                if not self._lost():
+                    fds.append(self.receive.fd)
                 if not self.send.done.is_set():
                     fds.append(self.send.fd)
                 _readable(fds, min(left, worker.patience()))
+
+    def _lost(self) -> bool:
+        """Whether the receive call ended only because the other host is out of reach; the migration may go on."""
+        error = self.receive.error
+        return self.destination < 0 and error is not None and not isinstance(error, RefusedError)
 
     def _received(self, deadline: float, worker: _Worker) -> tuple[str, str]:
         """The receive call has returned."""
@@ -125,7 +137,7 @@ class Ending:
             return "failed", str(self.send.error)
         if not _gone(self.source):
             self._soon(self.source, limit=limit)
-        if _gone(self.destination):
+        if self.destination >= 0 and _gone(self.destination):
             return "failed", "the destination ended"
         if self.destination_has_vm():
             return "completed", ""
@@ -141,7 +153,9 @@ class Ending:
         until = time.monotonic() + AFTER_S
         if not self.send.done.is_set():
             self._soon(self.send.fd)
-        while self.send.done.is_set() and not worker.ended() and time.monotonic() < until:
+        while self.send.done.is_set() and self.send.error is None and time.monotonic() < until:
+            if worker.ended() or _gone(self.source):
+                break
             _readable([*worker.fds(), self.source], LOOK_S)
         until = time.monotonic() + REASON_S
         while not (why := str(self.send.error or "") or self.why_failed()) and time.monotonic() < until:

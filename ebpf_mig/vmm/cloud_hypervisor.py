@@ -18,11 +18,11 @@ from typing import Any
 from ebpf_mig.errors import UsageError, VmmError
 from ebpf_mig.events import AnyEvent, Target
 from ebpf_mig.vmm import ch_events
-from ebpf_mig.vmm.base import Outcome, mark
+from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
 from ebpf_mig.vmm.ch_api import Api
 from ebpf_mig.vmm.ch_end import Call, Ending
 from ebpf_mig.vmm.ch_log import LogPlace
-from ebpf_mig.vmm.listening import listens
+from ebpf_mig.vmm.listening import listens, listens_there
 
 _LISTEN_S = 10.0
 _SEND, _RECEIVE = "vm.send-migration", "vm.receive-migration"
@@ -75,15 +75,26 @@ class ChOptions:
 
 
 class ChMigration:
-    """One migration between two Cloud Hypervisors on this host."""
+    """One migration between two Cloud Hypervisors on this host, or with the destination elsewhere."""
 
-    def __init__(self, source: str, destination: str, url: str, options: ChOptions | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        destination: str,
+        url: str,
+        options: ChOptions | None = None,
+        remote: tuple[str, Elsewhere] | None = None,
+    ) -> None:
+        """`remote`: `destination`, and what is known of it."""
+        self._elsewhere = remote[1] if remote else None
         self.url = url
         self.options = options or ChOptions()
         self.options.check(url)
         self._src, self._dst = Api(source, "source"), Api(destination, "destination")
         self._src_pid, self._src_version = self._src.ping()
         self._dst_pid, self._dst_version = self._dst.ping()
+        if self._elsewhere is not None:  # the peer here is ssh
+            self._dst_pid = self._elsewhere.key
         if self._src_pid == self._dst_pid:
             raise VmmError("source and destination are the same Cloud Hypervisor", "give each its own API socket")
         o = self.options
@@ -97,10 +108,20 @@ class ChMigration:
     def targets(self) -> list[Target]:
         """Source first."""
         vmm = "cloud-hypervisor"
-        return [
-            Target(pid=self._src_pid, role="source", vmm=vmm, vmm_version=self._src_version),
-            Target(pid=self._dst_pid, role="destination", vmm=vmm, vmm_version=self._dst_version),
-        ]
+        source = Target(pid=self._src_pid, role="source", vmm=vmm, vmm_version=self._src_version)
+        if self._elsewhere is not None:
+            return [source]
+        return [source, Target(pid=self._dst_pid, role="destination", vmm=vmm, vmm_version=self._dst_version)]
+
+    def version(self, role: str) -> str:
+        """What the API told of that end."""
+        return self._src_version if role == "source" else self._dst_version
+
+    def _listens(self) -> bool:
+        away = self._elsewhere
+        if away is not None and away.read is not None:
+            return listens_there(away.read, away.pid, self.url)
+        return listens(self._dst_pid, self.url)
 
     def prepare(self) -> None:
         """The destination is made to listen; VmmError if either end is in no state for it, or cannot what is asked."""
@@ -120,7 +141,7 @@ class ChMigration:
         self._asked[ch_events.RECEIVE_ASKED] = time.monotonic_ns()
         self._receive.start(_RECEIVE, lambda: self._dst.call("PUT", _RECEIVE, receive, None))
         deadline = time.monotonic() + _LISTEN_S
-        while not listens(self._dst_pid, self.url):
+        while not self._listens():
             if self._receive.error is not None:
                 raise self._receive.error
             if time.monotonic() > deadline:
@@ -147,11 +168,13 @@ class ChMigration:
         trigger = mark(self._src_pid, "session.trigger", self.url)
         with contextlib.ExitStack() as stack:
             try:
-                source, destination = os.pidfd_open(self._src_pid), os.pidfd_open(self._dst_pid)
+                source = os.pidfd_open(self._src_pid)
+                stack.callback(os.close, source)
+                destination = os.pidfd_open(self._dst_pid) if self._elsewhere is None else -1
             except OSError:
                 return Outcome("failed", "a VMM ended before the migration began", (trigger,))
-            stack.callback(os.close, source)
-            stack.callback(os.close, destination)
+            if destination >= 0:
+                stack.callback(os.close, destination)
             self._asked[ch_events.SEND_ASKED] = time.monotonic_ns()
             body = self.options.send(self.url)
             self._send.start(_SEND, lambda: self._src.call("PUT", _SEND, body, None))

@@ -9,7 +9,7 @@ Tables: net/ipv4/tcp_ipv4.c (`get_tcp4_sock`), net/unix/af_unix.c (`unix_seq_sho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LISTEN = "0A"
@@ -24,6 +24,18 @@ def listens(pid: int, url: str) -> bool:
     found = _unix(pid, rest) if kind == "unix" else _tcp(pid, rest.rpartition(":")[2])
     wanted = set(found)
     return bool(wanted) and bool(wanted & set(_sockets(pid)))
+
+
+def listens_there(read: Callable[[list[str]], str], pid: int, url: str) -> bool:
+    """The same on another host, by the tables of the process's network namespace; whose socket it is is not known.
+
+    `pid` 0: not known, then the network of whoever reads.
+    """
+    port = url.rpartition(":")[2]
+    network = f"/proc/{pid}/net" if pid else "/proc/net"
+    rows = [line.split() for line in read([f"{network}/tcp", f"{network}/tcp6"]).splitlines()]
+    end = f":{int(port):04X}" if port.isdigit() else ""
+    return any(len(row) > 3 and row[1].endswith(end) and row[3] == _LISTEN for row in rows) if end else False
 
 
 def _rows(pid: int, table: str) -> Iterator[list[str]]:

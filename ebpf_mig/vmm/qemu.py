@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.events import Target
-from ebpf_mig.vmm.base import Outcome, mark
+from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
 from ebpf_mig.vmm.qemu_side import ENDED, Side
 from ebpf_mig.vmm.qmp import Monitor, UnansweredError
 
@@ -67,8 +67,17 @@ class QemuOptions:
 class QemuMigration:
     """One migration between two QEMUs on this host, or of one whose destination is elsewhere (`destination` None)."""
 
-    def __init__(self, source: str, destination: str | None, uri: str, options: QemuOptions | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        destination: str | None,
+        uri: str,
+        options: QemuOptions | None = None,
+        remote: tuple[str, Elsewhere] | None = None,
+    ) -> None:
+        """`remote`: the role of the end that is on another host, and what is known of it."""
         self.uri = uri
+        self._remote = dict([remote]) if remote else {}
         self.options = options or QemuOptions()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
@@ -89,7 +98,13 @@ class QemuMigration:
         return [
             Target(pid=side.pid, role=role, vmm="qemu", vmm_version=side.monitor.version)
             for role, side in zip(roles, self._sides, strict=False)
+            if side.remote is None
         ]
+
+    def version(self, role: str) -> str:
+        """What QMP told of that end."""
+        side = self._src if role == "source" else self._dst
+        return side.monitor.version if side else ""
 
     def prepare(self) -> None:
         """Capabilities and parameters on both sides; a destination in `-incoming defer` is told to listen."""
@@ -128,9 +143,9 @@ class QemuMigration:
         return [side for side in (self._src, self._dst) if side is not None]
 
     async def _connect(self, source: str, destination: str | None) -> None:
-        self._src = await _open_side(source, "source")
+        self._src = await _open_side(source, "source", self._remote.get("source"))
         if destination is not None:
-            self._dst = await _open_side(destination, "destination")
+            self._dst = await _open_side(destination, "destination", self._remote.get("destination"))
             if self._dst.pid == self._src.pid:
                 raise VmmError("source and destination are the same QEMU", "give each VM's own QMP socket")
 
@@ -176,7 +191,8 @@ class QemuMigration:
         if self._cancelled:
             return Outcome("cancelled", "before it began")
         listeners = [asyncio.ensure_future(side.listen()) for side in self._sides]
-        trigger = mark(self._source.pid, "session.trigger", self.uri)
+        away = self._source.remote is not None  # and our clock is not its host's
+        triggers = [] if away else [mark(self._source.pid, "session.trigger", self.uri)]
         problem = await self._migrate(timeout_s)
         patience = _DESTINATION_S if self._source.status == "completed" else 1.0
         await self._until(self._destination_done, patience)
@@ -185,7 +201,7 @@ class QemuMigration:
             listener.cancel()
         await asyncio.gather(*listeners, return_exceptions=True)
         result, error = self._judge(problem, said)
-        marks = [trigger, *(event for side in self._sides for event in side.marks), *figures]
+        marks = [*triggers, *(event for side in self._sides for event in side.marks), *figures]
         return Outcome(result, error, tuple(marks))
 
     async def _migrate(self, timeout_s: float) -> str:
@@ -289,9 +305,11 @@ class QemuMigration:
         return "unknown", f"the source is done; whether the destination runs is not known: {why}"
 
 
-async def _open_side(path: str, role: str) -> Side:
+async def _open_side(path: str, role: str, remote: Elsewhere | None) -> Side:
     """Connects to one end and finds its process; VmmError, with nothing left open."""
     monitor = await Monitor.open(path, role)
+    if remote is not None:
+        return Side(monitor, remote.key, remote)
     try:
         return Side(monitor, await monitor.pid())
     except BaseException:

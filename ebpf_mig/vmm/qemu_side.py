@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import os
 import select
+import time
 from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.events import AnyEvent
-from ebpf_mig.vmm.base import mark
+from ebpf_mig.events import AnyEvent, Mark
+from ebpf_mig.vmm.base import Elsewhere, mark
 from ebpf_mig.vmm.qmp import Monitor
 
 FINAL = frozenset({"completed", "failed", "cancelled"})
@@ -32,9 +33,11 @@ _RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy
 class Side:
     """One end while the migration runs: what it said, and whether it is done."""
 
-    def __init__(self, monitor: Monitor, pid: int) -> None:
+    def __init__(self, monitor: Monitor, pid: int, remote: Elsewhere | None = None) -> None:
         self.monitor = monitor
         self.pid = pid
+        self.remote = remote
+        """Of another host: `pid` is negative, marks are on that host's clock, and whether it lives is not known."""
         self.marks: list[AnyEvent] = []
         self.status = ""
         """The last migration status; empty before the first."""
@@ -44,10 +47,10 @@ class Side:
         self.dead = False
         """So is the process; known once `gone`."""
         self.changed = asyncio.Event()
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except OSError:
-            self._pidfd = -1
+        self._pidfd = -1
+        if remote is None:
+            with contextlib.suppress(OSError):
+                self._pidfd = os.pidfd_open(pid)
 
     @property
     def ended(self) -> bool:
@@ -91,10 +94,10 @@ class Side:
         for key, name, values in wanted:
             value = _count(values.get(key))
             if value is not None:
-                found.append(mark(self.pid, f"qmp.{name.replace('-', '_')}", value=value))
+                found += self._marks(f"qmp.{name.replace('-', '_')}", value=value)
         error = str(answer.get("error-desc") or "")[:1000]
         if error:
-            found.append(mark(self.pid, "qmp.error", error))
+            found += self._marks("qmp.error", error)
         return found, error
 
     def close(self) -> None:
@@ -112,10 +115,26 @@ class Side:
         elif name == "MIGRATION_PASS" and isinstance(data, dict):
             self.passes = value = _count(data.get("pass")) or 0
         if len(self.marks) < _MAX_MARKS:
-            self.marks.append(mark(self.pid, label, value=value, wall_ns=_wall_ns(stamp), grain_ns=1000))
+            self.marks += self._marks(label, value=value, wall_ns=_wall_ns(stamp), grain_ns=1000)
+
+    def _marks(
+        self, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None, grain_ns: int = 0
+    ) -> list[AnyEvent]:
+        """One mark by the clock of this end's host; none if that is not known."""
+        if self.remote is None:
+            return [mark(self.pid, name, detail, value, wall_ns, grain_ns)]
+        clock = self.remote.clock
+        if clock is None:
+            return []
+        # Without a stamp of that host it is about now: hosts' wall clocks agree to a second or so.
+        wall, doubt = (wall_ns, grain_ns) if wall_ns is not None else (time.time_ns(), 10**9)
+        at = wall - clock.realtime_ns + clock.monotonic_ns + grain_ns // 2
+        return [Mark(at, self.pid, name, detail, value, clock.doubt_ns + doubt)]
 
     async def _process_ended(self) -> bool:
         poll = select.poll()
+        if self.remote is not None:
+            return False
         if self._pidfd < 0:
             return not Path(f"/proc/{self.pid}").exists()
         poll.register(self._pidfd, select.POLLIN)

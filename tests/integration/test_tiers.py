@@ -136,21 +136,21 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
     assert watcher.stdout is not None
     while "ready" not in watcher.stdout.readline():
         assert watcher.poll() is None, "bpftrace does not start"
-    runs = migrate_by(names, Plan(log="legacy", slots=8, passes=6, dirty_pages=1000))
+    runs = migrate_by(names, Plan(log="legacy", slots=2, passes=10, dirty_pages=1000))
     watcher.send_signal(signal.SIGINT)
     said = watcher.communicate(timeout=60)[0]
     witness = {name: int(value) for name, value in re.findall(r"@(walk|flushed|n): (\d+)", said)}
-    assert witness["n"] >= 6, "each pass but the first finds dirty pages, which are protected again and flushed"
+    assert witness["n"] >= 10, "each pass but the first finds dirty pages, which are protected again and flushed"
     for name, run in zip(names, runs, strict=True):
         found = ioctls(run.events, frozenset({kvm.GET_DIRTY_LOG}))
         assert told(run)["split"] == name
         assert all(min(e.walk_ns, e.flush_ns, e.copy_ns) >= 0 for e in found)
         with_flush = [e for e in found if e.flush_ns]
         assert len(with_flush) == witness["n"]
-        # Each probe between two of ours is time that one sees and the other does not.
-        doubt = 0.02 * MS * witness["n"]
-        assert sum(e.walk_ns for e in with_flush) == pytest.approx(witness["walk"], rel=0.15, abs=doubt)
-        assert sum(e.flush_ns for e in with_flush) == pytest.approx(witness["flushed"], rel=0.15, abs=doubt)
+        # bpftrace's probes run inside our stretches or ours inside its own, and it does not take waits out.
+        doubt = 0.03 * MS * witness["n"] + sum(e.off_cpu_ns + e.spin_ns for e in with_flush)
+        assert sum(e.walk_ns for e in with_flush) == pytest.approx(witness["walk"], rel=0.1, abs=doubt)
+        assert sum(e.flush_ns for e in with_flush) == pytest.approx(witness["flushed"], rel=0.1, abs=doubt)
         assert all(e.walk_ns + e.flush_ns + e.copy_ns <= e.end_ns - e.begin_ns for e in found)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from bench.joining import DATA, Skew, is_two_sided, random_joins, side_of, skewed
+from bench.joining import DATA, Skew, random_joins, seeds_of, side_of, skewed
 from ebpf_mig.collector import analyse
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, ClockPair, Ending, Segment, Socket, TcpInfo, Transfer
@@ -40,10 +40,18 @@ def only(kind: type, **fields: object) -> Callable[[AnyEvent], AnyEvent]:
 
 def test_the_truth_lies_within_the_bound_whatever_the_clocks() -> None:
     random.seed(11)
-    seeds = [(path, one) for path in sorted(DATA.glob("*.rec")) if is_two_sided(one := read_recording(path))]
+    seeds = seeds_of(sorted(DATA.glob("*.rec")))
     assert len(seeds) > 15
     for _, _, _, bad in random_joins(seeds, 2 * len(seeds)):
         assert bad == []
+
+
+def test_sequence_numbers_bound_the_clocks_within_microseconds() -> None:
+    random.seed(12)
+    for _, _, joined_one, bad in random_joins(seeds_of([]), 50):
+        assert bad == []
+        assert joined_one.clock.bound_ns is not None
+        assert joined_one.clock.bound_ns < 100_000
 
 
 @pytest.mark.parametrize("path", [QEMU, CH], ids=lambda path: path.stem)

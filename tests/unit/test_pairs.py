@@ -139,7 +139,9 @@ def test_segments_and_acknowledgements_bound_the_offset_on_both_sides_and_hold_t
         wire, now = Wire(random.choice((0, 5, _WRAP - 30_000, random.randrange(_WRAP)))), 1000
         for _ in range(random.randint(2, 30)):
             now = wire.carry(now, random.randint(1, 200_000))
-        above, below = Hull(), Hull()
+        above, below, more = Hull(), Hull(), Hull()
+        pairs.released(wire.acks, wire.data, more, True)
+        assert all(y >= AHEAD for _, y in more.points)
         pairs.arrived(wire.sends, wire.acks, wire.data, above, True)
         pairs.acknowledged(wire.data, wire.acks, below, True)
         assert above.count

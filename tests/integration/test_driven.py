@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command drives both hosts: a real sshd in a network namespace, real QEMUs, every ending."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT, ChPair
+from ebpf_mig.lab.link import Link
+from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.recording_format import FRAME
+from ebpf_mig.vmm.ch_api import Api
+from tests.conftest import TRACING, requires
+from tests.integration.sshd import Server, ssh_of
+
+pytestmark = [requires(*TRACING, "tc with tbf and veth", "sshd", "private mount namespaces"), pytest.mark.timeout(180)]
+
+SLOW = ("--bandwidth", "40Mbit", "--downtime-limit", "600ms")
+"""Takes a second or two, and ends."""
+FULL = "mount -t tmpfs -o size=4k full {tmp}/full; head -c 4096 /dev/zero > {tmp}/full/x || true"
+OLDER = """#!{python}
+import sys
+sys.stdout.buffer.write({data!r})
+sys.stdout.flush()
+sys.stdin.read()
+"""
+QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    with Link() as made:
+        yield made
+
+
+def migrate(pair: QemuPair, link: Link, server: Server, *more: str, cwd: Path) -> subprocess.Popen[str]:
+    """`ebpf-mig migrate qemu` on the source's side."""
+    command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", "qemu", "--uri", pair.uri]
+    command += ["--source", pair.source.qmp, "--destination", pair.destination.qmp, *more, "-o", "x.rec"]
+    with link.inside("source"):
+        return subprocess.Popen(
+            command, cwd=cwd, env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+
+def recorders() -> set[int]:
+    """Processes that record for somebody else."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (b"--until-eof" in words or b"relay" in words) and b"python" in words[0]:
+            found.add(int(entry.parent.name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """Whatever the ending, nothing of ours runs there afterwards."""
+    before = recorders()
+    yield
+    until = time.monotonic() + 15
+    while recorders() - before and time.monotonic() < until:
+        time.sleep(0.1)
+    assert recorders() - before == set()
+
+
+def status_of(pair: QemuPair) -> str:
+    """What the destination says of itself, once it can."""
+    import asyncio
+
+    from ebpf_mig.vmm.qmp import Monitor
+
+    async def ask() -> str:
+        monitor = await Monitor.open(pair.destination.qmp, "destination")
+        try:
+            return str((await monitor.query("query-status"))["status"])
+        finally:
+            await monitor.close()
+
+    return asyncio.run(ask())
+
+
+def test_ssh_reaches_the_destination_and_both_halves_are_joined(tmp_path: Path, link: Link) -> None:
+    with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        process = migrate(pair, link, server, "--destination-host", "far", "--format", "json", cwd=tmp_path)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert status_of(pair) == "running"
+    told = json.loads(out)
+    assert told["migration"]["result"] == "completed"
+    assert told["migration"]["vmm"] == "qemu"
+    assert told["migration"]["destination"]["pid"] == pair.destination.pid
+    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
+    names = {witness["name"] for witness in told["witnesses"]}
+    assert {"qmp.STOP..RESUME", "qmp.downtime_ms"} <= names
+    assert sorted(p.name for p in tmp_path.glob("*.rec")) == ["x.destination.rec", "x.source.rec"]
+
+
+def test_the_source_can_be_the_one_elsewhere(tmp_path: Path, link: Link) -> None:
+    with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        process = migrate(pair, link, server, "--source-host", "far", "--format", "json", cwd=tmp_path)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    told = json.loads(out)
+    assert told["migration"]["source"]["pid"] == pair.source.pid
+    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
+
+
+def test_what_is_not_ssh_works_through_a_relay(tmp_path: Path, link: Link) -> None:
+    with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        tool = f"{sys.executable} -m ebpf_mig.cli"
+        more = ("--destination-host", "pod", "--remote-command", "env", "--remote-tool", tool, "--format", "json")
+        process = migrate(pair, link, server, *more, cwd=tmp_path)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert json.loads(out)["clock"]["pairs_back"] > 0
+
+
+@pytest.mark.skipif(not os.environ.get(ENVIRONMENT), reason=f"missing feature: {ENVIRONMENT}")
+@pytest.mark.parametrize("breaks", [False, True], ids=["to-the-end", "connection-breaks"])
+def test_cloud_hypervisor_with_its_destination_elsewhere(tmp_path: Path, link: Link, breaks: bool) -> None:
+    guest = dataclasses.replace(QUICK, working_set_bytes=64 * MIB, pages_per_s=2000) if breaks else QUICK
+    with ChPair(guest, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", "cloud-hypervisor", "--url", pair.uri]
+        command += ["--source", pair.source.api, "--destination", pair.destination.api]
+        command += ["--destination-host", "far", "-o", "x.rec", *([] if breaks else ["--format", "json"])]
+        with link.inside("source"):
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        if breaks:
+            until = time.monotonic() + 60
+            while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(0.3)
+            ssh = ssh_of(process.pid)
+            assert ssh is not None
+            os.kill(ssh, signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+        assert Api(pair.destination.api, "destination").state() == "Running", err
+    if breaks:
+        assert process.returncode == 4, err
+        assert "whether the destination runs is not known" in err
+        assert "source pid" in out
+        return
+    assert process.returncode == 0, err
+    told = json.loads(out)
+    assert told["migration"]["vmm"] == "cloud-hypervisor"
+    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
+
+
+def test_a_wrong_host_key_is_one_clear_line_and_nothing_is_migrated(tmp_path: Path, link: Link) -> None:
+    with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        server.trust("other")
+        process = migrate(pair, link, server, "--destination-host", "far", cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert status_of(pair) == "inmigrate"
+    assert process.returncode == 3
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "Host key verification failed" in err
+    assert list(tmp_path.glob("*.rec")) == []
+
+
+def test_a_connection_that_breaks_amid_the_migration_harms_nothing(tmp_path: Path, link: Link) -> None:
+    with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        process = migrate(pair, link, server, "--destination-host", "far", *SLOW, cwd=tmp_path)
+        until = time.monotonic() + 60
+        while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        ssh = ssh_of(process.pid)
+        assert ssh is not None
+        os.kill(ssh, signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+        assert status_of(pair) == "running", "the migration went on"
+    assert process.returncode == 4, err
+    assert "source pid" in out
+    assert "pre-copy pass" in out
+    lines = [line for line in err.splitlines() if "host far" in line]
+    assert len(lines) == 1
+    assert "not whole" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("tool", "environment", "before", "said"),
+    [
+        ("ebpf-mig", {"PYTHONPATH": "{tmp}/nobcc"}, "", "bcc"),
+        ("no-such-tool", {}, "", "not found"),
+        ("{tmp}/older", {}, "", "made by another ebpf-mig (format 0)"),
+        ("ebpf-mig", {"TMPDIR": "{tmp}/full"}, FULL, ""),
+    ],
+    ids=["without-bcc", "without-the-tool", "older-recordings", "disk-full"],
+)
+def test_a_remote_that_cannot_record_is_one_clear_line_and_the_local_half_is_reported(
+    tmp_path: Path, link: Link, tool: str, environment: dict[str, str], before: str, said: str
+) -> None:
+    (tmp_path / "nobcc" / "bcc").mkdir(parents=True)
+    (tmp_path / "nobcc" / "bcc" / "__init__.py").write_text("raise ImportError(\"No module named 'bcc'\")\n")
+    (tmp_path / "full").mkdir()
+    older = tmp_path / "older"
+    block = b"EBPFMIG0\n" + FRAME.pack(4, 0, 1) + b"abcd"
+    older.write_text(OLDER.format(python=sys.executable, data=block))
+    older.chmod(0o755)
+    here = {key: value.replace("{tmp}", str(tmp_path)) for key, value in environment.items()}
+    with (
+        QemuPair(QUICK, link=link) as pair,
+        Server(tmp_path / "ssh", link, here, before.replace("{tmp}", str(tmp_path))) as server,
+    ):
+        options = ("--destination-host", "far", "--remote-tool", tool.replace("{tmp}", str(tmp_path)))
+        process = migrate(pair, link, server, *options, cwd=tmp_path)
+        out, err = process.communicate(timeout=120)
+        assert status_of(pair) == "running", err
+    assert "source pid" in out
+    lines = [line for line in err.splitlines() if "the destination's host far" in line]
+    if process.returncode == 0:  # it could record all the same
+        assert not said
+        assert "destination pid" in out
+    else:
+        assert process.returncode == 3, err
+        assert len(lines) == 1, err
+        assert said in lines[0]
+        assert "only the source's half is traced" in lines[0]
