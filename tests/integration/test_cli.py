@@ -26,7 +26,7 @@ DEMO = ["demo", "--memory", "128MiB", "--working-set", "2MiB", "--dirty-rate", "
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ebpf_mig.cli", *arguments]
+    return [sys.executable, "-m", "ebpf_mig", *arguments]
 
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
