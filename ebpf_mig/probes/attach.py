@@ -63,15 +63,20 @@ class Plan:
 
 
 def load_best(
-    tier: str, defines: Callable[[Choice], dict[str, str | int]], tracepoints: set[str], statistics: BpfStatistics
+    tier: str,
+    defines: Callable[[Choice], dict[str, str | int]],
+    tracepoints: set[str],
+    statistics: BpfStatistics,
+    *,
+    again: bool = False,
 ) -> Plan:
     """Compiles and loads, without attaching, the best that the kernel accepts of the tier asked for (`NAMES`).
 
     `defines` gives the -D constants for a choice, `tracepoints` those that this kernel has of all that extras want.
-    PreflightError if a tier that was asked for by name cannot be had.
+    `again`: it will be armed more than once. PreflightError if a tier that was asked for by name cannot be had.
     """
     require_bcc()
-    choice, chooser = _chosen(tier, statistics)
+    choice, chooser = _chosen(tier, statistics, again=again)
     with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
         hooks = tuple(_hooks(choice, tracepoints))
         constants = defines(choice)
@@ -82,7 +87,7 @@ def load_best(
     return plan if "split" in choice.groups else _with_sampler(plan)
 
 
-def _chosen(tier: str, statistics: BpfStatistics) -> tuple[Choice, Chooser | None]:
+def _chosen(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tuple[Choice, Chooser | None]:
     if tier not in NAMES:
         raise PreflightError(f"there is no tier {tier!r}", f"one of {', '.join(NAMES)}")
     if tier == TRACEPOINT:
@@ -92,7 +97,7 @@ def _chosen(tier: str, statistics: BpfStatistics) -> tuple[Choice, Chooser | Non
         if tier != AUTO:
             raise PreflightError(f"tier {tier}: {why}", "run with CAP_SYS_ADMIN, or without --tier")
         return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), why)), None
-    chooser = Chooser(tier)
+    chooser = Chooser(tier, again=again)
     choice = chooser.choose()
     if tier != AUTO and not {"kvm", "socket"} <= choice.groups:
         why = "; ".join(sorted(set(choice.refusals.values())))

@@ -130,7 +130,7 @@ class _Trial:
     """A probe that does nothing, attached to see whether it fires."""
 
     def __init__(self, hook: Hook, module_fd: int, *, again: bool) -> None:
-        """`again`: also whether it can be attached a second time, as an exporter does."""
+        """`again`: also whether it can be attached a second time."""
         self.hook = hook
         self._event: KprobeEvent | None = None
         self._link = -1
@@ -163,8 +163,10 @@ class _Trial:
 class Chooser:
     """Tries functions; use once. Run statistics of BPF programs must be on."""
 
-    def __init__(self, wanted: str, functions: tuple[Function, ...] = FUNCTIONS) -> None:
+    def __init__(self, wanted: str, functions: tuple[Function, ...] = FUNCTIONS, *, again: bool = False) -> None:
+        """`again`: only what can be attached a second time, as an exporter does."""
         self._wanted = wanted
+        self._again = again
         self._functions = functions
         self._types = self._known_types()
         self.module_fd = kernelcalls.module_btf("kvm") if any(t.module for t in self._types.values()) else -1
@@ -223,7 +225,7 @@ class Chooser:
             for name in function.names:
                 try:
                     hook = self._hook(function, name, how)
-                    trials.append((function, _Trial(hook, self.module_fd, again=not trials)))
+                    trials.append((function, _Trial(hook, self.module_fd, again=self._again and not trials)))
                 except OSError as error:
                     why[function.names[0]] = f"{how} on {name}: {error.strerror or error}"
                     continue

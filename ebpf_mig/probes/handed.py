@@ -65,8 +65,8 @@ class Attachments:
             self._events[hook.key] = KprobeEvent(hook.target, hook.how, fd)
 
     def events(self) -> dict[str, int]:
-        """Descriptors of the open events."""
-        return {key: event.fd for key, event in self._events.items()}
+        """Descriptors of the events, all open."""
+        return {key: event.open() for key, event in self._events.items()}
 
     def attach(self, hook: Hook, program: int) -> None:
         """Attaches a loaded program; PreflightError if the kernel refuses."""

@@ -99,9 +99,16 @@ class KprobeEvent:
         """`fd`: an event that another process opened. OSError: no such function, or none that can be probed."""
         self.function, self.how = function, how
         self._handed = fd >= 0
-        self.fd = fd if fd >= 0 else self._open()
+        self.fd = fd
+        self.open()
         self._link = -1
         self._kept = False
+
+    def open(self) -> int:
+        """Its descriptor; opens it again where detaching had to close it."""
+        if self.fd < 0:
+            self.fd = self._open()
+        return self.fd
 
     def _open(self) -> int:
         kind = int((_KPROBE_PMU / "type").read_text())
@@ -123,8 +130,7 @@ class KprobeEvent:
 
     def attach(self, program: int) -> None:
         """Runs `program` at the probe from now on; by a link where the kernel has them (Linux 5.15)."""
-        if self.fd < 0:
-            self.fd = self._open()
+        self.open()
         if self._kept:
             return
         parts = (0, "I", program), (4, "I", self.fd), (8, "I", _ATTACH_PERF_EVENT)

@@ -309,7 +309,9 @@ def _loaded(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> attach
     require_privilege()
     present = btf.tracepoints(btf.VMLINUX, [name for extra in attach.EXTRAS for name, _ in extra.hooks])
     try:
-        return attach.load_best(tier, lambda choice: _defines(pids, present, choice), present, statistics)
+        return attach.load_best(
+            tier, lambda choice: _defines(pids, present, choice), present, statistics, again=not pids
+        )
     finally:
         btf.forget()
 

@@ -59,9 +59,10 @@ def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
     if tier != "auto":
         assert said["attached"]["vcpu"] == said["attached"]["socket"] == tier
     first = said["rounds"][0]
-    for cmd in (kvm.GET_DIRTY_LOG, kvm.CLEAR_DIRTY_LOG, kvm.RESET_DIRTY_RINGS, kvm.CREATE_VM, kvm.CREATE_VCPU):
+    for cmd in (kvm.GET_DIRTY_LOG, kvm.CLEAR_DIRTY_LOG, kvm.CREATE_VM, kvm.CREATE_VCPU):
         assert first[f"Ioctl:{cmd:#x}"] >= 1, first
-    assert first["VcpuExit"] == first["VcpuEnter"] == 2, "KVM_RUN returned -EINTR in both VMs"
+    machines = 1 + first.get(f"Ioctl:{kvm.RESET_DIRTY_RINGS:#x}", 0)  # Linux before 5.11 has no dirty ring
+    assert first["VcpuExit"] == first["VcpuEnter"] == machines, "KVM_RUN returned -EINTR in each VM"
     assert first["Kick"] == 1
     for seen in said["rounds"]:
         for kind in ("Kick", "VcpuExit", "VcpuEnter", *(name for name in first if name.startswith("Ioctl"))):

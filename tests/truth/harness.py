@@ -25,10 +25,10 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.events import AnyEvent, Header, Target
 from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.session import Session
-from tests.truth.parts import AFTER_MEMORY, Plan, encode
+from tests.truth.parts import AFTER_MEMORY, SLOWNESS, Plan, encode
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE_NS = 200_000
+TOLERANCE_NS = int(200_000 * SLOWNESS)
 TOLERANCE = 0.05
 PHASES = (
     "pause", "quiesce", "fetch.kernel", "fetch.user", "memory.send", "state.save", "state.send", "handover",
@@ -156,7 +156,7 @@ class Run:
         return min(ours - least, 0) + max(ours - most, 0)
 
     def tolerance(self, phase: str) -> int:
-        """5 % of the injected delay, but at least 200 us."""
+        """5 % of the injected delay, but at least 200 us; more where everything takes longer."""
         return max(TOLERANCE_NS, int(TOLERANCE * self.injected.get(phase, 0)))
 
     def doubtful(self) -> list[str]:

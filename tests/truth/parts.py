@@ -25,7 +25,24 @@ KICK, IGNORED = signal.SIGUSR1, signal.SIGUSR2
 AFTER_MEMORY = "after memory.send"
 """Nothing is being sent any more, nothing saved yet: a moment, unless we lose the CPU just then. A long one may
 be booked to memory.send or be left unattributed."""
-CALL_NS = 20_000
+SPIN_NS = 500_000
+"""What `slowness` counts takes on a slow real machine."""
+
+
+def slowness() -> float:
+    """How many times as long as on a real machine everything takes here: 1 there, some 10 in an emulated one."""
+    best = SPIN_NS
+    for number in range(9):
+        begin = time.perf_counter_ns()
+        for _ in range(10_000):
+            pass
+        took = time.perf_counter_ns() - begin
+        best = took if not number else min(best, took)
+    return max(1.0, best / SPIN_NS)
+
+
+SLOWNESS = slowness()
+CALL_NS = int(20_000 * SLOWNESS)
 """What a system call of ours takes outside the kernel, traced: ctypes, the clock reading, the tracer's own probes."""
 SLOT_0_BYTES, SLOT_BYTES = 4 << 20, 1 << 20
 
