@@ -259,6 +259,9 @@ class Wire(Struct, frozen=True, kw_only=True):
     evidence: str
     bound_ns: int | None = 0
     """As that of a phase, of `in_flight_ns`."""
+    message: str = ""
+    """What they belonged to: `pages`, `state`, or `state and pages` where pages follow on the same connection
+    (postcopy); empty if the source's work is unknown."""
 
 
 class Wait(Struct, frozen=True, kw_only=True):

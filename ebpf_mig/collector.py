@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from ebpf_mig import (
     crossing,
     fetches,
+    flight,
     inside,
     own_parts,
     pausing,
@@ -30,7 +30,6 @@ from ebpf_mig import (
     sockets,
     verdict,
     waits,
-    wire,
     witness,
 )
 from ebpf_mig.activity import PAGE, Work
@@ -49,10 +48,10 @@ from ebpf_mig.breakdown import (
     Witness,
 )
 from ebpf_mig.case import Case, locate, postcopy
-from ebpf_mig.events import AnyEvent, Header, Segment
+from ebpf_mig.events import AnyEvent, Header
 from ebpf_mig.fetches import Burst
 from ebpf_mig.passes import DirtyLogRows
-from ebpf_mig.processes import RECEIVE, SEND, Process
+from ebpf_mig.processes import Process
 from ebpf_mig.verdict import measured
 from ebpf_mig.waits import Party
 from ebpf_mig.window import attribute
@@ -101,7 +100,7 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
     case = Case(material, *roles.assign(material.processes.values()))
     locate(case)
     window, parts, work = attribute(case)
-    wires = _wire(case, window)
+    wires = flight.observe(case, window, work)
     origin = window[0] if window else case.since
     breakdown = Breakdown(
         migration=_migration(case, window),
@@ -241,31 +240,6 @@ def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
     found = [rows.returned(b, rows.bursts[at - 1] if at else None) for at, b in enumerate(rows.bursts) if b in last]
     known = [count for count in found if count is not None]
     return sum(known) if known and len(known) == len(found) else None
-
-
-def _wire(case: Case, window: tuple[int, int] | None) -> list[Wire] | None:
-    """What was in flight in the window, over all connections; None unless both ends were traced."""
-    source, destination = case.source, case.destination
-    if window is None or source is None or destination is None:
-        return None
-    found: list[Wire] = []
-    for near, far in sorted(sockets.mirrors(source, destination).items()):
-        if near in case.channels.source:
-            sends = source.streams.get((SEND, near), [])
-            receives = destination.streams.get((RECEIVE, far), [])
-            segments = [
-                s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
-            ]
-            segments.sort(key=attrgetter("at_ns", "pid"))
-            again = [r for r in source.retransmits if r.socket == near]
-            rows = wire.gather(sends, receives, segments, window, again)
-            found += rows if case.channels.transport != "unix" else map(wire.without_wire, rows)
-    return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[: wire.MOST]
-
-
-def _since(segments: list[Segment], begin: int) -> list[Segment]:
-    """Those from `begin` on, and one before, which tells that they were traced at all."""
-    return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
 
 
 def _witnesses(

@@ -8,29 +8,26 @@ from anybody: nothing in them is a path or a command, what they can make us comp
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass
 
 from msgspec.structs import force_setattr, replace
 
-from ebpf_mig import clock, matching, pairs
+from ebpf_mig import clock, matching
 from ebpf_mig import events as ev
-from ebpf_mig.clock import Bounds, ContradictionError, Evidence, Hull
+from ebpf_mig.clock import Bounds, ContradictionError, Evidence
 from ebpf_mig.errors import UsageError
+from ebpf_mig.evidence import Survey, gathered, rough, started, survey
 from ebpf_mig.folding import read_folded
-from ebpf_mig.matching import End, JoinError, Match
+from ebpf_mig.matching import JoinError, Match
 from ebpf_mig.printable import printable
-from ebpf_mig.processes import Process
 from ebpf_mig.recording import Recording
 
 LATEST = 1 << 62
 """No clock shows more, ns; instants beyond are cut to it."""
 _OTHER_PID = 1 << 32
 """Added to the destination's pid where both have the same: no kernel gives such a number."""
-_SYN_FIN = 2
-"""TCP counts these as acknowledged bytes, too (tcp_snd_una_update, net/ipv4/tcp_input.c)."""
 _SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
 INSTANTS: dict[type, tuple[str, ...]] = {
     kind: tuple(
@@ -51,59 +48,6 @@ class Hint:
 
     ahead_ns: int
     doubt_ns: int
-
-
-@dataclass
-class Survey:
-    """What a recording holds that tells whose it is."""
-
-    name: str
-    recording: Recording
-    ends: list[End] = field(default_factory=list)
-    told: list[ev.Socket] = field(default_factory=list)
-    segments: dict[tuple[int, int], list[ev.Segment]] = field(default_factory=lambda: defaultdict(list))
-    tcp: list[ev.TcpInfo] = field(default_factory=list)
-    vcpus: dict[int, Process] = field(default_factory=dict)
-    ending: ev.Ending | None = None
-
-    @property
-    def header(self) -> ev.Header:
-        return self.recording.header
-
-
-def survey(name: str, recording: Recording) -> Survey:
-    """One look at each event."""
-    if recording.header.remote is not None:
-        raise JoinError(f"{name} is a joined recording already", "look at it with: ebpf-mig report")
-    found = Survey(name, recording)
-    transfers: list[ev.Transfer] = []
-    for event in recording.events:
-        match event:
-            case ev.Transfer():
-                transfers.append(event)
-            case ev.Segment():
-                found.segments[event.pid, event.socket].append(event)
-            case ev.Socket():
-                found.told.append(event)
-            case ev.TcpInfo():
-                found.tcp.append(event)
-            case ev.VcpuEnter():
-                _vcpus(found, event.pid).enters.append(event)
-            case ev.VcpuExit():
-                _vcpus(found, event.pid).exits.append(event)
-            case ev.VcpuState():
-                _vcpus(found, event.pid).states.append(event)
-            case ev.Ending():
-                found.ending = event
-    found.ends = matching.ends_of(transfers, found.told)
-    return found
-
-
-def _vcpus(found: Survey, pid: int) -> Process:
-    process = found.vcpus.get(pid)
-    if process is None:
-        process = found.vcpus[pid] = Process(pid)
-    return process
 
 
 def read_both(
@@ -159,16 +103,15 @@ def _bounds(source: Survey, destination: Survey, match: Match, hint: Hint | None
     """The offset at the destination's start."""
     evidence = Evidence()
     for near, far in match.ends:
-        evidence.add(_evidence(source, destination, near, far))
-    rough = _rough(evidence)
-    if rough is None and hint is None:
+        evidence.add(gathered(source, destination, near, far))
+    near_it = rough(evidence)
+    if near_it is None and hint is None:
         raise JoinError(
             f"{source.name} and {destination.name}: the connections match, but nothing in them bounds the clocks",
             "record both from before the migration begins, or give --clock-offset",
         )
     wall = None if hint is None else _wall(source.header, destination.header, hint)
-    started = _start(destination, match)
-    at = started - (rough if rough is not None else wall[0] if wall else 0)
+    at = started(destination, match) - (near_it if near_it is not None else wall[0] if wall else 0)
     try:
         bounds = clock.bounds(evidence, at)
     except ContradictionError:
@@ -195,45 +138,6 @@ def _refused(bounds: Bounds, wall: tuple[int, int]) -> str:
     return f"--clock-offset contradicts what was sent and received: it is off by {', '.join(sides)}, and says {said}"
 
 
-def _evidence(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
-    """What one connection says."""
-    found = Evidence()
-    out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
-    pairs.follows(pairs.Way(near.sends, far.receives, _from_start(source, near)), out, True)
-    pairs.follows(pairs.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
-    here = sorted(source.segments[near.pid, near.inode], key=attrgetter("at_ns"))
-    there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
-    pairs.arrived(near.sends, here, there, arrivals, True)
-    pairs.arrived(far.sends, there, here, returns, False)
-    pairs.released(here, there, opened, True)
-    pairs.released(there, here, reopened, False)
-    pairs.acknowledged(there, here, acks, True)
-    pairs.acknowledged(here, there, replies, False)
-    found.most = [hull for hull in (out, arrivals, replies, opened) if hull.count]
-    found.least = [hull for hull in (back, returns, acks, reopened) if hull.count]
-    return found
-
-
-def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
-    return [reading for reading in side.tcp if (reading.pid, reading.socket) == (end.pid, end.inode)]
-
-
-def _from_start(side: Survey, end: End) -> bool:
-    """TCP has sent no more than was traced: so the first byte was traced, too."""
-    readings = [reading.values for reading in _readings(side, end)]
-    told = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
-    return bool(told) and 0 < max(told) <= end.sent + _SYN_FIN
-
-
-def _rough(evidence: Evidence) -> int | None:
-    """Some offset that is near the truth: to find the instant at which it is wanted."""
-    most = [y for hull in evidence.most for _, y in hull.points]
-    least = [-y for hull in evidence.least for _, y in hull.points]
-    if most and least:
-        return (min(most) + max(least)) // 2
-    return min(most) if most else max(least) if least else None
-
-
 def _wall(source: ev.Header, destination: ev.Header, hint: Hint) -> tuple[int, int]:
     """(offset of the monotonic clocks, doubt) from a hint about the wall clocks."""
     if source.clock is None or destination.clock is None:
@@ -241,15 +145,6 @@ def _wall(source: ev.Header, destination: ev.Header, hint: Hint) -> tuple[int, i
     a, b = source.clock, destination.clock
     offset = (a.realtime_ns - a.monotonic_ns) - (b.realtime_ns - b.monotonic_ns) + hint.ahead_ns
     return offset, hint.doubt_ns + a.doubt_ns + b.doubt_ns
-
-
-def _start(destination: Survey, match: Match) -> int:
-    """The destination's first run, on its clock; the last that it received, if it never ran."""
-    process = destination.vcpus.get(match.far)
-    lines = process.vcpus.values() if process else ()
-    starts = [line.first_run for line in lines if line.first_run is not None]
-    last = [t.end_ns for _, far in match.ends for t in (*far.receives, *far.sends)]
-    return min(starts) if starts else max(last, default=0)
 
 
 def _merged(

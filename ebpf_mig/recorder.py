@@ -28,6 +28,7 @@ ARM_S = 120.0
 FINISH_S = 30.0
 _HEAD = len(MAGIC) + FRAME.size
 _COMPLAINT = 16 << 10
+_EARLY = "it ended early"
 
 
 class RemoteError(PreflightError):
@@ -86,7 +87,9 @@ class Recorder:
             self._kill()
         self._data.seek(0)
         recording = read_recording(self._data)
-        if recording.truncated and not self.lost:
+        if not recording.truncated:
+            self.lost = ""  # it had seen the migration's end by itself
+        elif self.lost in ("", _EARLY):
             self.lost = self.complaint()
         return recording
 
@@ -151,7 +154,7 @@ class Recorder:
             self.lost = f"what it sends cannot be kept: {error}"
         with self._changed:
             if not self._told:
-                self.lost = self.lost or "it ended early"
+                self.lost = self.lost or _EARLY
             self._ended = True
             self._changed.notify_all()
 

@@ -37,6 +37,8 @@ class Stretch:
     """When the first of them had been sent, or the destination's last receive before, if that was later."""
     received: int
     size: int
+    carried: int = 0
+    """Begin of the send that the first of them belonged to."""
     folded: bool = False
     """The receive that ended it was recorded in a run of calls: then segments were not kept either."""
 
@@ -51,11 +53,12 @@ def gather(
     segments: Sequence[Segment],
     window: tuple[int, int],
     again: Sequence[Retransmit] = (),
+    state_from: int | None = None,
 ) -> list[Wire]:
     """The longest stretches of one connection in the window, instants relative to its begin.
 
     `sends` and `receives` are of the two ends of one stream, in order; `segments` those that arrived at either; `again`
-    what the sender sent once more, in order.
+    what the sender sent once more, in order; `state_from` when it began to send state.
     """
     if not sends or not receives:
         return []
@@ -74,6 +77,7 @@ def gather(
             in_flight_ns=s.received - s.sent,
             reason=reason,
             evidence=evidence,
+            message="" if state_from is None else "state" if s.carried >= state_from else "pages",
         )
         for s, reason, evidence in found[:MOST]
     ]
@@ -104,7 +108,7 @@ def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: 
             continue
         done = bisect_right(sends, receive.end_ns, key=_ended)
         outstanding = max(_reaches(sends[done - 1]) if done else 0, receive.position + receive.bytes) - receive.position
-        found.append(Stretch(sent, receive.end_ns, outstanding, receive.calls > 1))
+        found.append(Stretch(sent, receive.end_ns, outstanding, sends[carrier].begin_ns, receive.calls > 1))
     return found
 
 

@@ -92,6 +92,8 @@ def command(
     if vmm == "qemu" and local:
         raise UsageError("QEMU hands no memory over here", "use --local with --vmm cloud-hypervisor")
     if two_hosts:
+        if local or transport != "tcp":
+            raise UsageError("two hosts have only a network in common", "leave --local and --transport out")
         names = both.file_names(output, "demo", force)
         start = _qemu if vmm == "qemu" else functools.partial(_cloud_hypervisor, local=False)
         outcome, halves = _two_hosts(scenario, functools.partial(start, binary=vmm_binary), timeout, tier)
@@ -113,8 +115,6 @@ def _two_hosts(
     tier: str,
 ) -> tuple[Outcome, dict[str, Recording]]:
     """Each VM and its recorder in a network namespace of its own: the outcome, and each side's recording."""
-    if scenario.transport != "tcp":
-        raise UsageError("two hosts have no UNIX socket in common", "leave --transport out")
     with contextlib.ExitStack() as stack:
         # The link has the bandwidth and the VMM is not told, as between real hosts.
         link = stack.enter_context(Link(scenario.bandwidth_bytes or 0))

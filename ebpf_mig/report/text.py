@@ -284,7 +284,7 @@ def _in_flight(breakdown: Breakdown) -> Iterator[Row]:
     share = (breakdown.window_ns or 0) // 20
     told = [wire for wire in breakdown.wire or [] if wire.in_flight_ns >= share]
     for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
-        what = f"{size(wire.bytes)}, {printable(wire.reason)}"
+        what = f"{size(wire.bytes)}{f' of {wire.message}' * bool(wire.message)}, {printable(wire.reason)}"
         why = _short(printable(wire.evidence), _EVIDENCE_ROOM - len(what))
         much = wire.in_flight_ns >= (breakdown.window_ns or 0) // _MUCH
         yield figure("in flight", wire.in_flight_ns, f"{what} ({why})")._replace(spare=0 if much else 2)

@@ -28,10 +28,11 @@ from ebpf_mig.vmm.ch_api import RefusedError
 AFTER_S = 5.0
 """How long one end may take to show what the other has shown."""
 REASON_S = 1.0
+"""How long its log may take to have the reason."""
 _LOST = "the connection to its host broke"
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
-_LOOK_S = 0.5
+LOOK_S = 0.5
 """How often a thread's /proc is looked at, where the kernel has no descriptors of threads (before Linux 6.9)."""
 
 
@@ -94,7 +95,7 @@ class Ending:
                 if self.send.error is not None:
                     return "failed", str(self.send.error)
                 if self.receive.done.is_set() and not self._lost():
-                    return self._received(deadline)
+                    return self._received(deadline, worker)
                 if self.cancelled.done.is_set():
                     return "unknown", "interrupted; Cloud Hypervisor has no call to cancel, the migration goes on"
                 if _gone(self.source):
@@ -109,7 +110,7 @@ class Ending:
                 if worker.ended():
                     if self._soon(self.receive.fd, self.source):
                         continue
-                    why = self._sources_reason() or "its migration thread ended, the reason is in its log"
+                    why = self._sources_reason(worker) or "its migration thread ended, the reason is in its log"
                     return "failed", f"the source goes on with the VM: {why}"
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -126,10 +127,10 @@ class Ending:
         error = self.receive.error
         return self.destination < 0 and error is not None and not isinstance(error, RefusedError)
 
-    def _received(self, deadline: float) -> tuple[str, str]:
+    def _received(self, deadline: float, worker: _Worker) -> tuple[str, str]:
         """The receive call has returned."""
         if self.receive.error is not None:
-            return "failed", str(self._sources_reason() or self.receive.error)
+            return "failed", str(self._sources_reason(worker) or self.receive.error)
         limit = max(AFTER_S, deadline - time.monotonic()) if self.long else AFTER_S
         self._soon(self.source, *([] if self.send.done.is_set() else [self.send.fd]), limit=limit)
         if self.send.error is not None:
@@ -142,10 +143,20 @@ class Ending:
             return "completed", ""
         if _gone(self.source):
             return "failed", "the source ended, and the destination has no VM although it answers success"
-        return "failed", self._sources_reason() or "the destination has no VM and the source goes on"
+        return "failed", self._sources_reason(worker) or "the destination has no VM and the source goes on"
 
-    def _sources_reason(self) -> str:
-        """What its send call, or its log, says soon after the other end has failed; the switchover is over by then."""
+    def _sources_reason(self, worker: _Worker) -> str:
+        """What its send call, or its log, says after the other end has failed; the switchover is over by then.
+
+        Also waits until the source has noticed: only then does it take its guest back, which is to be traced.
+        """
+        until = time.monotonic() + AFTER_S
+        if not self.send.done.is_set():
+            self._soon(self.send.fd)
+        while self.send.done.is_set() and self.send.error is None and time.monotonic() < until:
+            if worker.ended() or _gone(self.source):
+                break
+            _readable([*worker.fds(), self.source], LOOK_S)
         until = time.monotonic() + REASON_S
         while not (why := str(self.send.error or "") or self.why_failed()) and time.monotonic() < until:
             time.sleep(0.05)
@@ -178,7 +189,7 @@ class _Worker:
 
     def patience(self) -> float:
         """How long waiting for others may last before it has to be looked at again."""
-        return _LOOK_S if self._tid and self._fd < 0 else float("inf")
+        return LOOK_S if self._tid and self._fd < 0 else float("inf")
 
     def ended(self) -> bool:
         """Whether the send call has returned and there is no such thread, or no more."""

@@ -117,8 +117,14 @@ def test_two_demos_at_once(tmp_path: Path, lab_directory: Path) -> None:
     assert all(answer["completeness"]["verdict"] == "complete" for answer in answers)
 
 
-def interrupt(directory: Path, arguments: Sequence[str], signum: int, after_s: float) -> tuple[int, str]:
+def interrupt(
+    directory: Path, arguments: Sequence[str], signum: int, after_s: float, recording: str = ""
+) -> tuple[int, str]:
+    """Sends the signal so long after the start, or after the recording was begun."""
     process = subprocess.Popen(command(*arguments), cwd=directory, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while recording and not (directory / recording).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     time.sleep(after_s)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
@@ -139,7 +145,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, lab_directory: Path, after_s: flo
 
 @requires(*TRACING)
 def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path, lab_directory: Path) -> None:
-    code, stderr = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGTERM, 4)
+    code, stderr = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGTERM, 2, "cut.rec")
     nothing_left(lab_directory)
     assert code == 143, stderr
     report = json.loads(run(tmp_path, "report", "cut.rec", "--format", "json").stdout)
@@ -150,7 +156,7 @@ def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path, lab_di
 @requires(*TRACING)
 def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -> None:
     """SIGKILL: VMs die with us; the directory is swept by the next run; what was written can be read."""
-    code, _ = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGKILL, 4)
+    code, _ = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGKILL, 2, "cut.rec")
     assert code == -signal.SIGKILL
     no_vm_left(lab_directory)
     result = run(tmp_path, "report", "cut.rec", "--format", "json")

@@ -196,6 +196,28 @@ def test_a_connection_that_breaks_amid_the_migration_harms_nothing(tmp_path: Pat
     assert "not whole" in lines[0]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_interrupted_or_killed_it_leaves_nothing_there(tmp_path: Path, link: Link, sent: signal.Signals) -> None:
+    before = recorders()
+    with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
+        process = migrate(pair, link, server, "--destination-host", "far", "--bandwidth", "8Mbit", cwd=tmp_path)
+        until = time.monotonic() + 60
+        while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        ssh = ssh_of(process.pid)
+        assert ssh is not None
+        assert recorders() - before
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert process.returncode == (130 if sent is signal.SIGINT else -signal.SIGKILL)
+        until = time.monotonic() + 15
+        while (recorders() - before or Path(f"/proc/{ssh}").exists()) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert recorders() - before == set()
+        assert not Path(f"/proc/{ssh}").exists()
+
+
 @pytest.mark.parametrize(
     ("tool", "environment", "before", "said"),
     [

@@ -7,11 +7,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from msgspec.structs import replace
 
 from bench.joining import DATA, Skew, random_joins, seeds_of, side_of, skewed
 from ebpf_mig.collector import analyse
+from ebpf_mig.commands.join import Offset
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, ClockPair, Ending, Segment, Socket, TcpInfo, Transfer
 from ebpf_mig.joining import Hint, joined
@@ -19,6 +21,7 @@ from ebpf_mig.matching import JoinError
 from ebpf_mig.printable import printable
 from ebpf_mig.recording import Recording, RecordingWriter, read_recording
 from ebpf_mig.report import text
+from tests.unit.test_cli import run
 
 QEMU = DATA / "qemu-11.1-tcp.rec"
 CH = DATA / "cloud-hypervisor-54-4connections.rec"
@@ -279,3 +282,43 @@ def test_absurd_instants_are_cut_and_the_joined_recording_can_still_be_written(t
     whole = joined(source, replace(destination, events=[*destination.events, *absurd]))
     with RecordingWriter(tmp_path / "both.rec", whole.header) as writer:
         writer.write_many(whole.events)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("0+-20us", Hint(0, 20_000)),
+        ("-1.2ms±50us", Hint(-1_200_000, 50_000)),
+        ("+5us", Hint(5000, 0)),
+        ("3600s+-1ms", Hint(HOUR, 1_000_000)),
+    ],
+)
+def test_a_hint_is_an_offset_and_its_doubt(text: str, hint: Hint) -> None:
+    assert Offset().convert(text, None, None) == hint
+
+
+@pytest.mark.parametrize("text", ["", "+-5us", "5", "1ms+-", "1ms+-2", "--1ms"])
+def test_what_is_no_hint_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Offset().convert(text, None, None)
+
+
+def test_the_command_prints_what_its_joined_recording_says(tmp_path: Path) -> None:
+    halves = [str(DATA / "hosts" / f"{role}.rec") for role in ("destination", "source")]
+    both = str(tmp_path / "both.rec")
+    told = run("join", *halves, "--recording", both, "--format", "json")
+    assert told.returncode == 0, told.stderr
+    assert run("report", both, "--format", "json").stdout == told.stdout
+    assert run("join", *halves, "--recording", both).returncode == 2
+    refused = run("join", both, halves[0])
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "is a joined recording already" in refused.stderr
+
+
+@pytest.mark.parametrize("form", ["html", "perfetto", "csv", "text"])
+def test_a_joined_breakdown_goes_into_every_format(tmp_path: Path, form: str) -> None:
+    halves = [str(DATA / "hosts" / f"{role}.rec") for role in ("source", "destination")]
+    done = run("join", *halves, "--format", form, "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").stat().st_size > 300

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.errors import UsageError, VmmError
+from ebpf_mig.errors import PreflightError, UsageError, VmmError
+from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT, find_binary
 from ebpf_mig.vmm.ch_api import Api
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
 
@@ -141,3 +142,11 @@ def test_what_no_version_takes_is_refused_first(url: str, options: ChOptions) ->
     with pytest.raises(UsageError):
         options.check(url)
     ChOptions(connections=2, tls_dir="/t").check("tcp:[::1]:4444")
+
+
+def test_no_binary_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "/nonexistent/from-environment")
+    for wanted, name in (("/nonexistent/wanted", "/nonexistent/wanted"), (None, "/nonexistent/from-environment")):
+        with pytest.raises(PreflightError, match=f"no {name} found") as caught:
+            find_binary(wanted)
+        assert "install a release" in str(caught.value.remedy) and "--vmm-binary" in str(caught.value.remedy)

@@ -122,3 +122,10 @@ def test_a_retransmission_that_let_nothing_out() -> None:
     segments = [data(140, 16), ack(240_390, 16, 43_047), data(240_400, 43_047)]
     assert late(segments, again(100_000, 16, 1)).reason == "Nagle, delayed ACK"
     assert late(segments, again(240_450, 16, 1)).reason == "Nagle, delayed ACK"
+
+
+def test_which_message_it_was() -> None:
+    receives = [receive(90, 150, 0, 16), receive(160, 40_500, 16, 43_047)]
+    for state_from, message in ((None, ""), (100 * US, "state"), (200 * US, "pages")):
+        (found,) = wire.gather(SENDS, receives, [], (0, 100_000 * US), state_from=state_from)
+        assert found.message == message

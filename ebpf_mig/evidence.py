@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recording holds that tells whose it is, and what two of them say of their clocks.
+
+In: a recording; then two, with a connection in common. Out: a `Survey`; `clock.Evidence`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from ebpf_mig import events as ev
+from ebpf_mig import matching, pairs
+from ebpf_mig.clock import Evidence, Hull
+from ebpf_mig.matching import End, JoinError, Match
+from ebpf_mig.processes import Process
+from ebpf_mig.recording import Recording
+
+_SYN_FIN = 2
+"""TCP counts these as acknowledged bytes, too (tcp_snd_una_update, net/ipv4/tcp_input.c)."""
+
+
+@dataclass
+class Survey:
+    """What a recording holds that tells whose it is."""
+
+    name: str
+    recording: Recording
+    ends: list[End] = field(default_factory=list)
+    told: list[ev.Socket] = field(default_factory=list)
+    segments: dict[tuple[int, int], list[ev.Segment]] = field(default_factory=lambda: defaultdict(list))
+    tcp: list[ev.TcpInfo] = field(default_factory=list)
+    vcpus: dict[int, Process] = field(default_factory=dict)
+    ending: ev.Ending | None = None
+
+    @property
+    def header(self) -> ev.Header:
+        return self.recording.header
+
+
+def survey(name: str, recording: Recording) -> Survey:
+    """One look at each event."""
+    if recording.header.remote is not None:
+        raise JoinError(f"{name} is a joined recording already", "look at it with: ebpf-mig report")
+    found = Survey(name, recording)
+    transfers: list[ev.Transfer] = []
+    for event in recording.events:
+        match event:
+            case ev.Transfer():
+                transfers.append(event)
+            case ev.Segment():
+                found.segments[event.pid, event.socket].append(event)
+            case ev.Socket():
+                found.told.append(event)
+            case ev.TcpInfo():
+                found.tcp.append(event)
+            case ev.VcpuEnter():
+                _vcpus(found, event.pid).enters.append(event)
+            case ev.VcpuExit():
+                _vcpus(found, event.pid).exits.append(event)
+            case ev.VcpuState():
+                _vcpus(found, event.pid).states.append(event)
+            case ev.Ending():
+                found.ending = event
+    found.ends = matching.ends_of(transfers, found.told)
+    return found
+
+
+def _vcpus(found: Survey, pid: int) -> Process:
+    process = found.vcpus.get(pid)
+    if process is None:
+        process = found.vcpus[pid] = Process(pid)
+    return process
+
+
+def gathered(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
+    """What one connection says."""
+    found = Evidence()
+    out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
+    pairs.follows(pairs.Way(near.sends, far.receives, _from_start(source, near)), out, True)
+    pairs.follows(pairs.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
+    here = sorted(source.segments[near.pid, near.inode], key=attrgetter("at_ns"))
+    there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
+    pairs.arrived(near.sends, here, there, arrivals, True)
+    pairs.arrived(far.sends, there, here, returns, False)
+    pairs.released(here, there, opened, True)
+    pairs.released(there, here, reopened, False)
+    pairs.acknowledged(there, here, acks, True)
+    pairs.acknowledged(here, there, replies, False)
+    found.most = [hull for hull in (out, arrivals, replies, opened) if hull.count]
+    found.least = [hull for hull in (back, returns, acks, reopened) if hull.count]
+    return found
+
+
+def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
+    return [reading for reading in side.tcp if (reading.pid, reading.socket) == (end.pid, end.inode)]
+
+
+def _from_start(side: Survey, end: End) -> bool:
+    """TCP has sent no more than was traced: so the first byte was traced, too."""
+    readings = [reading.values for reading in _readings(side, end)]
+    told = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
+    return bool(told) and 0 < max(told) <= end.sent + _SYN_FIN
+
+
+def rough(evidence: Evidence) -> int | None:
+    """Some offset that is near the truth: to find the instant at which it is wanted."""
+    most = [y for hull in evidence.most for _, y in hull.points]
+    least = [-y for hull in evidence.least for _, y in hull.points]
+    if most and least:
+        return (min(most) + max(least)) // 2
+    return min(most) if most else max(least) if least else None
+
+
+def started(destination: Survey, match: Match) -> int:
+    """The destination's first run, on its clock; the last that it received, if it never ran."""
+    process = destination.vcpus.get(match.far)
+    lines = process.vcpus.values() if process else ()
+    starts = [line.first_run for line in lines if line.first_run is not None]
+    last = [t.end_ns for _, far in match.ends for t in (*far.receives, *far.sends)]
+    return min(starts) if starts else max(last, default=0)
