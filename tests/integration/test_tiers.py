@@ -136,7 +136,7 @@ def test_the_split_of_function_tiers_is_bpftraces() -> None:
     assert watcher.stdout is not None
     while "ready" not in watcher.stdout.readline():
         assert watcher.poll() is None, "bpftrace does not start"
-    runs = migrate_by(names, Plan(log="legacy", slots=2, passes=10, dirty_pages=1000))
+    runs = migrate_by(names, Plan(log="legacy", slots=2, passes=10, dirty_pages=700))
     watcher.send_signal(signal.SIGINT)
     said = watcher.communicate(timeout=60)[0]
     witness = {name: int(value) for name, value in re.findall(r"@(walk|flushed|n): (\d+)", said)}
