@@ -13,7 +13,7 @@ from ebpf_mig import fetches, sockets
 from ebpf_mig import switchover as switchovers
 from ebpf_mig.events import Transfer
 from ebpf_mig.fetches import Burst
-from ebpf_mig.processes import RECEIVE, SEND, Material, Process, key_of
+from ebpf_mig.processes import RECEIVE, SEND, Material, Process, begun, key_of
 from ebpf_mig.sockets import Channels
 from ebpf_mig.switchover import Switchover
 
@@ -92,5 +92,5 @@ def postcopy(case: Case) -> bool:
     """Did the source go on sending memory after the destination's start?"""
     start = case.switchover.last_start if case.switchover and case.switchover.kind == "completed" else None
     said = any(mark.name == "qmp.MIGRATION.postcopy-active" for mark in case.material.marks)
-    late = sum(t.bytes for t in case.sends if start is not None and t.begin_ns > start)
+    late = sum(t.bytes for t in begun(case.sends, start + 1)) if start is not None else 0
     return said or late > AFTER_START_BYTES

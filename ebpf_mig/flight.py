@@ -31,7 +31,7 @@ def observe(case: Case, window: tuple[int, int] | None, work: Work | None) -> li
     for near, far in sorted(sockets.mirrors(source, destination).items()):
         if near in case.channels.source:
             sends = source.streams.get((SEND, near), [])
-            receives = destination.streams.get((RECEIVE, far), [])
+            receives = destination.ended(destination.streams.get((RECEIVE, far), []), window[0])
             segments = [
                 s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
             ]

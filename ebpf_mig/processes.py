@@ -84,6 +84,15 @@ class Process:
         return [ioctl for ioctl in self.other_ioctls if kvm.is_memslot(ioctl.cmd)]
 
     @cached_property
+    def _longest_ns(self) -> int:
+        return max([t.end_ns - t.begin_ns for t in self.transfers], default=0)
+
+    def ended(self, transfers: list[ev.Transfer], since: int) -> list[ev.Transfer]:
+        """Those of its transfers, in order, that ended at `since` or later, without walking over all."""
+        late = begun(transfers, since - self._longest_ns)
+        return [t for t in late if t.end_ns >= since]
+
+    @cached_property
     def streams(self) -> dict[tuple[int, int], list[ev.Transfer]]:
         """Transfers in order by direction and socket, as told by `key_of`."""
         result: dict[tuple[int, int], list[ev.Transfer]] = defaultdict(list)

@@ -12,13 +12,13 @@ by how much went through, and never by a thread's name.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ebpf_mig import tcp
 from ebpf_mig.breakdown import SocketUse
 from ebpf_mig.events import Socket, Transfer
-from ebpf_mig.processes import RECEIVE, SEND, Process, key_of
+from ebpf_mig.processes import RECEIVE, SEND, Process, begun, key_of
 
 AF_UNIX = 1
 LEAST_BYTES = 4096
@@ -187,18 +187,18 @@ def usage(
         if process is None:
             continue
         for (direction, key), transfers in sorted(process.streams.items(), key=lambda i: (i[0][0] != main, i[0][1])):
-            used = _in_window(transfers, direction, window) if key in keys else ()
+            used = _in_window(process, transfers, direction, window) if key in keys else ()
             if used:
                 role = "migration" if direction == main else "control"
                 rows.append(_row(process, f"{side} {role}", used, window))
     return rows
 
 
-def _in_window(transfers: Sequence[Transfer], direction: int, window: tuple[int, int]) -> list[Transfer]:
+def _in_window(process: Process, transfers: list[Transfer], direction: int, window: tuple[int, int]) -> list[Transfer]:
     """Sends count where they begin, receives where they end: that is when the bytes move."""
     if direction == SEND:
-        return [t for t in transfers if window[0] <= t.begin_ns <= window[1]]
-    return [t for t in transfers if window[0] <= t.end_ns <= window[1]]
+        return [t for t in begun(transfers, window[0]) if t.begin_ns <= window[1]]
+    return [t for t in process.ended(transfers, window[0]) if t.end_ns <= window[1]]
 
 
 def _row(process: Process, role: str, transfers: list[Transfer], window: tuple[int, int]) -> SocketUse:

@@ -154,7 +154,7 @@ def _destination(case: Case, found: Switchover) -> tuple[dict[str, Span], int]:
     if not restores:
         return {}, 0
     loader = restores[-1].tid
-    own = [t for t in case.transfers(process) if t.tid == loader and t.end_ns > found.requested]
+    own = [t for t in process.ended(case.transfers(process), found.requested + 1) if t.tid == loader]
     talk = messages(own, RECEIVE)
     talk = [m for m in talk if m.first[-1].end_ns < found.first_start]
     if len(talk) < 2 or talk[-1].bytes > HEADER:
