@@ -183,7 +183,10 @@ static __always_inline struct process_state *this_process(u64 pid_tgid)
 static __always_inline bool in_detail(struct process_state *p, u64 now)
 {
 	u32 zero = 0;
-	u64 *all = fetches.lookup(&zero), ms = (now - p->refilled) / 1000000;
+	u64 *all = fetches.lookup(&zero), ms;
+
+	/* Another CPU may have refilled it after `now` was read. */
+	ms = now > p->refilled ? (now - p->refilled) / 1000000 : 0;
 
 	if (p->running > 0)
 		return false;
