@@ -68,8 +68,9 @@ def observe(
         for t in transfers
         if t.direction == SEND and t.begin_ns < until and t.end_ns > stop and not _announces(t, stop, fetched)
     ]
-    senders = {(t.tid, key_of(t)) for t in transfers if t.direction == SEND}
-    replies = [t for t in transfers if t.direction == RECEIVE and (t.tid, key_of(t)) in senders and t.end_ns > stop]
+    answers = [t for t in transfers if t.direction == RECEIVE and t.end_ns > stop]
+    senders = {(t.tid, t.socket or key_of(t)) for t in transfers if t.direction == SEND} if answers else set()
+    replies = [t for t in answers if (t.tid, key_of(t)) in senders]
     replies.sort(key=lambda reply: reply.end_ns)
     others = [i for i in ioctls if stop <= i.begin_ns < until]
     saves = _saves(others, [*(b.begin for b in bursts), *(max(stop, t.begin_ns) for t in sends)])

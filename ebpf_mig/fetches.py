@@ -31,18 +31,17 @@ SETUP_NS = 20_000_000
 class Burst:
     """One fetch with what belongs to it."""
 
-    ioctls: list[Ioctl] = field(default_factory=list)
-    end: int = 0
+    ioctls: list[Ioctl]
+    end: int
     """End of the burst itself, without the CLEARs that came later."""
 
-    @property
-    def begin(self) -> int:
-        return self.ioctls[0].begin_ns if self.ioctls else 0
+    begin: int = field(init=False)
+    fetched: bool = field(init=False)
+    """False if it holds nothing but CLEARs."""
 
-    @property
-    def fetched(self) -> bool:
-        """False if it holds nothing but CLEARs."""
-        return not is_clear(self.ioctls[0])
+    def __post_init__(self) -> None:
+        self.begin = self.ioctls[0].begin_ns
+        self.fetched = not is_clear(self.ioctls[0])
 
     @property
     def kernel_ns(self) -> int:
@@ -114,7 +113,7 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
     tids = fetchers(process)
     begins = [send.begin_ns for send in sends]
     result: list[Burst] = []
-    current = Burst()
+    current: Burst | None = None
     fetched_slots: set[tuple[int, int]] = set()
     last = 0
     for ioctl in process.dirty_log[bisect_left(process.dirty_log, since, key=_begin) :]:
@@ -125,8 +124,8 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
         apart = begin - last >= BURST_NS or _any_in(begins, last, begin)
         again = name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in fetched_slots
         clear = name == "CLEAR_DIRTY_LOG"
-        crosses = stopped and stop is not None and current.begin < stop
-        if not result or crosses or (not clear and (apart or again or not current.fetched)):
+        crosses = current is not None and stopped and stop is not None and current.begin < stop
+        if current is None or crosses or (not clear and (apart or again or not current.fetched)):
             current = Burst([ioctl], ioctl.end_ns)
             result.append(current)
             fetched_slots.clear()

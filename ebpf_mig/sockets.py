@@ -71,8 +71,8 @@ def _busiest(
     for (way, key), transfers in process.streams.items():
         late = [t for t in transfers if t.end_ns >= since] if way == direction else ()
         if late:
-            total[key] = sum(t.bytes for t in late)
-            by_tids[key] = sum(t.bytes for t in late if t.tid in tids)
+            total[key] = sum([t.bytes for t in late])
+            by_tids[key] = sum([t.bytes for t in late if t.tid in tids])
     crossing = {key: total[key] for key in total if key in mirrors}
     candidates = crossing or {key: size for key, size in total.items() if size >= LEAST_BYTES}
     if not candidates:

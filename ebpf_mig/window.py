@@ -46,12 +46,14 @@ def attribute(case: Case) -> tuple[tuple[int, int] | None, list[Phase], Work | N
     if found.first_start is not None or load is not None:
         begin = found.first_start if found.first_start is not None else partition.end
         restores = [i for i in case.destination.ioctls if phases.is_restore(i)] if case.destination else []
-        receives = [t for t in case.receives if t.end_ns <= begin]
+        late = case.destination.ended(case.receives, found.stop) if case.destination else []
+        receives = [t for t in late if t.end_ns <= begin]
         received = max((t.end_ns for t in receives), default=None)
         # Other threads may go on receiving memory meanwhile; they hold nobody up.
         loaders = {i.tid for i in restores}
-        own = [t for t in receives if t.tid in loaders]
-        waits = phases.arrivals(own or receives, restores, handed, begin)
+        if any(t.tid in loaders and t.end_ns <= begin for t in case.receives):
+            receives = [t for t in receives if t.tid in loaders]
+        waits = phases.arrivals(receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, "handover")
     return (partition.begin, partition.end), partition.phases(), work
