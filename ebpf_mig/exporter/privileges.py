@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable
 
 _NUMBERS = {
@@ -26,7 +27,7 @@ LOADER = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE")
 
 NOBODY = 65534
 
-_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 24, 38, 47
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 4, 24, 38, 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,14 +50,40 @@ def keep_only(names: Iterable[str]) -> None:
 
 
 def become_nobody() -> None:
-    """Gives up root's identity, if it is root's, and every capability."""
+    """Gives up root's identity, if it is root's, and every capability. Modules can still be imported."""
+    hidden = os.geteuid() == 0 and _open_hidden_places()
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         for number in range(64):
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+    if hidden:  # /proc/self/fd is ours again
+        _prctl(_PR_SET_DUMPABLE, 1)
     keep_only(())
+
+
+def _open_hidden_places() -> bool:
+    """Where modules lie that only root may reach, say in a clone under /root: from now on by open descriptors."""
+    packages = [module for module in list(sys.modules.values()) if isinstance(getattr(module, "__path__", 0), list)]
+    lists = [sys.path, *(package.__path__ for package in packages)]
+    places = {place for places in lists for place in places}
+    now = {
+        place: f"/proc/self/fd/{os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}"
+        for place in sorted(places)
+        if os.path.isdir(place) and not _all_may_enter(place)  # noqa: PTH112
+    }
+    for places_of in lists:
+        places_of[:] = [now.get(place, place) for place in places_of]
+    return bool(now)
+
+
+def _all_may_enter(place: str) -> bool:
+    while place != "/":
+        if not os.stat(place).st_mode & 1:  # noqa: PTH116
+            return False
+        place = os.path.dirname(place)  # noqa: PTH120
+    return True
 
 
 def die_with_parent(parent: int) -> None:
