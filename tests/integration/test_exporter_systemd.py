@@ -13,7 +13,7 @@ from tests.integration.exporters import OURS, fetch, free_port, is_ready, migrat
 from tests.integration.migrations import LASTING
 from tests.integration.systemd import manager
 
-pytestmark = requires(*TRACING, "systemd")
+pytestmark = requires(*TRACING, "systemd", "private mount namespaces")
 UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.service"
 
 
