@@ -24,7 +24,7 @@ from ebpf_mig.commands import tracing
 from ebpf_mig.commands.common import say, write_result
 from ebpf_mig.commands.join import clock_offset_option
 from ebpf_mig.commands.report import rendered, warn
-from ebpf_mig.errors import RecordingError, UsageError
+from ebpf_mig.errors import PreflightError, RecordingError, UsageError
 from ebpf_mig.events import AnyEvent, Mark, Target
 from ebpf_mig.joining import Hint, joined
 from ebpf_mig.matching import JoinError
@@ -195,3 +195,19 @@ def across(
         keep({role: far}, names, force)
         halves[role] = far
     return outcome, halves, remote.problem
+
+
+def conclude(
+    met: tuple[Outcome, dict[str, Recording], str],
+    names: dict[str, str],
+    form: str,
+    color: str,
+    hint: Hint | None,
+    *,
+    strict: bool,
+) -> None:
+    """Prints what `across` came to, and exits by it: a half that is missing is told as what this machine lacks."""
+    outcome, halves, problem = met
+    tracing.conclude(outcome, show(halves, names, form, color, hint), strict)
+    if problem:
+        click.get_current_context().exit(PreflightError.exit_code)

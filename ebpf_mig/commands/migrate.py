@@ -10,7 +10,7 @@ import click
 
 from ebpf_mig.commands import both, tracing
 from ebpf_mig.commands.common import DURATION, RATE, color_option, examples, format_option, strict_option
-from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.errors import UsageError
 from ebpf_mig.joining import Hint
 from ebpf_mig.vmm.base import Elsewhere
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
@@ -78,16 +78,14 @@ def qemu(
     options = QemuOptions(bandwidth, downtime_ms, multifd, postcopy)
     way = both.way_of(source_host, destination_host, remote_command, remote_tool)
     if way is not None:
-        names = both.file_names(output, "migrate", force)
-        sockets = {"source": source, "destination": destination}
 
         def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> QemuMigration:
             return QemuMigration(near, far, uri, options, remote)
 
-        outcome, halves, problem = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
-        tracing.conclude(outcome, both.show(halves, names, form, color, hint), strict)
-        if problem:
-            click.get_current_context().exit(PreflightError.exit_code)
+        names = both.file_names(output, "migrate", force)
+        sockets = {"source": source, "destination": destination}
+        met = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        both.conclude(met, names, form, color, hint, strict=strict)
         return
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(QemuMigration(source, destination, uri, options)) as migration:
@@ -174,10 +172,8 @@ def cloud_hypervisor(
 
         names = both.file_names(output, "migrate", force)
         sockets = {"source": source, "destination": destination}
-        outcome, halves, problem = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
-        tracing.conclude(outcome, both.show(halves, names, form, color, hint), strict)
-        if problem:
-            click.get_current_context().exit(PreflightError.exit_code)
+        met = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        both.conclude(met, names, form, color, hint, strict=strict)
         return
     open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:

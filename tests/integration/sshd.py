@@ -99,3 +99,14 @@ def ssh_of(parent: int) -> int | None:
             if int(rest.split()[1]) == parent and head.partition("(")[2] == "ssh":
                 return int(entry.parent.name)
     return None
+
+
+def ssh_amid(process: subprocess.Popen[str], directory: Path, after_s: float) -> int:
+    """The ssh client of a driven migration, so long after `x.source.rec` was begun in the directory."""
+    until = time.monotonic() + 60
+    while not (directory / "x.source.rec").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(after_s)
+    ssh = ssh_of(process.pid)
+    assert ssh is not None
+    return ssh

@@ -22,7 +22,7 @@ from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording_format import FRAME
 from ebpf_mig.vmm.ch_api import Api
 from tests.conftest import TRACING, requires
-from tests.integration.sshd import Server, ssh_of
+from tests.integration.sshd import Server, ssh_amid
 
 pytestmark = [requires(*TRACING, "tc with tbf and veth", "sshd", "private mount namespaces"), pytest.mark.timeout(180)]
 
@@ -143,13 +143,7 @@ def test_cloud_hypervisor_with_its_destination_elsewhere(tmp_path: Path, link: L
                 command, cwd=tmp_path, env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         if breaks:
-            until = time.monotonic() + 60
-            while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
-                time.sleep(0.02)
-            time.sleep(0.3)
-            ssh = ssh_of(process.pid)
-            assert ssh is not None
-            os.kill(ssh, signal.SIGKILL)
+            os.kill(ssh_amid(process, tmp_path, 0.3), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
         assert Api(pair.destination.api, "destination").state() == "Running", err
     if breaks:
@@ -179,13 +173,7 @@ def test_a_wrong_host_key_is_one_clear_line_and_nothing_is_migrated(tmp_path: Pa
 def test_a_connection_that_breaks_amid_the_migration_harms_nothing(tmp_path: Path, link: Link) -> None:
     with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         process = migrate(pair, link, server, "--destination-host", "far", *SLOW, cwd=tmp_path)
-        until = time.monotonic() + 60
-        while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(0.5)
-        ssh = ssh_of(process.pid)
-        assert ssh is not None
-        os.kill(ssh, signal.SIGKILL)
+        os.kill(ssh_amid(process, tmp_path, 0.5), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
         assert status_of(pair) == "running", "the migration went on"
     assert process.returncode == 4, err
@@ -201,12 +189,7 @@ def test_interrupted_or_killed_it_leaves_nothing_there(tmp_path: Path, link: Lin
     before = recorders()
     with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         process = migrate(pair, link, server, "--destination-host", "far", "--bandwidth", "8Mbit", cwd=tmp_path)
-        until = time.monotonic() + 60
-        while not (tmp_path / "x.source.rec").exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(0.5)
-        ssh = ssh_of(process.pid)
-        assert ssh is not None
+        ssh = ssh_amid(process, tmp_path, 0.5)
         assert recorders() - before
         process.send_signal(sent)
         process.communicate(timeout=60)
