@@ -55,7 +55,7 @@ class _Folder:
     def take(self, block: list[AnyEvent]) -> None:
         """The next block."""
         self._recent.append(block)
-        if any(map(_of_the_switchover, {e.cmd for e in block if type(e) is Ioctl})):
+        if Ioctl in map(type, block) and any(map(_of_the_switchover, {e.cmd for e in block if type(e) is Ioctl})):
             self._spared = len(self._recent) + NEAR
         if len(self._recent) > NEAR:
             self._leave(self._recent.popleft())

@@ -116,9 +116,10 @@ def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
             events, unknown = _decode_known(content)
     except _UNDECODABLE as error:
         raise DamageError(str(error)) from error
-    if TEXTUAL.isdisjoint(set(map(type, events))):
-        return events, unknown
-    return [bounded(event) if type(event) in TEXTUAL else event for event in events], unknown
+    for at, kind in enumerate(map(type, events)):
+        if kind in TEXTUAL:
+            events[at] = bounded(events[at])
+    return events, unknown
 
 
 def bounded(event: AnyEvent) -> AnyEvent:
