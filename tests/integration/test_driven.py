@@ -248,10 +248,12 @@ def test_interrupted_or_killed_it_leaves_nothing_there(tmp_path: Path, link: Lin
     [
         ("ebpf-mig", {"PYTHONPATH": "{tmp}/nobcc"}, "", "bcc"),
         ("no-such-tool", {}, "", "not found"),
+        ("setpriv --bounding-set=-all ebpf-mig", {}, "", "may not load BPF programs"),
         ("{tmp}/older", {}, "", "made by another ebpf-mig (format 0)"),
+        ("{tmp}/oldest", {}, "", "have the same version of ebpf-mig on both hosts"),
         ("ebpf-mig", {"TMPDIR": "{tmp}/full", "HOME": "{tmp}/full"}, FULL, None),
     ],
-    ids=["without-bcc", "without-the-tool", "older-recordings", "disk-full"],
+    ids=["without-bcc", "without-the-tool", "without-privilege", "older-recordings", "older-options", "disk-full"],
 )
 def test_a_remote_that_cannot_record_is_one_clear_line_and_the_local_half_is_reported(
     tmp_path: Path, link: Link, tool: str, environment: dict[str, str], before: str, said: str | None
@@ -263,6 +265,9 @@ def test_a_remote_that_cannot_record_is_one_clear_line_and_the_local_half_is_rep
     block = b"EBPFMIG0\n" + FRAME.pack(4, 0, 1) + b"abcd"
     older.write_text(OLDER.format(python=sys.executable, data=block))
     older.chmod(0o755)
+    oldest = tmp_path / "oldest"
+    oldest.write_text("#!/bin/sh\necho 'ebpf-mig: No such option: --until-eof' >&2\nexit 2\n")
+    oldest.chmod(0o755)
     here = {key: value.replace("{tmp}", str(tmp_path)) for key, value in environment.items()}
     with (
         QemuPair(QUICK, link=link) as pair,
