@@ -38,6 +38,7 @@ sys.stdout.buffer.write({data!r})
 sys.stdout.flush()
 sys.stdin.read()
 """
+TOOL = f"{sys.executable} -m ebpf_mig.cli"
 QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
 
 
@@ -125,8 +126,7 @@ def test_the_source_can_be_the_one_elsewhere(tmp_path: Path, link: Link) -> None
 
 def test_what_is_not_ssh_works_through_a_relay(tmp_path: Path, link: Link) -> None:
     with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
-        tool = f"{sys.executable} -m ebpf_mig.cli"
-        more = ("--destination-host", "pod", "--remote-command", "env", "--remote-tool", tool, "--format", "json")
+        more = ("--destination-host", "pod", "--remote-command", "env", "--remote-tool", TOOL, "--format", "json")
         process = migrate(pair, link, server, *more, cwd=tmp_path)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -147,11 +147,16 @@ cloud_hypervisor = pytest.mark.skipif(not os.environ.get(ENVIRONMENT), reason=f"
 
 
 @cloud_hypervisor
-@pytest.mark.parametrize("far", ["destination", "source"])
-def test_cloud_hypervisor_with_one_end_elsewhere(tmp_path: Path, link: Link, far: str) -> None:
+@pytest.mark.parametrize(
+    ("far", "more"),
+    [("destination", ()), ("source", ()), ("source", ("--remote-command", "env", "--remote-tool", TOOL))],
+    ids=["destination", "source", "source-by-a-command"],
+)
+def test_cloud_hypervisor_with_one_end_elsewhere(tmp_path: Path, link: Link, far: str, more: tuple[str, ...]) -> None:
     with ChPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         logs = ("--source-log", str(pair.source.log), "--destination-log", str(pair.destination.log))
-        process = migrate_ch(pair, link, server, f"--{far}-host", "far", *logs, "--format", "json", cwd=tmp_path)
+        options = (f"--{far}-host", "far", *more, *logs, "--format", "json")
+        process = migrate_ch(pair, link, server, *options, cwd=tmp_path)
         out, err = process.communicate(timeout=120)
         assert Api(pair.destination.api, "destination").state() == "Running", err
     assert process.returncode == 0, err
