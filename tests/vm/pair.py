@@ -94,6 +94,18 @@ def listened(source: Ear, destination: Ear) -> Heard:
     return Heard(first - last, max(periods, default=0), here - there, one + other)
 
 
+def agree(told: Breakdown, heard: Heard) -> bool:
+    """Whether the joined figures are those that were heard, within the bound of the clocks and what hearing is worth.
+
+    The guest beats once a period of running, so it is silent for the blackout and up to a period more.
+    """
+    bound = told.clock.bound_ns
+    if told.blackout_ns is None or bound is None:
+        return False
+    silent = abs(heard.silent_ns - told.blackout_ns) <= bound + heard.period_ns
+    return silent and abs(told.clock.offset_ns - heard.ahead_ns) <= bound + heard.doubt_ns
+
+
 @dataclass
 class Meeting:
     """One migration between two machines."""
@@ -108,17 +120,8 @@ class Meeting:
     @property
     def good(self) -> bool:
         """Whether the joined blackout agrees with what was heard, within the clocks' bound and the guest's period."""
-        return not self.trouble and self.heard is not None and self.breakdown is not None and self.agrees()
-
-    def agrees(self) -> bool:
-        """The guest beats once a period of running, so it was silent for the blackout and up to a period more."""
-        if self.breakdown is None or self.heard is None or self.breakdown.blackout_ns is None:
-            return False
-        told = self.breakdown.clock
-        if told.bound_ns is None:
-            return False
-        silent = abs(self.heard.silent_ns - self.breakdown.blackout_ns) <= told.bound_ns + self.heard.period_ns
-        return silent and abs(told.offset_ns - self.heard.ahead_ns) <= told.bound_ns + self.heard.doubt_ns
+        both = self.heard is not None and self.breakdown is not None
+        return both and not self.trouble and agree(self.breakdown, self.heard)
 
     def lines(self) -> list[str]:
         """What to print."""
@@ -136,7 +139,7 @@ class Meeting:
             ahead, doubt = self.heard.ahead_ns / 1e6, self.heard.doubt_ns / 1e6
             lines.append(f"the destination's clock is ahead by {told.clock.offset_ns / 1e6:.3f} ms;")
             lines.append(f"by what the machines say of their clocks, {ahead:.3f} ms, give or take {doubt:.3f} ms")
-            lines.append(f"they agree: {'yes' if self.agrees() else 'NO'}; {self.seconds:.0f} s in all")
+            lines.append(f"they agree: {'yes' if self.good else 'NO'}; {self.seconds:.0f} s in all")
         return lines
 
     def keep(self, where: Path) -> None:

@@ -30,8 +30,8 @@ MIGRATION, READY = 4444, 4445
 SERIAL = "/dev/ttyS1"
 MACHINE = "pc-i440fx-7.2"
 """Known to the QEMUs of both user lands."""
-GUEST = Scenario(memory_bytes=64 * MIB, working_set_bytes=MIB, pages_per_s=20_000)
-"""Beats each 13 ms while it is left alone."""
+GUEST = Scenario(memory_bytes=64 * MIB, working_set_bytes=MIB // 4, pages_per_s=20_000)
+"""Beats every 3 ms while it is left alone."""
 PATIENCE_S = 180.0
 WARM_UP_S, AFTER_S = 3.0, 5.0
 
