@@ -186,7 +186,7 @@ static __always_inline bool in_detail(struct process_state *p, u64 now)
 	u32 zero = 0;
 	u64 *all = fetches.lookup(&zero), ms;
 
-	/* Another CPU may have refilled it after `now` was read. */
+	/* Another CPU may have refilled it after `now` was read, or this one, preempted before it came here. */
 	ms = now > p->refilled ? (now - p->refilled) / 1000000 : 0;
 
 	if (p->running > 0)
