@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import chain, pairwise
 from operator import attrgetter
@@ -73,6 +73,7 @@ class _Folder:
             self.kept += folded(block)
 
 
+_MOST = (1 << 63) - 1
 _LEFT_OUT = (Transfer, OffCpu)
 _way = attrgetter("pid", "tid", "socket", "direction", "hidden")
 _calls, _bytes, _failed = map(attrgetter, ("calls", "bytes", "failed"))
@@ -132,13 +133,18 @@ def run_of(calls: list[Transfer]) -> Transfer:
         first.fd,
         first.direction,
         first.socket,
-        sum(map(_calls, calls)),
-        sum(map(_bytes, calls)),
-        sum(map(_in_call, calls)),
+        _total(_calls, calls),
+        _total(_bytes, calls),
+        _total(_in_call, calls),
         max(map(_max_call, calls)),
-        sum(map(_failed, calls)),
+        _total(_failed, calls),
         first.position,
-        sum(map(_off_cpu, calls)) if known else -1,
+        _total(_off_cpu, calls) if known else -1,
         first.off_before_ns,
         first.hidden,
     )
+
+
+def _total(field: Callable[[Transfer], int], calls: list[Transfer]) -> int:
+    """A sum that can be stored, whatever a recording claims."""
+    return max(-_MOST, min(sum(map(field, calls)), _MOST))

@@ -53,7 +53,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._vm_style = vm_style
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._vms: OrderedDict[str, Observation] = OrderedDict()
         self._status: Status | None = None
         self._status_at = 0.0
@@ -128,8 +128,17 @@ class Metrics:
                      registry=self.registry)  # fmt: skip
         info.labels(version, kernel).set(1)
 
+    def text(self, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
+        """The exposition. A migration is in all of its families or in none."""
+        with self._lock:
+            return encode(self.registry)
+
     def migration(self, o: Observation) -> None:
         """Counts one migration in."""
+        with self._lock:
+            self._count(o)
+
+    def _count(self, o: Observation) -> None:
         self._migrations.labels(o.vmm, o.role, o.result).inc()
         if o.verdict == "incomplete":
             self._incomplete.inc()
@@ -151,12 +160,11 @@ class Metrics:
         name = self.label_of(o.vm)
         if not name:
             return
-        with self._lock:
-            self._vms[name] = o
-            self._vms.move_to_end(name)
-            while len(self._vms) > VMS:
-                self._vms.popitem(last=False)
-                self._evicted += 1
+        self._vms[name] = o
+        self._vms.move_to_end(name)
+        while len(self._vms) > VMS:
+            self._vms.popitem(last=False)
+            self._evicted += 1
 
     def traces(self, arrived: bool, spans: int) -> None:
         """Counts spans that a tracing back end took, or did not. The family exists from the first call on."""

@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/metrics":
             begin = time.monotonic()
             encode, kind = choose_encoder(self.headers.get("Accept", ""))
-            text = encode(self.server.metrics.registry)
+            text = self.server.metrics.text(encode)
             self.server.metrics.scrape_seconds.set(time.monotonic() - begin)
             self._send(200, kind, text, body)
         elif path == "/-/healthy":

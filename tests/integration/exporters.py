@@ -84,10 +84,10 @@ def exporter(
         yield process, port
 
 
-def migrate(scenario: Scenario, settle: float = SETTLED_S) -> None:
-    """One migration that the exporter is not told about."""
+def migrate(scenario: Scenario, settled: Callable[[], object] = lambda: time.sleep(SETTLED_S)) -> None:
+    """One migration that the exporter is not told about, of VMs that existed before: until `settled` returns."""
     with QemuPair(scenario, None, NAMED) as pair:
-        time.sleep(settle)
+        settled()
         with contextlib.closing(
             QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         ) as migration:

@@ -117,12 +117,20 @@ def test_two_demos_at_once(tmp_path: Path, lab_directory: Path) -> None:
     assert all(answer["completeness"]["verdict"] == "complete" for answer in answers)
 
 
+def catches(pid: int, signum: int) -> bool:
+    """Whether the process has a handler of its own for the signal: before that no program can do anything about it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> signum - 1 & 1)
+
+
 def interrupt(
     directory: Path, arguments: Sequence[str], signum: int, after_s: float, recording: str = ""
 ) -> tuple[int, str]:
-    """Sends the signal so long after the start, or after the recording was begun."""
+    """Sends the signal so long after Python has started, or after the recording was begun."""
     process = subprocess.Popen(command(*arguments), cwd=directory, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
+    while not catches(process.pid, signal.SIGINT) and time.monotonic() < deadline:
+        time.sleep(0.002)
     while recording and not (directory / recording).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(after_s)
@@ -176,8 +184,10 @@ def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
             command("record", "--pid", pids[0], "--pid", pids[1], "-o", "seen.rec"),
             cwd=tmp_path,
             stderr=subprocess.PIPE,
+            text=True,
         )
-        time.sleep(2)
+        assert watching.stderr is not None
+        assert "tracing" in watching.stderr.readline()
         ends = ["--source", pair.source.qmp, "--destination", pair.destination.qmp, "--uri", pair.uri]
         result = run(tmp_path, "migrate", "qemu", *ends, "-o", "driven.rec", "--format", "json")
         assert result.returncode == 0, result.stderr

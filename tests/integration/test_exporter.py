@@ -47,7 +47,11 @@ pytestmark = requires(*TRACING)
 def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with exporter(state) as (process, port):
-        migrate(dataclasses.replace(LASTING, vcpus=2, transport=transport))
+
+        def cleared() -> None:
+            until(lambda: value(port, "ebpf_mig_vms") == 2 and value(port, "ebpf_mig_armed") == 0)
+
+        migrate(dataclasses.replace(LASTING, vcpus=2, transport=transport), cleared)
         until(lambda: value(port, "ebpf_mig_migrations_total") == 1, 15)
         (kept,) = state.iterdir()
         found = report(kept)

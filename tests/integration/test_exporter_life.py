@@ -105,7 +105,8 @@ def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: P
         assert held["CapEff"] == held["CapBnd"] and not held["CapEff"] >> 21 & 1
         assert sum(map(resident_kb, (process.pid, *others.values()))) < 80_000
         objects = bpf_objects(process.pid)
-        assert len(objects["prog"]) >= 8 and len(objects["link"]) == 2
+        assert len(objects["prog"]) >= 8
+        assert len(objects["link"]) in (2, 3), "the standing probes alone; the third is that on KVM's own function"
         assert all(in_kernel(kind, number) for kind, numbers in objects.items() for number in numbers)
         process.kill()
         until(lambda: all(map(gone, others.values())))
@@ -133,7 +134,7 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
                 first.kill()
             with exporter(tmp_path / "terminated") as (second, port):
                 until(lambda: value(port, "ebpf_mig_armed") == 1)
-                time.sleep(1)
+                time.sleep(4)  # what one VM fills another with takes a second to be more than a VMM may say otherwise
                 second.send_signal(signal.SIGTERM)
                 assert second.wait(15) == 0
             with exporter(state) as (_, port):

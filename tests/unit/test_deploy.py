@@ -71,6 +71,26 @@ def test_the_dashboard_has_units_and_no_fixed_data_source() -> None:
             assert one is other or apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
 
 
+@requires("Grafana's schema (tools/grafana_dashboard)")
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("", "", ""),
+        ('"colorMode"', '"colourMode"', "unexpected field 'colourMode'"),
+        ('"legendFormat"', '"legend"', "Dataquery: unexpected field 'legend'"),
+        ('"instant": true', '"instant": "yes"', "panels[6].targets[0].instant: json: cannot unmarshal string"),
+        ('"type": "heatmap"', '"type": "heat"', 'no panel of the kind "heat"'),
+        ('"templating"', '"variables"', "unexpected field 'variables'"),
+    ],
+)
+def test_the_dashboard_is_what_grafana_takes(right: str, wrong: str, said: str, tmp_path: Path) -> None:
+    """Its own schema, of the dashboard, each panel's options, each query; and that would notice."""
+    file = tmp_path / "dashboard.json"
+    file.write_text((DEPLOY / "grafana" / "ebpf-mig.json").read_text().replace(right, wrong))
+    code, heard = run("grafana-dashboard", str(file))
+    assert code == bool(wrong) and said in heard, heard
+
+
 @requires("systemd-analyze")
 def test_the_unit_is_hardened() -> None:
     code, said = run("systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=30", str(UNIT))

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -47,6 +49,20 @@ def test_a_migration_shows_in_every_family() -> None:
     assert got["ebpf_mig_final_memory_bytes_total", ()] == 4096
     assert got["ebpf_mig_last_migration_blackout_seconds", (("vm", "vm1"),)] == 0.012345678
     assert got["ebpf_mig_last_migration_complete", (("vm", "vm1"),)] == 1
+
+
+def test_a_scrape_has_a_migration_in_all_families_or_in_none() -> None:
+    metrics = Metrics()
+    writer = threading.Thread(target=metrics.migration, args=(observation(),))
+
+    def slowly(registry: CollectorRegistry) -> bytes:
+        writer.start()
+        writer.join(0.2)
+        return generate_latest(registry)
+
+    assert b"ebpf_mig_last_migration_blackout_seconds{" not in metrics.text(slowly)
+    writer.join()
+    assert b"ebpf_mig_last_migration_blackout_seconds{" in metrics.text(generate_latest)
 
 
 def test_an_unknown_blackout_is_not_a_zero() -> None:
