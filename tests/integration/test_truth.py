@@ -15,10 +15,10 @@ import pytest
 from ebpf_mig import kvm
 from ebpf_mig.collector import analyse
 from ebpf_mig.events import Ending, Header, Ioctl, Transfer
-from ebpf_mig.probes import tracer
+from ebpf_mig.probes import defines
 from tests.conftest import requires
 from tests.truth import large
-from tests.truth.harness import PHASES, undisturbed, work
+from tests.truth.harness import PHASES, migrate, undisturbed, work
 from tests.truth.machine import HOG_SLOT
 from tests.truth.parts import SLOWNESS, Plan
 from tests.truth.workloads import MESSAGE
@@ -112,7 +112,7 @@ def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
 )
 def test_fetches_find_exactly_the_pages_that_the_guest_wrote(log: str) -> None:
     """The machine knows which pages the guest wrote; the guest that arrives has the same memory."""
-    run = undisturbed(Plan(log=log, slots=8, passes=3, dirty_pages=300))
+    run = migrate(Plan(log=log, slots=8, passes=3, dirty_pages=300))
     assert len(run.fetched) == 3
     assert not any(fetch["missing"] or fetch["surplus"] for fetch in run.fetched), run.fetched
     assert run.same_memory and not run.breakdown.completeness.lost
@@ -142,7 +142,7 @@ def test_many_small_sends_in_a_blackout_are_all_counted(count: int) -> None:
 @pytest.mark.everywhere("loss")
 def test_what_is_lost_is_told_and_its_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a ring buffer that is far too small: what the records lack is what the positions of the others jump over."""
-    monkeypatch.setattr(tracer, "RING_BYTES", 16384)
+    monkeypatch.setattr(defines, "RING_BYTES", 16384)
     said, events = work("sends", 100_000)
     ending = events[-1]
     assert isinstance(ending, Ending)

@@ -30,7 +30,7 @@ SPIN_NS = 500_000
 
 
 def slowness() -> float:
-    """How many times as long as on a real machine everything takes here: 1 there, some 10 in an emulated one."""
+    """How many times as long as on a slow real machine everything takes here: 1 there, 2 to 4 in an emulated one."""
     best = SPIN_NS
     for number in range(9):
         begin = time.perf_counter_ns()

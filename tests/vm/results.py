@@ -160,7 +160,7 @@ def _cells(row: Row, subjects: list[str]) -> list[str]:
         f"{row.userland}: {has}",
         *(_cell(row.subjects.get(name)) for name in subjects),
         row.attach or "-",
-        f"{row.date}, {row.seconds} s" + (f", {row.slowness:.0f} times slower" if row.slowness > 1 else ""),
+        f"{row.date}, {row.seconds} s" + (f", {row.slowness:.1f} times slower" if row.slowness > 1 else ""),
     ]
 
 
