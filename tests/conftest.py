@@ -70,6 +70,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None,
+    "podman": lambda: shutil.which("podman") is not None,
     "setpriv": lambda: shutil.which("setpriv") is not None,
     "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
     "systemd": lambda: all(map(shutil.which, ("/lib/systemd/systemd", "systemctl", "unshare", "nsenter"))),
