@@ -55,6 +55,7 @@ def long_sides(seed: Recording, count: int) -> Iterator[tuple[Recording, list[An
     for side in sides:
         pid = side.header.targets[0].pid
         events = [e for e in whole.events if getattr(e, "pid", pid) == pid and not between_fetches(e, begin, end, last)]
+        events = without_holes(events)
         parts = round(len(events) / count)
         yield side, list(in_fewer(events, parts)) if parts > 1 else events
 
@@ -63,6 +64,20 @@ def between_fetches(event: AnyEvent, begin: int, end: int, last: int) -> bool:
     """Whether it is of a fetch that is left out."""
     number = (begin_of(event) - begin) // (end - begin)
     return isinstance(event, Ioctl) and begin < event.begin_ns < last and number % FETCH_EVERY > 0
+
+
+def without_holes(events: list[AnyEvent]) -> list[AnyEvent]:
+    """What was received across the cut between two repetitions is added to the call before: TCP leaves nothing out."""
+    following: dict[tuple[int, int], int] = {}
+    for at in reversed(range(len(events))):
+        event = events[at]
+        if isinstance(event, Transfer):
+            way = event.socket, event.direction
+            hole = following.get(way, 0) - event.position - event.bytes
+            following[way] = event.position
+            if hole > 0:
+                events[at] = replace(event, bytes=event.bytes + hole)
+    return events
 
 
 def in_fewer(events: list[AnyEvent], parts: int) -> Iterator[AnyEvent]:

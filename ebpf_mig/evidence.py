@@ -7,8 +7,9 @@ In: a recording; then two, with a connection in common. Out: a `Survey`; `clock.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from ebpf_mig import events as ev
 from ebpf_mig import matching, pairs
@@ -27,51 +28,40 @@ class Survey:
 
     name: str
     recording: Recording
-    ends: list[End] = field(default_factory=list)
-    told: list[ev.Socket] = field(default_factory=list)
-    segments: dict[tuple[int, int], list[ev.Segment]] = field(default_factory=lambda: defaultdict(list))
-    tcp: list[ev.TcpInfo] = field(default_factory=list)
-    vcpus: dict[int, Process] = field(default_factory=dict)
-    ending: ev.Ending | None = None
+    kinds: dict[type, list[Any]]
+    """Its events by their type."""
+    ends: list[End]
+    segments: dict[tuple[int, int], list[ev.Segment]]
+    """By process and socket, in order of time."""
 
     @property
     def header(self) -> ev.Header:
         return self.recording.header
+
+    @property
+    def ending(self) -> ev.Ending | None:
+        return next(reversed(self.kinds.get(ev.Ending, [])), None)
+
+    def process(self, pid: int) -> Process:
+        """What its vCPUs did."""
+        found = Process(pid)
+        for into, kind in ((found.enters, ev.VcpuEnter), (found.exits, ev.VcpuExit), (found.states, ev.VcpuState)):
+            into += [event for event in self.kinds.get(kind, ()) if event.pid == pid]
+        return found
 
 
 def survey(name: str, recording: Recording) -> Survey:
     """One look at each event."""
     if recording.header.remote is not None:
         raise JoinError(f"{name} is a joined recording already", "look at it with: ebpf-mig report")
-    found = Survey(name, recording)
-    transfers: list[ev.Transfer] = []
+    kinds: dict[type, list[Any]] = defaultdict(list)
     for event in recording.events:
-        match event:
-            case ev.Transfer():
-                transfers.append(event)
-            case ev.Segment():
-                found.segments[event.pid, event.socket].append(event)
-            case ev.Socket():
-                found.told.append(event)
-            case ev.TcpInfo():
-                found.tcp.append(event)
-            case ev.VcpuEnter():
-                _vcpus(found, event.pid).enters.append(event)
-            case ev.VcpuExit():
-                _vcpus(found, event.pid).exits.append(event)
-            case ev.VcpuState():
-                _vcpus(found, event.pid).states.append(event)
-            case ev.Ending():
-                found.ending = event
-    found.ends = matching.ends_of(transfers, found.told)
-    return found
-
-
-def _vcpus(found: Survey, pid: int) -> Process:
-    process = found.vcpus.get(pid)
-    if process is None:
-        process = found.vcpus[pid] = Process(pid)
-    return process
+        kinds[type(event)].append(event)
+    segments: dict[tuple[int, int], list[ev.Segment]] = defaultdict(list)
+    for segment in sorted(kinds.get(ev.Segment, ()), key=attrgetter("at_ns")):
+        segments[segment.pid, segment.socket].append(segment)
+    ends = matching.ends_of(kinds.get(ev.Transfer, ()), kinds.get(ev.Socket, ()))
+    return Survey(name, recording, dict(kinds), ends, segments)
 
 
 def gathered(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
@@ -80,8 +70,7 @@ def gathered(source: Survey, destination: Survey, near: End, far: End) -> Eviden
     out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
     pairs.follows(pairs.Way(near.sends, far.receives, _from_start(source, near)), out, True)
     pairs.follows(pairs.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
-    here = sorted(source.segments[near.pid, near.inode], key=attrgetter("at_ns"))
-    there = sorted(destination.segments[far.pid, far.inode], key=attrgetter("at_ns"))
+    here, there = source.segments[near.pid, near.inode], destination.segments[far.pid, far.inode]
     pairs.arrived(near.sends, here, there, arrivals, True)
     pairs.arrived(far.sends, there, here, returns, False)
     pairs.released(here, there, opened, True)
@@ -94,7 +83,8 @@ def gathered(source: Survey, destination: Survey, near: End, far: End) -> Eviden
 
 
 def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
-    return [reading for reading in side.tcp if (reading.pid, reading.socket) == (end.pid, end.inode)]
+    told = side.kinds.get(ev.TcpInfo, ())
+    return [reading for reading in told if (reading.pid, reading.socket) == (end.pid, end.inode)]
 
 
 def _from_start(side: Survey, end: End) -> bool:
@@ -115,8 +105,7 @@ def rough(evidence: Evidence) -> int | None:
 
 def started(destination: Survey, match: Match) -> int:
     """The destination's first run, on its clock; the last that it received, if it never ran."""
-    process = destination.vcpus.get(match.far)
-    lines = process.vcpus.values() if process else ()
+    lines = destination.process(match.far).vcpus.values()
     starts = [line.first_run for line in lines if line.first_run is not None]
     last = [t.end_ns for _, far in match.ends for t in (*far.receives, *far.sends)]
     return min(starts) if starts else max(last, default=0)

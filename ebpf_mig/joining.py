@@ -9,8 +9,10 @@ from anybody: nothing in them is a path or a command, what they can make us comp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 from msgspec.structs import force_setattr, replace
 
@@ -28,6 +30,7 @@ LATEST = 1 << 62
 """No clock shows more, ns; instants beyond are cut to it."""
 _OTHER_PID = 1 << 32
 """Added to the destination's pid where both have the same: no kernel gives such a number."""
+_OF_NOBODY = frozenset({ev.Ending, ev.OwnCost})
 _SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
 INSTANTS: dict[type, tuple[str, ...]] = {
     kind: tuple(
@@ -178,15 +181,15 @@ def _merged(
         notes=[*a.notes, *(note for note in b.notes if note not in a.notes), *notes],
         remote=remote,
     )
-    peers = {(far.pid, far.inode): near.inode for near, far in match.ends}
-    events = _kept(source.recording.events, match.near, lambda socket: replace(socket, peer=0))
-    theirs = _kept(
-        destination.recording.events,
-        match.far,
-        lambda socket: replace(socket, peer=peers.get((socket.pid, socket.socket), 0)),
-    )
-    _shift(theirs, -offset, None if pid == match.far else pid)
-    events += theirs
+    here, there = _of(source, match.near), _of(destination, match.far)
+    _shift(there, -offset)
+    if pid != match.far:
+        for event in chain.from_iterable(there.values()):
+            force_setattr(event, "pid", pid)
+    peers = {(pid, far.inode): near.inode for near, far in match.ends}
+    for sockets in (here.get(ev.Socket, []), there.get(ev.Socket, [])):
+        sockets[:] = [replace(told, peer=peers.get((told.pid, told.socket), 0)) for told in sockets]
+    events: list[ev.AnyEvent] = [*chain.from_iterable(here.values()), *chain.from_iterable(there.values())]
     events += _costs(source, 0, remote=False) + _costs(destination, offset, remote=True)
     ending = _ending(source.ending, destination.ending, offset)
     events += [ending] if ending else []
@@ -222,35 +225,26 @@ def _attach(source: dict[str, str], destination: dict[str, str]) -> dict[str, st
     return tiers
 
 
-def _kept(events: Iterable[ev.AnyEvent], pid: int, socket: Callable[[ev.Socket], ev.Socket]) -> list[ev.AnyEvent]:
+def _of(side: Survey, pid: int) -> dict[type, list[Any]]:
     """The events of one process."""
-    kept: list[ev.AnyEvent] = []
-    for event in events:
-        kind = type(event)
-        if kind is ev.Ending or kind is ev.OwnCost or event.pid != pid:  # type: ignore[union-attr]
-            continue
-        kept.append(socket(event) if isinstance(event, ev.Socket) else event)
-    return kept
+    kinds = side.kinds.items()
+    return {kind: [e for e in events if e.pid == pid] for kind, events in kinds if kind not in _OF_NOBODY}
 
 
-def _shift(events: Sequence[ev.AnyEvent], by_ns: int, pid: int | None) -> None:
-    """Moves instants, and gives another pid, in place: a copy of a million events takes seconds. 0 is "not seen"."""
-    for event in events:
-        for name in INSTANTS.get(type(event), ()):
-            at = getattr(event, name)
-            if at:
-                at += by_ns
-                force_setattr(event, name, at if -LATEST < at < LATEST else LATEST)
-        if pid is not None:
-            force_setattr(event, "pid", pid)
+def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
+    """Moves instants in place: a copy of a million events takes seconds. 0 is "not seen"."""
+    for kind, events in kinds.items():
+        for name in INSTANTS.get(kind, ()):
+            for event, at in zip(events, map(attrgetter(name), events), strict=True):
+                if at:
+                    at += by_ns  # noqa: PLW2901
+                    force_setattr(event, name, at if -LATEST < at < LATEST else LATEST)
 
 
 def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
     """Our own cost on one host, with its last reading: two hosts' run times must not be mixed."""
     found: list[ev.AnyEvent] = [
-        replace(event, at_ns=event.at_ns - offset, remote=remote)
-        for event in side.recording.events
-        if isinstance(event, ev.OwnCost)
+        replace(event, at_ns=event.at_ns - offset, remote=remote) for event in side.kinds.get(ev.OwnCost, ())
     ]
     if side.ending and side.ending.observer_ns:
         found.append(ev.OwnCost(side.ending.at_ns - offset, sum(side.ending.observer_ns.values()), 0, remote))

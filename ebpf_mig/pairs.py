@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from ebpf_mig.clock import Hull
 from ebpf_mig.events import Segment, Transfer
@@ -35,7 +36,7 @@ class Way:
 
 def sent_bytes(transfers: Iterable[Transfer]) -> int:
     """How far the stream was followed."""
-    return max((t.position + t.bytes for t in transfers), default=0)
+    return max([t.position + t.bytes for t in transfers], default=0)
 
 
 def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
@@ -73,16 +74,29 @@ Block = tuple[int, int, int, int, int]
 def _blocks(transfers: Sequence[Transfer]) -> list[Block]:
     """Runs in the order of the stream. Threads that share a connection tell their places late: such runs are one."""
     blocks: list[Block] = []
-    for t in sorted(transfers, key=lambda t: (t.position, t.end_ns)):
-        block = t.position, t.position + t.bytes, t.begin_ns if not t.hidden else 0, t.end_ns, t.max_call_ns
-        while blocks and (block[0] < blocks[-1][1] or 0 < block[2] < blocks[-1][3]) and t.bytes > 0:
-            last = blocks.pop()
-            begin, end = min(last[2], block[2]), max(last[3], block[3])
-            reach = max(last[1], block[1], last[0] + (last[1] - last[0]) + (block[1] - block[0]))
-            block = min(last[0], block[0]), reach, begin, end, end - begin
-        if t.bytes > 0:
-            blocks.append(block)
+    reached = ended = 0
+    """Of the last block: place after it, and its end."""
+    for t in sorted(transfers, key=attrgetter("position", "end_ns")):
+        size = t.bytes
+        if size <= 0:
+            continue
+        first, begin, end = t.position, t.begin_ns if not t.hidden else 0, t.end_ns
+        block = first, first + size, begin, end, t.max_call_ns
+        if first < reached or 0 < begin < ended:
+            block = _as_one(blocks, block)
+        reached, ended = block[1], block[3]
+        blocks.append(block)
     return blocks
+
+
+def _as_one(blocks: list[Block], block: Block) -> Block:
+    """Takes from the end of `blocks` what is not known to come before `block`."""
+    while blocks and (block[0] < blocks[-1][1] or 0 < block[2] < blocks[-1][3]):
+        last = blocks.pop()
+        begin, end = min(last[2], block[2]), max(last[3], block[3])
+        reach = max(last[1], block[1], last[0] + (last[1] - last[0]) + (block[1] - block[0]))
+        block = min(last[0], block[0]), reach, begin, end, end - begin
+    return block
 
 
 def _sent(blocks: Sequence[Block]) -> list[Mark]:
@@ -175,6 +189,8 @@ def arrived(
     `acks` are segments that arrived at the sender: they tie its places in the stream to sequence numbers. As `data`, in
     order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
     """
+    if not acks or not data:
+        return
     blocks = _blocks(sends)
     origin = _origin(blocks, acks)
     if origin is None:

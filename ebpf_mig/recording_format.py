@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Collection
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -115,7 +116,10 @@ def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
             events, unknown = _decode_known(content)
     except _UNDECODABLE as error:
         raise DamageError(str(error)) from error
-    return [bounded(event) if type(event) in TEXTUAL else event for event in events], unknown
+    for at, kind in enumerate(map(type, events)):
+        if kind in TEXTUAL:
+            events[at] = bounded(events[at])
+    return events, unknown
 
 
 def bounded(event: AnyEvent) -> AnyEvent:
@@ -140,10 +144,16 @@ def _fits(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= MAX_TEXT and value.isascii()
     if isinstance(value, tuple):
-        return not value or (len(value) <= MAX_ITEMS and all(len(v) <= MAX_ITEM_TEXT and v.isascii() for v in value))
+        return not value or (len(value) <= MAX_ITEMS and _fit_together(value))
     if isinstance(value, dict):
-        return len(value) <= MAX_ITEMS and all(len(key) <= MAX_ITEM_TEXT and key.isascii() for key in value)
+        return len(value) <= MAX_ITEMS and _fit_together(value)
     return True
+
+
+def _fit_together(texts: Collection[str]) -> bool:
+    """As one text, which is quicker to look at than each; stacks are a good part of a long recording."""
+    together = "".join(texts)
+    return together.isascii() and (len(together) <= MAX_ITEM_TEXT or max(map(len, texts)) <= MAX_ITEM_TEXT)
 
 
 def _text(text: str, limit: int) -> str:

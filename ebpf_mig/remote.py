@@ -87,18 +87,26 @@ class Remote:
     def end(self) -> Elsewhere:
         """The process there, as far as its recorder tells."""
         if self.header is None or not self.header.targets:
-            return Elsewhere(read=self._read)
-        return Elsewhere(self.header.targets[0].pid, self.header.clock, self._read)
+            return Elsewhere(run=self._run)
+        return Elsewhere(self.header.targets[0].pid, self.header.clock, self._run)
 
-    def _read(self, paths: list[str]) -> str:
-        """Files there, one after the other; what cannot be read is left out."""
-        command = self.way.there(["cat", *paths])
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(
-                command, capture_output=True, stdin=subprocess.DEVNULL, timeout=CONNECT_S, check=False
+    def _run(self, command: list[str]) -> str:
+        """What a command says there, as far as that is not too much; empty if it cannot be run."""
+        line = self.way.there(command)
+        try:
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
             )
-            return done.stdout[:_MOST_READ].decode(errors="replace")
-        return ""
+        except OSError:
+            return ""
+        patience = threading.Timer(CONNECT_S, process.kill)
+        patience.start()
+        with process:
+            assert process.stdout is not None  # noqa: S101 - asked for above
+            said = process.stdout.read(_MOST_READ)
+            patience.cancel()
+            process.kill()
+        return said.decode(errors="replace")
 
     def _start(self, guard: contextlib.ExitStack) -> None:
         """The recorder with the forwarded socket; where it cannot record, the socket alone."""

@@ -63,10 +63,14 @@ class _Cover:
 def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Wait]:
     """The longest waits of all sides. Each is booked to the phase it overlaps most, and cut to it."""
     covers = {phase.phase: _Cover(phase, origin) for phase in phases}
+    spans = [span for phase in phases for span in phase.spans]
+    first, last = (origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0))
     found: list[tuple[int, int, Wait]] = []
     for party in parties:
         vcpus = frozenset(line.tid for line in party.process.vcpus.values())
-        for event in party.process.off_cpu:
+        # Nearly all lie before the window: a destination waits for every byte of the pre-copy.
+        near = [e for e in party.process.off_cpu if e.end_ns - first >= LEAST_NS and last - e.begin_ns >= LEAST_NS]
+        for event in near:
             names = _phases_of(party, event.tid, vcpus)
             duration, phase = max(
                 ((covers[name].within(event.begin_ns, event.end_ns), name) for name in names), default=(0, "")

@@ -58,7 +58,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
-    "fentry": functools.cache(lambda: _tier_works("fentry")),
+    "fentry on every function": functools.cache(lambda: _tier_works("fentry")),
     "kprobes": functools.cache(lambda: _tier_works("kprobe")),
     "bpftrace": lambda: shutil.which("bpftrace") is not None,
     "x86-64": lambda: platform.machine() == "x86_64",

@@ -64,6 +64,7 @@ struct thread_state {
 	u64 off_call;				/* off the CPU within the call in flight */
 	u64 off_all, off_before;		/* ever, and what that was when the call in flight began */
 	u64 kept_since, kept_until, kept_preempted;	/* the last long wait that nobody was told of */
+	u64 kicked;				/* when this thread last kicked another */
 	u64 lock, lock_since, lock_off;		/* the lock being waited for; off_call when that began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
@@ -185,7 +186,7 @@ static __always_inline bool in_detail(struct process_state *p, u64 now)
 	u32 zero = 0;
 	u64 *all = fetches.lookup(&zero), ms;
 
-	/* Another CPU may have refilled it after `now` was read. */
+	/* Another CPU may have refilled it after `now` was read, or this one, preempted before it came here. */
 	ms = now > p->refilled ? (now - p->refilled) / 1000000 : 0;
 
 	if (p->running > 0)

@@ -4,7 +4,8 @@
  *
  * In: the scheduler's and the lock slow paths' raw tracepoints; both fire for the whole host, so the test for our
  * threads comes first. Out: sums in the thread's state, which the call's record carries, and OFF_CPU records of long
- * waits while no vCPU runs, with the kernel stack of the sleep, and of the one before a kick.
+ * waits while no vCPU runs, with the kernel stack of the sleep, and of the one before a kick. Whoever kicks sleeps
+ * until the vCPUs have stopped, and begins to while they still run: that sleep has its stack too.
  */
 #pragma once
 
@@ -12,6 +13,7 @@
 
 #define LONG_WAIT_NS 100000ULL
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick has nothing to do with it */
+#define KICKED_NS 20000000ULL		/* nor one that begins this long after; Cloud Hypervisor kicks again after 10 ms */
 #define NO_STACK 0xffffffffULL
 
 struct off_cpu_record {
@@ -28,13 +30,15 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 	struct process_state *p = this_process(pid_tgid);
 	s64 stack = -1;
 	bool preempted;
+	u64 now;
 
 	if (!s || !p)
 		return;
 	preempted = (u32)word_at(task, OFF_task_state) == 0;
-	s->off_since = bpf_ktime_get_ns();
+	now = bpf_ktime_get_ns();
+	s->off_since = now;
 	s->off_preempted = preempted;
-	if (!preempted && p->running <= 0 && p->budget > 0)
+	if (!preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS))
 		stack = stacks.get_stackid(ctx, 0);
 	s->off_stack = stack < 0 ? NO_STACK : stack;
 }
@@ -92,7 +96,10 @@ static __always_inline void tell_wait_before_kick(u64 pid_tgid, u64 now)
 {
 	struct thread_state *s = known_thread(pid_tgid);
 
-	if (!s || !s->kept_until || now - s->kept_until > KEPT_NS)
+	if (!s)
+		return;
+	s->kicked = now;
+	if (!s->kept_until || now - s->kept_until > KEPT_NS)
 		return;
 	tell_off_cpu(pid_tgid, s->kept_since, s->kept_until, NO_STACK, s->kept_preempted);
 	s->kept_until = 0;

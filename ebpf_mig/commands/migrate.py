@@ -164,8 +164,9 @@ def cloud_hypervisor(
     )  # fmt: skip
     way = both.way_of(source_host, destination_host, remote_command, remote_tool)
     if way is not None:
-        if source_host or destination_log or destination_events:
-            raise UsageError("only the destination can be elsewhere, without its files", "run it on the source's host")
+        if {"source": source_events, "destination": destination_events}[way[0]]:
+            why = "events of a VMM elsewhere have no stamps on a clock that is known"
+            raise UsageError(why, f"leave --{way[0]}-events out; --{way[0]}-log works there, too")
 
         def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> ChMigration:
             return ChMigration(near, far, url, options, remote)

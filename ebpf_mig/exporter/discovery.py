@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebpf_mig.probes.tracer import in_kvm_run, threads_of
+from ebpf_mig.probes.threads import in_kvm_run, threads_of
 
 _KVM_VM = "anon_inode:kvm-vm"
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")

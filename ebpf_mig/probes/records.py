@@ -37,7 +37,7 @@ WORDS = {
     "OFF_CPU_WORDS": 8,
     "SEGMENT_WORDS": 12,
     "RETRANSMIT_WORDS": 7,
-    "THREAD_WORDS": 89,
+    "THREAD_WORDS": 90,
     "SAMPLE_WORDS": 30,
     "VCPU_SPAN_WORDS": 9,
 }

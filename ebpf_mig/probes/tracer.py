@@ -12,74 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from ebpf_mig import kvm
-from ebpf_mig.errors import PreflightError
 from ebpf_mig.events import AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
 from ebpf_mig.probes import attach, btf
-from ebpf_mig.probes.functions import AUTO, Choice
+from ebpf_mig.probes.defines import defines
+from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.privilege import require_privilege
 from ebpf_mig.probes.readings import Readings
 from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
 from ebpf_mig.probes.sampler import Sampler, cost_ns
+from ebpf_mig.probes.threads import comm, in_kvm_run, threads_of
 
-RING_BYTES = 8 << 20
-_KVM_MODULE = "/sys/kernel/btf/kvm"
-_NONE = 0xFFFF
-"""OFF_NONE of bpf/common.h."""
-_USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
-"""From the end of a task's kernel stack, where its registers are, for kernels before 5.15: THREAD_SIZE without KASAN,
-`struct pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10)."""
-_NOWHERE = 0x7FFFFFF0
-"""An offset that no lock has: its waits are then booked as those of other locks."""
-_OFFSETS = {
-    "OFF_task_pid": ("task_struct", "pid"),
-    "OFF_task_tgid": ("task_struct", "tgid"),
-    "OFF_task_stack": ("task_struct", "stack"),
-    "OFF_task_files": ("task_struct", "files"),
-    "OFF_files_fdt": ("files_struct", "fdt"),
-    "OFF_fdtable_fd": ("fdtable", "fd"),
-    "OFF_file_inode": ("file", "f_inode"),
-    "OFF_file_private": ("file", "private_data"),
-    "OFF_inode_ino": ("inode", "i_ino"),
-    "OFF_inode_mode": ("inode", "i_mode"),
-    "OFF_socket_sk": ("socket", "sk"),
-    "OFF_socket_file": ("socket", "file"),
-    "OFF_alloc_socket": ("socket_alloc", "socket"),
-    "OFF_alloc_inode": ("socket_alloc", "vfs_inode"),
-    "OFF_sock_socket": ("sock", "sk_socket"),
-    "OFF_unix_peer": ("unix_sock", "peer"),
-    "OFF_skc_family": ("sock_common", "skc_family"),
-    "OFF_skc_daddr": ("sock_common", "skc_daddr"),
-    "OFF_skc_rcv_saddr": ("sock_common", "skc_rcv_saddr"),
-    "OFF_skc_dport": ("sock_common", "skc_dport"),
-    "OFF_skc_num": ("sock_common", "skc_num"),
-    "OFF_skc_v6_daddr": ("sock_common", "skc_v6_daddr"),
-    "OFF_skc_v6_rcv_saddr": ("sock_common", "skc_v6_rcv_saddr"),
-    "OFF_skb_data": ("sk_buff", "data"),
-    "OFF_skb_len": ("sk_buff", "len"),
-    "OFF_skb_cb": ("sk_buff", "cb"),
-    "OFF_tcp_una": ("tcp_sock", "snd_una"),
-    "OFF_tcp_nxt": ("tcp_sock", "snd_nxt"),
-    "OFF_tcp_write": ("tcp_sock", "write_seq"),
-    "OFF_tcp_wnd": ("tcp_sock", "snd_wnd"),
-    "OFF_tcp_rcv_nxt": ("tcp_sock", "rcv_nxt"),
-}
-
-
-_STATE = ("task_struct", "__state")
-_STATE_BEFORE_5_14 = ("task_struct", "state")
 _SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
 _MAX_FRAMES = 12
-_PF_USER_WORKER = 0x4000
-"""include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
 
 
 class Tracer:
@@ -261,7 +212,7 @@ class Tracer:
         event = decode(record)
         thread = (getattr(event, "pid", 0), getattr(event, "tid", 0))
         if thread[1] and thread not in self._threads:
-            self._name(*thread, _comm(*thread))  # born after we looked around, may be gone at the end
+            self._name(*thread, comm(*thread))  # born after we looked around, may be gone at the end
         if isinstance(event, Socket):
             self._sockets.setdefault(event.pid, set()).add(event.socket)
         if isinstance(event, OffCpu) and event.stack:
@@ -280,7 +231,7 @@ class Tracer:
         """Notes thread names and vCPU descriptors while the processes live; gone ones keep what was noted."""
         for pid in pids:
             for tid in threads_of(pid):
-                self._name(pid, tid, _comm(pid, tid))
+                self._name(pid, tid, comm(pid, tid))
             for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     kind, _, number = str(link.readlink()).rpartition(":")
@@ -310,75 +261,7 @@ def _loaded(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> attach
     present = btf.tracepoints(btf.VMLINUX, [name for extra in attach.EXTRAS for name, _ in extra.hooks])
     try:
         return attach.load_best(
-            tier, lambda choice: _defines(pids, present, choice), present, statistics, again=not pids
+            tier, lambda choice: defines(pids, present, choice), present, statistics, again=not pids
         )
     finally:
         btf.forget()
-
-
-def _comm(pid: int, tid: int) -> str:
-    """A thread's name, empty if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()
-    except OSError:
-        return ""
-
-
-def threads_of(pid: int) -> list[int]:
-    """The thread ids of a process, none if it is gone."""
-    return [int(task.name) for task in Path(f"/proc/{pid}/task").glob("[0-9]*")]
-
-
-def in_kvm_run(pid: int, tid: int) -> int | None:
-    """The vCPU's descriptor if a thread sleeps inside KVM_RUN, else None.
-
-    /proc/PID/task/TID/syscall begins with ioctl's number, fd, request.
-    Since Linux 6.13 a VM's `kvm-nx-lpage-recovery` is among its threads, born inside a vCPU's KVM_RUN and showing its
-    registers for ever; the flags in `stat` give it away.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
-        flags = int(Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()[6])
-    except (OSError, ValueError, IndexError):
-        return None
-    asleep = len(fields) > 2 and fields[2] == hex(kvm.RUN) and not flags & _PF_USER_WORKER
-    return int(fields[1], 16) if asleep else None
-
-
-def _defines(
-    pids: Sequence[int],
-    tracepoints: set[str],
-    choice: Choice = Choice(),  # noqa: B008 - it is frozen
-) -> dict[str, str | int]:
-    test = "||".join(f"(t)=={pid}" for pid in pids)
-    defines: dict[str, str | int] = dict(WORDS)
-    if pids:
-        defines["EBPF_MIG_TARGETS(t)"] = f"({test})"
-    defines["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")
-    defines["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
-    defines["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
-    defines["KVM_FUNCTIONS"] = int("kvm" in choice.groups)
-    defines["SOCKET_FUNCTIONS"] = int("socket" in choice.groups)
-    defines["SPLIT_KNOWN"] = int("split" in choice.groups)
-    defines["TASK_REGS_HELPER"] = int(choice.task_regs)
-    defines["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
-    defines |= _kvm_offsets()
-    found = btf.offsets(btf.VMLINUX, [*_OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
-    defines["OFF_task_state"] = found[_STATE] or found[_STATE_BEFORE_5_14] or 0
-    for name, member in _OFFSETS.items():
-        offset = found[member]
-        if offset is None:
-            raise PreflightError(f"the kernel's BTF has no {member[0]}.{member[1]}", "ebpf-mig doctor")
-        defines[name] = offset
-    return defines
-
-
-def _kvm_offsets() -> dict[str, int]:
-    """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither tells."""
-    members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
-    manual = ("kvm", "manual_dirty_log_protect")
-    found = btf.offsets(btf.VMLINUX, [*members.values(), manual])
-    if None in found.values() and Path(_KVM_MODULE).exists():
-        found = btf.offsets(_KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
-    locks = {name: _NOWHERE if found[member] is None else found[member] or 0 for name, member in members.items()}
-    return locks | {"OFF_kvm_manual": found[manual] or _NONE}

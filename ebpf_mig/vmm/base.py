@@ -35,13 +35,17 @@ class Elsewhere:
     clock: ClockPair | None = None
     """That host's clocks; None unknown."""
 
-    read: Callable[[list[str]], str] | None = None
-    """Reads files there."""
+    run: Callable[[list[str]], str] | None = None
+    """Runs a command there: what it says, empty if it cannot be run."""
 
     @property
     def key(self) -> int:
         """What stands for its pid in marks: no process here has it."""
         return -1 - self.pid
+
+    def said(self, *command: str) -> str:
+        """What a command says there; as `run`."""
+        return self.run(list(command)) if self.run else ""
 
 
 class Migration(Protocol):

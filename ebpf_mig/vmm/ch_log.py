@@ -12,8 +12,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebpf_mig.vmm.base import Elsewhere
+
 MOST_BYTES = 1 << 24
 """Of the log's end: with -vv a line is written for each dirty range."""
+MOST_THERE_BYTES = 1 << 20
+"""Of the log of a VMM elsewhere."""
 
 _TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d+)ms")
 _STATE_TO_RESUME = re.compile(r"Receiving final state and resuming the VM took (\d+)ms")
@@ -33,10 +37,14 @@ class LogPlace:
 
     path: str
     offset: int
+    there: Elsewhere | None = None
+    """The host that has it; None: this one."""
 
     @classmethod
-    def now(cls, path: str) -> LogPlace:
+    def now(cls, path: str, there: Elsewhere | None = None) -> LogPlace:
         """The file's present end; a file that is not there yet begins at 0."""
+        if there is not None:
+            return cls(path, _size_there(there, path), there)
         try:
             return cls(path, Path(path).stat().st_size)
         except OSError:
@@ -44,6 +52,10 @@ class LogPlace:
 
     def lines(self) -> list[str]:
         """What was written since; empty if the log cannot be read."""
+        if self.there is not None:
+            end = _size_there(self.there, self.path)
+            since = end - self.offset if self.offset <= end else end
+            return self.there.said("tail", "-c", str(min(since, MOST_THERE_BYTES)), self.path).splitlines()
         try:
             with Path(self.path).open("rb") as file:
                 end = file.seek(0, 2)
@@ -74,3 +86,8 @@ class LogPlace:
         """Its reason why the migration failed (v53 and later log it); empty if it has none."""
         found = [match[1].strip() for line in self.lines() if (match := _FAILED.search(line))]
         return found[-1][:500] if found else ""
+
+
+def _size_there(there: Elsewhere, path: str) -> int:
+    size = there.said("wc", "-c", path).split()
+    return int(size[0]) if size and size[0].isdecimal() else 0

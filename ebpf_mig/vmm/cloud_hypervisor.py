@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from ebpf_mig.errors import UsageError, VmmError
 from ebpf_mig.events import AnyEvent, Target
 from ebpf_mig.vmm import ch_events
 from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
 from ebpf_mig.vmm.ch_api import Api
-from ebpf_mig.vmm.ch_end import Call, Ending
+from ebpf_mig.vmm.ch_end import Ending
 from ebpf_mig.vmm.ch_log import LogPlace
+from ebpf_mig.vmm.ch_source import Call, FarSource, NearSource
 from ebpf_mig.vmm.listening import listens, listens_there
 
 _LISTEN_S = 10.0
@@ -75,7 +78,7 @@ class ChOptions:
 
 
 class ChMigration:
-    """One migration between two Cloud Hypervisors on this host, or with the destination elsewhere."""
+    """One migration between two Cloud Hypervisors on this host, or with one of them elsewhere."""
 
     def __init__(
         self,
@@ -85,16 +88,20 @@ class ChMigration:
         options: ChOptions | None = None,
         remote: tuple[str, Elsewhere] | None = None,
     ) -> None:
-        """`remote`: `destination`, and what is known of it."""
-        self._elsewhere = remote[1] if remote else None
+        """`remote`: the role of the end that is on another host, and what is known of it."""
+        self._away = dict([remote]) if remote else {}
         self.url = url
         self.options = options or ChOptions()
         self.options.check(url)
+        if remote and not url.startswith("tcp:"):
+            raise UsageError("two hosts have only a network in common", "use --url tcp:HOST:PORT")
         self._src, self._dst = Api(source, "source"), Api(destination, "destination")
         self._src_pid, self._src_version = self._src.ping()
         self._dst_pid, self._dst_version = self._dst.ping()
-        if self._elsewhere is not None:  # the peer here is ssh
-            self._dst_pid = self._elsewhere.key
+        if "source" in self._away:  # the peer here is ssh
+            self._src_pid = self._away["source"].key
+        if "destination" in self._away:
+            self._dst_pid = self._away["destination"].key
         if self._src_pid == self._dst_pid:
             raise VmmError("source and destination are the same Cloud Hypervisor", "give each its own API socket")
         o = self.options
@@ -108,19 +115,21 @@ class ChMigration:
     def targets(self) -> list[Target]:
         """Source first."""
         vmm = "cloud-hypervisor"
-        source = Target(pid=self._src_pid, role="source", vmm=vmm, vmm_version=self._src_version)
-        if self._elsewhere is not None:
-            return [source]
-        return [source, Target(pid=self._dst_pid, role="destination", vmm=vmm, vmm_version=self._dst_version)]
+        pids = {"source": self._src_pid, "destination": self._dst_pid}
+        return [
+            Target(pid=pid, role=role, vmm=vmm, vmm_version=self.version(role))
+            for role, pid in pids.items()
+            if role not in self._away
+        ]
 
     def version(self, role: str) -> str:
         """What the API told of that end."""
         return self._src_version if role == "source" else self._dst_version
 
     def _listens(self) -> bool:
-        away = self._elsewhere
-        if away is not None and away.read is not None:
-            return listens_there(away.read, away.pid, self.url)
+        away = self._away.get("destination")
+        if away is not None:
+            return listens_there(away, self.url)
         return listens(self._dst_pid, self.url)
 
     def prepare(self) -> None:
@@ -133,7 +142,8 @@ class ChMigration:
         if self.url.startswith("unix:") and Path(self.url[5:]).exists():
             raise VmmError(f"{self.url[5:]} exists already, the destination cannot listen there", "remove it first")
         receive = self._receive_body()
-        self._places = {pid: LogPlace.now(path) for pid, path in self._logs if path}
+        sides = zip(self._logs, ("source", "destination"), strict=True)
+        self._places = {pid: LogPlace.now(path, self._away.get(role)) for (pid, path), role in sides if path}
         for pid, path in self._events:
             if path:
                 self._watched[pid] = ch_events.EventFile(path)
@@ -165,16 +175,16 @@ class ChMigration:
 
     def run(self, timeout_s: float) -> Outcome:
         """Sends; see `Migration.run`. There is no call to cancel: at the time-out the migration goes on."""
-        trigger = mark(self._src_pid, "session.trigger", self.url)
+        away = "source" in self._away  # and our clock is not its host's
+        triggers = [] if away else [mark(self._src_pid, "session.trigger", self.url)]
         with contextlib.ExitStack() as stack:
+            pidfds = {"source": -1, "destination": -1}
             try:
-                source = os.pidfd_open(self._src_pid)
-                stack.callback(os.close, source)
-                destination = os.pidfd_open(self._dst_pid) if self._elsewhere is None else -1
+                for target in self.targets():
+                    pidfds[target.role] = os.pidfd_open(target.pid)
+                    stack.callback(os.close, pidfds[target.role])
             except OSError:
-                return Outcome("failed", "a VMM ended before the migration began", (trigger,))
-            if destination >= 0:
-                stack.callback(os.close, destination)
+                return Outcome("failed", "a VMM ended before the migration began", tuple(triggers))
             self._asked[ch_events.SEND_ASKED] = time.monotonic_ns()
             body = self.options.send(self.url)
             self._send.start(_SEND, lambda: self._src.call("PUT", _SEND, body, None))
@@ -182,14 +192,13 @@ class ChMigration:
                 send=self._send,
                 receive=self._receive,
                 cancelled=self._cancelled,
-                source_pid=self._src_pid,
-                source=source,
-                destination=destination,
+                source=FarSource(self._away["source"]) if away else NearSource(self._src_pid, pidfds["source"]),
+                destination=pidfds["destination"],
                 long=self.options.postcopy,
                 why_failed=self._why_failed,
                 destination_has_vm=self._destination_has_vm,
             ).wait(time.monotonic() + timeout_s)
-        return Outcome(result, error, (trigger, *self._figures()))
+        return Outcome(result, error, (*triggers, *self._figures()))
 
     def cancel(self) -> None:
         """Makes `run` return; Cloud Hypervisor has no call that cancels, so the migration itself goes on."""
@@ -216,7 +225,10 @@ class ChMigration:
         """What both VMMs say of it: marks `ch.NAME_ms` of their logs and `ch.event.NAME` of their event monitors."""
         found: list[AnyEvent] = []
         for pid, place in self._places.items():
-            found += [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(place.figures().items())]
+            told = [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(place.figures().items())]
+            if place.there is not None:  # when it was read is on another clock than its process's events
+                told = [replace(one, at_ns=0) for one in told]
+            found += told
         for pid, file in self._watched.items():
             found += ch_events.marks(pid, file.stop(), (self._asked[0], self._asked[1]))
         return found

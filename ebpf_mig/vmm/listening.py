@@ -9,8 +9,10 @@ Tables: net/ipv4/tcp_ipv4.c (`get_tcp4_sock`), net/unix/af_unix.c (`unix_seq_sho
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+from ebpf_mig.vmm.base import Elsewhere
 
 _LISTEN = "0A"
 _ACCEPTS = 0x10000
@@ -26,14 +28,14 @@ def listens(pid: int, url: str) -> bool:
     return bool(wanted) and bool(wanted & set(_sockets(pid)))
 
 
-def listens_there(read: Callable[[list[str]], str], pid: int, url: str) -> bool:
+def listens_there(there: Elsewhere, url: str) -> bool:
     """The same on another host, by the tables of the process's network namespace; whose socket it is is not known.
 
-    `pid` 0: not known, then the network of whoever reads.
+    Where the process is not known, either: the network of whoever looks.
     """
     port = url.rpartition(":")[2]
-    network = f"/proc/{pid}/net" if pid else "/proc/net"
-    rows = [line.split() for line in read([f"{network}/tcp", f"{network}/tcp6"]).splitlines()]
+    network = f"/proc/{there.pid}/net" if there.pid else "/proc/net"
+    rows = [line.split() for line in there.said("cat", f"{network}/tcp", f"{network}/tcp6").splitlines()]
     end = f":{int(port):04X}" if port.isdigit() else ""
     return any(len(row) > 3 and row[1].endswith(end) and row[3] == _LISTEN for row in rows) if end else False
 

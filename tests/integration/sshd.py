@@ -101,10 +101,10 @@ def ssh_of(parent: int) -> int | None:
     return None
 
 
-def ssh_amid(process: subprocess.Popen[str], directory: Path, after_s: float) -> int:
-    """The ssh client of a driven migration, so long after `x.source.rec` was begun in the directory."""
+def ssh_amid(process: subprocess.Popen[str], begun: Path, after_s: float) -> int:
+    """The ssh client of a driven migration, so long after the recording of this side was begun."""
     until = time.monotonic() + 60
-    while not (directory / "x.source.rec").exists() and time.monotonic() < until:
+    while not begun.exists() and time.monotonic() < until:
         time.sleep(0.02)
     time.sleep(after_s)
     ssh = ssh_of(process.pid)

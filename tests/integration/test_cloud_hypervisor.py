@@ -56,6 +56,7 @@ def completed(run: Traced) -> None:
     assert b.completeness.verdict == "complete"
     assert b.window_ns == sum(phase.duration_ns for phase in b.phases)
     assert not run.source_alive and run.destination_alive
+    assert b.pausing is not None and b.pausing.polling == (b.pausing.naps > 0)
     assert run.destination_beats, "the guest counts on"
 
 

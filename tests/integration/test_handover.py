@@ -47,7 +47,7 @@ print(json.dumps(said | {"rounds": rounds, "lost": tracer.losses()[0]}))
 @requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")
 def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
     """The process that has the descriptors traces itself, thrice, and each time sees all of its own calls."""
-    needs = {"kprobe": "kprobes", "fentry": "fentry"}
+    needs = {"kprobe": "kprobes", "fentry": "fentry on every function"}
     if tier in needs and not FEATURES[needs[tier]]():
         pytest.skip(f"missing feature: {needs[tier]}")
     done = subprocess.run(
@@ -68,6 +68,6 @@ def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
         for kind in ("Kick", "VcpuExit", "VcpuEnter", *(name for name in first if name.startswith("Ioctl"))):
             assert seen[kind] == first[kind], kind
     assert said["lost"] == {}
-    functions = FEATURES["kprobes"]() or FEATURES["fentry"]()
+    functions = FEATURES["kprobes"]() or FEATURES["fentry on every function"]()
     assert said["trigger"] == ("logging" if functions else "signs")
     assert said["signs"].count("logging") == (6 if functions else 0), "once for each VM that is logged"

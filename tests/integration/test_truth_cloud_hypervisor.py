@@ -91,6 +91,16 @@ def test_the_second_fetch_of_newer_versions_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize("manner", MANNERS)
+def test_polling_for_the_stop_is_seen_as_such(manner: str) -> None:
+    run = migrate(ChPlan(manner=manner))
+    sound(run)
+    assert run.breakdown is not None
+    pausing = run.breakdown.pausing
+    assert pausing is not None and pausing.polling and pausing.naps
+    assert MS // 2 <= pausing.asleep_ns <= pausing.noticed_ns, "it slept for 1 ms, of which the stop took some 0.05 ms"
+
+
+@pytest.mark.parametrize("manner", MANNERS)
 def test_events_and_log_become_marks(manner: str) -> None:
     run = migrate(ChPlan(manner=manner))
     sound(run)

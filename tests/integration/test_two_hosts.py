@@ -94,8 +94,11 @@ def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -> None:
+    place = tmp_path / "temporary"
+    place.mkdir()
+    environment = os.environ | {"TMPDIR": str(place)}
     run = [*command("demo", "--two-hosts", "--bandwidth", "20Mbit", "--downtime-limit", "1ms", *GUEST), "-o", "x.rec"]
-    process = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(run, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while len(ours(process.pid)) < 5 and time.monotonic() < until:
         time.sleep(0.05)  # two VMs, two recorders
@@ -107,3 +110,9 @@ def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -
     assert process.wait(60) == (130 if sent is signal.SIGINT else -signal.SIGKILL)
     # The namespaces have no name: they end with the last process in them.
     assert gone(children)
+    left = [path.name for path in place.iterdir()]
+    assert len(left) == (1 if sent is signal.SIGKILL else 0)
+    if left:  # a directory with sockets and the guest: the next start removes it
+        again = [*command("demo", "--two-hosts", *GUEST), "-o", "y.rec"]
+        subprocess.run(again, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert list(place.iterdir()) == []

@@ -56,13 +56,11 @@ class ChSource(Source):
             self.enter(AFTER_MEMORY)
 
     def pause(self) -> None:
-        """All vCPUs are signalled, then looked at every millisecond; each runs once more with immediate_exit."""
+        """All vCPUs are signalled and waited for; each runs once more with immediate_exit."""
         self.monitor.event("pausing")
         if self.plan.manner != "v53":
             kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
         super().pause()
-        while not all(thread.stopped.is_set() for thread in self.threads):
-            time.sleep(LOOK_S)
         for vcpu in self.vcpus:
             with contextlib.suppress(OSError):  # EINVAL: the guest has no kvmclock
                 kvm.ioctl(vcpu.fd, KVMCLOCK_CTRL)
@@ -70,6 +68,12 @@ class ChSource(Source):
             kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
         self.delay("quiesce")
         self.monitor.event("paused")
+
+    def await_stop(self) -> None:
+        """Looks every millisecond, first before any vCPU can have acted, so that it sleeps at least once."""
+        time.sleep(LOOK_S)
+        while not all(thread.stopped.is_set() for thread in self.threads):
+            time.sleep(LOOK_S)
 
     def send(self, url: str) -> None:
         """A whole migration; FailedError and OSError leave the guest stopped."""

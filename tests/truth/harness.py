@@ -156,7 +156,7 @@ class Run:
         return min(ours - least, 0) + max(ours - most, 0)
 
     def tolerance(self, phase: str) -> int:
-        """5 % of the injected delay, but at least 200 us; more where everything takes longer."""
+        """5 % of the injected delay, but at least 200 us, or so many times that as everything takes longer here."""
         return max(TOLERANCE_NS, int(TOLERANCE * self.injected.get(phase, 0)))
 
     def doubtful(self) -> list[str]:

@@ -139,9 +139,12 @@ class Source(Machine):
             thread.kick(KICK)
             if not self.plan.delays.get("pause") and thread is self.threads[0]:
                 self.entered()
+        self.await_stop()
+        self.marks.append((last_kick, max(thread.stopped_ns for thread in self.threads), "quiesce"))
+
+    def await_stop(self) -> None:
         for thread in self.threads:
             thread.stopped.wait()
-        self.marks.append((last_kick, max(thread.stopped_ns for thread in self.threads), "quiesce"))
 
     def compare(self, found: set[int], wanted: set[int]) -> dict[str, Any]:
         """What a fetch lacks, and what it has that the guest did not write.

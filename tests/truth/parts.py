@@ -30,7 +30,7 @@ SPIN_NS = 500_000
 
 
 def slowness() -> float:
-    """How many times as long as on a real machine everything takes here: 1 there, some 10 in an emulated one."""
+    """How many times as long as on a slow real machine everything takes here: 1 there, 2 to 4 in an emulated one."""
     best = SPIN_NS
     for number in range(9):
         begin = time.perf_counter_ns()
@@ -44,7 +44,7 @@ def slowness() -> float:
 SLOWNESS = slowness()
 CALL_NS = int(20_000 * SLOWNESS)
 """What a system call of ours takes outside the kernel, traced: ctypes, the clock reading, the tracer's own probes."""
-SLOT_0_BYTES, SLOT_BYTES = 4 << 20, 1 << 20
+SLOT_BYTES = 1 << 20
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Plan:
     """The handover's delay comes before the state is read, not after."""
     vcpus: int = 1
     slots: int = 2
+    first_slot_bytes: int = 4 << 20
     passes: int = 2
     dirty_pages: int = 64
     """Written by the guest before each fetch but the first."""
@@ -71,7 +72,8 @@ class Plan:
 
     def dirty_set(self, number: int) -> list[int]:
         """The guest page numbers that the guest writes before fetch `number`."""
-        free = range(SLOT_0_BYTES // PAGE // 2, (SLOT_0_BYTES + (self.slots - 1) * SLOT_BYTES) // PAGE)
+        first = self.first_slot_bytes
+        free = range(first // PAGE // 2, (first + (self.slots - 1) * SLOT_BYTES) // PAGE)
         return sorted(random.Random(self.seed * 1000 + number).sample(free, self.dirty_pages))
 
 
@@ -157,9 +159,9 @@ class Machine:
         self.injected: dict[str, int] = {}
         manual = {"manual": kvm.MANUAL_PROTECT_ENABLE, "initially-set": 3}.get(plan.log, 0)
         self.vm = Vm(manual=manual, ring=4096 if plan.log == "ring" else 0)
-        self.layout = {0: (0, SLOT_0_BYTES)}
+        self.layout = {0: (0, plan.first_slot_bytes)}
         for index in range(1, plan.slots):
-            self.layout[index] = (SLOT_0_BYTES + (index - 1) * SLOT_BYTES, SLOT_BYTES)
+            self.layout[index] = (plan.first_slot_bytes + (index - 1) * SLOT_BYTES, SLOT_BYTES)
         for slot, (base, size) in self.layout.items():
             self.vm.set_slot(slot, base, size)
         self.vcpus = [Vcpu(self.vm, index) for index in range(plan.vcpus)]

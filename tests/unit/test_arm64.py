@@ -19,8 +19,8 @@ import pytest
 
 from ebpf_mig import kvm
 from ebpf_mig.probes import btf, kernelcalls, loader
+from ebpf_mig.probes.defines import OFFSETS
 from ebpf_mig.probes.functions import FUNCTIONS
-from ebpf_mig.probes.tracer import _OFFSETS
 from tests.conftest import requires
 from tests.vm.catalogue import arm64_btf
 
@@ -117,7 +117,7 @@ def test_an_arm64_kernel_has_every_structure_that_programs_read() -> None:
     blob = str(arm64_btf())
     registers = btf.offsets(blob, [("pt_regs", "regs"), ("pt_regs", "orig_x0"), ("pt_regs", "syscallno")])
     assert list(registers.values()) == [0, REGISTERS, REGISTERS + 8]
-    wanted = [*_OFFSETS.values(), ("kvm", "mmu_lock"), ("kvm", "slots_lock"), ("task_struct", "__state")]
+    wanted = [*OFFSETS.values(), ("kvm", "mmu_lock"), ("kvm", "slots_lock"), ("task_struct", "__state")]
     found = btf.offsets(blob, wanted)
     assert [member for member in wanted if found[member] is None] == []
 
@@ -151,16 +151,17 @@ def test_programs_are_built_for_arm64() -> None:
     """Each function has code, and reads the system call's number where arm64 keeps it, not where x86-64 does."""
     said = built_for_arm64(
         "import os, struct\n"
-        "from ebpf_mig.probes import functions, loader, tracer\n"
+        "from ebpf_mig.probes import functions, loader\n"
+        "from ebpf_mig.probes.defines import defines\n"
         "hooks = {'sched_switch', 'contention_begin', 'contention_end', 'tcp_probe'}\n"
-        "defines = tracer._defines([os.getpid()], hooks)\n"
-        "program = loader.Program('trace.bpf.c', defines)\n"
+        "macros = defines([os.getpid()], hooks)\n"
+        "program = loader.Program('trace.bpf.c', macros)\n"
         "for name in ('on_sys_enter', 'on_sys_exit', 'on_sched_switch', 'on_contention_end', 'on_tcp_probe'):\n"
         "    code = program._bpf.dump_func(name.encode())\n"
         "    adds = {i for op, _, _, i in struct.iter_unpack('<BBhi', code) if op == 0x07}\n"
         "    print(name, len(code), 280 in adds, 96 in adds)\n"
         "choice = functions.Choice((), frozenset({'kvm', 'socket', 'split'}))\n"
-        "program = loader.Program('trace.bpf.c', tracer._defines([os.getpid()], hooks, choice))\n"
+        "program = loader.Program('trace.bpf.c', defines([os.getpid()], hooks, choice))\n"
         "for name in ('on_kvm_ioctl', 'on_kvm_ioctl_kretprobe', 'on_send_kprobe', 'on_tgkill', 'on_flushed'):\n"
         "    code = program._bpf.dump_func(name.encode())\n"
         "    adds = {i for op, _, _, i in struct.iter_unpack('<BBhi', code) if op == 0x07}\n"

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm import ch_end
-from ebpf_mig.vmm.ch_end import Call, Ending
+from ebpf_mig.vmm import ch_end, ch_source
+from ebpf_mig.vmm.base import Elsewhere
+from ebpf_mig.vmm.ch_api import RefusedError
+from ebpf_mig.vmm.ch_end import Ending
+from ebpf_mig.vmm.ch_source import Call, FarSource, NearSource
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One end shows at once what the other has shown, or never."""
     monkeypatch.setattr(ch_end, "AFTER_S", 0.3)
     monkeypatch.setattr(ch_end, "REASON_S", 0.2)
+    monkeypatch.setattr(ch_source, "FIRST_LOOK_S", 0.2)
+    monkeypatch.setattr(ch_source, "LOOK_S", 0.1)
 
 
 class World:
@@ -32,11 +37,17 @@ class World:
         self.fds = [os.pidfd_open(process.pid) for process in (self.source, self.destination)]
         self.send, self.receive, self.cancelled = Call(), Call(), Call()
         self.log, self.has_vm = "", True
+        self.far: Elsewhere | None = None
+
+    def source_is_far(self, run: Callable[[list[str]], str] | None = None) -> None:
+        """The source is looked at by real commands, as through ssh."""
+        self.far = Elsewhere(pid=self.source.pid, run=run or said)
 
     def judge(self, *acts: Callable[[World], object], long: bool = False, timeout_s: float = 20) -> tuple[str, str]:
+        near = NearSource(self.source.pid, self.fds[0])
         ending = Ending(
-            send=self.send, receive=self.receive, cancelled=self.cancelled, source_pid=self.source.pid,
-            source=self.fds[0], destination=self.fds[1], long=long,
+            send=self.send, receive=self.receive, cancelled=self.cancelled,
+            source=FarSource(self.far) if self.far else near, destination=self.fds[1], long=long,
             why_failed=lambda: self.log, destination_has_vm=lambda: self.has_vm,
         )  # fmt: skip
 
@@ -61,6 +72,10 @@ class World:
             call.close()
 
 
+def said(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
 @pytest.fixture
 def world() -> Iterator[World]:
     made = World()
@@ -70,6 +85,7 @@ def world() -> Iterator[World]:
 
 def exits(w: World) -> None:
     w.source.kill()
+    w.source.wait()
 
 
 def dies(w: World) -> None:
@@ -168,3 +184,52 @@ def test_waiting_costs_no_cpu(world: World) -> None:
     before = time.thread_time_ns()
     world.judge(timeout_s=1.0)
     assert time.thread_time_ns() - before < 20_000_000
+
+
+def connection_lost(w: World) -> None:
+    w.send.error = VmmError("it closed the connection")
+    w.send.finish()
+
+
+def really_refused(w: World) -> None:
+    w.send.error = RefusedError("the source refuses: no")
+    w.send.finish()
+
+
+@pytest.mark.parametrize("acts", [(received, exits), (exits, received), (sent, received, exits)])
+def test_a_source_elsewhere_is_known_to_be_gone(world: World, acts: tuple[Callable[[World], object], ...]) -> None:
+    world.source_is_far()
+    assert world.judge(*acts) == ("completed", "")
+
+
+def test_a_source_elsewhere_that_cannot_be_asked_any_more(world: World) -> None:
+    world.source_is_far(lambda _command: "")
+    assert world.judge(connection_lost, received) == ("completed", "")
+    assert world.judge() == ("completed", "")
+
+
+def test_a_source_elsewhere_that_refuses_or_gives_up(world: World) -> None:
+    world.source_is_far()
+    world.log = "Error connecting: Connection refused"
+    result, why = world.judge(sent)
+    assert result == "failed" and "goes on with the VM" in why and "Connection refused" in why
+    world.send.error = None
+    assert world.judge(really_refused) == ("failed", "the source refuses: no")
+
+
+def test_a_source_elsewhere_that_dies(world: World) -> None:
+    world.source_is_far()
+    result, why = world.judge(exits)
+    assert result == "failed" and "the source ended" in why
+
+
+def test_a_source_elsewhere_is_looked_at_seldom(world: World) -> None:
+    asked: list[list[str]] = []
+
+    def counted(command: list[str]) -> str:
+        asked.append(command)
+        return said(command)
+
+    world.source_is_far(counted)
+    world.judge(timeout_s=1.2)
+    assert len(asked) == 3, "after 0.2, 0.4 and 0.8 s; the next would be at 1.6 s"

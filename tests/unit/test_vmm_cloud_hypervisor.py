@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.cli import main
 from ebpf_mig.errors import PreflightError, UsageError, VmmError
 from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT, find_binary
+from ebpf_mig.vmm.base import Elsewhere
 from ebpf_mig.vmm.ch_api import Api
 from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
 
@@ -98,6 +100,19 @@ def test_pid_and_version(tmp_path: Path) -> None:
 def test_the_same_vmm_twice(tmp_path: Path) -> None:
     with server(tmp_path / "s", answer(200, PING)) as path, pytest.raises(VmmError, match="same Cloud Hypervisor"):
         ChMigration(path, path, "tcp:127.0.0.1:1")
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_two_hosts_need_a_network(role: str) -> None:
+    with pytest.raises(UsageError, match="only a network"):
+        ChMigration("/a", "/b", "unix:/m", remote=(role, Elsewhere()))
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_events_of_a_vmm_elsewhere_are_refused(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["migrate", "cloud-hypervisor", "--source", "/a", "--destination", "/b", "--url", "tcp:h:1"]
+    assert main([*arguments, f"--{role}-host", "far", f"--{role}-events", "/e"]) == 2
+    assert f"--{role}-log works there" in capsys.readouterr().err
 
 
 def test_only_what_was_asked_for_is_sent() -> None:

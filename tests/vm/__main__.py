@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.vm run`, `userland`, `exec` and `table`: see the help.
+"""`python -m tests.vm run`, `userland`, `pair`, `exec` and `table`: see the help.
 
 Exit code 0 if all that was asked for passed, 1 if a test failed or a machine never answered, 3 if an image cannot
 be made.
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.vm import results, suite
+from tests.vm import pair, results, suite
 from tests.vm.catalogue import KERNELS, USERLANDS, arm64_btf, cache
 from tests.vm.chroot import BuildError, tree
 from tests.vm.images import ROOT, fetch_arm64_btf, kernel_image, root_image
@@ -71,6 +71,19 @@ def _table(_arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pair(arguments: argparse.Namespace) -> int:
+    """A migration between two machines; what was measured against what the outer host saw."""
+    kernels = _names(arguments.kernel, list(KERNELS))
+    if len(kernels) != 2:
+        raise BuildError("--kernel names the source's and the destination's kernel: 6.1,6.12")
+    meeting = pair.run(kernels[0], kernels[1], arguments.delay)
+    for line in meeting.lines():
+        _say(line)
+    if arguments.keep and meeting.good:
+        meeting.keep(pair.DATA)
+    return 0 if meeting.good else 1
+
+
 def _exec(arguments: argparse.Namespace) -> int:
     """One kernel, one command; its console."""
     userland = USERLANDS[arguments.userland]
@@ -106,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--userland", default="", help=f"of {', '.join(USERLANDS)}; default: the kernel's own")
     native = commands.add_parser("userland", help="the marked tests in chroots on this machine's own kernel")
     native.add_argument("userlands", nargs="*", metavar="USERLAND", help=f"of {', '.join(USERLANDS)}")
+    two = commands.add_parser("pair", help="a migration between two emulated machines, against a witness outside")
+    two.add_argument("--kernel", default="6.1,6.12", help="the source's and the destination's")
+    two.add_argument("--delay", default="2ms", help="of the wire, each way (netem)")
+    two.add_argument("--keep", action="store_true", help="the recordings become those of tests/data/machines")
     execute = commands.add_parser("exec", help="boot one kernel and run a shell command in a copy of a source tree")
     execute.add_argument("--kernel", choices=KERNELS, default="6.1")
     execute.add_argument("--userland", choices=USERLANDS, default="bookworm")
@@ -120,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--keep", action="store_true", help="a choice's results go into the table too")
     table = commands.add_parser("table", help="make the table of docs/support.md again")
     arm64 = commands.add_parser("arm64", help="fetch what the unit tests compare arm64 with")
-    acts = ((run, _run), (native, _userland), (execute, _exec), (table, _table), (arm64, _arm64))
+    acts = ((run, _run), (native, _userland), (two, _pair), (execute, _exec), (table, _table), (arm64, _arm64))
     for command, act in acts:
         command.set_defaults(act=act)
     return parser

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,9 +98,17 @@ def _arguments(emulated: Emulator, kernel: KernelImage, root: Path, place: Path)
 
 
 def boot(
-    emulated: Emulator, kernel: KernelImage, root: Path, source: Path, script: str, *, place: Path, timeout_s: float
+    emulated: Emulator,
+    kernel: KernelImage,
+    root: Path,
+    source: Path,
+    script: str,
+    *,
+    place: Path,
+    timeout_s: float,
+    more: Sequence[str] = (),
 ) -> Outcome:
-    """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first."""
+    """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first; `more`: QEMU's arguments."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     source_image(source, place / "tests.ext4", script)
@@ -109,7 +118,7 @@ def boot(
     trouble = ""
     with console.open("wb") as log:
         process = subprocess.Popen(
-            ["nice", "-n", "15", *emulated.command(_arguments(emulated, kernel, root, place))],
+            ["nice", "-n", "15", *emulated.command([*_arguments(emulated, kernel, root, place), *more])],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:

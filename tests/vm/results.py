@@ -23,14 +23,19 @@ SUBJECTS = ("install", "doctor", "demo", "migrate", "record", "truth", "dirty lo
 """What a test can be about: the marker's argument, and the table's columns."""
 
 
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+_MISSING = "missing feature: "
+
+
 @dataclass
 class Subject:
-    """Tests of one subject by how they ended; `why` has one line for each that did not pass."""
+    """How the tests of one subject ended: by name, `passed`, `failed: WHY` or `skipped: WHY`."""
 
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    why: list[str] = field(default_factory=list)
+    tests: dict[str, str] = field(default_factory=dict)
+
+    def count(self, ending: str) -> int:
+        """How many ended so."""
+        return sum(said.partition(":")[0] == ending for said in self.tests.values())
 
 
 @dataclass
@@ -48,11 +53,26 @@ class Row:
     subjects: dict[str, Subject] = field(default_factory=dict)
     infrastructure: list[str] = field(default_factory=list)
     """Failures of the emulator, not of the product, each of which was followed by one more try."""
+    again: list[str] = field(default_factory=list)
+    """Tests that were run once more by themselves after the row's run, and whose ending is that of the later run."""
+    slowness: float = 1
+    """How many times as long as on a slow real machine a loop took, which the truth's tolerances are multiplied by."""
 
     @property
     def good(self) -> bool:
         """Tests ran, and none failed."""
-        return bool(self.subjects) and not any(subject.failed for subject in self.subjects.values())
+        return bool(self.subjects) and not any(subject.count(FAILED) for subject in self.subjects.values())
+
+    def add(self, later: Row) -> None:
+        """Takes over the tests of a later run of some of them."""
+        for name, subject in later.subjects.items():
+            before = self.subjects.setdefault(name, Subject())
+            self.again += [test for test in subject.tests if test in before.tests and test not in self.again]
+            before.tests |= subject.tests
+        self.attach = later.attach or self.attach
+        self.date, self.seconds = later.date, self.seconds + later.seconds
+        self.infrastructure += later.infrastructure
+        self.slowness = max(self.slowness, later.slowness)
 
 
 def read_junit(path: Path) -> dict[str, Subject]:
@@ -63,15 +83,18 @@ def read_junit(path: Path) -> dict[str, Subject]:
         subject = found.setdefault(properties.get("subject") or "other", Subject())
         bad = [child for child in case if child.tag in {"failure", "error"}]
         skipped = case.find("skipped")
+        ending = PASSED
         if bad:
-            subject.failed += 1
-            subject.why.append(f"{case.get('name')}: {_first_line(bad[0].get('message'))}")
+            ending = f"{FAILED}: {_first_line(bad[0].get('message'))}"
         elif skipped is not None:
-            subject.skipped += 1
-            subject.why.append(f"{case.get('name')}: {_first_line(skipped.get('message'))}")
-        else:
-            subject.passed += 1
+            ending = f"{SKIPPED}: {_first_line(skipped.get('message'))}"
+        subject.tests[case.get("name") or ""] = ending
     return found
+
+
+def plain_release(text: str) -> str:
+    """What of uname's release helps a reader where the kernel is no distribution's: `6.18` of `6.18.44-anything`."""
+    return ".".join(text.split("-", maxsplit=1)[0].split(".")[:2])
 
 
 def read_property(path: Path, name: str) -> str:
@@ -95,16 +118,15 @@ def load(path: Path = SUPPORT_JSON) -> list[Row]:
 def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON, *, whole: bool = True) -> None:
     """Puts rows into the file; a row of the same kernel, user land and kind is replaced.
 
-    Rows of a choice of tests (not `whole`) replace the subjects that they ran, where versions are the same.
+    Rows of a choice of tests (not `whole`) replace the tests that they ran, where versions are the same.
     """
     rows = {(row.how, row.kernel, row.userland): row for row in load(path)}
     for row in fresh:
         before = rows.get((row.how, row.kernel, row.userland))
         if not whole and before and (before.release, before.versions) == (row.release, row.versions):
-            row.subjects = before.subjects | row.subjects
-            row.attach = row.attach or before.attach
-            row.seconds += before.seconds
-        rows[row.how, row.kernel, row.userland] = row
+            before.add(row)
+        else:
+            rows[row.how, row.kernel, row.userland] = row
     order = [*KERNELS, "own", *USERLANDS]
     listed = sorted(rows.values(), key=lambda r: (r.how, order.index(r.kernel), order.index(r.userland)))
     document = {"schema": "ebpf-mig/support/1", "rows": [asdict(row) for row in listed]}
@@ -138,24 +160,35 @@ def _cells(row: Row, subjects: list[str]) -> list[str]:
         f"{row.userland}: {has}",
         *(_cell(row.subjects.get(name)) for name in subjects),
         row.attach or "-",
-        f"{row.date}, {row.seconds} s",
+        f"{row.date}, {row.seconds} s" + (f", {row.slowness:.1f} times slower" if row.slowness > 1 else ""),
     ]
 
 
 def _cell(subject: Subject | None) -> str:
     if subject is None:
         return "not run"
-    ran = subject.passed + subject.failed
+    failed = subject.count(FAILED)
+    ran = subject.count(PASSED) + failed
     if not ran:
         return "skipped"
-    return f"**{subject.failed} of {ran} failed**" if subject.failed else f"passed {ran}"
+    return f"**{failed} of {ran} failed**" if failed else f"passed {ran}"
 
 
 def _notes(row: Row) -> list[str]:
+    """What a row's cells do not say: failures one by one, skipped tests by the feature that is missing."""
     where = f"{_kernel(row)}, {row.userland}"
     found = [f"{where}: {line}" for line in row.infrastructure]
+    skipped: dict[str, list[str]] = {}
     for name, subject in row.subjects.items():
-        found += [f"{where}, {name}: {line}" for line in subject.why]
+        for test, said in subject.tests.items():
+            ending, _, why = said.partition(": ")
+            if ending == FAILED:
+                found.append(f"{where}, {name}: {test}: {why}")
+            elif ending == SKIPPED:
+                skipped.setdefault(why.removeprefix(_MISSING), []).append(test)
+    found += [f"{where}: skipped for want of {why}: {', '.join(tests)}" for why, tests in skipped.items()]
+    if row.again:
+        found.append(f"{where}: run again by themselves, later: {', '.join(row.again)}")
     return found
 
 

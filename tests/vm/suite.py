@@ -19,7 +19,7 @@ from tests.vm.catalogue import KERNELS, USERLANDS, Userland, cache
 from tests.vm.chroot import bare_tree, overlay, packages_of, run, tree, versions
 from tests.vm.images import ROOT, WITHOUT, kernel_image, root_image
 from tests.vm.machine import boot, emulator
-from tests.vm.results import Row, Subject, read_junit, read_property
+from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_junit, read_property
 
 MARKER = "everywhere"
 TIMEOUT_S = 2700
@@ -58,7 +58,7 @@ def native(userland: str, keyword: str) -> Row:
     shutil.rmtree(place, ignore_errors=True)
     (place / "out").mkdir(parents=True)
     shutil.copytree(ROOT, place / "src", ignore=WITHOUT, symlinks=True)
-    release = run("uname", "-r").strip()
+    release = plain_release(run("uname", "-r").strip())
     row = Row("own", userland, "native", release, {}, _today())
     script = (
         f"./try -o /out/demo.rec >/out/demo.txt || exit 1\n"
@@ -77,9 +77,7 @@ def native(userland: str, keyword: str) -> Row:
         row.versions = versions((place / "out/versions").read_text())
     installed = (place / "out/installed").exists()
     _collect(row, place / "out")
-    row.subjects["install"] = Subject(passed=int(installed), failed=int(not installed))
-    if not installed:
-        row.subjects["install"].why.append(f"./try failed; see {place}/console.log")
+    row.subjects["install"] = Subject({"./try": PASSED if installed else f"{FAILED}: see the run's console"})
     row.seconds = round(time.monotonic() - begin)
     return row
 
@@ -90,6 +88,7 @@ def _collect(row: Row, files: Path) -> None:
         row.subjects |= read_junit(junit)
         attach = read_property(junit, "attach")
         row.attach = _tiers(json.loads(attach)) if attach else ""
+        row.slowness = float(read_property(junit, "slowness") or 1)
 
 
 def _tiers(attach: dict[str, str]) -> str:

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's end of a Cloud Hypervisor migration: whether its process, or the thread that sends, has ended.
+
+In: a pid here, or a host elsewhere. Out: descriptors that tell, and answers. A process here is watched with pidfds.
+One elsewhere can only be looked at, by a command on its host: seldom while it migrates, since a login takes CPU time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ebpf_mig.errors import VmmError
+from ebpf_mig.vmm.base import Elsewhere
+
+_WORKER = "migration-worke"
+"""Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
+LOOK_S = 0.5
+"""How often a thread's /proc is looked at, where the kernel has no descriptors of threads (before Linux 6.9)."""
+_COMMS = ("-maxdepth", "2", "-name", "comm", "-exec", "cat", "{}", "+")
+FIRST_LOOK_S, MOST_LOOK_S = 10.0, 80.0
+"""When a process elsewhere is first looked at; the pauses then double up to this."""
+
+
+class Call:
+    """A blocking call in a thread of its own; `fd` becomes readable when it has returned."""
+
+    def __init__(self) -> None:
+        self.error: VmmError | None = None
+        self.begun = False
+        self.done = threading.Event()
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def start(self, name: str, act: Callable[[], object]) -> None:
+        """Begins `act`; a VmmError of it is kept."""
+
+        def work() -> None:
+            try:
+                act()
+            except VmmError as error:
+                self.error = error
+            self.finish()
+
+        self.begun = True
+        threading.Thread(target=work, name=name, daemon=True).start()
+
+    def finish(self) -> None:
+        """Says that it is over."""
+        self.done.set()
+        os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        """Gives the descriptor back, unless the call may yet return."""
+        if self.fd >= 0 and (self.done.is_set() or not self.begun):
+            os.close(self.fd)
+            self.fd = -1
+
+
+class SourceEnd(Protocol):
+    """What can be known of the source while it migrates."""
+
+    far: bool
+    """It is on another host."""
+
+    def fds(self) -> list[int]:
+        """What becomes readable when the process ends, or its sending thread."""
+
+    def exit_fds(self) -> list[int]:
+        """What becomes readable when the process ends."""
+
+    def patience(self) -> float:
+        """How long waiting for others may last before it has to be looked at again; s."""
+
+    def hurry(self) -> float:
+        """The migration is over, so it may be looked at often: how often, in s."""
+
+    def gone(self) -> bool:
+        """Whether the process has ended, as far as is known."""
+
+    def gave_up(self, send: Call) -> bool:
+        """Whether the send call has returned and there is no sending thread, or no more."""
+
+    def close(self) -> None:
+        """Lets go of its descriptors."""
+
+
+class NearSource:
+    """A source on this host."""
+
+    far = False
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self._pid, self._pidfd = pid, pidfd
+        self._tid: int | None = None
+        self._fd = -1
+
+    def fds(self) -> list[int]:
+        return [self._pidfd, *([self._fd] if self._fd >= 0 else [])]
+
+    def exit_fds(self) -> list[int]:
+        return [self._pidfd]
+
+    def patience(self) -> float:
+        return LOOK_S if self._tid and self._fd < 0 else float("inf")
+
+    def hurry(self) -> float:
+        return float("inf")
+
+    def gone(self) -> bool:
+        return bool(readable([self._pidfd], 0))
+
+    def gave_up(self, send: Call) -> bool:
+        self._look(send)
+        return self._tid is not None and not Path(f"/proc/{self._pid}/task/{self._tid}").exists()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _look(self, send: Call) -> None:
+        """Once, when the send call has returned: from v53 on it does so at once."""
+        if self._tid is not None or not send.done.is_set() or send.error is not None:
+            return
+        self._tid = next(_named(self._pid, _WORKER), 0)
+        if self._tid:
+            with contextlib.suppress(OSError):  # PIDFD_THREAD is O_EXCL, include/uapi/linux/pidfd.h (6.9)
+                self._fd = os.pidfd_open(self._tid, os.O_EXCL)
+
+
+class FarSource:
+    """A source on another host."""
+
+    far = True
+
+    def __init__(self, there: Elsewhere) -> None:
+        self._there, self._pid = there, there.pid
+        self._pause = FIRST_LOOK_S
+        self._next = time.monotonic() + self._pause
+        self._threads: list[str] | None = None
+        """Names of its threads at the last look; empty: it is gone. None: not known."""
+
+    def fds(self) -> list[int]:
+        return []
+
+    def exit_fds(self) -> list[int]:
+        return []
+
+    def patience(self) -> float:
+        return max(0.0, self._next - time.monotonic()) if self._pid else float("inf")
+
+    def hurry(self) -> float:
+        self._pause = LOOK_S
+        self._next = min(self._next, time.monotonic() + self._pause)
+        return LOOK_S
+
+    def gone(self) -> bool:
+        self._look()
+        return self._threads == []
+
+    def gave_up(self, send: Call) -> bool:
+        if not send.done.is_set() or send.error is not None:
+            return False
+        self._look()
+        return bool(self._threads) and _WORKER not in (self._threads or ())
+
+    def close(self) -> None:
+        pass
+
+    def _look(self) -> None:
+        """The process's threads by their names, after that of the command which asks: so silence is not taken for an
+        end. Once it is gone, or does not answer, there is nothing more to ask."""
+        if not self._pid or self._threads == [] or time.monotonic() < self._next:
+            return
+        places = ["/proc/self/comm", f"/proc/{self._pid}/task"]
+        names = self._there.said("find", *places, *_COMMS).splitlines()
+        self._threads = names[1:] if names else None
+        self._pid = self._pid if names else 0
+        self._next = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, MOST_LOOK_S)
+
+
+def _named(pid: int, comm: str) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            if (task / "comm").read_text().strip() == comm:
+                yield int(task.name)
+
+
+def readable(fds: Sequence[int], timeout_s: float) -> set[int]:
+    """Which of the descriptors can be read, as soon as one can."""
+    waiter = select.poll()
+    for fd in fds:
+        waiter.register(fd, select.POLLIN)
+    return {fd for fd, _ in waiter.poll(None if timeout_s == float("inf") else max(0, timeout_s) * 1000)}
