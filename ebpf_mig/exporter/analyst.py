@@ -36,7 +36,7 @@ MEMORY_BYTES = 2 << 30
 
 def main(channel: socket.socket) -> None:
     """Forks a child whenever there is work, until the other end is closed."""
-    while channel.recv(1, socket.MSG_PEEK):
+    while _awaits(channel):
         child = os.fork()
         if child == 0:
             _work(channel)
@@ -44,6 +44,14 @@ def main(channel: socket.socket) -> None:
         _, status = os.waitpid(child, 0)
         if status:
             channel.sendall(b'{"error": "the process that analyses ended with status %d"}\n' % status)
+
+
+def _awaits(channel: socket.socket) -> bool:
+    """Waits for work; False once the other end is gone."""
+    try:
+        return bool(channel.recv(1, socket.MSG_PEEK))
+    except ConnectionResetError:  # it has not even read that we are ready
+        return False
 
 
 def _work(channel: socket.socket) -> None:

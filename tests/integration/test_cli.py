@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.probes.kernelcalls import SYS_BPF
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
 
@@ -300,6 +303,32 @@ def test_without_privilege(tmp_path: Path) -> None:
         check=False,
     )
     one_line(result, 3, "may not load BPF programs", "sudo")
+
+
+FILTERED = """
+import ctypes, os, struct, sys
+number, code = map(int, sys.argv[1:3])
+load, same, allow, refuse = (0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50000 | code)
+program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in (load, same, refuse, allow)))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+assert prctl(22, 2, struct.pack("@HP", 4, ctypes.addressof(program)), 0, 0) == 0, "PR_SET_SECCOMP"
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
+"""Runs Python where a system call fails with an error of choice (linux/filter.h, linux/seccomp.h)."""
+
+
+@requires("root", "bcc")
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
+@pytest.mark.parametrize("words", [("record", "--pid", "1"), ("exporter", "--web.listen-address", "127.0.0.1:0")])
+def test_where_a_containers_seccomp_profile_forbids_it(tmp_path: Path, code: int, words: tuple[str, ...]) -> None:
+    more = ("--state-directory", "state") if words[0] == "exporter" else ()
+    filtered = [sys.executable, "-c", FILTERED, str(SYS_BPF[platform.machine()]), str(code)]
+    result = subprocess.run(
+        [*filtered, *command(*words, *more)[1:]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    one_line(result, 3, "a seccomp filter forbids bpf(2)", "seccomp=unconfined")
 
 
 @requires("root", "private mount namespaces", "qemu-system-x86_64")

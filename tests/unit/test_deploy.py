@@ -103,8 +103,10 @@ def test_every_form_of_deployment_grants_what_the_exporter_keeps_and_gives_up() 
     assert unit and set(unit[1].split()) == wanted
     pod = (DEPLOY / "kubernetes" / "daemonset.yaml").read_text()
     assert {f"CAP_{name}" for name in re.findall(r"^ +- ([A-Z_]+) +#", pod, re.MULTILINE)} == wanted
-    container = re.search(r"--cap-add=([A-Z_,]+)", (DEPLOY / "container" / "Containerfile").read_text())
+    said = (DEPLOY / "container" / "Containerfile").read_text()
+    container = re.search(r"--cap-add=([A-Z_,]+)", said)
     assert container and {f"CAP_{name}" for name in container[1].split(",")} == wanted
+    assert "{type: Unconfined}" in pod and "--security-opt=seccomp=unconfined" in said
 
 
 @requires("PyYAML")
