@@ -127,11 +127,8 @@ def _tree(name: str, suite: str, packages: str, *kind: str) -> Path:
 
 
 def packages_of(place: Path) -> str:
-    """`package version` lines of what a tree has, by the package manager of this machine: the tree's may not run."""
-    show = ["-W", "-f", "${db:Status-Want} ${Package} ${Version}\\n"]
-    said = run("dpkg-query", f"--admindir={place}/var/lib/dpkg", *show)
-    wanted = (line.split() for line in said.splitlines())
-    return "".join(f"{words[1]} {words[2]}\n" for words in wanted if len(words) == 3 and words[1] in VERSIONED)
+    """`package version` lines of what a tree has."""
+    return run("chroot", str(place), "dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *VERSIONED)
 
 
 def versions(listing: str) -> dict[str, str]:

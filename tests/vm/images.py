@@ -8,11 +8,13 @@ beside its modules. Tests image: a source tree, made anew for each run. Needs ro
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import struct
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +129,12 @@ class Apt:
         found = run("apt-cache", *self.options, "depends", "--recurse", *options, self.meta).splitlines()
         kinds = ("linux-image-", "linux-binary-", "linux-modules-", "linux-base-")
         return sorted(name for name in found if name.startswith(kinds) and name != self.meta)
+
+    def versions(self, packages: Iterable[str]) -> str:
+        """`package version` lines of what the suite has of them."""
+        said = run("apt-cache", *self.options, "show", "--no-all-versions", *packages)
+        found = re.findall(r"^Package: (.*)$.*?^Version: (.*)$", said, re.MULTILINE | re.DOTALL)
+        return "".join(f"{package} {version}\n" for package, version in found)
 
     def download(self, packages: list[str]) -> list[Path]:
         """The packages' files."""

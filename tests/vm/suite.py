@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.vm.catalogue import ARM64, EMULATED, KERNELS, USERLANDS, Userland, cache
 from tests.vm.chroot import bare_tree, overlay, packages_of, run, tree, versions
-from tests.vm.images import ROOT, WITHOUT, kernel_image, root_image
+from tests.vm.images import ROOT, WITHOUT, Apt, kernel_image, root_image
 from tests.vm.machine import arm64_emulator, boot, emulator
 from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_junit, read_property
 
@@ -38,11 +38,13 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
     if where is ARM64:
         helper = tree(USERLANDS[KERNELS[kernel].suite])
         image, emulating = kernel_image(KERNELS[kernel], helper), arm64_emulator(helper, processors)
+        has = Apt(KERNELS[kernel].suite, where.architecture).versions(("python3", "python3-bpfcc"))
     else:
         built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
         image, emulating = kernel_image(KERNELS[kernel], tree(where)), emulator(built, processors)
+        has = packages_of(tree(where))
     script = f"exec python3 -m pytest {_pytest(keyword, '/out')}\n"
-    row = Row(kernel, userland, "emulated", image.version, versions(packages_of(tree(where))), _today())
+    row = Row(kernel, userland, "emulated", image.version, versions(has), _today())
     place = cache() / "runs" / f"{kernel}-{userland}"
     for _ in range(2):
         outcome = boot(emulating, image, root, ROOT, script, place=place, timeout_s=TIMEOUT_S)
