@@ -133,7 +133,7 @@ class Apt:
     def versions(self, packages: Iterable[str]) -> str:
         """`package version` lines of what the suite has of them."""
         said = run("apt-cache", *self.options, "show", "--no-all-versions", *packages)
-        found = re.findall(r"^Package: (.*)$.*?^Version: (.*)$", said, re.MULTILINE | re.DOTALL)
+        found = re.findall(r"^Package: (\S+)$.*?^Version: (\S+)$", said, re.MULTILINE | re.DOTALL)
         return "".join(f"{package} {version}\n" for package, version in found)
 
     def download(self, packages: list[str]) -> list[Path]:
