@@ -64,6 +64,7 @@ def test_what_was_handed_over_attaches_again_and_again(
     else:
         record_property("attach", json.dumps(said["attached"]))
     first = said["rounds"][0]
+    record_property(f"calls by {tier}", json.dumps(first))
     for cmd in (kvm.GET_DIRTY_LOG, kvm.CLEAR_DIRTY_LOG, kvm.CREATE_VM, kvm.CREATE_VCPU):
         assert first[f"Ioctl:{cmd:#x}"] >= 1, first
     machines = 1 + first.get(f"Ioctl:{kvm.RESET_DIRTY_RINGS:#x}", 0)  # Linux before 5.11 has no dirty ring
