@@ -81,7 +81,7 @@ def collector(directory: Path, onwards: str) -> Iterator[str]:
     """A real collector that hands on what it takes; its endpoint."""
     port, config = free_port(), directory / "collector.yaml"
     config.write_text(COLLECTOR.format(port=port, onwards=onwards))
-    with running("otel-collector", "--config", str(config), stderr=subprocess.DEVNULL) as process:
+    with running("otelcol", "--config", str(config), stderr=subprocess.DEVNULL) as process:
 
         def listens() -> bool:
             assert process.poll() is None

@@ -205,7 +205,7 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
 @requires("OpenTelemetry")
 @pytest.mark.parametrize(
     "collected",
-    [False, pytest.param(True, marks=requires("OpenTelemetry's collector (tools/otel_collector)"))],
+    [False, pytest.param(True, marks=requires("otelcol"))],
     ids=["direct", "collector"],
 )
 def test_two_exporters_with_one_side_each_make_one_trace(collected: bool, tmp_path: Path) -> None:

@@ -157,15 +157,15 @@ def split_by_bpftrace(flushes: list[str]) -> str:
     return (
         'BEGIN { printf("ready\\n"); }\n'
         f"kretprobe:kvm_arch_sync_dirty_log {ours} {{\n"
-        f"  $now = nsecs; @synced[tid] = $now; @depth[tid] = 0; {inside} }}\n"
+        f"  $now = nsecs; @synced[tid] = $now; {inside} }}\n"
         f"{','.join(f'kprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@synced[tid]) {{\n"
         "  if (@depth[tid] == 0) { @walk = @walk + ($now - @synced[tid]); @flush[tid] = $now; }\n"
         f"  @depth[tid] = @depth[tid] + 1; {inside} }} }}\n"
         f"{','.join(f'kretprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@flush[tid]) {{\n"
         "  @depth[tid] = @depth[tid] - 1;\n"
         "  if (@depth[tid] == 0) { @flushed = @flushed + ($now - @flush[tid]); @n = @n + 1;\n"
-        f"    delete(@synced[tid]); delete(@flush[tid]); }} {inside} }} }}\n"
-        "kretprobe:kvm_get_dirty_log_protect { delete(@synced[tid]); delete(@flush[tid]); }\n"
+        f"    delete(@synced[tid]); delete(@flush[tid]); delete(@depth[tid]); }} {inside} }} }}\n"
+        "kretprobe:kvm_get_dirty_log_protect /@synced[tid]/ { delete(@synced[tid]); }\n"
         "END { clear(@synced); clear(@flush); clear(@depth); }\n"
     )
 
