@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.vm import pair, results, suite
-from tests.vm.catalogue import KERNELS, USERLANDS, arm64_btf, cache
+from tests.vm.catalogue import EMULATED, KERNELS, USERLANDS, arm64_btf, cache
 from tests.vm.chroot import BuildError, tree
 from tests.vm.images import ROOT, fetch_arm64_btf, kernel_image, root_image
 from tests.vm.machine import boot, emulator
@@ -26,7 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """The suite in each kernel with each user land asked for, or with the kernel's own."""
     rows = []
     for kernel in _names(arguments.kernel, list(KERNELS)):
-        for userland in _names(arguments.userland or KERNELS[kernel].userland, list(USERLANDS)):
+        for userland in _names(arguments.userland or KERNELS[kernel].userland, list(EMULATED)):
             _say(f"{kernel} with {userland}: building and booting ...")
             row = suite.emulated(kernel, userland, arguments.keyword, arguments.processors)
             _tell(row)

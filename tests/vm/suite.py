@@ -15,10 +15,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.vm.catalogue import KERNELS, USERLANDS, Userland, cache
+from tests.vm.catalogue import ARM64, EMULATED, KERNELS, USERLANDS, Userland, cache
 from tests.vm.chroot import bare_tree, overlay, packages_of, run, tree, versions
 from tests.vm.images import ROOT, WITHOUT, kernel_image, root_image
-from tests.vm.machine import boot, emulator
+from tests.vm.machine import arm64_emulator, boot, emulator
 from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_junit, read_property
 
 MARKER = "everywhere"
@@ -33,15 +33,19 @@ def _pytest(keyword: str, out: str) -> str:
 
 def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
     """The suite in an emulated kernel."""
-    where, begin = USERLANDS[userland], time.monotonic()
+    where, begin = EMULATED[userland], time.monotonic()
     root = root_image(where)
-    image = kernel_image(KERNELS[kernel], tree(where))
-    built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
+    if where is ARM64:
+        helper = tree(USERLANDS[KERNELS[kernel].suite])
+        image, emulating = kernel_image(KERNELS[kernel], helper), arm64_emulator(helper, processors)
+    else:
+        built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
+        image, emulating = kernel_image(KERNELS[kernel], tree(where)), emulator(built, processors)
     script = f"exec python3 -m pytest {_pytest(keyword, '/out')}\n"
     row = Row(kernel, userland, "emulated", image.version, versions(packages_of(tree(where))), _today())
     place = cache() / "runs" / f"{kernel}-{userland}"
     for _ in range(2):
-        outcome = boot(emulator(built, processors), image, root, ROOT, script, place=place, timeout_s=TIMEOUT_S)
+        outcome = boot(emulating, image, root, ROOT, script, place=place, timeout_s=TIMEOUT_S)
         if outcome.code is not None:
             break
         row.infrastructure.append(f"the emulator failed: {outcome.trouble}; tried once more")
