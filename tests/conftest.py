@@ -101,6 +101,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "kubernetes-validate": lambda: importlib.util.find_spec("kubernetes_validate") is not None,
     "kustomize": lambda: shutil.which("kustomize") is not None,
     "Grafana's schema (tools/grafana_dashboard)": lambda: shutil.which("grafana-dashboard") is not None,
+    "otelcol": lambda: shutil.which("otelcol") is not None,
     "sshd": lambda: shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin") is not None,
     "kubeconform": lambda: shutil.which("kubeconform") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An OTLP receiver made of OpenTelemetry's own protocol classes: what it takes, a collector takes.
+"""An OTLP receiver made of OpenTelemetry's own protocol classes; and OpenTelemetry's own collector in front of it.
 
 In: POSTs of /v1/traces. Out: the spans, with their resource.
 """
@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+
+from tests.integration.exporters import free_port, running, until
+
+COLLECTOR = """
+receivers: {{otlp: {{protocols: {{http: {{endpoint: "127.0.0.1:{port}"}}}}}}}}
+exporters: {{otlp_http: {{endpoint: "{onwards}"}}}}
+service:
+  telemetry: {{metrics: {{level: none}}}}
+  pipelines: {{traces: {{receivers: [otlp], exporters: [otlp_http]}}}}
+"""
 
 
 class Receiver:
@@ -61,6 +74,24 @@ def receiving() -> Iterator[Receiver]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def collector(directory: Path, onwards: str) -> Iterator[str]:
+    """A real collector that hands on what it takes; its endpoint."""
+    port, config = free_port(), directory / "collector.yaml"
+    config.write_text(COLLECTOR.format(port=port, onwards=onwards))
+    with running("otelcol", "--config", str(config), stderr=subprocess.DEVNULL) as process:
+
+        def listens() -> bool:
+            assert process.poll() is None
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                return True
+            return False
+
+        until(listens)
+        yield f"http://127.0.0.1:{port}"
 
 
 def attributes(span: Any) -> dict[str, Any]:

@@ -203,11 +203,18 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
 
 
 @requires("OpenTelemetry")
-def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None:
-    from tests.integration.otlp_receiver import attributes, receiving
+@pytest.mark.parametrize(
+    "collected",
+    [False, pytest.param(True, marks=requires("otelcol"))],
+    ids=["direct", "collector"],
+)
+def test_two_exporters_with_one_side_each_make_one_trace(collected: bool, tmp_path: Path) -> None:
+    from tests.integration.otlp_receiver import attributes, collector, receiving
 
-    with receiving() as receiver:
-        option = ("--otlp-endpoint", receiver.endpoint)
+    with contextlib.ExitStack() as stack:
+        receiver = stack.enter_context(receiving())
+        endpoint = stack.enter_context(collector(tmp_path, receiver.endpoint)) if collected else receiver.endpoint
+        option = ("--otlp-endpoint", endpoint)
         with (
             exporter(tmp_path / "here", *option, vms="source") as (_, here),
             exporter(tmp_path / "there", *option, vms="destination") as (_, there),
@@ -216,7 +223,11 @@ def test_two_exporters_with_one_side_each_make_one_trace(tmp_path: Path) -> None
             until(lambda: value(here, "ebpf_mig_migrations_total", role="source") == 1, 15)
             until(lambda: value(there, "ebpf_mig_migrations_total", role="destination") == 1, 15)
             until(lambda: len(receiver.named("migration")) == 2, 15)
-            until(lambda: value(here, "ebpf_mig_exporter_spans_total", outcome="sent") > 0)
+
+            def sent() -> float:
+                return sum(value(port, "ebpf_mig_exporter_spans_total", outcome="sent") for port in (here, there))
+
+            until(lambda: len(receiver.spans) == sent() > 2)
     roots = {attributes(span)["ebpf_mig.role"]: span for span in receiver.named("migration")}
     source, destination = roots["source"], roots["destination"]
     assert source.trace_id == destination.trace_id and len(source.trace_id) == 16
