@@ -21,7 +21,7 @@ from pathlib import Path
 from ebpf_mig.events import Ending, Ioctl
 from ebpf_mig.recording import read_recording
 
-EXECUTABLE = str(Path(sys.executable).with_name("ebpf-mig"))
+PROGRAM = [sys.executable, "-m", "ebpf_mig"]
 SCRIPT = Path(__file__).with_name("same_signals.bt")
 _PATIENCE_S = 90.0
 _SETTLE_S = 0.3
@@ -115,8 +115,8 @@ def _lines(*words: str) -> Callable[[Path], Watched]:
 
 OURS = Observer(
     "ebpf-mig record",
-    EXECUTABLE,
-    lambda pids, output: [EXECUTABLE, "record", *_each("--pid", pids), "-o", str(output)],
+    sys.executable,
+    lambda pids, output: [*PROGRAM, "record", *_each("--pid", pids), "-o", str(output)],
     "tracing",
     _recorded,
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from ebpf_mig.probes import btf
 
 
 def _succeeds(*command: str) -> bool:
@@ -46,6 +49,22 @@ def _tier_works(tier: str) -> bool:
     return os.geteuid() == 0 and Path("/dev/kvm").exists() and _succeeds(sys.executable, "-c", _FIRES, tier)
 
 
+def _has_tracepoint(name: str) -> bool:
+    return Path(btf.VMLINUX).exists() and name in btf.tracepoints(btf.VMLINUX, [name])
+
+
+def _dirty_ring() -> bool:
+    """KVM_CHECK_EXTENSION of KVM_CAP_DIRTY_LOG_RING, Linux 5.11 on x86-64."""
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return fcntl.ioctl(fd, 0xAE03, 192) > 0
+    finally:
+        os.close(fd)
+
+
 _LOSE_A_SEGMENT = (
     "ip link set lo up && iptables -A INPUT -p tcp -m length --length 1000 "
     "-m statistic --mode nth --every 2 --packet 0 -j DROP"
@@ -55,6 +74,8 @@ _LOSE_A_SEGMENT = (
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "KVM's dirty ring": _dirty_ring,
+    "tracepoints of lock waits": lambda: _has_tracepoint("contention_begin"),
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),

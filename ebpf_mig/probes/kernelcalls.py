@@ -137,9 +137,17 @@ class KprobeEvent:
         try:
             self._link = _bpf(_LINK_CREATE, _attributes(*parts))
         except OSError:
-            fcntl.ioctl(self.fd, _SET_BPF, program)
+            self._set(program)
             self._kept = True
         fcntl.ioctl(self.fd, _ENABLE, 0)
+
+    def _set(self, program: int) -> None:
+        """Without a link. An event that was handed over attached has the program already, for good."""
+        try:
+            fcntl.ioctl(self.fd, _SET_BPF, program)
+        except FileExistsError:
+            if not self._handed:
+                raise
 
     def detach(self) -> None:
         """Runs it no more; where there are no links only the event's end does that, so a handed one runs on."""

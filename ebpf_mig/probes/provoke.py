@@ -22,7 +22,9 @@ PAGES = 64
 _PAGE = os.sysconf("SC_PAGESIZE")
 _CHECK_EXTENSION, _VCPU_MMAP_SIZE, _CREATE_DEVICE, _GET_MP_STATE = 0xAE03, 0xAE04, 0xC00CAEE0, 0x8004AE98
 _SET_MP_STATE = 0x4004AE99
-_MANUAL_PROTECT, _DIRTY_RING = 168, 192
+_MANUAL_PROTECT, _DIRTY_RING, _DIRTY_RING_ACQ_REL = 168, 192, 223
+_ARM_PREFERRED_TARGET, _ARM_VCPU_INIT, _ARM_VCPU_INIT_BYTES = 0x8020AEAF, 0x4020AEAE, 32
+"""struct kvm_vcpu_init, include/uapi/asm/kvm.h of arm64."""
 _MANUAL_AND_ALL_DIRTY = 3
 _RING_ENTRIES = 1024
 _VFIO_DEVICE = 4
@@ -96,12 +98,13 @@ def vm(*, ring: bool) -> None:
         _ioctl(system, _CHECK_EXTENSION, 0)
         with _held(_ioctl(system, kvm.CREATE_VM, 0)) as machine:
             if ring:
-                _enable(machine, _DIRTY_RING, _RING_ENTRIES * 16)
+                _enable_ring(machine)
             else:
                 with contextlib.suppress(OSError):
                     _enable(machine, _MANUAL_PROTECT, _MANUAL_AND_ALL_DIRTY)
             with _held(_ioctl(machine, kvm.CREATE_VCPU, 0)) as vcpu:
                 with contextlib.suppress(OSError):
+                    _initialise(machine, vcpu)
                     _run_nothing(system, vcpu)
                 if ring:
                     _ioctl(machine, kvm.RESET_DIRTY_RINGS)
@@ -112,6 +115,22 @@ def vm(*, ring: bool) -> None:
 
 def _enable(machine: int, capability: int, argument: int) -> None:
     _ioctl(machine, kvm.ENABLE_CAP, struct.pack("=II4Q64x", capability, 0, argument, 0, 0, 0))
+
+
+def _enable_ring(machine: int) -> None:
+    """arm64 has the second kind only (Linux 6.2)."""
+    try:
+        _enable(machine, _DIRTY_RING, _RING_ENTRIES * 16)
+    except OSError:
+        _enable(machine, _DIRTY_RING_ACQ_REL, _RING_ENTRIES * 16)
+
+
+def _initialise(machine: int, vcpu: int) -> None:
+    """On arm64 KVM_RUN refuses a vCPU before this, and never comes to kvm:kvm_userspace_exit."""
+    if os.uname().machine == "aarch64":
+        target = ctypes.create_string_buffer(_ARM_VCPU_INIT_BYTES)
+        _libc.ioctl(machine, _ARM_PREFERRED_TARGET, ctypes.addressof(target))
+        _libc.ioctl(vcpu, _ARM_VCPU_INIT, ctypes.addressof(target))
 
 
 def _run_nothing(system: int, vcpu: int) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ebpf_mig.lab.cloud_hypervisor import lacks_nested_state
-from tests.conftest import TRACING, requires
+from tests.conftest import requires
 
 DOCTOR = [sys.executable, "-m", "ebpf_mig.cli", "doctor"]
 
@@ -20,7 +20,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.everywhere("doctor")
-@requires(*TRACING)
+@requires("root", "/dev/kvm", "bcc", "kernel BTF")
 def test_all_that_is_required_is_there() -> None:
     done = run(*DOCTOR, "--json")
     assert done.returncode == 0, done.stderr

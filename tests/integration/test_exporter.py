@@ -72,6 +72,22 @@ def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path
         assert process.wait(15) == 0
 
 
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_one_side_alone_without_a_connection_that_shows(side: str, tmp_path: Path) -> None:
+    """Over a UNIX socket, as in a tunnelled migration: the source's thread tells; that it grows, the destination."""
+    slow = Scenario(128 * MIB, 64 * MIB, 4000, transport="unix", bandwidth_bytes=32 << 20)
+    with exporter(tmp_path / "state", vms=side) as (_, port):
+
+        def cleared() -> None:
+            until(lambda: value(port, "ebpf_mig_vms") == 1 and value(port, "ebpf_mig_armed") == 0)
+
+        migrate(slow, cleared)
+        until(lambda: value(port, "ebpf_mig_migrations_total", role=side, result="completed") == 1, 15)
+        until(lambda: value(port, "ebpf_mig_triggers_total", outcome="migration") == 1)
+        assert value(port, "ebpf_mig_blackout_seconds_count") == 0, "it has two sides"
+        assert value(port, "ebpf_mig_phase_seconds_count", phase="state.load") == (side == "destination")
+
+
 def test_vms_that_boot_and_end_are_no_migrations(tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (_, port):
         with QemuPair(QUICK, None, NAMED):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -44,8 +45,10 @@ print(json.dumps(said | {"rounds": rounds, "lost": tracer.losses()[0]}))
 
 @pytest.mark.everywhere("tiers")
 @pytest.mark.parametrize("tier", ["tracepoint", "kprobe", "fentry", "auto"])
-@requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")
-def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
+@requires("root", "/dev/kvm", "bcc", "kernel BTF")
+def test_what_was_handed_over_attaches_again_and_again(
+    tier: str, record_property: Callable[[str, object], None]
+) -> None:
     """The process that has the descriptors traces itself, thrice, and each time sees all of its own calls."""
     needs = {"kprobe": "kprobes", "fentry": "fentry on every function"}
     if tier in needs and not FEATURES[needs[tier]]():
@@ -58,7 +61,10 @@ def test_what_was_handed_over_attaches_again_and_again(tier: str) -> None:
     said = json.loads(done.stdout)
     if tier != "auto":
         assert said["attached"]["vcpu"] == said["attached"]["socket"] == tier
+    else:
+        record_property("attach", json.dumps(said["attached"]))
     first = said["rounds"][0]
+    record_property(f"calls by {tier}", json.dumps(first))
     for cmd in (kvm.GET_DIRTY_LOG, kvm.CLEAR_DIRTY_LOG, kvm.CREATE_VM, kvm.CREATE_VCPU):
         assert first[f"Ioctl:{cmd:#x}"] >= 1, first
     machines = 1 + first.get(f"Ioctl:{kvm.RESET_DIRTY_RINGS:#x}", 0)  # Linux before 5.11 has no dirty ring

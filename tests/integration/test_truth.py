@@ -64,6 +64,7 @@ def test_delays_everywhere_at_once(
 
 
 @pytest.mark.everywhere("truth")
+@requires("tracepoints of lock waits")
 def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     """The wait is as long as the other thread's call lasts after ours began: on a busy host ours may begin late."""
     for _ in range(5):
@@ -88,6 +89,7 @@ def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     assert row.lock_wait_ns.get("mmu_lock", 0) < 0.1 * took
 
 
+@requires("tracepoints of lock waits")
 def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
     if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
         pytest.skip("missing feature: an MMU notifier that takes long on unmapped memory (shadow paging)")
@@ -107,7 +109,7 @@ def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
         pytest.param("legacy", marks=pytest.mark.everywhere("dirty log")),
         "manual",
         pytest.param("initially-set", marks=pytest.mark.everywhere("dirty log")),
-        pytest.param("ring", marks=pytest.mark.everywhere("ring")),
+        pytest.param("ring", marks=[pytest.mark.everywhere("ring"), requires("KVM's dirty ring")]),
     ],
 )
 def test_fetches_find_exactly_the_pages_that_the_guest_wrote(log: str) -> None:

@@ -141,15 +141,20 @@ def test_users(tmp_path: Path) -> None:
             assert get(server, "/metrics", basic("alice", "right")).startswith(b"HTTP/1.0 200")
 
 
+def certified(directory: Path) -> str:
+    """The YAML for TLS with a new certificate for localhost."""
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", *subject]
+    files = ["-keyout", str(directory / "key.pem"), "-out", str(directory / "cert.pem")]
+    subprocess.run([*made, *files], check=True, capture_output=True)
+    return "tls_server_config:\n  cert_file: cert.pem\n  key_file: key.pem\n"
+
+
 @requires("PyYAML", "openssl")
 def test_tls_and_client_certificates(tmp_path: Path) -> None:
     from ebpf_mig.exporter.webconfig import load
 
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", *subject]
-    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
-    subprocess.run([*made, *files], check=True, capture_output=True)
-    tls = "tls_server_config:\n  cert_file: cert.pem\n  key_file: key.pem\n"
+    tls = certified(tmp_path)
     client = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
 
     def over_tls(server: Web) -> bytes:
@@ -167,6 +172,28 @@ def test_tls_and_client_certificates(tmp_path: Path) -> None:
             assert over_tls(server) == b"refused"
         client.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
         assert over_tls(server).startswith(b"HTTP/1.0 200")
+
+
+@requires("PyYAML", "bcrypt", "openssl", "promtool")
+def test_prometheus_judges_a_configuration_as_we_do(tmp_path: Path) -> None:
+    import bcrypt
+
+    from ebpf_mig.exporter.webconfig import load
+
+    more = "  client_ca_file: cert.pem\n  client_auth_type: RequireAndVerifyClientCert\n  min_version: TLS13\n"
+    users = f"basic_auth_users:\n  alice: {bcrypt.hashpw(b'right', bcrypt.gensalt(4)).decode()}\n"
+    good = certified(tmp_path) + more + users
+    for text in (
+        good,
+        good.replace("cert.pem", "none.pem"),
+        good.replace("min_", "mini_"),
+        good.replace("$2b$04", "x"),
+    ):
+        file = write(tmp_path / "web.yml", text)
+        judged = subprocess.run(["promtool", "check", "web-config", file], capture_output=True, check=False).returncode
+        assert (judged == 0) is (text == good)
+        with contextlib.nullcontext() if text == good else pytest.raises(UsageError):
+            load(file)
 
 
 @requires("PyYAML", "bcrypt")

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from tests.vm import pair, results, suite
-from tests.vm.catalogue import KERNELS, USERLANDS, arm64_btf, cache
-from tests.vm.chroot import BuildError, tree
-from tests.vm.images import ROOT, fetch_arm64_btf, kernel_image, root_image
-from tests.vm.machine import boot, emulator
+from tests.vm.catalogue import EMULATED, KERNELS, USERLANDS, arm64_btf, cache
+from tests.vm.chroot import BuildError
+from tests.vm.images import ROOT, fetch_arm64_btf
+from tests.vm.machine import boot
 
 
 def _say(line: str) -> None:
@@ -26,7 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """The suite in each kernel with each user land asked for, or with the kernel's own."""
     rows = []
     for kernel in _names(arguments.kernel, list(KERNELS)):
-        for userland in _names(arguments.userland or KERNELS[kernel].userland, list(USERLANDS)):
+        for userland in _names(arguments.userland or KERNELS[kernel].userland, list(EMULATED)):
             _say(f"{kernel} with {userland}: building and booting ...")
             row = suite.emulated(kernel, userland, arguments.keyword, arguments.processors)
             _tell(row)
@@ -73,7 +73,7 @@ def _table(_arguments: argparse.Namespace) -> int:
 
 def _pair(arguments: argparse.Namespace) -> int:
     """A migration between two machines; what was measured against what the outer host saw."""
-    kernels = _names(arguments.kernel, list(KERNELS))
+    kernels = _names(arguments.kernel, [name for name in KERNELS if KERNELS[name].userland in USERLANDS])
     if len(kernels) != 2:
         raise BuildError("--kernel names the source's and the destination's kernel: 6.1,6.12")
     meeting = pair.run(kernels[0], kernels[1], arguments.delay)
@@ -86,12 +86,11 @@ def _pair(arguments: argparse.Namespace) -> int:
 
 def _exec(arguments: argparse.Namespace) -> int:
     """One kernel, one command; its console."""
-    userland = USERLANDS[arguments.userland]
-    root = root_image(userland)
-    kernel = kernel_image(KERNELS[arguments.kernel], tree(userland))
-    built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
+    wanted = KERNELS[arguments.kernel]
+    userland = EMULATED[arguments.userland or wanted.userland]
+    emulating, kernel, root = suite.prepared(wanted, userland, arguments.processors)
     outcome = boot(
-        emulator(built, arguments.processors), kernel, root, Path(arguments.source), arguments.command,
+        emulating, kernel, root, Path(arguments.source), arguments.command,
         place=cache() / "runs" / f"exec-{arguments.tag or kernel.version}", timeout_s=arguments.timeout,
     )  # fmt: skip
     _say(outcome.console.read_text(errors="replace"))
@@ -125,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--keep", action="store_true", help="the recordings become those of tests/data/machines")
     execute = commands.add_parser("exec", help="boot one kernel and run a shell command in a copy of a source tree")
     execute.add_argument("--kernel", choices=KERNELS, default="6.1")
-    execute.add_argument("--userland", choices=USERLANDS, default="bookworm")
+    execute.add_argument("--userland", choices=EMULATED, default="", help="default: the kernel's own")
     execute.add_argument("--source", default=str(ROOT))
     execute.add_argument("--timeout", type=float, default=400)
     execute.add_argument("--tag", default="", help="name of the folder of results")

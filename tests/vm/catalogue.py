@@ -22,6 +22,7 @@ class Kernel:
     suite: str
     userland: str
     """The user land it is run with unless another is asked for: its own, where the product runs there."""
+    architecture: str = "amd64"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Userland:
     """A Debian suite with its QEMU, bcc and Python."""
 
     name: str
+    architecture: str = "amd64"
 
 
 KERNELS = {
@@ -38,9 +40,13 @@ KERNELS = {
         Kernel("6.1", "bookworm", "bookworm"),
         Kernel("6.12", "trixie", "trixie"),
         Kernel("newest", "sid", "sid"),
+        Kernel("arm64", "trixie", "trixie-arm64", "arm64"),
     )
 }
 USERLANDS = {userland.name: userland for userland in map(Userland, ("bookworm", "trixie", "sid"))}
+"""Those that this machine can run; the emulated kernels can have others as well."""
+ARM64 = Userland("trixie-arm64", "arm64")
+EMULATED = USERLANDS | {ARM64.name: ARM64}
 
 
 def cache() -> Path:

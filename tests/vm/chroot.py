@@ -19,6 +19,11 @@ PACKAGES = (
     "ca-certificates,busybox-static,kmod,mount,procps,iproute2,gcc,libc6-dev,git,python3-venv,python3-bpfcc,bpftrace,"
     "qemu-system-x86"
 )
+ARM64_PACKAGES = (
+    "bash,busybox-static,coreutils,dash,debianutils,grep,iproute2,kmod,libc-bin,mount,procps,python3,python3-bpfcc,sed,"
+    "util-linux"
+)
+"""Unpacked and not configured, so that nothing of them has to run here."""
 UNUSED = ("doc", "man", "locale", "info")
 VERSIONED = {"qemu-system-x86": "QEMU", "python3-bpfcc": "bcc", "python3": "Python"}
 HOST_FILES = ("/etc/resolv.conf", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
@@ -74,6 +79,9 @@ def _enter(root: str, command: Sequence[str], binds: Mapping[Path, str], cwd: st
 
 def tree(userland: Userland) -> Path:
     """The suite's tree with all that the product needs of the distribution."""
+    if userland.architecture != "amd64":
+        suite = userland.name.removesuffix(f"-{userland.architecture}")
+        return _tree(userland.name, suite, ARM64_PACKAGES, "--variant=extract", "--architectures=arm64")
     return _tree(userland.name, userland.name, PACKAGES)
 
 
@@ -82,7 +90,7 @@ def bare_tree(userland: Userland) -> Path:
     return _tree(f"{userland.name}-bare", userland.name, "ca-certificates")
 
 
-def _tree(name: str, suite: str, packages: str) -> Path:
+def _tree(name: str, suite: str, packages: str, *kind: str) -> Path:
     """A tree, made if it is missing or was made from another list of packages."""
     place = cache() / "tree" / name
     stamp = place.with_suffix(".stamp")
@@ -96,7 +104,16 @@ def _tree(name: str, suite: str, packages: str) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     options = [f"--dpkgopt=path-exclude=/usr/share/{unused}/*" for unused in UNUSED]
     options.append('--aptopt=Acquire::Check-Valid-Until "false"')
-    run("mmdebstrap", "--mode=root", "--variant=apt", f"--include={packages}", *options, suite, str(fresh), MIRROR)
+    run(
+        "mmdebstrap",
+        "--mode=root",
+        *(kind or ("--variant=apt",)),
+        f"--include={packages}",
+        *options,
+        suite,
+        str(fresh),
+        MIRROR,
+    )
     for file in map(Path, HOST_FILES):
         if file.exists():
             target = fresh / file.relative_to("/")
@@ -117,7 +134,7 @@ def packages_of(place: Path) -> str:
 def versions(listing: str) -> dict[str, str]:
     """QEMU, bcc and Python by their upstream versions, from `package version` lines."""
     found = dict(line.split() for line in listing.splitlines())
-    return {name: _upstream(found[package]) for package, name in VERSIONED.items()}
+    return {name: _upstream(found[package]) for package, name in VERSIONED.items() if package in found}
 
 
 def _upstream(version: str) -> str:

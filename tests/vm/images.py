@@ -8,10 +8,13 @@ beside its modules. Tests image: a source tree, made anew for each run. Needs ro
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import struct
+import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +53,11 @@ def root_image(userland: Userland) -> Path:
         return image
     for old in cache().glob(f"root-{userland.name}-*.img"):
         old.unlink()
-    run(*inside(place, ["python3", "-m", "venv", "--clear", "--system-site-packages", "/venv"]))
-    run(*inside(place, ["/venv/bin/pip", "install", "--quiet", *wanted]))
+    if userland.architecture == "amd64":
+        run(*inside(place, ["python3", "-m", "venv", "--clear", "--system-site-packages", "/venv"]))
+        run(*inside(place, ["/venv/bin/pip", "install", "--quiet", *wanted]))
+    else:
+        _foreign_venv(place, wanted)
     init = place / "init"
     init.write_text(first)
     init.chmod(0o755)
@@ -68,6 +74,23 @@ def root_image(userland: Userland) -> Path:
         disk.write(_boot_record(size))
     fresh.rename(image)
     return image
+
+
+def _foreign_venv(place: Path, wanted: list[str]) -> None:
+    """What `venv` and `pip` make, without running anything of the tree: arm64."""
+    python = next((place / "usr/bin").glob("python3.[0-9]*"))
+    version, site = python.name.removeprefix("python"), place / "venv/lib" / python.name / "site-packages"
+    shutil.rmtree(place / "venv", ignore_errors=True)
+    (place / "venv/bin").mkdir(parents=True)
+    (place / "venv/bin/python3").symlink_to(f"/usr/bin/{python.name}")
+    (place / "venv/pyvenv.cfg").write_text(
+        f"home = /usr/bin\ninclude-system-site-packages = true\nversion = {version}\n"
+    )
+    kinds = [f"--platform={kind}_aarch64" for kind in ("manylinux2014", "manylinux_2_17", "manylinux_2_28")]
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), *kinds, "--implementation=cp",
+        f"--python-version={version}", "--only-binary=:all:", *wanted)  # fmt: skip
+    if not (place / "usr/bin/sh").exists():
+        (place / "usr/bin/sh").symlink_to("dash")
 
 
 def _boot_record(size: int) -> bytes:
@@ -107,6 +130,12 @@ class Apt:
         kinds = ("linux-image-", "linux-binary-", "linux-modules-", "linux-base-")
         return sorted(name for name in found if name.startswith(kinds) and name != self.meta)
 
+    def versions(self, packages: Iterable[str]) -> str:
+        """`package version` lines of what the suite has of them."""
+        said = run("apt-cache", *self.options, "show", "--no-all-versions", *packages)
+        found = re.findall(r"^Package: (\S+)$.*?^Version: (\S+)$", said, re.MULTILINE | re.DOTALL)
+        return "".join(f"{package} {version}\n" for package, version in found)
+
     def download(self, packages: list[str]) -> list[Path]:
         """The packages' files."""
         run("apt-get", *self.options, "-qq", "download", *packages, cwd=self.place / "debs")
@@ -115,7 +144,7 @@ class Apt:
 
 def kernel_image(kernel: Kernel, helper: Path) -> KernelImage:
     """The kernel and its modules; `helper` is any tree with kmod."""
-    apt = Apt(kernel.suite)
+    apt = Apt(kernel.suite, kernel.architecture)
     debs = apt.download(apt.kernel_packages())
     package = debs[0].name.split("_")[1]
     place = cache() / f"kernel-{kernel.name}"

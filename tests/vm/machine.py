@@ -16,14 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.vm.catalogue import cache
-from tests.vm.chroot import BuildError, inside
-from tests.vm.images import KernelImage, read_results, results_image, source_image
+from tests.vm.chroot import BuildError, inside, run
+from tests.vm.images import Apt, KernelImage, read_results, results_image, source_image
 
 MEMORY_MIB = 3072
-COMMAND_LINE = (
-    "console=ttyS0 root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr tsc=reliable "
-    "quiet loglevel=4"
-)
+COMMAND_LINE = "root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr quiet loglevel=4"
+MACHINES = {
+    "amd64": (["-M", "q35", "-cpu", "EPYC,+svm,+npt,-cx16"], "console=ttyS0 tsc=reliable"),
+    "arm64": (["-M", "virt,virtualization=on,gic-version=3", "-cpu", "neoverse-n1"], "console=ttyAMA0"),
+}
+"""By Debian's name: QEMU's arguments for a machine in which KVM works, and what its kernel has to be told."""
 TROUBLE = re.compile(r"Oops: int3|soft lockup|Kernel panic|rcu: INFO: rcu.*stall|BUG: unable to handle")
 END = re.compile(r"^EBPF-MIG-VM end (\d+)", re.MULTILINE)
 
@@ -41,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Emulator:
-    """A qemu-system-x86_64: the machine's own, or that of a tree, entered by chroot.
+    """A QEMU: the machine's own, or that of a tree, entered by chroot.
 
     QEMU before 10 runs stale code after the kernel patched itself when two emulated processors run in parallel, so it
     gets one.
@@ -50,6 +52,8 @@ class Emulator:
     major: int
     tree: Path | None
     wanted: int = 2
+    binary: str = "qemu-system-x86_64"
+    architecture: str = "amd64"
 
     @property
     def processors(self) -> int:
@@ -58,7 +62,7 @@ class Emulator:
 
     def command(self, arguments: list[str]) -> list[str]:
         """The whole command line; image paths in `arguments` lie in the cache."""
-        command = ["qemu-system-x86_64", *arguments]
+        command = [self.binary, *arguments]
         return command if self.tree is None else inside(self.tree, command, binds={cache(): str(cache())})
 
 
@@ -75,6 +79,19 @@ def emulator(trees: list[Path], processors: int = 2) -> Emulator:
     return replace(max(candidates, key=lambda found: found.major), wanted=processors)
 
 
+def arm64_emulator(place: Path, processors: int) -> Emulator:
+    """The one of the tree's suite, from its package: unpacked beside the tree, run with the tree's libraries."""
+    (place / str(cache()).lstrip("/")).mkdir(parents=True, exist_ok=True)
+    unpacked = cache() / "qemu-arm"
+    binary = unpacked / "usr/bin/qemu-system-aarch64"
+    if not binary.exists():
+        (package,) = Apt(place.name).download(["qemu-system-arm"])
+        run("dpkg-deb", "-x", str(package), str(unpacked))
+    inner = [str(binary), "--version"]
+    major = _major(inside(place, inner, binds={cache(): str(cache())}))
+    return Emulator(major, place, processors, str(binary), "arm64")
+
+
 def _major(command: list[str]) -> int:
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     found = re.search(r"version (\d+)\.", said)
@@ -82,10 +99,11 @@ def _major(command: list[str]) -> int:
 
 
 def _arguments(emulated: Emulator, kernel: KernelImage, root: Path, place: Path) -> list[str]:
+    machine, told = MACHINES[emulated.architecture]
     arguments = [
-        "-accel", "tcg", "-smp", str(emulated.processors), "-cpu", "EPYC,+svm,+npt,-cx16", "-m", str(MEMORY_MIB),
-        "-M", "q35", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
-        "-serial", "stdio", "-kernel", str(kernel.vmlinuz), "-append", COMMAND_LINE,
+        "-accel", "tcg", "-smp", str(emulated.processors), *machine, "-m", str(MEMORY_MIB),
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
+        "-serial", "stdio", "-kernel", str(kernel.vmlinuz), "-append", f"{told} {COMMAND_LINE}",
     ]  # fmt: skip
     disks = [
         (root, "snapshot=on,cache=unsafe"), (kernel.disk, "readonly=on"),

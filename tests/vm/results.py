@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.vm.catalogue import KERNELS, USERLANDS
+from tests.vm.catalogue import EMULATED, KERNELS, USERLANDS
 
 ROOT = Path(__file__).parents[2]
 SUPPORT_JSON = ROOT / "docs" / "support.json"
@@ -127,7 +127,7 @@ def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON, *, whole: bool = True)
             before.add(row)
         else:
             rows[row.how, row.kernel, row.userland] = row
-    order = [*KERNELS, "own", *USERLANDS]
+    order = [*KERNELS, "own", *EMULATED]
     listed = sorted(rows.values(), key=lambda r: (r.how, order.index(r.kernel), order.index(r.userland)))
     document = {"schema": "ebpf-mig/support/1", "rows": [asdict(row) for row in listed]}
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

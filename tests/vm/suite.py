@@ -15,10 +15,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.vm.catalogue import KERNELS, USERLANDS, Userland, cache
-from tests.vm.chroot import bare_tree, overlay, packages_of, run, tree, versions
-from tests.vm.images import ROOT, WITHOUT, kernel_image, root_image
-from tests.vm.machine import boot, emulator
+from tests.vm.catalogue import ARM64, EMULATED, KERNELS, USERLANDS, Kernel, Userland, cache
+from tests.vm.chroot import BuildError, bare_tree, overlay, packages_of, run, tree, versions
+from tests.vm.images import ROOT, WITHOUT, Apt, KernelImage, kernel_image, root_image
+from tests.vm.machine import Emulator, arm64_emulator, boot, emulator
 from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_junit, read_property
 
 MARKER = "everywhere"
@@ -31,17 +31,30 @@ def _pytest(keyword: str, out: str) -> str:
     return f"-m {MARKER}{chosen} {options} tests/integration"
 
 
+def prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emulator, KernelImage, Path]:
+    """An emulator, a kernel and a root image of one architecture, made if they are not there yet."""
+    if (kernel.architecture, userland.architecture) == ("arm64", "arm64"):
+        helper = tree(USERLANDS[kernel.suite])
+        return arm64_emulator(helper, processors), kernel_image(kernel, helper), root_image(userland)
+    if kernel.architecture != userland.architecture:
+        raise BuildError(f"{kernel.name} is {kernel.architecture}, {userland.name} is {userland.architecture}")
+    built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
+    return emulator(built, processors), kernel_image(kernel, tree(userland)), root_image(userland)
+
+
 def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
     """The suite in an emulated kernel."""
-    where, begin = USERLANDS[userland], time.monotonic()
-    root = root_image(where)
-    image = kernel_image(KERNELS[kernel], tree(where))
-    built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
+    where, begin = EMULATED[userland], time.monotonic()
+    emulating, image, root = prepared(KERNELS[kernel], where, processors)
+    if where is ARM64:
+        has = Apt(KERNELS[kernel].suite, where.architecture).versions(("python3", "python3-bpfcc"))
+    else:
+        has = packages_of(tree(where))
     script = f"exec python3 -m pytest {_pytest(keyword, '/out')}\n"
-    row = Row(kernel, userland, "emulated", image.version, versions(packages_of(tree(where))), _today())
+    row = Row(kernel, userland, "emulated", image.version, versions(has), _today())
     place = cache() / "runs" / f"{kernel}-{userland}"
     for _ in range(2):
-        outcome = boot(emulator(built, processors), image, root, ROOT, script, place=place, timeout_s=TIMEOUT_S)
+        outcome = boot(emulating, image, root, ROOT, script, place=place, timeout_s=TIMEOUT_S)
         if outcome.code is not None:
             break
         row.infrastructure.append(f"the emulator failed: {outcome.trouble}; tried once more")
