@@ -67,6 +67,12 @@ def sizes(process: Process) -> dict[int, tuple[int, int]]:
 
 def fetchers(process: Process) -> frozenset[int]:
     """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
+    if process.fetching is None:
+        process.fetching = _fetchers(process)
+    return process.fetching
+
+
+def _fetchers(process: Process) -> frozenset[int]:
     slots: dict[int, set[int]] = defaultdict(set)
     rings: set[int] = set()
     for tid, cmd, slot in {(ioctl.tid, ioctl.cmd, ioctl.slot) for ioctl in process.dirty_log}:

@@ -95,7 +95,9 @@ class DirtyLogRows:
             split=inside.split(burst.ioctls, self.samples),
             brownout=brownout.stretch(self.process, *stretch, self.origin) if self.brownout else None,
             baseline=brownout.baseline(self.process, self.since, self._logged, stretch[1] - stretch[0], self.origin),
-            tcp_info=tcp.together(self.process, {s.socket for s in sent}, stretch, self.origin),
+            tcp_info=tcp.together(self.process, {s.socket for s in sent}, stretch, self.origin)
+            if self.process.tcp
+            else None,
         )
 
     def returned(self, burst: Burst, before: Burst | None) -> int | None:

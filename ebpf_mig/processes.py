@@ -62,6 +62,8 @@ class Process:
     spans: list[ev.VcpuSpan] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
+    fetching: frozenset[int] | None = None
+    """What `fetches.fetchers` found, once it has been asked."""
 
     @property
     def hint(self) -> str:

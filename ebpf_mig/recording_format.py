@@ -125,7 +125,10 @@ def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
 def bounded(event: AnyEvent) -> AnyEvent:
     """`event` with its strings, lists and dictionaries cut to the limits, and its strings encodable as UTF-8."""
     fields = _VARIABLE[type(event)]
-    if all(_fits(getattr(event, name)) for name in fields):
+    for name in fields:
+        if not _fits(getattr(event, name)):
+            break
+    else:
         return event
     changes: dict[str, Any] = {}
     for name in fields:

@@ -53,8 +53,6 @@ def _difference(last: TcpInfo, first: TcpInfo | None, key: str) -> int:
 
 def together(process: Process, sockets: Collection[int], stretch: Span, origin: int) -> dict[str, int] | None:
     """Several sockets: times and counts add up, the rest is the worst of them."""
-    if not process.tcp:
-        return None
     verdicts = [v for socket in sorted(sockets) if (v := verdict(process, socket, stretch, origin)) is not None]
     if not verdicts:
         return None

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -94,8 +95,7 @@ def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -> None:
-    place = tmp_path / "temporary"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="t-"))  # paths of sockets are short, pytest's are long
     environment = os.environ | {"TMPDIR": str(place)}
     run = [*command("demo", "--two-hosts", "--bandwidth", "20Mbit", "--downtime-limit", "1ms", *GUEST), "-o", "x.rec"]
     process = subprocess.Popen(run, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -116,3 +116,4 @@ def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -
         again = [*command("demo", "--two-hosts", *GUEST), "-o", "y.rec"]
         subprocess.run(again, cwd=tmp_path, env=environment, check=True, capture_output=True)
         assert list(place.iterdir()) == []
+    place.rmdir()
