@@ -26,7 +26,7 @@ from tests.integration.sshd import Server, ssh_amid
 
 pytestmark = [requires(*TRACING, "tc with tbf and veth", "sshd", "private mount namespaces"), pytest.mark.timeout(180)]
 
-SLOW = ("--bandwidth", "40Mbit", "--downtime-limit", "600ms")
+SLOW = ("--bandwidth", "16Mbit", "--downtime-limit", "1500ms")
 """Takes a second or two, and ends."""
 FULL = """mount -t tmpfs -o size=4k full {tmp}/full; head -c 4096 /dev/zero > {tmp}/full/x || true
 mount -o remount,bind,ro /; ! touch {tmp}/y"""

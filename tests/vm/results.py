@@ -64,12 +64,12 @@ class Row:
         return bool(self.subjects) and not any(subject.count(FAILED) for subject in self.subjects.values())
 
     def add(self, later: Row) -> None:
-        """Takes over the tests of a later run of some of them."""
+        """Takes over the tests of a later run of some of them; what attaches is what the whole run's demo said."""
         for name, subject in later.subjects.items():
             before = self.subjects.setdefault(name, Subject())
             self.again += [test for test in subject.tests if test in before.tests and test not in self.again]
             before.tests |= subject.tests
-        self.attach = later.attach or self.attach
+        self.attach = self.attach or later.attach
         self.date, self.seconds = later.date, self.seconds + later.seconds
         self.infrastructure += later.infrastructure
         self.slowness = max(self.slowness, later.slowness)
