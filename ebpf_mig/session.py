@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from ebpf_mig import __version__
 from ebpf_mig.errors import UsageError
 from ebpf_mig.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.probes.functions import AUTO
 from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.vmm.base import vmm_named
 
 POLL_MS = 20
 YIELD_NICE = 10
@@ -92,7 +95,7 @@ def _with_comm(target: Target) -> Target:
         comm = Path(f"/proc/{target.pid}/comm").read_text().strip()
     except OSError:
         comm = ""
-    return Target(pid=target.pid, role=target.role, comm=comm, vmm=target.vmm, vmm_version=target.vmm_version)
+    return replace(target, comm=comm, vmm=target.vmm or vmm_named(comm))
 
 
 class Session:

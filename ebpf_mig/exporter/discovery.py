@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_mig.probes.threads import in_kvm_run, threads_of
+from ebpf_mig.vmm.base import vmm_named
 
 _KVM_VM = "anon_inode:kvm-vm"
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_VMMS = (("qemu", "qemu"), ("kvm", "qemu"), ("cloud-hyperv", "cloud-hypervisor"), ("firecracker", "firecracker"))
-"""Beginning of the process's name (cut to 15 characters by the kernel) and the VMM that it tells."""
-
 BUSY_TICKS = 5
 """CPU time, in hundredths of a second, that no vCPU thread uses before its guest runs."""
 
@@ -61,8 +59,7 @@ def vm_of(pid: int) -> Vm | None:
     started = start_time(pid)
     if started is None:
         return None
-    vmm = next((vmm for prefix, vmm in _VMMS if comm.startswith(prefix)), "unknown")
-    return Vm(pid, started, vmm, name_in(command.decode(errors="replace").split("\0")))
+    return Vm(pid, started, vmm_named(comm) or "unknown", name_in(command.decode(errors="replace").split("\0")))
 
 
 def _is_vm(path: str) -> bool:

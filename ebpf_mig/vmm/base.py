@@ -95,3 +95,12 @@ def process_of(tid: int) -> int:
         if line.startswith("Tgid:"):
             return int(line.split()[1])
     raise OSError(f"no Tgid in /proc/{tid}/status")
+
+
+_NAMES = (("qemu", "qemu"), ("kvm", "qemu"), ("cloud-hyperv", "cloud-hypervisor"), ("firecracker", "firecracker"))
+"""Beginning of a process's name (cut to 15 characters by the kernel) and the VMM that it tells."""
+
+
+def vmm_named(comm: str) -> str:
+    """The VMM that a process's name tells, a hint; empty if none."""
+    return next((vmm for prefix, vmm in _NAMES if comm.startswith(prefix)), "")

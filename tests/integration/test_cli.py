@@ -197,7 +197,7 @@ def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
         assert watching.wait(20) == 0
     driven = json.loads(result.stdout)
     seen = json.loads(run(tmp_path, "report", "seen.rec", "--format", "json").stdout)
-    assert seen["migration"]["result"] == "completed"
+    assert seen["migration"]["result"] == "completed" and seen["migration"]["vmm"] == "qemu"
     assert [v["vcpu"] for v in seen["vcpus"]] == [0]
     assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < 200_000
 
