@@ -90,14 +90,14 @@ class Web(TCPServer):
         """Answers one connection; the client's misbehaviour ends with it."""
         wrapped: socket.socket = request
         try:
-            request.settimeout(SECONDS)
-            if self.tls is not None:
-                wrapped = self.tls.wrap_socket(request, server_side=True)
-                with self._lock:
-                    self._open[wrapped] = self._open.pop(request, time.monotonic())
-            self.finish_request(wrapped, client_address)
-        except (OSError, ValueError):
-            pass  # the client went away, spoke no TLS, or was cut
+            # The client may go away, speak no TLS, or be cut.
+            with contextlib.suppress(OSError, ValueError):
+                request.settimeout(SECONDS)
+                if self.tls is not None:
+                    wrapped = self.tls.wrap_socket(request, server_side=True)
+                    with self._lock:
+                        self._open[wrapped] = self._open.pop(request, time.monotonic())
+                self.finish_request(wrapped, client_address)
         finally:
             with self._lock:
                 self._open.pop(wrapped, None)

@@ -98,10 +98,9 @@ def _sweep() -> None:
         except OSError:
             continue
         try:
-            if os.fstat(fd).st_uid == os.getuid():
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            pass  # in use by a run that lives
+            with contextlib.suppress(OSError):  # in use by a run that lives
+                if os.fstat(fd).st_uid == os.getuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(fd)

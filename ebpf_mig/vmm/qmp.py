@@ -9,6 +9,7 @@ says is checked: it need not be a QEMU.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import struct
@@ -123,9 +124,9 @@ class Monitor:
     async def close(self) -> None:
         """Disconnects, quietly; idempotent."""
         try:
-            await asyncio.wait_for(self._client.disconnect(), 2)
-        except (QMPError, OSError, EOFError, TimeoutError):
-            pass  # whatever ended the connection has been told by then
+            # Whatever ended the connection has been told by now.
+            with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+                await asyncio.wait_for(self._client.disconnect(), 2)
         finally:
             if self._socket is not None:
                 self._socket.close()
