@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="import-untyped, import-not-found"
+# bcc is the distribution's, has no types, and may not be there.
 """Compiles, loads and attaches our BPF programs; the only module that imports bcc.
 
 In: names of `.bpf.c` files and -D constants. Out: a `Program` whose functions can be attached, whose ring buffer can
