@@ -48,10 +48,14 @@ def link() -> Iterator[Link]:
         yield made
 
 
-def migrate(pair: QemuPair, link: Link, server: Server, *more: str, cwd: Path) -> subprocess.Popen[str]:
-    """`ebpf-mig migrate qemu` on the source's side."""
-    command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", "qemu", "--uri", pair.uri]
-    command += ["--source", pair.source.qmp, "--destination", pair.destination.qmp, *more, "-o", "x.rec"]
+def migrate(pair: QemuPair | ChPair, link: Link, server: Server, *more: str, cwd: Path) -> subprocess.Popen[str]:
+    """`ebpf-mig migrate qemu` or `cloud-hypervisor` on the source's side."""
+    if isinstance(pair, QemuPair):
+        words = ["qemu", "--uri", pair.uri, "--source", pair.source.qmp, "--destination", pair.destination.qmp]
+    else:
+        words = ["cloud-hypervisor", "--url", pair.uri, "--source", pair.source.api, "--destination"]
+        words.append(pair.destination.api)
+    command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", *words, *more, "-o", "x.rec"]
     with link.inside("source"):
         return subprocess.Popen(
             command, cwd=cwd, env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -133,16 +137,6 @@ def test_what_is_not_ssh_works_through_a_relay(tmp_path: Path, link: Link) -> No
     assert json.loads(out)["clock"]["pairs_back"] > 0
 
 
-def migrate_ch(pair: ChPair, link: Link, server: Server, *more: str, cwd: Path) -> subprocess.Popen[str]:
-    """`ebpf-mig migrate cloud-hypervisor` on the source's side."""
-    command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", "cloud-hypervisor", "--url", pair.uri]
-    command += ["--source", pair.source.api, "--destination", pair.destination.api, *more, "-o", "x.rec"]
-    with link.inside("source"):
-        return subprocess.Popen(
-            command, cwd=cwd, env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-
 cloud_hypervisor = pytest.mark.skipif(not os.environ.get(ENVIRONMENT), reason=f"missing feature: {ENVIRONMENT}")
 
 
@@ -156,7 +150,7 @@ def test_cloud_hypervisor_with_one_end_elsewhere(tmp_path: Path, link: Link, far
     with ChPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         logs = ("--source-log", str(pair.source.log), "--destination-log", str(pair.destination.log))
         options = (f"--{far}-host", "far", *more, *logs, "--format", "json")
-        process = migrate_ch(pair, link, server, *options, cwd=tmp_path)
+        process = migrate(pair, link, server, *options, cwd=tmp_path)
         out, err = process.communicate(timeout=120)
         assert Api(pair.destination.api, "destination").state() == "Running", err
     assert process.returncode == 0, err
@@ -177,7 +171,7 @@ def test_cloud_hypervisor_with_one_end_elsewhere(tmp_path: Path, link: Link, far
 def test_cloud_hypervisor_whose_connection_breaks(tmp_path: Path, link: Link, far: str) -> None:
     guest = dataclasses.replace(QUICK, working_set_bytes=64 * MIB, pages_per_s=2000)
     with ChPair(guest, link=link) as pair, Server(tmp_path / "ssh", link) as server:
-        process = migrate_ch(pair, link, server, f"--{far}-host", "far", cwd=tmp_path)
+        process = migrate(pair, link, server, f"--{far}-host", "far", cwd=tmp_path)
         near = "source" if far == "destination" else "destination"
         os.kill(ssh_amid(process, tmp_path / f"x.{near}.rec", 0.3), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
@@ -197,7 +191,7 @@ def test_a_source_elsewhere_that_cannot_reach_its_destination_is_told_from_there
     with ChPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         pair.uri = "tcp:127.0.0.1:4444"  # each side's own
         more = ("--source-host", "far", "--source-log", str(pair.source.log))
-        process = migrate_ch(pair, link, server, *more, cwd=tmp_path)
+        process = migrate(pair, link, server, *more, cwd=tmp_path)
         _, err = process.communicate(timeout=120)
         assert Api(pair.source.api, "source").state() == "Running", err
     assert process.returncode == 4, err
