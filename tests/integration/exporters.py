@@ -80,7 +80,7 @@ def exporter(
     port = free_port()
     options = ["--web.listen-address", f"127.0.0.1:{port}", "--state-directory", str(state), "--vm", OURS + vms]
     with running(*before, *PROGRAM, "exporter", *options, *more) as process:
-        until(lambda: is_ready(port) or process.poll() is not None, 60)
+        until(lambda: is_ready(port) or process.poll() is not None)
         assert process.poll() is None, "the exporter has ended"
         yield process, port
 
