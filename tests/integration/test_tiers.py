@@ -128,11 +128,11 @@ def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str
     runs = migrate_by(names, Plan(log="legacy", slots=1, first_slot_bytes=16 << 20, passes=10, dirty_pages=1000))
     watcher.send_signal(signal.SIGINT)
     said = watcher.communicate(timeout=60)[0]
-    witness = {name: int(value) for name, value in re.findall(r"@(walk|flushed|inside|n): (\d+)", said)}
+    witness = {name: int(value) for name, value in re.findall(r"@(walk|flushed|moved|n): (\d+)", said)}
     assert witness["n"] >= 10, "each pass but the first finds dirty pages, which are protected again and flushed"
-    # Programs at one place run one after the other: those of the others lie within one's own stretch or outside it,
-    # so that the instant between walk and flush is theirs to move, and on the way there as much again passes.
-    between = witness["inside"] + witness["n"] * sum(map(within_a_fetch_ns, runs))
+    # Programs at one place run one after the other. So the instant between walk and flush is later for who comes last,
+    # by what the others take there; together the two are the same for all.
+    moved = witness["moved"] + witness["n"] * sum(map(a_program_ns, runs))
     for name, run in zip(names, runs, strict=True):
         found = ioctls(run.events, frozenset({kvm.GET_DIRTY_LOG}))
         assert told(run)["split"] == name
@@ -140,42 +140,42 @@ def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str
         with_flush = [e for e in found if e.flush_ns]
         assert len(with_flush) == witness["n"]
         assert all(e.walk_ns + e.flush_ns + e.copy_ns <= e.end_ns - e.begin_ns for e in found)
-        waits = sum(max(e.off_cpu_ns, 0) + max(e.spin_ns, 0) for e in with_flush)  # bpftrace does not take them out
+        # bpftrace does not take waits out.
+        doubt = 0.03 * MS * witness["n"] + sum(max(e.off_cpu_ns, 0) + max(e.spin_ns, 0) for e in with_flush)
         walked, flushed = (sum(ns) for ns in zip(*((e.walk_ns, e.flush_ns) for e in with_flush), strict=True))
         both = witness["walk"] + witness["flushed"]
-        figures = f"{name}: walk {walked}, flush {flushed}; bpftrace: {witness}; programs {between}; waits {waits}"
+        figures = f"{name}: walk {walked}, flush {flushed}; bpftrace: {witness}; moved {moved:.0f}; doubt {doubt:.0f}"
         record_property("split", figures)
-        assert walked + flushed == pytest.approx(both, rel=0.1, abs=between + waits), figures
-        assert walked == pytest.approx(witness["walk"], rel=0.1, abs=2 * between + waits), figures
-        assert flushed == pytest.approx(witness["flushed"], rel=0.1, abs=2 * between + waits), figures
+        assert walked + flushed == pytest.approx(both, rel=0.1, abs=doubt), figures
+        assert walked == pytest.approx(witness["walk"], rel=0.1, abs=doubt + moved), figures
+        assert flushed == pytest.approx(witness["flushed"], rel=0.1, abs=doubt + moved), figures
 
 
 def split_by_bpftrace(flushes: list[str]) -> str:
-    """A script that adds up walks and flushes, and what its probes take behind their reading of the clock."""
-    inside = "@inside = @inside + (nsecs - $now);"
+    """A script that adds up walks and flushes, and what its own probe takes between the two."""
     ours = f"/pid != {os.getpid()}/"  # we provoke our own probes meanwhile
     return (
         'BEGIN { printf("ready\\n"); }\n'
-        f"kretprobe:kvm_arch_sync_dirty_log {ours} {{\n"
-        f"  $now = nsecs; @synced[tid] = $now; {inside} }}\n"
+        f"kretprobe:kvm_arch_sync_dirty_log {ours} {{ @synced[tid] = nsecs; }}\n"
         f"{','.join(f'kprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@synced[tid]) {{\n"
-        "  if (@depth[tid] == 0) { @walk = @walk + ($now - @synced[tid]); @flush[tid] = $now; }\n"
-        f"  @depth[tid] = @depth[tid] + 1; {inside} }} }}\n"
+        "  @depth[tid] = @depth[tid] + 1;\n"
+        "  if (@depth[tid] == 1) { @walk = @walk + ($now - @synced[tid]); @flush[tid] = $now;\n"
+        "    @moved = @moved + (nsecs - $now); } } }\n"
         f"{','.join(f'kretprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@flush[tid]) {{\n"
         "  @depth[tid] = @depth[tid] - 1;\n"
         "  if (@depth[tid] == 0) { @flushed = @flushed + ($now - @flush[tid]); @n = @n + 1;\n"
-        f"    delete(@synced[tid]); delete(@flush[tid]); delete(@depth[tid]); }} {inside} }} }}\n"
+        "    delete(@synced[tid]); delete(@flush[tid]); delete(@depth[tid]); } } }\n"
         "kretprobe:kvm_get_dirty_log_protect /@synced[tid]/ { delete(@synced[tid]); }\n"
         "END { clear(@synced); clear(@flush); clear(@depth); }\n"
     )
 
 
-def within_a_fetch_ns(run: Run) -> float:
-    """What our three programs within a fetch take: as long as that of them which runs nowhere else."""
+def a_program_ns(run: Run) -> float:
+    """What a program of ours within a fetch takes: as long as that of them which runs nowhere else."""
     ending = run.events[-1]
     assert isinstance(ending, Ending)
     synced = "on_synced:kvm_arch_sync_dirty_log"
-    return 3 * ending.observer_ns[synced] / ending.observer_runs[synced]
+    return ending.observer_ns[synced] / ending.observer_runs[synced]
 
 
 @everywhere
