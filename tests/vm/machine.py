@@ -125,6 +125,7 @@ def boot(
     place: Path,
     timeout_s: float,
     more: Sequence[str] = (),
+    nice: int = 15,
 ) -> Outcome:
     """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first; `more`: QEMU's arguments."""
     shutil.rmtree(place, ignore_errors=True)
@@ -136,7 +137,7 @@ def boot(
     trouble = ""
     with console.open("wb") as log:
         process = subprocess.Popen(
-            ["nice", "-n", "15", *emulated.command([*_arguments(emulated, kernel, root, place), *more])],
+            ["nice", "-n", str(nice), *emulated.command([*_arguments(emulated, kernel, root, place), *more])],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
