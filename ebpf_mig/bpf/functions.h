@@ -14,7 +14,7 @@
 #include "sockets.h"
 #include "waits.h"
 
-#define FENTRY 1
+#define FENTRY 1	/* bits of SOCKET_FUNCTIONS */
 #define KPROBE 2
 
 /* The registers of the current task as it entered the kernel. Helpers of Linux 5.11 and 5.15. */
@@ -281,7 +281,11 @@ int on_receive_##leave(void *ctx)					\
 	return transfer_end(ctx, how, NR_recvmsg);			\
 }
 
+#if SOCKET_FUNCTIONS & FENTRY
 TRANSFER_HOOKS(FENTRY, fentry, fexit)
+#endif
+#if SOCKET_FUNCTIONS & KPROBE
 TRANSFER_HOOKS(KPROBE, kprobe, kretprobe)
+#endif
 
 #endif

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * All that traces a migration. Where the signals come from is chosen before this is compiled: KVM_FUNCTIONS and
- * SOCKET_FUNCTIONS say which are taken from kernel functions (functions.h); the others come from system calls (calls.h).
+ * SOCKET_FUNCTIONS say which are taken from kernel functions (functions.h), the latter also by which probes; the others
+ * come from system calls (calls.h).
  */
 #include "kvm.h"
 #include "sockets.h"

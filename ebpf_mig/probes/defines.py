@@ -14,9 +14,12 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import btf
 from ebpf_mig.probes.functions import Choice
+from ebpf_mig.probes.kernelcalls import FENTRY, FEXIT, KPROBE, KRETPROBE
 from ebpf_mig.probes.records import WORDS
 
 RING_BYTES = 8 << 20
+_PROGRAMS_FOR = {FENTRY: 1, FEXIT: 1, KPROBE: 2, KRETPROBE: 2}
+"""FENTRY and KPROBE of bpf/functions.h: programs that nothing would attach cost time to compile."""
 _KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
 """OFF_NONE of bpf/common.h."""
@@ -76,7 +79,7 @@ def defines(
     macros["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
     macros["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
     macros["KVM_FUNCTIONS"] = int("kvm" in choice.groups)
-    macros["SOCKET_FUNCTIONS"] = int("socket" in choice.groups)
+    macros["SOCKET_FUNCTIONS"] = sum({_PROGRAMS_FOR[h.how] for h in choice.hooks if "socket" in h.signals})
     macros["SPLIT_KNOWN"] = int("split" in choice.groups)
     macros["TASK_REGS_HELPER"] = int(choice.task_regs)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)

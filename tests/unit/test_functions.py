@@ -7,10 +7,12 @@ import pytest
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import attach, functions
+from ebpf_mig.probes.defines import defines
 from ebpf_mig.probes.functions import FUNCTIONS, Choice
 from ebpf_mig.probes.hooks import Hook
-from ebpf_mig.probes.loader import source_text
+from ebpf_mig.probes.loader import Program, source_text
 from ebpf_mig.verdict import ESSENTIAL
+from tests.conftest import requires
 
 TRACEPOINTS = {name for extra in attach.EXTRAS for name, _ in extra.hooks}
 ALL = frozenset({"kvm", "socket", "split"})
@@ -43,6 +45,23 @@ def test_kvm_by_functions_and_sockets_by_system_calls() -> None:
     assert {"sys_enter", "kvm_vm_ioctl", "kvm_userspace_exit", "sock_send_length"} <= hooked
     table = attach._tiers(choice, TRACEPOINTS)
     assert (table["dirty-log"], table["socket"]) == ("kprobe", "tracepoint")
+
+
+@requires("root", "bcc", "kernel BTF")
+@pytest.mark.parametrize(("how", "other"), [("fentry", "kprobe"), ("kprobe", "fentry")])
+def test_what_is_hooked_is_compiled_and_not_what_the_other_probes_would_need(how: str, other: str) -> None:
+    hooks = tuple(
+        Hook(how, function.names[0], programs[how], function.signals)
+        for function in FUNCTIONS
+        for programs in (function.entry, function.leave)
+        if how in programs
+    )
+    program = Program("trace.bpf.c", defines([1], TRACEPOINTS, Choice(hooks, ALL)))
+    assert all(program._bpf.dump_func(hook.program.encode()) for hook in hooks)
+    for way in ("send", "receive"):
+        with pytest.raises(Exception, match="Unknown program"):
+            program._bpf.dump_func(f"on_{way}_{other}".encode())
+    program.close()
 
 
 def test_a_signal_of_two_kinds_of_probe_names_both() -> None:
