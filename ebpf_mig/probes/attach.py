@@ -54,7 +54,8 @@ class Plan:
     """What was loaded, ready to be attached."""
 
     hooks: tuple[Hook, ...]
-    """Extras first, so that what the others' records carry is known from the first record on."""
+    """Extras first, so that what the others' records carry is known from the first record on; returns before entries,
+    so that no call is taken for one whose return was missed. The last is detached first."""
     program: Program | Handed
     tiers: dict[str, str]
     """By signal."""
@@ -190,5 +191,5 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
 
 def disarm(plan: Plan) -> None:
     """Detaches everything; the maps stay readable."""
-    for hook in plan.hooks:
+    for hook in reversed(plan.hooks):
         plan.program.detach(hook)

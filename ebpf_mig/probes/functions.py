@@ -213,7 +213,7 @@ class Chooser:
             groups = set()
         hooks = [hook for f, (how, name) in chosen.items() if f.group in groups for hook in self.hooks(f, name, how)]
         if groups and any(hook.how == KPROBE and hook.target == "kvm_vcpu_ioctl" for hook in hooks):
-            hooks += self._vcpu_returns()
+            hooks = self._vcpu_returns() + hooks
         return Choice(tuple(hooks), frozenset(groups), refusals, _has_task_regs())
 
     def _may(self, function: Function, how: str) -> bool:
@@ -253,9 +253,9 @@ class Chooser:
         return Hook(how, name, "", function.signals, number, module, function.provoked)
 
     def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
-        """A function's hooks by one kind of probe."""
+        """A function's hooks by one kind of probe, that at its return first: no call is seen that only enters."""
         at_entry = self._hook(function, name, how)
-        for programs, kind in ((function.entry, how), (function.leave, _RETURN_OF[how])):
+        for programs, kind in ((function.leave, _RETURN_OF[how]), (function.entry, how)):
             if how in programs:
                 yield Hook(kind, name, programs[how], function.signals, at_entry.btf_id, at_entry.in_module,
                            function.provoked)  # fmt: skip

@@ -20,6 +20,7 @@ from tests.vm.chroot import BuildError, inside, run
 from tests.vm.images import Apt, KernelImage, read_results, results_image, source_image
 
 MEMORY_MIB = 3072
+NICE, IDLE = ("nice", "-n", "15"), ("chrt", "--idle", "0")
 COMMAND_LINE = "root=PARTUUID=c0ffee01-01 rw init=/init panic=-1 mitigations=off nokaslr quiet loglevel=4"
 MACHINES = {
     "amd64": (["-M", "q35", "-cpu", "EPYC,+svm,+npt,-cx16"], "console=ttyS0 tsc=reliable"),
@@ -125,9 +126,12 @@ def boot(
     place: Path,
     timeout_s: float,
     more: Sequence[str] = (),
-    nice: int = 15,
+    idle: bool = False,
 ) -> Outcome:
-    """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first; `more`: QEMU's arguments."""
+    """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first; `more`: QEMU's arguments.
+
+    An `idle` machine runs only where nothing else wants a CPU.
+    """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     source_image(source, place / "tests.ext4", script)
@@ -137,7 +141,7 @@ def boot(
     trouble = ""
     with console.open("wb") as log:
         process = subprocess.Popen(
-            ["nice", "-n", str(nice), *emulated.command([*_arguments(emulated, kernel, root, place), *more])],
+            [*(IDLE if idle else NICE), *emulated.command([*_arguments(emulated, kernel, root, place), *more])],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,21 +26,23 @@ from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_j
 
 MARKER = "everywhere"
 TIMEOUT_S = 2700
-HOLDS_TIMES = ("tests/integration/test_tiers.py", "tests/integration/test_truth.py")
+OF_PROBES = tuple(f"tests/integration/test_{name}.py" for name in ("tiers", "truth", "handover"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A machine's share of the tests. What the tests of `times` hold to the millisecond goes before all else."""
+    """A machine's share of the tests; an idle one runs only where the others leave a CPU alone."""
 
     name: str
     files: str
-    nice: int
+    idle: bool
+    processors: int
 
 
+_OTHERS = " ".join(["tests/integration", *(f"--ignore={file}" for file in OF_PROBES)])
 PARTS = (
-    Part("commands", " ".join(["tests/integration", *(f"--ignore={file}" for file in HOLDS_TIMES)]), 19),
-    Part("times", " ".join(HOLDS_TIMES), 5),
+    Part("commands", _OTHERS, idle=True, processors=1),
+    Part("probes", " ".join(OF_PROBES), idle=False, processors=2),
 )
 """About as long each. Most of a test is one process at a time that compiles: one machine has work for one CPU."""
 
@@ -72,12 +74,13 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
         has = packages_of(tree(where))
     row = Row(kernel, userland, "emulated", image.version, versions(has), _today())
     place = cache() / "runs" / f"{kernel}-{userland}"
-    started = partial(boot, emulating, image, root, ROOT, timeout_s=TIMEOUT_S)
 
     def run_part(part: Part) -> list[Outcome]:
         script = f"exec python3 -m pytest {_pytest(keyword, '/out', part.files)}\n"
-        first = started(script, place=place / part.name, nice=part.nice)
-        return [first] if first.code is not None else [first, started(script, place=place / part.name, nice=part.nice)]
+        machine = replace(emulating, wanted=min(processors, part.processors))
+        begun = partial(boot, machine, image, root, ROOT, script, place=place / part.name, timeout_s=TIMEOUT_S)
+        first = begun(idle=part.idle)
+        return [first] if first.code is not None else [first, begun(idle=part.idle)]
 
     with ThreadPoolExecutor(len(PARTS)) as pool:
         for part, outcomes in zip(PARTS, pool.map(run_part, PARTS), strict=True):
