@@ -24,6 +24,7 @@ from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.probes.kernelcalls import SYS_BPF
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
+from tests.truth.harness import TOLERANCE_NS
 
 DEMO = ["demo", "--memory", "128MiB", "--working-set", "2MiB", "--dirty-rate", "20000"]
 
@@ -199,7 +200,7 @@ def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
     seen = json.loads(run(tmp_path, "report", "seen.rec", "--format", "json").stdout)
     assert seen["migration"]["result"] == "completed" and seen["migration"]["vmm"] == "qemu"
     assert [v["vcpu"] for v in seen["vcpus"]] == [0]
-    assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < 200_000
+    assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < TOLERANCE_NS
 
 
 @pytest.mark.everywhere("record")

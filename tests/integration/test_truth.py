@@ -68,7 +68,7 @@ def test_delays_everywhere_at_once(
 def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     """The wait is as long as the other thread's call lasts after ours began: on a busy host ours may begin late."""
     for _ in range(5):
-        run = undisturbed(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
+        run = migrate(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
         if run.injected["fetch.kernel"] < 5 * MS:
             pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
         fetches = [e for e in run.events if isinstance(e, Ioctl) and e.cmd == kvm.GET_DIRTY_LOG]
