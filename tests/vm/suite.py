@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the marked integration tests in one emulated kernel, or in one user land on this machine's own kernel.
 
-In: names of the catalogue. Out: a `Row` of results. An emulated kernel boots in two machines at a time, each with a part
-of the tests. A machine that the emulator lost is booted once more, and the row says so.
+In: names of the catalogue. Out: a `Row` of results. An emulated kernel boots in two machines at a time, each with a
+part of the tests. A machine that the emulator lost is booted once more, and the row says so.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PARTS = (
     Part("times", TIMES, idle=False, processors=2),
     Part("handover", HANDOVER, idle=True, processors=1),
 )
-"""Two at a time: most of a test is one process that compiles, so that one machine has work for one CPU. What holds times
-is not disturbed by the others."""
+"""Two at a time: most of a test is one process that compiles, so that one machine has work for one CPU. What holds
+times is not disturbed by the others."""
 
 
 def _pytest(keyword: str, out: str, files: str = "tests/integration") -> str:
