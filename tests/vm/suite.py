@@ -26,10 +26,8 @@ from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_j
 
 MARKER = "everywhere"
 TIMEOUT_S = 2700
-TIMES, HANDOVER = (
-    "tests/integration/test_tiers.py tests/integration/test_truth.py",
-    "tests/integration/test_handover.py",
-)
+TIMES = " ".join(f"tests/integration/test_{name}.py" for name in ("tiers", "truth", "qemu_migration"))
+HANDOVER = "tests/integration/test_handover.py"
 
 
 @dataclass(frozen=True)
