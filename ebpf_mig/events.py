@@ -308,6 +308,10 @@ class Retransmit(Event, frozen=True, tag=18):
     """The how-manieth it is on this socket since tracing began; earlier ones may have no event."""
 
 
+SKIPPED = "skipped"
+"""In `Ending.lost`: how often the kernel left out a program of ours, whatever event it would have made."""
+
+
 class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
@@ -315,7 +319,7 @@ class Ending(Event, frozen=True, tag=11):
     reason: str
     """`migrated`, `failed`, `cancelled`, `duration`, `interrupted`, `target-died`, `command-ended`."""
     lost: dict[str, int] = {}
-    """Events dropped in the kernel, by probe."""
+    """Events dropped in the kernel, by probe; and `SKIPPED`."""
     unpaired: dict[str, int] = {}
     """Exits without entry and the like, by probe. Threads already inside a call make some; harmless."""
     observer_ns: dict[str, int] = {}

@@ -7,7 +7,7 @@ In: the ending, the header, the marks, what was found. Out: the `Completeness` a
 from __future__ import annotations
 
 from ebpf_mig.breakdown import Completeness
-from ebpf_mig.events import Mark
+from ebpf_mig.events import SKIPPED, Mark
 from ebpf_mig.processes import Material, Process
 from ebpf_mig.switchover import Switchover
 
@@ -32,7 +32,7 @@ def completeness(
     bounds: list[str] = []
     if truncated or ending is None:
         holes.append("the recording was cut off: events at its end, and the counts of losses, are missing")
-    holes += [f"{count} events of {name} were lost in the kernel" for name, count in lost.items()]
+    holes += [_loss(name, count) for name, count in lost.items()]
     if unknown:
         holes.append(f"{unknown} events of a kind that this version does not know were left out")
     if source is None:
@@ -54,6 +54,12 @@ def completeness(
         observer_window_ns=most,
         observer_window_least_ns=least,
     )
+
+
+def _loss(name: str, count: int) -> str:
+    if name == SKIPPED:
+        return f"the kernel skipped our programs {count} times, since it was inside BPF already: calls may be missing"
+    return f"{count} events of {name} were lost in the kernel"
 
 
 def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | None, int | None]:

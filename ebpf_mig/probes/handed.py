@@ -257,8 +257,8 @@ class Handed:
         """Of a loaded function; -1 if it was not loaded."""
         return self._functions.get(function, -1)
 
-    def run_statistics(self) -> dict[str, tuple[int, int]]:
-        """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""
+    def run_statistics(self) -> dict[str, tuple[int, int, int]]:
+        """(run time in ns, runs, times skipped) of each loaded function; the former need an open `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._functions.items()}
 
     def close(self) -> None:

@@ -211,8 +211,8 @@ class Program:
         """Name of the kernel function at an address."""
         return str(self._bpf.ksym(address).decode())
 
-    def run_statistics(self) -> dict[str, tuple[int, int]]:
-        """(run time in ns, runs) of each loaded function; zeros unless a `BpfStatistics` is open."""
+    def run_statistics(self) -> dict[str, tuple[int, int, int]]:
+        """(run time in ns, runs, times skipped) of each loaded function; the former need an open `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._fds.items()}
 
     def describe(self, fds: list[int]) -> Description:
