@@ -22,6 +22,9 @@ from ebpf_mig.probes import btf
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in the background of a shell; what the tests start would ignore it, too, and Ctrl-C could not be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # As under nohup, which what the tests start would respect.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _succeeds(*command: str) -> bool:
