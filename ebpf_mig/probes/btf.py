@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from ebpf_mig.errors import PreflightError
 
@@ -26,19 +24,11 @@ Member = tuple[str, str]
 
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
+_TYPE = struct.Struct("=III")
 _STRUCT, _UNION, _TYPEDEF, _FUNC, _FUNC_PROTO = 4, 5, 8, 12, 13
-
-
-class _Lengths(dict[int, int]):
-    """Of a type's record, in words of 32 bits, by its second one, `info`: three and what follows them."""
-
-    _FIXED: ClassVar = {1: 1, 3: 3, 14: 1, 17: 1}
-    _PER_ELEMENT: ClassVar = {_STRUCT: 3, _UNION: 3, 6: 2, _FUNC_PROTO: 2, 15: 3, 19: 3}
-
-    def __missing__(self, info: int) -> int:
-        kind = (info >> 24) & 31
-        self[info] = 3 + self._FIXED.get(kind, 0) + self._PER_ELEMENT.get(kind, 0) * (info & 0xFFFF)
-        return self[info]
+# Bytes that follow the 12-byte type: fixed by kind, or per element of vlen.
+_FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
+_PER_ELEMENT = {_STRUCT: 12, _UNION: 12, 6: 8, 13: 8, 15: 12, 19: 12}
 
 
 class _Btf:
@@ -49,13 +39,10 @@ class _Btf:
         if magic != _MAGIC:
             raise ValueError(f"magic is {magic:#x}, not {_MAGIC:#x}")
         self.base = base
-        types = blob[header + type_off : header + type_off + type_len]
+        self.types = blob[header + type_off : header + type_off + type_len]
         self.strings = blob[header + string_off : header + string_off + string_len]
-        if len(types) != type_len or len(self.strings) != string_len:
+        if len(self.types) != type_len or len(self.strings) != string_len:
             raise ValueError("sections reach beyond the end of the file")
-        if type_len % 4:
-            raise ValueError("its types are no whole words")
-        self.words = array("I", types)
         self.first_id: int = base.end_id if base else 1
         self.first_string: int = base.end_string if base else 0
         self.records = self._scan()
@@ -63,12 +50,14 @@ class _Btf:
         self.end_string: int = self.first_string + len(self.strings)
 
     def _scan(self) -> list[int]:
-        """Where each type begins: some hundred thousand steps, so a short loop."""
-        records: list[int] = []
-        at, words, end, lengths = 0, self.words, len(self.words), _Lengths()
+        records, at, end = [], 0, len(self.types)
+        types, unpack = self.types, _TYPE.unpack_from
         while at < end:
             records.append(at)
-            at += lengths[words[at + 1]]
+            info = unpack(types, at)[1]
+            kind = (info >> 24) & 31
+            size = _PER_ELEMENT.get(kind)
+            at += 12 + (size * (info & 0xFFFF) if size is not None else _FIXED.get(kind, 0))
         return records
 
     def string(self, offset: int) -> bytes:
@@ -80,21 +69,13 @@ class _Btf:
     def named(self, wanted: set[bytes], of_kind: int = _STRUCT) -> dict[bytes, int]:
         """Ids of the types of one kind with these names, those of the base included."""
         found = self.base.named(wanted, of_kind) if self.base else {}
-        offsets = {offset: text for text in wanted for offset in self._offsets_of(text)}
-        words = self.words
         for number, at in enumerate(self.records, self.first_id):
-            if words[at] in offsets and (words[at + 1] >> 24) & 31 == of_kind:
-                found.setdefault(offsets[words[at]], number)
+            name, info, _ = _TYPE.unpack_from(self.types, at)
+            if (info >> 24) & 31 == of_kind and name:
+                text = self.string(name)
+                if text in wanted:
+                    found.setdefault(text, number)
         return found
-
-    def _offsets_of(self, text: bytes) -> Iterator[int]:
-        """Where in the strings, the base's included, a name begins: its end may be another name's, too."""
-        if self.base:
-            yield from self.base._offsets_of(text)
-        at = self.strings.find(text + b"\0")
-        while at >= 0:
-            yield self.first_string + at
-            at = self.strings.find(text + b"\0", at + 1)
 
     def arguments(self, number: int) -> int:
         """How many arguments function `number` takes: its type is a prototype with one entry each."""
@@ -106,20 +87,20 @@ class _Btf:
         """(info, size or type) of a type."""
         if number < self.first_id:
             return self.base._record(number) if self.base else (0, 0)
-        at = self.records[number - self.first_id]
-        return self.words[at + 1], self.words[at + 2]
+        info, kind = _TYPE.unpack_from(self.types, self.records[number - self.first_id])[1:]
+        return int(info), int(kind)
 
     def member(self, number: int, wanted: bytes, depth: int = 0) -> int | None:
         """Byte offset of a member of struct or union `number`; looks into anonymous ones."""
         if number < self.first_id:
             return self.base.member(number, wanted, depth) if self.base else None
         at = self.records[number - self.first_id]
-        info = self.words[at + 1]
+        _, info, _ = _TYPE.unpack_from(self.types, at)
         if (info >> 24) & 31 not in (_STRUCT, _UNION) or depth > 16:
             return None
-        for i in range(at + 3, at + 3 + 3 * (info & 0xFFFF), 3):
-            name, kind, bits = self.words[i : i + 3]
-            offset = (bits & 0xFFFFFF if info >> 31 else bits) // 8
+        for i in range(info & 0xFFFF):
+            name, kind, bits = _TYPE.unpack_from(self.types, at + 12 + 12 * i)
+            offset = int(bits & 0xFFFFFF if info >> 31 else bits) // 8
             if name:
                 if self.string(name) == wanted:
                     return offset
