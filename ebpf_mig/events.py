@@ -308,8 +308,8 @@ class Retransmit(Event, frozen=True, tag=18):
     """The how-manieth it is on this socket since tracing began; earlier ones may have no event."""
 
 
-SKIPPED = "skipped"
-"""In `Ending.lost`: how often the kernel left out a program of ours, whatever event it would have made."""
+RECURSION_MISSES = "recursion-misses"
+"""In `Ending.lost`: how often the kernel did not run a program of ours, whatever event it would have made."""
 
 
 class Ending(Event, frozen=True, tag=11):
@@ -319,7 +319,7 @@ class Ending(Event, frozen=True, tag=11):
     reason: str
     """`migrated`, `failed`, `cancelled`, `duration`, `interrupted`, `target-died`, `command-ended`."""
     lost: dict[str, int] = {}
-    """Events dropped in the kernel, by probe; and `SKIPPED`."""
+    """Events dropped in the kernel, by probe; and `RECURSION_MISSES`."""
     unpaired: dict[str, int] = {}
     """Exits without entry and the like, by probe. Threads already inside a call make some; harmless."""
     observer_ns: dict[str, int] = {}

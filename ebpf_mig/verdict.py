@@ -7,7 +7,7 @@ In: the ending, the header, the marks, what was found. Out: the `Completeness` a
 from __future__ import annotations
 
 from ebpf_mig.breakdown import Completeness
-from ebpf_mig.events import SKIPPED, Mark
+from ebpf_mig.events import RECURSION_MISSES, Mark
 from ebpf_mig.processes import Material, Process
 from ebpf_mig.switchover import Switchover
 
@@ -57,8 +57,8 @@ def completeness(
 
 
 def _loss(name: str, count: int) -> str:
-    if name == SKIPPED:
-        return f"the kernel skipped our programs {count} times, since it was inside BPF already: calls may be missing"
+    if name == RECURSION_MISSES:
+        return f"{count} runs of our programs were left out by the kernel (recursion_misses): calls may have no event"
     return f"{count} events of {name} were lost in the kernel"
 
 

@@ -258,7 +258,7 @@ class Handed:
         return self._functions.get(function, -1)
 
     def run_statistics(self) -> dict[str, tuple[int, int, int]]:
-        """(run time in ns, runs, times skipped) of each loaded function; the former need an open `BpfStatistics`."""
+        """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._functions.items()}
 
     def close(self) -> None:

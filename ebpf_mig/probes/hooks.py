@@ -31,13 +31,13 @@ class Hook:
 
 
 def run_statistics(fd: int) -> tuple[int, int, int]:
-    """(run time in ns, runs, times skipped) of the program behind a descriptor, as the kernel tells in fdinfo.
+    """(run time in ns, runs, recursion misses) of the program behind a descriptor, as the kernel tells in fdinfo.
 
-    Skipped: the kernel runs no fentry or raw tracepoint program twice at once on a CPU, and no kprobe's program amid
-    another's run or a bpf(2) call on a map; a preemptible kernel can get there. `recursion_misses`, since Linux 5.12
-    (bpf_prog_show_fdinfo); of kprobes since 6.7 (trace_call_bpf).
+    A recursion miss: the kernel runs no fentry or raw tracepoint program twice at once on a CPU, and no kprobe's amid
+    another's or amid a bpf(2) call on a map; a preemptible kernel can get there. Told since Linux 5.12
+    (bpf_prog_show_fdinfo), of kprobes since 6.7 (trace_call_bpf).
     """
     with open(f"/proc/self/fdinfo/{fd}") as info:  # noqa: PTH123
         fields = dict(line.split(":", 1) for line in info if ":" in line)
-    time_ns, runs, skipped = (int(fields.get(name, "0")) for name in ("run_time_ns", "run_cnt", "recursion_misses"))
-    return time_ns, runs, skipped
+    time_ns, runs, missed = (int(fields.get(name, "0")) for name in ("run_time_ns", "run_cnt", "recursion_misses"))
+    return time_ns, runs, missed

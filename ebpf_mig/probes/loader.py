@@ -212,7 +212,7 @@ class Program:
         return str(self._bpf.ksym(address).decode())
 
     def run_statistics(self) -> dict[str, tuple[int, int, int]]:
-        """(run time in ns, runs, times skipped) of each loaded function; the former need an open `BpfStatistics`."""
+        """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._fds.items()}
 
     def describe(self, fds: list[int]) -> Description:

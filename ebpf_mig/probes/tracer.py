@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpf_mig.events import SKIPPED, AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
+from ebpf_mig.events import RECURSION_MISSES, AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
 from ebpf_mig.probes import attach, btf
 from ebpf_mig.probes.defines import defines
 from ebpf_mig.probes.functions import AUTO
@@ -32,7 +32,7 @@ from ebpf_mig.probes.threads import comm, in_kvm_run, threads_of
 _SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
 _MAX_FRAMES = 12
 _DETAIL = {attach.SAMPLER, *(program for extra in attach.EXTRAS for _, program in extra.hooks)}
-"""Programs that the kernel may skip where an interrupt meets one: a lock wait of anybody's handler, say."""
+"""Programs that an interrupt may meet again, as in a lock wait of its handler: their misses cost no call."""
 
 
 class Tracer:
@@ -179,10 +179,10 @@ class Tracer:
         return found
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(lost, unpaired) by kind of event, zeros left out; `skipped` are runs of the programs that see calls."""
+        """(lost, unpaired) by kind of event, zeros left out; recursion misses are those of programs that see calls."""
         ran = self._program.run_statistics()
-        skipped = sum(times for name, (_, _, times) in ran.items() if name not in _DETAIL)
-        return self._counts("lost") | ({SKIPPED: skipped} if skipped else {}), self._counts("unpaired")
+        missed = sum(misses for name, (_, _, misses) in ran.items() if name not in _DETAIL)
+        return self._counts("lost") | ({RECURSION_MISSES: missed} if missed else {}), self._counts("unpaired")
 
     def own_cost(self) -> tuple[dict[str, int], dict[str, int]]:
         """(run time in ns, runs) of our programs so far; empty where the kernel does not count."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ebpf_mig import breakdown as b
-from ebpf_mig.events import SKIPPED, Ending
+from ebpf_mig.events import RECURSION_MISSES, Ending
 from tests.unit import scripts
 from tests.unit.script import US, Script, Vm, at
 
@@ -269,13 +269,13 @@ def test_losses_make_the_result_incomplete() -> None:
     assert found.reasons == ["3 events of transfer were lost in the kernel"]
 
 
-def test_programs_that_the_kernel_skipped_make_the_result_incomplete() -> None:
+def test_programs_that_the_kernel_did_not_run_make_the_result_incomplete() -> None:
     script = scripts.qemu_7_2()
-    ending(script, "migrated", lost={SKIPPED: 2})
+    ending(script, "migrated", lost={RECURSION_MISSES: 2})
     found = script.result().breakdown.completeness
-    assert (found.verdict, found.lost) == ("incomplete", {"skipped": 2})
+    assert (found.verdict, found.lost) == ("incomplete", {"recursion-misses": 2})
     assert found.reasons == [
-        "the kernel skipped our programs 2 times, since it was inside BPF already: calls may be missing"
+        "2 runs of our programs were left out by the kernel (recursion_misses): calls may have no event"
     ]
 
 
