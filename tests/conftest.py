@@ -124,8 +124,10 @@ def requires(*features: str) -> pytest.MarkDecorator:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declares the marker."""
+    """Declares the markers."""
     text = "everywhere(subject): also run in other kernels and user lands, by `python -m tests.vm`"
+    config.addinivalue_line("markers", text)
+    text = "times: holds times; in emulated kernels it runs in the machine that is not kept waiting for a CPU"
     config.addinivalue_line("markers", text)
 
 

@@ -24,7 +24,6 @@ from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.probes.kernelcalls import SYS_BPF
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
-from tests.truth.harness import TOLERANCE_NS
 
 DEMO = ["demo", "--memory", "128MiB", "--working-set", "2MiB", "--dirty-rate", "20000"]
 
@@ -179,6 +178,7 @@ def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -
 
 
 @pytest.mark.everywhere("migrate")
+@pytest.mark.times
 @requires(*TRACING)
 def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
     """The user's own VMs: one process migrates, another only watches; both tell the same blackout."""
@@ -200,7 +200,7 @@ def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
     seen = json.loads(run(tmp_path, "report", "seen.rec", "--format", "json").stdout)
     assert seen["migration"]["result"] == "completed" and seen["migration"]["vmm"] == "qemu"
     assert [v["vcpu"] for v in seen["vcpus"]] == [0]
-    assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < TOLERANCE_NS
+    assert abs(seen["blackout_ns"] - driven["blackout_ns"]) < 200_000
 
 
 @pytest.mark.everywhere("record")

@@ -139,6 +139,7 @@ def test_tcp(tmp_path: Path) -> None:
 
 
 @pytest.mark.everywhere("ring")
+@pytest.mark.times
 @requires("KVM's dirty ring")
 def test_dirty_ring(tmp_path: Path) -> None:
     run = migrate(tmp_path, replace(QUICK, dirty_ring=4096))

@@ -47,7 +47,7 @@ def test_a_delay_is_booked_where_it_was_made(phase: str) -> None:
     [
         pytest.param(1 * MS, False, id="1ms-ram-first"),
         pytest.param(1 * MS, True, id="1ms-state-first"),
-        pytest.param(20 * MS, False, id="20ms-ram-first", marks=pytest.mark.everywhere("truth")),
+        pytest.param(20 * MS, False, id="20ms-ram-first", marks=[pytest.mark.everywhere("truth"), pytest.mark.times]),
         pytest.param(20 * MS, True, id="20ms-state-first"),
     ],
 )
@@ -64,6 +64,7 @@ def test_delays_everywhere_at_once(
 
 
 @pytest.mark.everywhere("truth")
+@pytest.mark.times
 @requires("tracepoints of lock waits")
 def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     """The wait is as long as the other thread's call lasts after ours began: on a busy host ours may begin late."""
