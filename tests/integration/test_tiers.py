@@ -133,8 +133,8 @@ def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str
     runs = migrate_by(names, Plan(log="legacy", slots=1, first_slot_bytes=16 << 20, passes=10, dirty_pages=1000))
     watcher.send_signal(signal.SIGINT)
     said = watcher.communicate(timeout=60)[0]
-    lines = re.findall(r"^walk (\d+) flush (\d+) moved (\d+)$", said, re.MULTILINE)
-    witness = [(int(walk), int(flush), int(moved)) for walk, flush, moved in lines]
+    ns = {(name, int(n)): int(ns) for name, n, ns in re.findall(r"@(walk|flush|moved)\[(\d+)\]: (\d+)", said)}
+    witness = [(ns["walk", n], ns["flush", n], ns["moved", n]) for n in range(len(ns) // 3)]
     assert len(witness) >= 10, "each pass but the first finds dirty pages, which are protected again and flushed"
     programs_ns = sum(map(a_program_ns, runs))
     for name, run in zip(names, runs, strict=True):
@@ -172,19 +172,18 @@ def split_by_bpftrace(flushes: list[str]) -> str:
     """A script that tells the walk and the flush of each fetch, and what its own probe takes between the two."""
     ours = f"/pid != {os.getpid()}/"  # we provoke our own probes meanwhile
     return (
-        'BEGIN { printf("ready\\n"); }\n'
+        'BEGIN { @n = 0; printf("ready\\n"); }\n'
         f"kretprobe:kvm_arch_sync_dirty_log {ours} {{ @synced[tid] = nsecs; }}\n"
         f"{','.join(f'kprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@synced[tid]) {{\n"
         "  @depth[tid] = @depth[tid] + 1;\n"
-        "  if (@depth[tid] == 1) { @walk[tid] = $now - @synced[tid]; @flush[tid] = $now;\n"
-        "    @moved[tid] = nsecs - $now; } } }\n"
-        f"{','.join(f'kretprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@flush[tid]) {{\n"
+        "  if (@depth[tid] == 1) { @walk[@n] = $now - @synced[tid]; @begun[tid] = $now;\n"
+        "    @moved[@n] = nsecs - $now; } } }\n"
+        f"{','.join(f'kretprobe:{name}' for name in flushes)} {{ $now = nsecs; if (@begun[tid]) {{\n"
         "  @depth[tid] = @depth[tid] - 1;\n"
-        "  if (@depth[tid] == 0) {\n"
-        '    printf("walk %llu flush %llu moved %llu\\n", @walk[tid], $now - @flush[tid], @moved[tid]);\n'
-        "    delete(@synced[tid]); delete(@flush[tid]); delete(@depth[tid]); } } }\n"
+        "  if (@depth[tid] == 0) { @flush[@n] = $now - @begun[tid]; @n = @n + 1;\n"
+        "    delete(@synced[tid]); delete(@begun[tid]); delete(@depth[tid]); } } }\n"
         "kretprobe:kvm_get_dirty_log_protect /@synced[tid]/ { delete(@synced[tid]); }\n"
-        "END { clear(@synced); clear(@flush); clear(@depth); clear(@walk); clear(@moved); }\n"
+        "END { clear(@synced); clear(@begun); clear(@depth); }\n"
     )
 
 
