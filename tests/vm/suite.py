@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the marked integration tests in one emulated kernel, or in one user land on this machine's own kernel.
 
-In: names of the catalogue. Out: a `Row` of results. An emulated kernel boots in two machines at once, each with a part
-of the tests. A machine that the emulator lost is booted once more, and the row says so.
+In: names of the catalogue. Out: a `Row` of results. An emulated kernel boots in two machines at a time, each with a
+part of the tests. A machine that the emulator lost is booted once more, and the row says so.
 """
 
 from __future__ import annotations
@@ -28,27 +28,32 @@ MARKER = "everywhere"
 TIMEOUT_S = 2700
 
 
+HANDOVER = "tests/integration/test_handover.py"
+
+
 @dataclass(frozen=True)
 class Part:
-    """A machine's share of the tests, by markers; an idle one runs only where the other leaves a CPU alone."""
+    """A machine's share of the tests, by markers and files; an idle one runs only where another leaves a CPU alone."""
 
     name: str
     marked: str
+    files: str
     idle: bool
     processors: int
 
 
 PARTS = (
-    Part("times", f"{MARKER} and times", idle=False, processors=2),
-    Part("others", f"{MARKER} and not times", idle=True, processors=1),
+    Part("times", f"{MARKER} and times", "tests/integration", idle=False, processors=2),
+    Part("others", f"{MARKER} and not times", f"tests/integration --ignore={HANDOVER}", idle=True, processors=1),
+    Part("handover", MARKER, HANDOVER, idle=True, processors=1),
 )
-"""At once: most of a test is one process that compiles, so that one machine has work for one CPU."""
+"""Two at a time, for most of a test is one process that compiles: one machine has work for one CPU."""
 
 
-def _pytest(keyword: str, out: str, marked: str = MARKER) -> str:
+def _pytest(keyword: str, out: str, marked: str = MARKER, files: str = "tests/integration") -> str:
     chosen = f" -k {shlex.quote(keyword)}" if keyword else ""
     options = f"-p no:cacheprovider -v --color=no --timeout 900 --junitxml={out}/junit.xml"
-    return f"-m {shlex.quote(marked)}{chosen} {options} tests/integration"
+    return f"-m {shlex.quote(marked)}{chosen} {options} {files}"
 
 
 def prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emulator, KernelImage, Path]:
@@ -74,13 +79,13 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
     place = cache() / "runs" / f"{kernel}-{userland}"
 
     def run_part(part: Part) -> list[Outcome]:
-        script = f"exec python3 -m pytest {_pytest(keyword, '/out', part.marked)}\n"
+        script = f"exec python3 -m pytest {_pytest(keyword, '/out', part.marked, part.files)}\n"
         machine = replace(emulating, wanted=min(processors, part.processors))
         begun = partial(boot, machine, image, root, ROOT, script, place=place / part.name, timeout_s=TIMEOUT_S)
         first = begun(idle=part.idle)
         return [first] if first.code is not None else [first, begun(idle=part.idle)]
 
-    with ThreadPoolExecutor(len(PARTS)) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for part, outcomes in zip(PARTS, pool.map(run_part, PARTS), strict=True):
             lost = [outcome.trouble for outcome in outcomes if outcome.code is None]
             row.infrastructure += [f"the emulator failed ({part.name}): {why}; tried once more" for why in lost]
