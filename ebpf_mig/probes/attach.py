@@ -183,7 +183,13 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
         return plan.tiers | doubtful
     provoke.everything()
     ran = plan.program.run_statistics()
-    silent = [hook.key for hook in plan.hooks if hook.provoked and ran[hook.key][1] == 0]
+    # A function that only somebody else's VM came through as it was tried is silent now; another of its kind is not.
+    alive = {(hook.one_of, hook.program) for hook in plan.hooks if hook.one_of and ran[hook.key][1]}
+    silent = [
+        hook.key
+        for hook in plan.hooks
+        if hook.provoked and not ran[hook.key][1] and (hook.one_of, hook.program) not in alive
+    ]
     if silent:
         raise PreflightError(f"{', '.join(silent)} attached but never ran", "ebpf-mig doctor; or --tier tracepoint")
     return dict(plan.tiers)

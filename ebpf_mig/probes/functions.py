@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ebpf_mig.probes import btf, kernelcalls, provoke
@@ -250,15 +250,14 @@ class Chooser:
             if function.arguments and known.arguments != function.arguments:
                 raise OSError(0, f"{known.arguments} arguments, not {function.arguments}")
             number, module = known.btf_id, known.module
-        return Hook(how, name, "", function.signals, number, module, function.provoked)
+        return Hook(how, name, "", function.signals, number, module, function.provoked, function.one_of)
 
     def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
         """A function's hooks by one kind of probe, that at its return first: no call is seen that only enters."""
         at_entry = self._hook(function, name, how)
         for programs, kind in ((function.leave, _RETURN_OF[how]), (function.entry, how)):
             if how in programs:
-                yield Hook(kind, name, programs[how], function.signals, at_entry.btf_id, at_entry.in_module,
-                           function.provoked)  # fmt: skip
+                yield replace(at_entry, how=kind, program=programs[how])
 
     def _vcpu_returns(self) -> list[Hook]:
         found = []

@@ -23,6 +23,8 @@ class Hook:
     btf_id: int = 0
     in_module: bool = False
     provoked: bool = True
+    one_of: str = ""
+    """Of hooks with the same program and this name, one that fires is enough."""
 
     @property
     def key(self) -> str:

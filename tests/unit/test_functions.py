@@ -75,6 +75,46 @@ def test_a_signal_of_two_kinds_of_probe_names_both() -> None:
     assert table["lock"] == "absent: no such tracepoint"
 
 
+class Loaded:
+    """A program whose hooks ran as often as is said, by target."""
+
+    def __init__(self, runs: dict[str, int]) -> None:
+        self._runs = runs
+
+    def attach(self, hook: Hook) -> None:
+        """Attached already."""
+
+    def run_statistics(self) -> dict[str, tuple[int, int, int]]:
+        return {
+            f"{program}:{name}": (0, n, 0) for name, n in self._runs.items() for program in ("on_flush", "on_ioctl")
+        }
+
+
+@pytest.mark.parametrize(
+    ("runs", "silent"),
+    [
+        ({"kvm_vm_ioctl": 1, "flush_all": 1, "flush_range": 0}, ""),
+        ({"kvm_vm_ioctl": 1, "flush_all": 0, "flush_range": 0}, "on_flush:flush_all, on_flush:flush_range"),
+        ({"kvm_vm_ioctl": 0, "flush_all": 1, "flush_range": 1}, "on_ioctl:kvm_vm_ioctl"),
+    ],
+)
+def test_a_function_that_another_vm_came_through_when_it_was_tried_may_be_silent(
+    runs: dict[str, int], silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those of which one is enough; another that nobody comes through is an error."""
+    monkeypatch.setattr(attach.provoke, "everything", lambda: None)
+    hooks = (
+        Hook("kprobe", "kvm_vm_ioctl", "on_ioctl"),
+        *(Hook("kprobe", name, "on_flush", one_of="flush") for name in ("flush_all", "flush_range")),
+    )
+    plan = attach.Plan(hooks, Loaded(runs), {"split": "kprobe"})  # type: ignore[arg-type]
+    if silent:
+        with pytest.raises(PreflightError, match=f"^{silent} attached but never ran"):
+            attach.arm(plan, Counting(True), seen=False)  # type: ignore[arg-type]
+    else:
+        assert attach.arm(plan, Counting(True), seen=False) == {"split": "kprobe"}  # type: ignore[arg-type]
+
+
 def test_without_run_statistics_no_function_is_trusted() -> None:
     choice, chooser = attach._chosen("auto", Counting(False))  # type: ignore[arg-type]
     assert not choice.groups and chooser is None

@@ -26,8 +26,6 @@ from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_j
 
 MARKER = "everywhere"
 TIMEOUT_S = 2700
-
-
 HANDOVER = "tests/integration/test_handover.py"
 
 
