@@ -27,7 +27,8 @@ from msgspec.structs import replace
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.events import AnyEvent, Ending, OwnCost, Transfer
-from ebpf_mig.joining import INSTANTS, joined
+from ebpf_mig.joining import joined
+from ebpf_mig.kinds import BY_TYPE
 from ebpf_mig.recording import Recording, read_recording
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
@@ -50,7 +51,7 @@ class Skew:
 
     def applied(self, event: AnyEvent) -> AnyEvent:
         """An event as a host with that clock would have recorded it."""
-        names = ("at_ns",) if isinstance(event, Ending) else INSTANTS.get(type(event), ())
+        names = ("at_ns",) if isinstance(event, Ending) else BY_TYPE[type(event)].instants
         changes = {name: at + self.ahead(at) for name in names if (at := getattr(event, name))}
         if isinstance(event, Transfer):
             for name in _DURATIONS:

@@ -27,6 +27,7 @@ from ebpf_mig import fetches
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.events import AnyEvent, Ending, Header, Mark, Socket, Thread, Transfer, VcpuState
+from ebpf_mig.kinds import BY_TYPE
 from ebpf_mig.processes import split
 from ebpf_mig.recording import RecordingWriter, read_recording
 from ebpf_mig.switchover import find
@@ -35,12 +36,11 @@ DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
 SEED = DATA / "qemu-11.1-3vcpus.rec"
 MILLION = 1_000_000
 MOST_S, MOST_BYTES, MOST_GROWTH = 2.0, 500 * 10**6, 1.5
-_INSTANTS = ("begin_ns", "end_ns", "at_ns", "enter_ns", "exit_ns", "last_exit_ns")
 
 
 def shifted(event: AnyEvent, by_ns: int, positions: dict[tuple[int, int], int], times: int) -> AnyEvent:
     """The event `by_ns` later, after `times` repetitions of the bytes that `positions` has by socket and direction."""
-    changes = {name: at + by_ns for name in _INSTANTS if (at := getattr(event, name, 0))}
+    changes = {name: at + by_ns for name in BY_TYPE[type(event)].instants if (at := getattr(event, name, 0))}
     if isinstance(event, Transfer):
         changes["position"] = event.position + times * positions.get((event.socket, event.direction), 0)
     return msgspec.structs.replace(event, **changes)

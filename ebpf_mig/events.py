@@ -7,11 +7,30 @@ All times are integer nanoseconds of CLOCK_MONOTONIC of the recording's host (`b
 "not seen", because a call can have begun before tracing did. pids and tids are those of the initial pid
 namespace. The structs are stored as arrays: fields may be appended with a default,
 never removed or reordered.
+
+Each field that is not just a number says what it means by its type: `Instant` is moved when two clocks are joined,
+`HostName`, `Address` and the like are replaced when a recording is redacted. `kinds.py` reads these meanings.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+from ebpf_mig.meaning import Meaning
+
+Instant = Annotated[int, Meaning.INSTANT]
+"""ns of CLOCK_MONOTONIC; 0: not seen."""
+Address = Annotated[str, Meaning.ADDRESS]
+"""`ADDR:PORT`, or empty."""
+HostName = Annotated[str, Meaning.HOST]
+MachineId = Annotated[str, Meaning.MACHINE_ID]
+ProcessName = Annotated[str, Meaning.PROCESS]
+ThreadName = Annotated[str, Meaning.THREAD]
+FreeText = Annotated[str, Meaning.TEXT]
+Word = Annotated[str, Meaning.WORD]
+"""A word of ours, of the VMM's protocol or of the kernel: it names nobody."""
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -21,8 +40,8 @@ class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Ioctl(Event, frozen=True, tag=1):
     """One KVM ioctl that is not KVM_RUN, of a traced process; injected-interrupt ioctls are left out."""
 
-    begin_ns: int
-    end_ns: int
+    begin_ns: Instant
+    end_ns: Instant
     pid: int
     tid: int
     fd: int
@@ -60,11 +79,11 @@ class Ioctl(Event, frozen=True, tag=1):
 class VcpuEnter(Event, frozen=True, tag=2):
     """A KVM_RUN entry worth keeping: the first of its thread, after a gap, after an error."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     tid: int
     fd: int
-    last_exit_ns: int
+    last_exit_ns: Instant
     """Return of this thread's previous KVM_RUN, 0 if tracing has seen none."""
     last_ret: int
     """Its return value; -4 is -EINTR."""
@@ -75,11 +94,11 @@ class VcpuEnter(Event, frozen=True, tag=2):
 class VcpuExit(Event, frozen=True, tag=3):
     """A KVM_RUN that returned an error, nearly always -EINTR: the vCPU was kicked."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     tid: int
     fd: int
-    enter_ns: int
+    enter_ns: Instant
     """Entry of the same call, 0 if the thread was already inside when tracing began."""
     ret: int
 
@@ -87,13 +106,13 @@ class VcpuExit(Event, frozen=True, tag=3):
 class VcpuState(Event, frozen=True, tag=4):
     """The in-kernel accounting of one vCPU thread, read when tracing ended or the thread died."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     tid: int
     fd: int
-    enter_ns: int
+    enter_ns: Instant
     """Entry of the latest KVM_RUN."""
-    exit_ns: int
+    exit_ns: Instant
     """Return of the latest KVM_RUN that returned; smaller than `enter_ns` while inside one."""
     ret: int
     runs: int
@@ -107,7 +126,7 @@ class VcpuState(Event, frozen=True, tag=4):
 class Kick(Event, frozen=True, tag=5):
     """tgkill(2) by a thread of a traced process to another of its threads; VMMs stop vCPUs this way."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     tid: int
     target_tid: int
@@ -121,8 +140,8 @@ class Transfer(Event, frozen=True, tag=6):
     kept until a budget is spent. `end_ns - begin_ns - in_call_ns` is the time between the calls.
     """
 
-    begin_ns: int
-    end_ns: int
+    begin_ns: Instant
+    end_ns: Instant
     pid: int
     tid: int
     fd: int
@@ -150,15 +169,15 @@ class Transfer(Event, frozen=True, tag=6):
 class Socket(Event, frozen=True, tag=7):
     """What a socket inode is, told once when traced calls first use it."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     fd: int
     socket: int
     family: int
     """AF_UNIX 1, AF_INET 2, AF_INET6 10."""
-    local: str
+    local: Address
     """Address and port as `ADDR:PORT`, or empty (UNIX)."""
-    remote: str
+    remote: Address
     peer: int = 0
     """UNIX, and of any kind in a joined recording: inode of the other end, 0 unknown."""
 
@@ -168,7 +187,7 @@ class Thread(Event, frozen=True, tag=8):
 
     pid: int
     tid: int
-    name: str
+    name: ThreadName
     vcpu: int = -1
     """vCPU index where its KVM_RUN file descriptor is `anon_inode:kvm-vcpu:N`, else -1."""
 
@@ -176,11 +195,11 @@ class Thread(Event, frozen=True, tag=8):
 class Mark(Event, frozen=True, tag=9):
     """Something the VMM or the session said, set beside the kernel's figures: a witness, never a boundary."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
-    name: str
+    name: Word
     """Dotted: `qmp.STOP`, `qmp.RESUME`, `qmp.MIGRATION.completed`, `qmp.downtime_ms`, `session.trigger`."""
-    detail: str = ""
+    detail: FreeText = ""
     value: int = 0
     doubt_ns: int = 0
     """How far `at_ns` may be off (a wall-clock stamp turned into a monotonic one)."""
@@ -189,7 +208,7 @@ class Mark(Event, frozen=True, tag=9):
 class Slot(Event, frozen=True, tag=10):
     """A memslot known before tracing saw it set; reserved for what /proc or the VMM tells."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     slot: int
     addr: int
@@ -201,11 +220,11 @@ class OffCpu(Event, frozen=True, tag=12):
     """A traced thread was off the CPU for a while: with no vCPU of its process in KVM_RUN (so: in the blackout), or
     shortly before it kicked one."""
 
-    begin_ns: int
-    end_ns: int
+    begin_ns: Instant
+    end_ns: Instant
     pid: int
     tid: int
-    stack: tuple[str, ...] = ()
+    stack: tuple[Word, ...] = ()
     """Kernel functions it slept in, innermost first; empty if it was preempted or no stack was taken."""
     preempted: bool = False
     """It did not sleep, it lost the CPU to another thread."""
@@ -217,7 +236,7 @@ class Segment(Event, frozen=True, tag=13):
     Source: tcp:tcp_probe; the numbers are the receiving socket's own, in bytes (struct tcp_sock, Linux 6.12).
     """
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     socket: int
     payload: int
@@ -244,9 +263,9 @@ class VcpuSpan(Event, frozen=True, tag=14):
     A gap counts where it began. A vCPU that never left KVM_RUN meanwhile has no span.
     """
 
-    since_ns: int
+    since_ns: Instant
     """Begin of the first gap; 0 for the first span of a thread."""
-    until_ns: int
+    until_ns: Instant
     """End of the last gap."""
     pid: int
     tid: int
@@ -260,23 +279,23 @@ class VcpuSpan(Event, frozen=True, tag=14):
 class Samples(Event, frozen=True, tag=15):
     """Timer samples with the same kernel stack, inside one dirty-log ioctl. Each stands for `period_ns` on the CPU."""
 
-    begin_ns: int
+    begin_ns: Instant
     """Of the ioctl."""
     pid: int
     tid: int
     period_ns: int
     count: int
-    stack: tuple[str, ...] = ()
+    stack: tuple[Word, ...] = ()
     """Functions, innermost first."""
 
 
 class TcpInfo(Event, frozen=True, tag=16):
     """What TCP says of a migration socket, read through sock_diag: `struct tcp_info` of include/uapi/linux/tcp.h."""
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     socket: int
-    values: dict[str, int] = {}
+    values: dict[Word, int] = {}
     """Without the prefix `tcpi_`: `busy_time`, `rwnd_limited`, `sndbuf_limited` (us, but counted in jiffies),
     `total_retrans`, `bytes_retrans`, `bytes_acked`, `rtt` (us), ...; `queued`: unsent and unacknowledged bytes;
     `jiffy_us`: how coarse the times are."""
@@ -285,7 +304,7 @@ class TcpInfo(Event, frozen=True, tag=16):
 class OwnCost(Event, frozen=True, tag=17):
     """Run time of our own BPF programs since tracing began, by the kernel's statistics."""
 
-    at_ns: int
+    at_ns: Instant
     run_ns: int
     runs: int
     remote: bool = False
@@ -298,7 +317,7 @@ class Retransmit(Event, frozen=True, tag=18):
     Source: tcp:tcp_retransmit_skb.
     """
 
-    at_ns: int
+    at_ns: Instant
     pid: int
     socket: int
     bytes: int
@@ -315,16 +334,16 @@ RECURSION_MISSES = "recursion-misses"
 class Ending(Event, frozen=True, tag=11):
     """The last event of an orderly recording. A recording without one was cut off."""
 
-    at_ns: int
-    reason: str
+    at_ns: Instant
+    reason: Word
     """`migrated`, `failed`, `cancelled`, `duration`, `interrupted`, `target-died`, `command-ended`."""
-    lost: dict[str, int] = {}
+    lost: dict[Word, int] = {}
     """Events dropped in the kernel, by probe; and `RECURSION_MISSES`."""
-    unpaired: dict[str, int] = {}
+    unpaired: dict[Word, int] = {}
     """Exits without entry and the like, by probe. Threads already inside a call make some; harmless."""
-    observer_ns: dict[str, int] = {}
+    observer_ns: dict[Word, int] = {}
     """Run time of our BPF programs over the whole recording, by probe, where the kernel counts it."""
-    observer_runs: dict[str, int] = {}
+    observer_runs: dict[Word, int] = {}
 
 
 AnyEvent = (
@@ -353,11 +372,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """One traced process."""
 
     pid: int
-    role: str
+    role: Word
     """`source`, `destination` or `unknown` as the user said; the collector checks it."""
-    comm: str = ""
-    vmm: str = ""
-    vmm_version: str = ""
+    comm: ProcessName = ""
+    vmm: Word = ""
+    vmm_version: Word = ""
 
 
 class ClockPair(msgspec.Struct, frozen=True, array_like=True):
@@ -371,19 +390,19 @@ class ClockPair(msgspec.Struct, frozen=True, array_like=True):
 class Remote(msgspec.Struct, frozen=True, kw_only=True):
     """The other host's share of a joined recording: the destination's. Its events are on the clock of this host."""
 
-    host: str = ""
+    host: HostName = ""
     pid: int = 0
     """The destination in this recording."""
     own_pid: int = 0
     """The destination on its host: another number only if the source had the same."""
-    boot_id: str = ""
-    kernel: str = ""
-    machine: str = ""
+    boot_id: MachineId = ""
+    kernel: Word = ""
+    machine: Word = ""
     offset_ns: int = 0
     """The destination's clock minus the source's, taken away from each of its instants."""
     bound_ns: int | None = 0
     """How far that can be off at `at_ns`; None: on one side there is no limit."""
-    open: str = ""
+    open: Word = ""
     """`least` or `most`: nothing bounds the offset from below, or from above."""
     at_ns: int = 0
     """When, on the source's clock: the destination's start."""
@@ -397,17 +416,17 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The first block of a recording: whose it is and how it was made."""
 
     format: int = 1
-    tool: str = ""
-    host: str = ""
-    boot_id: str = ""
-    kernel: str = ""
-    machine: str = ""
+    tool: Word = ""
+    host: HostName = ""
+    boot_id: MachineId = ""
+    kernel: Word = ""
+    machine: Word = ""
     page_size: int = 4096
     begin_ns: int = 0
     clock: ClockPair | None = None
     targets: list[Target] = []
-    attach: dict[str, str] = {}
+    attach: dict[Word, Word] = {}
     """Attach tier by signal: `fentry`, `kprobe`, `tracepoint`, `absent: why`."""
-    notes: list[str] = []
+    notes: list[FreeText] = []
     remote: Remote | None = None
     """Only in a joined recording."""

@@ -22,6 +22,7 @@ from ebpf_mig.clock import Bounds, ContradictionError, Evidence
 from ebpf_mig.errors import UsageError
 from ebpf_mig.evidence import Survey, gathered, rough, started, survey
 from ebpf_mig.folding import read_folded
+from ebpf_mig.kinds import BY_TYPE, OF_A_PROCESS
 from ebpf_mig.matching import JoinError, Match
 from ebpf_mig.printable import printable
 from ebpf_mig.recording import Recording
@@ -30,19 +31,7 @@ LATEST = 1 << 62
 """No clock shows more, ns; instants beyond are cut to it."""
 _OTHER_PID = 1 << 32
 """Added to the destination's pid where both have the same: no kernel gives such a number."""
-_OF_NOBODY = frozenset({ev.Ending, ev.OwnCost})
 _SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
-INSTANTS: dict[type, tuple[str, ...]] = {
-    kind: tuple(
-        name
-        for name in kind.__struct_fields__
-        if name in {"begin_ns", "end_ns", "at_ns", "enter_ns", "exit_ns", "last_exit_ns", "since_ns", "until_ns"}
-    )
-    for kind in (
-        ev.Ioctl, ev.VcpuEnter, ev.VcpuExit, ev.VcpuState, ev.Kick, ev.Transfer, ev.Socket, ev.Mark, ev.Slot, ev.OffCpu,
-        ev.Segment, ev.Retransmit, ev.VcpuSpan, ev.Samples, ev.TcpInfo, ev.OwnCost,
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,14 +216,14 @@ def _attach(source: dict[str, str], destination: dict[str, str]) -> dict[str, st
 
 def _of(side: Survey, pid: int) -> dict[type, list[Any]]:
     """The events of one process."""
-    kinds = side.kinds.items()
-    return {kind: [e for e in events if e.pid == pid] for kind, events in kinds if kind not in _OF_NOBODY}
+    wanted = (ev.Mark, *OF_A_PROCESS)
+    return {kind: [e for e in side.kinds[kind] if e.pid == pid] for kind in wanted if kind in side.kinds}
 
 
 def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
     """Moves instants in place: a copy of a million events takes seconds. 0 is "not seen"."""
     for kind, events in kinds.items():
-        for name in INSTANTS.get(kind, ()):
+        for name in BY_TYPE[kind].instants:
             for event, at in zip(events, map(attrgetter(name), events), strict=True):
                 if at:
                     at += by_ns  # noqa: PLW2901

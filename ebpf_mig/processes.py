@@ -23,6 +23,7 @@ import msgspec
 
 from ebpf_mig import events as ev
 from ebpf_mig import kvm, timeline
+from ebpf_mig.kinds import KINDS
 from ebpf_mig.timeline import Timeline
 
 SEND, RECEIVE = 0, 1
@@ -176,24 +177,6 @@ class Material:
     costs: list[ev.OwnCost] = field(default_factory=list)
 
 
-_STREAMS: dict[type, str] = {
-    ev.Ioctl: "ioctls",
-    ev.VcpuEnter: "enters",
-    ev.VcpuExit: "exits",
-    ev.VcpuState: "states",
-    ev.Kick: "kicks",
-    ev.Transfer: "transfers",
-    ev.Socket: "told",
-    ev.Thread: "named",
-    ev.Slot: "slots",
-    ev.OffCpu: "off_cpu",
-    ev.Segment: "segments",
-    ev.Retransmit: "retransmits",
-    ev.VcpuSpan: "spans",
-    ev.Samples: "samples",
-    ev.TcpInfo: "tcp",
-}
-
 _key = msgspec.structs.astuple
 
 
@@ -205,13 +188,15 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
     by_kind: dict[type, list[Any]] = defaultdict(list)
     for event in events:
         by_kind[type(event)].append(event)
-    for kind, stream in _STREAMS.items():
+    for kind in KINDS:
+        if not kind.stream:
+            continue
         by_pid: dict[int, list[Any]] = defaultdict(list)
-        for event in by_kind.pop(kind, ()):
+        for event in by_kind.pop(kind.event, ()):
             by_pid[event.pid].append(event)
         for pid, found in by_pid.items():
             process = processes.setdefault(pid, Process(pid))
-            setattr(process, stream, _in_order(kind, _made_whole(kind, found)))
+            setattr(process, kind.stream, _in_order(kind.event, _made_whole(kind.event, found)))
     marks: list[ev.Mark] = by_kind[ev.Mark]
     endings: list[ev.Ending] = by_kind[ev.Ending]
     costs: list[ev.OwnCost] = by_kind[ev.OwnCost]

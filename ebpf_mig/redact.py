@@ -7,9 +7,15 @@ stand-in, so that nothing is lost that a reader needs. Figures, pids and kernel 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import msgspec
 
 from ebpf_mig import events as ev
+from ebpf_mig.kinds import KINDS, meanings
+from ebpf_mig.meaning import Meaning
 from ebpf_mig.recording import Recording
 
 _VCPU_NAME = "CPU"
@@ -36,31 +42,35 @@ def redacted(recording: Recording, names: Names | None = None) -> Recording:
     Recordings that are to stay comparable share their `names`.
     """
     names = names or Names()
-    header = msgspec.structs.replace(
-        recording.header,
-        host=names.of("host", recording.header.host),
-        boot_id="",
-        targets=[msgspec.structs.replace(t, comm=names.of("process", t.comm)) for t in recording.header.targets],
-        notes=["notes were redacted"] if recording.header.notes else [],
-    )
+    header = _struct(recording.header, names)
+    if recording.header.notes:
+        header = msgspec.structs.replace(header, notes=["notes were redacted"])
     events = [_event(event, names) for event in recording.events]
     return msgspec.structs.replace(recording, header=header, events=events)
 
 
 def _event(event: ev.AnyEvent, names: Names) -> ev.AnyEvent:
-    match event:
-        case ev.Socket():
-            return msgspec.structs.replace(
-                event, local=_address(event.local, names), remote=_address(event.remote, names)
-            )
-        case ev.Thread():
-            name = f"{_VCPU_NAME} {event.vcpu}" if event.vcpu >= 0 else names.of("thread", event.name)
-            return msgspec.structs.replace(event, name=name)
-        case ev.Mark():
-            detail = event.detail if event.detail in _ACCEPTED_DETAILS else names.of("detail", event.detail)
-            return msgspec.structs.replace(event, detail=detail)
-        case _:
-            return event
+    if isinstance(event, ev.Thread) and event.vcpu >= 0:
+        return msgspec.structs.replace(event, name=f"{_VCPU_NAME} {event.vcpu}")
+    return _struct(event, names) if type(event) in _WITH_NAMES else event
+
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+def _struct(struct: _Struct, names: Names) -> _Struct:
+    """The same with stand-ins for its names, and for those of the structs in it."""
+    changed: dict[str, Any] = {}
+    known = _meanings(type(struct))
+    for field in struct.__struct_fields__:
+        value = getattr(struct, field)
+        if isinstance(value, msgspec.Struct):
+            changed[field] = _struct(value, names)
+        elif isinstance(value, list):
+            changed[field] = [_struct(v, names) if isinstance(v, msgspec.Struct) else v for v in value]
+        elif isinstance(value, str) and field in known:
+            changed[field] = _STAND_IN[known[field]](value, names)
+    return msgspec.structs.replace(struct, **changed)
 
 
 def _address(text: str, names: Names) -> str:
@@ -69,3 +79,22 @@ def _address(text: str, names: Names) -> str:
     if not colon or not port.isdecimal():
         return names.of("address", text)
     return f"{names.of('address', host)}:{port}"
+
+
+def _text(text: str, names: Names) -> str:
+    return text if text in _ACCEPTED_DETAILS else names.of("detail", text)
+
+
+_STAND_IN: dict[Meaning, Callable[[str, Names], str]] = {
+    Meaning.ADDRESS: _address,
+    Meaning.HOST: lambda text, names: names.of("host", text),
+    Meaning.MACHINE_ID: lambda _text, _names: "",
+    Meaning.PROCESS: lambda text, names: names.of("process", text),
+    Meaning.THREAD: lambda text, names: names.of("thread", text),
+    Meaning.TEXT: _text,
+    Meaning.WORD: lambda text, _names: text,
+}
+_meanings = functools.cache(meanings)
+_WITH_NAMES = frozenset(
+    kind.event for kind in KINDS if not set(kind.meanings.values()) <= {Meaning.INSTANT, Meaning.WORD}
+)

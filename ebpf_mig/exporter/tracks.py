@@ -15,20 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig import kvm
-from ebpf_mig.events import (
-    AnyEvent,
-    Ioctl,
-    Kick,
-    OffCpu,
-    Retransmit,
-    Segment,
-    Socket,
-    Thread,
-    Transfer,
-    VcpuEnter,
-    VcpuExit,
-    VcpuState,
-)
+from ebpf_mig.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.kinds import pid_of
 from ebpf_mig.watch import LARGE_BYTES, MigrationWatch
 
 PROBATION_NS = 2_000_000_000
@@ -49,10 +37,6 @@ STATE_BYTES = 4096
 """A source that sent this much after its vCPUs stopped, and then died, has handed over."""
 KEPT_EVENTS = 300_000
 """Events held of one migration; beyond, the earliest transfers go first: they only make the totals of pre-copy."""
-
-_OF_ONE_PROCESS = (
-    Ioctl | VcpuEnter | VcpuExit | VcpuState | Kick | Transfer | Socket | Thread | OffCpu | Segment | Retransmit
-)
 
 
 @dataclass
@@ -138,8 +122,9 @@ class Tracks:
         """Takes the next events."""
         batches: dict[int, list[AnyEvent]] = {}
         for event in events:
-            if isinstance(event, _OF_ONE_PROCESS) and event.pid in self._by_pid:
-                batches.setdefault(event.pid, []).append(event)
+            pid = pid_of(event)
+            if pid in self._by_pid:
+                batches.setdefault(pid, []).append(event)
                 if isinstance(event, Socket):
                     self._link(event)
         for pid, batch in batches.items():

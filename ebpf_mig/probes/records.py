@@ -26,35 +26,13 @@ from ebpf_mig.events import (
     VcpuSpan,
     VcpuState,
 )
+from ebpf_mig.kinds import KINDS
 
-WORDS = {
-    "IOCTL_WORDS": 21,
-    "VCPU_ENTER_WORDS": 8,
-    "VCPU_EXIT_WORDS": 7,
-    "KICK_WORDS": 6,
-    "TRANSFER_WORDS": 17,
-    "SOCKET_WORDS": 13,
-    "OFF_CPU_WORDS": 8,
-    "SEGMENT_WORDS": 12,
-    "RETRANSMIT_WORDS": 7,
-    "THREAD_WORDS": 90,
-    "SAMPLE_WORDS": 30,
-    "VCPU_SPAN_WORDS": 9,
-}
-KIND_NAMES = {
-    1: "ioctl",
-    2: "vcpu-enter",
-    3: "vcpu-exit",
-    5: "kick",
-    6: "transfer",
-    7: "socket",
-    8: "off-cpu",
-    9: "segment",
-    10: "sample",
-    11: "vcpu-span",
-    12: "retransmit",
-    15: "thread-table",
-}
+THREAD_WORDS = 90
+"""Size of `struct thread_state` in u64."""
+_RECORDS = [kind.record for kind in KINDS if kind.record]
+WORDS = {"THREAD_WORDS": THREAD_WORDS, **{record.constant: record.words for record in _RECORDS}}
+KIND_NAMES = {15: "thread-table", **{record.number: record.name for record in _RECORDS}}
 """Names of the kinds in loss reports."""
 
 _AF_INET, _AF_INET6 = 2, 10
@@ -130,25 +108,26 @@ def _socket(w: tuple[int, ...]) -> Socket:
     return Socket(w[1], w[2], _signed(w[3]), w[4], family, local, remote, w[12])
 
 
-_DECODERS: dict[int, Callable[[tuple[int, ...]], AnyEvent]] = {
-    1: _ioctl,
-    2: _vcpu_enter,
-    3: _vcpu_exit,
-    5: _kick,
-    6: _transfer,
-    7: _socket,
-    8: _off_cpu,
-    9: _segment,
-    10: _sample,
-    11: _vcpu_span,
-    12: _retransmit,
+_DECODERS: dict[type, Callable[[tuple[int, ...]], AnyEvent]] = {
+    Ioctl: _ioctl,
+    VcpuEnter: _vcpu_enter,
+    VcpuExit: _vcpu_exit,
+    Kick: _kick,
+    Transfer: _transfer,
+    Socket: _socket,
+    OffCpu: _off_cpu,
+    Segment: _segment,
+    Samples: _sample,
+    VcpuSpan: _vcpu_span,
+    Retransmit: _retransmit,
 }
+_DECODER_OF = {kind.record.number: _DECODERS[kind.event] for kind in KINDS if kind.record}
 
 
 def decode(record: bytes) -> AnyEvent:
     """One ring buffer record as an event; KeyError for a kind this version does not know (a bug)."""
     words = struct.unpack(f"={len(record) // 8}Q", record)
-    return _DECODERS[words[0]](words)
+    return _DECODER_OF[words[0]](words)
 
 
 IN_VAIN = 1000
@@ -156,7 +135,7 @@ IN_VAIN = 1000
 _RUN_WORDS = 13
 _WAYS = ((0, 0), (1, 0), (0, 1))
 """(direction, hidden) of the open runs."""
-_RUN_AT = WORDS["THREAD_WORDS"] - len(_WAYS) * _RUN_WORDS
+_RUN_AT = THREAD_WORDS - len(_WAYS) * _RUN_WORDS
 """`struct thread_state` ends with its open `struct transfer_run`."""
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ebpf_mig import breakdown as b
 from ebpf_mig import events as ev
 from ebpf_mig.collector import analyse
+from ebpf_mig.kinds import BY_TYPE
 from tests.unit import scripts
 from tests.unit.script import ATTACH, BASE, Script, cmd
 
@@ -222,6 +223,6 @@ def test_the_zero_of_the_clock_does_not_matter(make, shift: int) -> None:  # typ
 
 
 def _moved(event: ev.AnyEvent, shift: int) -> ev.AnyEvent:
-    instants = ("at_ns", "begin_ns", "end_ns", "enter_ns", "exit_ns", "last_exit_ns")
+    instants = BY_TYPE[type(event)].instants
     changes = {name: getattr(event, name) + shift for name in instants if getattr(event, name, 0)}
     return msgspec.structs.replace(event, **changes)

@@ -9,6 +9,7 @@ from ebpf_mig import kvm
 from ebpf_mig.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.exporter import tracks as module
 from ebpf_mig.exporter.tracks import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, Ended, Tracks
+from ebpf_mig.kinds import KINDS
 
 SOURCE, DESTINATION, OTHER = 10, 20, 30
 MS, S = 10**6, 10**9
@@ -180,3 +181,16 @@ def test_memory_is_bounded_and_what_was_left_out_is_counted() -> None:
     assert len(end.events) <= module.KEPT_EVENTS and end.thinned > 0
     assert end.events[0] == logging(SOURCE, MS) and end.events[-1].begin_ns == 2 * S
     assert len(end.events) + end.thinned == 1 + 7 * (module.KEPT_EVENTS // 6) + 2
+
+
+def test_every_kind_of_event_of_a_process_is_kept() -> None:
+    tracks = begun()
+    seen: list[AnyEvent] = []
+    for kind in KINDS:
+        if kind.stream:
+            values = {"pid": SOURCE, "tid": 11, "name": "t", "local": "", "remote": ""}
+            fields = [values.get(name, 0) for name in kind.event.__struct_fields__ if name in values or name != "stack"]
+            seen.append(kind.event(*fields[: len(kind.event.__struct_fields__) - len(kind.event.__struct_defaults__)]))  # type: ignore[arg-type]
+    tracks.saw(seen, MS)
+    (kept,) = [e for e in tracks.abandon() if SOURCE in e.pids]
+    assert kept.events == seen

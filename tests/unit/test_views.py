@@ -24,6 +24,7 @@ from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.schema import schema_of
 from ebpf_mig.events import Mark, Socket, Target, Thread
+from ebpf_mig.joining import read_both
 from ebpf_mig.manpage import page
 from ebpf_mig.recording import RecordingWriter, read_recording
 from ebpf_mig.redact import redacted
@@ -171,3 +172,15 @@ def test_every_file_that_is_no_code_is_packaged() -> None:
     packaged = {path for pattern in patterns for path in package.glob(pattern)}
     others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}}
     assert others == packaged
+
+
+def test_no_name_of_either_host_is_left_in_a_joined_recording() -> None:
+    hosts = ROOT / "tests/data/hosts"
+    both = read_both(str(hosts / "source.rec"), str(hosts / "destination.rec"))
+    assert both.header.remote is not None
+    named = msgspec.structs.replace(both.header, remote=msgspec.structs.replace(both.header.remote, host="secret-far"))
+    clean = redacted(msgspec.structs.replace(both, header=named))
+    assert clean.header.remote is not None and clean.header.remote.host == "host-2"
+    text = msgspec.json.encode(clean.header)
+    for secret in (both.header.host, "secret-far", both.header.boot_id, both.header.remote.boot_id):
+        assert not secret or f'"{secret}"'.encode() not in text
