@@ -19,21 +19,21 @@ from pathlib import Path
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands import tracing
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.commands import run
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.recording import read_recording
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 
 def run_once(directory: Path, scenario: Scenario, binary: str | None) -> Breakdown:
     """One traced demo migration."""
     path = str(directory / "run.rec")
-    writer = functools.partial(tracing.open_recording, path, "accuracy", force=True)
+    writer = functools.partial(run.open_recording, path, "accuracy", force=True)
     with QemuPair(scenario, binary) as pair:
         time.sleep(0.3)
         with closing(QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())) as migration:
-            tracing.trace_migration(migration, 60, writer)
+            run.trace_migration(migration, 60, writer)
     recording = read_recording(path)
     return analyse(recording.header, recording.events, truncated=recording.truncated)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 
-from ebpf_mig import kvm as numbers
+from ebpf_mig.linux import kvm as numbers
 from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu, Vm
 

@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 
-from ebpf_mig.commands import tracing
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.commands import run
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 
 _CHUNK = 1 << 20
 _WAITING = 64
@@ -83,8 +83,8 @@ def main() -> None:
         time.sleep(0.3)
         migration = Relayed(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options(), delay_s)
         with contextlib.closing(migration):
-            writer = functools.partial(tracing.open_recording, recording, "delayed", force=False)
-            outcome, _ = tracing.trace_migration(migration, 60, writer)
+            writer = functools.partial(run.open_recording, recording, "delayed", force=False)
+            outcome, _ = run.trace_migration(migration, 60, writer)
     sys.exit(outcome.error or 0)
 
 

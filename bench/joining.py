@@ -26,10 +26,10 @@ from msgspec.structs import replace
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.events import AnyEvent, Ending, OwnCost, Transfer
-from ebpf_mig.joining import joined
-from ebpf_mig.kinds import BY_TYPE
-from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.join.merge import joined
+from ebpf_mig.recording.events import AnyEvent, Ending, OwnCost, Transfer
+from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.recording.kinds import BY_TYPE
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
 HOUR_NS = 3600 * 10**9

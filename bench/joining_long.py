@@ -23,13 +23,13 @@ from msgspec.structs import replace
 
 from bench.joining import side_of
 from bench.reading import MILLION, SEED, begin_of, peak_bytes, precopy_of, stretched, switchover_of
+from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.sockets import mirrors
 from ebpf_mig.collector import analyse
-from ebpf_mig.events import AnyEvent, Ioctl, Segment, Transfer
-from ebpf_mig.folding import run_of
-from ebpf_mig.joining import read_both
-from ebpf_mig.processes import split
-from ebpf_mig.recording import Recording, RecordingWriter, read_recording
-from ebpf_mig.sockets import mirrors
+from ebpf_mig.join.merge import read_both
+from ebpf_mig.recording.coalesce import run_of
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Segment, Transfer
+from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
 
 FETCH_EVERY = 10
 """The seed's pre-copy lasts 20 ms; the log is fetched in each tenth repetition only."""

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ebpf_mig.events import Ending, Ioctl
-from ebpf_mig.recording import read_recording
+from ebpf_mig.recording.events import Ending, Ioctl
+from ebpf_mig.recording.file import read_recording
 
 PROGRAM = [sys.executable, "-m", "ebpf_mig"]
 SCRIPT = Path(__file__).with_name("same_signals.bt")

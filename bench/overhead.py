@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from bench.observers import OTHERS, OURS, Observer, Watched
-from ebpf_mig.events import Mark
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.compare.stats import bootstrap_interval
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.stats import bootstrap_interval
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.recording.events import Mark
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 KINDS = {"dirty-log": 1000, "run": 300, "send": 500, "getppid": 2000}
 """Calls of one batch, by kind of `bench.calls`."""

@@ -23,14 +23,14 @@ from typing import Any
 
 import msgspec
 
-from ebpf_mig import fetches
+from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.switchover import find
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.events import AnyEvent, Ending, Header, Mark, Socket, Thread, Transfer, VcpuState
-from ebpf_mig.kinds import BY_TYPE
-from ebpf_mig.processes import split
-from ebpf_mig.recording import RecordingWriter, read_recording
-from ebpf_mig.switchover import find
+from ebpf_mig.recording.events import AnyEvent, Ending, Header, Mark, Socket, Thread, Transfer, VcpuState
+from ebpf_mig.recording.file import RecordingWriter, read_recording
+from ebpf_mig.recording.kinds import BY_TYPE
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
 SEED = DATA / "qemu-11.1-3vcpus.rec"
@@ -59,7 +59,7 @@ def precopy_of(header: Header, events: list[AnyEvent]) -> tuple[int, int]:
         raise ValueError("the recording has no source")
     process = split(header, events).processes[source.pid]
     found = find(process, None, process.transfers, ())
-    begin = fetches.switched_on(process, None)
+    begin = dirty_log.switched_on(process, None)
     if begin is None or found is None:
         raise ValueError("the recording has no switchover, or its log was on all the time")
     return begin, min([*found.kicks.values(), found.stop])

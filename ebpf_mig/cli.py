@@ -20,10 +20,10 @@ from types import FrameType
 
 import click
 
-from ebpf_mig.commands.common import examples
+from ebpf_mig.commands.options import examples
 from ebpf_mig.commands.version import version_line
 from ebpf_mig.errors import EbpfMigError
-from ebpf_mig.printable import printable
+from ebpf_mig.text import printable
 
 COMMANDS = (
     "demo", "migrate", "record", "report", "join", "export", "bench", "diff", "watch", "exporter", "doctor", "schema",

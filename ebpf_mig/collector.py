@@ -16,23 +16,28 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-from ebpf_mig import (
-    crossing,
-    fetches,
+from ebpf_mig.analysis import (
+    completeness,
+    dirty_log,
+    fetch_split,
     flight,
-    inside,
-    own_parts,
-    pausing,
+    pause,
     phases,
-    processes,
     roles,
-    served,
     sockets,
-    verdict,
     waits,
-    witness,
+    witnesses,
 )
-from ebpf_mig.activity import PAGE, Work
+from ebpf_mig.analysis import postcopy as served
+from ebpf_mig.analysis import process as processes
+from ebpf_mig.analysis.attribution import attribute
+from ebpf_mig.analysis.completeness import measured
+from ebpf_mig.analysis.dirty_log import Burst
+from ebpf_mig.analysis.migration import Case, locate, postcopy
+from ebpf_mig.analysis.passes import DirtyLogRows
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.source_work import PAGE, Work
+from ebpf_mig.analysis.waits import Party
 from ebpf_mig.breakdown import (
     IMMEDIATE,
     Breakdown,
@@ -47,14 +52,9 @@ from ebpf_mig.breakdown import (
     Wire,
     Witness,
 )
-from ebpf_mig.case import Case, locate, postcopy
-from ebpf_mig.events import AnyEvent, Header
-from ebpf_mig.fetches import Burst
-from ebpf_mig.passes import DirtyLogRows
-from ebpf_mig.processes import Process
-from ebpf_mig.verdict import measured
-from ebpf_mig.waits import Party
-from ebpf_mig.window import attribute
+from ebpf_mig.join import error_bounds
+from ebpf_mig.recording.events import AnyEvent, Header
+from ebpf_mig.vmm.cloud_hypervisor import log_parts
 
 _tid = attrgetter("tid")
 
@@ -114,14 +114,14 @@ def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown
         wire=wires,
         waits=_waits(case, window, parts),
         witnesses=_witnesses(case, window, parts, wires),
-        completeness=verdict.completeness(material, case.source, case.destination, truncated, unknown, window),
+        completeness=completeness.completeness(material, case.source, case.destination, truncated, unknown, window),
         clock=Clock(),
         notes=_notes(case, window, work),
-        pausing=pausing.observe(case.source, case.switchover),
+        pausing=pause.observe(case.source, case.switchover),
         postcopy=served.observe(case),
     )
     if header.remote is not None:
-        breakdown = crossing.bounded(breakdown, header.remote, origin)
+        breakdown = error_bounds.bounded(breakdown, header.remote, origin)
     return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
 
 
@@ -130,7 +130,7 @@ def _mode(case: Case) -> str:
         return "unknown"
     if postcopy(case):
         return "postcopy"
-    if case.bursts or fetches.switched_on(case.source, None) is not None:
+    if case.bursts or dirty_log.switched_on(case.source, None) is not None:
         return "precopy"
     return "local" if case.switchover and case.channels.transport == "unix" else "unknown"
 
@@ -143,7 +143,7 @@ def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
         mode=_mode(case),
         transport=case.channels.transport,
         connections=case.channels.connections,
-        result=verdict.result(case.material, case.switchover),
+        result=completeness.result(case.material, case.switchover),
         source=_endpoint(case, case.source),
         destination=_endpoint(case, case.destination),
         total_ns=window[1] - case.began if window and case.began is not None else None,
@@ -212,7 +212,7 @@ def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -
     )
     last = rows.last(until)
     took = {part.phase: part.duration_ns for part in parts}
-    logging = fetches.switched_on(case.source, stop) is not None
+    logging = dirty_log.switched_on(case.source, stop) is not None
     final = None
     if work is not None and (last or work.memory):
         final = FinalFetch(
@@ -222,12 +222,12 @@ def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -
             bytes=sum(t.bytes for t in work.memory if stop is not None and t.begin_ns >= stop),
             send_ns=took["memory.send"],
             user_off_cpu_ns=rows.user_off_cpu([s for part in parts if part.phase == "fetch.user" for s in part.spans]),
-            split=inside.split([i for burst in last for i in burst.ioctls], rows.samples),
+            split=fetch_split.split([i for burst in last for i in burst.ioctls], rows.samples),
             rearm=rows.rearm(until),
         )
     return DirtyLog(
-        mode=fetches.mode(bursts, logging, stop),
-        slots=fetches.slots(case.source, bursts),
+        mode=dirty_log.mode(bursts, logging, stop),
+        slots=dirty_log.slots(case.source, bursts),
         passes=rows.passes(),
         final=final,
         fetches=rows.final(until),
@@ -248,10 +248,10 @@ def _witnesses(
     if case.switchover is None:
         return []
     pids = (case.source.pid if case.source else None, case.destination.pid if case.destination else None)
-    found = witness.gather(case.material.marks, case.switchover, pids)
-    paused = pausing.observe(case.source, case.switchover)
-    own = own_parts.explained(found, case, window, paused.kicked_late_ns if paused else 0)
-    return own + own_parts.gather(case, window, parts, wires)
+    found = witnesses.gather(case.material.marks, case.switchover, pids)
+    paused = pause.observe(case.source, case.switchover)
+    own = log_parts.explained(found, case, window, paused.kicked_late_ns if paused else 0)
+    return own + log_parts.gather(case, window, parts, wires)
 
 
 def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> list[Wait] | None:
@@ -261,7 +261,7 @@ def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> li
     parties: list[Party] = []
     if case.source is not None:
         senders = frozenset(map(_tid, case.sends))
-        drivers = fetches.fetchers(case.source) & senders or senders
+        drivers = dirty_log.fetchers(case.source) & senders or senders
         aborted = case.switchover is not None and case.switchover.kind == "aborted"
         parties.append(Party(case.source, "both" if aborted else "source", drivers, senders))
     if case.destination is not None:

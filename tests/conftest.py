@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.probes import btf
+from ebpf_mig.linux import btf
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in the background of a shell; what the tests start would ignore it, too, and Ctrl-C could not be tested.

@@ -24,18 +24,18 @@ import click
 import msgspec
 
 from ebpf_mig import __version__
-from ebpf_mig.benchmark import Benchmark, Run, encode
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands import tracing
-from ebpf_mig.commands.common import DURATION, examples, write_result
+from ebpf_mig.commands import run as tracing
+from ebpf_mig.commands.options import DURATION, examples, write_result
+from ebpf_mig.compare.benchmark import Benchmark, Run, encode
 from ebpf_mig.errors import RecordingError, UsageError, VmmError
-from ebpf_mig.lab.catalogue import CATALOGUE, named
-from ebpf_mig.lab.process import private_directory
-from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.recording import read_recording
-from ebpf_mig.report.comparison import bench_table
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.lab.scenarios import CATALOGUE, named
+from ebpf_mig.linux.process import private_directory
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.report.compare import bench_table
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 PLACEHOLDER = "{recording}"
 _WARM_UP_S = 0.3

@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from ebpf_mig.commands.common import examples, write_result
+from ebpf_mig.commands.options import examples, write_result
 from ebpf_mig.errors import UsageError
 
 VARIABLE = "_EBPF_MIG_COMPLETE"

@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from ebpf_mig.commands import both, tracing
-from ebpf_mig.commands.common import DURATION, RATE, SIZE, color_option, examples, format_option, strict_option
+from ebpf_mig.commands import run as tracing
+from ebpf_mig.commands import two_hosts as both
+from ebpf_mig.commands.options import DURATION, RATE, SIZE, color_option, examples, format_option, strict_option
 from ebpf_mig.errors import RecordingError, UsageError
-from ebpf_mig.lab.cloud_hypervisor import ChPair
-from ebpf_mig.lab.link import Link
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.recorder import Recorder
-from ebpf_mig.recording import Recording
+from ebpf_mig.recording.file import Recording
+from ebpf_mig.tracing.recorder import Recorder
 from ebpf_mig.vmm.base import Migration, Outcome
-from ebpf_mig.vmm.cloud_hypervisor import ChMigration
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.vmm.cloud_hypervisor.lab import ChPair
+from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 _WARM_UP_S = 0.3
 

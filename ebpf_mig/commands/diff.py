@@ -13,12 +13,12 @@ from pathlib import Path
 import click
 import msgspec
 
-from ebpf_mig.benchmark import Benchmark, decode, of_recording
-from ebpf_mig.commands.common import examples, format_option, write_result
-from ebpf_mig.compare import Difference, Ruling, compare, parse_condition, rule
+from ebpf_mig.commands.options import examples, format_option, write_result
+from ebpf_mig.compare.benchmark import Benchmark, decode, of_recording
+from ebpf_mig.compare.diff import Difference, Ruling, compare, parse_condition, rule
 from ebpf_mig.errors import RegressionError, UsageError
-from ebpf_mig.printable import printable
-from ebpf_mig.recording_format import MAGIC
+from ebpf_mig.recording.format import MAGIC
+from ebpf_mig.text import printable
 
 _MAX_BYTES = 1 << 30
 
@@ -52,7 +52,7 @@ def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     if form == "json":
         write_result(_json(differences, rulings))
     else:
-        from ebpf_mig.report.comparison import diff_table
+        from ebpf_mig.report.compare import diff_table
 
         write_result(diff_table((a, b), (before, after), differences))
         for ruling in rulings:
@@ -74,7 +74,7 @@ def load(name: str) -> Benchmark:
     if not data.startswith(MAGIC):
         return decode(data, printable(name))
     from ebpf_mig.collector import analyse
-    from ebpf_mig.recording import read_recording
+    from ebpf_mig.recording.file import read_recording
 
     recording = read_recording(data)
     if recording.truncated:

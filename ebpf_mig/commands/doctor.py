@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 import click
 
-from ebpf_mig.commands.common import examples, write_result
+from ebpf_mig.commands.doctor_checks import MISSING, Check, checks
+from ebpf_mig.commands.options import examples, write_result
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.printable import printable
-from ebpf_mig.probes.features import MISSING, Check, checks
+from ebpf_mig.text import printable
 
 _SIGNS = {"ok": "ok     ", "warn": "warning", "missing": "MISSING"}
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import click
 
-from ebpf_mig import fleet
-from ebpf_mig.commands.common import examples, strict_option, write_result
+from ebpf_mig.commands.options import examples, strict_option, write_result
 from ebpf_mig.errors import IncompleteError, RecordingError, UsageError
-from ebpf_mig.fleet import Row
-from ebpf_mig.printable import printable
-from ebpf_mig.redact import Names, redacted
+from ebpf_mig.recording.redact import Names, redacted
+from ebpf_mig.report import tables
+from ebpf_mig.report.tables import Row
+from ebpf_mig.text import printable
 
 _WRITERS: dict[str, Callable[[dict[str, type], Sequence[Row]], bytes]] = {
-    "parquet": fleet.to_parquet,
-    "csv": fleet.to_csv,
+    "parquet": tables.to_parquet,
+    "csv": tables.to_csv,
 }
 _EXAMPLES = examples(
     "ebpf-mig export /var/lib/ebpf-mig -o tables",
@@ -51,7 +51,7 @@ def command(directory: str, form: str, output: str, force: bool, redact: bool, s
     Reads every *.rec below DIR. The columns are described in docs/fleet.md.
     """
     if form == "parquet":
-        fleet.require_parquet()
+        tables.require_parquet()
     names = {what: os.path.join(output, f"{what}.{form}") for what in ("migrations", "phases")}  # noqa: PTH118
     for name in names.values():
         if not force and os.path.lexists(name):
@@ -64,8 +64,8 @@ def command(directory: str, form: str, output: str, force: bool, redact: bool, s
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make {printable(output)}: {error.strerror}") from error
-    write_result(_WRITERS[form](fleet.MIGRATIONS, migrations), names["migrations"], force=force)
-    write_result(_WRITERS[form](fleet.PHASES, phases), names["phases"], force=force)
+    write_result(_WRITERS[form](tables.MIGRATIONS, migrations), names["migrations"], force=force)
+    write_result(_WRITERS[form](tables.PHASES, phases), names["phases"], force=force)
     _say(f"{len(migrations)} migrations in {names['migrations']}, {len(phases)} phases in {names['phases']}")
     bad = [row for row in migrations if row["verdict"] in {"incomplete", "unreadable"}]
     if strict and bad:
@@ -83,7 +83,7 @@ def _tables(directory: Path, files: Sequence[Path], redact: bool) -> tuple[list[
         except RecordingError as error:
             _say(str(error))
             why = "redacted" if redact else printable(str(error))
-            migration, its_phases = fleet.unreadable_row(name, why), []
+            migration, its_phases = tables.unreadable_row(name, why), []
         migrations.append(migration)
         phases += its_phases
     return migrations, phases
@@ -91,14 +91,14 @@ def _tables(directory: Path, files: Sequence[Path], redact: bool) -> tuple[list[
 
 def _rows(name: str, file: Path, names: Names | None) -> tuple[Row, list[Row]]:
     from ebpf_mig.collector import analyse
-    from ebpf_mig.recording import read_recording
+    from ebpf_mig.recording.file import read_recording
 
     recording = read_recording(file)
     if names is not None:
         recording = redacted(recording, names)
     breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
-    migration, phases = fleet.migration_row(name, recording.header, breakdown), fleet.phase_rows(name, breakdown)
-    if not fleet.fits([migration, *phases]):
+    migration, phases = tables.migration_row(name, recording.header, breakdown), tables.phase_rows(name, breakdown)
+    if not tables.fits([migration, *phases]):
         raise RecordingError(f"{printable(str(file))}: its figures are beyond 64 bits")
     return migration, phases
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import click
 import msgspec
 
-from ebpf_mig.commands.common import SIZE, examples, say
+from ebpf_mig.commands.options import SIZE, examples, say
 from ebpf_mig.commands.watch import DIRECTORY
 from ebpf_mig.errors import PreflightError, UsageError
-from ebpf_mig.exporter import privileges
-from ebpf_mig.exporter.child import Options, start
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Message, Reload
+from ebpf_mig.exporter.spawn import Options, start
 from ebpf_mig.exporter.store import Store
-from ebpf_mig.exporter.trace import Trace
-from ebpf_mig.printable import printable
+from ebpf_mig.linux import privileges
+from ebpf_mig.report.otel_spans import Trace
+from ebpf_mig.text import printable
 
 PORT = 9974
 _DRAIN_S = 10.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ebpf_mig.commands.common import (
+from ebpf_mig.commands.options import (
     DURATION,
     color_option,
     examples,
@@ -19,7 +19,7 @@ from ebpf_mig.commands.common import (
 )
 from ebpf_mig.commands.report import FORMATS, Source, require_complete, warn
 from ebpf_mig.errors import UsageError
-from ebpf_mig.joining import Hint
+from ebpf_mig.join.merge import Hint
 
 _EXAMPLES = examples(
     "ebpf-mig join source.rec destination.rec",
@@ -83,10 +83,10 @@ def command(
     FIRST and SECOND are recordings that `record` made on the two hosts of one migration, in any order.
     """
     from ebpf_mig.collector import analyse
-    from ebpf_mig.folding import read_folded
-    from ebpf_mig.joining import joined
-    from ebpf_mig.printable import printable
-    from ebpf_mig.recording import RecordingWriter
+    from ebpf_mig.join.merge import joined
+    from ebpf_mig.recording.coalesce import read_folded
+    from ebpf_mig.recording.file import RecordingWriter
+    from ebpf_mig.text import printable
 
     if recording is not None and recording == output:
         raise UsageError("the report and the joined recording cannot be one file", "give them two names")

@@ -8,13 +8,13 @@ import functools
 
 import click
 
-from ebpf_mig.commands import both, tracing
-from ebpf_mig.commands.common import DURATION, RATE, color_option, examples, format_option, strict_option
+from ebpf_mig.commands import run, two_hosts
+from ebpf_mig.commands.options import DURATION, RATE, color_option, examples, format_option, strict_option
 from ebpf_mig.errors import UsageError
-from ebpf_mig.joining import Hint
+from ebpf_mig.join.merge import Hint
 from ebpf_mig.vmm.base import Elsewhere
-from ebpf_mig.vmm.cloud_hypervisor import ChMigration, ChOptions
-from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
+from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration, ChOptions
+from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 
 _QEMU_EXAMPLES = (
     examples(
@@ -45,9 +45,9 @@ def command() -> None:
 @click.option("--bandwidth", type=RATE, help="Set QEMU's max-bandwidth, e.g. 10Gbit; 0: unlimited.")
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Cancel the migration after this.")
-@both.elsewhere_options
-@tracing.recording_options
-@tracing.tier_option
+@two_hosts.elsewhere_options
+@run.recording_options
+@run.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -73,24 +73,24 @@ def qemu(
     strict: bool,
 ) -> None:
     """Migrate a QEMU VM through QMP."""
-    tracing.check_output(output, force)
+    run.check_output(output, force)
     downtime_ms = None if downtime_limit is None else downtime_limit // 10**6
     options = QemuOptions(bandwidth, downtime_ms, multifd, postcopy)
-    way = both.way_of(source_host, destination_host, remote_command, remote_tool)
+    way = two_hosts.way_of(source_host, destination_host, remote_command, remote_tool)
     if way is not None:
 
         def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> QemuMigration:
             return QemuMigration(near, far, uri, options, remote)
 
-        names = both.file_names(output, "migrate", force)
+        names = two_hosts.file_names(output, "migrate", force)
         sockets = {"source": source, "destination": destination}
-        met = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
-        both.conclude(met, names, form, color, hint, strict=strict)
+        met = two_hosts.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        two_hosts.conclude(met, names, form, color, hint, strict=strict)
         return
-    open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
+    open_writer = functools.partial(run.open_recording, output, "migrate", force=force)
     with contextlib.closing(QemuMigration(source, destination, uri, options)) as migration:
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
-    tracing.conclude(outcome, tracing.show(name, form, color), strict)
+        outcome, name = run.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
+    run.conclude(outcome, run.show(name, form, color), strict)
 
 
 _CH_EXAMPLES = (
@@ -122,9 +122,9 @@ The destination is a Cloud Hypervisor started with --api-socket alone."""
 @click.option("--source-events", metavar="FILE", help="What the source's --event-monitor writes.")
 @click.option("--destination-events", metavar="FILE", help="The same of the destination.")
 @click.option("--timeout", type=DURATION, default="10m", show_default=True, help="Stop waiting after this.")
-@both.elsewhere_options
-@tracing.recording_options
-@tracing.tier_option
+@two_hosts.elsewhere_options
+@run.recording_options
+@run.tier_option
 @format_option("text", "json")
 @color_option
 @strict_option
@@ -156,13 +156,13 @@ def cloud_hypervisor(
     strict: bool,
 ) -> None:
     """Migrate a Cloud Hypervisor VM through its HTTP API."""
-    tracing.check_output(output, force)
+    run.check_output(output, force)
     postcopy = memory_mode == "postcopy"
     options = ChOptions(
         local, downtime_ms, timeout_s, connections, tls_dir, postcopy,
         source_log, destination_log, source_events, destination_events,
     )  # fmt: skip
-    way = both.way_of(source_host, destination_host, remote_command, remote_tool)
+    way = two_hosts.way_of(source_host, destination_host, remote_command, remote_tool)
     if way is not None:
         if {"source": source_events, "destination": destination_events}[way[0]]:
             why = "events of a VMM elsewhere have no stamps on a clock that is known"
@@ -171,12 +171,12 @@ def cloud_hypervisor(
         def connect(near: str, far: str, remote: tuple[str, Elsewhere]) -> ChMigration:
             return ChMigration(near, far, url, options, remote)
 
-        names = both.file_names(output, "migrate", force)
+        names = two_hosts.file_names(output, "migrate", force)
         sockets = {"source": source, "destination": destination}
-        met = both.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
-        both.conclude(met, names, form, color, hint, strict=strict)
+        met = two_hosts.across(way, sockets, connect, timeout / 10**9, names, tier=tier, force=force)
+        two_hosts.conclude(met, names, form, color, hint, strict=strict)
         return
-    open_writer = functools.partial(tracing.open_recording, output, "migrate", force=force)
+    open_writer = functools.partial(run.open_recording, output, "migrate", force=force)
     with contextlib.closing(ChMigration(source, destination, url, options)) as migration:
-        outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
-    tracing.conclude(outcome, tracing.show(name, form, color), strict)
+        outcome, name = run.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
+    run.conclude(outcome, run.show(name, form, color), strict)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import click
 
-from ebpf_mig.commands import tracing
-from ebpf_mig.commands.common import DURATION, examples
+from ebpf_mig.commands import run
+from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
-from ebpf_mig.events import AnyEvent, Target
-from ebpf_mig.session import Session
-from ebpf_mig.vmm.behind import process_behind
-from ebpf_mig.watch import MigrationWatch
+from ebpf_mig.recording.events import AnyEvent, Target
+from ebpf_mig.tracing.lifecycle import MigrationWatch
+from ebpf_mig.tracing.session import Session
+from ebpf_mig.vmm.identify import process_behind
 
 _AFTER_COMMAND_NS = 1_000_000_000
 """The destination may start a little after the command that migrates has returned."""
@@ -34,8 +34,8 @@ _EXAMPLES = examples(
 @click.option("--api-socket", metavar="PATH", help="Instead of --pid: the VMM's QMP or API socket, to find it by.")
 @click.option("--until-eof", is_flag=True, help="End when standard input does: with the ssh that started us.")
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
-@tracing.recording_options
-@tracing.tier_option
+@run.recording_options
+@run.tier_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def command(
     pids: Sequence[int],
@@ -58,16 +58,16 @@ def command(
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=True)]
     with Session(targets, tier) as session:
         header = session.arm()
-        with tracing.open_recording(output, "record", header, force) as (writer, where):
+        with run.open_recording(output, "record", header, force) as (writer, where):
             child = _start(command)
-            tracing.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
+            run.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
             reason = "interrupted"
             try:
                 reason = session.pump(writer, _until(pids, duration, child, until_eof))
             finally:
                 session.finish(writer, reason)
                 _stop(child)
-                tracing.say(f"{reason}; look at it with: ebpf-mig report {where}")
+                run.say(f"{reason}; look at it with: ebpf-mig report {where}")
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
@@ -108,7 +108,7 @@ def _until(
         nonlocal ended
         watch.saw(events)
         now = time.monotonic_ns()
-        verdict = watch.verdict(now, [pid for pid in pids if tracing.is_alive(pid)])
+        verdict = watch.verdict(now, [pid for pid in pids if run.is_alive(pid)])
         if verdict is not None:
             return verdict
         if duration_ns is not None and now - begin >= duration_ns:

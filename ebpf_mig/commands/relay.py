@@ -9,7 +9,7 @@ import socket
 
 import click
 
-from ebpf_mig.commands.common import examples
+from ebpf_mig.commands.options import examples
 from ebpf_mig.errors import VmmError
 
 _CHUNK = 1 << 16

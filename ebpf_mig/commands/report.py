@@ -16,8 +16,9 @@ from typing import NamedTuple
 import click
 import msgspec
 
+from ebpf_mig.analysis.whatif import Wishes
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.commands.common import (
+from ebpf_mig.commands.options import (
     RATE,
     color_option,
     examples,
@@ -28,9 +29,8 @@ from ebpf_mig.commands.common import (
 )
 from ebpf_mig.commands.terminal import canvas_for
 from ebpf_mig.errors import IncompleteError, UsageError
-from ebpf_mig.printable import printable
-from ebpf_mig.recording import Recording
-from ebpf_mig.whatif import Wishes
+from ebpf_mig.recording.file import Recording
+from ebpf_mig.text import printable
 
 EPILOG = examples(
     "ebpf-mig report vm1.rec",
@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
 
 def _text(source: Source, output: str, color: str) -> str:
-    from ebpf_mig.report import what_if
+    from ebpf_mig.report import whatif as what_if
 
     return rendered(source.breakdown, "text", output, color) + what_if.text(source.breakdown)
 
@@ -59,13 +59,15 @@ def _json(source: Source, output: str, color: str) -> str:
 
 
 def _html(source: Source, output: str, color: str) -> str:  # noqa: ARG001
-    from ebpf_mig.report import html, lanes
+    from ebpf_mig.analysis import lanes
+    from ebpf_mig.report import html
 
     return html.render(source.breakdown, lanes.view(source.recording.header, source.recording.events))
 
 
 def _perfetto(source: Source, output: str, color: str) -> bytes:  # noqa: ARG001
-    from ebpf_mig.report import lanes, perfetto
+    from ebpf_mig.analysis import lanes
+    from ebpf_mig.report import perfetto
 
     header = source.recording.header
     return perfetto.render(source.breakdown, header, lanes.view(header, source.recording.events))
@@ -123,7 +125,7 @@ def command(
     wanted = parse_wishes(wishes)
     source = _source(file, redact)
     if wishes:
-        from ebpf_mig import whatif
+        from ebpf_mig.analysis import whatif
 
         predicted = whatif.predict(source.recording.header, source.recording.events, source.breakdown, wanted)
         source = source._replace(breakdown=msgspec.structs.replace(source.breakdown, what_if=predicted))
@@ -188,8 +190,8 @@ def _share(value: str, text: str) -> Fraction:
 
 def _source(file: str, redact: bool) -> Source:
     from ebpf_mig.collector import analyse
-    from ebpf_mig.recording import read_recording
-    from ebpf_mig.redact import redacted
+    from ebpf_mig.recording.file import read_recording
+    from ebpf_mig.recording.redact import redacted
 
     recording = read_recording(sys.stdin.buffer if file == "-" else file)
     warn(file, recording)

@@ -9,11 +9,11 @@ from typing import Any
 import click
 import msgspec
 
-from ebpf_mig.benchmark import SCHEMA as BENCH
-from ebpf_mig.benchmark import Benchmark
 from ebpf_mig.breakdown import SCHEMA as BREAKDOWN
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.commands.common import examples, write_result
+from ebpf_mig.commands.options import examples, write_result
+from ebpf_mig.compare.benchmark import SCHEMA as BENCH
+from ebpf_mig.compare.benchmark import Benchmark
 
 _KINDS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "breakdown": (Breakdown, BREAKDOWN),

@@ -9,12 +9,12 @@ import time
 import click
 import msgspec
 
-from ebpf_mig.commands.common import SIZE, examples, format_option, say
+from ebpf_mig.commands.options import SIZE, examples, format_option, say
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Observation
 from ebpf_mig.exporter.store import Store
-from ebpf_mig.printable import printable
+from ebpf_mig.text import printable
 
 DIRECTORY = "/var/lib/ebpf-mig"
 

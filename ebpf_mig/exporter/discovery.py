@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebpf_mig.probes.threads import in_kvm_run, threads_of
+from ebpf_mig.linux.procfs import in_kvm_run, threads_of
 from ebpf_mig.vmm.base import vmm_named
 
 _KVM_VM = "anon_inode:kvm-vm"

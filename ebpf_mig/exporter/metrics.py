@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from ebpf_mig.breakdown import PHASES
 from ebpf_mig.exporter.observation import DELAYS_S, RESULTS, ROLES, VMMS, Observation, Status
-from ebpf_mig.printable import printable
+from ebpf_mig.text import printable
 
 VMS = 256
 VM_SECONDS = 900.0

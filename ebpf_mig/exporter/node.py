@@ -17,18 +17,18 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ebpf_mig.events import AnyEvent, Ending, Target
 from ebpf_mig.exporter import discovery, footprint
-from ebpf_mig.exporter.analysis import Analysis, Case
+from ebpf_mig.exporter.analysis_queue import Analysis, Case
 from ebpf_mig.exporter.discovery import Vm
-from ebpf_mig.exporter.handover import load_apart
+from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.observation import DELAYS_S, Status
 from ebpf_mig.exporter.store import Store
-from ebpf_mig.exporter.tracks import Ended, Tracks
-from ebpf_mig.probes.node import Sign
-from ebpf_mig.probes.symbols import Symbols
-from ebpf_mig.session import header_for
+from ebpf_mig.exporter.tracker import Ended, Tracks
+from ebpf_mig.linux.kallsyms import Symbols
+from ebpf_mig.probes.trigger import Sign
+from ebpf_mig.recording.events import AnyEvent, Ending, Target
+from ebpf_mig.tracing.session import header_for
 
 IDLE_MS = 1000
 ARMED_MS = 20

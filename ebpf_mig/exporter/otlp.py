@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import PreflightError, UsageError
-from ebpf_mig.exporter.trace import Span, Trace
-from ebpf_mig.printable import printable
+from ebpf_mig.report.otel_spans import Span, Trace
+from ebpf_mig.text import printable
 
 try:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -22,12 +22,12 @@ import msgspec
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import EbpfMigError
-from ebpf_mig.exporter import privileges
-from ebpf_mig.exporter.child import Options
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Message, Observation, Reload
-from ebpf_mig.exporter.trace import Trace
+from ebpf_mig.exporter.spawn import Options
 from ebpf_mig.exporter.web import Web
+from ebpf_mig.linux import privileges
+from ebpf_mig.report.otel_spans import Trace
 
 if TYPE_CHECKING:
     from ebpf_mig.exporter.otlp import Sender

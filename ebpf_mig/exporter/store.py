@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebpf_mig.errors import UsageError
-from ebpf_mig.events import AnyEvent, Header
-from ebpf_mig.printable import printable
-from ebpf_mig.recording import RecordingWriter
+from ebpf_mig.recording.events import AnyEvent, Header
+from ebpf_mig.recording.file import RecordingWriter
+from ebpf_mig.text import printable
 
 _OURS = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9]+\.rec")
 """Only files with such names are ever removed."""

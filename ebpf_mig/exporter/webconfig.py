@@ -22,7 +22,7 @@ from typing import Any
 
 from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.exporter.web import Authorise
-from ebpf_mig.printable import printable
+from ebpf_mig.text import printable
 
 _EXTRA = "pip install 'ebpf-mig[web]', or apt-get install python3-yaml python3-bcrypt"
 _TLS_KEYS = {"cert_file", "key_file", "client_ca_file", "client_auth_type", "min_version", "max_version"}

@@ -7,9 +7,9 @@ import fcntl
 import os
 from dataclasses import dataclass
 
-from ebpf_mig import kvm
 from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.lab.guest import FIRST_BYTE, build_guest
+from ebpf_mig.linux import kvm
 
 MIB = 1 << 20
 _UNPACED = 10_000

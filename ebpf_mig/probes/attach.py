@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.probes import provoke
-from ebpf_mig.probes.functions import AUTO, NAMES, Choice, Chooser
-from ebpf_mig.probes.handed import Description, Handed
-from ebpf_mig.probes.hooks import TRACEPOINT, Hook
+from ebpf_mig.probes import selftest
+from ebpf_mig.probes.hook import TRACEPOINT, Hook
+from ebpf_mig.probes.inherited import Description, Handed
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
+from ebpf_mig.probes.tiers import AUTO, NAMES, Choice, Chooser
 
 FAMILY = "trace.bpf.c"
 KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
@@ -181,7 +181,7 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
     if not statistics.enabled:
         doubtful = {s: f"{t} (not verified)" for s, t in plan.tiers.items() if s in (*KVM_SIGNALS, "socket")}
         return plan.tiers | doubtful
-    provoke.everything()
+    selftest.everything()
     ran = plan.program.run_statistics()
     # A function that only somebody else's VM came through as it was tried is silent now; another of its kind is not.
     alive = {(hook.one_of, hook.program) for hook in plan.hooks if hook.one_of and ran[hook.key][1]}

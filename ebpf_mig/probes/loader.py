@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.probes import kernelcalls
-from ebpf_mig.probes.handed import Attachments, Description, Map
-from ebpf_mig.probes.hooks import TRACEPOINT, Hook, run_statistics
+from ebpf_mig.linux import bpf
+from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
+from ebpf_mig.probes.inherited import Attachments, Description, Map
 
 _BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
 _INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
@@ -145,7 +145,7 @@ class Program:
             return
         code = self._bpf.dump_func(hook.program.encode())
         try:
-            fd = kernelcalls.load(code, hook.how, hook.btf_id, module_fd if hook.in_module else 0)
+            fd = bpf.load(code, hook.how, hook.btf_id, module_fd if hook.in_module else 0)
             self._attachments.prepare(hook)
         except OSError as error:
             why = f"the kernel refuses {hook.program} as {hook.how} of {hook.target}: {error.strerror}"
@@ -264,7 +264,7 @@ class BpfStatistics:
             return
         libc = ctypes.CDLL(None, use_errno=True)
         attributes = (ctypes.c_uint32 * 1)(0)
-        number = kernelcalls.SYS_BPF.get(os.uname().machine, 0)
+        number = bpf.SYS_BPF.get(os.uname().machine, 0)
         self._fd = libc.syscall(number, _BPF_ENABLE_STATS, attributes, 4) if number else -1
 
     def close(self) -> None:

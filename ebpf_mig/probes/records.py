@@ -11,7 +11,7 @@ import ipaddress
 import struct
 from collections.abc import Callable
 
-from ebpf_mig.events import (
+from ebpf_mig.recording.events import (
     AnyEvent,
     Ioctl,
     Kick,
@@ -26,7 +26,7 @@ from ebpf_mig.events import (
     VcpuSpan,
     VcpuState,
 )
-from ebpf_mig.kinds import KINDS
+from ebpf_mig.recording.kinds import KINDS
 
 THREAD_WORDS = 90
 """Size of `struct thread_state` in u64."""

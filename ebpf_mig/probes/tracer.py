@@ -18,16 +18,17 @@ from pathlib import Path
 
 import msgspec
 
-from ebpf_mig.events import RECURSION_MISSES, AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
-from ebpf_mig.probes import attach, btf
-from ebpf_mig.probes.defines import defines
-from ebpf_mig.probes.functions import AUTO
+from ebpf_mig.linux import btf
+from ebpf_mig.linux.capabilities import require_privilege
+from ebpf_mig.linux.procfs import comm, in_kvm_run, threads_of
+from ebpf_mig.probes import attach
 from ebpf_mig.probes.loader import BpfStatistics
-from ebpf_mig.probes.privilege import require_privilege
-from ebpf_mig.probes.readings import Readings
+from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.polled import Readings
 from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
-from ebpf_mig.probes.sampler import Sampler, cost_ns
-from ebpf_mig.probes.threads import comm, in_kvm_run, threads_of
+from ebpf_mig.probes.stack_sampler import Sampler, cost_ns
+from ebpf_mig.probes.tiers import AUTO
+from ebpf_mig.recording.events import RECURSION_MISSES, AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
 
 _SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
 _MAX_FRAMES = 12

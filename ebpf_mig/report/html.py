@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
+from ebpf_mig.analysis.lanes import Lane, View
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.printable import printable
 from ebpf_mig.report import html_charts as charts
 from ebpf_mig.report import html_tables as tables
-from ebpf_mig.report import what_if
+from ebpf_mig.report import whatif
 from ebpf_mig.report.html_tables import escaped, milliseconds
-from ebpf_mig.report.lanes import Lane, View
+from ebpf_mig.text import printable
 
 _ORDER = ("vcpu", "slot", "ioctl", "socket", "segment", "wait", "mark")
 _LEGEND = {
@@ -49,7 +49,7 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
     yield from tables.facts(b)
     for name, section in (
         ("Where it went", tables.waterfall(b)),
-        ("What if", what_if.html(b)),
+        ("What if", whatif.html(b)),
         ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),
         ("Final dirty-log fetch", itertools.chain(charts.split(b), tables.fetch(b))),

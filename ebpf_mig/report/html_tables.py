@@ -11,9 +11,9 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 
 from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
-from ebpf_mig.printable import printable
-from ebpf_mig.reference import REARM
-from ebpf_mig.report import doubt
+from ebpf_mig.report import bounds
+from ebpf_mig.report.reference import REARM
+from ebpf_mig.text import printable
 
 SIDES = {"source": "src", "destination": "dst"}
 _MANY = 40
@@ -46,7 +46,7 @@ def headline(b: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         return "blackout not measured"
     word = "aborted blackout" if b.migration.result in {"failed", "cancelled"} else "blackout"
-    return f"{word} {doubt.blackout(b)}"
+    return f"{word} {bounds.blackout(b)}"
 
 
 def facts(b: Breakdown) -> Iterator[str]:
@@ -73,13 +73,13 @@ def waterfall(b: Breakdown) -> Iterator[str]:
     rows = [
         (
             f"<td class='w'>{p.phase}</td><td>{SIDES.get(p.side, p.side)}</td>"
-            f"<td class='n'>{doubt.limited(p.duration_ns, p.bound_ns, b.clock)}</td>"
+            f"<td class='n'>{bounds.limited(p.duration_ns, p.bound_ns, b.clock)}</td>"
             f"<td class='n'>{100 * p.duration_ns / b.window_ns:.1f} %</td><td class='bars'>{_bar(p, b.window_ns)}</td>"
         )
         for p in b.phases
     ]
     rows.append(
-        f"<td>window</td><td></td><td class='n'>{doubt.limited(b.window_ns, b.window_bound_ns, b.clock)}</td>"
+        f"<td>window</td><td></td><td class='n'>{bounds.limited(b.window_ns, b.window_bound_ns, b.clock)}</td>"
         f"<td class='n'>100.0 %</td><td></td>"
     )
     yield table("phases", ("phase", "side", "#ms", "#share", ""), rows)
@@ -152,8 +152,8 @@ def _rearm(final: FinalFetch) -> Iterator[str]:
     rearm = final.rearm
     if rearm is None:
         return
-    doubt = f" ± {milliseconds(rearm.error_ns)}" if rearm.error_ns else ""
-    yield f"<p><b>Avoidable: {milliseconds(rearm.ns)}{doubt} ms</b> of it re-armed {rearm.pages} pages that no vCPU "
+    bounds = f" ± {milliseconds(rearm.error_ns)}" if rearm.error_ns else ""
+    yield f"<p><b>Avoidable: {milliseconds(rearm.ns)}{bounds} ms</b> of it re-armed {rearm.pages} pages that no vCPU "
     yield f"could write to any more: {rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page.</p>\n"
     rows = [
         f"<td class='w'>{escaped(r.what)}</td><td>{escaped(r.figure)}</td><td>{escaped(r.source)}</td>" for r in REARM
@@ -232,9 +232,9 @@ def _tcp(info: dict[str, int] | None) -> str:
     if not info:
         return "-"
     busy, rwnd, sndbuf = (info.get(name, 0) // 1000 for name in ("busy_us", "rwnd_limited_us", "sndbuf_limited_us"))
-    doubt = f" (± {info.get('resolution_us', 0) // 1000})"
+    bounds = f" (± {info.get('resolution_us', 0) // 1000})"
     retransmits = f", {info['retransmits']} retransmits" if info.get("retransmits") else ""
-    return f"busy {busy} ms, receiver's window {rwnd}, send buffer {sndbuf}{doubt}{retransmits}"
+    return f"busy {busy} ms, receiver's window {rwnd}, send buffer {sndbuf}{bounds}{retransmits}"
 
 
 def sockets(b: Breakdown) -> Iterator[str]:
@@ -289,7 +289,7 @@ def completeness(b: Breakdown) -> Iterator[str]:
     ]
     cost = "not measured" if state.observer_ns is None else f"{milliseconds(state.observer_ns)} ms in all"
     rows.append(f"<td>cost of the observation</td><td>{cost}</td>")
-    clock = doubt.told(b.clock) if b.clock != Clock() else "one clock"
+    clock = bounds.told(b.clock) if b.clock != Clock() else "one clock"
     rows.append(f"<td>clock of the destination</td><td>{clock}</td>")
     yield table("completeness", ("what", "how much"), rows)
     if b.notes:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 
+from ebpf_mig.analysis.lanes import Lane, Slice, View, apart
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.events import Header
-from ebpf_mig.printable import printable
-from ebpf_mig.report.lanes import Lane, Slice, View, apart
+from ebpf_mig.recording.events import Header
+from ebpf_mig.text import printable
 
 _BEGIN, _END, _INSTANT, _COUNTER = 1, 2, 3, 4
 _BYTES, _COUNT = 3, 2

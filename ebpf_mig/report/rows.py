@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rich.text import Text
 
-from ebpf_mig.printable import printable
+from ebpf_mig.text import printable
 
 _LABEL = 21
 _TEXT_AT = 23

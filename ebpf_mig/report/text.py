@@ -22,11 +22,11 @@ from ebpf_mig.breakdown import (
     Phase,
     Vcpu,
 )
-from ebpf_mig.printable import printable
-from ebpf_mig.report import doubt, text_fetch, text_own, text_wire
+from ebpf_mig.report import bounds, text_fetch, text_vmm, text_wire
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.rows import Row, figure, ms, remark, size
 from ebpf_mig.report.waterfall import bar, ruler
+from ebpf_mig.text import printable
 
 MAX_VCPUS = 4
 MAX_LISTED = 3
@@ -68,12 +68,12 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [*_waterfall(breakdown, canvas)],
         [*_vcpus(breakdown)],
         [
-            *text_own.pausing(breakdown.pausing),
-            *text_own.postcopy(breakdown.postcopy),
+            *text_vmm.pausing(breakdown.pausing),
+            *text_vmm.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),
             *text_wire.sockets(breakdown.sockets),
             *text_wire.in_flight(breakdown),
-            *text_own.witnesses(breakdown.witnesses),
+            *text_vmm.witnesses(breakdown.witnesses),
         ],
         [*_trust(breakdown)],
     )
@@ -114,7 +114,7 @@ def _headline_text(breakdown: Breakdown) -> str:
             return "no blackout: the migration ended before the vCPUs stopped"
         missing = "stop" if breakdown.window_ns is None else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
-    return f"{_blackout_word(breakdown)} {doubt.blackout(breakdown)}"
+    return f"{_blackout_word(breakdown)} {bounds.blackout(breakdown)}"
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
@@ -159,7 +159,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
             yield Row(_phase(phase, breakdown.clock, window, width, canvas.unicode))
     yield Row(
         Text(
-            f"{'window':19}{doubt.limited(window, breakdown.window_bound_ns, breakdown.clock):>11}{'100.0%':>8}", "dim"
+            f"{'window':19}{bounds.limited(window, breakdown.window_bound_ns, breakdown.clock):>11}{'100.0%':>8}", "dim"
         )
     )
     unseen = [
@@ -179,7 +179,7 @@ def _phase(phase: Phase, clock: Clock, window: int, width: int, unicode: bool) -
     share = f"{100 * phase.duration_ns / window:.1f}%"
     return Text.assemble(
         (f"{phase.phase:14}", name),
-        f"{side:5}{doubt.limited(phase.duration_ns, phase.bound_ns, clock):>11}{share:>8} ",
+        f"{side:5}{bounds.limited(phase.duration_ns, phase.bound_ns, clock):>11}{share:>8} ",
         (bar(phase.spans, window, width, unicode=unicode), colour),
     )
 
@@ -263,7 +263,7 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     for reason in state.reasons:
         yield remark("  because", printable(reason, 400))
     if breakdown.clock != Clock():
-        yield remark("clock of destination", doubt.told(breakdown.clock))
+        yield remark("clock of destination", bounds.told(breakdown.clock))
     for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
         yield remark("note", printable(note, 400))._replace(spare=2 if at or note.endswith(IMMEDIATE) else 0)
     if len(breakdown.notes) > MAX_LISTED:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig.breakdown import Breakdown, Pass, VcpuShare
-from ebpf_mig.reference import REARM
+from ebpf_mig.report.reference import REARM
 from ebpf_mig.report.rows import Row, figure, ms
 
 _TOLD_SHARE = 100

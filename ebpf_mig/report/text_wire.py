@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from ebpf_mig.breakdown import Breakdown, SocketUse, Wait
-from ebpf_mig.printable import printable
 from ebpf_mig.report import text_fetch
 from ebpf_mig.report.rows import Row, figure, ms, size
+from ebpf_mig.text import printable
 
 MAX_SOCKETS = 4
 MAX_WAITS = 2

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ebpf_mig.events import AnyEvent, ClockPair, Mark, Target
+from ebpf_mig.recording.events import AnyEvent, ClockPair, Mark, Target
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from ebpf_mig.breakdown import Breakdown, Witness
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands import tracing
-from ebpf_mig.lab.cloud_hypervisor import DEFAULT_BINARY, ENVIRONMENT, ChPair
+from ebpf_mig.commands import run
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.recording import Recording, read_recording
-from ebpf_mig.vmm import ch_events
+from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.base import Outcome
-from ebpf_mig.vmm.ch_api import Api
-from ebpf_mig.vmm.cloud_hypervisor import ChMigration
+from ebpf_mig.vmm.cloud_hypervisor import event_monitor
+from ebpf_mig.vmm.cloud_hypervisor.api import Api
+from ebpf_mig.vmm.cloud_hypervisor.lab import DEFAULT_BINARY, ENVIRONMENT, ChPair
+from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
 
 SEVERAL = "EBPF_MIG_TEST_CLOUD_HYPERVISORS"
 """Paths of several binaries, `:` between them; otherwise the one that the demo would take."""
@@ -74,8 +74,8 @@ def migrate(directory: Path, pair: ChPair, act: Act | None = None, *, timeout_s:
             if beside:
                 beside.start()
             begin = time.monotonic()
-            writer = functools.partial(tracing.open_recording, str(path), "test", force=True)
-            outcome, _ = tracing.trace_migration(migration, timeout_s, writer, pair.notes)
+            writer = functools.partial(run.open_recording, str(path), "test", force=True)
+            outcome, _ = run.trace_migration(migration, timeout_s, writer, pair.notes)
             took = time.monotonic() - begin
             if beside:
                 beside.join()
@@ -94,7 +94,7 @@ def at_event(name: str, act: Act, *, destination: bool = False) -> Act:
         path = (pair.destination if destination else pair.source).events
         until = time.monotonic() + 30
         while time.monotonic() < until:
-            if any(found == name for found, _ in ch_events.decode(path.read_text())[0]):
+            if any(found == name for found, _ in event_monitor.decode(path.read_text())[0]):
                 act(pair)
                 return
             time.sleep(0.0005)

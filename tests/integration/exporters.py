@@ -18,10 +18,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.recording import read_recording
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 PROGRAM = [sys.executable, "-m", "ebpf_mig.cli"]
 OURS = f"test-{os.getpid()}-"

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands import tracing
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.commands import run
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.recording import Recording, read_recording
+from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.base import Migration, Outcome
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 TRACED = (
     "runstate_set", "vm_state_notify", "migration_completion_vm_stop", "migration_bitmap_sync_start",
@@ -94,9 +94,9 @@ def migrate(
         options = replace(pair.options(), capabilities=capabilities or {})
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, uri or pair.uri, options)
         with contextlib.closing(migration):
-            writer = functools.partial(tracing.open_recording, str(path), "test", force=True)
+            writer = functools.partial(run.open_recording, str(path), "test", force=True)
             driven: Migration = migration if meddle is None else Meddling(migration, pair, meddle)
-            outcome, _ = tracing.trace_migration(driven, timeout_s, writer)
+            outcome, _ = run.trace_migration(driven, timeout_s, writer)
         time.sleep(0.3)
     recording = read_recording(str(path))
     return Traced(

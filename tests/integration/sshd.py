@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from ebpf_mig.lab.link import ADDRESSES, Link
+from ebpf_mig.lab.netns import ADDRESSES, Link
 
 PORT = 2222
 

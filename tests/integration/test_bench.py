@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ebpf_mig.benchmark import decode
+from ebpf_mig.compare.benchmark import decode
 from tests.conftest import TRACING, requires
-from tests.unit.test_cli import run
+from tests.unit.commands.test_cli import run
 
 pytestmark = requires(*TRACING)
 DATA = Path(__file__).parent.parent / "data"

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.lab.qemu import QemuPair
-from ebpf_mig.probes.kernelcalls import SYS_BPF
+from ebpf_mig.linux.bpf import SYS_BPF
+from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT, ChPair, lacks_nested_state
 from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.vmm.cloud_hypervisor.lab import ENVIRONMENT, ChPair, lacks_nested_state
 from tests.conftest import TRACING, requires
 from tests.integration.ch_migrations import (
     MS,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ebpf_mig.lab.cloud_hypervisor import lacks_nested_state
+from ebpf_mig.vmm.cloud_hypervisor.lab import lacks_nested_state
 from tests.conftest import requires
 
 DOCTOR = [sys.executable, "-m", "ebpf_mig.cli", "doctor"]

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT, ChPair
-from ebpf_mig.lab.link import Link
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.recording_format import FRAME
-from ebpf_mig.vmm.ch_api import Api
+from ebpf_mig.recording.format import FRAME
+from ebpf_mig.vmm.cloud_hypervisor.api import Api
+from ebpf_mig.vmm.cloud_hypervisor.lab import ENVIRONMENT, ChPair
+from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
 from tests.integration.sshd import Server, ssh_amid
 
@@ -90,7 +90,7 @@ def status_of(pair: QemuPair) -> str:
     """What the destination says of itself, once it can."""
     import asyncio
 
-    from ebpf_mig.vmm.qmp import Monitor
+    from ebpf_mig.vmm.qemu.monitor import Monitor
 
     async def ask() -> str:
         monitor = await Monitor.open(pair.destination.qmp, "destination")

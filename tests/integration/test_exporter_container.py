@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ebpf_mig.exporter.privileges import _NUMBERS, ENGINE
+from ebpf_mig.linux.privileges import _NUMBERS, ENGINE
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import OURS, free_port, is_ready, migrate, report, running, until, value
 from tests.integration.migrations import LASTING

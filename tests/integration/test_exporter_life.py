@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import (
     NAMED,

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import pytest
 
-from ebpf_mig import kvm
+from ebpf_mig.linux import kvm
 from tests.conftest import FEATURES, requires
 
 SCRIPT = """
 import collections, json, os, socket, time
 from ebpf_mig.exporter import privileges
-from ebpf_mig.exporter.handover import load_apart
+from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.probes import provoke
 
 node, tracer = load_apart()

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.errors import PreflightError, VmmError
-from ebpf_mig.events import Mark
 from ebpf_mig.lab.guest import FIRST_BYTE, PAGE
-from ebpf_mig.lab.qemu import QemuPair, QemuVm
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.vmm import qmp
+from ebpf_mig.recording.events import Mark
 from ebpf_mig.vmm.base import Outcome
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.vmm.qemu import monitor as qmp
+from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import requires
 
 pytestmark = requires("/dev/kvm", "qemu-system-x86_64")
@@ -254,7 +254,7 @@ def test_we_crash_and_the_migration_goes_on() -> None:
     """Killed right after the trigger, we take nothing with us: QEMU completes by itself."""
     script = """
 import sys, os, threading, time
-from ebpf_mig.vmm.qemu import QemuMigration, QemuOptions
+from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 migration = QemuMigration(*sys.argv[1:4], QemuOptions(bandwidth_bytes=8 << 20))
 migration.prepare()
 threading.Timer(0.3, lambda: os.kill(os.getpid(), 9)).start()
@@ -281,7 +281,7 @@ def test_no_such_qemu() -> None:
 @requires("root", "private mount namespaces")
 def test_no_kvm() -> None:
     """In a mount namespace where /dev/kvm is something else."""
-    script = "from ebpf_mig.lab.qemu import *\nwith QemuPair(Scenario()): pass"
+    script = "from ebpf_mig.vmm.qemu.lab import *\nwith QemuPair(Scenario()): pass"
     shell = 'mount --bind /dev/null /dev/kvm && exec "$0" -c "$1"'
     command = ["unshare", "--mount", "sh", "-c", shell, sys.executable, script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -290,9 +290,9 @@ def test_no_kvm() -> None:
 
 PARENT = """
 import time
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.lab.scenario import Scenario
-from ebpf_mig.vmm.qemu import QemuMigration
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 with QemuPair(Scenario(memory_bytes=128 << 20, working_set_bytes=2 << 20)) as pair:
     migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri)
     print(pair.source.pid, pair.destination.pid, pair.directory, flush=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig import kvm
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.events import Ioctl, Kick, Mark, OffCpu, VcpuEnter, VcpuExit, VcpuState
-from ebpf_mig.lab.qemu import QemuPair
 from ebpf_mig.lab.scenario import MIB
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import Ioctl, Kick, Mark, OffCpu, VcpuEnter, VcpuExit, VcpuState
 from ebpf_mig.vmm.base import Migration
+from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK, Traced, first, last, migrate
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig import kvm
-from ebpf_mig.events import AnyEvent, Ending, Ioctl, Kick, Transfer
+from ebpf_mig.linux import kvm
 from ebpf_mig.probes import loader
-from ebpf_mig.probes.functions import _FLUSHES, AUTO
-from ebpf_mig.probes.hooks import run_statistics
+from ebpf_mig.probes.hook import run_statistics
+from ebpf_mig.probes.tiers import _FLUSHES, AUTO
 from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.recording.events import AnyEvent, Ending, Ioctl, Kick, Transfer
 from tests.conftest import FEATURES, requires
 from tests.truth.harness import PHASES, Run, migrate_by
 from tests.truth.parts import Plan

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig import kvm
 from ebpf_mig.collector import analyse
-from ebpf_mig.events import Ending, Header, Ioctl, Transfer
-from ebpf_mig.probes import defines
+from ebpf_mig.linux import kvm
+from ebpf_mig.probes import macros
+from ebpf_mig.recording.events import Ending, Header, Ioctl, Transfer
 from tests.conftest import requires
 from tests.truth import large
 from tests.truth.harness import PHASES, migrate, undisturbed, work
@@ -145,7 +145,7 @@ def test_many_small_sends_in_a_blackout_are_all_counted(count: int) -> None:
 @pytest.mark.everywhere("loss")
 def test_what_is_lost_is_told_and_its_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a ring buffer that is far too small: what the records lack is what the positions of the others jump over."""
-    monkeypatch.setattr(defines, "RING_BYTES", 16384)
+    monkeypatch.setattr(macros, "RING_BYTES", 16384)
     said, events = work("sends", 100_000)
     ending = events[-1]
     assert isinstance(ending, Ending)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.events import Mark
+from ebpf_mig.recording.events import Mark
 from tests.conftest import requires
 from tests.truth.ch_harness import ChRun, migrate, undisturbed
 from tests.truth.ch_parts import ChPlan

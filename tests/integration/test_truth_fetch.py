@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig import inside, kvm, tcp
-from ebpf_mig.events import AnyEvent, Header, Ioctl, Samples, TcpInfo, Transfer, VcpuSpan
-from ebpf_mig.processes import split
+from ebpf_mig.analysis import fetch_split, tcp_info
+from ebpf_mig.analysis.process import split
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Samples, TcpInfo, Transfer, VcpuSpan
 from tests.conftest import requires
 from tests.truth.harness import migrate, undisturbed, work
 from tests.truth.parts import Plan
@@ -24,17 +25,17 @@ TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
 MS = 1_000_000
 
 
-def together(events: Sequence[AnyEvent], cmd: int) -> tuple[inside.Split, list[Ioctl], int]:
+def together(events: Sequence[AnyEvent], cmd: int) -> tuple[fetch_split.Split, list[Ioctl], int]:
     """The split of all ioctls of one kind that were sampled, those ioctls, and how many samples they had."""
-    samples = inside.by_ioctl(e for e in events if isinstance(e, Samples))
+    samples = fetch_split.by_ioctl(e for e in events if isinstance(e, Samples))
     ioctls = [e for e in events if isinstance(e, Ioctl) and e.cmd == cmd]
-    found = inside.split(ioctls, samples)
+    found = fetch_split.split(ioctls, samples)
     assert found is not None
     return found, ioctls, sum(s.count for several in samples.values() for s in several)
 
 
-def share(found: inside.Split, name: str) -> float:
-    return int(found[name]) / sum(int(found[part]) for part in inside.CLASSES)
+def share(found: fetch_split.Split, name: str) -> float:
+    return int(found[name]) / sum(int(found[part]) for part in fetch_split.CLASSES)
 
 
 def test_a_fetch_of_a_clean_log_is_copying() -> None:
@@ -46,7 +47,7 @@ def test_a_fetch_of_a_clean_log_is_copying() -> None:
         assert 50 < samples < 400, "once a millisecond on the CPU while nothing was kicked"
     assert share(found, "copy") > 0.9
     assert share(found, "walk") < 0.02
-    assert sum(int(found[part]) for part in inside.CLASSES) == sum(inside.on_cpu(i) for i in ioctls)
+    assert sum(int(found[part]) for part in fetch_split.CLASSES) == sum(fetch_split.on_cpu(i) for i in ioctls)
 
 
 def test_re_arming_a_dirty_log_is_walking() -> None:
@@ -60,7 +61,7 @@ def test_re_arming_a_dirty_log_is_walking() -> None:
     assert share(found, "copy") < 0.05
     if found["samples"] != "exact":
         assert samples > 30
-        assert int(found["walk_error"]) < 0.15 * sum(int(found[part]) for part in inside.CLASSES)
+        assert int(found["walk_error"]) < 0.15 * sum(int(found[part]) for part in fetch_split.CLASSES)
         assert int(found["flush_error"]) > 0, "that no sample hit the flush does not mean that there was none"
 
 
@@ -117,7 +118,7 @@ def test_tcp_says_that_a_slow_reader_held_it_up() -> None:
     readings = [e for e in events if isinstance(e, TcpInfo) and e.socket == said["socket"]]
     assert len(readings) >= 3
     stretch = (readings[0].at_ns, readings[-1].at_ns)
-    found = tcp.verdict(process, said["socket"], stretch, 0)
+    found = tcp_info.verdict(process, said["socket"], stretch, 0)
     assert found is not None
     assert found["rwnd_limited_us"] >= 0.8 * found["busy_us"]
     assert found["busy_us"] * 1000 >= 0.7 * said["ns"]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.lab.cloud_hypervisor import ENVIRONMENT
-from ebpf_mig.recording import read_recording
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.cloud_hypervisor.lab import ENVIRONMENT
 from tests.conftest import TRACING, requires
 
 pytestmark = requires(*TRACING, "tc with tbf and veth")

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.analysis.whatif import predict
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands import tracing
+from ebpf_mig.commands import run
 from ebpf_mig.commands.report import parse_wishes
-from ebpf_mig.lab.link import Link
-from ebpf_mig.lab.qemu import QemuPair
+from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.recording import Recording, read_recording
-from ebpf_mig.vmm.qemu import QemuMigration
-from ebpf_mig.whatif import predict
+from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
 
 pytestmark = requires(*TRACING, "tc with tbf and veth")
@@ -36,8 +36,8 @@ def migrate(rate_mbit: int, file: Path) -> tuple[Recording, Breakdown]:
         time.sleep(0.2)
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
         with contextlib.closing(migration):
-            writer = functools.partial(tracing.open_recording, str(file), "test", force=True)
-            outcome, _ = tracing.trace_migration(migration, 60, writer)
+            writer = functools.partial(run.open_recording, str(file), "test", force=True)
+            outcome, _ = run.trace_migration(migration, 60, writer)
     assert outcome.result == "completed", outcome.error
     recording = read_recording(str(file))
     return recording, analyse(recording.header, recording.events)

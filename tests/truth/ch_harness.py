@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ebpf_mig.breakdown import Breakdown, Witness
 from ebpf_mig.collector import analyse
-from ebpf_mig.recording import read_recording
+from ebpf_mig.recording.file import read_recording
 from tests.truth.ch_parts import ChPlan
 from tests.truth.cloud_hypervisor import encode
 from tests.truth.harness import ROOT, Helper, Run, durations, free_port, helpers

@@ -14,7 +14,7 @@ import json
 import time
 from typing import Any
 
-from ebpf_mig import kvm as numbers
+from ebpf_mig.linux import kvm as numbers
 from tests.truth import ch_wire, kvm
 from tests.truth.ch_api import Monitor
 from tests.truth.ch_parts import KVMCLOCK_CTRL, LOOK_S, ChPlan, ChVcpuThread, Clock, FailedError, supported_cpuid

@@ -22,9 +22,9 @@ from typing import Any
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.events import AnyEvent, Header, Target
-from ebpf_mig.probes.functions import AUTO
-from ebpf_mig.session import Session
+from ebpf_mig.probes.tiers import AUTO
+from ebpf_mig.recording.events import AnyEvent, Header, Target
+from ebpf_mig.tracing.session import Session
 from tests.truth.parts import AFTER_MEMORY, SLOWNESS, Plan, encode
 
 ROOT = Path(__file__).resolve().parents[2]

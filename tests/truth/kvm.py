@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from ebpf_mig import kvm as numbers
+from ebpf_mig.linux import kvm as numbers
 
 PAGE = 4096
 GIB = 1 << 30

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from ebpf_mig import kvm as numbers
+from ebpf_mig.linux import kvm as numbers
 from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu
 from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode, say

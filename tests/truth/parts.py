@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ebpf_mig import kvm as numbers
+from ebpf_mig.linux import kvm as numbers
 from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu, Vm
 

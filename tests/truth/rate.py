@@ -10,7 +10,7 @@ import json
 from statistics import median
 from typing import Any
 
-from ebpf_mig.events import Ending, Transfer
+from ebpf_mig.recording.events import Ending, Transfer
 from tests.truth.harness import helpers, work
 
 WORKLOADS = {"sends-running": "beside a running guest", "sends": "while no guest runs"}

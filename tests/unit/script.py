@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ebpf_mig import events as ev
-from ebpf_mig import kvm
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording import events as ev
 
 BASE = 10_000_000_000
 US = 1000

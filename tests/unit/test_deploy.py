@@ -14,9 +14,9 @@ import pytest
 from prometheus_client.exposition import generate_latest
 
 from ebpf_mig.exporter.metrics import Metrics
-from ebpf_mig.exporter.privileges import ENGINE
+from ebpf_mig.linux.privileges import ENGINE
 from tests.conftest import requires
-from tests.unit.observations import observation, status
+from tests.unit.exporter.observations import observation, status
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "ebpf-mig-exporter.service"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.cli import COMMANDS
-from tests.unit.test_cli import ROOT
+from tests.unit.commands.test_cli import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -99,7 +99,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _arm64(_arguments: argparse.Namespace) -> int:
-    _say(f"{arm64_btf()}: type information of {fetch_arm64_btf()}, for tests/unit/test_arm64.py")
+    _say(f"{arm64_btf()}: type information of {fetch_arm64_btf()}, for tests/unit/linux/test_arm64.py")
     return 0
 
 

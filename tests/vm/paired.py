@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ebpf_mig.lab.process import private_directory, spawn, stop
-from ebpf_mig.lab.qemu import find_binary
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.vmm.qmp import Monitor
+from ebpf_mig.linux.process import private_directory, spawn, stop
+from ebpf_mig.vmm.qemu.lab import find_binary
+from ebpf_mig.vmm.qemu.monitor import Monitor
 
 ADDRESSES = {"source": "10.78.0.1", "destination": "10.78.0.2"}
 MIGRATION, READY = 4444, 4445

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the link between the hosts was what the blackout waited for, and how much it carried meanwhile.
+
+In: a `Case`. Out: a `LinkUse`, or why there is none. From two curves of the migration's bytes: sent by the source, and
+arrived at the destination (TCP segments). While many bytes have been sent and not arrived, though the reader's window
+is open and segments keep coming, the link is the limit; its rate is what arrived in that time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ebpf_mig.analysis.migration import Case, postcopy
+from ebpf_mig.analysis.process import RECEIVE, Process
+from ebpf_mig.recording.events import Segment
+
+QUEUED_BYTES = 64 << 10
+"""A queue that never held this much is the transit of single sends, not a link that cannot keep up."""
+SILENCE_NS = 20_000_000
+HELD_BYTES = 128 << 10
+"""If nothing arrives for SILENCE_NS and less than this is waiting, TCP holds it back (Nagle, a delayed ACK)."""
+_FULL = 0.9
+"""Of the receive window in flight: the reader is the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """Of the blackout; ns and bytes."""
+
+    limited: tuple[tuple[int, int], ...]
+    """Stretches in which the link was the limit; absolute, in order, apart."""
+    limited_bytes: int
+    """What arrived in them."""
+    span_ns: int
+    """From the stop to the last arrival before the start."""
+    span_bytes: int
+    """What arrived in it."""
+    source_ns: int
+    """The source's own part of the limited time: what it did not spend blocked in sends."""
+    reader_ns: int
+    """What the destination spent in its receive calls on the CPU, in the limited time."""
+
+    @property
+    def limited_ns(self) -> int:
+        return sum(end - begin for begin, end in self.limited)
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes of payload a second; None if the link never was the limit."""
+        return self.limited_bytes * 1e9 / self.limited_ns if self.limited_ns else None
+
+
+def observe(case: Case) -> LinkUse | str:
+    """The use of the link in the blackout, or in words why it cannot be told."""
+    source, destination, switch = case.source, case.destination, case.switchover
+    if source is None or destination is None:
+        return "only one side was traced"
+    if switch is None or switch.first_start is None or switch.kind != "completed":
+        return "the migration did not complete"
+    if case.channels.transport != "tcp":
+        return f"the transport is {case.channels.transport}, not TCP"
+    if postcopy(case):
+        return "in postcopy the memory follows after the start"
+    segments = [s for s in destination.segments if s.socket in case.channels.destination and s.payload]
+    if not any(switch.stop <= s.at_ns < switch.first_start for s in segments):
+        return "no TCP segments were traced"
+    return _observe(case, source, segments, switch.stop, switch.first_start)
+
+
+def _observe(case: Case, source: Process, segments: Sequence[Segment], stop: int, start: int) -> LinkUse:
+    receives = [t for t in case.transfers(case.destination) if t.direction == RECEIVE]
+    last = max(s.at_ns for s in segments if s.at_ns < start)
+    sends = [t for t in case.sends if t.begin_ns <= last]
+    sent = _curve([(t.begin_ns, t.bytes) for t in sends])  # a call that blocks has offered all its bytes
+    # With the last arrival all is there. What was read before segments were traced had arrived; of the others the
+    # kernel tells most, but not all: those in between are spread evenly.
+    before = sum(t.bytes for t in receives if t.end_ns < segments[0].at_ns)
+    traced = sum(s.payload for s in segments if s.at_ns <= last)
+    share = Fraction(max(0, sum(t.bytes for t in sends) - before), traced)
+    arrived = _curve([(segments[0].at_ns - 1, Fraction(before)), *((s.at_ns, s.payload * share) for s in segments)])
+    acks = [s for s in source.segments if s.socket in case.channels.source]
+    limited = _limited(sent, arrived, acks, stop, last)
+    blocked = sum(
+        max(0, t.off_cpu_ns) * _overlap(limited, t.begin_ns, t.end_ns) // max(1, t.end_ns - t.begin_ns) for t in sends
+    )
+    done = max((t.end_ns for t in sends), default=stop)
+    reading = sum(
+        max(0, t.in_call_ns - max(0, t.off_cpu_ns)) for t in receives if _overlap(limited, t.begin_ns, t.end_ns + 1)
+    )
+    return LinkUse(
+        limited=limited,
+        limited_bytes=sum(_at(arrived, end) - _at(arrived, begin) for begin, end in limited),
+        span_ns=last - stop,
+        span_bytes=_at(arrived, last) - _at(arrived, stop),
+        source_ns=max(0, _overlap(limited, stop, done) - blocked),
+        reader_ns=reading,
+    )
+
+
+Curve = tuple[list[int], list[int]]
+"""Instants in order, and the sum up to and including each."""
+
+
+def _curve(steps: Sequence[tuple[int, int | Fraction]]) -> Curve:
+    times: list[int] = []
+    sums: list[int] = []
+    total: int | Fraction = 0
+    for at, count in sorted(steps):
+        total += count
+        times.append(at)
+        sums.append(int(total))
+    return times, sums
+
+
+def _at(curve: Curve, at: int) -> int:
+    index = bisect_right(curve[0], at)
+    return curve[1][index - 1] if index else 0
+
+
+def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, last: int) -> tuple[tuple[int, int], ...]:
+    """Stretches of [stop, last] in which a queue that grew large was draining as fast as the link could."""
+    marks = sorted({stop, last, *(t for t in (*sent[0], *arrived[0]) if stop < t < last)})
+    told = [a.at_ns for a in acks]
+    found: list[tuple[int, int]] = []
+    busy: list[tuple[int, int]] = []
+    most = 0
+    arrivals = arrived[0]
+    for begin, end in itertools.pairwise(marks):
+        queue = _at(sent, begin) - _at(arrived, begin)
+        if queue <= 0:
+            found += busy if most >= QUEUED_BYTES else []
+            busy, most = [], 0
+            continue
+        most = max(most, queue)
+        index = bisect_right(arrivals, begin)
+        silence = (arrivals[index] if index < len(arrivals) else last) - (arrivals[index - 1] if index else begin)
+        held = silence >= SILENCE_NS and queue < HELD_BYTES
+        ack = acks[bisect_right(told, begin) - 1] if told and told[0] <= begin else None
+        full = ack is not None and ack.window > 0 and ack.in_flight >= _FULL * ack.window
+        if not held and not full:
+            busy.append((begin, end))
+    found += busy if most >= QUEUED_BYTES else []
+    return tuple(_joined(found))
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    result: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if result and result[-1][1] == begin:
+            result[-1] = (result[-1][0], end)
+        else:
+            result.append((begin, end))
+    return result
+
+
+def _overlap(spans: Sequence[tuple[int, int]], begin: int, end: int) -> int:
+    return sum(max(0, min(end, e) - max(begin, b)) for b, e in spans)
+
+
+def overlap(spans: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
+    """How long both were going on; each in order and apart."""
+    return sum(_overlap(spans, begin, end) for begin, end in others)

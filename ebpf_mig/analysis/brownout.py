@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's slowdown while it still runs: time its vCPUs spent outside KVM_RUN, pass by pass, beside a baseline.
+
+In: a source process's `VcpuSpan` events. Out: stretches of the breakdown.
+
+Outside means outside the KVM_RUN call: in the VMM, or kept from it. An exit that the kernel handles by itself, a
+write-protect fault among them, is inside; of those only the waiting for locks is known. Seeing each would take a probe
+on every VM exit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.breakdown import Stretch, VcpuShare
+from ebpf_mig.recording.events import VcpuSpan
+
+LONGEST_NS = 10_000_000_000
+"""A span ends with the first exit after 250 ms, so longer ones are seldom and have one long gap."""
+
+
+def stretch(process: Process, begin: int, end: int, origin: int) -> Stretch:
+    """What each vCPU lost in [begin, end). A span that reaches in from before counts with its share of time."""
+    found: dict[int, list[VcpuSpan]] = defaultdict(list)
+    first = bisect_left(process.spans, begin - LONGEST_NS, key=lambda span: span.since_ns)
+    for span in process.spans[first:]:
+        if span.since_ns >= end:
+            break
+        if span.until_ns > begin:
+            found[span.tid].append(span)
+    return Stretch(
+        begin=begin - origin,
+        duration_ns=max(0, end - begin),
+        vcpus=[_share(index, found[line.tid], begin, end) for index, line in process.vcpus.items()],
+    )
+
+
+def _share(index: int, spans: Sequence[VcpuSpan], begin: int, end: int) -> VcpuShare:
+    outside = longest = locks = 0
+    known = all(span.lock_ns >= 0 for span in spans)
+    for span in spans:
+        length = max(1, span.until_ns - span.since_ns)
+        inside = min(span.until_ns, end) - max(span.since_ns, begin)
+        whole = span.since_ns >= begin
+        outside += span.outside_ns if whole else span.outside_ns * inside // length
+        locks += span.lock_ns if whole else span.lock_ns * inside // length
+        longest = max(longest, span.longest_ns)
+    return VcpuShare(vcpu=index, outside_ns=outside, longest_gap_ns=longest, lock_wait_ns=locks if known else None)
+
+
+def baseline(process: Process, since: int, logging: int | None, length: int, origin: int) -> Stretch | None:
+    """A stretch as long as `length`, or as long as tracing saw, up to when logging was switched on."""
+    if logging is None:
+        return None
+    begin = max(since, logging - length)
+    return stretch(process, begin, logging, origin) if begin < logging else None

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The completeness verdict and the migration's result.
+
+In: the ending, the header, the marks, what was found. Out: the `Completeness` and the result's word.
+"""
+
+from __future__ import annotations
+
+from ebpf_mig.analysis.process import Material, Process
+from ebpf_mig.analysis.switchover import Switchover
+from ebpf_mig.breakdown import Completeness
+from ebpf_mig.recording.events import RECURSION_MISSES, Mark
+
+ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
+"""Signals without which phases have holes; the others only add detail."""
+_RESULTS = ("completed", "failed", "cancelled")
+_REASONS = {"migrated": "completed", "failed": "failed", "cancelled": "cancelled", "target-died": "failed"}
+
+
+def completeness(
+    material: Material,
+    source: Process | None,
+    destination: Process | None,
+    truncated: bool,
+    unknown: int,
+    window: tuple[int, int] | None,
+) -> Completeness:
+    """How far the result can be relied upon."""
+    ending = material.ending
+    lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
+    holes: list[str] = []
+    bounds: list[str] = []
+    if truncated or ending is None:
+        holes.append("the recording was cut off: events at its end, and the counts of losses, are missing")
+    holes += [_loss(name, count) for name, count in lost.items()]
+    if unknown:
+        holes.append(f"{unknown} events of a kind that this version does not know were left out")
+    if source is None:
+        bounds.append("the source was not traced: pause, fetch and sending are unknown")
+    if destination is None:
+        bounds.append("the destination was not traced: the blackout's end is unknown")
+    for signal, tier in sorted(material.header.attach.items()):
+        if tier.startswith("absent") and signal in ESSENTIAL:
+            bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
+    observer = ending.observer_ns if ending else {}
+    least, most = _cost(material, window)
+    return Completeness(
+        verdict="incomplete" if holes else "bounded" if bounds else "complete",
+        lost=lost,
+        unpaired=dict(sorted((ending.unpaired if ending else {}).items())),
+        attach=dict(sorted(material.header.attach.items())),
+        observer_ns=sum(observer.values()) if observer else None,
+        reasons=holes + bounds,
+        observer_window_ns=most,
+        observer_window_least_ns=least,
+    )
+
+
+def _loss(name: str, count: int) -> str:
+    if name == RECURSION_MISSES:
+        return f"{count} runs of our programs were left out by the kernel (recursion_misses): calls may have no event"
+    return f"{count} events of {name} were lost in the kernel"
+
+
+def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """Run time of our BPF programs in the window: (at least, at most), by the readings in and around it."""
+    if window is None or not material.costs:
+        return None, None
+    if material.header.remote is None:
+        readings = [(cost.at_ns, cost.run_ns) for cost in material.costs]
+        if material.ending and material.ending.observer_ns:
+            readings.append((material.ending.at_ns, sum(material.ending.observer_ns.values())))
+        return _between([(material.header.begin_ns, 0), *readings], window)
+    hosts = [[(c.at_ns, c.run_ns) for c in material.costs if c.remote is remote] for remote in (False, True)]
+    costs = [_between([(min(material.header.begin_ns, host[0][0]), 0), *host], window) for host in hosts if host]
+    least, most = ([cost[side] for cost in costs] for side in (0, 1))
+    whole = len(costs) == len(hosts)
+    return sum(filter(None, least)), sum(filter(None, most)) if whole and None not in most else None
+
+
+def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int | None]:
+    """What one kernel's readings say: (at least, at most)."""
+    before = [run for at, run in readings if at <= window[0]]
+    after = [run for at, run in readings if at >= window[1]]
+    within = [run for at, run in readings if window[0] <= at <= window[1]]
+    least = max(within) - min(within) if within else 0
+    return least, max(least, min(after) - max(before)) if before and after else None
+
+
+def measured(material: Material, signal: str) -> bool:
+    """Was the signal traced? Recordings that say nothing about it did not."""
+    return not material.header.attach.get(signal, "absent").startswith("absent")
+
+
+def result(material: Material, switchover: Switchover | None) -> str:
+    """completed, failed, cancelled or unknown. Seen vCPUs outweigh what anybody said."""
+    if switchover is not None and switchover.kind == "completed":
+        return "completed"
+    driven = _REASONS.get(material.ending.reason if material.ending else "", "")
+    # Who drove the migration knows that it was cancelled, also where the VMM then calls it failed (QEMU 7.2, 10.0).
+    said = driven if driven == "cancelled" else _said(material.marks) or driven
+    if switchover is not None and switchover.kind == "aborted":
+        return said if said in ("failed", "cancelled") else "failed"
+    return said or "unknown"
+
+
+def _said(marks: list[Mark]) -> str:
+    """The last outcome that a VMM reported."""
+    for mark in reversed(marks):
+        _, _, word = mark.name.rpartition(".")
+        if ".MIGRATION." in f".{mark.name}" and word in _RESULTS:
+            return word
+    return ""

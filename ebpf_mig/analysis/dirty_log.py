@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dirty-log fetches: which ioctls belong to the migration, the passes they make, the final fetch.
+
+In: the source's ioctls and its sends on the migration's sockets. Out: fetches, slots, the mode.
+
+A fetch is a burst of GET_DIRTY_LOG over the memslots. CLEAR_DIRTY_LOG belongs to the fetch before it: QEMU
+issues it lazily, just before it sends the first page of a chunk (migration/ram.c,
+`migration_clear_memory_region_dirty_bitmap`). A VGA slot is dirty-logged without any
+migration and fetched alone by the main thread.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ebpf_mig import breakdown
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import Ioctl, Transfer
+
+BURST_NS = 1_000_000
+"""Ioctls of one fetch follow each other within this; QEMU's last running fetch and its final one are often
+less than that apart, so a stop, a send or a slot fetched again end a burst too."""
+SETUP_NS = 20_000_000
+"""Where logging is switched on over all slots, one slot follows the other within this."""
+
+
+@dataclass
+class Burst:
+    """One fetch with what belongs to it."""
+
+    ioctls: list[Ioctl]
+    end: int
+    """End of the burst itself, without the CLEARs that came later."""
+
+    begin: int = field(init=False)
+    fetched: bool = field(init=False)
+    """False if it holds nothing but CLEARs."""
+
+    def __post_init__(self) -> None:
+        self.begin = self.ioctls[0].begin_ns
+        self.fetched = not is_clear(self.ioctls[0])
+
+    @property
+    def kernel_ns(self) -> int:
+        return sum(i.end_ns - i.begin_ns for i in self.ioctls)
+
+
+def is_dirty_log(ioctl: Ioctl) -> bool:
+    """One of the ioctls that fetch or clear the dirty log."""
+    return kvm.is_dirty_log(ioctl.cmd)
+
+
+def is_clear(ioctl: Ioctl) -> bool:
+    """Re-arms the log of a stretch of pages."""
+    return kvm.name_of(ioctl.cmd) == "CLEAR_DIRTY_LOG"
+
+
+def sizes(process: Process) -> dict[int, tuple[int, int]]:
+    """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
+    found = {slot.slot: (slot.addr, slot.size) for slot in process.slots if slot.size > 0}
+    found.update({i.slot: (i.addr, i.size) for i in process.memslots if i.size > 0})
+    return found
+
+
+def fetchers(process: Process) -> frozenset[int]:
+    """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
+    if process.fetching is None:
+        process.fetching = _fetchers(process)
+    return process.fetching
+
+
+def _fetchers(process: Process) -> frozenset[int]:
+    slots: dict[int, set[int]] = defaultdict(set)
+    rings: set[int] = set()
+    for tid, cmd, slot in {(ioctl.tid, ioctl.cmd, ioctl.slot) for ioctl in process.dirty_log}:
+        if kvm.name_of(cmd) == "RESET_DIRTY_RINGS":
+            rings.add(tid)
+        else:
+            slots[tid].add(slot)
+    known = sizes(process)
+    largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
+    several = {tid for tid, fetched in slots.items() if len(fetched) > 1 or largest in fetched}
+    if not several and slots:
+        most = max(len(fetched) for fetched in slots.values())
+        several = {tid for tid, fetched in slots.items() if len(fetched) == most}
+    vcpus = {line.tid for line in process.vcpus.values()}
+    return frozenset(several | (rings - vcpus))
+
+
+def switched_on(process: Process, before: int | None) -> int | None:
+    """When the last switch-on of dirty logging that precedes `before` began; None if none was seen.
+
+    Judged by the largest slot that was switched: a VGA slot has the flag for good. A slot that is deleted and
+    set again (size 0 comes first) while logging is on is no new begin.
+    """
+    on: dict[int, bool] = {}
+    turned: list[Ioctl] = []
+    for ioctl in process.memslots:
+        if ioctl.size == 0 or (before is not None and ioctl.begin_ns >= before):
+            continue
+        flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
+        if flag and not on.get(ioctl.slot, False):
+            turned.append(ioctl)
+        on[ioctl.slot] = flag
+    if not turned:
+        return None
+    largest = max(i.size for i in turned)
+    at = max(index for index, i in enumerate(turned) if i.size == largest)
+    while at > 0 and turned[at].begin_ns - turned[at - 1].end_ns < SETUP_NS:
+        at -= 1
+    return turned[at].begin_ns
+
+
+def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Transfer]) -> list[Burst]:
+    """The migration's fetches from `since` on; one that begins before the last stop ends there."""
+    tids = fetchers(process)
+    begins = [send.begin_ns for send in sends]
+    result: list[Burst] = []
+    current: Burst | None = None
+    fetched_slots: set[tuple[int, int]] = set()
+    last = 0
+    for ioctl in process.dirty_log[bisect_left(process.dirty_log, since, key=_begin) :]:
+        begin, name = ioctl.begin_ns, kvm.name_of(ioctl.cmd)
+        stopped = stop is not None and begin >= stop
+        if ioctl.tid not in tids and not (stopped and name == "RESET_DIRTY_RINGS"):
+            continue
+        apart = begin - last >= BURST_NS or _any_in(begins, last, begin)
+        again = name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in fetched_slots
+        clear = name == "CLEAR_DIRTY_LOG"
+        crosses = current is not None and stopped and stop is not None and current.begin < stop
+        if current is None or crosses or (not clear and (apart or again or not current.fetched)):
+            current = Burst([ioctl], ioctl.end_ns)
+            result.append(current)
+            fetched_slots.clear()
+            last = 0
+        else:
+            if not clear or not apart:
+                current.end = max(current.end, ioctl.end_ns)
+            current.ioctls.append(ioctl)
+        fetched_slots.add((ioctl.cmd, ioctl.slot))
+        last = max(last, ioctl.end_ns)
+    return result
+
+
+def _begin(ioctl: Ioctl) -> int:
+    return ioctl.begin_ns
+
+
+def _any_in(instants: Sequence[int], begin: int, end: int) -> bool:
+    at = bisect_left(instants, begin)
+    return at < len(instants) and instants[at] < end
+
+
+def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
+    """Waiting time by lock, None where it was not measured."""
+    waits = {"slots_lock": ioctl.slots_lock_ns, "mmu_lock": ioctl.mmu_lock_ns, "other": ioctl.other_lock_ns}
+    known = {lock: waited for lock, waited in waits.items() if waited >= 0}
+    return known or None
+
+
+def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
+    """The slots that were fetched, as far as their place is known."""
+    known = sizes(process)
+    used = sorted({i.slot for burst in found for i in burst.ioctls if kvm.name_of(i.cmd) != "RESET_DIRTY_RINGS"})
+    if not used:
+        used = sorted({i.slot for i in process.memslots if i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size})
+    return [breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1]) for slot in used if slot in known]
+
+
+def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> str:
+    """manual, legacy, ring or none. With a ring already drained there may be no ioctl at all."""
+    names = {kvm.name_of(cmd) for cmd in {i.cmd for burst in found for i in burst.ioctls}}
+    before = {i.cmd for burst in found for i in burst.ioctls if stop is None or i.begin_ns < stop}
+    running = {kvm.name_of(cmd) for cmd in before}
+    if "CLEAR_DIRTY_LOG" in names:
+        return "manual"
+    if "RESET_DIRTY_RINGS" in names and "GET_DIRTY_LOG" not in running:
+        # On arm64 a bitmap backs the rings up and is fetched once after the stop.
+        return "ring"
+    if "GET_DIRTY_LOG" in names:
+        return "legacy"
+    return "ring" if logging and stop is not None else "none"

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each thread, vCPU, socket and memslot did when: the material of every report with a time axis.
+
+In: a recording's header and events. Out: a `View` of lanes. Slices of one lane never overlap, whatever the recording
+says, because trace viewers cannot show that. Times are CLOCK_MONOTONIC ns as recorded; `origin_ns` is the instant
+that the breakdown calls 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ebpf_mig.analysis import dirty_log, roles
+from ebpf_mig.analysis import process as processes
+from ebpf_mig.analysis.attribution import attribute
+from ebpf_mig.analysis.migration import Case, locate
+from ebpf_mig.analysis.process import RECEIVE, SEND, Process, key_of
+from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, OffCpu, Transfer
+
+Args = dict[str, int | str]
+
+
+@dataclass(slots=True)
+class Slice:
+    """Something with a begin and an end. `starts` and `ends` are ids of the flows that leave from and arrive at it."""
+
+    begin_ns: int
+    end_ns: int
+    name: str
+    args: Args = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Lane:
+    """One row of a timeline."""
+
+    side: str
+    """source, destination or unknown."""
+    pid: int
+    tid: int
+    """0 if it is not a thread's."""
+    kind: str
+    """vcpu, ioctl, socket, wait, slot, segment or mark; the last two have no length."""
+    name: str
+    slices: list[Slice] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Counter:
+    """A value that grows or changes: (ns, value) in order."""
+
+    side: str
+    pid: int
+    name: str
+    points: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class View:
+    """A recording as lanes, by side; the source's come first."""
+
+    origin_ns: int
+    begin_ns: int
+    end_ns: int
+    lanes: list[Lane]
+    counters: list[Counter]
+    flows: int
+    """How many flows there are; their ids are 1 and up."""
+
+
+def view(header: Header, events: Iterable[AnyEvent]) -> View:
+    """The lanes of a recording. Deterministic: the same events give the same lanes in the same order."""
+    material = processes.split(header, events)
+    case = Case(material, *roles.assign(material.processes.values()))
+    locate(case)
+    window, _, _ = attribute(case)
+    known = [(case.source, "source"), (case.destination, "destination")]
+    others = [(p, "unknown") for p in material.processes.values() if p not in (case.source, case.destination)]
+    parties = [(process, side) for process, side in [*known, *others] if process is not None]
+    instants = [at for process, _ in parties for at in _instants(process)] + [m.at_ns for m in material.marks]
+    instants = [at for at in instants if at > 0] or [header.begin_ns]
+    begin, end = min(instants), max(instants)
+    found = View(window[0] if window else case.since, begin, end, [], [], 0)
+    for process, side in parties:
+        found.lanes += _vcpu_lanes(process, side, begin, end)
+        found.lanes += _thread_lanes(process, side)
+        found.lanes += _slot_lanes(process, side)
+        found.lanes += _segment_lanes(process, side)
+        marks = [
+            Slice(m.at_ns, m.at_ns, m.name, _said(m.detail, m.value)) for m in material.marks if m.pid == process.pid
+        ]
+        if marks:
+            found.lanes.append(Lane(side, process.pid, 0, "mark", "said by the VMM", marks))
+        found.counters += _counters(case, process, side)
+    _tie(found, case)
+    return found
+
+
+def _instants(process: Process) -> Iterable[int]:
+    calls: Sequence[Ioctl | Transfer | OffCpu]
+    for calls in (process.ioctls, process.transfers, process.off_cpu):
+        for call in calls:
+            yield call.begin_ns
+            yield call.end_ns
+    for line in process.vcpus.values():
+        for gap in line.gaps:
+            yield from (at for at in (gap.begin, gap.end) if at is not None)
+
+
+def _said(detail: str, value: int) -> Args:
+    return ({"detail": detail} if detail else {}) | ({"value": value} if value else {})
+
+
+def _vcpu_lanes(process: Process, side: str, begin: int, end: int) -> Iterable[Lane]:
+    for index, line in process.vcpus.items():
+        runs = [Slice(b, e, "runs the guest") for b, e in running(line, begin, end)]
+        yield Lane(side, process.pid, line.tid, "vcpu", f"vCPU {index}", apart(runs))
+
+
+def running(line: Timeline, begin: int, end: int) -> Iterable[tuple[int, int]]:
+    """When the vCPU ran guest code, as far as the recording tells, between `begin` and `end`."""
+    since: int | None = begin
+    for gap in line.gaps:
+        if gap.begin is not None and since is not None and gap.begin > since:
+            yield since, gap.begin
+        since = gap.end
+    if since is not None and end > since:
+        yield since, end
+
+
+def _thread_lanes(process: Process, side: str) -> Iterable[Lane]:
+    lanes: dict[tuple[int, int, str], Lane] = {}
+
+    def lane(tid: int, order: int, kind: str, what: str) -> list[Slice]:
+        thread = process.threads.get(tid)
+        name = f"{thread.name if thread else 'thread'} {tid}"
+        made = lanes.setdefault((tid, order, what), Lane(side, process.pid, tid, kind, f"{name} {what}"))
+        return made.slices
+
+    for call in process.ioctls:
+        lane(call.tid, 0, "ioctl", "ioctls").append(
+            Slice(call.begin_ns, call.end_ns, kvm.name_of(call.cmd), _ioctl_args(call))
+        )
+    for transfer in process.transfers:
+        word = "receives" if transfer.direction == RECEIVE else "sends"
+        what = f"{word} on fd {transfer.fd}"
+        lane(transfer.tid, 1, "socket", what).append(
+            Slice(transfer.begin_ns, transfer.end_ns, word.removesuffix("s"), _transfer_args(transfer))
+        )
+    for wait in process.off_cpu:
+        if wait.begin_ns > 0:
+            name = "preempted" if wait.preempted else (_deepest(wait.stack) or "sleeps")
+            args: Args = {"stack": " < ".join(wait.stack)} if wait.stack else {}
+            lane(wait.tid, 2, "wait", "off the CPU").append(Slice(wait.begin_ns, wait.end_ns, name, args))
+    for key in sorted(lanes):
+        lanes[key].slices = apart(lanes[key].slices)
+        yield lanes[key]
+
+
+def _deepest(stack: Sequence[str]) -> str:
+    return next((frame for frame in stack if "schedule" not in frame), stack[0] if stack else "")
+
+
+def _ioctl_args(call: Ioctl) -> Args:
+    args: Args = {"fd": call.fd, "return": call.ret}
+    if dirty_log.is_dirty_log(call) or call.size:
+        args["slot"] = call.slot
+    match kvm.name_of(call.cmd):
+        case "CLEAR_DIRTY_LOG":
+            args |= {"first_page": call.addr, "pages": call.size}
+        case "SET_USER_MEMORY_REGION" | "SET_USER_MEMORY_REGION2":
+            args |= {"flags": call.flags, "guest_address": call.addr, "bytes": call.size}
+    optional = (
+        ("off_cpu_ns", call.off_cpu_ns),
+        ("slots_lock_ns", call.slots_lock_ns),
+        ("mmu_lock_ns", call.mmu_lock_ns),
+    )
+    return args | {name: value for name, value in optional if value > 0}
+
+
+def _transfer_args(transfer: Transfer) -> Args:
+    args: Args = {"bytes": transfer.bytes, "calls": transfer.calls, "in_call_ns": transfer.in_call_ns}
+    return args | ({"failed": transfer.failed} if transfer.failed else {})
+
+
+def _slot_lanes(process: Process, side: str) -> Iterable[Lane]:
+    lanes: dict[int, Lane] = {}
+    for call in process.ioctls:
+        if dirty_log.is_dirty_log(call):
+            made = lanes.setdefault(call.slot, Lane(side, process.pid, 0, "slot", f"memslot {_slot(call.slot)}"))
+            args = _ioctl_args(call)
+            args["tid"] = call.tid
+            made.slices.append(Slice(call.begin_ns, call.end_ns, kvm.name_of(call.cmd), args))
+    for key in sorted(lanes):
+        lanes[key].slices = apart(lanes[key].slices)
+        yield lanes[key]
+
+
+def _segment_lanes(process: Process, side: str) -> Iterable[Lane]:
+    """TCP segments as they arrived, a lane a socket."""
+    lanes: dict[int, Lane] = {}
+    for one in process.segments:
+        made = lanes.setdefault(one.socket, Lane(side, process.pid, 0, "segment", f"segments on socket {one.socket}"))
+        name = f"{one.payload} bytes arrive" if one.payload else "an acknowledgement arrives"
+        args: Args = {"acked": one.acked, "in_flight": one.in_flight, "unsent": one.unsent, "window": one.window}
+        made.slices.append(Slice(one.at_ns, one.at_ns, name, args))
+    for key in sorted(lanes):
+        yield lanes[key]
+
+
+def _slot(slot: int) -> str:
+    space = slot >> 16
+    return f"{slot & 0xFFFF}" + (f" of space {space}" if space else "")
+
+
+def apart(slices: Iterable[Slice]) -> list[Slice]:
+    """In order of time and without overlap: what began before its predecessor ended is cut at that end."""
+    ordered = sorted(slices, key=lambda s: (s.begin_ns, s.end_ns, s.name))
+    last = 0
+    for one in ordered:
+        one.begin_ns = max(one.begin_ns, last)
+        one.end_ns = last = max(one.end_ns, one.begin_ns)
+    return ordered
+
+
+def _counters(case: Case, process: Process, side: str) -> Iterable[Counter]:
+    """Bytes of the migration that a side has sent or received so far, over all its connections."""
+    wanted = SEND if side == "source" else RECEIVE
+    moved = sorted((t.end_ns, t.bytes) for t in case.transfers(process) if t.direction == wanted)
+    total = 0
+    points: list[tuple[int, int]] = []
+    for at, count in moved:
+        total += count
+        points.append((at, total))
+    if points:
+        yield Counter(side, process.pid, f"migration bytes {'sent' if wanted == SEND else 'received'}", points)
+
+
+def _tie(found: View, case: Case) -> None:
+    """Flows: each vCPU's stop to its start; the last send before the start to the receive that takes it in."""
+    switch = case.switchover
+    if switch is None or switch.kind != "completed":
+        return
+    lanes = {(lane.side, lane.name): lane for lane in found.lanes if lane.kind == "vcpu"}
+    for index, stop in switch.stops.items():
+        start = switch.starts.get(index)
+        old, new = lanes.get(("source", f"vCPU {index}")), lanes.get(("destination", f"vCPU {index}"))
+        if old is None or new is None or start is None:
+            continue
+        before = next((s for s in old.slices if s.end_ns == stop), None)
+        after = next((s for s in new.slices if s.begin_ns == start), None)
+        _flow(found, before, after)
+    limit = switch.first_start if switch.first_start is not None else 1 << 63
+    sent = [s for s in _moves(found, case, "source", SEND) if s.end_ns <= limit]
+    last = max(sent, key=lambda s: s.end_ns, default=None)
+    if last is not None:
+        taken = [s for s in _moves(found, case, "destination", RECEIVE) if s.end_ns >= last.begin_ns]
+        _flow(found, last, min(taken, key=lambda s: s.end_ns, default=None))
+
+
+def _moves(found: View, case: Case, side: str, direction: int) -> Iterable[Slice]:
+    """The slices of a side's transfers on the migration's own sockets."""
+    process = case.source if side == "source" else case.destination
+    keys = case.channels.source if side == "source" else case.channels.destination
+    fds = {(t.tid, t.fd) for t in (process.transfers if process else ()) if key_of(t) in keys}
+    word = "sends" if direction == SEND else "receives"
+    for lane in found.lanes:
+        if lane.side == side and lane.kind == "socket":
+            for tid, fd in fds:
+                if lane.tid == tid and lane.name.endswith(f" {word} on fd {fd}"):
+                    yield from lane.slices
+
+
+def _flow(found: View, before: Slice | None, after: Slice | None) -> None:
+    if before is not None and after is not None:
+        found.flows += 1
+        before.starts.append(found.flows)
+        after.ends.append(found.flows)

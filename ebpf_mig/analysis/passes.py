@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the dirty log: pre-copy passes, the fetches after the stop, logging switched on and off, re-arming.
+
+In: a source's fetches and sends. Out: rows of the breakdown.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ebpf_mig.analysis import brownout, dirty_log, fetch_split, tcp_info
+from ebpf_mig.analysis.dirty_log import Burst
+from ebpf_mig.analysis.off_cpu import OffCpu
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.sockets import off_cpu_within
+from ebpf_mig.breakdown import Fetch, FetchIoctl, Logging, Pass, Rearm, Span
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import Ioctl, Samples, Transfer
+
+GIB = 1 << 30
+
+
+@dataclass
+class DirtyLogRows:
+    """What is known of one source's dirty log; instants of the rows count from `origin`."""
+
+    process: Process
+    bursts: Sequence[Burst]
+    stop: int | None
+    """The last vCPU's stop."""
+    sends: Sequence[Transfer]
+    """On the migration's sockets, in order."""
+    origin: int
+    page: int = 4096
+    since: int = 0
+    """When tracing began."""
+    brownout: bool = False
+    """Were the vCPUs' times outside KVM_RUN recorded?"""
+    _begins: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._begins = [send.begin_ns for send in self.sends]
+
+    @cached_property
+    def samples(self) -> dict[tuple[int, int], list[Samples]]:
+        return fetch_split.by_ioctl(self.process.samples)
+
+    @cached_property
+    def _resets(self) -> list[Ioctl]:
+        return [i for i in self.process.ioctls if i.cmd == kvm.RESET_DIRTY_RINGS]
+
+    @cached_property
+    def _logged(self) -> int | None:
+        """When logging was switched on, if the vCPUs' accounts tell of before and after it."""
+        return dirty_log.switched_on(self.process, self.stop) if self.brownout else None
+
+    @cached_property
+    def _off_cpu(self) -> OffCpu:
+        return OffCpu(self.process, dirty_log.fetchers(self.process))
+
+    def passes(self) -> list[Pass]:
+        """Fetches that began with the guest running, each with the sending up to the next."""
+        running = [b for b in self.bursts if b.fetched and (self.stop is None or b.begin < self.stop)]
+        rows: list[Pass] = []
+        for index, burst in enumerate(running):
+            before = running[index - 1] if index else None
+            following = running[index + 1].begin if index + 1 < len(running) else self.stop
+            rows.append(self._pass(burst, before, following))
+        return rows
+
+    def _pass(self, burst: Burst, before: Burst | None, following: int | None) -> Pass:
+        first = bisect_left(self._begins, burst.begin)
+        until = bisect_left(self._begins, following) if following is not None else len(self._begins)
+        sent = self.sends[first:until]
+        ready = sent[0].begin_ns if sent else burst.end
+        end = max([s.end_ns for s in sent], default=burst.begin)
+        size = sum([s.bytes for s in sent])
+        pages, most = self.returned(burst, before), size // self.page
+        took = burst.begin - before.begin if before else 0
+        user = _uncovered(burst.ioctls, burst.begin, ready)
+        stretch = (burst.begin, following if following is not None else max(end, burst.end))
+        return Pass(
+            begin=burst.begin - self.origin,
+            kernel_ns=burst.kernel_ns,
+            user_ns=sum(right - left for left, right in user),
+            pages=pages,
+            bytes=size,
+            send_ns=sum([min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent]),
+            blocked_ns=off_cpu_within(sent, (burst.begin, end)) if sent else None,
+            dirty_pages_per_s=(most if pages is None else pages) * 1_000_000_000 // took if took > 0 else None,
+            pages_at_most=most,
+            user_off_cpu_ns=self._off_cpu.within(user),
+            split=fetch_split.split(burst.ioctls, self.samples),
+            brownout=brownout.stretch(self.process, *stretch, self.origin) if self.brownout else None,
+            baseline=brownout.baseline(self.process, self.since, self._logged, stretch[1] - stretch[0], self.origin),
+            tcp_info=tcp_info.together(self.process, {s.socket for s in sent}, stretch, self.origin)
+            if self.process.tcp
+            else None,
+        )
+
+    def returned(self, burst: Burst, before: Burst | None) -> int | None:
+        """Ring entries given back from the end of the fetch before to the end of this one; None with a bitmap."""
+        if any(i.cmd == kvm.GET_DIRTY_LOG for i in burst.ioctls):
+            return None
+        since = before.end if before else self.bursts[0].begin
+        first, until = bisect_left(self._resets, since, key=_begin), bisect_right(self._resets, burst.end, key=_begin)
+        resets = self._resets[first:until]
+        return sum(max(0, i.ret) for i in resets) if resets else None
+
+    def final(self, until: int) -> list[Fetch]:
+        """The fetches that began in the blackout."""
+        return [
+            Fetch(
+                begin=burst.begin - self.origin,
+                end=max(i.end_ns for i in burst.ioctls) - self.origin,
+                kernel_ns=burst.kernel_ns,
+                ioctls=[self._ioctl(i) for i in burst.ioctls],
+                split=fetch_split.split(burst.ioctls, self.samples),
+            )
+            for burst in self.last(until)
+        ]
+
+    def last(self, until: int) -> list[Burst]:
+        return [b for b in self.bursts if self.stop is not None and self.stop <= b.begin < until]
+
+    def _ioctl(self, ioctl: Ioctl) -> FetchIoctl:
+        return FetchIoctl(
+            ioctl=kvm.name_of(ioctl.cmd),
+            slot=ioctl.slot,
+            begin=ioctl.begin_ns - self.origin,
+            duration_ns=ioctl.end_ns - ioctl.begin_ns,
+            lock_wait_ns=dirty_log.lock_waits(ioctl),
+            off_cpu_ns=ioctl.off_cpu_ns if ioctl.off_cpu_ns >= 0 else None,
+            split=fetch_split.split([ioctl], self.samples),
+        )
+
+    def user_off_cpu(self, spans: Sequence[Span]) -> int | None:
+        """Of the bitmap work in these spans (from `origin`), the part off the CPU."""
+        return self._off_cpu.within((begin + self.origin, end + self.origin) for begin, end in spans)
+
+    def rearm(self, until: int) -> Rearm | None:
+        """What the fetches in the blackout spent on protecting pages anew; None where that cannot be told."""
+        ioctls = [i for burst in self.last(until) for i in burst.ioctls]
+        manual = any(dirty_log.is_clear(i) for burst in self.bursts for i in burst.ioctls)
+        gets = [i for i in ioctls if kvm.name_of(i.cmd) == "GET_DIRTY_LOG"]
+        others = [i for i in ioctls if kvm.name_of(i.cmd) != "GET_DIRTY_LOG"]
+        ns = sum(fetch_split.on_cpu(i) for i in others)
+        pages = sum(i.size if dirty_log.is_clear(i) else max(0, i.ret) for i in others)
+        error, samples = 0, "exact"
+        if gets and not manual:  # with manual protection a GET protects nothing
+            found = fetch_split.split(gets, self.samples)
+            if found is None:
+                return None
+            ns += int(found["walk"]) + int(found["flush"])
+            error = int(found.get("walk_error", 0)) + int(found.get("flush_error", 0))
+            samples = str(found["samples"])
+            places = dirty_log.sizes(self.process)
+            pages += sum(places[i.slot][1] // self.page for i in gets if i.slot in places)
+        if not pages or not ns:
+            return None
+        return Rearm(
+            ns=ns,
+            error_ns=error,
+            samples=int(samples) if samples.isdecimal() else samples,
+            pages=pages,
+            ns_per_page=round(ns / pages, 3),
+            ms_per_gib=round(ns / 1e6 / (pages * self.page / GIB), 6),
+        )
+
+    def logging(self, blackout: Span | None) -> list[Logging]:
+        """Each time that the migration switched logging on or off; slots that follow at once are one time."""
+        since = dirty_log.switched_on(self.process, self.stop)
+        state: dict[int, bool] = {}
+        groups: list[tuple[bool, list[Ioctl]]] = []
+        for ioctl in self.process.memslots:
+            if not ioctl.size:
+                continue
+            flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
+            if flag != state.get(ioctl.slot, False) and since is not None and ioctl.begin_ns >= since:
+                near = groups and ioctl.begin_ns - groups[-1][1][-1].end_ns < dirty_log.SETUP_NS
+                if near and groups[-1][0] == flag:
+                    groups[-1][1].append(ioctl)
+                else:
+                    groups.append((flag, [ioctl]))
+            state[ioctl.slot] = flag
+        return [self._switch(flag, ioctls, blackout) for flag, ioctls in groups]
+
+    def _switch(self, flag: bool, ioctls: Sequence[Ioctl], blackout: Span | None) -> Logging:
+        begin, end = blackout or (0, 0)
+        return Logging(
+            on=flag,
+            begin=ioctls[0].begin_ns - self.origin,
+            end=max(i.end_ns for i in ioctls) - self.origin,
+            kernel_ns=sum(i.end_ns - i.begin_ns for i in ioctls),
+            slots=len({i.slot for i in ioctls}),
+            in_blackout_ns=sum(max(0, min(i.end_ns, end) - max(i.begin_ns, begin)) for i in ioctls),
+        )
+
+
+def _begin(ioctl: Ioctl) -> int:
+    return ioctl.begin_ns
+
+
+def _uncovered(ioctls: Sequence[Ioctl], begin: int, until: int) -> list[Span]:
+    """The spans of [begin, until) outside all of the ioctls, which are in order."""
+    spans: list[Span] = []
+    reached = begin
+    for ioctl in ioctls:
+        if reached < min(ioctl.begin_ns, until):
+            spans.append((reached, min(ioctl.begin_ns, until)))
+        reached = max(reached, ioctl.end_ns)
+    if reached < until:
+        spans.append((reached, until))
+    return spans

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long it took the VMM to stop its vCPUs, and then to notice that they had stopped.
+
+In: the source's kicks, calls and waits. Out: a row of the breakdown. A VMM that looks every millisecond whether its
+vCPUs have stopped (Cloud Hypervisor: vmm/src/cpu.rs, `pause`) pays for that with the guest already dark.
+"""
+
+from __future__ import annotations
+
+from ebpf_mig.analysis.process import Process, begun
+from ebpf_mig.analysis.switchover import Switchover
+from ebpf_mig.breakdown import Pausing
+from ebpf_mig.recording.events import OffCpu
+
+BEFORE_NS = 1_000_000
+"""Where the kicking thread got its CPU back this soon before its first kick, that kick was late."""
+
+
+def driver(source: Process, found: Switchover) -> int | None:
+    """The thread that asked for the stop."""
+    return next((k.tid for k in source.kicks if found.requested <= k.at_ns <= found.stop), None)
+
+
+def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
+    """None where no kick was seen, or nothing that the kicking thread did afterwards."""
+    if source is None or found is None:
+        return None
+    tid = driver(source, found)
+    ioctl = next((i.begin_ns for i in begun(source.ioctls, found.stop) if i.tid == tid), None)
+    transfer = next((t.begin_ns for t in begun(source.transfers, found.stop) if t.tid == tid), None)
+    acts = [at for at in (ioctl, transfer) if at is not None]
+    if tid is None or not acts:
+        return None
+    noticed = min(acts)
+    naps = [w for w in source.off_cpu if w.tid == tid and not w.preempted and w.end_ns > found.requested]
+    naps = [w for w in naps if w.begin_ns < noticed]
+    return Pausing(
+        stop_ns=found.stop - found.requested,
+        noticed_ns=noticed - found.stop,
+        naps=len(naps),
+        asleep_ns=sum(min(w.end_ns, noticed) - max(w.begin_ns, found.stop) for w in naps if w.end_ns > found.stop),
+        polling=any("nanosleep" in name for w in naps for name in w.stack),
+        kicked_late_ns=sum(w.end_ns - w.begin_ns for w in _before(source, found, tid)),
+    )
+
+
+def _before(source: Process, found: Switchover, tid: int) -> list[OffCpu]:
+    """The last time that the thread had lost the CPU before it kicked, if that was just before."""
+    waits = [w for w in source.off_cpu if w.preempted and w.tid == tid and w.end_ns <= found.requested]
+    return [w for w in waits[-1:] if found.requested - w.end_ns <= BEFORE_NS]

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attribution: which phase owns which instant of the window, and why.
+
+In: the switchover's instants, the source's work after the stop, the destination's loading. Out: the phases of
+the breakdown, a partition of the window to the nanosecond.
+
+The partition is made by construction: a `Partition` only ever moves a cursor forward, so spans cannot
+overlap, leave a hole or be negative, whatever the events say. The critical path decides between the sides:
+the source owns the instant until the last byte that the destination needed has left, then the destination
+does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ebpf_mig import breakdown
+from ebpf_mig.analysis import source_work
+from ebpf_mig.analysis.source_work import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import Ioctl, Transfer
+
+SHORT_NS = 1_000_000
+"""A wait between two kinds of work that no rule names belongs to the former up to this, else to nobody. Time in which
+the thread had lost its CPU is no wait of its choosing, and is not counted."""
+
+SETUP_GAP_NS = 20_000_000
+"""Restore work after a longer rest, where the source was not traced, is another stretch."""
+
+_CLOCK = frozenset({"SET_CLOCK", "GET_CLOCK", "KVMCLOCK_CTRL"})
+"""Start the guest's clock; part of resuming."""
+_READS = ("GET_", "HAS_", "CHECK_")
+
+
+@dataclass
+class Partition:
+    """Spans of one phase each, from `begin` on without holes."""
+
+    begin: int
+    end: int
+    cursor: int = field(init=False)
+    spans: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cursor = self.begin
+
+    def until(self, at: int, phase: str) -> None:
+        """Books everything from the cursor to `at`, at most to the window's end, to `phase`."""
+        at = min(at, self.end)
+        if at <= self.cursor:
+            return
+        if self.spans and self.spans[-1][2] == phase:
+            self.spans[-1] = (self.spans[-1][0], at, phase)
+        else:
+            self.spans.append((self.cursor, at, phase))
+        self.cursor = at
+
+    def phases(self) -> list[breakdown.Phase]:
+        """Every phase, also unseen ones; instants relative to the begin."""
+        self.until(self.end, "unattributed")
+        result = []
+        for name, side in breakdown.PHASES:
+            spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
+            total = sum(e - b for b, e in spans)
+            result.append(breakdown.Phase(phase=name, side=side, duration_ns=total, spans=spans))
+        assert sum(phase.duration_ns for phase in result) == self.end - self.begin  # noqa: S101
+        return result
+
+
+def unseen() -> list[breakdown.Phase]:
+    """Every phase, none of it seen."""
+    return [breakdown.Phase(phase=name, side=side, duration_ns=0, spans=[]) for name, side in breakdown.PHASES]
+
+
+_INSIDE = {
+    FETCH: "fetch.kernel",
+    CLEAR: "fetch.kernel",
+    MEMORY: "memory.send",
+    STATE: "state.send",
+    SAVE: "state.save",
+}
+_BETWEEN = {
+    (FETCH, FETCH): "fetch.user",
+    (FETCH, CLEAR): "fetch.user",
+    (FETCH, MEMORY): "fetch.user",
+    # Nothing was found to send; the state is being written down.
+    (FETCH, STATE): "state.save",
+    (MEMORY, MEMORY): "memory.send",
+    (MEMORY, CLEAR): "memory.send",
+    (MEMORY, FETCH): "memory.send",
+    (MEMORY, REPLY): "memory.send",
+    (MEMORY, STATE): "state.save",
+    (SAVE, SAVE): "state.save",
+    (SAVE, FETCH): "state.save",
+    (SAVE, STATE): "state.save",
+    (STATE, STATE): "state.send",
+    (STATE, SAVE): "state.save",
+    (STATE, REPLY): "handover",
+    (REPLY, STATE): "handover",
+    (REPLY, REPLY): "handover",
+}
+"""Who owns the time between two kinds of work; a pair that is not here is unattributed."""
+_BETWEEN_SHORT = {
+    (FETCH, SAVE): "fetch.user",
+    (MEMORY, SAVE): "memory.send",
+    (SAVE, MEMORY): "state.save",
+}
+"""The same, but only up to SHORT_NS."""
+
+
+def source(partition: Partition, stop: int, until: int, work: Work) -> None:
+    """Books [stop, until) to the source's phases."""
+    previous: int | None = None
+    for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
+        if label == REPLY and previous not in (MEMORY, STATE, REPLY):
+            continue
+        waited = begin - partition.cursor - _within(work.preempted, partition.cursor, begin)
+        partition.until(begin, _between(previous, label, waited, work.fetched is not None))
+        if label == REPLY:
+            # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
+            partition.until(end, "memory.send" if previous == MEMORY else "handover")
+        else:
+            partition.until(end, _INSIDE[label])
+        if label == MEMORY and previous is None and work.fetched is not None and end <= work.fetched:
+            # The tail of the last pass; the VM is still being quieted.
+            continue
+        previous = _after(previous, label)
+    if previous is None:
+        partition.until(min(work.quiet_until, until), "quiesce")
+    elif previous in (STATE, REPLY):
+        partition.until(until, "handover")
+    partition.until(until, "unattributed")
+
+
+def _within(spans: Sequence[tuple[int, int]], begin: int, end: int) -> int:
+    """How much of [begin, end) the spans, which do not overlap, cover."""
+    return sum(max(0, min(closed, end) - max(opened, begin)) for opened, closed in spans)
+
+
+def _after(previous: int | None, label: int) -> int:
+    """A CLEAR amid the sending, or the answer to pages, does not end the sending."""
+    if label == CLEAR:
+        return MEMORY if previous == MEMORY else FETCH
+    return MEMORY if label == REPLY and previous == MEMORY else label
+
+
+def _between(previous: int | None, following: int, gap: int, fetched: bool) -> str:
+    """Which phase owns the `gap` between two kinds of work. `fetched`: there was a fetch after the stop."""
+    if previous is None:
+        return "quiesce"
+    pair = previous, following
+    if pair == (SAVE, MEMORY) and not fetched:
+        # Dirty rings are read without an ioctl.
+        return "fetch.user"
+    if pair in _BETWEEN:
+        return _BETWEEN[pair]
+    return _BETWEEN_SHORT.get(pair, "unattributed") if gap <= SHORT_NS else "unattributed"
+
+
+def _flatten(begin: int, end: int, intervals: Sequence[source_work.Interval]) -> list[source_work.Interval]:
+    """Overlapping intervals as a row of disjoint ones, cut to [begin, end); the lowest label wins."""
+    changes: list[tuple[int, int, int]] = []
+    for opened, closed, label in intervals:
+        first, last = max(opened, begin), min(closed, end)
+        if first < last:
+            changes += [(first, 1, label), (last, -1, label)]
+    changes.sort()
+    active = [0] * 6
+    result: list[source_work.Interval] = []
+    since, current = begin, None
+    for at, step, label in changes:
+        active[label] += step
+        top = next((index for index, count in enumerate(active) if count), None)
+        if top != current:
+            if current is not None and since < at:
+                if result and result[-1][1] == since and result[-1][2] == current:
+                    result[-1] = (result[-1][0], at, current)
+                else:
+                    result.append((since, at, current))
+            since, current = at, top
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The destination's restoring of the state."""
+
+    begin: int
+    end: int
+
+
+def is_restore(ioctl: Ioctl) -> bool:
+    """Work that builds up the VM: setters, memslots, vCPUs, routing."""
+    name = kvm.name_of(ioctl.cmd)
+    dirty_log = name in ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
+    return not (name in _CLOCK or dirty_log or name.startswith(_READS))
+
+
+def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Sequence[int]) -> Loading | None:
+    """The restoring that follows `since`, the source's first send of state (or the stop), before `start`.
+
+    It ends with the last setter of vCPU state before the clock is set. Where the source still said something
+    after that (`answered`: its sends), it ended with the last restore work before: Cloud Hypervisor restores
+    its devices after the vCPUs, answers, and is told to resume.
+    """
+    work = [i for i in ioctls if i.begin_ns >= since and (start is None or i.begin_ns < start)]
+    restores = [i for i in work if is_restore(i)]
+    if not restores:
+        return None
+    begin = restores[0].begin_ns
+    setters = [i for i in restores if kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
+    clock = next((i.begin_ns for i in work if i.begin_ns > begin and kvm.name_of(i.cmd) in _CLOCK), None)
+    before = [i for i in setters if clock is None or i.begin_ns < clock] or setters or restores
+    end = max(i.end_ns for i in before)
+    told = next((at for at in answered if at >= end and (start is None or at < start)), None)
+    if told is not None:
+        end = max([end, *(i.end_ns for i in restores if i.begin_ns < told)])
+    return Loading(begin, end)
+
+
+def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int, until: int) -> list[tuple[int, int]]:
+    """Stretches of [since, until) in which the destination, amid loading, waited for bytes that had been sent.
+
+    Each ends with a receive and lies more than SHORT_NS behind the destination's last ioctl or receive. Calls that were
+    folded into one run with restoring amid them tell nothing.
+    """
+    begins = [i.begin_ns for i in restores]
+    late = [t for t in receives if t.end_ns > since]
+    single = [t for t in late if t.calls <= 1 or not _any_between(begins, t.begin_ns, t.end_ns)]
+    acts = [(t.begin_ns, t.end_ns, True) for t in single]
+    acts += [(i.begin_ns, i.end_ns, False) for i in restores if i.end_ns > since]
+    acts.sort()
+    found: list[tuple[int, int]] = []
+    idle_from = since
+    for begin, end, is_receive in acts:
+        if begin >= until:
+            break
+        if is_receive and max(begin, end - 1) - idle_from > SHORT_NS:
+            found.append((idle_from, end))
+        idle_from = max(idle_from, end)
+    return found
+
+
+def _any_between(instants: Sequence[int], begin: int, end: int) -> bool:
+    at = bisect_right(instants, begin)
+    return at < len(instants) and instants[at] < end
+
+
+def destination(
+    partition: Partition,
+    handed: int,
+    load: Loading | None,
+    received: int | None,
+    start: int,
+    waits: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Books everything from `handed` on to the destination's phases.
+
+    `waits` are stretches amid the loading in which it waited for bytes on the wire: handover, too.
+    """
+    if load is None:
+        partition.until(max(handed, received or handed), "handover")
+        partition.until(start, "unattributed")
+    else:
+        partition.until(max(handed, load.begin), "handover")
+        for begin, end in waits:
+            partition.until(min(begin, load.end), "state.load")
+            partition.until(min(end, load.end), "handover")
+        partition.until(load.end, "state.load")
+        partition.until(start, "resume")
+    partition.until(partition.end, "resume")
+
+
+def is_resume(ioctl: Ioctl) -> bool:
+    """On a source that takes its guest back: sets the clock, writes registers back."""
+    return kvm.name_of(ioctl.cmd) in (kvm.VCPU_STATE_SET | {"SET_CLOCK"})
+
+
+def last_loading(ioctls: Sequence[Ioctl], start: int) -> Loading | None:
+    """The last stretch of restore work before `start`, without the set-up of the VM before the migration."""
+    work = [i for i in ioctls if is_restore(i) and i.begin_ns < start]
+    if not work:
+        return None
+    first = len(work) - 1
+    while first > 0 and work[first].begin_ns - work[first - 1].end_ns < SETUP_GAP_NS:
+        first -= 1
+    return loading(ioctls, work[first].begin_ns, start, ())

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The events of a recording by process, cleaned and in time order.
+
+In: a header and events in any order. Out: one `Process` a traced pid, the marks, the ending.
+
+Events come from a file and may be anything: calls whose begin was not seen, or lies after their end, become
+calls of no length, so that no later step can meet a negative duration. Sorting is by the whole event, so
+that the result does not depend on the order of the input.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter, eq
+from typing import Any, TypeVar
+
+import msgspec
+
+from ebpf_mig.analysis import vcpu
+from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.kinds import KINDS
+
+SEND, RECEIVE = 0, 1
+
+
+def key_of(transfer: ev.Transfer) -> int:
+    """The socket's inode; without one, a negative number made of the file descriptor."""
+    return transfer.socket if transfer.socket else -1 - transfer.fd
+
+
+_Timed = TypeVar("_Timed", ev.Ioctl, ev.Transfer)
+
+
+def begun(events: list[_Timed], since: int) -> list[_Timed]:
+    """Those that began at `since` or later, of events in order."""
+    return events[bisect_left(events, since, key=attrgetter("begin_ns")) :]
+
+
+@dataclass
+class Process:
+    """One traced process; every list is in time order."""
+
+    pid: int
+    target: ev.Target | None = None
+    ioctls: list[ev.Ioctl] = field(default_factory=list)
+    enters: list[ev.VcpuEnter] = field(default_factory=list)
+    exits: list[ev.VcpuExit] = field(default_factory=list)
+    states: list[ev.VcpuState] = field(default_factory=list)
+    kicks: list[ev.Kick] = field(default_factory=list)
+    transfers: list[ev.Transfer] = field(default_factory=list)
+    told: list[ev.Socket] = field(default_factory=list)
+    named: list[ev.Thread] = field(default_factory=list)
+    slots: list[ev.Slot] = field(default_factory=list)
+    off_cpu: list[ev.OffCpu] = field(default_factory=list)
+    segments: list[ev.Segment] = field(default_factory=list)
+    retransmits: list[ev.Retransmit] = field(default_factory=list)
+    spans: list[ev.VcpuSpan] = field(default_factory=list)
+    samples: list[ev.Samples] = field(default_factory=list)
+    tcp: list[ev.TcpInfo] = field(default_factory=list)
+    fetching: frozenset[int] | None = None
+    """What `fetches.fetchers` found, once it has been asked."""
+
+    @property
+    def hint(self) -> str:
+        """The role the user gave it."""
+        return self.target.role if self.target else "unknown"
+
+    @cached_property
+    def dirty_log(self) -> list[ev.Ioctl]:
+        """The ioctls that fetch or clear the dirty log."""
+        return [ioctl for ioctl in self.ioctls if kvm.is_dirty_log(ioctl.cmd)]
+
+    @cached_property
+    def other_ioctls(self) -> list[ev.Ioctl]:
+        """All others."""
+        return [ioctl for ioctl in self.ioctls if not kvm.is_dirty_log(ioctl.cmd)]
+
+    @cached_property
+    def memslots(self) -> list[ev.Ioctl]:
+        """The ioctls that set memslots."""
+        return [ioctl for ioctl in self.other_ioctls if kvm.is_memslot(ioctl.cmd)]
+
+    @cached_property
+    def _longest_ns(self) -> int:
+        return max([t.end_ns - t.begin_ns for t in self.transfers], default=0)
+
+    def ended(self, transfers: list[ev.Transfer], since: int) -> list[ev.Transfer]:
+        """Those of its transfers, in order, that ended at `since` or later, without walking over all."""
+        late = begun(transfers, since - self._longest_ns)
+        return [t for t in late if t.end_ns >= since]
+
+    @cached_property
+    def streams(self) -> dict[tuple[int, int], list[ev.Transfer]]:
+        """Transfers in order by direction and socket, as told by `key_of`."""
+        result: dict[tuple[int, int], list[ev.Transfer]] = defaultdict(list)
+        for transfer in self.transfers:
+            result[transfer.direction, transfer.socket or key_of(transfer)].append(transfer)
+        return dict(result)
+
+    @cached_property
+    def sockets(self) -> dict[int, ev.Socket]:
+        """What is known of each socket, by inode; told twice, the last word counts."""
+        return {socket.socket: socket for socket in self.told}
+
+    @cached_property
+    def threads(self) -> dict[int, ev.Thread]:
+        """Thread names by tid; of two, the one with a vCPU index."""
+        return {thread.tid: thread for thread in sorted(self.named, key=lambda t: (t.vcpu, t.name))}
+
+    @cached_property
+    def tcp_by_socket(self) -> dict[int, list[ev.TcpInfo]]:
+        """TCP's accounts by socket inode."""
+        result: dict[int, list[ev.TcpInfo]] = defaultdict(list)
+        for reading in self.tcp:
+            result[reading.socket].append(reading)
+        return dict(result)
+
+    @cached_property
+    def kicks_by_tid(self) -> dict[int, list[ev.Kick]]:
+        """Kicks by the thread they were sent to."""
+        result: dict[int, list[ev.Kick]] = defaultdict(list)
+        for kick in self.kicks:
+            result[kick.target_tid].append(kick)
+        return dict(result)
+
+    @cached_property
+    def vcpus(self) -> dict[int, Timeline]:
+        """Timelines by vCPU index, of vCPUs seen to run; threads without a known index fill the gaps."""
+        enters: dict[int, list[ev.VcpuEnter]] = defaultdict(list)
+        exits: dict[int, list[ev.VcpuExit]] = defaultdict(list)
+        states: dict[int, list[ev.VcpuState]] = defaultdict(list)
+        for enter in self.enters:
+            enters[enter.tid].append(enter)
+        for exit_ in self.exits:
+            exits[exit_.tid].append(exit_)
+        for state in self.states:
+            states[state.tid].append(state)
+        found: dict[int, Timeline] = {}
+        nameless: list[Timeline] = []
+        for tid in sorted(enters.keys() | exits.keys() | states.keys()):
+            kicked = [kick.at_ns for kick in self.kicks_by_tid.get(tid, ())]
+            line = vcpu.build(tid, enters[tid], exits[tid], states[tid], kicked)
+            if not line.ran:
+                continue
+            index = self.threads[tid].vcpu if tid in self.threads else -1
+            if index >= 0 and index not in found:
+                found[index] = line
+            else:
+                nameless.append(line)
+        free = 0
+        for line in nameless:
+            while free in found:
+                free += 1
+            found[free] = line
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def gaps(self) -> list[tuple[int, int | None]]:
+        """The stretches in which none of its vCPUs ran guest code."""
+        return vcpu.common(list(self.vcpus.values()))
+
+
+@dataclass
+class Material:
+    """A recording taken apart."""
+
+    header: ev.Header
+    processes: dict[int, Process]
+    marks: list[ev.Mark]
+    ending: ev.Ending | None
+    costs: list[ev.OwnCost] = field(default_factory=list)
+
+
+_key = msgspec.structs.astuple
+
+
+def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
+    """Takes a recording apart. Linear but for the sorting."""
+    processes: dict[int, Process] = {}
+    for target in header.targets:
+        processes.setdefault(target.pid, Process(target.pid, target))
+    by_kind: dict[type, list[Any]] = defaultdict(list)
+    for event in events:
+        by_kind[type(event)].append(event)
+    for kind in KINDS:
+        if not kind.stream:
+            continue
+        by_pid: dict[int, list[Any]] = defaultdict(list)
+        for event in by_kind.pop(kind.event, ()):
+            by_pid[event.pid].append(event)
+        for pid, found in by_pid.items():
+            process = processes.setdefault(pid, Process(pid))
+            setattr(process, kind.stream, _in_order(kind.event, _made_whole(kind.event, found)))
+    marks: list[ev.Mark] = by_kind[ev.Mark]
+    endings: list[ev.Ending] = by_kind[ev.Ending]
+    costs: list[ev.OwnCost] = by_kind[ev.OwnCost]
+    marks.sort(key=_key)
+    costs.sort(key=_key)
+    return Material(header, dict(sorted(processes.items())), marks, _last(endings), costs)
+
+
+def _tcp_key(event: ev.TcpInfo) -> tuple[int, int, list[tuple[str, int]]]:
+    return event.at_ns, event.socket, sorted(event.values.items())
+
+
+_Event = TypeVar("_Event", bound=ev.Event)
+
+
+def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
+    """Sorted by all fields: by the first, and where that is the same by the rest. Sorting by a tuple of all would
+    take as much memory again as the events."""
+    all_fields: Callable[[Any], Any] = _tcp_key if kind is ev.TcpInfo else _key
+    first = attrgetter(kind.__struct_fields__[0])  # type: ignore[attr-defined]
+    events.sort(key=first)
+    keys = list(map(first, events))
+    done = 0
+    for at in itertools.compress(itertools.count(), map(eq, keys, itertools.islice(keys, 1, None))):
+        if at >= done:
+            done = bisect_right(keys, keys[at])
+            events[at:done] = sorted(events[at:done], key=all_fields)
+    return events
+
+
+def _made_whole(kind: type, events: list[Any]) -> list[Any]:
+    """A call whose begin was not seen, or makes no sense, begins when it ends; nobody moves less than nothing."""
+    if kind is ev.Ioctl:
+        return [i if 0 < i.begin_ns <= i.end_ns else msgspec.structs.replace(i, begin_ns=i.end_ns) for i in events]
+    if kind is ev.Transfer:
+        return [
+            t if 0 < t.begin_ns <= t.end_ns and t.in_call_ns >= 0 and t.bytes >= 0 else _whole_transfer(t)
+            for t in events
+        ]
+    return events
+
+
+def _whole_transfer(event: ev.Transfer) -> ev.Transfer:
+    length = event.end_ns - event.begin_ns
+    return msgspec.structs.replace(
+        event,
+        begin_ns=event.begin_ns if event.begin_ns > 0 and length >= 0 else event.end_ns,
+        in_call_ns=max(0, event.in_call_ns),
+        bytes=max(0, event.bytes),
+    )
+
+
+def _last(endings: list[ev.Ending]) -> ev.Ending | None:
+    def order(ending: ev.Ending) -> tuple[int, str, bytes]:
+        return ending.at_ns, ending.reason, msgspec.json.encode(ending, order="deterministic")
+
+    return max(endings, key=order, default=None)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which traced process is the source and which the destination.
+
+In: the processes of a recording. Out: the pair, and a note for every hint that events contradict.
+
+The source fetched dirty logs, ran its guest when tracing began, and stopped. The destination's state was set
+before its guest first ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.linux import kvm
+
+
+def assign(processes: Collection[Process]) -> tuple[Process | None, Process | None, list[str]]:
+    """(source, destination, notes)."""
+    scores = {process.pid: (_as_source(process), _as_destination(process)) for process in processes}
+
+    def leaning(process: Process) -> tuple[int, int, int]:
+        """Source-like first; of equals the one that ran first."""
+        own = scores[process.pid]
+        return own[1] - own[0], _first(process), process.pid
+
+    ranked = sorted(processes, key=leaning)
+    source = next((p for p in ranked if scores[p.pid][0] > 0), None)
+    destination = next((p for p in reversed(ranked) if p is not source and scores[p.pid][1] > 0), None)
+    if source is not None and destination is None and _leans_away(source, scores[source.pid]):
+        # It is alone, and no role is better than a wrong one.
+        alone, source = source, None
+        destination = alone if scores[alone.pid][1] > scores[alone.pid][0] else None
+    notes = [
+        f"process {process.pid} was given as the {process.hint}, but behaved as the {role}"
+        for process, role in ((source, "source"), (destination, "destination"))
+        if process is not None and process.hint in ("source", "destination") and process.hint != role
+    ]
+    return source, destination, notes
+
+
+def _leans_away(process: Process, score: tuple[int, int]) -> bool:
+    return score[1] > score[0] or (score[1] == score[0] and process.hint != "source")
+
+
+def _as_source(process: Process) -> int:
+    dirty = bool(process.dirty_log)
+    several = dirty and _fetches_for_migration(process)
+    ran_before = any(line.ran_before for line in process.vcpus.values())
+    stopped = bool(process.gaps) and process.gaps[-1][1] is None
+    return 6 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == "source")
+
+
+def _as_destination(process: Process) -> int:
+    lines = list(process.vcpus.values())
+    fresh = not any(line.ran_before for line in lines)
+    first = min((line.first_run for line in lines if line.first_run is not None), default=None)
+    restored = any(
+        kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET and (first is None or i.begin_ns < first) for i in process.ioctls
+    )
+    return 4 * (fresh and restored) + (fresh and first is not None) + 2 * (process.hint == "destination")
+
+
+def _fetches_for_migration(process: Process) -> bool:
+    slots = {i.slot for i in process.dirty_log}
+    known = dirty_log.sizes(process)
+    largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
+    return len(slots) > 1 or largest in slots
+
+
+def _first(process: Process) -> int:
+    """When it is first known to run its guest; 0 if it did when tracing began."""
+    if any(line.ran_before for line in process.vcpus.values()):
+        return 0
+    return min((line.first_run for line in process.vcpus.values() if line.first_run is not None), default=1 << 63)

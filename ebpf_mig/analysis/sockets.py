@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sockets carry the migration, and what they did in the window.
+
+In: the two processes and the threads that fetch the dirty log. Out: the set of sockets on each side, and the
+rows of the report.
+
+A VMM's threads also write to monitors, consoles, backends and displays; QEMU's migration thread itself writes
+QMP events in the middle of the blackout. So a socket is chosen by what it connects, then by who uses it, then
+by how much went through, and never by a thread's name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from ebpf_mig.analysis import tcp_info
+from ebpf_mig.analysis.process import RECEIVE, SEND, Process, begun, key_of
+from ebpf_mig.breakdown import SocketUse
+from ebpf_mig.recording.events import Socket, Transfer
+
+AF_UNIX = 1
+LEAST_BYTES = 4096
+"""Where nothing else tells, a socket that carried less is not taken for the migration's."""
+EXTRA_SHARE = 100
+"""UNIX sockets have no address; one with 1/100 of the main one's bytes counts as a further connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """The migration's sockets: keys as made by `processes.key_of`."""
+
+    source: frozenset[int] = frozenset()
+    destination: frozenset[int] = frozenset()
+    transport: str = "unknown"
+
+    @property
+    def connections(self) -> int:
+        """How many connections carry it."""
+        return max(len(self.source), len(self.destination))
+
+
+def choose(source: Process | None, destination: Process | None, since: int, fetchers: Collection[int]) -> Channels:
+    """The migration's sockets among all that the two processes used from `since` on."""
+    if source is None:
+        keys = _busiest(destination, RECEIVE, since, ()) if destination else frozenset()
+        return Channels(frozenset(), keys, _transport(destination, keys))
+    mirrored = mirrors(source, destination) if destination else {}
+    keys = _busiest(source, SEND, since, fetchers, mirrored)
+    if destination is None:
+        return Channels(keys, frozenset(), _transport(source, keys))
+    other = frozenset(mirrored[key] for key in keys if key in mirrored)
+    if not other:
+        other = _busiest(destination, RECEIVE, since, ())
+    return Channels(keys, other, _transport(source, keys))
+
+
+def _busiest(
+    process: Process | None,
+    direction: int,
+    since: int,
+    tids: Collection[int],
+    mirrors: Collection[int] = (),
+) -> frozenset[int]:
+    """The socket with the most bytes, and those that belong to it."""
+    if process is None:
+        return frozenset()
+    total: Counter[int] = Counter()
+    by_tids: Counter[int] = Counter()
+    for (way, key), transfers in process.streams.items():
+        late = [t for t in transfers if t.end_ns >= since] if way == direction else ()
+        if late:
+            total[key] = sum([t.bytes for t in late])
+            by_tids[key] = sum([t.bytes for t in late if t.tid in tids])
+    crossing = {key: total[key] for key in total if key in mirrors}
+    candidates = crossing or {key: size for key, size in total.items() if size >= LEAST_BYTES}
+    if not candidates:
+        return frozenset()
+    # Multifd: the bulk leaves through further sockets, but the fetching thread keeps the main one.
+    fetching = {key: by_tids[key] for key in candidates if by_tids[key] >= LEAST_BYTES}
+    main = max(fetching or candidates, key=lambda key: (fetching.get(key, 0), total[key], -key))
+    return frozenset({main}) | _company(process, direction, main, candidates, crossing)
+
+
+def _company(
+    process: Process, direction: int, main: int, candidates: dict[int, int], crossing: Collection[int]
+) -> frozenset[int]:
+    """Further connections of the same migration."""
+    known = process.sockets.get(main)
+    if known is None:
+        return frozenset()
+    if known.family == AF_UNIX:
+        enough = max(LEAST_BYTES, candidates[main] // EXTRA_SHARE)
+        return frozenset(
+            key
+            for key, size in candidates.items()
+            if _family(process, key) == AF_UNIX and (key in crossing or (not crossing and size >= enough))
+        )
+    # The side that listened has the one well-known port: the destination's.
+    address = _end(known, direction)
+    return frozenset(
+        key
+        for key in candidates
+        if (s := process.sockets.get(key)) and s.family != AF_UNIX and _end(s, direction) == address
+    )
+
+
+def _end(socket: Socket, direction: int) -> str:
+    return normal(socket.remote if direction == SEND else socket.local)
+
+
+def _family(process: Process, key: int) -> int:
+    socket = process.sockets.get(key)
+    return socket.family if socket else 0
+
+
+def mirrors(source: Process, destination: Process) -> dict[int, int]:
+    """Sockets of the source by inode, with the destination's end of the same connection."""
+    by_ends: dict[tuple[str, str], int] = {}
+    by_peer: dict[int, int] = {}
+    for inode, socket in sorted(destination.sockets.items()):
+        if socket.peer:
+            by_peer[socket.peer] = inode
+        elif socket.family != AF_UNIX and socket.local and socket.remote:
+            by_ends[(normal(socket.remote), normal(socket.local))] = inode
+    result: dict[int, int] = {}
+    for inode, socket in sorted(source.sockets.items()):
+        if inode in by_peer:
+            result[inode] = by_peer[inode]
+        elif socket.family == AF_UNIX:
+            if socket.peer in destination.sockets:
+                result[inode] = socket.peer
+        elif (ends := (normal(socket.local), normal(socket.remote))) in by_ends:
+            result[inode] = by_ends[ends]
+    return result
+
+
+def connection(source: Process | None, destination: Process | None, channels: Channels) -> str:
+    """The migration's TCP connection as both ends, each alone, would write it; empty if there is none.
+
+    Of several, one that carried bytes both ways (QEMU's main channel, with its return path), then the first in the
+    order of the text.
+    """
+    process, keys = (source, channels.source) if source else (destination, channels.destination)
+    if process is None:
+        return ""
+    ways: dict[int, set[int]] = defaultdict(set)
+    for (direction, key), transfers in process.streams.items():
+        if key in keys and any(t.bytes for t in transfers):
+            ways[key].add(direction)
+    found: list[tuple[bool, str]] = []
+    for key, directions in ways.items():
+        known = process.sockets.get(key)
+        if known and known.local and known.remote:
+            text = " ".join(sorted((normal(known.local), normal(known.remote))))
+            found.append((len(directions) < 2, text))
+    return min(found)[1] if found else ""
+
+
+def normal(address: str) -> str:
+    """One spelling for an IPv4 address and its IPv6-mapped form, with or without brackets."""
+    host, _, port = address.rpartition(":")
+    return f"{host.strip('[]').removeprefix('::ffff:')}:{port}"
+
+
+def _transport(process: Process | None, keys: Collection[int]) -> str:
+    if process is None or not process.transfers:
+        return "unknown"
+    if not keys:
+        return "none"
+    families = {_family(process, key) for key in keys} - {0}
+    if not families:
+        return "unknown"
+    return "unix" if families == {AF_UNIX} else "tcp"
+
+
+def usage(
+    channels: Channels, source: Process | None, destination: Process | None, window: tuple[int, int]
+) -> list[SocketUse]:
+    """One row for each migration socket, side and direction that was used in the window."""
+    rows: list[SocketUse] = []
+    for side, process, keys, main in (
+        ("source", source, channels.source, SEND),
+        ("destination", destination, channels.destination, RECEIVE),
+    ):
+        if process is None:
+            continue
+        for (direction, key), transfers in sorted(process.streams.items(), key=lambda i: (i[0][0] != main, i[0][1])):
+            used = _in_window(process, transfers, direction, window) if key in keys else ()
+            if used:
+                role = "migration" if direction == main else "control"
+                rows.append(_row(process, f"{side} {role}", used, window))
+    return rows
+
+
+def _in_window(process: Process, transfers: list[Transfer], direction: int, window: tuple[int, int]) -> list[Transfer]:
+    """Sends count where they begin, receives where they end: that is when the bytes move."""
+    if direction == SEND:
+        return [t for t in begun(transfers, window[0]) if t.begin_ns <= window[1]]
+    return [t for t in process.ended(transfers, window[0]) if t.end_ns <= window[1]]
+
+
+def _row(process: Process, role: str, transfers: list[Transfer], window: tuple[int, int]) -> SocketUse:
+    socket = process.sockets.get(key_of(transfers[0]))
+    first = max(window[0], min(t.begin_ns for t in transfers))
+    last = min(window[1], max(t.end_ns for t in transfers))
+    in_call = sum(in_call_within(t, window) for t in transfers)
+    blocked = off_cpu_within(transfers, window)
+    return SocketUse(
+        role=role,
+        bytes=sum(t.bytes for t in transfers),
+        calls=sum(t.calls for t in transfers),
+        copy_ns=None if blocked is None else in_call - blocked,
+        blocked_ns=blocked,
+        between_ns=max(0, last - first - in_call),
+        in_call_ns=in_call,
+        local=socket.local if socket else "",
+        remote=socket.remote if socket else "",
+        tcp_info=tcp_info.verdict(process, key_of(transfers[0]), window, window[0])
+        if role == "source migration"
+        else None,
+    )
+
+
+def in_call_within(transfer: Transfer, window: tuple[int, int]) -> int:
+    """Time inside the calls, cut to the window."""
+    overlap = min(window[1], transfer.end_ns) - max(window[0], transfer.begin_ns)
+    return max(0, min(transfer.in_call_ns, overlap))
+
+
+def off_cpu_within(transfers: Iterable[Transfer], window: tuple[int, int]) -> int | None:
+    """Time off the CPU inside the calls, cut to the window; None if it is unknown for any of them."""
+    total = 0
+    for transfer in transfers:
+        if not transfer.off_cpu_ns:
+            continue
+        if transfer.off_cpu_ns < 0:
+            return None
+        total += min(transfer.off_cpu_ns, in_call_within(transfer, window))
+    return total

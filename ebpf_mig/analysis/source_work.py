@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the source does between its last vCPU's stop and its last needed byte, named by phase.
+
+In: its dirty-log ioctls, sends, replies and other KVM ioctls after the stop. Out: labelled intervals that may
+overlap; `phases.py` cuts them into a partition.
+
+The order of the steps is not assumed. QEMU up to 9.2 reads the vCPUs' registers before it fetches, from 10.0
+on after it has sent the memory; Cloud Hypervisor from v53 on fetches once more after it has saved the state.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ebpf_mig.analysis.dirty_log import Burst, is_clear
+from ebpf_mig.analysis.process import RECEIVE, SEND, key_of
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import Ioctl, OffCpu, Transfer
+
+CLUSTER_NS = 1_000_000
+"""Sends further apart than this are not one message, where no reply tells messages apart."""
+PAGE = 4096
+
+FETCH, CLEAR, MEMORY, STATE, SAVE, REPLY = range(6)
+"""Labels of intervals, in order of priority where they overlap."""
+
+Interval = tuple[int, int, int]
+"""Begin, end, label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the source did, ready to be cut up."""
+
+    intervals: list[Interval]
+    state_from: int | None
+    """Begin of the first send of state after the stop."""
+    memory: list[Transfer]
+    """The sends that carried the final pages."""
+    quiet_until: int
+    """End of the last ioctl of the stop itself (clock reads, device stops)."""
+    fetched: int | None
+    """Begin of the first fetch after the stop."""
+    folded: int
+    """Sends that were recorded as one run of calls although state was saved amid them."""
+    preempted: Sequence[tuple[int, int]] = ()
+    """Stretches in which the thread that sends had lost its CPU, in order."""
+
+
+def observe(
+    stop: int,
+    until: int,
+    bursts: Sequence[Burst],
+    transfers: Sequence[Transfer],
+    ioctls: Sequence[Ioctl],
+    waits: Sequence[OffCpu] = (),
+) -> Work:
+    """The source's work in [stop, until).
+
+    `bursts` are its fetches after the stop, `transfers` those on the migration's sockets in both directions,
+    `ioctls` its KVM ioctls apart from the dirty log's, `waits` when its threads were off the CPU.
+    """
+    fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
+    sends = [
+        t
+        for t in transfers
+        if t.direction == SEND and t.begin_ns < until and t.end_ns > stop and not _announces(t, stop, fetched)
+    ]
+    answers = [t for t in transfers if t.direction == RECEIVE and t.end_ns > stop]
+    senders = {(t.tid, t.socket or key_of(t)) for t in transfers if t.direction == SEND} if answers else set()
+    replies = [t for t in answers if (t.tid, key_of(t)) in senders]
+    replies.sort(key=lambda reply: reply.end_ns)
+    others = [i for i in ioctls if stop <= i.begin_ns < until]
+    saves = _saves(others, [*(b.begin for b in bursts), *(max(stop, t.begin_ns) for t in sends)])
+    carries_state = _state_sends(bursts, sends, replies, saves)
+    intervals = [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for burst in bursts for i in burst.ioctls]
+    intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
+    intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in replies]
+    folded = 0
+    state_from: list[int] = []
+    for send, state in zip(sends, carries_state, strict=True):
+        pieces = [(send.begin_ns, send.end_ns, STATE if state else MEMORY)]
+        if not state and send.calls > 1:
+            pieces = _unfold(send, saves)
+            folded += len(pieces) - 1
+        intervals += pieces
+        state_from += [begin for begin, _, label in pieces if label == STATE]
+    return Work(
+        intervals=intervals,
+        state_from=min(state_from, default=None),
+        memory=[t for t, state in zip(sends, carries_state, strict=True) if not state],
+        quiet_until=max((i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=stop),
+        fetched=fetched,
+        folded=folded,
+        preempted=_preempted(waits, {send.tid for send in sends}, stop),
+    )
+
+
+def _preempted(waits: Sequence[OffCpu], tids: Collection[int], since: int) -> list[tuple[int, int]]:
+    """When a thread was ready to run and did not; where several did at once, the first."""
+    found: list[tuple[int, int]] = []
+    for wait in waits:
+        if wait.preempted and wait.tid in tids and wait.end_ns > since and (not found or wait.begin_ns >= found[-1][1]):
+            found.append((wait.begin_ns, wait.end_ns))
+    return found
+
+
+def is_vcpu_read(ioctl: Ioctl) -> bool:
+    """Reads a vCPU's registers; on a stopped VM that is state being saved."""
+    return kvm.name_of(ioctl.cmd) in kvm.VCPU_STATE_GET
+
+
+def _announces(send: Transfer, stop: int, fetched: int | None) -> bool:
+    """A few bytes between the stop and the final fetch announce the switchover (QEMU 10.0 and later)."""
+    return fetched is not None and stop <= send.begin_ns < fetched and send.bytes < PAGE
+
+
+def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
+    """KVM ioctls that save state: all from the first that reads registers, or from the first fetch or send.
+
+    What comes earlier belongs to the stop itself: QEMU's handlers of the run state read clock, PIT and TSC
+    and take down ioeventfds, Cloud Hypervisor tells the guest's clock.
+    """
+    reads = [i.begin_ns for i in others if is_vcpu_read(i)]
+    starts = [*recognised, *reads[:1]]
+    return [i for i in others if i.begin_ns >= min(starts)] if starts else []
+
+
+def _unfold(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:
+    """A run of many calls with state saved amid it carried memory before, and state after."""
+    begins = [i.begin_ns for i in saves]
+    first, until = bisect_left(begins, send.begin_ns), bisect_left(begins, send.end_ns)
+    within = [i for i in saves[first:until] if i.end_ns <= send.end_ns]
+    if not within:
+        return [(send.begin_ns, send.end_ns, MEMORY)]
+    done = max(i.end_ns for i in within)
+    return [(send.begin_ns, within[0].begin_ns, MEMORY), (done, send.end_ns, STATE)]
+
+
+def _state_sends(
+    bursts: Sequence[Burst], sends: Sequence[Transfer], replies: Sequence[Transfer], saves: Sequence[Ioctl]
+) -> list[bool]:
+    """For each send: does it carry state?"""
+    fetches = [burst for burst in bursts if burst.fetched]
+    begins = [i.begin_ns for i in saves]
+    if fetches:
+        at = bisect_left(begins, fetches[0].end)
+    elif sends and begins:
+        at = bisect_left(begins, sends[0].begin_ns)
+        if at == len(begins):
+            # Nothing is saved after the first send, so all of it was saved before: no memory is left to send.
+            return [True] * len(sends)
+    else:
+        at = len(begins)
+    if at == len(begins):
+        return [False] * len(sends)
+    state_from = begins[at]
+    result = [send.begin_ns >= state_from for send in sends]
+    later = [burst.begin for burst in fetches if burst.begin >= state_from]
+    for index, fetch in enumerate(later):
+        end = later[index + 1] if index + 1 < len(later) else None
+        nth = bisect_left(begins, fetch)
+        if nth < len(begins) and (end is None or begins[nth] < end):
+            end = begins[nth]
+        _memory_after(fetch, end, sends, replies, result)
+    return result
+
+
+def _memory_after(
+    fetch: int, end: int | None, sends: Sequence[Transfer], replies: Sequence[Transfer], result: list[bool]
+) -> None:
+    """Marks the first message after a later fetch as memory, if it looks like pages.
+
+    Cloud Hypervisor sends what this fetch found, if anything, and then the state. Each message is answered;
+    pages go out in whole multiples of the page size, the rest of its messages do not.
+    """
+    first = bisect_left(sends, fetch, key=lambda send: send.begin_ns)
+    until = bisect_left(sends, end, key=lambda send: send.begin_ns) if end is not None else len(sends)
+    last = first
+    while last + 1 < until:
+        here, following = sends[last], sends[last + 1]
+        reply = bisect_left(replies, here.end_ns, key=lambda reply: reply.end_ns)
+        if reply < len(replies) and replies[reply].end_ns <= following.begin_ns:
+            break
+        if not replies and following.begin_ns - here.end_ns > CLUSTER_NS:
+            break
+        last += 1
+    message = range(first, min(last + 1, until))
+    if any(sends[i].bytes and sends[i].bytes % PAGE == 0 for i in message):
+        for i in message:
+            result[i] = False

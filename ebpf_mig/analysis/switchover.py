@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switchover: when the guest stopped on the source, when it started on the destination.
+
+In: the two processes and what tells a switchover from other gaps. Out: a `Switchover`, or None.
+
+A completed migration's source never runs again. If it runs again, the migration failed or was cancelled and
+its blackout was the gap around the attempt: not simply the longest one, because throttling makes gaps too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ebpf_mig.analysis import source_work
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import Transfer
+
+LONG_GONE_NS = 1_000_000_000
+"""A vCPU that left KVM_RUN this long before the last one did not leave because of the pause."""
+VOLLEY_NS = 1_000_000
+"""Kicks of one request to vCPUs that had left KVM_RUN by themselves come this soon before the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switchover:
+    """Instants are absolute, in ns."""
+
+    kind: str
+    """`completed`: the destination runs. `stopped`: the source does not, the rest is unknown. `aborted`: the
+    source runs again."""
+    requested: int
+    """The pause request."""
+    stop: int
+    """The last vCPU's stop."""
+    first_start: int | None
+    last_start: int | None
+    stops: dict[int, int]
+    """By vCPU index."""
+    starts: dict[int, int]
+    kicks: dict[int, int]
+
+
+def find(
+    source: Process, destination: Process | None, sends: Sequence[Transfer], stop_marks: Sequence[int]
+) -> Switchover | None:
+    """The switchover of `source`. `sends` are its sends on the migration's sockets."""
+    gaps = source.gaps
+    if not gaps:
+        return None
+    started = _first_start(destination)
+    if started is not None:
+        for begin, end in gaps:
+            if begin <= started and (end is None or started < end):
+                starts = {
+                    index: at
+                    for index, line in (destination.vcpus if destination else {}).items()
+                    if (at := line.start_after(begin)) is not None
+                }
+                return _at(source, "completed", begin, starts)
+    begin, end = gaps[-1]
+    if end is None:
+        return _at(source, "stopped", begin, {}) if _active_after(source, begin, sends) else None
+    chosen = _attempt(source, gaps, sends, stop_marks)
+    if chosen is None:
+        return None
+    begin, end = chosen
+    starts = {
+        index: gap.end
+        for index, line in source.vcpus.items()
+        if (gap := line.covering(begin)) is not None and gap.end is not None
+    }
+    return _at(source, "aborted", begin, starts)
+
+
+def _first_start(destination: Process | None) -> int | None:
+    lines = destination.vcpus.values() if destination else ()
+    return min((line.first_run for line in lines if line.first_run is not None), default=None)
+
+
+def _at(source: Process, kind: str, stop: int, starts: dict[int, int]) -> Switchover:
+    stops = {
+        index: gap.begin
+        for index, line in source.vcpus.items()
+        if (gap := line.covering(stop)) is not None and gap.begin is not None
+    }
+    kicks = {index: at for index, line in source.vcpus.items() if (at := _kick(source, line, stop)) is not None}
+    return Switchover(
+        kind=kind,
+        requested=_requested(stop, stops, kicks),
+        stop=stop,
+        first_start=min(starts.values(), default=None),
+        last_start=max(starts.values(), default=None),
+        stops=stops,
+        starts=starts,
+        kicks=kicks,
+    )
+
+
+def _kick(source: Process, line: Timeline, stop: int) -> int | None:
+    """The first kick after which the vCPU did not re-enter before `stop`."""
+    gap = line.covering(stop)
+    if gap is None:
+        return None
+    kicks = source.kicks_by_tid.get(line.tid, [])
+    at = bisect_left(kicks, gap.entry or 0, key=lambda kick: kick.at_ns)
+    if at == len(kicks) or (gap.end is not None and kicks[at].at_ns >= gap.end):
+        return None
+    return kicks[at].at_ns
+
+
+def _requested(stop: int, stops: dict[int, int], kicks: dict[int, int]) -> int:
+    """The pause request: the first kick that stopped a vCPU, or the first stop if there are no kicks."""
+    if not kicks:
+        near = [at for at in stops.values() if stop - at <= LONG_GONE_NS]
+        return min(near, default=stop)
+    hit = [at for index, at in kicks.items() if index in stops and at <= stops[index]]
+    if not hit:
+        return stop
+    first = min(hit)
+    volley = [at for at in kicks.values() if first - VOLLEY_NS <= at <= first]
+    return min(volley)
+
+
+def _active_after(source: Process, stop: int, sends: Sequence[Transfer]) -> bool:
+    """Did the source go on with the migration, or did it just end?"""
+    after = any(send.begin_ns >= stop for send in sends)
+    return after or any(i.begin_ns >= stop and _is_save(i.cmd) for i in source.ioctls)
+
+
+def _is_save(cmd: int) -> bool:
+    name = kvm.name_of(cmd)
+    return name in kvm.VCPU_STATE_GET or name in ("GET_DIRTY_LOG", "GET_CLOCK", "KVMCLOCK_CTRL")
+
+
+def _attempt(
+    source: Process,
+    gaps: Sequence[tuple[int, int | None]],
+    sends: Sequence[Transfer],
+    stop_marks: Sequence[int],
+) -> tuple[int, int | None] | None:
+    """The gap in which the source tried to hand over: the latest of those with the strongest signs."""
+    clocks = [i.begin_ns for i in source.ioctls if kvm.name_of(i.cmd) in ("GET_CLOCK", "KVMCLOCK_CTRL")]
+    reads = [i.begin_ns for i in source.ioctls if source_work.is_vcpu_read(i)]
+    fetched = [i.begin_ns for i in source.ioctls if kvm.name_of(i.cmd) == "GET_DIRTY_LOG"]
+    sent = [send.begin_ns for send in sends]
+    best: tuple[tuple[bool, bool, bool, bool, int], tuple[int, int | None]] | None = None
+    for begin, end in gaps:
+        # A paused VM's clock is read or the guest told; nothing else that stops vCPUs does so.
+        paused = _any_in(clocks, begin, end) or _any_in(stop_marks, begin, end)
+        saved = _any_in(reads, begin, end)
+        moved = _any_in(fetched, begin, end) or _any_in(sent, begin, end)
+        if not (paused or (saved and moved)):
+            continue
+        score = (paused and saved and moved, paused and (saved or moved), paused, moved, begin)
+        if best is None or score > best[0]:
+            best = (score, (begin, end))
+    return best[1] if best else None
+
+
+def _any_in(instants: Sequence[int], begin: int, end: int | None) -> bool:
+    at = bisect_left(instants, begin)
+    return at < len(instants) and (end is None or instants[at] < end)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the blackout would have been, had the final fetch cost less, re-arming been skipped, or the link been faster.
+
+In: a recording's header and events, its breakdown, and wishes. Out: a `WhatIf` with what each wish changes and all that
+has to hold for it. A prediction takes away from the measured blackout or adds to it; it is never built up from a model
+alone, so that what no model knows stays in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ebpf_mig.analysis import bandwidth as link
+from ebpf_mig.analysis import process, roles
+from ebpf_mig.analysis.attribution import attribute
+from ebpf_mig.analysis.bandwidth import LinkUse
+from ebpf_mig.analysis.migration import Case, locate
+from ebpf_mig.breakdown import Breakdown, Change, FetchIoctl, Span, WhatIf
+from ebpf_mig.errors import UsageError
+from ebpf_mig.recording.events import AnyEvent, Header
+
+PAYLOAD = Fraction(1448, 1538)
+"""Of an Ethernet link's bits with an MTU of 1500: preamble, header, checksum and gap take 38 bytes, IPv4 and TCP with
+timestamps 52 (IEEE 802.3; RFC 791, 9293, 7323)."""
+_RE_ARMS = ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
+_RE_ARMING_PARTS = ("walk", "flush")
+"""What KVM_GET_DIRTY_LOG without manual protection does beyond copying the bitmap (kvm_get_dirty_log_protect)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What is to be otherwise; None: as it was."""
+
+    bandwidth: int | None = None
+    """Of the link, bytes a second."""
+    fetch: Fraction | None = None
+    """Of the final fetch's time, what is left."""
+    rearm: Fraction | None = None
+    """Of the time for write-protecting pages anew in the final fetch, what is left."""
+    said: tuple[tuple[str, str], ...] = ()
+    """(name, as the user wrote it)."""
+
+    def text(self, name: str) -> str:
+        """The wish as it was written."""
+        return dict(self.said).get(name, name)
+
+
+def predict(header: Header, events: Iterable[AnyEvent], b: Breakdown, wishes: Wishes) -> WhatIf:
+    """The blackout under `wishes`. UsageError if `b` has no blackout of a completed migration."""
+    if b.blackout_ns is None or b.migration.result != "completed":
+        raise UsageError("there is no blackout of a completed migration to reckon from")
+    material = process.split(header, events)
+    case = Case(material, *roles.assign(material.processes.values()))
+    locate(case)
+    window, _, _ = attribute(case)
+    use = link.observe(case)
+    origin = window[0] if window else 0
+    queued = [] if isinstance(use, str) else [(begin - origin, end - origin) for begin, end in use.limited]
+    changes: list[Change] = []
+    assumptions: list[str] = []
+    if wishes.bandwidth is not None:
+        changes.append(_bandwidth(wishes.text("bandwidth"), wishes.bandwidth, use, assumptions))
+    fetched = _fetch_gain(b, queued, wishes, changes)
+    _rearm(b, queued, wishes, fetched, changes)
+    if wishes.fetch is not None or wishes.rearm is not None:
+        assumptions.append("all else takes as long as it did: what follows the fetch begins that much earlier")
+        assumptions.append("what went on while the link was draining its queue gains nothing, the link sets the pace")
+    told = [change.change_ns for change in changes]
+    total = None if None in told else max(0, b.blackout_ns + sum(ns for ns in told if ns is not None))
+    return WhatIf(blackout_ns=total, changes=changes, assumptions=assumptions)
+
+
+def _bandwidth(wish: str, wanted: int, use: LinkUse | str, assumptions: list[str]) -> Change:
+    if isinstance(use, str):
+        return Change(wish=wish, change_ns=None, why=f"cannot be told: {use}")
+    payload = float(wanted * PAYLOAD)
+    was, rest = use.limited_ns, use.span_ns - use.limited_ns
+    floor = min(was, max(use.source_ns, use.reader_ns))
+    if use.rate is None:
+        then, why = 0.0, "the link was never the limit, so a faster one changes nothing"
+    else:
+        then = max(use.limited_bytes * 1e9 / payload, floor)
+        why = f"the link was the limit for {was / 1e6:.3f} ms, in which it carried {_mebibytes(use.limited_bytes)}"
+        why += f" at {_megabits(use.rate)} of payload"
+    whole = use.span_bytes * 1e9 / payload
+    if whole > then + rest:
+        then = whole - rest
+        why += f"; at {_megabits(payload)} it is for all of the {_mebibytes(use.span_bytes)} that arrived"
+    elif use.rate is not None and then == floor:
+        why += f"; source and destination take {floor / 1e6:.3f} ms for it all the same"
+    assumptions += [
+        f"the blackout moves the same {_mebibytes(use.span_bytes)}: a VMM that converges further on a faster link"
+        " leaves less to it",
+        f"{float(PAYLOAD) * 100:.0f} % of the bandwidth is payload (MTU 1500); latency and loss stay the same",
+        f"the source needs {use.source_ns / 1e6:.3f} ms of its own meanwhile, and the destination's receive calls"
+        f" {use.reader_ns / 1e6:.3f} ms",
+    ]
+    return Change(wish=wish, change_ns=round(then - was), why=why)
+
+
+def _fetch_gain(b: Breakdown, queued: Sequence[Span], wishes: Wishes, changes: list[Change]) -> bool:
+    """Whether the final fetch is to become faster, and so re-arming with it."""
+    if wishes.fetch is None:
+        return False
+    spans = sorted(span for p in b.phases if p.phase in {"fetch.kernel", "fetch.user"} for span in p.spans)
+    changes.append(_less(wishes.text("fetch"), "the final fetch", spans, queued, wishes.fetch))
+    return True
+
+
+def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, changes: list[Change]) -> None:
+    """What re-arming costs: ioctls of its own, or parts of KVM_GET_DIRTY_LOG where there are none."""
+    if wishes.rearm is None:
+        return
+    wish = wishes.text("rearm")
+    if fetched:
+        changes.append(Change(wish=wish, change_ns=0, why="part of the final fetch, which is counted already"))
+        return
+    ioctls = [i for fetch in b.dirty_log.fetches for i in fetch.ioctls]
+    if b.dirty_log.mode != "legacy":
+        calls = [i for i in ioctls if i.ioctl in _RE_ARMS]
+        what = f"{len(calls)} calls that re-arm"
+        changes.append(_less(wish, what, _joined(map(_span, calls)), queued, wishes.rearm))
+        return
+    gets = [i for i in ioctls if i.ioctl == "GET_DIRTY_LOG"]
+    if not gets or any(_protecting(i) is None for i in gets):
+        why = "cannot be told: KVM_GET_DIRTY_LOG re-arms by itself here, and its parts were not measured"
+        changes.append(Change(wish=wish, change_ns=None, why=why))
+        return
+    took = sum(_protecting(i) or 0 for i in gets)
+    beside = link.overlap(queued, _joined(map(_span, gets)))
+    gain = max(0, took - beside)
+    why = f"walk and flush of {len(gets)} KVM_GET_DIRTY_LOG took {took / 1e6:.3f} ms"
+    if samples := [i.split["samples"] for i in gets if i.split and isinstance(i.split.get("samples"), int)]:
+        why += f", known from {sum(int(s) for s in samples)} samples"
+    changes.append(Change(wish=wish, change_ns=-round(gain * (1 - wishes.rearm)), why=why))
+
+
+def _span(ioctl: FetchIoctl) -> Span:
+    return ioctl.begin, ioctl.begin + ioctl.duration_ns
+
+
+def _protecting(ioctl: FetchIoctl) -> int | None:
+    if ioctl.split is None:
+        return None
+    return sum(int(ioctl.split.get(part, 0)) for part in _RE_ARMING_PARTS)
+
+
+def _less(wish: str, what: str, spans: Sequence[Span], queued: Sequence[Span], left: Fraction) -> Change:
+    took = sum(end - begin for begin, end in spans)
+    beside = link.overlap(queued, spans)
+    why = f"{what} took {took / 1e6:.3f} ms of the blackout"
+    if beside:
+        why += f", {beside / 1e6:.3f} of it beside the link's queue"
+    return Change(wish=wish, change_ns=-round((took - beside) * (1 - left)), why=why)
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    result: list[Span] = []
+    for begin, end in sorted(spans):
+        if result and begin <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((begin, end))
+    return result
+
+
+def _megabits(rate: float) -> str:
+    return f"{rate * 8 / 1e6:.0f} Mbit/s"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was sent and had not arrived: each long stretch on the wire in the blackout, and TCP's reason for it.
+
+In: the source's sends, the destination's receives, the segments that arrived on both sides, the window. Out: rows of
+the breakdown. Positions in the stream pair the two sides: byte n was sent when the send that covers it returned,
+and received when the receive that covers it returned.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import msgspec
+
+from ebpf_mig.breakdown import Wire
+from ebpf_mig.recording.events import Retransmit, Segment, Transfer
+
+_at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
+
+LEAST_NS = 1_000_000
+"""Shorter stretches are what a network costs; they are not worth a line."""
+MOST = 5
+DELAYED_ACK_NS = 35_000_000
+"""Linux waits 40 ms and more for something to send an acknowledgement with (TCP_DELACK_MIN, include/net/tcp.h)."""
+PROMPT_NS = 1_000_000
+"""A segment this soon after an acknowledgement was let out by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes that were on their way while the destination received nothing."""
+
+    sent: int
+    """When the first of them had been sent, or the destination's last receive before, if that was later."""
+    received: int
+    size: int
+    carried: int = 0
+    """Begin of the send that the first of them belonged to."""
+    folded: bool = False
+    """The receive that ended it was recorded in a run of calls: then segments were not kept either."""
+
+
+PEEKED_BYTES = 64
+"""QEMU's destination looks at the first 4 bytes with MSG_PEEK, which counts as a receive: its positions run ahead."""
+
+
+def gather(
+    sends: Sequence[Transfer],
+    receives: Sequence[Transfer],
+    segments: Sequence[Segment],
+    window: tuple[int, int],
+    again: Sequence[Retransmit] = (),
+    state_from: int | None = None,
+) -> list[Wire]:
+    """The longest stretches of one connection in the window, instants relative to its begin.
+
+    `sends` and `receives` are of the two ends of one stream, in order; `segments` those that arrived at either; `again`
+    what the sender sent once more, in order; `state_from` when it began to send state.
+    """
+    if not sends or not receives:
+        return []
+    ahead = receives[-1].position + receives[-1].bytes - sends[-1].position - sends[-1].bytes
+    if 0 < ahead <= PEEKED_BYTES:
+        near = (r for r in receives if r.end_ns >= window[0])
+        receives = [msgspec.structs.replace(r, position=max(0, r.position - ahead)) for r in near]
+    origin = window[0]
+    found = [(s, *_reason(s, sends, receives, segments, again)) for s in _stretches(sends, receives, window)]
+    found.sort(key=lambda item: item[0].sent - item[0].received)
+    return [
+        Wire(
+            bytes=s.size,
+            sent=s.sent - origin,
+            received=s.received - origin,
+            in_flight_ns=s.received - s.sent,
+            reason=reason,
+            evidence=evidence,
+            message="" if state_from is None else "state" if s.carried >= state_from else "pages",
+        )
+        for s, reason, evidence in found[:MOST]
+    ]
+
+
+def without_wire(row: Wire) -> Wire:
+    """The same of a UNIX socket: what was written can be read at once, so only the reader can be late."""
+    return msgspec.structs.replace(row, reason="late reader", evidence="a UNIX socket has no wire")
+
+
+def _reaches(transfer: Transfer) -> int:
+    """Position of the first byte after it."""
+    return transfer.position + transfer.bytes
+
+
+def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: tuple[int, int]) -> list[Stretch]:
+    """Receives whose first byte had been sent LEAST_NS before, and that ended a silence as long."""
+    found: list[Stretch] = []
+    quiet_from = window[0]
+    for receive in (r for r in receives if r.end_ns >= window[0]):
+        # Positions grow: the first send that reaches beyond the receive's first byte carried it.
+        carrier = bisect_right(sends, receive.position, key=_reaches)
+        quiet, quiet_from = quiet_from, max(quiet_from, receive.end_ns)
+        if carrier == len(sends) or receive.end_ns > window[1]:
+            continue
+        sent = max(sends[carrier].end_ns, quiet)
+        if receive.end_ns - sent < LEAST_NS:
+            continue
+        done = bisect_right(sends, receive.end_ns, key=_ended)
+        outstanding = max(_reaches(sends[done - 1]) if done else 0, receive.position + receive.bytes) - receive.position
+        found.append(Stretch(sent, receive.end_ns, outstanding, sends[carrier].begin_ns, receive.calls > 1))
+    return found
+
+
+def _reason(
+    stretch: Stretch,
+    sends: Sequence[Transfer],
+    receives: Sequence[Transfer],
+    segments: Sequence[Segment],
+    again: Sequence[Retransmit],
+) -> tuple[str, str]:
+    """(reason, evidence) from the segments within the stretch."""
+    sender = sends[0].socket, sends[0].pid
+    receiver = receives[0].socket, receives[0].pid
+    first = bisect_left(segments, stretch.sent, key=_at)
+    within = segments[first : bisect_right(segments, stretch.received, key=_at)]
+    data = [s for s in within if (s.socket, s.pid) == receiver and s.payload]
+    acks = [s for s in within if (s.socket, s.pid) == sender and s.acked]
+    if not segments:
+        return "unknown", "no TCP segments were traced"
+    if not data and stretch.folded:
+        return "unknown", "calls and segments were too many to be kept one by one"
+    if not data:
+        return "late reader", "all had arrived before"
+    arrived = data[0].at_ns
+    waited = arrived - stretch.sent
+    if waited < (stretch.received - stretch.sent) // 2:
+        return "late reader", f"they had arrived {(stretch.received - arrived) / 1e6:.3f} ms before they were read"
+    ack = next((s for s in reversed(acks) if s.at_ns <= arrived), None)
+    repeated = [r for r in again if stretch.sent <= r.at_ns <= arrived]
+    if repeated and (ack is None or ack.at_ns < repeated[-1].at_ns):
+        return "retransmission", _repeated(stretch, repeated)
+    if ack is None or arrived - ack.at_ns > PROMPT_NS:
+        return "unknown", f"the first data arrived after {waited / 1e6:.3f} ms, no acknowledgement right before it"
+    held = f"{ack.unsent} B behind {ack.in_flight} B not acknowledged"
+    if ack.in_flight and ack.window and ack.in_flight + min(ack.unsent, 1) > ack.window:
+        return "receive window", f"{held}, all that the window of {ack.window} B allows"
+    if ack.unsent and not ack.payload and waited >= DELAYED_ACK_NS:
+        late = f"bare ACK after {(ack.at_ns - stretch.sent) / 1e6:.1f} ms"
+        return "Nagle, delayed ACK", f"{held}; {late}"
+    if ack.unsent:
+        return "waiting for an ACK", f"{held} for {waited / 1e6:.3f} ms"
+    return (
+        "unknown",
+        f"an ACK came right before the data, but nothing was held back ({waited / 1e6:.3f} ms)",
+    )
+
+
+def _repeated(stretch: Stretch, repeated: Sequence[Retransmit]) -> str:
+    """Nothing that let the data out came later than the last of these."""
+    first, last = (repeated[0].at_ns - stretch.sent) / 1e6, repeated[-1]
+    times = "once" if len(repeated) == 1 else f"{len(repeated)} times"
+    return f"{last.bytes} B sent again, {times}, first after {first:.1f} ms; no. {last.number} of its socket"

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Witnesses: what others said about the blackout, set beside our figure and explained.
+
+In: the marks of a recording and the switchover. Out: rows of the breakdown. A witness never moves a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ebpf_mig.analysis.switchover import Switchover
+from ebpf_mig.breakdown import Witness
+from ebpf_mig.recording.events import Mark
+
+MS = 1_000_000
+SMALL_DOUBT_NS = 10_000
+
+_DOWNTIME = {
+    "qmp": "from before the kick to the source's end",
+    "ch": "from its pause call to the answer to Complete",
+}
+
+_PAIRS = (
+    ("qmp.STOP..RESUME", "qmp.STOP", "qmp.RESUME"),
+    ("ch.paused..resumed", "ch.event.paused", "ch.event.resumed"),
+)
+"""What the VMMs say at the stop and at the start."""
+
+
+def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None, int | None]) -> list[Witness]:
+    """Everything comparable with the blackout; empty if the blackout is not known."""
+    if switchover.first_start is None:
+        return []
+    blackout = switchover.first_start - switchover.stop
+    found: list[Witness] = []
+    for mark in marks:
+        prefix, _, what = mark.name.rpartition(".")
+        if what == "downtime_ms":
+            found.append(
+                Witness(
+                    name=mark.name,
+                    value_ns=mark.value * MS,
+                    difference_ns=mark.value * MS - blackout,
+                    explanation=_DOWNTIME.get(prefix, f"as {prefix} told it, in whole ms"),
+                )
+            )
+    for name, stop, resume in _PAIRS:
+        stopped = _nearest(marks, stop, pids[0], switchover.stop)
+        resuming = pids[0] if switchover.kind == "aborted" else pids[1]
+        resumed = _nearest(marks, resume, resuming, switchover.first_start)
+        if stopped and resumed:
+            value = resumed.at_ns - stopped.at_ns
+            doubt_ns = max(stopped.doubt_ns, resumed.doubt_ns)
+            doubt = f", doubt {_span(doubt_ns)}" if doubt_ns > SMALL_DOUBT_NS else ""
+            found.append(
+                Witness(
+                    name=name,
+                    value_ns=value,
+                    difference_ns=value - blackout,
+                    explanation=f"{_us(stopped.at_ns - switchover.stop)} the stop, "
+                    f"{_us(resumed.at_ns - switchover.first_start)} the start{doubt}",
+                )
+            )
+    return sorted(found, key=lambda w: (w.name, w.value_ns))
+
+
+def _nearest(marks: Sequence[Mark], name: str, pid: int | None, at: int) -> Mark | None:
+    named = [mark for mark in marks if mark.name == name]
+    own = [mark for mark in named if mark.pid == pid]
+    return min(own, key=lambda mark: (abs(mark.at_ns - at), mark.at_ns), default=None)
+
+
+def _us(difference: int) -> str:
+    return f"{_span(abs(difference))} {'after' if difference >= 0 else 'before'}"
+
+
+def _span(ns: int) -> str:
+    return f"{ns / MS:.3f} ms"

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine allows, asked of the machine: feature tests, never version tests.
+
+In: nothing. Out: one `Check` a question, each with the fact found and the exact remedy. bcc is looked at in a process
+of its own, so that asking costs no LLVM here and a broken installation cannot take us down.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux import btf
+from ebpf_mig.linux.capabilities import capabilities, require_privilege
+from ebpf_mig.probes.attach import EXTRAS
+
+OK, WARN, MISSING = "ok", "warn", "missing"
+_KVM_GET_API_VERSION = 0xAE00
+_PROBE_BCC = "import bcc; from bcc import libbcc; print(getattr(bcc, '__version__', '?'), bcc.__file__)"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question's answer."""
+
+    name: str
+    state: str
+    """`ok`, `warn` (some figures will be missing) or `missing`."""
+    fact: str
+    remedy: str = ""
+    required: bool = False
+    """Whether tracing is impossible without it."""
+
+
+def checks() -> Iterator[Check]:
+    """All answers, the required ones first."""
+    questions: list[Callable[[], Check]] = [
+        _privilege, _bcc, _kernel_btf, _kvm, _loads, _extras, _lockdown, _tracefs, _statistics, _clock, _qemu,
+        _cloud_hypervisor, _nested_state,
+        _namespace,
+    ]  # fmt: skip
+    for question in questions:
+        yield question()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _privilege() -> Check:
+    try:
+        require_privilege()
+    except PreflightError as error:
+        return Check("privilege", MISSING, str(error), error.remedy or "", required=True)
+    return Check("privilege", OK, f"uid {os.geteuid()} with {', '.join(sorted(capabilities()))}", required=True)
+
+
+def _bcc() -> Check:
+    run = subprocess.run(
+        [sys.executable, "-c", _PROBE_BCC], capture_output=True, text=True, check=False, timeout=60, cwd="/"
+    )
+    if run.returncode == 0:
+        version, _, where = run.stdout.strip().partition(" ")
+        return Check("bcc", OK, f"{version} ({where})", required=True)
+    why = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+    remedy = "apt-get install python3-bpfcc, and use /usr/bin/python3 or a venv of it with --system-site-packages"
+    return Check("bcc", MISSING, f"{sys.executable} cannot import it: {why}", remedy, required=True)
+
+
+def _kernel_btf() -> Check:
+    try:
+        found = btf.offsets(btf.VMLINUX, [("task_struct", "files"), ("file", "f_inode")])
+    except PreflightError as error:
+        return Check("kernel BTF", MISSING, str(error), error.remedy or "", required=True)
+    absent = [".".join(member) for member, offset in found.items() if offset is None]
+    if absent:
+        return Check("kernel BTF", MISSING, f"lacks {', '.join(absent)}", "use a distribution kernel", required=True)
+    return Check("kernel BTF", OK, f"{btf.VMLINUX} of {platform.release()}", required=True)
+
+
+def _kvm() -> Check:
+    remedy = "modprobe kvm_intel (or kvm_amd); inside a VM: enable nested virtualisation for it"
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return Check("/dev/kvm", WARN, "permission denied", "usermod -aG kvm $USER, or run as root")
+    except OSError as error:
+        return Check("/dev/kvm", WARN, f"{error.strerror}; demo will not run here", remedy)
+    try:
+        version = fcntl.ioctl(fd, _KVM_GET_API_VERSION, 0)
+    except OSError as error:
+        return Check("/dev/kvm", WARN, f"opens, but is no KVM: {error.strerror}", remedy)
+    finally:
+        os.close(fd)
+    return Check("/dev/kvm", OK, f"API version {version}")
+
+
+def _loads() -> Check:
+    """Compiles, loads and fires the best that works, for a process of its own."""
+    script = (
+        "import json, os, ebpf_mig.probes.tracer as t\n"
+        "tracer = t.Tracer([os.getpid()]); tracer.arm(); print(json.dumps(tracer.attached))"
+    )
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120, env=env
+    )
+    if run.returncode == 0:
+        tiers: dict[str, list[str]] = {}
+        for signal, tier in sorted(json.loads(run.stdout).items()):
+            tiers.setdefault(tier, []).append(signal)
+        told = "; ".join(f"{tier}: {', '.join(signals)}" for tier, signals in sorted(tiers.items()))
+        return Check("probes", OK, f"load, attach and fire ({told})", required=True)
+    why = (run.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition("PreflightError: ")[2]
+    remedy = "see the lines above; kernel 5.8 or newer with CONFIG_BPF_SYSCALL is needed"
+    return Check("probes", MISSING, why, remedy, required=True)
+
+
+def _extras() -> Check:
+    wanted = {name for extra in EXTRAS for name, _ in extra.hooks}
+    try:
+        absent = wanted - btf.tracepoints(btf.VMLINUX, wanted)
+    except PreflightError as error:
+        return Check("tracepoints", WARN, str(error))
+    if absent:
+        fact = f"no {', '.join(sorted(absent))}: lock or off-CPU waits stay unknown"
+        return Check("tracepoints", WARN, fact, "Linux 5.19 or newer has them")
+    return Check("tracepoints", OK, ", ".join(sorted(wanted)))
+
+
+def _lockdown() -> Check:
+    text = _read("/sys/kernel/security/lockdown")
+    mode = text[text.find("[") + 1 : text.find("]")] if "[" in text else "none"
+    if mode == "confidentiality":
+        return Check("lockdown", MISSING, mode, "boot with lockdown=integrity: BPF may not read memory", required=True)
+    return Check("lockdown", OK, mode)
+
+
+def _tracefs() -> Check:
+    for path in ("/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events"):
+        if Path(path).is_dir():
+            return Check("tracefs", OK, path)
+    return Check(
+        "tracefs", WARN, "not mounted; only needed by other tools", "mount -t tracefs nodev /sys/kernel/tracing"
+    )
+
+
+def _statistics() -> Check:
+    from ebpf_mig.probes.loader import BpfStatistics
+
+    statistics = BpfStatistics()
+    try:
+        if statistics.enabled:
+            return Check("BPF statistics", OK, "our own cost can be measured")
+        fact = "refused: own cost and silent probes stay unknown"
+        return Check("BPF statistics", WARN, fact, "run as root on Linux 5.8 or newer")
+    finally:
+        statistics.close()
+
+
+def _clock() -> Check:
+    source = _read("/sys/devices/system/clocksource/clocksource0/current_clocksource") or "unknown"
+    if source in {"tsc", "kvm-clock", "arch_sys_counter"}:
+        return Check("clocksource", OK, source)
+    return Check("clocksource", WARN, f"{source}: each time stamp is slow", "boot with tsc=reliable if the TSC is")
+
+
+def _qemu() -> Check:
+    path = shutil.which("qemu-system-x86_64")
+    if path is None:
+        return Check("QEMU", WARN, "not found; needed by demo only", "apt-get install qemu-system-x86")
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    return Check("QEMU", OK, (run.stdout.splitlines() or ["unknown version"])[0].removeprefix("QEMU emulator "))
+
+
+def _cloud_hypervisor() -> Check:
+    from ebpf_mig.vmm.cloud_hypervisor.lab import find_binary
+
+    name = "Cloud Hypervisor"
+    try:
+        path = find_binary(None)
+    except PreflightError as error:
+        return Check(name, WARN, "not found; needed by demo --vmm cloud-hypervisor only", error.remedy or "")
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    return Check(name, OK, (run.stdout.splitlines() or ["unknown version"])[0].removeprefix("cloud-hypervisor "))
+
+
+def _nested_state() -> Check:
+    """Cloud Hypervisor asks for it whatever the guest does, and a refusal fails its migrations after the stop."""
+    from ebpf_mig.vmm.cloud_hypervisor.lab import lacks_nested_state
+
+    if not Path("/dev/kvm").exists():
+        return Check("nested state", WARN, "not known without /dev/kvm")
+    if not lacks_nested_state():
+        return Check("nested state", OK, "KVM can save it")
+    fact = "KVM cannot save it: Cloud Hypervisor's migrations fail; the demo preloads a library that answers for it"
+    if shutil.which("cc") is None:
+        return Check("nested state", WARN, f"{fact}, and has no C compiler for it", "apt-get install gcc libc6-dev")
+    return Check(
+        "nested state", WARN, fact, "for VMs of your own: a KVM with nested virtualisation (kvm_intel nested=1)"
+    )
+
+
+def _namespace() -> Check:
+    line = next((x for x in _read("/proc/self/status").splitlines() if x.startswith("NSpid:")), "NSpid: 0")
+    if len(line.split()) > 2:
+        return Check("pid namespace", WARN, "not the host's: pids will not match", "use the host's: --pid=host")
+    return Check("pid namespace", OK, "the host's")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The man page, made from the command line itself, so that the two cannot disagree.
+
+In: the click group. Out: troff text of section 1 (man(7) macros); `python -m ebpf_mig.commands.manpage` prints it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+import click
+
+from ebpf_mig import __version__
+from ebpf_mig.cli import cli
+
+_EXIT_CODES = {
+    0: "done",
+    1: "a bug of ours",
+    2: "the command line cannot be carried out as written, or a file cannot be read",
+    3: "this machine or this user cannot do what was asked",
+    4: "the VMM refused, or the migration failed or was cancelled",
+    5: "events were lost, and --strict was given",
+    6: "a regression was found by diff",
+    130: "interrupted (128 and the signal's number)",
+}
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join(_lines()) + "\n"
+
+
+def _lines() -> Iterator[str]:
+    yield f'.TH EBPF\\-MIG 1 "" "ebpf\\-mig {_escaped(__version__)}" "User Commands"'
+    yield ".SH NAME"
+    yield f"ebpf\\-mig \\- {_escaped(_short(cli))}"
+    yield ".SH SYNOPSIS"
+    yield ".B ebpf\\-mig"
+    yield "[\\fIOPTIONS\\fR] \\fICOMMAND\\fR [\\fIARGS\\fR]..."
+    yield ".SH OPTIONS"
+    root = click.Context(cli, info_name="ebpf-mig", terminal_width=76, **cli.context_settings)
+    yield from _options(cli, root)
+    yield ".SH COMMANDS"
+    yield from _commands(cli, root)
+    yield ".SH EXIT STATUS"
+    for code, meaning in _EXIT_CODES.items():
+        yield f".TP\n.B {code}\n{_escaped(meaning)}"
+    yield ".SH ENVIRONMENT"
+    yield ".TP\n.B NO_COLOR, FORCE_COLOR\nwithout and with colour, where \\-\\-color is auto"
+
+
+def _commands(group: click.Group, parent: click.Context) -> Iterator[str]:
+    for name in group.list_commands(parent):
+        command = group.get_command(parent, name)
+        if command is None or command.hidden:
+            continue
+        context = click.Context(command, info_name=name, parent=parent, terminal_width=76)
+        if isinstance(command, click.Group):
+            yield from _commands(command, context)
+            continue
+        yield f".SS {_escaped(context.command_path)} {_escaped(' '.join(command.collect_usage_pieces(context)))}"
+        yield from _paragraphs(command.help or "")
+        yield from _options(command, context)
+        yield from _paragraphs(command.epilog or "")
+
+
+def _options(command: click.Command, context: click.Context) -> Iterator[str]:
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None:
+            yield f".TP\n.B {_escaped(record[0])}\n{_escaped(record[1])}"
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Filled paragraphs; those that click is told not to wrap (`\\b`) keep their lines."""
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        lines = [line for line in paragraph.splitlines() if line.strip()]
+        if lines and lines[0].strip() == "\b":
+            yield ".PP\n.nf"
+            yield from (_escaped(line) for line in lines[1:])
+            yield ".fi"
+        elif lines:
+            yield ".PP\n" + _escaped(" ".join(line.strip() for line in lines))
+
+
+def _short(command: click.Command) -> str:
+    return (command.help or "").strip().splitlines()[0].rstrip(".")
+
+
+def _escaped(text: str) -> str:
+    """Harmless to troff: backslashes, hyphens as they are typed, no control character at a line's begin."""
+    safe = text.replace("\\", "\\e").replace("-", "\\-").replace("\n", " ")
+    return f"\\&{safe}" if safe[:1] in {".", "'"} else safe
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

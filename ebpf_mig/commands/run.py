@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `demo`, `migrate` and `record` share: options, where the recording goes, and driving a migration while tracing.
+
+Messages go to stderr; standard output is for results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.commands.options import say as say  # noqa: PLC0414 - others take it from here
+from ebpf_mig.commands.options import write_result
+from ebpf_mig.commands.report import rendered, require_complete
+from ebpf_mig.errors import UsageError, VmmError
+from ebpf_mig.probes.tiers import AUTO, NAMES
+from ebpf_mig.recording.events import AnyEvent, Header, Mark
+from ebpf_mig.recording.file import RecordingWriter, default_name, read_recording
+from ebpf_mig.tracing.session import Session
+from ebpf_mig.vmm.base import Migration, Outcome
+
+QUIET_NS = 200_000_000
+"""Tracing goes on this long after both sides said they are done: late calls still arrive."""
+BASELINE_S = 0.25
+"""Tracing watches the guest this long before the migration begins: what it is like undisturbed."""
+
+_ENDED = {"failed": "failed", "cancelled": "was cancelled"}
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def recording_options(function: _F) -> _F:
+    """`--output` and `--force` for a command that makes a recording."""
+    output = click.option("-o", "--output", metavar="FILE", help="The recording; `-` for stdout. Default: a new name.")
+    force = click.option("--force", is_flag=True, help="Overwrite an existing FILE.")
+    return output(force(function))
+
+
+tier_option = click.option(
+    "--tier",
+    type=click.Choice(NAMES),
+    default=AUTO,
+    show_default=True,
+    envvar="EBPF_MIG_TIER",
+    show_envvar=True,
+    help="Kind of probe; auto takes the cheapest that was seen to fire.",
+)
+
+
+@contextlib.contextmanager
+def open_recording(output: str | None, what: str, header: Header, force: bool) -> Iterator[tuple[RecordingWriter, str]]:
+    """The writer and the name to show; with `-` the recording goes to standard output."""
+    if output == "-":
+        if sys.stdout.isatty():
+            raise UsageError("a recording is binary and stdout is a terminal", "use -o FILE, or redirect stdout")
+        with RecordingWriter(sys.stdout.buffer, header) as writer:
+            yield writer, "-"
+        return
+    name = output or default_name(what)
+    with RecordingWriter(name, header, force) as writer:
+        yield writer, name
+
+
+def check_output(output: str | None, force: bool) -> None:
+    """Fails early, before anything is migrated, where `open_recording` would fail late."""
+    if output == "-":
+        raise UsageError("the breakdown goes to stdout, so the recording cannot", "give it a file name with --output")
+    if output and not force and os.path.lexists(output):
+        raise UsageError(f"{output} exists already", "name another file, or overwrite it with --force")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except (OSError, IndexError):
+        return False
+
+
+@dataclass
+class _Run:
+    """A migration in its own thread: what it came to, and when."""
+
+    outcome: Outcome | None = None
+    error: BaseException | None = None
+    ended_ns: int = 0
+    called_off: threading.Event = field(default_factory=threading.Event)
+    """Set by an interruption, which may come before anything was triggered."""
+
+
+def trace_migration(
+    migration: Migration,
+    timeout_s: float,
+    open_writer: Callable[[Header], contextlib.AbstractContextManager[tuple[RecordingWriter, str]]],
+    notes: Sequence[str] = (),
+    *,
+    tier: str = AUTO,
+) -> tuple[Outcome, str]:
+    """Arms, migrates, records. Returns the VMM's outcome and the recording's name.
+
+    Ctrl-C cancels the migration, waits for its end, finishes the recording and is then raised again.
+    """
+    with Session(migration.targets(), tier) as session:
+        migration.prepare()
+        header = session.arm(notes)
+        with open_writer(header) as (writer, name):
+            run = _Run()
+            thread = threading.Thread(target=_drive, args=(migration, timeout_s, run), name="migration")
+            thread.start()
+            try:
+                interrupted = _pump_until_done(session, writer, migration, run, progress_line())
+            except Exception:
+                thread.join()  # tracing has failed; the migration must not
+                raise
+            thread.join()
+            if run.error is not None:
+                session.finish(writer, "failed")
+                raise run.error
+            outcome = run.outcome or Outcome("unknown")
+            reason = "migrated" if outcome.result == "completed" else outcome.result
+            here = [event for event in outcome.marks if not (isinstance(event, Mark) and event.pid < 0)]
+            session.finish(writer, reason, here)
+    if interrupted is not None:
+        raise interrupted
+    return outcome, name
+
+
+def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
+    try:
+        off = run.called_off.wait(BASELINE_S)
+        run.outcome = Outcome("cancelled", "interrupted before it began") if off else migration.run(timeout_s)
+    except BaseException as error:
+        run.error = error
+    run.ended_ns = time.monotonic_ns()
+
+
+def _pump_until_done(
+    session: Session, writer: RecordingWriter, migration: Migration, run: _Run, progress: Callable[[int], None]
+) -> BaseException | None:
+    """Pumps until the migration's thread has ended and the quiet time is over; an interruption cancels it first."""
+    count = 0
+
+    def until(events: Sequence[AnyEvent]) -> str | None:
+        nonlocal count
+        count += len(events)
+        progress(count)
+        return "done" if run.ended_ns and time.monotonic_ns() - run.ended_ns >= QUIET_NS else None
+
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            session.pump(writer, until)
+            return interrupted
+        except KeyboardInterrupt as error:
+            if interrupted is not None:
+                raise
+            interrupted = error
+            say("cancelling the migration")
+            run.called_off.set()
+            threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
+
+
+def progress_line() -> Callable[[int], None]:
+    """A line on stderr that counts while a migration runs, if stderr is a terminal; else nothing."""
+    if not sys.stderr.isatty():
+        return lambda _count: None
+    begin = last = time.monotonic()
+
+    def show(count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 0.1:
+            return
+        last = now
+        click.echo(f"\r\x1b[Kmigrating: {now - begin:.1f} s, {count} events", err=True, nl=False)
+
+    return show
+
+
+def show(name: str, form: str, color: str) -> Breakdown:
+    """Prints the breakdown of a recording just made, and how to see it again; returns it."""
+    recording = read_recording(name)
+    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
+    write_result(rendered(breakdown, form, "-", color))
+    say(f"recording: {name}; see it again with: ebpf-mig report {name}")
+    return breakdown
+
+
+def conclude(outcome: Outcome, breakdown: Breakdown, strict: bool) -> None:
+    """Raises what the exit code has to tell: a migration that did not complete, or losses under `--strict`."""
+    if outcome.result != "completed":
+        raise VmmError(f"the migration {_ENDED.get(outcome.result, 'ended unclearly')}: {outcome.error}")
+    require_complete(breakdown, strict)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `demo --two-hosts` and `migrate --..-host` share: two recorders around one migration, and one report of both.
+
+In: recorders, a migration. Out: two recordings in files and their joined breakdown; where the other host's is lost,
+that of the half that is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.commands import run as tracing
+from ebpf_mig.commands.join import clock_offset_option
+from ebpf_mig.commands.options import say, write_result
+from ebpf_mig.commands.report import rendered, warn
+from ebpf_mig.errors import PreflightError, RecordingError, UsageError
+from ebpf_mig.join.match import JoinError
+from ebpf_mig.join.merge import Hint, joined
+from ebpf_mig.recording.events import AnyEvent, Mark, Target
+from ebpf_mig.recording.file import Recording, RecordingWriter, default_name, read_recording
+from ebpf_mig.tracing.recorder import Recorder
+from ebpf_mig.tracing.ssh import Remote, Way
+from ebpf_mig.vmm.base import Elsewhere, Migration, Outcome
+from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
+from ebpf_mig.vmm.qemu.migration import QemuMigration
+
+ROLES = ("source", "destination")
+
+
+def file_names(output: str | None, what: str, force: bool) -> dict[str, str]:
+    """Where each side's recording goes; UsageError if a file is there already."""
+    if output == "-":
+        tracing.check_output(output, force)
+    base = Path(output or default_name(what))
+    stem = base.with_suffix("") if base.suffix == ".rec" else base
+    names = {role: f"{stem}.{role}.rec" for role in ROLES}
+    for name in names.values():
+        tracing.check_output(name, force)
+    return names
+
+
+def driven(migration: Migration, timeout_s: float) -> Outcome:
+    """Runs a migration that others trace. Ctrl-C cancels it, waits for its end and is then raised again."""
+    outcome: list[Outcome] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            time.sleep(tracing.BASELINE_S)
+            outcome.append(migration.run(timeout_s))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="migration")
+    thread.start()
+    interrupted: KeyboardInterrupt | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as error:
+            if interrupted is not None:
+                raise
+            interrupted = error
+            say("cancelling the migration")
+            threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
+    if interrupted is not None:
+        raise interrupted
+    if errors:
+        raise errors[0]
+    time.sleep(tracing.QUIET_NS / 1e9)
+    return outcome[0]
+
+
+def told(
+    recording: Recording, targets: Sequence[Target], marks: Sequence[AnyEvent], key: int | None = None
+) -> Recording:
+    """A side's recording with what its VMM said of itself and of the migration. `key`: see `vmm.base.Elsewhere`."""
+    pids = {target.pid for target in recording.header.targets}
+    known = [target for target in targets if target.pid in pids]
+    own = next(iter(pids), 0)
+    said = [mark for mark in marks if isinstance(mark, Mark) and mark.pid in (pids if key is None else {key})]
+    if key is not None:
+        said = [msgspec.structs.replace(mark, pid=own) for mark in said]
+    header = msgspec.structs.replace(recording.header, targets=known or recording.header.targets)
+    return msgspec.structs.replace(recording, header=header, events=[*recording.events, *said])
+
+
+def keep(halves: dict[str, Recording], names: dict[str, str], force: bool) -> None:
+    """Writes the halves into their files."""
+    for role, half in halves.items():
+        with RecordingWriter(names[role], half.header, force) as writer:
+            writer.write_many(half.events)
+
+
+def show(
+    halves: dict[str, Recording], names: dict[str, str], form: str, color: str, hint: Hint | None = None
+) -> Breakdown:
+    """Prints the breakdown of both halves, or of the one there is; returns it."""
+    for role, half in halves.items():
+        warn(names[role], half)
+    whole = next(iter(halves.values()))
+    kept = ", ".join(names[role] for role in halves)
+    again = f"ebpf-mig report {kept}"
+    if len(halves) == len(ROLES):
+        try:
+            whole = joined(halves["source"], halves["destination"], (names["source"], names["destination"]), hint)
+            again = f"ebpf-mig join {' '.join(names[role] for role in ROLES)}"
+        except (JoinError, UsageError) as error:
+            say(f"the two recordings cannot be joined: {error}; this is the source's half")
+    breakdown = analyse(whole.header, whole.events, truncated=whole.truncated, unknown=whole.unknown)
+    write_result(rendered(breakdown, form, "-", color))
+    say(f"recordings: {kept}; see it again with: {again}")
+    return breakdown
+
+
+def taken(recorder: Recorder) -> Recording | None:
+    """What a recorder recorded; None, and one line that says why, if it is nothing."""
+    try:
+        recording = recorder.finish()
+    except RecordingError as error:
+        say(f"{recorder.name}: its recording is lost: {error}; {recorder.complaint()}")
+        return None
+    if recorder.lost:
+        say(f"{recorder.name}: its recording is not whole: {recorder.lost}")
+    return recording
+
+
+def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--source-host` and its like, for a command that migrates."""
+    options = (
+        click.option("--source-host", metavar="HOST", help="The source is on this host: ssh HOST reaches it."),
+        click.option("--destination-host", metavar="HOST", help="The same of the destination."),
+        click.option("--remote-command", metavar="CMD", help="Runs commands there instead of ssh HOST."),
+        click.option("--remote-tool", metavar="CMD", default="ebpf-mig", show_default=True, help="ebpf-mig there."),
+        clock_offset_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def way_of(
+    source_host: str | None, destination_host: str | None, remote_command: str | None, tool: str
+) -> tuple[str, Way] | None:
+    """(role of the end elsewhere, how to get there); None if both are here."""
+    if source_host and destination_host:
+        raise UsageError("one of the two hosts has to be this one", "run ebpf-mig on the source's host")
+    role, host = ("source", source_host) if source_host else ("destination", destination_host)
+    if host is None:
+        if remote_command is not None:
+            raise UsageError("which end does --remote-command lead to?", "add --source-host or --destination-host")
+        return None
+    if host.startswith("-"):
+        raise UsageError(f"{host} is no host's name")
+    return role, Way(host, remote_command, tool)
+
+
+def across(
+    way: tuple[str, Way],
+    sockets: dict[str, str],
+    connect: Callable[[str, str, tuple[str, Elsewhere]], QemuMigration | ChMigration],
+    timeout_s: float,
+    names: dict[str, str],
+    *,
+    tier: str,
+    force: bool,
+) -> tuple[Outcome, dict[str, Recording], str]:
+    """Migrates with one end elsewhere: the outcome, the halves that there are, and why one is missing."""
+    role, there = way
+    here = next(name for name in ROLES if name != role)
+    with Remote(there, role, sockets[role], tier) as remote:
+        if remote.problem:
+            say(f"{remote.problem}; only the {here}'s half is traced")
+        ends = sockets | {role: remote.api}
+        with contextlib.closing(connect(ends["source"], ends["destination"], (role, remote.end))) as migration:
+            open_writer = functools.partial(tracing.open_recording, names[here], "migrate", force=force)
+            outcome, _ = tracing.trace_migration(migration, timeout_s, open_writer, tier=tier)
+            vmm = migration.targets()[0].vmm
+            target = Target(pid=remote.end.pid, role=role, vmm=vmm, vmm_version=migration.version(role))
+        halves = {here: read_recording(names[here])}
+        other = taken(remote.recorder) if remote.recorder else None
+    if other is not None:
+        far = told(other, [target], outcome.marks, remote.end.key)
+        keep({role: far}, names, force)
+        halves[role] = far
+    return outcome, halves, remote.problem
+
+
+def conclude(
+    met: tuple[Outcome, dict[str, Recording], str],
+    names: dict[str, str],
+    form: str,
+    color: str,
+    hint: Hint | None,
+    *,
+    strict: bool,
+) -> None:
+    """Prints what `across` came to, and exits by it: a half that is missing is told as what this machine lacks."""
+    outcome, halves, problem = met
+    tracing.conclude(outcome, show(halves, names, form, color, hint), strict)
+    if problem:
+        click.get_current_context().exit(PreflightError.exit_code)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that reads recordings and makes breakdowns: nobody, without any capability.
+
+In: a socket over which the watch sends `Task`s, each with the descriptor of a recording. Out: `READY`, then an `Answer`
+for each, as a line of JSON. Whatever a recording does to the code that parses it, it does in here.
+
+It is started while there still is the privilege to become nobody, and then sleeps, small: the work is done by a child
+that is forked for it and ends when there has been none for a while.
+Run as `python -m ebpf_mig.exporter.analysis_worker SOCKET PARENT`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, BinaryIO
+
+from ebpf_mig.linux import privileges
+
+if TYPE_CHECKING:
+    from ebpf_mig.exporter.messages import Answer, Task
+
+IDLE_S = 10.0
+"""The child waits this long for the next migration: importing its modules takes a third of a second of CPU time."""
+PATIENCE_S = 100
+"""The largest recordings take a few seconds."""
+READY = b"ready\n"
+"""Said once, when every privilege is gone: nothing is analysed before."""
+MEMORY_BYTES = 2 << 30
+"""Address space: `tracks.KEPT_EVENTS` of the largest events take a quarter of it."""
+
+
+def main(channel: socket.socket) -> None:
+    """Forks a child whenever there is work, until the other end is closed."""
+    while _awaits(channel):
+        child = os.fork()
+        if child == 0:
+            _work(channel)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            channel.sendall(b'{"error": "the process that analyses ended with status %d"}\n' % status)
+
+
+def _awaits(channel: socket.socket) -> bool:
+    """Waits for work; False once the other end is gone."""
+    try:
+        return bool(channel.recv(1, socket.MSG_PEEK))
+    except ConnectionResetError:  # it has not even read that we are ready
+        return False
+
+
+def _work(channel: socket.socket) -> None:
+    """Answers tasks until there are none for a while."""
+    import msgspec
+
+    from ebpf_mig.exporter.messages import Answer, Task
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    while select.select([channel], [], [], IDLE_S)[0]:
+        line, fds = _request(channel)
+        if not line:
+            return
+        signal.alarm(PATIENCE_S)
+        try:
+            with os.fdopen(fds[0], "rb") as recording:
+                answer = examine(msgspec.json.decode(line, type=Task), recording)
+        except Exception as error:  # a bug in the analysis costs this migration, not the next
+            answer = Answer(error=f"{type(error).__name__}: {error}"[:500])
+        channel.sendall(msgspec.json.encode(answer) + b"\n")
+        signal.alarm(0)
+
+
+def examine(task: Task, recording: BinaryIO) -> Answer:
+    """The breakdown in brief. RecordingError if it is no recording."""
+    from ebpf_mig.collector import placed
+    from ebpf_mig.exporter.messages import Answer
+    from ebpf_mig.exporter.observation import observe
+    from ebpf_mig.recording.file import read_recording
+    from ebpf_mig.report.otel_spans import trace_of
+
+    read = read_recording(recording)
+    found = placed(read.header, read.events, truncated=read.truncated, unknown=read.unknown)
+    breakdown = found.breakdown
+    side = breakdown.migration.source or breakdown.migration.destination
+    vms = sorted(task.vms, key=lambda vm: side is None or vm.pid != side.pid)
+    name = next((vm.name for vm in vms if vm.name), "")
+    seen = observe(breakdown, at=task.at, recording=task.recording, vmm=vms[0].vmm, vm=name, trigger=task.trigger)
+    return Answer(seen, trace_of(found, read.header, seen))
+
+
+def _request(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """One line and the descriptor that came with it; nothing once the other end is closed."""
+    line, fds, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+    while line and not line.endswith(b"\n"):
+        more = channel.recv(1 << 20)
+        if not more:
+            return b"", fds
+        line += more
+    return line, fds
+
+
+if __name__ == "__main__":
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # the watch waits for what has been begun
+    privileges.become_nobody()
+    privileges.die_with_parent(int(sys.argv[2]))  # after it: a change of identity forgets this
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.sendall(READY)
+    main(channel)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which figures of a breakdown span two hosts' clocks, and how far each can be off.
+
+In: a breakdown made of a joined recording, and what its header says of the clocks. Out: the same breakdown with its
+bounds. Figures within one host have none.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from ebpf_mig.breakdown import Breakdown, Clock, Phase
+from ebpf_mig.join.clock import WANDER
+from ebpf_mig.recording.events import Remote
+
+
+def bound_at(remote: Remote, at_ns: int) -> int | None:
+    """How far an instant of the destination near `at_ns`, brought over, can be off; ns. None: no limit is known."""
+    if remote.bound_ns is None:
+        return None
+    away = abs(at_ns - remote.at_ns)
+    return remote.bound_ns + -int(-away * remote.drift_ppb // 10**9) + -int(-away * WANDER // 1)
+
+
+def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
+    """The breakdown with the clock's bound at every figure that it touches. `origin`: its instant 0."""
+    start = breakdown.blackout[1] if breakdown.blackout else remote.at_ns - origin
+    known = Clock(
+        offset_ns=remote.offset_ns,
+        bound_ns=bound_at(remote, origin + start),
+        open=remote.open,
+        drift_ppb=remote.drift_ppb,
+        pairs_there=remote.pairs[0],
+        pairs_back=remote.pairs[1],
+    )
+    end = bound_at(remote, origin + breakdown.window_ns) if breakdown.window_ns is not None else 0
+    rows = breakdown.wire
+    return replace(
+        breakdown,
+        clock=known,
+        window_bound_ns=end if breakdown.migration.source and breakdown.migration.destination else 0,
+        phases=_phases(breakdown.phases, remote, origin),
+        vcpus=[
+            vcpu if vcpu.start is None else replace(vcpu, bound_ns=bound_at(remote, origin + vcpu.start))
+            for vcpu in breakdown.vcpus
+        ],
+        wire=rows and [replace(row, bound_ns=bound_at(remote, origin + row.received)) for row in rows],
+    )
+
+
+def _phases(phases: list[Phase], remote: Remote, origin: int) -> list[Phase]:
+    """What begins where the source's phases end has the bound: handover, and what comes within the bound of that."""
+    left = max((phase.spans[-1][1] for phase in phases if phase.side == "source" and phase.spans), default=0)
+    bound = bound_at(remote, origin + left)
+    near = left + (bound or 0)
+    rows = []
+    for phase in phases:
+        crosses = phase.side != "source" and any(begin <= near and end > left for begin, end in phase.spans)
+        if phase.phase == "handover" or crosses:
+            last = phase.spans[-1][1] if phase.spans else left
+            phase = replace(phase, bound_ns=bound_at(remote, origin + last))  # noqa: PLW2901
+        rows.append(phase)
+    return rows

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which instants of two hosts are known to follow each other: bytes are sent before they are received.
+
+In: what one host sent on a connection and what the other received, as runs of calls with their place in the stream.
+Out: points of `clock.Hull`s. A run of many calls still says something of its first and its last byte: the first was
+received when the first call ended, which took no longer than the longest; the last was not sent before the last call
+began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from ebpf_mig.join.clock import Hull
+from ebpf_mig.recording.events import Segment, Transfer
+
+PEEKED_BYTES = 64
+"""QEMU's destination looks at its first 4 bytes with MSG_PEEK, which counts as a receive: its positions run ahead."""
+_WRAP = 1 << 32
+
+Mark = tuple[int, int]
+"""A place in the stream and an instant: when it had not been left before, or had been reached."""
+
+
+@dataclass
+class Way:
+    """One direction of one connection."""
+
+    sends: Sequence[Transfer]
+    receives: Sequence[Transfer]
+    from_start: bool = False
+    """The sender is known to have been traced since the connection's first byte."""
+
+
+def sent_bytes(transfers: Iterable[Transfer]) -> int:
+    """How far the stream was followed."""
+    return max([t.position + t.bytes for t in transfers], default=0)
+
+
+def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
+    """Adds the pairs of one direction to a hull; False if the two ends' positions cannot be compared.
+
+    `receiver_is_other`: the receives are on the other clock (the source sends), which bounds the offset from above;
+    else from below, and negated.
+    """
+    sent, received = sent_bytes(way.sends), sent_bytes(way.receives)
+    ahead = max(0, received - sent)
+    if not sent or not received or (abs(received - sent) > PEEKED_BYTES and not way.from_start):
+        return False
+    # Taking the receiver's positions for too small makes pairs looser, never false.
+    receives = [(place - ahead, at) for place, at in _received(_blocks(way.receives))]
+    index, sends, latest = 0, _sent(_blocks(way.sends)), None
+    used: int | None = None
+    for place, arrived in receives:
+        while index < len(sends) and sends[index][0] <= place:
+            latest = sends[index][1]
+            index += 1
+        if latest is None or latest == used:
+            continue  # an earlier receive already said more
+        used = latest
+        if receiver_is_other:
+            hull.add(latest, arrived - latest)
+        else:
+            hull.add(arrived, arrived - latest)
+    return True
+
+
+Block = tuple[int, int, int, int, int]
+"""Place of the first byte, place after the last, begin, end, the longest call (or all of it)."""
+
+
+def _blocks(transfers: Sequence[Transfer]) -> list[Block]:
+    """Runs in the order of the stream. Threads that share a connection tell their places late: such runs are one."""
+    blocks: list[Block] = []
+    reached = ended = 0
+    """Of the last block: place after it, and its end."""
+    for t in sorted(transfers, key=attrgetter("position", "end_ns")):
+        size = t.bytes
+        if size <= 0:
+            continue
+        first, begin, end = t.position, t.begin_ns if not t.hidden else 0, t.end_ns
+        block = first, first + size, begin, end, t.max_call_ns
+        if first < reached or 0 < begin < ended:
+            block = _as_one(blocks, block)
+        reached, ended = block[1], block[3]
+        blocks.append(block)
+    return blocks
+
+
+def _as_one(blocks: list[Block], block: Block) -> Block:
+    """Takes from the end of `blocks` what is not known to come before `block`."""
+    while blocks and (block[0] < blocks[-1][1] or 0 < block[2] < blocks[-1][3]):
+        last = blocks.pop()
+        begin, end = min(last[2], block[2]), max(last[3], block[3])
+        reach = max(last[1], block[1], last[0] + (last[1] - last[0]) + (block[1] - block[0]))
+        block = min(last[0], block[0]), reach, begin, end, end - begin
+    return block
+
+
+def _sent(blocks: Sequence[Block]) -> list[Mark]:
+    """From which place on bytes were not sent before which instant; both grow."""
+    marks: list[Mark] = []
+    for first, after, begin, end, longest in blocks:
+        if begin > 0:
+            marks.append((first, begin))
+            if after - 1 > first and end - longest > begin:
+                marks.append((after - 1, end - longest))
+    return marks
+
+
+def _received(blocks: Sequence[Block]) -> list[Mark]:
+    """Up to which place bytes had been received at which instant; both grow."""
+    marks: list[Mark] = []
+    for first, after, begin, end, longest in blocks:
+        if begin > 0 and after - 1 > first and begin + longest < end:
+            marks.append((first, begin + longest))
+        marks.append((after - 1, end))
+    return marks
+
+
+def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hull, receiver_is_other: bool) -> None:
+    """Adds pairs from TCP itself: what had not arrived yet was acknowledged later.
+
+    `receiver` are segments as they came to one end, which tell what it had not received before; `acks` those that came
+    to the other, in order of time. `receiver_is_other`: its clock is the other, which bounds the offset from below.
+    """
+    lacking = [segment for segment in receiver if segment.received >= 0]
+    if not lacking:
+        return
+    place, index = lacking[0].received, 0
+    latest: int | None = None
+    used: int | None = None
+    for ack in acks:
+        if ack.ack < 0:
+            continue
+        reached = _after(place, ack.ack)
+        while index < len(lacking) and (before := _after(place, lacking[index].received)) < reached:
+            place, latest = max(place, before), lacking[index].at_ns
+            index += 1
+        if latest is None or latest == used:
+            continue
+        used = latest
+        if receiver_is_other:
+            hull.add(ack.at_ns, ack.at_ns - latest)
+        else:
+            hull.add(latest, ack.at_ns - latest)
+
+
+def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool) -> None:
+    """Adds pairs from TCP itself: what had not left when some segment came to the sender arrived later.
+
+    `sender` are segments as they came to one end, which tell up to where it had sent; `data` those that came to the
+    other, in order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
+    """
+    known = [segment for segment in sender if segment.ack >= 0]
+    if not known:
+        return
+    place, index = _next(known[0]), 0
+    latest: int | None = None
+    used: int | None = None
+    for segment in data:
+        if segment.seq < 0 or not segment.payload:
+            continue
+        reached = _after(place, (segment.seq + segment.payload) % _WRAP)
+        while index < len(known) and (before := _after(place, _next(known[index]))) < reached:
+            place, latest = max(place, before), known[index].at_ns
+            index += 1
+        if latest is None or latest == used:
+            continue
+        used = latest
+        if data_is_other:
+            hull.add(latest, segment.at_ns - latest)
+        else:
+            hull.add(segment.at_ns, segment.at_ns - latest)
+
+
+def _next(segment: Segment) -> int:
+    """The sequence number that the socket was to send next (snd_nxt)."""
+    return (segment.ack - segment.acked + segment.in_flight) % _WRAP
+
+
+def arrived(
+    sends: Sequence[Transfer], acks: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool
+) -> None:
+    """Adds pairs of what one end sent and the segments in which it arrived at the other.
+
+    `acks` are segments that arrived at the sender: they tie its places in the stream to sequence numbers. As `data`, in
+    order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
+    """
+    if not acks or not data:
+        return
+    blocks = _blocks(sends)
+    origin = _origin(blocks, acks)
+    if origin is None:
+        return
+    marks, index, latest, place = _sent(blocks), 0, None, 0
+    used: int | None = None
+    for segment in data:
+        if segment.seq < 0 or not segment.payload:
+            continue
+        place = max(place, _after(place, (segment.seq + segment.payload - origin) % _WRAP))
+        while index < len(marks) and marks[index][0] < place:
+            latest = marks[index][1]
+            index += 1
+        if latest is None or latest == used:
+            continue
+        used = latest
+        if data_is_other:
+            hull.add(latest, segment.at_ns - latest)
+        else:
+            hull.add(segment.at_ns, segment.at_ns - latest)
+
+
+def _origin(blocks: Sequence[Block], acks: Sequence[Segment]) -> int | None:
+    """The sequence number of the stream's place 0, or one that is too large: places made with it are never too large.
+
+    TCP says up to which number the process has written; what was written by calls that had ended is known.
+    """
+    found: int | None = None
+    index = written = 0
+    for ack in acks:
+        if ack.ack < 0:
+            continue
+        while index < len(blocks) and blocks[index][3] <= ack.at_ns:
+            written = blocks[index][1]
+            index += 1
+        number = (ack.ack - ack.acked + ack.in_flight + ack.unsent - written) % _WRAP
+        if found is None or _after(found, number) < found:
+            found = number
+    return found
+
+
+def _after(near: int, number: int) -> int:
+    """The sequence number, counted on, that lies nearest to `near`."""
+    return near + (number - near + (_WRAP >> 1)) % _WRAP - (_WRAP >> 1)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins the recordings of a migration's two hosts into one, on the source's clock.
+
+In: two recordings, in any order. Out: one recording that every report can be made of; its header's `remote` says how
+the clocks were brought together. JoinError says why two recordings do not belong together. The recordings can come
+from anybody: nothing in them is a path or a command, what they can make us compute is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+from msgspec.structs import force_setattr, replace
+
+from ebpf_mig.errors import UsageError
+from ebpf_mig.join import clock
+from ebpf_mig.join import match as matching
+from ebpf_mig.join.clock import Bounds, ContradictionError, Evidence
+from ebpf_mig.join.evidence import Survey, gathered, rough, started, survey
+from ebpf_mig.join.match import JoinError, Match
+from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.coalesce import read_folded
+from ebpf_mig.recording.file import Recording
+from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS
+from ebpf_mig.text import printable
+
+LATEST = 1 << 62
+"""No clock shows more, ns; instants beyond are cut to it."""
+_OTHER_PID = 1 << 32
+"""Added to the destination's pid where both have the same: no kernel gives such a number."""
+_SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What PTP or chrony say: how far the destination's wall clock is ahead of the source's."""
+
+    ahead_ns: int
+    doubt_ns: int
+
+
+def read_both(
+    first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
+) -> Recording:
+    """Reads two files and joins them; see `joined`. RecordingError if one is no recording."""
+    both = read_folded(first), read_folded(second)
+    return joined(*both, names or (printable(first), printable(second)), hint, pid)
+
+
+def joined(
+    first: Recording,
+    second: Recording,
+    names: tuple[str, str] = ("the first", "the second"),
+    hint: Hint | None = None,
+    pid: int | None = None,
+) -> Recording:
+    """One recording of both sides; the events of `first` and `second` are changed and must not be used again.
+
+    `pid` chooses among several migrations: the source's or the destination's. Raises JoinError, UsageError.
+    """
+    near, far = survey(names[0], first), survey(names[1], second)
+    _refuse_same(near, far)
+    found = matching.matches(near.ends, far.ends, names)
+    chosen = [match for match in found if pid is None or pid in (match.near, match.far)]
+    if not chosen:
+        both = ", ".join(f"{match.near} and {match.far}" for match in found)
+        raise UsageError(f"no migration of process {pid} is in both recordings", f"they have those of {both}")
+    match = chosen[0]
+    if match.outward < 0:
+        near, far = far, near
+        match = Match(match.far, match.near, [(b, a) for a, b in match.ends], match.nat)
+    bounds, evidence = _bounds(near, far, match, hint)
+    notes = []
+    if len(found) > 1 and pid is None:
+        others = ", ".join(str(other.near) for other in found if other is not chosen[0])
+        notes.append(f"both recordings also hold migrations of {others}; --pid chooses")
+    return _merged(near, far, match, bounds, evidence, notes)
+
+
+def _refuse_same(near: Survey, far: Survey) -> None:
+    a, b = near.header, far.header
+    if a == b and a.boot_id:
+        raise JoinError(f"{near.name} and {far.name} are the same recording")
+    for one in (near, far):
+        inside = {end.pid for end in one.ends}
+        own = matching.matches_within(one.ends)
+        if len(inside) > 1 and own:
+            raise JoinError(f"{one.name} holds both sides of a migration already", "look at it with: ebpf-mig report")
+
+
+def _bounds(source: Survey, destination: Survey, match: Match, hint: Hint | None) -> tuple[Bounds, Evidence]:
+    """The offset at the destination's start."""
+    evidence = Evidence()
+    for near, far in match.ends:
+        evidence.add(gathered(source, destination, near, far))
+    near_it = rough(evidence)
+    if near_it is None and hint is None:
+        raise JoinError(
+            f"{source.name} and {destination.name}: the connections match, but nothing in them bounds the clocks",
+            "record both from before the migration begins, or give --clock-offset",
+        )
+    wall = None if hint is None else _wall(source.header, destination.header, hint)
+    at = started(destination, match) - (near_it if near_it is not None else wall[0] if wall else 0)
+    try:
+        bounds = clock.bounds(evidence, at)
+    except ContradictionError:
+        raise JoinError(
+            f"{source.name} and {destination.name} are not of the same migration: by any clocks, bytes of "
+            f"{match.ends[0][0].name} would have been received before they were sent"
+        ) from None
+    if wall is None:
+        return bounds, evidence
+    evidence = evidence.limit(at, wall[0] - wall[1], wall[0] + wall[1])
+    try:
+        return clock.bounds(evidence, at), evidence
+    except ContradictionError:
+        raise UsageError(_refused(bounds, wall), "leave it out, or give it a larger doubt: OFFSET+-DOUBT") from None
+
+
+def _refused(bounds: Bounds, wall: tuple[int, int]) -> str:
+    sides = []
+    if bounds.least is not None:
+        sides.append(f"at least {(bounds.least - wall[0]) / 1e6:+.3f} ms")
+    if bounds.most is not None:
+        sides.append(f"at most {(bounds.most - wall[0]) / 1e6:+.3f} ms")
+    said = f"+-{wall[1] / 1e6:.3f} ms"
+    return f"--clock-offset contradicts what was sent and received: it is off by {', '.join(sides)}, and says {said}"
+
+
+def _wall(source: ev.Header, destination: ev.Header, hint: Hint) -> tuple[int, int]:
+    """(offset of the monotonic clocks, doubt) from a hint about the wall clocks."""
+    if source.clock is None or destination.clock is None:
+        raise UsageError("a recording without its wall clock cannot use --clock-offset", "leave it out")
+    a, b = source.clock, destination.clock
+    offset = (a.realtime_ns - a.monotonic_ns) - (b.realtime_ns - b.monotonic_ns) + hint.ahead_ns
+    return offset, hint.doubt_ns + a.doubt_ns + b.doubt_ns
+
+
+def _merged(
+    source: Survey, destination: Survey, match: Match, bounds: Bounds, evidence: Evidence, notes: list[str]
+) -> Recording:
+    a, b = source.header, destination.header
+    pid = match.far if match.far != match.near else match.far + _OTHER_PID
+    offset = bounds.offset
+    remote = ev.Remote(
+        host=b.host,
+        pid=pid,
+        own_pid=match.far,
+        boot_id=b.boot_id,
+        kernel=b.kernel,
+        machine=b.machine,
+        offset_ns=offset,
+        bound_ns=bounds.bound,
+        open="least" if bounds.least is None else "most" if bounds.most is None else "",
+        at_ns=bounds.at,
+        drift_ppb=-int(-max(map(abs, bounds.drift)) * 10**9 // 1),
+        pairs=evidence.pairs,
+    )
+    if match.nat:
+        notes.append("the two ends of the connection have other addresses or ports (NAT): matched by bytes and times")
+    if a.boot_id and a.boot_id == b.boot_id:
+        notes.append(f"both were recorded on one kernel, so the true offset is 0: estimated {offset / 1e3:+.3f} us")
+    header = replace(
+        a,
+        targets=[_target(a, match.near, "source", match.near), _target(b, match.far, "destination", pid)],
+        attach=_attach(a.attach, b.attach),
+        notes=[*a.notes, *(note for note in b.notes if note not in a.notes), *notes],
+        remote=remote,
+    )
+    here, there = _of(source, match.near), _of(destination, match.far)
+    _shift(there, -offset)
+    if pid != match.far:
+        for event in chain.from_iterable(there.values()):
+            force_setattr(event, "pid", pid)
+    peers = {(pid, far.inode): near.inode for near, far in match.ends}
+    for sockets in (here.get(ev.Socket, []), there.get(ev.Socket, [])):
+        sockets[:] = [replace(told, peer=peers.get((told.pid, told.socket), 0)) for told in sockets]
+    events: list[ev.AnyEvent] = [*chain.from_iterable(here.values()), *chain.from_iterable(there.values())]
+    events += _costs(source, 0, remote=False) + _costs(destination, offset, remote=True)
+    ending = _ending(source.ending, destination.ending, offset)
+    events += [ending] if ending else []
+    recordings = (source, destination)
+    return Recording(
+        header=header,
+        events=events,
+        truncated=any(side.recording.truncated for side in recordings),
+        reason="; ".join(f"{s.name}: {s.recording.reason}" for s in recordings if s.recording.truncated),
+        unknown=sum(side.recording.unknown for side in recordings),
+    )
+
+
+def _target(header: ev.Header, own: int, role: str, pid: int) -> ev.Target:
+    known = next((t for t in header.targets if t.pid == own), ev.Target(pid=own, role=role))
+    given = known.role if known.role in ("source", "destination") else role
+    return replace(known, pid=pid, role=given)
+
+
+def _attach(source: dict[str, str], destination: dict[str, str]) -> dict[str, str]:
+    """Tiers of both hosts; of a signal that both need, the absence on either counts."""
+    tiers: dict[str, str] = {}
+    for signal in sorted(source.keys() | destination.keys()):
+        here, there = source.get(signal, "absent: not known"), destination.get(signal, "absent: not known")
+        if here == there or signal in _SOURCE_ONLY:
+            tiers[signal] = here
+        elif here.startswith("absent"):
+            tiers[signal] = f"absent: on the source: {here.removeprefix('absent').lstrip(': ')}"
+        elif there.startswith("absent"):
+            tiers[signal] = f"absent: on the destination: {there.removeprefix('absent').lstrip(': ')}"
+        else:
+            tiers[signal] = f"{here} and {there}"
+    return tiers
+
+
+def _of(side: Survey, pid: int) -> dict[type, list[Any]]:
+    """The events of one process."""
+    wanted = (ev.Mark, *OF_A_PROCESS)
+    return {kind: [e for e in side.kinds[kind] if e.pid == pid] for kind in wanted if kind in side.kinds}
+
+
+def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
+    """Moves instants in place: a copy of a million events takes seconds. 0 is "not seen"."""
+    for kind, events in kinds.items():
+        for name in BY_TYPE[kind].instants:
+            for event, at in zip(events, map(attrgetter(name), events), strict=True):
+                if at:
+                    at += by_ns  # noqa: PLW2901
+                    force_setattr(event, name, at if -LATEST < at < LATEST else LATEST)
+
+
+def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
+    """Our own cost on one host, with its last reading: two hosts' run times must not be mixed."""
+    found: list[ev.AnyEvent] = [
+        replace(event, at_ns=event.at_ns - offset, remote=remote) for event in side.kinds.get(ev.OwnCost, ())
+    ]
+    if side.ending and side.ending.observer_ns:
+        found.append(ev.OwnCost(side.ending.at_ns - offset, sum(side.ending.observer_ns.values()), 0, remote))
+    return found
+
+
+_WORDS = ("cancelled", "failed", "migrated")
+"""Reasons that say how the migration ended, the most certain last."""
+
+
+def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int) -> ev.Ending | None:
+    if source is None or destination is None:
+        return None
+    said = max((source, destination), key=lambda e: _WORDS.index(e.reason) if e.reason in _WORDS else -1)
+
+    def both(name: str) -> dict[str, int]:
+        return dict(Counter(getattr(source, name)) + Counter(getattr(destination, name)))
+
+    return ev.Ending(
+        max(source.at_ns, destination.at_ns - offset),
+        said.reason,
+        both("lost"),
+        both("unpaired"),
+        both("observer_ns"),
+        both("observer_runs"),
+    )

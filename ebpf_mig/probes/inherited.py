@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A BPF object that another process compiled and loaded: attached, polled and read through file descriptors alone.
+
+In: a `Description` and the descriptors it speaks of. Out: a `Handed`, which does what `loader.Program` does once it
+is loaded, with libbpf instead of bcc: no LLVM, a third of the memory. What our process holds is all that keeps the
+programs alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, KprobeEvent, attach_tracing
+from ebpf_mig.linux.kallsyms import Symbols
+from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_PER_CPU = {5, 6, 10}
+"""include/uapi/linux/bpf.h: BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH."""
+_MAX_STACK = 127
+"""PERF_MAX_STACK_DEPTH: what bcc's BPF_STACK_TRACE keeps of each stack."""
+
+
+class Map(msgspec.Struct, frozen=True):
+    """One map: its descriptor's place among those handed over, and what its entries look like."""
+
+    fd: int
+    kind: int
+    key_bytes: int
+    leaf_bytes: int
+    entries: int
+    fields: list[tuple[str, int, int]]
+    """(name, offset, bytes) of a struct's members; empty for a plain number."""
+
+
+class Description(msgspec.Struct, frozen=True):
+    """One loaded object."""
+
+    functions: dict[str, int]
+    """Loaded programs, by name; the descriptor's place among those handed over."""
+    maps: dict[str, Map]
+    events: dict[str, int] = {}
+    """Open kprobe events by the key of their hook, likewise."""
+
+
+class Attachments:
+    """What is attached: raw tracepoints, fentry and fexit by link, kprobes by perf event. No bcc, no libbpf."""
+
+    def __init__(self) -> None:
+        self._links: dict[Hook, int] = {}
+        self._events: dict[str, KprobeEvent] = {}
+        self._attached: list[Hook] = []
+
+    def prepare(self, hook: Hook, fd: int = -1) -> None:
+        """Opens a kprobe's event, or takes over `fd`, without running anything yet. OSError if refused."""
+        if hook.how in (KPROBE, KRETPROBE):
+            self._events[hook.key] = KprobeEvent(hook.target, hook.how, fd)
+
+    def events(self) -> dict[str, int]:
+        """Descriptors of the events, all open."""
+        return {key: event.open() for key, event in self._events.items()}
+
+    def attach(self, hook: Hook, program: int) -> None:
+        """Attaches a loaded program; PreflightError if the kernel refuses."""
+        try:
+            if hook.key in self._events:
+                self._events[hook.key].attach(program)
+            else:
+                name = hook.target if hook.how == TRACEPOINT else ""
+                self._links[hook] = attach_tracing(program, name)
+        except OSError as error:
+            raise PreflightError(f"cannot attach to {hook.how} {hook.target}: {error.strerror or error}") from error
+        self._attached.append(hook)
+
+    def detach(self, hook: Hook) -> None:
+        """Detaches it again; the kprobe event stays open."""
+        self._attached.remove(hook)
+        if hook.key in self._events:
+            self._events[hook.key].detach()
+        else:
+            os.close(self._links.pop(hook))
+
+    def close(self) -> None:
+        """Takes everything down; idempotent."""
+        for hook in list(self._attached):
+            self.detach(hook)
+        for event in self._events.values():
+            event.close()
+        self._events.clear()
+
+
+def _libbpf() -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise PreflightError(f"libbpf cannot be loaded: {error}", "apt-get install libbpf1") from error
+    lib.ring_buffer__new.restype = ctypes.c_void_p
+    lib.ring_buffer__new.argtypes = [ctypes.c_int, _CALLBACK, ctypes.c_void_p, ctypes.c_void_p]
+    lib.ring_buffer__poll.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    lib.ring_buffer__consume.argtypes = [ctypes.c_void_p]
+    lib.ring_buffer__free.argtypes = [ctypes.c_void_p]
+    lib.bpf_map_lookup_elem.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    lib.bpf_map_update_elem.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+    lib.bpf_map_delete_elem.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    lib.bpf_map_get_next_key.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    return lib
+
+
+class Table:
+    """A map as bcc's tables look: `table[key] = leaf`, `del table[key]`, `items()`, `clear()`, with ctypes objects."""
+
+    def __init__(self, lib: ctypes.CDLL, fd: int, described: Map) -> None:
+        self._lib, self._fd, self.described = lib, fd, described
+        self.Key = _type_of(described.key_bytes, [])
+        self.Leaf = _type_of(described.leaf_bytes, described.fields)
+
+    def __len__(self) -> int:
+        return self.described.entries
+
+    def __setitem__(self, key: Any, leaf: Any) -> None:
+        if self._lib.bpf_map_update_elem(self._fd, ctypes.byref(key), ctypes.byref(leaf), 0) < 0:
+            raise KeyError(os.strerror(ctypes.get_errno()))
+
+    def __delitem__(self, key: Any) -> None:
+        if self._lib.bpf_map_delete_elem(self._fd, ctypes.byref(key)) < 0:
+            raise KeyError(os.strerror(ctypes.get_errno()))
+
+    def raw(self, key: Any, size: int) -> bytes:
+        """The `size` bytes that the kernel has for `key`; KeyError if it has none."""
+        leaf = ctypes.create_string_buffer(size)
+        if self._lib.bpf_map_lookup_elem(self._fd, ctypes.byref(key), leaf) < 0:
+            raise KeyError(os.strerror(ctypes.get_errno()))
+        return leaf.raw
+
+    def keys(self) -> Iterator[Any]:
+        """Every key; one that is deleted meanwhile may start the walk again, one is never told twice in a row."""
+        key = None
+        while True:
+            following = self.Key()
+            at = None if key is None else ctypes.byref(key)
+            if self._lib.bpf_map_get_next_key(self._fd, at, ctypes.byref(following)) < 0:
+                return
+            yield following
+            key = following
+
+    def items(self) -> list[tuple[Any, Any]]:
+        """(key, leaf) of every entry."""
+        found = []
+        for key in list(self.keys()):
+            with contextlib.suppress(KeyError):
+                found.append((key, self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf_bytes))))
+        return found
+
+    def clear(self) -> None:
+        """Deletes every entry."""
+        for key in list(self.keys()):
+            with contextlib.suppress(KeyError):
+                del self[key]
+
+
+class Handed:
+    """The counterpart of `loader.Program`, already loaded. `close()` detaches and lets go of everything."""
+
+    def __init__(self, description: Description, fds: Sequence[int]) -> None:
+        self._lib = _libbpf()
+        self._functions = {name: fds[place] for name, place in description.functions.items()}
+        self._tables = {name: Table(self._lib, fds[m.fd], m) for name, m in description.maps.items()}
+        self._map_fds = [fds[m.fd] for m in description.maps.values()]
+        self._attachments = Attachments()
+        self._events = {key: fds[place] for key, place in description.events.items()}
+        self._records: list[bytes] = []
+        self._ring: int | None = None
+        self._take = _CALLBACK(self._keep)
+        self._cpus: int = self._lib.libbpf_num_possible_cpus()
+        self._closed = False
+
+    def attach(self, hook: Hook) -> None:
+        """Attaches one of the loaded functions; PreflightError if the kernel refuses."""
+        if hook.key in self._events:
+            self._attachments.prepare(hook, self._events.pop(hook.key))
+        self._attachments.attach(hook, self._functions[hook.key])
+
+    def detach(self, hook: Hook) -> None:
+        """Detaches what `attach` attached."""
+        self._attachments.detach(hook)
+
+    def table(self, name: str) -> Table:
+        """The map of that name."""
+        return self._tables[name]
+
+    def open_ring(self, name: str) -> None:
+        """Maps a ring buffer, twice its size, and collects its records; fetch them with `poll`."""
+        self._ring = self._lib.ring_buffer__new(self._map_fds[list(self._tables).index(name)], self._take, None, None)
+        if not self._ring:
+            raise PreflightError(f"the ring buffer {name} cannot be mapped: {os.strerror(ctypes.get_errno())}")
+
+    def close_ring(self) -> None:
+        """Unmaps it: a node where nobody migrates does without."""
+        if self._ring:
+            self._lib.ring_buffer__free(self._ring)
+        self._ring = None
+
+    def _keep(self, _context: int, data: int, size: int) -> int:
+        self._records.append(ctypes.string_at(data, size))
+        return 0
+
+    def poll(self, timeout_ms: int) -> list[bytes]:
+        """Records that arrived, waiting at most `timeout_ms` for the first; a signal ends the waiting."""
+        if not self._ring:
+            return []
+        self._lib.ring_buffer__poll(self._ring, timeout_ms)
+        self._lib.ring_buffer__consume(self._ring)  # records that were told to wake nobody, and those behind them
+        taken = self._records[:]
+        self._records.clear()
+        return taken
+
+    def per_cpu_sums(self, name: str) -> list[int]:
+        """A per-CPU array's entries, each summed over the CPUs."""
+        table = self._tables[name]
+        if table.described.kind not in _PER_CPU:
+            raise KeyError(name)
+        number = self._cpus
+        return [sum(struct.unpack(f"={number}Q", table.raw(ctypes.c_int(i), 8 * number))) for i in range(len(table))]
+
+    def hash_items(self, name: str, words: int) -> dict[int, tuple[int, ...]]:
+        """A hash of integer keys whose values are arrays of `words` u64 (or padded to them)."""
+        table, found = self._tables[name], {}
+        for key in list(table.keys()):
+            with contextlib.suppress(KeyError):
+                found[int(key.value)] = struct.unpack(
+                    f"={words}Q", table.raw(key, table.described.leaf_bytes)[: words * 8]
+                )
+        return found
+
+    def kernel_stack(self, name: str, stack_id: int) -> tuple[str, ...]:
+        """Function names of one stack, innermost first; empty if the kernel did not keep it."""
+        try:
+            raw = self._tables[name].raw(ctypes.c_int(stack_id), 8 * _MAX_STACK)
+        except KeyError:
+            return ()
+        symbols = Symbols.of_kernel()
+        return tuple(symbols.name(address) for address in struct.unpack(f"={_MAX_STACK}Q", raw) if address)
+
+    def symbol(self, address: int) -> str:
+        """Name of the kernel function at an address."""
+        return Symbols.of_kernel().name(address)
+
+    def descriptor(self, function: str) -> int:
+        """Of a loaded function; -1 if it was not loaded."""
+        return self._functions.get(function, -1)
+
+    def run_statistics(self) -> dict[str, tuple[int, int, int]]:
+        """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
+        return {name: run_statistics(fd) for name, fd in self._functions.items()}
+
+    def close(self) -> None:
+        """Detaches everything and closes what was handed over; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._attachments.close()
+        self.close_ring()
+        for fd in (*self._functions.values(), *self._map_fds, *self._events.values()):
+            os.close(fd)
+
+
+def _type_of(size: int, fields: Sequence[tuple[str, int, int]]) -> Any:
+    """A ctypes type of `size` bytes; members that are no integers become bytes."""
+    plain = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+    if not fields:
+        return plain.get(size) or ctypes.c_uint8 * size
+    members: list[tuple[str, Any]] = []
+    end = 0
+    for name, offset, length in fields:
+        if offset > end:
+            members.append((f"_pad{end}", ctypes.c_uint8 * (offset - end)))
+        members.append((name, plain.get(length) or ctypes.c_uint8 * length))
+        end = offset + length
+    if end < size:
+        members.append((f"_pad{end}", ctypes.c_uint8 * (size - end)))
+    return type("Leaf", (ctypes.Structure,), {"_pack_": 1, "_layout_": "ms", "_fields_": members})

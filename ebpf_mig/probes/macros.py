@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the BPF programs are compiled with: whom to trace, what the kernel has, and where its structures keep things.
+
+In: the pids (none for a node), the tracepoints that exist, the choice of tiers. Out: the macros of bpf/trace.bpf.c.
+Offsets come from the running kernel's BTF, so no kernel headers are needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux import btf
+from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
+from ebpf_mig.probes.records import WORDS
+from ebpf_mig.probes.tiers import Choice
+
+RING_BYTES = 8 << 20
+_PROGRAMS_FOR = {FENTRY: 1, FEXIT: 1, KPROBE: 2, KRETPROBE: 2}
+"""FENTRY and KPROBE of bpf/functions.h: programs that nothing would attach cost time to compile."""
+_KVM_MODULE = "/sys/kernel/btf/kvm"
+_NONE = 0xFFFF
+"""OFF_NONE of bpf/common.h."""
+_USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
+"""From the end of a task's kernel stack, where its registers are, for kernels before 5.15: THREAD_SIZE without KASAN,
+`struct pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10)."""
+_NOWHERE = 0x7FFFFFF0
+"""An offset that no lock has: its waits are then booked as those of other locks."""
+OFFSETS = {
+    "OFF_task_pid": ("task_struct", "pid"),
+    "OFF_task_tgid": ("task_struct", "tgid"),
+    "OFF_task_stack": ("task_struct", "stack"),
+    "OFF_task_files": ("task_struct", "files"),
+    "OFF_files_fdt": ("files_struct", "fdt"),
+    "OFF_fdtable_fd": ("fdtable", "fd"),
+    "OFF_file_inode": ("file", "f_inode"),
+    "OFF_file_private": ("file", "private_data"),
+    "OFF_inode_ino": ("inode", "i_ino"),
+    "OFF_inode_mode": ("inode", "i_mode"),
+    "OFF_socket_sk": ("socket", "sk"),
+    "OFF_socket_file": ("socket", "file"),
+    "OFF_alloc_socket": ("socket_alloc", "socket"),
+    "OFF_alloc_inode": ("socket_alloc", "vfs_inode"),
+    "OFF_sock_socket": ("sock", "sk_socket"),
+    "OFF_unix_peer": ("unix_sock", "peer"),
+    "OFF_skc_family": ("sock_common", "skc_family"),
+    "OFF_skc_daddr": ("sock_common", "skc_daddr"),
+    "OFF_skc_rcv_saddr": ("sock_common", "skc_rcv_saddr"),
+    "OFF_skc_dport": ("sock_common", "skc_dport"),
+    "OFF_skc_num": ("sock_common", "skc_num"),
+    "OFF_skc_v6_daddr": ("sock_common", "skc_v6_daddr"),
+    "OFF_skc_v6_rcv_saddr": ("sock_common", "skc_v6_rcv_saddr"),
+    "OFF_skb_data": ("sk_buff", "data"),
+    "OFF_skb_len": ("sk_buff", "len"),
+    "OFF_skb_cb": ("sk_buff", "cb"),
+    "OFF_tcp_una": ("tcp_sock", "snd_una"),
+    "OFF_tcp_nxt": ("tcp_sock", "snd_nxt"),
+    "OFF_tcp_write": ("tcp_sock", "write_seq"),
+    "OFF_tcp_wnd": ("tcp_sock", "snd_wnd"),
+    "OFF_tcp_rcv_nxt": ("tcp_sock", "rcv_nxt"),
+}
+_STATE = ("task_struct", "__state")
+_STATE_BEFORE_5_14 = ("task_struct", "state")
+
+
+def defines(
+    pids: Sequence[int],
+    tracepoints: set[str],
+    choice: Choice = Choice(),  # noqa: B008 - it is frozen
+) -> dict[str, str | int]:
+    """Macro by name. A structure that the kernel's BTF does not tell raises PreflightError."""
+    test = "||".join(f"(t)=={pid}" for pid in pids)
+    macros: dict[str, str | int] = dict(WORDS)
+    if pids:
+        macros["EBPF_MIG_TARGETS(t)"] = f"({test})"
+    macros["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")
+    macros["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
+    macros["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
+    macros["KVM_FUNCTIONS"] = int("kvm" in choice.groups)
+    macros["SOCKET_FUNCTIONS"] = sum({_PROGRAMS_FOR[h.how] for h in choice.hooks if "socket" in h.signals})
+    macros["SPLIT_KNOWN"] = int("split" in choice.groups)
+    macros["TASK_REGS_HELPER"] = int(choice.task_regs)
+    macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
+    macros |= _kvm_offsets()
+    found = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
+    macros["OFF_task_state"] = found[_STATE] or found[_STATE_BEFORE_5_14] or 0
+    for name, member in OFFSETS.items():
+        offset = found[member]
+        if offset is None:
+            raise PreflightError(f"the kernel's BTF has no {member[0]}.{member[1]}", "ebpf-mig doctor")
+        macros[name] = offset
+    return macros
+
+
+def _kvm_offsets() -> dict[str, int]:
+    """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither tells."""
+    members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
+    manual = ("kvm", "manual_dirty_log_protect")
+    found = btf.offsets(btf.VMLINUX, [*members.values(), manual])
+    if None in found.values() and Path(_KVM_MODULE).exists():
+        found = btf.offsets(_KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
+    locks = {name: _NOWHERE if found[member] is None else found[member] or 0 for name, member in members.items()}
+    return locks | {"OFF_kvm_manual": found[manual] or _NONE}

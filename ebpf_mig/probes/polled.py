@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures that somebody has to go and read: TCP's account of the sockets, and what our own programs have cost.
+
+In: the events as they arrive, which say when a reading is worth its cost: at a fetch, a kick, an entry into KVM_RUN.
+Out: `TcpInfo` and `OwnCost` events, seldom, in most cases `APART_NS` apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from ebpf_mig.linux import kvm
+from ebpf_mig.probes.tcp_info import TcpReader
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
+
+APART_NS = 100_000_000
+APART_IN_STOP_NS = 20_000_000
+"""From a kick until a vCPU runs again."""
+APART_AT_EDGES_NS = 2_000_000
+"""Where a window may begin or end."""
+COST_APART_NS = 30_000_000
+"""Our own cost, from the first fetch on: a window begins no longer than this after a reading."""
+PATIENCE_S = 0.2
+LEAST_BYTES = 65536
+"""A socket that sent less is no migration's."""
+
+
+class Readings:
+    """Decides when and reads. `cost` gives (ns, runs) of our programs so far, None where the kernel does not count."""
+
+    def __init__(self, cost: Callable[[], tuple[int, int] | None], *, tcp: bool = True) -> None:
+        """`tcp`: also read TCP's account, which takes a thread and 15 MB."""
+        self._cost = cost
+        self._with_tcp = tcp
+        self._tcp: TcpReader | None = None
+        self._sockets: dict[int, Socket] = {}
+        self._bytes: dict[int, int] = {}
+        self._stopped: set[int] = set()
+        self._last_ns = self._last_cost_ns = 0
+        self._fetching = False
+
+    def open(self) -> None:
+        """Gets ready to read; idempotent."""
+        if self._with_tcp:
+            self._tcp = self._tcp or TcpReader()
+
+    def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
+        """The readings that are due with these events, or with none."""
+        worth = edge = False
+        for event in events:
+            if isinstance(event, Transfer):
+                if event.direction == 0:
+                    self._bytes[event.socket] = self._bytes.get(event.socket, 0) + event.bytes
+                worth = worth or event.pid in self._stopped
+            elif isinstance(event, Socket):
+                self._sockets[event.socket] = event
+                worth = True
+            elif isinstance(event, Kick):
+                edge = edge or event.pid not in self._stopped
+                self._stopped.add(event.pid)
+            elif isinstance(event, VcpuEnter):
+                edge = edge or bool(self._stopped)
+                self._stopped.clear()
+            elif isinstance(event, Ioctl) and event.cmd in kvm.DIRTY_LOG:
+                worth = self._fetching = True
+        apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
+        told: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
+        now = time.monotonic_ns()
+        if (worth or edge) and now - self._last_ns > apart:
+            return told + self.take()
+        return told + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
+
+    def last(self) -> list[AnyEvent]:
+        """A last reading and all that is still to be told, which may take `PATIENCE_S`."""
+        found = self.take()
+        return found + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
+
+    def take(self) -> list[AnyEvent]:
+        """Our own cost, now; what TCP says comes later, with the events of `due`."""
+        self._last_ns = time.monotonic_ns()
+        found = self._own_cost()
+        for inode, socket in list(self._sockets.items()):
+            if self._tcp is not None and self._bytes.get(inode, 0) >= LEAST_BYTES:
+                self._tcp.ask(socket)
+        return found
+
+    def _own_cost(self) -> list[AnyEvent]:
+        self._last_cost_ns = time.monotonic_ns()
+        cost = self._cost()
+        return [] if cost is None else [OwnCost(self._last_cost_ns, *cost)]
+
+    def forget(self, pid: int) -> None:
+        """A process is traced no more."""
+        self._stopped.discard(pid)
+        for inode in [inode for inode, socket in self._sockets.items() if socket.pid == pid]:
+            del self._sockets[inode]
+            self._bytes.pop(inode, None)
+
+    def close(self) -> None:
+        """Reads no more; idempotent."""
+        if self._tcp is not None:
+            self._tcp.close()
+        self._tcp = None

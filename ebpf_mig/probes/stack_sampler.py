@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of kernel stacks inside dirty-log ioctls: when to take them, on which threads, how often.
+
+In: the events as they arrive. Out: CPU clock events (perf_event_open(2)) on the threads that fetch, with our BPF
+program behind them, and `Samples` events: equal stacks of one ioctl added up.
+
+A sample is a timer interrupt, some 1 us on bare metal and 12 us were measured in a virtual machine. So none is taken
+where it would tell nothing: only threads whose fetches take long are sampled, slowly while the guest runs, and fast
+from the first kick to the first send after the final fetch; and never so often that it takes more than a hundredth of
+a fetch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, Samples, Transfer, VcpuEnter
+
+FASTEST_NS = 100_000
+"""10 kHz."""
+SLOW_NS = 1_000_000
+"""While the guest runs."""
+WORTH_NS = 1_000_000
+"""A fetch that spends less in the kernel would get too few samples to tell anything."""
+WANTED = 200
+"""Samples of the final fetch that are enough: 3.5 points of standard error at worst."""
+PAUSE_NS = 1_000_000
+"""Dirty-log ioctls further apart are two fetches."""
+MOST_SHARE = 100
+"""Sampling takes at most one part in so many of a thread's time."""
+GIVE_UP_NS = 2_000_000_000
+"""A kick that no fetch follows within this was no stop for a migration."""
+
+_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
+_ATTR_SIZE = 112
+_DISABLED, _EXCLUDE_USER = 1, 1 << 4
+_ENABLE, _DISABLE, _PERIOD, _SET_BPF = 0x2400, 0x2401, 0x40082404, 0x40042408
+_CLOEXEC = 8
+_TRIAL_NS, _TRIES = 20_000, 12
+
+
+class ThreadClock:
+    """A CPU clock event on one thread with a BPF program behind it; OSError where the kernel refuses it."""
+
+    def __init__(self, tid: int, program_fd: int) -> None:
+        attr = struct.pack("=IIQQQQQ", 1, _ATTR_SIZE, 0, SLOW_NS, 0, 0, _DISABLED | _EXCLUDE_USER)
+        buffer = ctypes.create_string_buffer(attr, _ATTR_SIZE)
+        libc = ctypes.CDLL(None, use_errno=True)
+        number = _PERF_EVENT_OPEN.get(os.uname().machine)
+        if number is None:
+            raise OSError("perf_event_open has no known number on this machine")
+        self.fd = int(libc.syscall(number, buffer, tid, -1, -1, _CLOEXEC))
+        if self.fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        try:
+            fcntl.ioctl(self.fd, _SET_BPF, program_fd)
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def pace(self, period_ns: int) -> None:
+        """Samples every so many ns of the thread's CPU time; 0: none."""
+        if not period_ns:
+            fcntl.ioctl(self.fd, _DISABLE, 0)
+            return
+        fcntl.ioctl(self.fd, _PERIOD, struct.pack("=Q", period_ns))
+        fcntl.ioctl(self.fd, _ENABLE, 0)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def cost_ns(program_fd: int) -> int:
+    """What one sample costs here, measured on our own thread in a few ms. OSError where it cannot be sampled."""
+    clock = ThreadClock(threading.get_native_id(), program_fd)
+    plain = min(_spin() for _ in range(_TRIES))
+    clock.pace(_TRIAL_NS)
+    sampled = min(_spin() for _ in range(_TRIES))
+    clock.close()
+    return max(0, sampled - plain) * _TRIAL_NS // sampled
+
+
+def _spin() -> int:
+    """How long a fixed piece of work takes, some 0.3 ms."""
+    begin = time.perf_counter_ns()
+    for _ in range(10_000):
+        pass
+    return time.perf_counter_ns() - begin
+
+
+@dataclass
+class _Process:
+    """What one traced process is doing, as far as its samples go."""
+
+    fetched_ns: dict[int, int] = field(default_factory=dict)
+    """By thread: kernel time of its latest fetch."""
+    until_ns: int = 0
+    """End of the latest dirty-log ioctl."""
+    kicked_ns: int = 0
+    """When the stop that we believe to be in began; 0: the guest runs."""
+    done: bool = False
+    """The final fetch is over."""
+    clocks: dict[int, ThreadClock] = field(default_factory=dict)
+    vcpus: set[int] = field(default_factory=set)
+
+
+class Sampler:
+    """Decides and does it. `program_fd` is the loaded BPF program; `tell` hands it the period now in force.
+
+    `cost` is what one sample takes, in ns, by `cost_ns`.
+    """
+
+    def __init__(self, program_fd: int, tell: Callable[[int], None], cost: int = 0) -> None:
+        self._program_fd, self._tell = program_fd, tell
+        self._least_ns = cost * MOST_SHARE
+        self._processes: dict[int, _Process] = {}
+        self._opened: dict[int, int] = {}
+        self._samples: dict[tuple[int, int], Counter[tuple[int, tuple[str, ...]]]] = {}
+        self.refusal = ""
+        self.period_ns = 0
+
+    def take(self, sample: Samples) -> None:
+        """Keeps one sample until its ioctl is over."""
+        same = self._samples.setdefault((sample.tid, sample.begin_ns), Counter())
+        same[sample.period_ns, sample.stack] += 1
+
+    def of(self, ioctl: Ioctl) -> list[Samples]:
+        """The samples of an ioctl that is over; none if sampling began in its midst, which would favour its end."""
+        if not self._samples:
+            return []
+        found = self._samples.pop((ioctl.tid, ioctl.begin_ns), None)
+        for stale in [key for key in self._samples if key[0] == ioctl.tid and key[1] < ioctl.begin_ns]:
+            del self._samples[stale]
+        if not found or self._opened.get(ioctl.tid, 0) > ioctl.begin_ns:
+            return []
+        return [
+            Samples(ioctl.begin_ns, ioctl.pid, ioctl.tid, period, count, stack)
+            for (period, stack), count in sorted(found.items())
+        ]
+
+    def follow(self, events: Sequence[AnyEvent]) -> None:
+        """Learns from events in order and sets the pace accordingly."""
+        for event in events:
+            if isinstance(event, Ioctl):
+                if event.cmd in kvm.DIRTY_LOG:
+                    self._fetched(event)
+            elif isinstance(event, Kick):
+                self._kicked(event)
+            elif isinstance(event, VcpuEnter):
+                self._process(event.pid).vcpus.add(event.tid)
+                if (process := self._process(event.pid)).kicked_ns and event.at_ns > process.kicked_ns:
+                    process.kicked_ns, process.done = 0, False
+            elif isinstance(event, Transfer) and event.direction == 0:
+                self._sent(event)
+        self._set_pace()
+
+    def forget(self, pid: int) -> None:
+        """A process is traced no more."""
+        process = self._processes.pop(pid, None)
+        for tid, clock in process.clocks.items() if process else ():
+            clock.close()
+            self._opened.pop(tid, None)
+        self._set_pace()
+
+    def close(self) -> None:
+        """Ends all sampling; idempotent."""
+        for pid in list(self._processes):
+            self.forget(pid)
+
+    def _process(self, pid: int) -> _Process:
+        return self._processes.setdefault(pid, _Process())
+
+    def _fetched(self, ioctl: Ioctl) -> None:
+        process = self._process(ioctl.pid)
+        before = process.fetched_ns.get(ioctl.tid, 0) if ioctl.begin_ns - process.until_ns < PAUSE_NS else 0
+        process.fetched_ns[ioctl.tid] = took = before + ioctl.end_ns - ioctl.begin_ns
+        process.until_ns = max(process.until_ns, ioctl.end_ns)
+        known = ioctl.tid in process.clocks or ioctl.tid in process.vcpus
+        if took >= WORTH_NS and not known and self._program_fd >= 0:
+            self._watch(process, ioctl.tid)
+
+    def _watch(self, process: _Process, tid: int) -> None:
+        try:
+            process.clocks[tid] = clock = ThreadClock(tid, self._program_fd)
+            clock.pace(self.period_ns)
+        except OSError as error:
+            self.refusal = error.strerror or str(error)
+            return
+        self._opened[tid] = time.monotonic_ns()
+
+    def _kicked(self, kick: Kick) -> None:
+        process = self._process(kick.pid)
+        if process.clocks and not process.kicked_ns:
+            process.kicked_ns, process.done = kick.at_ns, False
+
+    def _sent(self, send: Transfer) -> None:
+        process = self._process(send.pid)
+        if process.kicked_ns and process.kicked_ns < process.until_ns <= send.begin_ns:
+            process.done = True
+
+    def _wanted(self, process: _Process) -> int:
+        if not process.clocks or process.done:
+            return 0
+        if process.kicked_ns and time.monotonic_ns() - max(process.kicked_ns, process.until_ns) < GIVE_UP_NS:
+            longest = max(process.fetched_ns.values(), default=0)
+            return max(min(max(longest // WANTED, FASTEST_NS), SLOW_NS), self._least_ns)
+        return max(SLOW_NS, self._least_ns)
+
+    def _set_pace(self) -> None:
+        """One period for all: several migrations of one host at once share the fastest that one of them needs."""
+        wanted = [period for process in self._processes.values() if (period := self._wanted(process))]
+        period = min(wanted, default=0)
+        if period == self.period_ns:
+            return
+        self._tell(period or self.period_ns)
+        self.period_ns = period
+        for process in self._processes.values():
+            for clock in process.clocks.values():
+                with contextlib.suppress(OSError):  # the thread is gone
+                    clock.pace(period)

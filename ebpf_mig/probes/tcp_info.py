@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP's own account of a connection, through sock_diag.
+
+In: sockets as the tracer told them. Out: `TcpInfo` events. The VMM's socket is not touched: a second reference to it
+would hold back its FIN. Sockets of another network namespace are not found, and nothing is told of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from ebpf_mig.recording.events import Socket, TcpInfo
+
+AF_INET, AF_INET6 = 2, 10
+MOST_OPEN = 64
+"""Questions without an answer, beyond which no more are asked."""
+FIELDS = (
+    "busy_time", "rwnd_limited", "sndbuf_limited", "total_retrans", "bytes_retrans", "bytes_acked", "bytes_sent",
+    "notsent_bytes", "rtt", "min_rtt", "snd_cwnd", "snd_mss", "snd_wnd", "delivery_rate",
+)  # fmt: skip
+_INET_DIAG_INFO = 1 << 1
+"""Extension bits are numbered from 1: INET_DIAG_INFO is 2 (include/uapi/linux/inet_diag.h)."""
+_MONOTONIC_COARSE = 6
+"""CLOCK_MONOTONIC_COARSE of include/uapi/linux/time.h; the time module has no name for it."""
+JIFFY_US = round(time.clock_getres(_MONOTONIC_COARSE) * 1e6)
+"""The coarse clock moves once a jiffy, and so do the times in `struct tcp_info`."""
+
+
+def read(diag: Any, socket: Socket) -> TcpInfo | None:
+    """One connection's account; None if it is none of TCP's, is gone, or is in another network namespace."""
+    sport, dport = (int(end.rpartition(":")[2] or 0) for end in (socket.local, socket.remote))
+    if socket.family not in (AF_INET, AF_INET6) or not sport or not dport:
+        return None
+    at = time.monotonic_ns()
+    for row in diag.get_sock_stats(socket.family, extensions=_INET_DIAG_INFO, sport=sport, dport=dport):
+        if row["idiag_inode"] == socket.socket and (info := row.get_attr("INET_DIAG_INFO")):
+            values = {name: int(info[f"tcpi_{name}"]) for name in FIELDS if f"tcpi_{name}" in info}
+            more = {"queued": int(row["idiag_wqueue"]), "jiffy_us": JIFFY_US}
+            return TcpInfo(at, socket.pid, socket.socket, {**values, **more})
+    return None
+
+
+class TcpReader:
+    """Reads in a thread of its own: whatever netlink does, whoever drains the ring buffer does not wait for it."""
+
+    def __init__(self) -> None:
+        self._wanted: SimpleQueue[Socket | None] = SimpleQueue()
+        self._told: SimpleQueue[TcpInfo | None] = SimpleQueue()
+        self._open = 0
+        ready = threading.Event()
+        threading.Thread(target=self._work, args=(ready,), name="tcp-info", daemon=True).start()
+        ready.wait(5)
+
+    def ask(self, socket: Socket) -> None:
+        """Has a connection read."""
+        if self._open < MOST_OPEN:
+            self._open += 1
+            self._wanted.put(socket)
+
+    def answers(self, timeout_s: float = 0.0) -> list[TcpInfo]:
+        """What was read meanwhile; waits that long for what was asked and is not yet answered."""
+        until = time.monotonic() + timeout_s
+        found: list[TcpInfo] = []
+        with contextlib.suppress(Empty):
+            while self._open:
+                left = until - time.monotonic()
+                answer = self._told.get(timeout=left) if left > 0 else self._told.get_nowait()
+                self._open -= 1
+                if answer is not None:
+                    found.append(answer)
+        return found
+
+    def close(self) -> None:
+        """Lets the thread go."""
+        self._wanted.put(None)
+
+    def _work(self, ready: threading.Event) -> None:
+        """A figure to set beside ours: whatever pyroute2 raises on some kernel must not end the tracing."""
+        with contextlib.suppress(Exception):
+            from pyroute2 import DiagSocket  # here: a process that never traces does not pay its 30 MiB
+
+            with DiagSocket() as diag:
+                diag.bind()
+                ready.set()
+                while (socket := self._wanted.get()) is not None:
+                    answer = None
+                    with contextlib.suppress(Exception):
+                        answer = read(diag, socket)
+                    self._told.put(answer)
+        ready.set()

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel functions tell what tracepoints on system calls would tell, and by which kind of probe here.
+
+In: the tier asked for. Out: a `Choice`: hooks on functions, each of a kind that was *seen* to fire with a probe that
+does nothing, before anything is compiled. fentry and fexit are best, kprobe and kretprobe next; whatever cannot be had
+that way is left to the system calls. Functions by Linux 5.10 to 7.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ebpf_mig.linux import bpf, btf
+from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE, KprobeEvent
+from ebpf_mig.probes import selftest
+from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
+
+AUTO = "auto"
+NAMES = (AUTO, FENTRY, KPROBE, TRACEPOINT)
+"""What can be asked for."""
+
+_KVM_BTF = Path("/sys/kernel/btf/kvm")
+_NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
+"""return 0"""
+_TASK_REGS = bytes.fromhex("850000009e000000 bf01000000000000 85000000af000000 b700000000000000 9500000000000000")
+"""bpf_task_pt_regs(bpf_get_current_task_btf()), helpers 175 and 158."""
+_RETURN_OF = {FENTRY: FEXIT, KPROBE: KRETPROBE}
+_SYSCALL = {"x86_64": "__x64_sys_", "aarch64": "__arm64_sys_"}.get(os.uname().machine, "sys_")
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function to hook: what runs at its entry and at its return, by kind of probe; `` is nothing."""
+
+    names: tuple[str, ...]
+    """The same thing in different kernels; the first that is there."""
+    group: str
+    """`kvm`, `socket` or `split`: had together or not at all."""
+    signals: tuple[str, ...]
+    entry: dict[str, str] = field(default_factory=dict)
+    leave: dict[str, str] = field(default_factory=dict)
+    arguments: int = 0
+    """How many it must have where the return value is read behind them (fexit)."""
+    required: bool = True
+    one_of: str = ""
+    """Functions of one name of which at least one is required."""
+    provoked: bool = True
+    """Whether `provoke` makes it fire on every machine; if not, a silent kprobe is trusted, a silent fentry never."""
+
+
+def _both(program: str) -> dict[str, str]:
+    return {FENTRY: program, KPROBE: program}
+
+
+_IOCTL_RETURN = {FENTRY: "on_kvm_ioctl_fexit", KPROBE: "on_kvm_ioctl_kretprobe"}
+
+
+def _ioctls(name: str, signals: tuple[str, ...], *, required: bool = True) -> Function:
+    return Function((name,), "kvm", signals, _both("on_kvm_ioctl"), _IOCTL_RETURN, 3, required, provoked=required)
+
+
+def _transfers(name: str, way: str, *, required: bool = False) -> Function:
+    entry = {how: f"on_{way}_{how}" for how in (FENTRY, KPROBE)}
+    leave = {how: f"on_{way}_{_RETURN_OF[how]}" for how in (FENTRY, KPROBE)}
+    signals = ("socket", "hidden-sends") if way == "send" else ("socket",)
+    return Function((name,), "socket", signals, entry, leave, 3 if way == "send" else 4, required, provoked=required)
+
+
+_FLUSHES = (
+    "kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot", "kvm_flush_remote_tlbs_range",
+    "kvm_arch_flush_remote_tlbs_range", "kvm_flush_remote_tlbs",
+)  # fmt: skip
+"""One calls the next, the outermost counts; compilers inline some into others, so that what is there need not fire.
+On arm64 the fourth is the one that is left (Linux 6.12)."""
+
+FUNCTIONS = (
+    _ioctls("kvm_vm_ioctl", ("dirty-log", "state")),
+    Function(("kvm_vcpu_ioctl",), "kvm", ("vcpu", "state", "brownout"), _both("on_kvm_ioctl"),
+             {FENTRY: "on_kvm_ioctl_fexit"}, 3),
+    _ioctls("kvm_device_ioctl", ("state",), required=False),
+    _ioctls("kvm_dev_ioctl", ("state",), required=False),
+    Function((f"{_SYSCALL}tgkill",), "kvm", ("kick",), _both("on_tgkill")),
+    _transfers("inet_sendmsg", "send", required=True),
+    _transfers("inet_recvmsg", "receive", required=True),
+    _transfers("unix_stream_sendmsg", "send", required=True),
+    _transfers("unix_stream_recvmsg", "receive", required=True),
+    _transfers("inet6_sendmsg", "send"),
+    _transfers("inet6_recvmsg", "receive"),
+    Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
+    *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
+      for name in _FLUSHES),
+    Function(("kvm_dirty_ring_reset",), "split", ("split",), _both("on_ring_reset"), _both("on_ring_was_reset"),
+             required=False, provoked=False),
+)  # fmt: skip
+
+VCPU_RETURNS = tuple(
+    Function((name,), "kvm", ("state",), {}, _both("on_kvm_ioctl_kretprobe"), required=False, provoked=False)
+    for name in (
+        "kvm_arch_vcpu_ioctl", "kvm_arch_vcpu_ioctl_get_regs", "kvm_arch_vcpu_ioctl_set_regs",
+        "kvm_arch_vcpu_ioctl_get_sregs", "kvm_arch_vcpu_ioctl_set_sregs", "kvm_arch_vcpu_ioctl_get_mpstate",
+        "kvm_arch_vcpu_ioctl_set_mpstate", "kvm_arch_vcpu_ioctl_get_fpu", "kvm_arch_vcpu_ioctl_set_fpu",
+    )
+)  # fmt: skip
+"""Where a vCPU's ioctls return by kprobes: a return probe on kvm_vcpu_ioctl would be held as long as a guest runs, and
+the kernel has few of them."""
+
+MEMSLOTS = tuple(
+    Function((name,), "node", ("logging",), {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)
+    for name in ("kvm_set_memory_region", "__kvm_set_memory_region")
+)
+"""Where a VM's memory begins to be logged, the standing trigger of `watch` and `exporter`: the one calls the other, and
+may be inlined into its caller (as in Linux 6.12)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What functions can be hooked for, and why not more."""
+
+    hooks: tuple[Hook, ...] = ()
+    groups: frozenset[str] = frozenset()
+    refusals: dict[str, str] = field(default_factory=dict)
+    """By group."""
+    task_regs: bool = True
+    """Whether the kernel has the helper that finds the registers of the current task."""
+
+
+class _Trial:
+    """A probe that does nothing, attached to see whether it fires."""
+
+    def __init__(self, hook: Hook, module_fd: int, *, again: bool) -> None:
+        """`again`: also whether it can be attached a second time."""
+        self.hook = hook
+        self._event: KprobeEvent | None = None
+        self._link = -1
+        fd = module_fd if hook.in_module else 0
+        self._program = bpf.load(_NOTHING, hook.how, hook.btf_id, fd)
+        try:
+            if hook.how in (FENTRY, FEXIT):
+                if again:  # Linux before 5.18 may refuse
+                    os.close(bpf.attach_tracing(self._program))
+                self._link = bpf.attach_tracing(self._program)
+            else:
+                self._event = KprobeEvent(hook.target, hook.how)
+                self._event.attach(self._program)
+        except OSError:
+            self.close()
+            raise
+
+    def fired(self) -> bool:
+        return run_statistics(self._program)[1] > 0
+
+    def close(self) -> None:
+        if self._event is not None:
+            self._event.close()
+        for fd in (self._link, self._program):
+            if fd >= 0:
+                os.close(fd)
+        self._link = self._program = -1
+
+
+class Chooser:
+    """Tries functions; use once. Run statistics of BPF programs must be on."""
+
+    def __init__(self, wanted: str, functions: tuple[Function, ...] = FUNCTIONS, *, again: bool = False) -> None:
+        """`again`: only what can be attached a second time, as an exporter does."""
+        self._wanted = wanted
+        self._again = again
+        self._functions = functions
+        self._types = self._known_types()
+        self.module_fd = bpf.module_btf("kvm") if any(t.module for t in self._types.values()) else -1
+
+    def close(self) -> None:
+        """Lets go of the module's type information; programs that were loaded with it keep it."""
+        if self.module_fd >= 0:
+            os.close(self.module_fd)
+        self.module_fd = -1
+
+    def _known_types(self) -> dict[str, btf.FunctionType]:
+        names = {name for function in self._functions for name in function.names}
+        found = btf.functions(btf.VMLINUX, names)
+        if _KVM_BTF.exists():
+            found = btf.functions(str(_KVM_BTF), names - found.keys(), base=btf.VMLINUX) | found
+        return found
+
+    def fired(self) -> tuple[dict[Function, tuple[str, str]], dict[str, str]]:
+        """(kind of probe and name by function that can be hooked, reasons by the name of one that cannot)."""
+        chosen: dict[Function, tuple[str, str]] = {}
+        why: dict[str, str] = {}
+        for how in (FENTRY, KPROBE):
+            if self._wanted in (AUTO, how):
+                tried = [f for f in self._functions if f not in chosen and self._may(f, how)]
+                chosen |= {function: (how, name) for function, name in self._seen(tried, how, why)}
+        return chosen, why
+
+    def choose(self) -> Choice:
+        """Hooks by the best kind of probe that fires, for each group of functions that can be had whole."""
+        chosen, why = self.fired()
+        open_ones = [function for function in self._functions if function not in chosen]
+        groups, refusals = set(), {}
+        for group in ("kvm", "socket", "split"):
+            lacking = [f.names[0] for f in open_ones if f.group == group and f.required]
+            had = {f.one_of for f in chosen}
+            lacking += [f.names[0] for f in open_ones if f.group == group and f.one_of and f.one_of not in had]
+            if lacking:
+                refusals[group] = "; ".join(why.get(name, f"{name}: no {self._wanted} probe") for name in lacking)
+            else:
+                groups.add(group)
+        if "kvm" not in groups:  # system calls are traced then, which show sends and receives at no further cost
+            refusals |= dict.fromkeys(groups, refusals["kvm"])
+            groups = set()
+        hooks = [hook for f, (how, name) in chosen.items() if f.group in groups for hook in self.hooks(f, name, how)]
+        if groups and any(hook.how == KPROBE and hook.target == "kvm_vcpu_ioctl" for hook in hooks):
+            hooks = self._vcpu_returns() + hooks
+        return Choice(tuple(hooks), frozenset(groups), refusals, _has_task_regs())
+
+    def _may(self, function: Function, how: str) -> bool:
+        """Return probes of kprobes are few and receives sleep long, so that sockets have none unless asked for."""
+        return how == FENTRY or function.group != "socket" or self._wanted == KPROBE
+
+    def _seen(self, functions: Iterable[Function], how: str, why: dict[str, str]) -> Iterator[tuple[Function, str]]:
+        trials: list[tuple[Function, _Trial]] = []
+        for function in functions:
+            for name in function.names:
+                try:
+                    hook = self._hook(function, name, how)
+                    trials.append((function, _Trial(hook, self.module_fd, again=self._again and not trials)))
+                except OSError as error:
+                    why[function.names[0]] = f"{how} on {name}: {error.strerror or error}"
+                    continue
+                break
+        if trials:
+            selftest.everything()
+        for function, trial in trials:
+            if trial.fired() or (how == KPROBE and not function.provoked):
+                yield function, trial.hook.target
+            else:
+                why[function.names[0]] = f"{how} on {trial.hook.target} attaches and never fires"
+            trial.close()
+
+    def _hook(self, function: Function, name: str, how: str) -> Hook:
+        """A hook at the function's entry; OSError if fentry cannot be had for want of type information."""
+        number, module = 0, False
+        if how == FENTRY:
+            known = self._types.get(name)
+            if known is None or (known.module and self.module_fd < 0):
+                raise OSError(0, "no type information (BTF) of it")
+            if function.arguments and known.arguments != function.arguments:
+                raise OSError(0, f"{known.arguments} arguments, not {function.arguments}")
+            number, module = known.btf_id, known.module
+        return Hook(how, name, "", function.signals, number, module, function.provoked, function.one_of)
+
+    def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
+        """A function's hooks by one kind of probe, that at its return first: no call is seen that only enters."""
+        at_entry = self._hook(function, name, how)
+        for programs, kind in ((function.leave, _RETURN_OF[how]), (function.entry, how)):
+            if how in programs:
+                yield replace(at_entry, how=kind, program=programs[how])
+
+    def _vcpu_returns(self) -> list[Hook]:
+        found = []
+        for function in VCPU_RETURNS:
+            with contextlib.suppress(OSError):
+                KprobeEvent(function.names[0], KRETPROBE).close()
+                found += list(self.hooks(function, function.names[0], KPROBE))
+        return found
+
+
+def _has_task_regs() -> bool:
+    try:
+        os.close(bpf.load(_TASK_REGS, KPROBE))
+    except OSError:
+        return False
+    return True

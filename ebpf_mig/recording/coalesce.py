@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long pre-copy in little memory: transfers that lie far from the switchover are folded into runs as they are read.
+
+In: a recording's blocks. Out: a `Recording` in which calls of one thread on one socket are runs of at most a second, as
+the kernel half makes shorter ones outside a blackout, and which has no waits, where there are more than some ten
+thousand events. Whatever is near vCPU state being read or written, which is what a switchover does, is kept as it is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import chain, pairwise
+from operator import attrgetter
+
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import AnyEvent, Ioctl, OffCpu, Transfer
+from ebpf_mig.recording.file import MAX_EVENTS, Recording, RecordingReader
+
+NEAR = 16
+"""Blocks (of up to 4096 events each) before and after a switchover's sign that are left as they are."""
+RUN_NS = 1_000_000_000
+"""A run still bounds the clocks at its first and its last byte: over a long pre-copy a second is close enough."""
+
+
+def read_folded(path: str) -> Recording:
+    """Reads a whole recording. RecordingError if it is none or its header is bad."""
+    with RecordingReader(path) as reader:
+        folder = _Folder()
+        for block in reader.blocks():
+            if len(folder.kept) > MAX_EVENTS:
+                reader.cut(f"it holds more than {MAX_EVENTS} events")
+                break
+            folder.take(block)
+        return Recording(
+            header=reader.header,
+            events=folder.finish(),
+            truncated=reader.truncated,
+            reason=reader.reason,
+            unknown=reader.unknown,
+        )
+
+
+class _Folder:
+    """Takes blocks in order; folds each once it lies NEAR blocks back, unless a switchover is near."""
+
+    def __init__(self) -> None:
+        self.kept: list[AnyEvent] = []
+        self._recent: deque[list[AnyEvent]] = deque()
+        self._spared = 0
+        """How many of the oldest waiting blocks, and of those to come, are to be left alone."""
+
+    def take(self, block: list[AnyEvent]) -> None:
+        """The next block."""
+        self._recent.append(block)
+        if Ioctl in map(type, block) and any(map(_of_the_switchover, {e.cmd for e in block if type(e) is Ioctl})):
+            self._spared = len(self._recent) + NEAR
+        if len(self._recent) > NEAR:
+            self._leave(self._recent.popleft())
+
+    def finish(self) -> list[AnyEvent]:
+        """Everything; what is near the end is as it was."""
+        self.kept += chain.from_iterable(self._recent)
+        return self.kept
+
+    def _leave(self, block: list[AnyEvent]) -> None:
+        if self._spared > 0:
+            self._spared -= 1
+            self.kept += block
+        else:
+            self.kept += folded(block)
+
+
+_MOST = (1 << 63) - 1
+_LEFT_OUT = (Transfer, OffCpu)
+_way = attrgetter("pid", "tid", "socket", "direction", "hidden")
+_calls, _bytes, _failed = map(attrgetter, ("calls", "bytes", "failed"))
+_end, _in_call, _max_call, _off_cpu = map(attrgetter, ("end_ns", "in_call_ns", "max_call_ns", "off_cpu_ns"))
+
+
+def folded(block: list[AnyEvent]) -> Iterator[AnyEvent]:
+    """A block with runs in place of calls, and without waits, which matter in the window only.
+
+    A fetch ends a pass, so no run goes on beyond an ioctl.
+    """
+    kinds = list(map(type, block))
+    yield from (event for event, kind in zip(block, kinds, strict=True) if kind not in _LEFT_OUT)
+    ioctls = (at for at, kind in enumerate(kinds) if kind is Ioctl)
+    for before, until in pairwise(chain((-1,), ioctls, (len(block),))):
+        if until - before > 1:
+            transfers = [event for event in block[before + 1 : until] if type(event) is Transfer]
+            by_way: dict[tuple[int, ...], list[Transfer]] = defaultdict(list)
+            for way, transfer in zip(map(_way, transfers), transfers, strict=True):
+                by_way[way].append(transfer)
+            yield from map(run_of, chain.from_iterable(map(_runs, by_way.values())))
+
+
+def _runs(calls: list[Transfer]) -> Iterable[list[Transfer]]:
+    """Calls of one thread on one socket, cut where bytes are missing and before a run gets too long."""
+    first, last = calls[0], calls[-1]
+    whole = last.position + last.bytes - first.position == sum(map(_bytes, calls))
+    if whole and 0 < last.end_ns - first.begin_ns <= RUN_NS:
+        yield calls
+        return
+    ends = list(map(_end, calls))
+    gaps = () if whole else (at for at, (a, b) in enumerate(pairwise(calls), 1) if a.position + a.bytes != b.position)
+    for begin, end in pairwise(chain((0,), gaps, (len(calls),))):
+        at = begin
+        while at < end:
+            until = bisect_right(ends, calls[at].begin_ns + RUN_NS, at + 1, end)
+            yield calls[at:until]
+            at = until
+
+
+@cache
+def _of_the_switchover(cmd: int) -> bool:
+    return kvm.name_of(cmd) in kvm.VCPU_STATE_GET | kvm.VCPU_STATE_SET
+
+
+def run_of(calls: list[Transfer]) -> Transfer:
+    """Calls of one thread on one socket, one after the other, as one run."""
+    if len(calls) == 1:
+        return calls[0]
+    first, last = calls[0], calls[-1]
+    known = min(map(_off_cpu, calls)) >= 0
+    return Transfer(
+        first.begin_ns,
+        last.end_ns,
+        first.pid,
+        first.tid,
+        first.fd,
+        first.direction,
+        first.socket,
+        _total(_calls, calls),
+        _total(_bytes, calls),
+        _total(_in_call, calls),
+        max(map(_max_call, calls)),
+        _total(_failed, calls),
+        first.position,
+        _total(_off_cpu, calls) if known else -1,
+        first.off_before_ns,
+        first.hidden,
+    )
+
+
+def _total(field: Callable[[Transfer], int], calls: list[Transfer]) -> int:
+    """A sum that can be stored, whatever a recording claims."""
+    return max(-_MOST, min(sum(map(field, calls)), _MOST))

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recording: the file one host's tracing produced, written block by block, read as untrusted input.
+
+In: a header and events (`events.py`). Out: the same, from a file, a pipe or bytes, as far as they are whole.
+The format is described in docs/recording.md. A file that is cut off or damaged after its header is not an
+error: everything before the damage is returned and `truncated` and `reason` say the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import msgspec
+
+from ebpf_mig.errors import RecordingError
+from ebpf_mig.files import open_new
+from ebpf_mig.recording.events import AnyEvent, Ending, Header
+from ebpf_mig.recording.format import (
+    COMPRESSED,
+    FORMAT,
+    FRAME,
+    KIND_EVENTS,
+    KIND_HEADER,
+    MAGIC,
+    MAX_RAW,
+    MAX_STORED,
+    DamageError,
+    content_of,
+    decode_events,
+    decode_header,
+    encode,
+    events_block,
+    header_block,
+)
+from ebpf_mig.text import printable
+
+MAX_EVENTS = 16_000_000
+"""Events that `read_recording` holds in memory. Iterating has no such limit."""
+
+_BLOCK_EVENTS = 4096
+_BLOCK_BYTES = 1 << 20
+
+
+class Recording(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole recording in memory."""
+
+    header: Header
+    events: list[AnyEvent]
+    truncated: bool
+    """Cut off, damaged or without an orderly ending: later events are missing."""
+    reason: str
+    """Why `truncated`, in words; empty otherwise."""
+    unknown: int
+    """Events and blocks of kinds that only a newer writer knows; skipped."""
+
+
+class RecordingWriter:
+    """Writes a recording to a new file, or to an open binary stream such as `sys.stdout.buffer`.
+
+    What was written by `flush()`, or because a block was full, survives a kill. Not for several threads.
+    Raises UsageError if the file exists and `force` is not given, RecordingError if writing fails; then the
+    file still holds every whole block, and `events_kept` says how many events those are.
+    """
+
+    def __init__(self, target: str | Path | BinaryIO, header: Header, force: bool = False) -> None:
+        block = header_block(header)
+        if len(block) > MAX_RAW:
+            raise RecordingError(f"the header has {len(block)} bytes, more than {MAX_RAW}")
+        self.events_kept = 0
+        self._own = isinstance(target, (str, Path))
+        self._name = printable(str(target)) if self._own else "the output stream"
+        self._buffer = bytearray()
+        self._count = 0
+        self._offset = 0
+        self._broken: RecordingError | None = None
+        self._closed = False
+        if isinstance(target, (str, Path)):
+            self._file: io.RawIOBase | BinaryIO = io.FileIO(open_new(target, force=force), "wb")
+        else:
+            self._file = target
+        self._seekable = self._own and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+        try:
+            self._put(block)
+        except BaseException:
+            self._close_file()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except RecordingError:
+            if error is None:
+                raise
+
+    def write(self, event: AnyEvent) -> None:
+        """Add one event; it reaches the file with its block."""
+        if self._broken:
+            raise self._broken
+        encode(event, self._buffer)
+        self._count += 1
+        if self._count >= _BLOCK_EVENTS or len(self._buffer) >= _BLOCK_BYTES:
+            self.flush()
+
+    def write_many(self, events: Iterable[AnyEvent]) -> None:
+        """Add events in order."""
+        for event in events:
+            self.write(event)
+
+    def flush(self) -> None:
+        """End the block: what was written so far survives a kill."""
+        if self._broken:
+            raise self._broken
+        if not self._count:
+            return
+        self._put(events_block(self._count, self._buffer))
+        self.events_kept += self._count
+        self._buffer.clear()
+        self._count = 0
+
+    def close(self) -> None:
+        """Flush, and close the file if it is ours. Idempotent; silent about an error already raised."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not self._broken:
+                self.flush()
+        finally:
+            self._close_file()
+
+    def _put(self, data: bytes) -> None:
+        """Write all of `data` or take back what was written of it, so that the next block can be found."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+            self._file.flush()
+        except BaseException as error:
+            self._take_back(len(rest) != len(data))
+            if not isinstance(error, OSError):
+                raise
+            kept = f"{self.events_kept} events in whole blocks are kept"
+            self._broken = RecordingError(
+                f"cannot write {self._name}: {error.strerror or error}; {kept}",
+                "free space or choose another --output" if self._own else None,
+            )
+            raise self._broken from error
+        self._offset += len(data)
+
+    def _take_back(self, torn: bool) -> None:
+        if self._seekable:
+            os.ftruncate(self._file.fileno(), self._offset)
+            os.lseek(self._file.fileno(), self._offset, os.SEEK_SET)
+        elif torn:
+            self._broken = RecordingError(f"{self._name} was cut off inside a block")
+
+    def _close_file(self) -> None:
+        if self._own:
+            self._file.close()
+
+
+class RecordingReader:
+    """Reads a recording block by block: the header at once, the events by iterating, in constant memory.
+
+    After the iteration `truncated`, `reason` and `unknown` mean what they mean in `Recording`. Takes a path,
+    the bytes themselves or an open binary stream (a pipe is fine). Raises RecordingError if magic or header
+    are bad.
+    """
+
+    def __init__(self, source: str | Path | bytes | BinaryIO) -> None:
+        self.truncated = False
+        self.reason = ""
+        self.unknown = 0
+        self._block = 0
+        self._own = isinstance(source, (str, Path, bytes))
+        self._name = printable(str(source)) if isinstance(source, (str, Path)) else "the recording"
+        self._file = self._open(source)
+        try:
+            self.header = self._read_header()
+        except (DamageError, OSError) as error:
+            self.close()
+            why = error.strerror if isinstance(error, OSError) else error
+            raise RecordingError(f"{self._name}: {why}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[AnyEvent]:
+        for block in self.blocks():
+            yield from block
+
+    def blocks(self) -> Iterator[list[AnyEvent]]:
+        """The events, a block at a time; faster than one by one."""
+        ended = False
+        try:
+            while frame := self._read_frame():
+                events = self._decode(*frame)
+                ended = ended or Ending in map(type, events)
+                yield events
+        except DamageError as damage:
+            self.cut(str(damage))
+        except OSError as error:
+            self.cut(f"block {self._block} cannot be read: {error.strerror}")
+        else:
+            if not ended:
+                self.cut("it has no ending: tracing was killed or is still going on")
+
+    def close(self) -> None:
+        """Close the file if we opened it."""
+        if self._own:
+            self._file.close()
+
+    def _open(self, source: str | Path | bytes | BinaryIO) -> BinaryIO:
+        if isinstance(source, bytes):
+            return io.BytesIO(source)
+        if not isinstance(source, (str, Path)):
+            return source
+        try:
+            return Path(source).open("rb")
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise RecordingError(f"cannot read {self._name}: {why}") from error
+
+    def cut(self, reason: str) -> None:
+        """Notes that later events are missing."""
+        self.truncated = True
+        self.reason = reason
+
+    def _read_header(self) -> Header:
+        magic = self._read(len(MAGIC))
+        if not magic:
+            raise DamageError("the file is empty")
+        if magic != MAGIC:
+            if version := re.fullmatch(rb"EBPFMIG(\d)\n", magic):
+                newer = version[1].decode()
+                raise DamageError(f"made by another ebpf-mig (format {newer}); this one reads format {FORMAT}")
+            raise DamageError("not an ebpf-mig recording")
+        frame = self._read_frame()
+        if frame is None:
+            raise DamageError("the file ends before its header")
+        if frame[0] != KIND_HEADER:
+            raise DamageError("the first block is not a header")
+        return decode_header(frame[1])
+
+    def _read(self, size: int) -> bytes:
+        """Up to `size` bytes; fewer only at the end. Raw streams and pipes return short reads."""
+        data = self._file.read(size)
+        while data and len(data) < size and (more := self._file.read(size - len(data))):
+            data += more
+        return data
+
+    def _read_frame(self) -> tuple[int, bytes] | None:
+        """The next block's kind and content, None at the orderly end of the file."""
+        head = self._read(FRAME.size)
+        if not head:
+            return None
+        where = self._next_block()
+        length, crc, kind = FRAME.unpack(head) if len(head) == FRAME.size else (1, 0, 0)
+        if length > MAX_STORED:
+            raise DamageError(f"{where} is damaged: {length} bytes, more than {MAX_STORED}")
+        payload = self._read(length)
+        if len(payload) < length:
+            raise DamageError(f"the file ends inside {where}")
+        try:
+            return kind & ~COMPRESSED, content_of(kind, crc, payload)
+        except DamageError as damage:
+            raise DamageError(f"{where} is damaged: {damage}") from damage
+
+    def _next_block(self) -> str:
+        """Counts the block that is read next, and its name in messages."""
+        self._block += 1
+        return f"block {self._block - 1}" if self._block > 1 else "its header"
+
+    def _decode(self, kind: int, content: bytes) -> list[AnyEvent]:
+        """A block's events; blocks of a newer writer's kind have none."""
+        if kind != KIND_EVENTS:
+            self.unknown += 1
+            return []
+        try:
+            events, unknown = decode_events(content)
+        except DamageError as damage:
+            raise DamageError(f"block {self._block - 1} is damaged: {damage}") from damage
+        self.unknown += unknown
+        return events
+
+
+def read_recording(source: str | Path | bytes | BinaryIO) -> Recording:
+    """Read a whole recording. RecordingError if it is none or its header is bad."""
+    events: list[AnyEvent] = []
+    with RecordingReader(source) as reader:
+        for block in reader.blocks():
+            if len(events) + len(block) > MAX_EVENTS:
+                reader.cut(f"it holds more than {MAX_EVENTS} events")
+                break
+            events += block
+        return Recording(
+            header=reader.header,
+            events=events,
+            truncated=reader.truncated,
+            reason=reader.reason,
+            unknown=reader.unknown,
+        )
+
+
+def iter_events(source: str | Path | bytes | BinaryIO) -> Iterator[AnyEvent]:
+    """The events one by one in constant memory; use `RecordingReader` to learn whether some are missing."""
+    with RecordingReader(source) as reader:
+        yield from reader
+
+
+def default_name(what: str, when: datetime | None = None) -> str:
+    """`ebpf-mig-<what>-<utc>.rec`: the file name of a recording that the user did not name."""
+    stamp = (when or datetime.now(UTC)).astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return f"ebpf-mig-{re.sub(r'[^A-Za-z0-9._-]+', '_', what)[:64] or 'vm'}-{stamp}.rec"

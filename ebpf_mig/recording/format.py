@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format of a recording: magic, frames, blocks and their limits (docs/recording.md).
+
+In: headers and events, or the bytes of a block from an untrusted file. Out: the bytes, or the structs.
+`recording.py` does the reading and writing of files around this.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Collection
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from ebpf_mig.recording.events import AnyEvent, Header
+
+MAGIC = b"EBPFMIG1\n"
+FORMAT = 1
+FRAME = struct.Struct("<IIB")
+"""Length of the payload, CRC-32 of kind and payload, kind."""
+
+KIND_HEADER = 1
+KIND_EVENTS = 2
+COMPRESSED = 0x80
+"""Bit of the kind: the payload is a zlib stream."""
+
+MAX_RAW = 4 << 20
+"""Bytes of one block's content, decompressed."""
+MAX_STORED = MAX_RAW + (64 << 10)
+"""Bytes of one block's payload as stored; zlib can grow what it cannot shrink."""
+MAX_BLOCK_EVENTS = 1 << 16
+MAX_TEXT = 4096
+"""Characters of one string of an event; longer ones are cut, when writing and when reading."""
+MAX_ITEMS = 256
+"""Entries of one dictionary or list of an event."""
+MAX_ITEM_TEXT = 512
+"""Characters of a key or of a list's string; the kernel's symbol names have at most 511."""
+
+TEXTUAL = frozenset(event for event in get_args(AnyEvent) if not set(get_type_hints(event).values()) <= {int, bool})
+"""Events with fields of variable size, which `bounded` is for."""
+
+_VARIABLE = {
+    event: tuple(name for name, kind in get_type_hints(event).items() if kind not in (int, bool)) for event in TEXTUAL
+}
+
+# RecursionError: arrays nested thousands deep. UnicodeDecodeError: a string that is not UTF-8.
+_UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+_TAGS = frozenset(event.__struct_config__.tag for event in get_args(AnyEvent))
+
+_encoder = msgspec.msgpack.Encoder()
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_events_decoder = msgspec.msgpack.Decoder(list[AnyEvent])
+_event_decoder: msgspec.msgpack.Decoder[AnyEvent] = msgspec.msgpack.Decoder(AnyEvent)
+_raws_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
+
+
+class DamageError(Exception):
+    """What follows in the file cannot be used; the text says why."""
+
+
+def header_block(header: Header) -> bytes:
+    """The magic and the first block."""
+    return MAGIC + _frame(KIND_HEADER, _encoder.encode(header))
+
+
+def events_block(count: int, encoded: bytes | bytearray) -> bytes:
+    """A block of `count` events, encoded one after the other by `encode`."""
+    content = b"\xdd" + count.to_bytes(4, "big") + encoded
+    return _frame(KIND_EVENTS | COMPRESSED, zlib.compress(content, 1))
+
+
+def encode(event: AnyEvent, buffer: bytearray) -> None:
+    """Append `event` to `buffer`, all or nothing."""
+    end = len(buffer)
+    try:
+        _encoder.encode_into(bounded(event) if type(event) in TEXTUAL else event, buffer, end)
+    except BaseException:
+        del buffer[end:]
+        raise
+
+
+def content_of(kind: int, crc: int, payload: bytes) -> bytes:
+    """A block's payload, checked and decompressed: at most MAX_RAW bytes. Raises DamageError."""
+    if zlib.crc32(payload, zlib.crc32(bytes((kind,)))) != crc:
+        raise DamageError("wrong checksum")
+    content = _decompress(payload) if kind & COMPRESSED else payload
+    if len(content) > MAX_RAW:
+        raise DamageError(f"content over {MAX_RAW} bytes")
+    return content
+
+
+def decode_header(content: bytes) -> Header:
+    """The header. Raises DamageError."""
+    try:
+        header = _header_decoder.decode(content)
+    except _UNDECODABLE as error:
+        raise DamageError(f"the header cannot be decoded: {error}") from error
+    if header.format != FORMAT:
+        raise DamageError(f"made by another ebpf-mig (format {header.format}); this one reads format {FORMAT}")
+    return header
+
+
+def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
+    """The events of a block, and how many were left out because only a newer writer knows them.
+
+    Raises DamageError.
+    """
+    if _array_length(content) > MAX_BLOCK_EVENTS:
+        raise DamageError(f"more than {MAX_BLOCK_EVENTS} events")
+    try:
+        try:
+            events, unknown = _events_decoder.decode(content), 0
+        except msgspec.ValidationError:
+            events, unknown = _decode_known(content)
+    except _UNDECODABLE as error:
+        raise DamageError(str(error)) from error
+    for at, kind in enumerate(map(type, events)):
+        if kind in TEXTUAL:
+            events[at] = bounded(events[at])
+    return events, unknown
+
+
+def bounded(event: AnyEvent) -> AnyEvent:
+    """`event` with its strings, lists and dictionaries cut to the limits, and its strings encodable as UTF-8."""
+    fields = _VARIABLE[type(event)]
+    for name in fields:
+        if not _fits(getattr(event, name)):
+            break
+    else:
+        return event
+    changes: dict[str, Any] = {}
+    for name in fields:
+        value = getattr(event, name)
+        if isinstance(value, str):
+            changes[name] = _text(value, MAX_TEXT)
+        elif isinstance(value, dict):
+            changes[name] = {_text(key, MAX_ITEM_TEXT): value[key] for key in list(value)[:MAX_ITEMS]}
+        elif isinstance(value, tuple):
+            changes[name] = tuple(_text(item, MAX_ITEM_TEXT) for item in value[:MAX_ITEMS])
+    return msgspec.structs.replace(event, **changes)
+
+
+def _fits(value: object) -> bool:
+    """Whether it is surely within the limits, which nearly all are; `bounded` looks closer at the others."""
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT and value.isascii()
+    if isinstance(value, tuple):
+        return not value or (len(value) <= MAX_ITEMS and _fit_together(value))
+    if isinstance(value, dict):
+        return len(value) <= MAX_ITEMS and _fit_together(value)
+    return True
+
+
+def _fit_together(texts: Collection[str]) -> bool:
+    """As one text, which is quicker to look at than each; stacks are a good part of a long recording."""
+    together = "".join(texts)
+    return together.isascii() and (len(together) <= MAX_ITEM_TEXT or max(map(len, texts)) <= MAX_ITEM_TEXT)
+
+
+def _text(text: str, limit: int) -> str:
+    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+def _frame(kind: int, payload: bytes) -> bytes:
+    return FRAME.pack(len(payload), zlib.crc32(payload, zlib.crc32(bytes((kind,)))), kind) + payload
+
+
+def _decompress(payload: bytes) -> bytes:
+    """Stops just past MAX_RAW bytes: a small block cannot be made to fill the memory."""
+    stream = zlib.decompressobj()
+    try:
+        content = stream.decompress(payload, MAX_RAW + 1)
+    except zlib.error as error:
+        raise DamageError(str(error)) from error
+    if len(content) <= MAX_RAW and (not stream.eof or stream.unused_data):
+        raise DamageError("not one whole zlib stream")
+    return content
+
+
+def _array_length(content: bytes) -> int:
+    """The length that a msgpack array claims, 0 if `content` is none (the decoder will say so)."""
+    match content[:1]:
+        case b"\xdc":
+            return int.from_bytes(content[1:3], "big")
+        case b"\xdd":
+            return int.from_bytes(content[1:5], "big")
+        case _:
+            return 0
+
+
+def _decode_known(content: bytes) -> tuple[list[AnyEvent], int]:
+    """One by one, leaving out the events whose tag this version does not know."""
+    events: list[AnyEvent] = []
+    unknown = 0
+    for raw in _raws_decoder.decode(content):
+        try:
+            events.append(_event_decoder.decode(raw))
+        except msgspec.ValidationError:
+            if _tag(raw) in _TAGS:
+                raise
+            unknown += 1
+    return events, unknown
+
+
+def _tag(raw: msgspec.Raw) -> int:
+    """The event's tag; ValidationError if it has none."""
+    fields = _raws_decoder.decode(raw)
+    return msgspec.msgpack.decode(fields[0] if fields else b"\xc0", type=int)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the terminal report on what the VMM did in its own way, and on what it says of it.
+
+In: parts of a breakdown. Out: rows; text.py puts them on the screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ebpf_mig.breakdown import Pausing, Postcopy, Served, Witness
+from ebpf_mig.report.rows import Row, figure, ms, size
+from ebpf_mig.text import printable
+
+_PART_SPARE = {
+    "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,
+    "ch.restore_ms": 3, "ch.recv_snapshot_ms": 3, "ch.resume_ms": 3, "ch.overhead_ms": 5, "ch.state_to_resume_ms": 5,
+    "ch.paused..resumed": 3,
+}  # fmt: skip
+"""Rows of Cloud Hypervisor's own figures: how much they can be spared."""
+
+
+_LATE_NS = 500_000
+"""Sleep after the stop that is not worth a line."""
+
+
+def pausing(found: Pausing | None) -> Iterator[Row]:
+    """What it cost to stop the vCPUs, if noticing that they had stopped is worth a line."""
+    if found is None or found.asleep_ns < max(_LATE_NS, found.noticed_ns // 2):
+        return
+    why = "polls" if found.polling else "asleep"
+    text = f"stop {ms(found.stop_ns)}, noticed {ms(found.noticed_ns)} later ({why} {ms(found.asleep_ns)})"
+    yield figure("kick latency", found.stop_ns + found.noticed_ns, text)
+
+
+def postcopy(found: Postcopy | None) -> Iterator[Row]:
+    """Pages that were fetched after the start, and those that the destination needed before it."""
+    if found is None:
+        return
+    if found.after.bytes:
+        yield figure("postcopy drain", found.drained_ns, f"after the start: {_served(found.after)}")
+    if (dark := found.while_dark) is not None and dark.bytes:
+        yield figure("  while dark", dark.waited_ns or 0, f"waited for pages: {_served(dark)}")
+
+
+def _served(found: Served) -> str:
+    return f"{size(found.bytes)}, asked for in {found.asked} calls"
+
+
+def witnesses(found: list[Witness]) -> Iterator[Row]:
+    """Those of the blackout, then the VMM's own parts, of which the destination's go first where room is scarce."""
+    for witness in found:
+        ours = witness.value_ns - witness.difference_ns
+        why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
+        text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
+        if witness.name in _PART_SPARE:
+            text = f"ours {ms(ours)}{why}"
+        yield figure(witness.name, witness.value_ns, text)._replace(spare=_PART_SPARE.get(witness.name, 0))

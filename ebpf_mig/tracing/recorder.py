@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorder elsewhere: a command whose standard output is a recording, and that ends when its standard input does.
+
+In: a command line, most often `ssh HOST ebpf-mig record ... --until-eof --output -`. Out: the header once it has
+armed, the recording once it is over, as far as it came. Whatever it does, it cannot harm a migration: nothing here
+waits for it without end, and what it sends is bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from ebpf_mig.errors import PreflightError, RecordingError
+from ebpf_mig.recording.events import Header
+from ebpf_mig.recording.file import Recording, RecordingReader, read_recording
+from ebpf_mig.recording.format import FRAME, MAGIC, MAX_RAW
+from ebpf_mig.text import printable
+
+MOST_BYTES = 4 << 30
+"""Of a recording as it comes; what is more is not kept."""
+ARM_S = 120.0
+"""Compiling and attaching takes seconds, on a busy host more."""
+FINISH_S = 30.0
+_HEAD = len(MAGIC) + FRAME.size
+_COMPLAINT = 16 << 10
+_EARLY = "it ended early"
+
+
+class RemoteError(PreflightError):
+    """The other host cannot record, or cannot be reached."""
+
+
+class Recorder:
+    """One recorder; starts at once. Call `armed`, then `finish` or `close`."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self.lost = ""
+        """Why it ended before it was told to; empty if it did not."""
+        self._data = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`; it has no name
+        self._size = 0
+        self._head = b""
+        self._changed = threading.Condition()
+        self._ended = False
+        self._said = bytearray()
+        self._told = False
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                process_group=0,  # our Ctrl-C is ours: the recording is still wanted
+            )
+        except OSError as error:
+            self._data.close()
+            raise RemoteError(f"{name}: cannot run {printable(command[0])}: {error.strerror}") from error
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._take, self._listen)]
+        for thread in self._threads:
+            thread.start()
+
+    def armed(self, timeout_s: float = ARM_S) -> Header:
+        """Waits until it traces. RemoteError if it ended, says something else or takes too long."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended or self._complete(), timeout_s):
+                raise RemoteError(f"{self.name} does not begin to trace within {timeout_s:.0f} s: {self.complaint()}")
+        if not self._complete() and (not self._head or MAGIC.startswith(self._head[: len(MAGIC)])):
+            raise RemoteError(f"{self.name} cannot trace: {self.complaint()}", self._remedy())
+        try:
+            return RecordingReader(io.BytesIO(self._head)).header
+        except RecordingError as error:
+            raise RemoteError(f"{self.name} sends no recording that can be read: {error}", self._remedy()) from error
+
+    def finish(self, timeout_s: float = FINISH_S) -> Recording:
+        """Tells it to end, and reads what it recorded. RecordingError if that is not even a header."""
+        self._release()
+        for thread in self._threads:
+            thread.join(timeout_s)
+        if any(thread.is_alive() for thread in self._threads):
+            self.lost = self.lost or f"it did not end within {timeout_s:.0f} s"
+            self._kill()
+        self._data.seek(0)
+        recording = read_recording(self._data)
+        if not recording.truncated:
+            self.lost = ""  # it had seen the migration's end by itself
+        elif self.lost in ("", _EARLY):
+            self.lost = self.complaint()
+        return recording
+
+    @property
+    def status(self) -> int | None:
+        """How the command ended; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(2 if self._ended else 0)
+        return self._process.poll()
+
+    def close(self) -> None:
+        """Ends it, at the latest now; idempotent."""
+        self._release()
+        self._kill()
+        for thread in self._threads:
+            thread.join(5)
+        self._data.close()
+
+    def complaint(self) -> str:
+        """The last line that it, or ssh, wrote."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._ended:
+                self._process.wait(2)
+                self._threads[1].join(2)
+        lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
+        problems = [line for line in lines if not line.startswith("ebpf-mig: tracing")]
+        status = self._process.poll()
+        ended = "the connection is gone" if status in (255, None) else f"it ended with status {status}"
+        text = problems[-1].removeprefix("ebpf-mig: ").removeprefix("Error: ") if problems else ended
+        return printable(text, 500)
+
+    def _remedy(self) -> str:
+        status = self._process.poll()
+        if status == 127:
+            return "install ebpf-mig there, in the PATH of a non-interactive shell"
+        if status == 255:
+            return "try the same ssh by hand; it must not ask anything"
+        if status == 2:
+            return "have the same version of ebpf-mig on both hosts"
+        return "run ebpf-mig doctor there"
+
+    def _complete(self) -> bool:
+        """Whether the header has come (or something that is none)."""
+        if len(self._head) < _HEAD:
+            return False
+        length = FRAME.unpack_from(self._head, len(MAGIC))[0]
+        return len(self._head) >= _HEAD + length or length > MAX_RAW or not self._head.startswith(MAGIC)
+
+    def _take(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None  # noqa: S101 - asked for above
+        try:
+            while data := stdout.read(1 << 20):
+                if self._size < MOST_BYTES:
+                    self._data.write(data)
+                    self._size += len(data)
+                if len(self._head) <= _HEAD + MAX_RAW:
+                    with self._changed:
+                        self._head += data
+                        self._changed.notify_all()
+        except (OSError, ValueError) as error:
+            self.lost = f"what it sends cannot be kept: {error}"
+        with self._changed:
+            if not self._told:
+                self.lost = self.lost or _EARLY
+            self._ended = True
+            self._changed.notify_all()
+
+    def _listen(self) -> None:
+        stderr = self._process.stderr
+        assert stderr is not None  # noqa: S101
+        with contextlib.suppress(OSError, ValueError):
+            while data := stderr.read(4096):
+                self._said += data
+                del self._said[:-_COMPLAINT]
+
+    def _release(self) -> None:
+        self._told = True
+        with contextlib.suppress(OSError, ValueError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(2)
+            self._process.kill()
+        self._process.wait()

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One host's tracing run, top to bottom: load, attach, arm, wait, drain, detach.
+
+In: the processes to trace, where the recording goes, and a function that says when it is over. Out: the events are in
+the recording, the last of them an `Ending`. The migration itself is somebody else's: whatever goes wrong in here
+ends the tracing, never the migration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from ebpf_mig import __version__
+from ebpf_mig.errors import UsageError
+from ebpf_mig.probes.tiers import AUTO
+from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
+from ebpf_mig.vmm.base import vmm_named
+
+POLL_MS = 20
+YIELD_NICE = 10
+"""Added to the niceness of the thread that reads the records."""
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Sink(Protocol):
+    """Where events go: a `recording.RecordingWriter`."""
+
+    def write_many(self, events: Iterable[AnyEvent]) -> None:
+        """Takes events in the order in which they arrived."""
+
+    def flush(self) -> None:
+        """Makes what was taken survive our death."""
+
+
+Until = Callable[[Sequence[AnyEvent]], str | None]
+"""Called with each batch of new events (often empty); returns the reason once tracing is to end."""
+
+
+def clock_pair(tries: int = 5) -> ClockPair:
+    """CLOCK_MONOTONIC against CLOCK_REALTIME, the tightest of a few brackets."""
+    best = None
+    for _ in range(tries):
+        before = time.monotonic_ns()
+        real = time.time_ns()
+        after = time.monotonic_ns()
+        pair = ClockPair((before + after) // 2, real, (after - before + 1) // 2)
+        if best is None or pair.doubt_ns < best.doubt_ns:
+            best = pair
+    assert best is not None  # noqa: S101 - tries is at least 1
+    return best
+
+
+def require_alive(targets: Sequence[Target]) -> None:
+    """UsageError if a target's pid does not exist, or is a thread's and not a process's."""
+    for target in targets:
+        try:
+            status = Path(f"/proc/{target.pid}/status").read_text()
+        except OSError as error:
+            raise UsageError(f"no process has pid {target.pid}", "check the pid of the VMM, e.g. with pgrep") from error
+        tgid = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Tgid:"))
+        if tgid != target.pid:
+            raise UsageError(f"{target.pid} is a thread of process {tgid}", f"use --pid {tgid}")
+
+
+def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Sequence[str] = ()) -> Header:
+    """What the first block of this host's recording says."""
+    return Header(
+        tool=f"ebpf-mig {__version__}",
+        host=platform.node(),
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        kernel=platform.release(),
+        machine=platform.machine(),
+        page_size=os.sysconf("SC_PAGESIZE"),
+        begin_ns=time.monotonic_ns(),
+        clock=clock_pair(),
+        targets=[_with_comm(target) for target in targets],
+        attach=attached,
+        notes=list(notes),
+    )
+
+
+def _with_comm(target: Target) -> Target:
+    try:
+        comm = Path(f"/proc/{target.pid}/comm").read_text().strip()
+    except OSError:
+        comm = ""
+    return replace(target, comm=comm, vmm=target.vmm or vmm_named(comm))
+
+
+class Session:
+    """A prepared run: programs compiled and loaded, nothing attached yet. Use as a context manager."""
+
+    def __init__(self, targets: Sequence[Target], tier: str = AUTO) -> None:
+        """`tier`: of what kind the probes are to be, one of `probes.functions.NAMES`."""
+        require_alive(targets)
+        self.targets = tuple(targets)
+        self._tracer = Tracer([target.pid for target in targets], tier=tier)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tracer.close()
+
+    def arm(self, notes: Sequence[str] = ()) -> Header:
+        """Attaches the probes; the header describes what was attached."""
+        self._tracer.arm()
+        return header_for(self.targets, self._tracer.attached, notes)
+
+    def pump(self, sink: Sink, until: Until) -> str:
+        """Moves events into the sink until `until` gives a reason, and returns it."""
+        with _held_signals() as deliver, _yielding():
+            while True:
+                events = self._tracer.poll(POLL_MS)
+                sink.write_many(events)
+                deliver()
+                reason = until(events)
+                if reason is not None:
+                    return reason
+
+    def finish(self, sink: Sink, reason: str, extra: Sequence[AnyEvent] = ()) -> None:
+        """Writes what is left in the kernel, the caller's own events (marks) and the ending; detaches."""
+        runtime, runs = self._tracer.own_cost()
+        sink.write_many(self._tracer.finish())
+        sink.write_many(extra)
+        lost, unpaired = self._tracer.losses()
+        self._tracer.close()
+        sink.write_many([Ending(time.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
+        sink.flush()
+
+
+@contextlib.contextmanager
+def _yielding() -> Iterator[None]:
+    """The reader is in no hurry: where CPUs are scarce, the VMMs' threads come first. Of this thread alone."""
+    thread = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, thread)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(before + YIELD_NICE, 19))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # without CAP_SYS_NICE there is no way back
+            os.setpriority(os.PRIO_PROCESS, thread, before)
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[Callable[[], None]]:
+    """Holds back Ctrl-C and its like; calling the result delivers what came meanwhile to the handlers from before.
+
+    The ring buffer hands over records through a C callback, and an exception raised in there is lost: a signal that
+    came at the wrong moment would do nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came: list[signal.Signals] = []
+    before = {
+        number: signal.signal(number, lambda got, _frame: came.append(signal.Signals(got))) for number in _INTERRUPTS
+    }
+
+    def deliver() -> None:
+        while came:
+            number = came.pop(0)
+            handler = before[number]
+            if callable(handler):
+                handler(number, None)
+            elif handler == signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+
+    try:
+        yield deliver
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        deliver()

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other host of a migration: its recorder, and its VMM's API socket as if it were here, through one ssh.
+
+In: a host, or a command that runs commands there, and the socket's path on that host. Out: a path here that leads to
+the socket, and a `Recorder`. No daemon, port or authentication of ours: what runs there are commands whose standard
+input is ours, and they end with it, however we or the connection end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ebpf_mig.linux.process import private_directory
+from ebpf_mig.recording.events import Header
+from ebpf_mig.text import printable
+from ebpf_mig.tracing.recorder import Recorder, RemoteError
+from ebpf_mig.vmm.base import Elsewhere
+
+CONNECT_S = 20.0
+_MOST_READ = 1 << 20
+_SSH = (
+    "ssh", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "StreamLocalBindUnlink=yes",
+    "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15",
+)  # fmt: skip
+"""It must not ask anything, and notices within 15 s that the other host is gone."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to reach the other host."""
+
+    host: str
+    command: str | None = None
+    """What runs a command there, in place of ssh: `kubectl exec -i POD --`."""
+    tool: str = "ebpf-mig"
+    """What starts ebpf-mig there: `sudo ebpf-mig`."""
+
+    def line(self, arguments: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
+        """The command line here that runs ebpf-mig there."""
+        return self.there([*shlex.split(self.tool), *arguments], forward)
+
+    def there(self, command: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
+        """The same of any command."""
+        if self.command is not None:
+            return [*shlex.split(self.command), *command]
+        ways = ["-L", f"{forward[0]}:{forward[1]}"] if forward else []
+        return [*_SSH, *ways, "--", self.host, shlex.join(command)]
+
+
+@dataclass
+class Remote:
+    """The connection; use as a context manager. Start with `record`."""
+
+    way: Way
+    role: str
+    path: str
+    """Of the API socket, there."""
+    tier: str = "auto"
+    recorder: Recorder | None = None
+    header: Header | None = None
+    problem: str = ""
+    """Why nothing is recorded there; one line."""
+    api: str = ""
+    """The API socket, here."""
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> Remote:
+        with contextlib.ExitStack() as guard:
+            directory = guard.enter_context(private_directory())
+            self.api = str(directory / "api")
+            self._start(guard)
+            self._stack = guard.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def end(self) -> Elsewhere:
+        """The process there, as far as its recorder tells."""
+        if self.header is None or not self.header.targets:
+            return Elsewhere(run=self._run)
+        return Elsewhere(self.header.targets[0].pid, self.header.clock, self._run)
+
+    def _run(self, command: list[str]) -> str:
+        """What a command says there, as far as that is not too much; empty if it cannot be run."""
+        line = self.way.there(command)
+        try:
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
+            )
+        except OSError:
+            return ""
+        patience = threading.Timer(CONNECT_S, process.kill)
+        patience.start()
+        with process:
+            assert process.stdout is not None  # noqa: S101 - asked for above
+            said = process.stdout.read(_MOST_READ)
+            patience.cancel()
+            process.kill()
+        return said.decode(errors="replace")
+
+    def _start(self, guard: contextlib.ExitStack) -> None:
+        """The recorder with the forwarded socket; where it cannot record, the socket alone."""
+        name = f"the {self.role}'s host {printable(self.way.host)}"
+        options = ["record", "--api-socket", self.path, "--tier", self.tier, "--until-eof", "--output", "-"]
+        if self.way.command is not None:
+            guard.enter_context(_Relay(self.way, self.path, self.api))
+        self.recorder = Recorder(name, self.way.line(options, (self.api, self.path)))
+        guard.callback(self.recorder.close)
+        try:
+            self.header = self.recorder.armed()
+        except RemoteError as error:
+            if self.recorder.status == _SSH_FAILED and self.way.command is None:
+                raise
+            self.problem = "; ".join(filter(None, (str(error), error.remedy)))
+            self.recorder.close()
+            self.recorder = None
+            if self.way.command is None:
+                self._forward_only(guard, name)
+
+    def _forward_only(self, guard: contextlib.ExitStack, name: str) -> None:
+        """The API socket without a recorder. The remote command reads our standard input, so it ends with us."""
+        Path(self.api).unlink(missing_ok=True)
+        command = [*_SSH, "-L", f"{self.api}:{self.path}", "--", self.way.host, "cat"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
+        )
+        guard.callback(_end, process)
+        until = time.monotonic() + CONNECT_S
+        while not Path(self.api).exists():
+            if process.poll() is not None or time.monotonic() > until:
+                raise RemoteError(f"{name}: {self.problem}")
+            time.sleep(0.02)
+
+
+_SSH_FAILED = 255
+"""ssh(1), EXIT STATUS: an error occurred in ssh itself."""
+
+
+class _Relay:
+    """A UNIX socket here; each connection to it is carried by a command there, which connects to the socket there."""
+
+    def __init__(self, way: Way, path: str, here: str) -> None:
+        self._command = way.line(["relay", path])
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(here)
+        self._listener.listen(8)
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> _Relay:
+        threading.Thread(target=self._serve, name="relay", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        for process in self._running:
+            _end(process)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:  # the command keeps its own copies
+                end = connection.fileno()
+                process = subprocess.Popen(
+                    self._command, stdin=end, stdout=end, stderr=subprocess.DEVNULL, process_group=0
+                )
+                self._running.append(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+    if process.poll() is None:
+        process.kill()
+    process.wait()

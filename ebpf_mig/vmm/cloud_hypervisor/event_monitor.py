@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The events that Cloud Hypervisor writes to `--event-monitor path=FILE`, on our clock.
+
+In: the file. Out: a `Mark` an event. Their stamps count from the VMM's start, whose instant nobody tells. It is found
+between two bounds: an event cannot have been read before it happened, nor can a migration have begun before it was
+asked for. The file is watched with inotify, so that reading it costs the VMM nothing and nothing is polled.
+Format: event_monitor/src/lib.rs and vmm/src/lib.rs (`start_event_monitor_thread`), v52 to v54.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebpf_mig.errors import VmmError
+from ebpf_mig.recording.events import Mark
+
+_IN_MODIFY = 2
+_MOST = 4096
+"""Events kept: a migration has some twenty."""
+RECEIVE_ASKED, SEND_ASKED = 0, 1
+FOLLOWS = {
+    "migration-receive-ready": RECEIVE_ASKED,
+    "migration-receive-started": SEND_ASKED,
+    "migration-started": SEND_ASKED,
+}
+"""The first events of a migration, and which of our two calls each of them cannot precede."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """One event as it was read."""
+
+    name: str
+    stamp_ns: int
+    """Since the VMM's start."""
+    read_ns: int
+    """When we read it, by CLOCK_MONOTONIC."""
+
+
+def decode(text: str) -> tuple[list[tuple[str, int]], str]:
+    """(name, stamp in ns) of each whole event at the beginning of `text`, and the rest."""
+    decoder = json.JSONDecoder()
+    found: list[tuple[str, int]] = []
+    rest = text.lstrip()
+    while rest:
+        try:
+            value, end = decoder.raw_decode(rest)
+        except (ValueError, RecursionError):
+            break
+        event = _event(value)
+        if event is not None:
+            found.append(event)
+        rest = rest[end:].lstrip()
+    return found, rest
+
+
+def _event(value: Any) -> tuple[str, int] | None:
+    try:
+        stamp = value["timestamp"]
+        return str(value["event"]), int(stamp["secs"]) * 10**9 + int(stamp["nanos"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def marks(pid: int, told: list[Told], asked_ns: tuple[int, int]) -> list[Mark]:
+    """Marks named `ch.event.NAME`. `asked_ns`: when the receive and the send call were begun.
+
+    The VMM's start lies between the two bounds. The quickest of some ten readings is much closer to its event than
+    a call's begin to what it makes happen, so a mark stands at the latest instant possible; its doubt, the distance of
+    the bounds, is all on the early side. None where they contradict each other, as after somebody else's migration.
+    """
+    latest = min((event.read_ns - event.stamp_ns for event in told), default=None)
+    begins = [asked_ns[FOLLOWS[event.name]] - event.stamp_ns for event in told if event.name in FOLLOWS]
+    if latest is None or not begins:
+        return []
+    earliest = max(begins)
+    if earliest > latest:
+        return []
+    doubt = latest - earliest
+    return [Mark(latest + event.stamp_ns, pid, f"ch.event.{event.name}", "", 0, doubt) for event in told]
+
+
+class EventFile:
+    """Reads what is appended to the file, in a thread of its own, from `start` to `stop`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._told: list[Told] = []
+        self._rest = ""
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """From now on; VmmError if there is no such file."""
+        try:
+            self._file = Path(self.path).open("rb")  # noqa: SIM115 - closed by stop
+        except OSError as error:
+            raise VmmError(
+                f"cannot read events from {self.path}: {error.strerror}",
+                f"start Cloud Hypervisor with --event-monitor path={self.path}",
+            ) from error
+        self._file.seek(0, os.SEEK_END)
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._notify = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self._notify < 0 or libc.inotify_add_watch(self._notify, os.fsencode(self.path), _IN_MODIFY) < 0:
+            why = os.strerror(ctypes.get_errno())
+            self._file.close()
+            raise VmmError(f"cannot watch {self.path}: {why}", "see /proc/sys/fs/inotify/max_user_instances")
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._watch, name="events", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> list[Told]:
+        """Everything that was read, in order. Harmless when called again, or without `start`."""
+        if self._thread is not None:
+            self._closed.set()
+            os.write(self._waker, b"x")
+            self._thread.join()
+            self._thread = None
+            self._take()
+            self._file.close()
+            for fd in (self._notify, self._wake, self._waker):
+                os.close(fd)
+        return list(self._told)
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            select.select([self._notify, self._wake], [], [])
+            with contextlib.suppress(OSError):
+                os.read(self._notify, 65536)
+            self._take()
+
+    def _take(self) -> None:
+        text = self._rest + self._file.read().decode(errors="replace")
+        now = time.monotonic_ns()
+        found, self._rest = decode(text)
+        self._told = (self._told + [Told(name, stamp, now) for name, stamp in found])[:_MOST]

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations that end badly, and recordings that know only a part."""
+
+from __future__ import annotations
+
+from ebpf_mig import breakdown as b
+from ebpf_mig.recording.events import RECURSION_MISSES, Ending
+from tests.unit import scripts
+from tests.unit.script import US, Script, Vm, at
+
+
+def precopy(script: Script) -> tuple[Vm, Vm]:
+    """A pair in the middle of pre-copy; the guest runs."""
+    source, destination = script.pair()
+    source.logging(-100_000)
+    source.gets(-99_900)
+    source.send(-98_000, -2_000, 10_000_000, calls=80)
+    return source, destination
+
+
+def ending(script: Script, reason: str, **more: dict[str, int]) -> None:
+    script.ending = Ending(at(1_000_000), reason, **more)
+
+
+def test_cancelled_while_the_guest_runs_has_no_window() -> None:
+    script = Script()
+    source, _ = precopy(script)
+    source.last(entered=-500_000, left=-500_010, end=900_000)
+    script.mark(10_000, 1000, "qmp.MIGRATION.cancelling")
+    script.mark(11_000, 1000, "qmp.MIGRATION.cancelled")
+    ending(script, "cancelled")
+    found = script.result().breakdown
+    assert found.migration.result == "cancelled"
+    assert (found.window_ns, found.blackout_ns, found.blackout) == (None, None, None)
+    assert [(p.phase, p.duration_ns, p.spans) for p in found.phases] == [(name, 0, []) for name, _ in b.PHASES]
+    assert [(p.begin / US, p.bytes) for p in found.dirty_log.passes] == [(100, 10_000_000)]
+    assert found.dirty_log.final is None and found.dirty_log.fetches == []
+    assert found.sockets == [] and found.vcpus == [] and found.witnesses == []
+    assert found.completeness.verdict == "complete"
+
+
+def test_failed_before_anything_was_seen() -> None:
+    script = Script()
+    source, _ = script.pair()
+    source.last(entered=-500_000, left=-500_010, end=900_000)
+    ending(script, "failed")
+    found = script.result().breakdown
+    assert (found.migration.result, found.window_ns) == ("failed", None)
+    assert found.dirty_log.mode == "none"
+
+
+def failing(script: Script) -> Vm:
+    """After the stop something breaks; the source takes its guest back."""
+    source, _ = precopy(script)
+    # Throttling, before: a longer gap, with kick, fetch and sends in it.
+    source.kick(-80_000)
+    source.interrupted(-79_990)
+    source.gets(-60_000)
+    source.send(-59_000, -40_000, 5_000_000, calls=40)
+    source.entered(-30_000, left=-79_990, ret=-4)
+    source.kick(0)
+    source.interrupted(100)
+    source.ioctl("GET_CLOCK", 150)
+    source.ioctls(scripts.READS, 400, 490, tid=100)
+    source.gets(600)
+    source.send(700, 2700, 500_000)
+    source.ioctl("SET_CLOCK", 3500)
+    source.entered(4000, left=100, ret=-4)
+    source.last(entered=5000, left=4990, end=900_000)
+    ending(script, "failed")
+    return source
+
+
+def test_failed_after_the_stop_reports_the_aborted_blackout() -> None:
+    script = Script()
+    failing(script)
+    result = script.result()
+    assert result.breakdown.migration.result == "failed"
+    assert result.blackout == (100, 4000)
+    assert result.window == 4000
+    assert result.phases == {
+        "pause": 100,
+        "quiesce": 300,
+        "fetch.kernel": 20,
+        "fetch.user": 80,
+        "memory.send": 2000,
+        "state.save": 200,
+        "resume": 500,
+        "unattributed": 800,
+    }
+    assert result.breakdown.vcpus == [
+        b.Vcpu(vcpu=0, kick_ns=100 * US, stop=100 * US, start=4000 * US, blackout_ns=3900 * US)
+    ]
+
+
+def test_cancelled_after_the_stop() -> None:
+    script = Script()
+    failing(script)
+    script.mark(3000, 1000, "qmp.MIGRATION.cancelled")
+    assert script.result().breakdown.migration.result == "cancelled"
+
+
+def test_cancelled_right_after_the_stop_knows_quiesce_and_resume_only() -> None:
+    script = Script()
+    source, _ = precopy(script)
+    source.kick(0)
+    source.interrupted(100)
+    source.ioctl("GET_CLOCK", 150)
+    source.ioctl("SET_CLOCK", 900)
+    source.entered(1000, left=100, ret=-4)
+    ending(script, "cancelled")
+    result = script.result()
+    assert result.phases == {"pause": 100, "quiesce": 60, "resume": 100, "unattributed": 740}
+
+
+def test_a_cloud_hypervisor_that_cannot_save_its_state() -> None:
+    """Paused, fetched, sent, then the first register read that fails; the vCPU is woken."""
+    script = Script()
+    source, _ = script.pair()
+    source.logging(-100_000, [(0, 256 << 20)])
+    source.gets(-500, [0])
+    source.kick(0)
+    source.interrupted(40)
+    source.entered(55, left=40, ret=-4, runs=2)
+    source.interrupted(60, entered=55)
+    source.ioctl("KVMCLOCK_CTRL", 1100)
+    source.gets(1400, [0])
+    source.send(1500, 1900, 40_960)
+    source.receive(1910, 2000, 16)
+    source.ioctls("GET_CPUID2 GET_MP_STATE GET_REGS", 2100, 2130)
+    source.ioctl("SET_CLOCK", 2500)
+    source.entered(3000, left=60, ret=-4, runs=3)
+    ending(script, "failed")
+    result = script.result()
+    assert result.blackout == (40, 3000)
+    assert result.phases == {
+        "pause": 40,
+        "quiesce": 1360,
+        "fetch.kernel": 10,
+        "fetch.user": 90,
+        "memory.send": 600,
+        "state.save": 30,
+        "unattributed": 370,
+        "resume": 500,
+    }
+
+
+def test_a_source_that_dies_while_its_guest_runs() -> None:
+    script = Script()
+    source, _ = precopy(script)
+    source.interrupted(5000)
+    ending(script, "target-died")
+    found = script.result().breakdown
+    assert (found.migration.result, found.window_ns, found.blackout_ns) == ("failed", None, None)
+    assert len(found.dirty_log.passes) == 1
+
+
+def test_a_source_that_dies_after_the_stop() -> None:
+    script = Script()
+    source, _ = precopy(script)
+    source.kick(0)
+    source.interrupted(100)
+    source.ioctl("GET_CLOCK", 150)
+    source.gets(250)
+    source.send(400, 1400, 500_000)
+    ending(script, "target-died")
+    result = script.result()
+    assert (result.breakdown.migration.result, result.blackout) == ("failed", None)
+    assert result.window == 1400
+    assert result.phases == {
+        "pause": 100,
+        "quiesce": 150,
+        "fetch.kernel": 20,
+        "fetch.user": 130,
+        "memory.send": 1000,
+    }
+    assert result.breakdown.vcpus == [b.Vcpu(vcpu=0, kick_ns=100 * US, stop=100 * US, start=None, blackout_ns=None)]
+
+
+def test_a_destination_that_dies_while_loading() -> None:
+    script = scripts.qemu_11_1()
+    destination = script.vms[1]
+    destination.events = [
+        e for e in destination.events if not hasattr(e, "runs") and getattr(e, "begin_ns", 0) < at(5850)
+    ]
+    ending(script, "failed")
+    result = script.result()
+    assert result.breakdown.migration.result == "failed"
+    assert result.blackout is None
+    assert result.phases["handover"] == 50
+    assert result.phases["state.load"] == 100
+    assert result.window == 5850
+
+
+def alone(script: Script, keep: int) -> None:
+    """Only one of the two processes was traced."""
+    script.vms = [vm for vm in script.vms if vm.pid == keep]
+
+
+def test_without_the_destination_the_window_ends_where_knowledge_ends() -> None:
+    script = scripts.qemu_10_0()
+    script.vms[0].receive(-90_000, 46_700, 8, tid=9)  # the answer on the return path
+    alone(script, 1000)
+    result = script.result()
+    assert result.blackout is None
+    assert result.window == 46_700
+    assert result.phases["state.send"] == 100
+    assert result.phases["handover"] == 46_700 - 5300
+    assert "state.load" not in result.phases and "resume" not in result.phases
+    found = result.breakdown
+    assert found.migration.result == "completed"
+    assert found.migration.destination is None
+    assert found.completeness.verdict == "bounded"
+    assert found.completeness.reasons == ["the destination was not traced: the blackout's end is unknown"]
+
+
+def test_without_the_destination_and_its_answers() -> None:
+    script = scripts.qemu_10_0()
+    alone(script, 1000)
+    result = script.result()
+    assert result.window == 5300
+    assert "handover" not in result.phases
+
+
+def test_a_cloud_hypervisor_source_alone() -> None:
+    script = scripts.cloud_hypervisor_53()
+    alone(script, 1000)
+    result = script.result()
+    assert result.window == 52_900
+    assert result.spans("state.send") == [(5500, 5520), (52_010, 52_015)]
+    assert result.spans("handover") == [(5520, 52_010), (52_015, 52_900)]
+    assert result.phases["memory.send"] == 2500
+
+
+def test_without_the_source_the_loading_is_known() -> None:
+    script = scripts.qemu_7_2()
+    alone(script, 2000)
+    result = script.result()
+    assert result.blackout is None
+    assert result.window == 45_780 - 41_800
+    assert result.phases == {"state.load": 44_600 - 41_800, "resume": 1180}
+    found = result.breakdown
+    assert found.migration.source is None
+    assert found.migration.destination == b.Endpoint(host="alpha", pid=2000)
+    assert found.vcpus == [b.Vcpu(vcpu=0, kick_ns=None, stop=None, start=3980 * US, blackout_ns=None)]
+    assert found.completeness.verdict == "bounded"
+    assert found.dirty_log.mode == "none" and found.dirty_log.final is None
+
+
+def test_an_empty_recording() -> None:
+    found = Script().result().breakdown
+    assert found.window_ns is None
+    assert found.migration.source is None and found.migration.destination is None
+    assert found.migration.mode == "unknown"
+    assert found.completeness.verdict == "bounded"
+    assert sum(p.duration_ns for p in found.phases) == 0
+
+
+def test_losses_make_the_result_incomplete() -> None:
+    script = scripts.qemu_7_2()
+    ending(
+        script, "migrated", lost={"transfer": 3, "ioctl": 0}, unpaired={"vcpu-exit": 1}, observer_ns={"a": 5, "b": 7}
+    )
+    found = script.result().breakdown.completeness
+    assert found.verdict == "incomplete"
+    assert found.lost == {"transfer": 3}
+    assert found.unpaired == {"vcpu-exit": 1}
+    assert found.observer_ns == 12
+    assert found.reasons == ["3 events of transfer were lost in the kernel"]
+
+
+def test_programs_that_the_kernel_did_not_run_make_the_result_incomplete() -> None:
+    script = scripts.qemu_7_2()
+    ending(script, "migrated", lost={RECURSION_MISSES: 2})
+    found = script.result().breakdown.completeness
+    assert (found.verdict, found.lost) == ("incomplete", {"recursion-misses": 2})
+    assert found.reasons == [
+        "2 runs of our programs were left out by the kernel (recursion_misses): calls may have no event"
+    ]
+
+
+def test_a_recording_that_was_cut_off() -> None:
+    script = scripts.qemu_7_2()
+    script.ending = None
+    found = script.result(truncated=True).breakdown
+    assert found.completeness.verdict == "incomplete"
+    assert len(found.completeness.reasons) == 1 and "cut off" in found.completeness.reasons[0]
+    assert found.completeness.observer_ns is None
+    assert found.phases == scripts.qemu_7_2().result().breakdown.phases
+
+
+def test_a_signal_that_was_not_traced() -> None:
+    script = scripts.qemu_7_2()
+    script.attach |= {"kick": "absent: no such tracepoint", "lock": "absent: no such tracepoint", "off-cpu": "absent"}
+    found = script.result().breakdown
+    assert found.completeness.verdict == "bounded"
+    assert found.completeness.reasons == ["kick was not traced: no such tracepoint"]
+    assert found.waits is None
+
+
+def test_witnesses_stand_beside_the_blackout() -> None:
+    script = scripts.qemu_7_2()
+    script.mark(6350, 1000, "qmp.STOP", doubt_us=3)
+    script.mark(45_000, 2000, "qmp.RESUME", doubt_us=2)
+    script.mark(60_000, 1000, "qmp.downtime_ms", value=44)
+    found = script.result().breakdown.witnesses
+    assert [(w.name, w.value_ns / US, w.difference_ns / US) for w in found] == [
+        ("qmp.STOP..RESUME", 38_650, 38_650 - 42_839),
+        ("qmp.downtime_ms", 44_000, 44_000 - 42_839),
+    ]
+    assert found[0].explanation == "3.409 ms after the stop, 0.780 ms before the start"
+    assert "before the kick" in found[1].explanation
+
+
+def test_the_triggers_mark_begins_a_migration_without_dirty_logging() -> None:
+    script = scripts.cloud_hypervisor_local()
+    script.mark(-6000, 1000, "session.trigger")
+    assert script.result().breakdown.migration.total_ns == 9800 * US

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes of real recordings and of any recording: in order, apart, complete; and the reports made of them hold."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ebpf_mig.analysis.lanes import Slice, View, apart, view
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, OffCpu, Segment, Transfer
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.report import html, perfetto
+from tests.unit.analysis.test_collector_properties import event, header, roles
+from tests.unit.report.test_replay import COMPLETED
+
+
+def check(found: View) -> None:
+    assert len({(lane.side, lane.pid, lane.tid, lane.kind, lane.name) for lane in found.lanes}) == len(found.lanes)
+    for lane in found.lanes:
+        last = 0
+        for one in lane.slices:
+            assert 0 <= one.begin_ns <= one.end_ns
+            assert lane.kind in {"mark", "segment"} or one.begin_ns >= last
+            last = one.end_ns
+    leaving = sorted(flow for lane in found.lanes for s in lane.slices for flow in s.starts)
+    assert leaving == sorted(flow for lane in found.lanes for s in lane.slices for flow in s.ends)
+    assert leaving == list(range(1, found.flows + 1))
+
+
+@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+def test_every_call_of_a_real_recording_is_in_a_lane_uncut(path: Path) -> None:
+    recording = read_recording(path)
+    found = view(recording.header, recording.events)
+    check(found)
+    for kind, of in (("ioctl", Ioctl), ("socket", Transfer), ("wait", OffCpu)):
+        drawn = sorted(s.end_ns - s.begin_ns for lane in found.lanes if lane.kind == kind for s in lane.slices)
+        assert drawn == sorted(e.end_ns - e.begin_ns for e in recording.events if isinstance(e, of))
+    b = analyse(recording.header, recording.events)
+    for vcpu in b.vcpus:
+        lanes = {lane.side: lane for lane in found.lanes if lane.kind == "vcpu" and lane.name == f"vCPU {vcpu.vcpu}"}
+        assert vcpu.stop is not None and vcpu.start is not None
+        if b.migration.result == "completed":
+            assert lanes["source"].slices[-1].end_ns == found.origin_ns + vcpu.stop
+            assert lanes["destination"].slices[0].begin_ns == found.origin_ns + vcpu.start
+        else:  # the source took its guest back
+            slices = lanes["source"].slices
+            after = next(s for s in slices if s.begin_ns == found.origin_ns + vcpu.start)
+            assert max(s.end_ns for s in slices if s.begin_ns < after.begin_ns) == found.origin_ns + vcpu.stop
+
+
+def test_overlap_is_cut_at_the_end_of_what_came_first() -> None:
+    cut = apart([Slice(5, 20, "b"), Slice(0, 10, "a"), Slice(6, 8, "c")])
+    assert [(s.name, s.begin_ns, s.end_ns) for s in cut] == [("a", 0, 10), ("b", 10, 20), ("c", 20, 20)]
+
+
+def test_segments_have_a_lane_a_socket() -> None:
+    events: list[AnyEvent] = [Segment(30, 1000, 70, 0, 5, 6, 7, 8), Segment(20, 1000, 70, 100, 0, 6, 7, 8)]
+    lanes = [lane for lane in view(Header(begin_ns=1), events).lanes if lane.kind == "segment"]
+    assert [(lane.name, [s.name for s in lane.slices]) for lane in lanes] == [
+        ("segments on socket 70", ["100 bytes arrive", "an acknowledgement arrives"])
+    ]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(roles, st.lists(event(), max_size=25), st.integers(0, 9))
+def test_any_recording_can_be_shown(names: list[str], events: list[AnyEvent], seed: int) -> None:
+    about = header(names)
+    found = view(about, events)
+    check(found)
+    b = analyse(about, events)
+    shuffled = list(events)
+    random.Random(seed).shuffle(shuffled)
+    assert perfetto.render(b, about, found) == perfetto.render(b, about, view(about, shuffled))
+    assert html.render(b, found).endswith("</html>\n")

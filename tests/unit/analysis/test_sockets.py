@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sockets carry the migration."""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpf_mig.analysis.process import Process, split
+from ebpf_mig.analysis.sockets import Channels, choose, normal
+from tests.unit.script import BASE, UNIX, Script
+
+FETCHER = frozenset({1001})
+
+
+def chosen(script: Script, *, alone: bool = False, fetchers: frozenset[int] = FETCHER) -> Channels:
+    processes = split(script.header, script.events).processes
+    destination: Process | None = None if alone else processes[2000]
+    return choose(processes[1000], destination, BASE, fetchers)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:4444", "127.0.0.1:4444"),
+        ("::ffff:127.0.0.1:4444", "127.0.0.1:4444"),
+        ("[::ffff:10.0.0.1]:1", "10.0.0.1:1"),
+        ("[fe80::1]:9", "fe80::1:9"),
+        ("", ":"),
+    ],
+)
+def test_one_spelling_for_an_address(address: str, expected: str) -> None:
+    assert normal(address) == expected
+
+
+def test_the_connection_between_the_two_wins_over_the_bulk_elsewhere() -> None:
+    script = Script()
+    source, destination = script.pair()
+    source.socket(75, "10.0.0.1:5900", "10.0.0.9:40000")
+    source.send(100, 200, 5000)
+    source.send(100, 200, 900_000, socket=75)
+    destination.receive(150, 250, 5000, socket=80)
+    assert chosen(script) == Channels(frozenset({70}), frozenset({80}), "tcp")
+
+
+def test_unix_sockets_meet_by_their_peers() -> None:
+    script = Script()
+    source, destination = script.pair(unix=True)
+    source.socket(75, family=UNIX, peer=12345)
+    source.send(100, 200, 5000)
+    source.send(100, 200, 900_000, socket=75)
+    destination.receive(150, 250, 5000, socket=80)
+    assert chosen(script) == Channels(frozenset({70}), frozenset({80}), "unix")
+
+
+def test_an_unknown_peer_is_told_by_the_other_end() -> None:
+    script = Script()
+    source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+    source.socket(70, family=UNIX, peer=0)
+    destination.socket(80, family=UNIX, peer=70)
+    source.send(100, 200, 5000)
+    destination.receive(150, 250, 5000, socket=80)
+    assert chosen(script).destination == {80}
+
+
+def test_storage_migrates_over_another_port() -> None:
+    script = Script()
+    source, _ = script.pair()
+    script.join(75, 85, port=10809)
+    source.send(100, 200, 50_000)
+    source.send(100, 200, 9_000_000, socket=75, tid=2)
+    assert chosen(script).source == {70}
+
+
+def test_multifd_counts_every_connection_to_the_same_port() -> None:
+    script = Script()
+    source, _ = script.pair()
+    script.join(72, 82)
+    script.join(73, 83)
+    source.send(100, 200, 5_000)
+    source.send(100, 200, 9_000_000, socket=72, tid=5)
+    source.send(100, 200, 1_000, socket=73, tid=6)
+    found = chosen(script)
+    assert (found.source, found.destination, found.connections) == ({70, 72, 73}, {80, 82, 83}, 3)
+
+
+def test_without_the_destination_the_fetching_threads_socket_is_it() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    source.socket(70, "10.0.0.1:50000", "10.0.0.2:4444")
+    source.socket(72, "10.0.0.1:50001", "10.0.0.2:4444")
+    source.socket(75, "10.0.0.1:5900", "10.0.0.9:40000")
+    source.send(100, 200, 5_000)
+    source.send(100, 200, 90_000, socket=72, tid=5)
+    source.send(100, 200, 9_000_000, socket=75, tid=3)
+    assert chosen(script, alone=True) == Channels(frozenset({70, 72}), frozenset(), "tcp")
+
+
+def test_events_of_a_monitor_are_too_few_bytes() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    source.socket(71, family=UNIX, peer=9)
+    source.send(100, 200, 112, socket=71)
+    assert chosen(script, alone=True) == Channels(frozenset(), frozenset(), "none")
+
+
+def test_a_busy_monitor_is_not_it_although_the_fetching_thread_speaks_there() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    source.send(100, 200, 9_000_000, tid=5)
+    source.send(100, 200, 300, socket=71)
+    source.send(300, 400, 50_000, socket=71, tid=3)
+    assert chosen(script, alone=True).source == {70}
+
+
+def test_further_unix_connections_by_their_share() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    for inode in (70, 72, 75):
+        source.socket(inode, family=UNIX, peer=0)
+    source.send(100, 200, 1_000_000)
+    source.send(100, 200, 900_000, socket=72, tid=5)
+    source.send(100, 200, 5_000, socket=75, tid=3)
+    assert chosen(script, alone=True).source == {70, 72}
+
+
+def test_sockets_nobody_described() -> None:
+    script = Script()
+    source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+    source.send(100, 200, 900_000)
+    destination.receive(150, 250, 900_000, socket=0)
+    found = chosen(script)
+    assert (found.source, found.destination, found.transport) == ({70}, {-21}, "unknown")
+
+
+def test_what_was_sent_before_the_migration_does_not_count() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    source.send(-5000, -4000, 90_000_000, socket=75)
+    source.send(100, 200, 90_000)
+    assert chosen(script, alone=True).source == {70}
+
+
+def test_no_transfers_at_all() -> None:
+    script = Script()
+    script.pair()
+    assert chosen(script) == Channels()

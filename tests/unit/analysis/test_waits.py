@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waits are booked to the phase in which they held up the side that was on the critical path."""
+
+from __future__ import annotations
+
+from ebpf_mig.breakdown import Wait
+from ebpf_mig.recording import events as ev
+from tests.unit import scripts
+from tests.unit.script import US, Script, Vm, at
+
+
+def sleep(vm: Vm, us: float, until: float, *stack: str, tid: int = 1, preempted: bool = False) -> None:
+    vm.events.append(ev.OffCpu(at(us), at(until), vm.pid, vm.pid + tid, stack, preempted))
+
+
+def waits(script: Script) -> list[tuple[str, str, float, list[str]]]:
+    found = script.result().breakdown.waits
+    assert found is not None
+    return [(w.phase, w.thread, w.duration_ns / US, w.stack) for w in found]
+
+
+def test_each_side_waits_in_its_own_phases() -> None:
+    script = scripts.qemu_10_0()
+    source, destination = script.vms
+    sleep(source, 2000, 2500, "sk_stream_wait_memory", "tcp_sendmsg")
+    sleep(destination, 5500, 45_990, "ep_poll")
+    sleep(destination, 1000, 4000, "ep_poll")  # the source's turn: it held nobody up
+    sleep(source, 5600, 46_000, "futex_wait")  # the destination's
+    assert waits(script) == [
+        ("handover", "2001", 40_490, ["ep_poll"]),
+        ("memory.send", "1001", 500, ["sk_stream_wait_memory", "tcp_sendmsg"]),
+    ]
+
+
+def test_a_wait_is_cut_to_the_phase_that_it_overlaps_most() -> None:
+    script = scripts.qemu_11_1()
+    sleep(script.vms[0], 100, 3200, "wait_for_completion")
+    assert waits(script) == [("fetch.user", "1001", 3010, ["wait_for_completion"])]
+
+
+def test_idle_threads_hold_nobody_up() -> None:
+    script = scripts.qemu_7_2()
+    source, destination = script.vms
+    sleep(source, 3000, 45_000, "hrtimer_nanosleep", tid=9)
+    sleep(source, 7000, 45_000, "futex_wait", tid=100)
+    sleep(destination, 1000, 44_700, "futex_wait", tid=100)
+    assert waits(script) == [("resume", "CPU 0/KVM 2100", 100, ["futex_wait"])]
+
+
+def test_short_waits_are_left_out_and_losing_the_cpu_is_named() -> None:
+    script = scripts.qemu_7_2()
+    sleep(script.vms[0], 3000, 3099, "f")
+    sleep(script.vms[0], 4000, 4100, preempted=True)
+    assert waits(script) == [("quiesce", "1001", 100, ["(preempted)"])]
+
+
+def test_multifd_senders_count_while_memory_is_sent() -> None:
+    script = scripts.multifd()
+    sleep(script.vms[0], 1000, 1900, "sk_stream_wait_memory", tid=5)
+    sleep(script.vms[0], 3600, 4200, "futex_wait", tid=5)
+    assert waits(script) == [("memory.send", "1005", 900, ["sk_stream_wait_memory"])]
+
+
+def test_only_the_longest_are_kept() -> None:
+    script = scripts.qemu_7_2()
+    for n in range(20):
+        sleep(script.vms[0], 8000 + n * 1000, 8100 + n * 1001, f"f{n}")
+    found = script.result().breakdown.waits
+    assert found is not None and len(found) == 10
+    assert found[0] == Wait(phase="memory.send", thread="1001", duration_ns=119 * US, stack=["f19"])
+
+
+def test_without_a_window_there_is_nothing_to_tell() -> None:
+    assert Script().result().breakdown.waits is None

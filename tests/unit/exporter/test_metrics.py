@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics as a scraper reads them: figures, units, bounds, hostile names."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from ebpf_mig.exporter.metrics import VM_CHARACTERS, VM_SECONDS, VMS, Metrics, vm_label
+from ebpf_mig.exporter.observation import RESULTS, VMMS
+from tests.conftest import requires
+from tests.unit.exporter.observations import observation, status
+
+HOSTILE = ['a"b', "a\\", "a\nb", "\x1b[31m", "\u202e", "\x00", "é" * 500, "}", "{vm=", "\ud800", "x" * 10_000]
+
+
+def text(metrics: Metrics) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    found = [sample for family in parse(text(metrics)) for sample in family.samples]
+    return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in found}
+
+
+def test_a_migration_shows_in_every_family() -> None:
+    metrics = Metrics()
+    metrics.migration(observation())
+    got = samples(metrics)
+    both = (("role", "both"), ("vmm", "qemu"))
+    assert got["ebpf_mig_blackout_seconds_sum", both] == pytest.approx(0.012345678, abs=0)
+    assert got["ebpf_mig_blackout_seconds_count", both] == 1
+    assert got["ebpf_mig_blackout_seconds_bucket", (("le", "0.01"), *both)] == 0
+    assert got["ebpf_mig_blackout_seconds_bucket", (("le", "0.025"), *both)] == 1
+    assert got["ebpf_mig_migrations_total", (("result", "completed"), *both)] == 1
+    assert got["ebpf_mig_phase_seconds_sum", (("phase", "fetch.kernel"), ("vmm", "qemu"))] == 0.001
+    assert got["ebpf_mig_dirty_log_fetch_seconds_sum", (("part", "user"), ("stage", "blackout"))] == 4e-9
+    assert got["ebpf_mig_send_seconds_sum", (("state", "blocked"), ("vmm", "qemu"))] == 6e-9
+    assert got["ebpf_mig_final_memory_bytes_total", ()] == 4096
+    assert got["ebpf_mig_last_migration_blackout_seconds", (("vm", "vm1"),)] == 0.012345678
+    assert got["ebpf_mig_last_migration_complete", (("vm", "vm1"),)] == 1
+
+
+def test_a_scrape_has_a_migration_in_all_families_or_in_none() -> None:
+    metrics = Metrics()
+    writer = threading.Thread(target=metrics.migration, args=(observation(),))
+
+    def slowly(registry: CollectorRegistry) -> bytes:
+        writer.start()
+        writer.join(0.2)
+        return generate_latest(registry)
+
+    assert b"ebpf_mig_last_migration_blackout_seconds{" not in metrics.text(slowly)
+    writer.join()
+    assert b"ebpf_mig_last_migration_blackout_seconds{" in metrics.text(generate_latest)
+
+
+def test_an_unknown_blackout_is_not_a_zero() -> None:
+    metrics = Metrics()
+    metrics.migration(observation(blackout_ns=None, role="source", verdict="incomplete"))
+    got = samples(metrics)
+    assert ("ebpf_mig_last_migration_blackout_seconds", (("vm", "vm1"),)) not in got
+    observed = {number for (name, _), number in got.items() if name.startswith("ebpf_mig_blackout_seconds")}
+    assert observed == {0.0}
+    assert got["ebpf_mig_migrations_incomplete_total", ()] == 1
+    assert got["ebpf_mig_last_migration_complete", (("vm", "vm1"),)] == 0
+
+
+def test_exemplars_name_the_recording() -> None:
+    metrics = Metrics()
+    metrics.migration(observation())
+    families = parse_openmetrics(generate_openmetrics(metrics.registry).decode())
+    named = {
+        (sample.name, sample.exemplar.labels["recording"])
+        for family in families
+        for sample in family.samples
+        if sample.exemplar
+    }
+    assert ("ebpf_mig_blackout_seconds_bucket", "20260101T000000.000Z-1.rec") in named
+
+
+def test_series_are_bounded_whatever_tenants_and_clients_do() -> None:
+    metrics = Metrics()
+    metrics.build("1", "2")
+    metrics.status(status(lost={f"p{i}": i for i in range(100)}, run_seconds={f"f{i}": i for i in range(100)}))
+    worlds = itertools.product(VMMS, ("source", "destination", "both", "unknown"), RESULTS)
+    for vmm, role, result in worlds:
+        metrics.migration(observation(vmm=vmm, role=role, result=result, phases=observation().phases | {"new": 1}))
+    for number in range(VMS + 50):
+        metrics.migration(observation(vm=f"vm{number}"))
+    got = samples(metrics)
+    assert len(got) <= 2000
+    names = {labels for name, labels in got if name == "ebpf_mig_last_migration_timestamp_seconds"}
+    assert len(names) == VMS
+    assert (("vm", f"vm{VMS + 49}"),) in names and (("vm", "vm5"),) not in names
+    assert got["ebpf_mig_series_dropped_total", ()] == 50
+
+
+def test_how_late_signs_were_followed_up() -> None:
+    metrics = Metrics()
+    metrics.status(status(delays=[2, 0, 1, 0, 0, 0, 0, 1], delay_seconds=1.02))
+    got = samples(metrics)
+    name = "ebpf_mig_trigger_delay_seconds"
+    assert got[f"{name}_bucket", (("le", "0.01"),)] == 2 and got[f"{name}_bucket", (("le", "0.025"),)] == 3
+    assert got[f"{name}_bucket", (("le", "+Inf"),)] == got[f"{name}_count", ()] == 4
+    assert got[f"{name}_sum", ()] == 1.02
+
+
+def test_a_vm_expires() -> None:
+    now = [1000.0]
+    metrics = Metrics(clock=lambda: now[0])
+    metrics.migration(observation(at=1000.0))
+    assert "vm1" in text(metrics)
+    now[0] += VM_SECONDS + 1
+    assert "vm1" not in text(metrics)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_stay_inside_their_label(name: str) -> None:
+    metrics = Metrics()
+    metrics.migration(observation(vm=name))
+    got = [labels for name, labels in samples(metrics) if name == "ebpf_mig_last_migration_complete"]
+    assert len(got) == 1 and got[0][0][0] == "vm"
+    assert all(line.isprintable() for line in text(metrics).split("\n"))
+
+
+@given(st.text(alphabet=st.characters(codec=None)))
+def test_labels_are_short_and_printable(name: str) -> None:
+    label = vm_label(name, "name")
+    assert len(label) <= VM_CHARACTERS
+    assert label.isprintable()
+    label.encode()
+    assert vm_label(name, "none") == ""
+    assert name == "" or len(vm_label(name, "hash")) == 16
+
+
+def test_ready_only_while_the_watch_speaks_and_is_attached() -> None:
+    now = [1000.0]
+    metrics = Metrics(clock=lambda: now[0])
+    assert not metrics.ready
+    metrics.status(status())
+    assert metrics.ready and "ebpf_mig_up 1.0" in text(metrics)
+    now[0] += 31
+    assert not metrics.ready and "ebpf_mig_up 0.0" in text(metrics)
+    metrics.status(status(attached={"task_newtask": False}))
+    assert not metrics.ready
+
+
+@requires("promtool")
+def test_promtool_has_nothing_to_say() -> None:
+    metrics = Metrics()
+    metrics.build("1", "2")
+    metrics.migration(observation())
+    metrics.status(status())
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], check=False, input=text(metrics), capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which signs become migrations, and which processes belong together: synthetic events, a clock of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ebpf_mig.exporter import tracker as module
+from ebpf_mig.exporter.tracker import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, Ended, Tracks
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.kinds import KINDS
+
+SOURCE, DESTINATION, OTHER = 10, 20, 30
+MS, S = 10**6, 10**9
+SET_REGS = 0x4090AE82
+GET_REGS = 0x8090AE81
+
+
+def logging(pid: int, at: int, on: bool = True, size: int = 1 << 30) -> Ioctl:
+    return Ioctl(at, at + 1, pid, pid, 5, kvm.SET_USER_MEMORY_REGION, 0, 0, int(on), 0, size)
+
+
+def fetch(pid: int, at: int, slot: int) -> Ioctl:
+    return Ioctl(at, at + 1, pid, pid, 5, kvm.GET_DIRTY_LOG, 0, slot)
+
+
+def restore(pid: int, at: int) -> Ioctl:
+    return Ioctl(at, at + 1, pid, pid, 6, SET_REGS, 0)
+
+
+def run(pid: int, at: int) -> VcpuEnter:
+    return VcpuEnter(at, pid, pid + 1, 6, 0, 0, 1)
+
+
+def stop(pid: int, at: int) -> VcpuExit:
+    return VcpuExit(at, pid, pid + 1, 6, at - 1, -4)
+
+
+def move(pid: int, at: int, direction: int, size: int) -> Transfer:
+    return Transfer(at, at + 1, pid, pid, 7, direction, pid * 100, 1, size, 1, 1, 0, 0)
+
+
+def tcp(pid: int, local: str, remote: str) -> Socket:
+    return Socket(1, pid, 7, pid * 100, 2, local, remote)
+
+
+def unix(pid: int, peer: int) -> Socket:
+    return Socket(1, pid, 7, pid * 100, 1, "", "", peer)
+
+
+def ended(tracks: Tracks, now: int, alive: Sequence[int] = (SOURCE, DESTINATION, OTHER)) -> list[Ended]:
+    return tracks.over(now, lambda pid: pid in alive)
+
+
+def begun(*, fresh: Sequence[int] = (DESTINATION,), pids: Sequence[int] = (SOURCE, DESTINATION)) -> Tracks:
+    tracks = Tracks()
+    for pid in pids:
+        tracks.begin(pid, "thread", 0, fresh=pid in fresh)
+    return tracks
+
+
+def test_a_sign_without_consequence_means_nothing() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([run(SOURCE, MS), logging(SOURCE, 2 * MS, size=65536), fetch(SOURCE, 3 * MS, 1)], 3 * MS)
+    assert ended(tracks, PROBATION_NS - 1) == []
+    (end,) = ended(tracks, PROBATION_NS)
+    assert end.reason == "nothing" and end.pids == (SOURCE,) and not tracks
+
+
+def test_a_source_alone_ends_when_it_stays_stopped() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([logging(SOURCE, MS)], MS)
+    assert ended(tracks, 5 * PROBATION_NS) == []
+    tracks.saw([stop(SOURCE, 20 * S), move(SOURCE, 20 * S + MS, 0, 50_000)], 20 * S)
+    (end,) = ended(tracks, 23 * S)
+    assert end.reason == "migrated" and len(end.events) == 3
+
+
+def save(pid: int, at: int) -> Ioctl:
+    return Ioctl(at, at + 1, pid, pid, 6, GET_REGS, 0)
+
+
+def test_a_source_of_few_slots_whose_beginning_was_missed_shows_itself_when_it_hands_over() -> None:
+    acts: list[AnyEvent] = [fetch(SOURCE, MS, 0), stop(SOURCE, 3 * MS), save(SOURCE, 4 * MS)]
+    acts.append(move(SOURCE, 5 * MS, 0, 50_000))
+    for left_out in (None, *acts):
+        tracks = begun(pids=[SOURCE])
+        tracks.saw([event for event in acts if event is not left_out], 6 * MS)
+        (end,) = ended(tracks, 4 * S)
+        assert end.reason == ("migrated" if left_out is None else "nothing"), left_out
+
+
+def test_a_source_that_its_manager_ends_after_handing_over_has_migrated() -> None:
+    for sent, reason in ((50_000, "migrated"), (0, "target-died")):
+        tracks = begun(pids=[SOURCE])
+        events: list[AnyEvent] = [logging(SOURCE, MS), stop(SOURCE, 2 * MS)]
+        tracks.saw(events + ([move(SOURCE, 3 * MS, 0, sent)] if sent else []), 4 * MS)
+        assert [end.reason for end in ended(tracks, 5 * MS, alive=())] == [reason]
+
+
+def test_a_destination_alone_is_one_that_was_loaded_and_received() -> None:
+    for received, reason in ((200_000, "migrated"), (3000, "nothing")):
+        tracks = begun(pids=[DESTINATION])
+        tracks.saw([move(DESTINATION, MS, 1, received), restore(DESTINATION, 2 * MS), run(DESTINATION, 3 * MS)], 3 * MS)
+        assert [end.reason for end in ended(tracks, 3 * S)] == [reason]
+
+
+def test_a_running_guest_that_is_reset_is_no_destination() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([move(SOURCE, MS, 1, 10**9), restore(SOURCE, 2 * MS), run(SOURCE, 3 * MS)], 3 * MS)
+    assert [end.reason for end in ended(tracks, 3 * S)] == ["nothing"]
+
+
+def test_both_ends_of_a_connection_are_one_migration_and_a_bystander_is_not() -> None:
+    pairs = [
+        (tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")),
+        (unix(SOURCE, DESTINATION * 100), unix(DESTINATION, SOURCE * 100)),
+        (unix(SOURCE, 0), unix(DESTINATION, SOURCE * 100)),
+    ]
+    for first, second in pairs:
+        for link in ([first, second], [second, first]):
+            if link == [unix(DESTINATION, SOURCE * 100), unix(SOURCE, 0)]:
+                continue  # the kernel tells each inode before it is somebody's peer, or both know the other
+            tracks = begun(pids=[SOURCE, DESTINATION, OTHER], fresh=[DESTINATION, OTHER])
+            tracks.saw([logging(SOURCE, MS), *link], MS)
+            tracks.saw([stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS), run(DESTINATION, 4 * MS)], 4 * MS)
+            found = {end.pids: end.reason for end in ended(tracks, 3 * S)}
+            assert {frozenset(pids): reason for pids, reason in found.items()} == {
+                frozenset({SOURCE, DESTINATION}): "migrated",
+                frozenset({OTHER}): "nothing",
+            }
+
+
+def test_two_migrations_at_a_time_stay_apart() -> None:
+    tracks = begun(pids=[SOURCE, OTHER], fresh=[])
+    tracks.saw([logging(SOURCE, MS), logging(OTHER, MS), stop(OTHER, 2 * MS)], 2 * MS)
+    (end,) = ended(tracks, 5 * S)
+    assert end.pids == (OTHER,) and SOURCE in tracks and OTHER not in tracks
+    assert {getattr(event, "pid", None) for event in end.events} == {OTHER}
+
+
+def test_a_missed_beginning_shows_by_fetches_or_by_filling_another_vm() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([fetch(SOURCE, MS, slot) for slot in range(3)], MS)
+    assert ended(tracks, 10 * S) == []
+    tracks.saw([logging(SOURCE, 10 * S, on=False)], 10 * S)
+    assert [end.reason for end in ended(tracks, 11 * S)] == ["logging-ended"]
+    tracks = begun()
+    link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
+    tracks.saw([*link, move(DESTINATION, MS, 1, 2 << 20)], MS)
+    assert ended(tracks, 10 * S) == []
+    tracks.saw([logging(SOURCE, 10 * S, on=False)], 10 * S)
+    assert [end.reason for end in ended(tracks, 11 * S, alive=[SOURCE])] == ["logging-ended"]
+
+
+def test_a_busy_disk_is_let_go_in_the_end() -> None:
+    tracks = begun(pids=[SOURCE])
+    for second in range(UNPROVEN_NS // S + 10):
+        tracks.saw([move(SOURCE, second * S, 0, 10**7)], second * S)
+        done = ended(tracks, second * S)
+        if done:
+            break
+    assert [end.reason for end in done] == ["nothing"] and second * S >= UNPROVEN_NS
+
+
+def test_silence_ends_the_wait() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([logging(SOURCE, MS)], MS)
+    assert ended(tracks, SILENCE_NS) == []
+    assert [end.reason for end in ended(tracks, SILENCE_NS + MS)] == ["lost-sight"]
+
+
+def test_memory_is_bounded_and_what_was_left_out_is_counted() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([logging(SOURCE, MS)], MS)
+    for _ in range(7):
+        tracks.saw([move(SOURCE, MS, 0, 10)] * (module.KEPT_EVENTS // 6), MS)
+    tracks.saw([stop(SOURCE, S), move(SOURCE, 2 * S, 0, 1)], S)
+    (end,) = ended(tracks, 10 * S)
+    assert len(end.events) <= module.KEPT_EVENTS and end.thinned > 0
+    assert end.events[0] == logging(SOURCE, MS) and end.events[-1].begin_ns == 2 * S
+    assert len(end.events) + end.thinned == 1 + 7 * (module.KEPT_EVENTS // 6) + 2
+
+
+def test_every_kind_of_event_of_a_process_is_kept() -> None:
+    tracks = begun()
+    seen: list[AnyEvent] = []
+    for kind in KINDS:
+        if kind.stream:
+            values = {"pid": SOURCE, "tid": 11, "name": "t", "local": "", "remote": ""}
+            fields = [values.get(name, 0) for name in kind.event.__struct_fields__ if name in values or name != "stack"]
+            seen.append(kind.event(*fields[: len(kind.event.__struct_fields__) - len(kind.event.__struct_defaults__)]))  # type: ignore[arg-type]
+    tracks.saw(seen, MS)
+    (kept,) = [e for e in tracks.abandon() if SOURCE in e.pids]
+    assert kept.events == seen

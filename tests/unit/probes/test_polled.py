@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When figures are read: at fetches, kicks and starts, and not more often than they are worth."""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpf_mig.linux import kvm
+from ebpf_mig.probes import polled
+from ebpf_mig.probes.polled import Readings
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, OwnCost, Socket, TcpInfo, Transfer, VcpuEnter
+
+MS = 1_000_000
+GET = Ioctl(1, 2, 10, 11, 9, kvm.GET_DIRTY_LOG, 0)
+KICK, ENTER = Kick(3, 10, 11, 12, 10), VcpuEnter(4, 10, 12, 8, 3, -4, 9)
+SOCKET = Socket(1, 10, 3, 70, 2, "127.0.0.1:4444", "127.0.0.1:5555")
+
+
+def send(size: int) -> Transfer:
+    return Transfer(1, 2, 10, 11, 3, 0, 70, 1, size, 1, 1, 0, 0)
+
+
+class Reader:
+    """Stands where sock_diag needs a real connection."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.closed = False
+
+    def ask(self, socket: Socket) -> None:
+        self.asked.append(socket.socket)
+
+    def answers(self, timeout_s: float = 0.0) -> list[TcpInfo]:
+        del timeout_s
+        told, self.asked = [TcpInfo(5, 10, inode, {}) for inode in self.asked], []
+        return told
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Rig:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.reader = 1000 * MS, Reader()
+        monkeypatch.setattr(polled, "TcpReader", lambda: self.reader)
+        monkeypatch.setattr(polled.time, "monotonic_ns", lambda: self.now)
+        self.readings = Readings(lambda: (self.now // 1000, 5))
+        self.readings.open()
+
+    def after(self, ms: float, *events: AnyEvent) -> list[str]:
+        self.now += int(ms * MS)
+        return [type(event).__name__ for event in self.readings.due(events)]
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return Rig(monkeypatch)
+
+
+def test_nothing_is_read_before_anything_happens(rig: Rig) -> None:
+    assert rig.after(500) == []
+    assert rig.after(500, ENTER) == [], "a guest that runs"
+
+
+def test_cost_is_read_from_the_first_fetch_on(rig: Rig) -> None:
+    assert rig.after(1, GET) == ["OwnCost"]
+    assert rig.after(29) == []
+    assert rig.after(2) == ["OwnCost"]
+
+
+def test_a_socket_is_asked_for_once_it_has_sent_enough(rig: Rig) -> None:
+    rig.after(1, SOCKET, send(60_000))
+    rig.after(200, GET)
+    assert rig.reader.asked == []
+    rig.after(200, send(6_000), GET)
+    assert rig.reader.asked == [70]
+    assert rig.after(1) == ["TcpInfo"], "the answer comes with the next look"
+    rig.after(50, GET)
+    assert rig.reader.asked == [], "ten times a second"
+
+
+def test_both_edges_of_a_stop_are_read_at_once(rig: Rig) -> None:
+    rig.after(1, GET)
+    assert rig.after(3, KICK) == ["OwnCost"]
+    assert rig.after(3, KICK) == [], "the second vCPU's"
+    assert rig.after(18, send(100)) == ["OwnCost"]
+    assert rig.after(3, ENTER) == ["OwnCost"]
+    assert rig.after(3, ENTER) == []
+
+
+def test_the_last_reading_waits_for_answers_and_closing_is_final(rig: Rig) -> None:
+    rig.after(1, SOCKET, send(70_000))
+    rig.reader.answers()
+    assert [type(event) for event in rig.readings.last()] == [OwnCost, TcpInfo]
+    rig.readings.close()
+    rig.readings.close()
+    assert rig.reader.closed
+
+
+def test_a_forgotten_process_is_asked_for_no_more(rig: Rig) -> None:
+    rig.after(1, SOCKET, send(70_000))
+    rig.reader.answers()
+    rig.readings.forget(10)
+    rig.after(200, GET)
+    assert rig.reader.asked == []

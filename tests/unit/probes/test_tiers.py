@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of functions and the table that is told of it, as far as it needs no kernel that has kprobes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpf_mig.analysis.completeness import ESSENTIAL
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.probes import attach, tiers
+from ebpf_mig.probes.hook import Hook
+from ebpf_mig.probes.loader import Program, source_text
+from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.tiers import FUNCTIONS, Choice
+from tests.conftest import requires
+
+TRACEPOINTS = {name for extra in attach.EXTRAS for name, _ in extra.hooks}
+ALL = frozenset({"kvm", "socket", "split"})
+
+
+class Counting:
+    """Run statistics, on or off."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+
+def test_system_calls_carry_what_functions_do_not() -> None:
+    table = attach._tiers(Choice(), TRACEPOINTS)
+    assert {table[signal] for signal in ESSENTIAL} == {"tracepoint"}
+    hooked = [hook.target for hook in attach._hooks(Choice(), TRACEPOINTS)]
+    assert {"sys_enter", "sys_exit", "sock_send_length"} <= set(hooked) and "kvm_userspace_exit" not in hooked
+
+
+def test_functions_alone_leave_system_calls_alone() -> None:
+    choice = Choice((Hook("fentry", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log", "state")),), ALL)
+    hooked = [hook.target for hook in attach._hooks(choice, TRACEPOINTS)]
+    assert not {"sys_enter", "sys_exit", "sock_send_length"} & set(hooked)
+    assert hooked.index("kvm_userspace_exit") < hooked.index("kvm_vm_ioctl")
+
+
+def test_kvm_by_functions_and_sockets_by_system_calls() -> None:
+    choice = Choice((Hook("kprobe", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log",)),), frozenset({"kvm"}))
+    hooked = {hook.target for hook in attach._hooks(choice, TRACEPOINTS)}
+    assert {"sys_enter", "kvm_vm_ioctl", "kvm_userspace_exit", "sock_send_length"} <= hooked
+    table = attach._tiers(choice, TRACEPOINTS)
+    assert (table["dirty-log"], table["socket"]) == ("kprobe", "tracepoint")
+
+
+@requires("root", "bcc", "kernel BTF")
+@pytest.mark.parametrize(("how", "other"), [("fentry", "kprobe"), ("kprobe", "fentry")])
+def test_what_is_hooked_is_compiled_and_not_what_the_other_probes_would_need(how: str, other: str) -> None:
+    hooks = tuple(
+        Hook(how, function.names[0], programs[how], function.signals)
+        for function in FUNCTIONS
+        for programs in (function.entry, function.leave)
+        if how in programs
+    )
+    program = Program("trace.bpf.c", defines([1], TRACEPOINTS, Choice(hooks, ALL)))
+    assert all(program._bpf.dump_func(hook.program.encode()) for hook in hooks)
+    for way in ("send", "receive"):
+        with pytest.raises(Exception, match="Unknown program"):
+            program._bpf.dump_func(f"on_{way}_{other}".encode())
+    program.close()
+
+
+def test_a_signal_of_two_kinds_of_probe_names_both() -> None:
+    hooks = (
+        Hook("kprobe", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log", "state")),
+        Hook("kretprobe", "kvm_vm_ioctl", "on_kvm_ioctl_kretprobe", ("dirty-log", "state")),
+        Hook("fentry", "kvm_vcpu_ioctl", "on_kvm_ioctl", ("vcpu", "state", "brownout")),
+    )
+    table = attach._tiers(Choice(hooks, ALL), set())
+    assert (table["dirty-log"], table["vcpu"], table["state"]) == ("kprobe", "fentry", "fentry+kprobe")
+    assert table["lock"] == "absent: no such tracepoint"
+
+
+class Loaded:
+    """A program whose hooks ran as often as is said, by target."""
+
+    def __init__(self, runs: dict[str, int]) -> None:
+        self._runs = runs
+
+    def attach(self, hook: Hook) -> None:
+        """Attached already."""
+
+    def run_statistics(self) -> dict[str, tuple[int, int, int]]:
+        return {
+            f"{program}:{name}": (0, n, 0) for name, n in self._runs.items() for program in ("on_flush", "on_ioctl")
+        }
+
+
+@pytest.mark.parametrize(
+    ("runs", "silent"),
+    [
+        ({"kvm_vm_ioctl": 1, "flush_all": 1, "flush_range": 0}, ""),
+        ({"kvm_vm_ioctl": 1, "flush_all": 0, "flush_range": 0}, "on_flush:flush_all, on_flush:flush_range"),
+        ({"kvm_vm_ioctl": 0, "flush_all": 1, "flush_range": 1}, "on_ioctl:kvm_vm_ioctl"),
+    ],
+)
+def test_a_function_that_another_vm_came_through_when_it_was_tried_may_be_silent(
+    runs: dict[str, int], silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those of which one is enough; another that nobody comes through is an error."""
+    monkeypatch.setattr(attach.selftest, "everything", lambda: None)
+    hooks = (
+        Hook("kprobe", "kvm_vm_ioctl", "on_ioctl"),
+        *(Hook("kprobe", name, "on_flush", one_of="flush") for name in ("flush_all", "flush_range")),
+    )
+    plan = attach.Plan(hooks, Loaded(runs), {"split": "kprobe"})  # type: ignore[arg-type]
+    if silent:
+        with pytest.raises(PreflightError, match=f"^{silent} attached but never ran"):
+            attach.arm(plan, Counting(True), seen=False)  # type: ignore[arg-type]
+    else:
+        assert attach.arm(plan, Counting(True), seen=False) == {"split": "kprobe"}  # type: ignore[arg-type]
+
+
+def test_without_run_statistics_no_function_is_trusted() -> None:
+    choice, chooser = attach._chosen("auto", Counting(False))  # type: ignore[arg-type]
+    assert not choice.groups and chooser is None
+    with pytest.raises(PreflightError, match=r"tier fentry: .*seen to fire"):
+        attach._chosen("fentry", Counting(False))  # type: ignore[arg-type]
+
+
+def test_every_signal_has_a_function_and_every_program_exists() -> None:
+    told = {signal for function in FUNCTIONS for signal in function.signals}
+    assert ESSENTIAL | {"brownout", "split", "hidden-sends"} == told
+    text = source_text("functions.h")
+    for function in (*FUNCTIONS, *tiers.VCPU_RETURNS):
+        for program in (*function.entry.values(), *function.leave.values()):
+            way, _, kind = program.removeprefix("on_").partition("_")
+            made_by_macro = way in ("send", "receive") and f"on_{way}_##" in text and kind in text
+            assert f"int {program}(" in text or made_by_macro, program
+
+
+def test_kvm_run_has_no_return_probe_among_kprobes() -> None:
+    vcpu = next(function for function in FUNCTIONS if function.names == ("kvm_vcpu_ioctl",))
+    assert "kprobe" not in vcpu.leave and "fentry" in vcpu.leave

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Perfetto trace, decoded with Perfetto's own classes: tracks, slices, flows, sums."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpf_mig.analysis.lanes import view
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Thread
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.report import perfetto
+from tests.conftest import requires
+from tests.unit.report.test_replay import COMPLETED, RECORDINGS
+
+pb: Any = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2", reason="missing: perfetto (PyPI)")
+
+
+class Decoded:
+    """A trace by tracks."""
+
+    def __init__(self, data: bytes) -> None:
+        trace = pb.Trace()
+        trace.ParseFromString(data)
+        self.tracks = {
+            p.track_descriptor.uuid: p.track_descriptor for p in trace.packet if p.HasField("track_descriptor")
+        }
+        self.events: dict[int, list[Any]] = defaultdict(list)
+        self.clocks = [p.clock_snapshot for p in trace.packet if p.HasField("clock_snapshot")]
+        self.slices: dict[int, list[tuple[str, int, int, dict[str, Any]]]] = defaultdict(list)
+        self.starts: list[tuple[int, int, int]] = []
+        self.ends: list[tuple[int, int, int]] = []
+        self.counters: dict[int, list[int]] = defaultdict(list)
+        for packet in trace.packet:
+            if packet.HasField("track_event"):
+                assert packet.trusted_packet_sequence_id == 1
+                self.take(packet)
+
+    def take(self, packet: Any) -> None:
+        event, at = packet.track_event, packet.timestamp
+        assert event.track_uuid in self.tracks, "a track is described before it is used"
+        open_ = self.events[event.track_uuid]
+        if event.type == pb.TrackEvent.TYPE_SLICE_BEGIN:
+            args = {
+                a.name: a.string_value if a.HasField("string_value") else a.int_value for a in event.debug_annotations
+            }
+            open_.append((event.name, at, args))
+            self.starts += [(flow, event.track_uuid, at) for flow in event.flow_ids]
+            self.ends += [(flow, event.track_uuid, at) for flow in event.terminating_flow_ids]
+        elif event.type == pb.TrackEvent.TYPE_SLICE_END:
+            name, begin, args = open_.pop()
+            assert not open_ and at >= begin, "slices of one track do not overlap"
+            done = self.slices[event.track_uuid]
+            assert not done or done[-1][2] <= begin
+            done.append((name, begin, at, args))
+        elif event.type == pb.TrackEvent.TYPE_COUNTER:
+            self.counters[event.track_uuid].append(event.counter_value)
+
+    def named(self, name: str) -> list[tuple[str, int, int, dict[str, Any]]]:
+        return [s for uuid, track in self.tracks.items() if track.name == name for s in self.slices[uuid]]
+
+
+def decode(path: Path) -> tuple[Decoded, Any, Any]:
+    recording = read_recording(path)
+    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
+    seen = view(recording.header, recording.events)
+    data = perfetto.render(breakdown, recording.header, seen)
+    assert data == perfetto.render(breakdown, recording.header, view(recording.header, recording.events[::-1]))
+    return Decoded(data), breakdown, recording
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_every_track_is_described_and_every_slice_closed(path: Path) -> None:
+    trace, _, recording = decode(path)
+    assert not any(trace.events.values()), "every slice that begins ends"
+    assert all(not t.parent_uuid or t.parent_uuid in trace.tracks for t in trace.tracks.values())
+    pids = {t.process.pid for t in trace.tracks.values() if t.HasField("process")}
+    assert pids == {target.pid for target in recording.header.targets}
+    ioctls = [e for e in recording.events if isinstance(e, Ioctl)]
+    by_thread = defaultdict(int)
+    for call in ioctls:
+        by_thread[call.pid, call.tid] += 1
+    threads = {u: t.thread for u, t in trace.tracks.items() if t.HasField("thread")}
+    assert {(t.pid, t.tid): len(trace.slices[u]) for u, t in threads.items()} == by_thread
+    assert len({(t.pid, t.tid) for t in threads.values()}) == len(threads), "one track a thread"
+    assert trace.clocks[0].primary_trace_clock == 3
+
+
+@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+def test_totals_are_those_of_the_breakdown(path: Path) -> None:
+    trace, b, _ = decode(path)
+    ((_, begin, end, about),) = trace.named("window")
+    assert end - begin == b.window_ns and about["completeness"] == "complete"
+    ((_, begin, end, _),) = trace.named("blackout")
+    assert end - begin == b.blackout_ns
+    sums: dict[str, int] = defaultdict(int)
+    for name, begin, end, _ in trace.named("phases"):
+        sums[name] += end - begin
+    assert sums == {p.phase: p.duration_ns for p in b.phases if p.spans}
+    slots = [s for u, t in trace.tracks.items() if t.name.startswith("memslot ") for s in trace.slices[u]]
+    final = [i for fetch in b.dirty_log.fetches for i in fetch.ioctls]
+    assert {i.duration_ns for i in final} <= {end - begin for _, begin, end, _ in slots}
+    assert all("slot" in args and "return" in args for *_, args in slots)
+
+
+@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+def test_flows_pair_and_counters_grow(path: Path) -> None:
+    trace, b, _ = decode(path)
+    assert sorted(f for f, *_ in trace.starts) == sorted(f for f, *_ in trace.ends)
+    crossed = len(b.vcpus) + 1 if b.migration.result == "completed" else 0
+    assert len(trace.starts) == crossed, "stop to start of each vCPU, last send to first receive"
+    where = {flow: trace.tracks[uuid].name for flow, uuid, _ in trace.starts}
+    for flow, uuid, at in trace.ends:
+        if where[flow].startswith("vCPU"):
+            assert trace.tracks[uuid].name == where[flow]
+            vcpu = next(v for v in b.vcpus if f"vCPU {v.vcpu}" == where[flow])
+            left = next(e for f, u, t in trace.starts if f == flow for _, s, e, _ in trace.slices[u] if s == t)
+            assert at - left == vcpu.blackout_ns
+    counted = {trace.tracks[u].name: values for u, values in trace.counters.items()}
+    pages = counted.pop("dirty pages", [])
+    assert pages == [p.pages for p in b.dirty_log.passes if p.pages is not None]
+    assert set(counted) == {"migration bytes sent", "migration bytes received"}
+    assert all(values == sorted(values) and values[0] >= 0 for values in counted.values())
+
+
+def test_hostile_names_and_overlapping_calls() -> None:
+    header = Header(begin_ns=1)
+    calls: list[AnyEvent] = [Ioctl(10, 50, 7, 8, 3, 0x4010AE42, 0), Ioctl(20, 90, 7, 8, 3, 0x4010AE42, -1)]
+    events = [*calls, Thread(7, 8, "\x1b[31m" + "x" * 999)]
+    trace = Decoded(perfetto.render(analyse(header, events), header, view(header, events)))
+    (thread,) = [u for u, t in trace.tracks.items() if t.HasField("thread")]
+    assert [(b, e) for _, b, e, _ in trace.slices[thread]] == [(10, 50), (50, 90)]
+    assert trace.slices[thread][1][3]["return"] == -1
+    assert trace.tracks[thread].thread.thread_name.startswith("\\x1b[31mxxx")
+
+
+def test_varints() -> None:
+    assert perfetto.varint(300) == b"\xac\x02" and perfetto.varint(0) == b"\0"
+    assert perfetto.varint(-1) == b"\xff" * 9 + b"\x01"
+
+
+def test_ioctls_have_their_arguments() -> None:
+    trace, b, recording = decode(next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
+    told = {(e.begin_ns, e.tid): e for e in recording.events if isinstance(e, Ioctl)}
+    seen = [(t.thread.tid, s) for u, t in trace.tracks.items() if t.HasField("thread") for s in trace.slices[u]]
+    clears = [(told[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "CLEAR_DIRTY_LOG"]
+    assert clears and all(a["pages"] == e.size and a["first_page"] == e.addr and a["slot"] == e.slot for e, a in clears)
+    regions = [(told[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "SET_USER_MEMORY_REGION"]
+    assert regions and all(a["bytes"] == e.size and a["guest_address"] == e.addr for e, a in regions)
+    window = next(args for _, _, _, args in trace.named("window"))
+    assert (window["clock_offset_ns"], window["clock_bound_ns"]) == (b.clock.offset_ns, b.clock.bound_ns)
+
+
+@requires("trace_processor_shell")
+def test_trace_processor_answers_in_sql(tmp_path: Path) -> None:
+    """The program that the `perfetto` package would download, where the machine has it."""
+    recording = read_recording(path := next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
+    b = analyse(recording.header, recording.events)
+    trace, query = tmp_path / "t.pftrace", tmp_path / "q.sql"
+    trace.write_bytes(perfetto.render(b, recording.header, view(recording.header, recording.events)))
+    from_phases = "FROM slice s JOIN track t ON s.track_id = t.id WHERE t.name = 'phases'"
+    query.write_text(f"SELECT s.name, SUM(s.dur) {from_phases} GROUP BY 1")
+    done = subprocess.run(["trace_processor_shell", "-q", query, trace], capture_output=True, text=True, check=True)
+    rows = dict(line.replace('"', "").rsplit(",", 1) for line in done.stdout.splitlines()[1:] if "," in line)
+    assert {k: int(v) for k, v in rows.items()} == {p.phase: p.duration_ns for p in b.phases if p.spans}, path

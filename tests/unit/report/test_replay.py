@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings of real migrations, replayed: the same bytes in, the same report out.
+
+Beside each recording stands its report as text. `UPDATE_REPORTS=1 ./check tests/unit/report/test_replay.py` writes them
+anew; the difference then belongs into the review.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ebpf_mig.breakdown import PHASES, Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.report import json as json_report
+from ebpf_mig.report import text as text_report
+
+DATA = Path(__file__).parents[2] / "data"
+RECORDINGS = sorted(DATA.glob("*.rec"))
+QEMU = [
+    path
+    for path in RECORDINGS
+    if path.stem.startswith("qemu") and not path.stem.endswith(("cancelled", "died", "failed"))
+]
+UNSTOPPED = [path for path in RECORDINGS if path.stem.startswith("qemu") and path not in QEMU]
+CLOUD_HYPERVISOR = [
+    path for path in RECORDINGS if path.stem.startswith("cloud") and not path.stem.endswith(("died", "failed"))
+]
+COMPLETED = [path for path in RECORDINGS if not path.stem.endswith(("cancelled", "died", "failed"))]
+
+
+def load(path: Path) -> tuple[Recording, Breakdown]:
+    recording = read_recording(path)
+    return recording, analyse(recording.header, recording.events, truncated=recording.truncated)
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_report_is_the_same_as_ever(path: Path) -> None:
+    _, breakdown = load(path)
+    text = text_report.render(breakdown)
+    golden = path.with_suffix(".txt")
+    if os.environ.get("UPDATE_REPORTS"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_order_of_events_does_not_matter(path: Path) -> None:
+    recording, breakdown = load(path)
+    shuffled = list(recording.events)
+    random.Random(1).shuffle(shuffled)
+    assert json_report.render(analyse(recording.header, shuffled)) == json_report.render(breakdown)
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_json_reads_back_as_the_breakdown(path: Path) -> None:
+    _, breakdown = load(path)
+    assert msgspec.json.decode(json_report.render(breakdown), type=Breakdown) == breakdown
+
+
+@pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
+def test_partition_is_exact(path: Path) -> None:
+    _, breakdown = load(path)
+    assert [(p.phase, p.side) for p in breakdown.phases] == list(PHASES)
+    spans = sorted(span for phase in breakdown.phases for span in phase.spans)
+    assert spans[0][0] == 0 and spans[-1][1] == breakdown.window_ns
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
+    assert all(p.duration_ns == sum(end - begin for begin, end in p.spans) >= 0 for p in breakdown.phases)
+
+
+@pytest.mark.parametrize("path", QEMU, ids=lambda path: path.stem)
+def test_what_every_version_has_in_common(path: Path) -> None:
+    """Both sides found, the guest's own order, the migration's sockets and not QMP's."""
+    recording, b = load(path)
+    assert b.migration.result == "completed" and b.completeness.verdict == "complete"
+    assert b.migration.source is not None and b.migration.destination is not None
+    pids = {target.role: target.pid for target in recording.header.targets}
+    assert (b.migration.source.pid, b.migration.destination.pid) == (pids["source"], pids["destination"])
+    assert b.migration.mode == ("postcopy" if "postcopy" in path.stem else "precopy")
+    assert b.migration.transport == ("unix" if "unix" in path.stem else "tcp")
+    assert b.migration.connections == (3 if "multifd" in path.stem else 1)
+    assert b.dirty_log.mode == ("ring" if "ring" in path.stem else "manual")
+    assert len(b.vcpus) == (3 if "3vcpus" in path.stem else 1)
+    assert b.phase_ns("state.load") > 0 and b.phase_ns("state.save") > 0
+    assert all(socket.bytes < 1 << 26 for socket in b.sockets)
+
+
+@pytest.mark.parametrize("path", CLOUD_HYPERVISOR, ids=lambda path: path.stem)
+def test_cloud_hypervisor_beside_its_own_log(path: Path) -> None:
+    """Its downtime is cut to whole ms, begins before the pause and ends when Complete is answered."""
+    _, b = load(path)
+    assert b.migration.result == "completed" and b.completeness.verdict == "complete"
+    assert b.migration.mode == next((mode for mode in ("postcopy", "local") if mode in path.stem), "precopy")
+    assert b.dirty_log.mode == ("legacy" if b.migration.mode == "precopy" else "none")
+    late = b.pausing.kicked_late_ns if b.pausing else 0
+    for witness in (w for w in b.witnesses if w.span is not None):
+        ours = witness.span[1] - witness.span[0] if witness.span else 0
+        off = max(witness.value_ns - ours, ours - witness.value_ns - 1_000_000) - witness.doubt_ns
+        assert off <= 1_500_000 + late * (witness.name == "ch.downtime_ms"), witness
+    if b.migration.mode == "precopy":
+        fetches = [fetch for fetch in b.dirty_log.fetches if fetch.ioctls]
+        assert len(fetches) == (2 if "-54-" in path.stem else 1), "v53 and later fetch once more after the snapshot"
+
+
+@pytest.mark.parametrize("path", [p for p in CLOUD_HYPERVISOR if "tcp" in p.stem], ids=lambda path: path.stem)
+def test_the_wire_stall_of_cloud_hypervisor_has_a_name(path: Path) -> None:
+    _, b = load(path)
+    assert b.wire and b.wire[0].reason == "Nagle, delayed ACK"
+    assert b.wire[0].in_flight_ns > 0.6 * (b.blackout_ns or 0)
+    assert "B behind 16 B not acknowledged" in b.wire[0].evidence
+
+
+def test_a_source_that_died_after_the_stop() -> None:
+    """A real one: its system call filter killed it while it saved the state."""
+    _, b = load(DATA / "cloud-hypervisor-54-local-source-died.rec")
+    assert b.migration.result == "failed" and b.blackout_ns is None
+    assert b.window_ns is not None and b.phase_ns("pause") > 0 and b.phase_ns("resume") == 0
+
+
+@pytest.mark.parametrize("version", ["52", "54"])
+@pytest.mark.parametrize("transport", ["tcp", "unix", "local", "4connections-2vcpus"])
+def test_each_part_of_cloud_hypervisors_downtime_is_placed(version: str, transport: str) -> None:
+    _, b = load(DATA / f"cloud-hypervisor-{version}-{transport}.rec")
+    rows = {w.name.removeprefix("ch.").removesuffix("_ms"): w for w in b.witnesses}
+    parts = {"state", "send_state", "complete", "recv_snapshot", "restore", "resume", "state_to_resume", "downtime"}
+    assert parts <= rows.keys() and all(rows[name].span is not None for name in parts)
+    assert ("final_iter" in rows and rows["final_iter"].span is not None) is (transport != "local")
+    assert ("second dirty-log fetch" in rows["state"].explanation) is (version == "54" and transport != "local")
+    assert ("sent but not received (Nagle, delayed ACK)" in rows["send_state"].explanation) is (
+        transport not in {"unix", "local"}
+    )
+    assert b.pausing is not None and b.pausing.noticed_ns > 0 and "paused..resumed" in rows
+
+
+def test_a_receiver_that_keeps_asking_after_its_sender_died() -> None:
+    _, b = load(DATA / "cloud-hypervisor-54-source-died.rec")
+    assert b.migration.result == "failed" and b.blackout_ns is None
+    assert any("keeps asking" in note for note in b.notes)
+
+
+def test_a_failure_after_the_stop_is_an_aborted_blackout() -> None:
+    _, b = load(DATA / "cloud-hypervisor-54-failed.rec")
+    assert b.migration.result == "failed" and b.blackout_ns
+    assert b.vcpus[0].start is not None and b.phase_ns("state.save") > 0 and b.phase_ns("state.send") == 0
+
+
+@pytest.mark.parametrize("path", UNSTOPPED, ids=lambda path: path.stem)
+def test_migrations_that_ended_before_the_stop(path: Path) -> None:
+    _, b = load(path)
+    assert b.migration.result in {"cancelled", "failed"}
+    assert b.blackout_ns is None and b.window_ns is None
+    assert all(phase.duration_ns == 0 for phase in b.phases)
+    assert b.dirty_log.passes

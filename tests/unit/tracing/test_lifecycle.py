@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When passive tracing decides that a migration is over."""
+
+from __future__ import annotations
+
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.tracing.lifecycle import QUIET_NS, STOPPED_NS, MigrationWatch
+
+SRC, DST = 10, 20
+SET_REGS = 0x4090AE82
+MS = 1_000_000
+
+
+def logging(at: int, on: bool, size: int = 256 << 20) -> Ioctl:
+    return Ioctl(at, at + 1, SRC, SRC, 5, kvm.SET_USER_MEMORY_REGION, 0, slot=1, flags=int(on), size=size)
+
+
+def fetch(at: int) -> Ioctl:
+    return Ioctl(at, at + 1, SRC, SRC, 5, kvm.GET_DIRTY_LOG, 0, slot=1)
+
+
+def stop(at: int) -> VcpuExit:
+    return VcpuExit(at, SRC, 11, 7, at - MS, -4)
+
+
+def start(at: int, pid: int = DST) -> list[AnyEvent]:
+    return [Ioctl(at - 2, at - 1, pid, pid, 7, SET_REGS, 0), VcpuEnter(at, pid, pid + 1, 7, 0, 0, 1)]
+
+
+def verdict(events: list[AnyEvent], now: int, pids: tuple[int, ...] = (SRC, DST)) -> str | None:
+    watch = MigrationWatch(pids)
+    watch.saw(events)
+    return watch.verdict(now, pids)
+
+
+def test_a_started_destination_ends_it_after_a_quiet_while() -> None:
+    events = [logging(1, True), fetch(2 * MS), stop(3 * MS), fetch(4 * MS), *start(9 * MS)]
+    assert verdict(events, 9 * MS + QUIET_NS - 1) is None
+    assert verdict(events, 9 * MS + QUIET_NS) == "migrated"
+
+
+def test_a_running_guest_is_not_a_started_destination() -> None:
+    events: list[AnyEvent] = [VcpuEnter(MS, SRC, 11, 7, 0, 0, 1), VcpuEnter(5 * MS, SRC, 11, 7, 2 * MS, 0, 9)]
+    assert verdict(events, 10_000 * MS, (SRC,)) is None
+
+
+def test_logging_switched_off_again_is_an_ending() -> None:
+    events = [logging(1, True), fetch(MS), logging(2 * MS, False)]
+    assert verdict(events, 2 * MS + QUIET_NS + 1) == "logging-ended"
+
+
+def test_the_vga_slot_is_no_migration() -> None:
+    small = [logging(1, True, size=65536), logging(2, False, size=65536)]
+    assert verdict(list(small), 10_000 * MS) is None
+
+
+def test_a_source_alone_ends_when_it_stays_stopped() -> None:
+    sent = Transfer(4 * MS, 6 * MS, SRC, SRC, 9, 0, 77, 3, 4096, MS, MS, 0, 0)
+    events = [logging(1, True), fetch(2 * MS), stop(3 * MS), sent]
+    assert verdict(events, 5 * MS + STOPPED_NS, (SRC,)) is None
+    assert verdict(events, 6 * MS + STOPPED_NS, (SRC,)) == "migrated"
+
+
+def test_a_destination_alone_ends_when_it_started() -> None:
+    assert verdict(start(MS), MS + QUIET_NS, (DST,)) == "migrated"
+
+
+def test_nobody_left_is_an_ending() -> None:
+    watch = MigrationWatch([SRC])
+    assert watch.verdict(1, []) == "target-died"
+
+
+def test_a_busy_guest_does_not_hide_that_the_migration_is_over() -> None:
+    watch = MigrationWatch([1, 2])
+    watch.saw([Ioctl(0, 1, 2, 2, 5, SET_REGS, 0), VcpuEnter(10, 2, 3, 6, 0, 0, 1)])
+    for at in range(20, 2 * QUIET_NS, QUIET_NS // 4):
+        watch.saw([VcpuExit(at, 2, 3, 6, at - 1, -4), VcpuEnter(at + 5, 2, 3, 6, at, -4, 2)])
+        verdict = watch.verdict(at + 10, [1, 2])
+        assert verdict == ("migrated" if at + 10 - 10 >= QUIET_NS else None)
