@@ -2,7 +2,7 @@
 """Keeps recordings and has breakdowns made of them, beside the loop, which must not wait while others migrate.
 
 In: ended migrations. Out: their recordings in the store, and an `Answer` for each, made by a process without privilege
-(`analyst.py`).
+(`analysis_worker.py`).
 """
 
 from __future__ import annotations

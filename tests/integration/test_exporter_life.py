@@ -91,7 +91,7 @@ def lift_limit(monitor: Path) -> None:
 def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (process, port):
         others = children(process.pid)
-        assert set(others) == {"serve", "analyst"}, "the loader has ended"
+        assert set(others) == {"serve", "analysis_worker"}, "the loader has ended"
         for pid in others.values():
             assert not any(capabilities(pid).values())
             status = Path(f"/proc/{pid}/status").read_text()

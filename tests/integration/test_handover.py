@@ -16,7 +16,7 @@ from tests.conftest import FEATURES, requires
 
 SCRIPT = """
 import collections, json, os, socket, time
-from ebpf_mig.exporter import privileges
+from ebpf_mig.linux import privileges
 from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.probes import provoke
 
