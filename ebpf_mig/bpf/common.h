@@ -70,7 +70,7 @@ struct thread_state {
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
 	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since it was last told of */
 	u64 samples;				/* taken in the ioctl in flight */
-	u64 part, part_since, part_idle, flushing;	/* the part of it that is going on (SPLIT_* + 1): see split.h */
+	u64 part, part_since, part_idle, flushing;	/* the part of it that is going on (SPLIT_* + 1): see fetch_split.h */
 	struct transfer_run run[3];		/* SEND, RECEIVE, HIDDEN */
 };
 _Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");

@@ -21,7 +21,7 @@
 #define KVM_SET_USER_MEMORY_REGION 0x4020ae46
 #define KVM_SET_USER_MEMORY_REGION2 0x40a0ae49
 
-#include "split.h"
+#include "fetch_split.h"
 
 struct ioctl_record {
 	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;

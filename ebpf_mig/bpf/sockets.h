@@ -11,7 +11,7 @@
 
 #define SEND 0
 #define RECEIVE 1
-#define HIDDEN 2			/* sent, but by no system call that we follow: see hidden.h */
+#define HIDDEN 2			/* sent, but by no system call that we follow: see untracked_sends.bpf.c */
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define AF_UNIX 1

@@ -25,7 +25,7 @@ from ebpf_mig.probes.tiers import AUTO, NAMES, Choice, Chooser
 FAMILY = "trace.bpf.c"
 KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
 SAMPLER = "on_sample"
-"""The perf event program of sampling.h."""
+"""The perf event program of bpf/stack_sampler.bpf.c."""
 
 
 @dataclass(frozen=True)

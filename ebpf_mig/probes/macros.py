@@ -19,7 +19,7 @@ from ebpf_mig.probes.tiers import Choice
 
 RING_BYTES = 8 << 20
 _PROGRAMS_FOR = {FENTRY: 1, FEXIT: 1, KPROBE: 2, KRETPROBE: 2}
-"""FENTRY and KPROBE of bpf/functions.h: programs that nothing would attach cost time to compile."""
+"""FENTRY and KPROBE of bpf/from_functions.bpf.c: programs that nothing would attach cost time to compile."""
 _KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
 """OFF_NONE of bpf/common.h."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python half of the record layouts in `bpf/*.h`: bytes from the ring buffer in, events out.
+"""The Python half of the record layouts in `bpf/`: bytes from the ring buffer in, events out.
 
 Every record is an array of native u64, its kind first. The numbers of words are handed to the C compiler, where
 a static assertion compares them with the C structs: a layout that drifted apart does not load.

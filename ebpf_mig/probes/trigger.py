@@ -110,7 +110,7 @@ def _loaded() -> tuple[Program, Sequence[Hook]]:
     offset = btf.offsets(btf.VMLINUX, [member])[member]
     if offset is None:
         raise PreflightError("the kernel's BTF has no sock_common.skc_num", "ebpf-mig doctor")
-    program = Program("node.bpf.c", {"OFF_skc_num": offset})
+    program = Program("trigger.bpf.c", {"OFF_skc_num": offset})
     for hook in _HOOKS:
         program.load_hook(hook)
     return program, [*_HOOKS, *_memslot_hooks(program)]

@@ -167,7 +167,7 @@ def test_programs_are_built_for_arm64() -> None:
         "    code = program._bpf.dump_func(name.encode())\n"
         "    adds = {i for op, _, _, i in struct.iter_unpack('<BBhi', code) if op == 0x07}\n"
         "    print(name, len(code), 280 in adds, 80 in adds or 112 in adds)\n"
-        "print('node', loader.Program('node.bpf.c', {'OFF_skc_num': 14}) is not None)\n"
+        "print('node', loader.Program('trigger.bpf.c', {'OFF_skc_num': 14}) is not None)\n"
     )
     lines = dict(line.split(" ", 1) for line in said.splitlines())
     assert lines["node"] == "True"

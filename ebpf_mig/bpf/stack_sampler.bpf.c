@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+// SPDX-License-Identifier: GPL-2.0
 /*
  * Kernel stacks of a thread inside a dirty-log ioctl, on a timer: what the call spends its CPU time on, where no
  * function probe can tell.

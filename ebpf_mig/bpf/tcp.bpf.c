@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+// SPDX-License-Identifier: GPL-2.0
 /*
  * TCP segments of the traced sockets as they arrive, while no vCPU of their process runs.
  *

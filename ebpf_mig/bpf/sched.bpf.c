@@ -1,11 +1,11 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+// SPDX-License-Identifier: GPL-2.0
 /*
- * Where a traced thread waits: off the CPU (sched_switch), and for which lock inside a KVM ioctl (lock contention).
+ * Where a traced thread is off the CPU.
  *
- * In: the scheduler's and the lock slow paths' raw tracepoints; both fire for the whole host, so the test for our
- * threads comes first. Out: sums in the thread's state, which the call's record carries, and OFF_CPU records of long
- * waits while no vCPU runs, with the kernel stack of the sleep, and of the one before a kick. Whoever kicks sleeps
- * until the vCPUs have stopped, and begins to while they still run: that sleep has its stack too.
+ * In: the raw tracepoint sched_switch, which fires for the whole host, so the test for our threads comes first. Out:
+ * sums in the thread's state, which the call's record carries, and OFF_CPU records of long waits while no vCPU runs,
+ * with the kernel stack of the sleep, and of the wait before a kick. A thread that kicks vCPUs begins to sleep while
+ * they still run, until they have stopped: that sleep has its stack, too.
  */
 #pragma once
 
@@ -118,55 +118,5 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
 	switched_in(tid, tgid);
-	return 0;
-}
-
-/*
- * contention_begin: lock, flags. Only the outermost wait counts (a rwlock's slow path waits for a spinlock of its
- * own), and a mutex may tell its wait twice, once spinning and once asleep.
- */
-int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
-{
-	u64 pid_tgid = bpf_get_current_pid_tgid();
-	struct thread_state *s;
-
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
-	s = known_thread(pid_tgid);
-	if (!s || s->nr != NR_ioctl + 1 || s->lock)
-		return 0;
-	s->lock = ctx->args[0];
-	s->lock_since = bpf_ktime_get_ns();
-	s->lock_off = s->off_call;
-	return 0;
-}
-
-/* contention_end: lock, ret. The lock's distance from struct kvm, private data of the VM's file, gives its name. */
-int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
-{
-	u64 pid_tgid = bpf_get_current_pid_tgid(), kvm, waited, slept;
-	struct thread_state *s;
-
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
-	s = known_thread(pid_tgid);
-	if (!s || !s->lock || s->lock != ctx->args[0])
-		return 0;
-	waited = bpf_ktime_get_ns() - s->lock_since;
-	slept = s->off_call - s->lock_off;
-	s->spin_ns += waited > slept ? waited - slept : 0;
-	if ((u32)s->a1 == KVM_RUN) {
-		s->span_lock += waited;
-		s->lock = 0;
-		return 0;
-	}
-	kvm = word_at(file_of(s->a0), OFF_file_private);
-	if (s->lock == kvm + OFF_kvm_mmu_lock)
-		s->lock_ns[LOCK_MMU] += waited;
-	else if (s->lock == kvm + OFF_kvm_slots_lock)
-		s->lock_ns[LOCK_SLOTS] += waited;
-	else
-		s->lock_ns[LOCK_OTHER] += waited;
-	s->lock = 0;
 	return 0;
 }

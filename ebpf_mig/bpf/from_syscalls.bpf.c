@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+// SPDX-License-Identifier: GPL-2.0
 /*
  * The tracepoint tier: raw_syscalls sys_enter and sys_exit carry every signal, on every kernel since 4.17.
  *
@@ -10,7 +10,7 @@
 
 #include "kvm.h"
 #include "sockets.h"
-#include "waits.h"
+#include "sched.bpf.c"
 
 static __always_inline int direction_of(u64 nr)
 {

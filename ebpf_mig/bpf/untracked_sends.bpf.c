@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+// SPDX-License-Identifier: GPL-2.0
 /*
  * Sends that no system call of ours shows: io_uring, sendmmsg, splice and whatever comes next.
  *

@@ -1,18 +1,18 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+// SPDX-License-Identifier: GPL-2.0
 /*
  * The function tiers: the same signals from the kernel functions that only a VM or a socket comes through, so that
  * the calls of others cost nothing.
  *
  * In: entries and returns of the functions named in probes/functions.py, by fentry and fexit or by kprobe and
  * kretprobe, whichever was seen to fire; the return of KVM_RUN by kvm:kvm_userspace_exit, which also shows the vCPU
- * that sat in KVM_RUN before tracing began, and holds no return probe while a vCPU sleeps. Out: as calls.h.
+ * that sat in KVM_RUN before tracing began, and holds no return probe while a vCPU sleeps. Out: as from_syscalls.bpf.c.
  * What the caller asked for is read from the registers it entered the kernel with: functions' own arguments differ.
  */
 #pragma once
 
 #include "kvm.h"
 #include "sockets.h"
-#include "waits.h"
+#include "sched.bpf.c"
 
 #define FENTRY 1	/* bits of SOCKET_FUNCTIONS */
 #define KPROBE 2
