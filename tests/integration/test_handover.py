@@ -18,7 +18,7 @@ SCRIPT = """
 import collections, json, os, socket, time
 from ebpf_mig.linux import privileges
 from ebpf_mig.exporter.loader_process import load_apart
-from ebpf_mig.probes import provoke
+from ebpf_mig.probes import selftest
 
 node, tracer = load_apart()
 privileges.keep_only(privileges.ENGINE)
@@ -27,7 +27,7 @@ rounds = []
 for _ in range(3):
     tracer.arm()
     tracer.add(ours)
-    provoke.everything()
+    selftest.everything()
     tracer.remove(ours)
     seen = collections.Counter()
     for event in tracer.poll(0):
@@ -35,7 +35,7 @@ for _ in range(3):
         if type(event).__name__ == "Transfer":
             seen[f"bytes {event.direction}"] += event.bytes
     tracer.disarm()
-    provoke.everything()
+    selftest.everything()
     rounds.append(seen)
 signs = [sign.kind for sign in node.poll(200) if sign.pid == ours]
 said = {"signs": signs, "trigger": node.trigger, "attached": tracer.attached}
