@@ -46,9 +46,9 @@ with IPRoute() as ip:
 
 _FIRES = """
 import sys
-from ebpf_mig.probes import functions, loader
+from ebpf_mig.probes import loader, tiers
 counting = loader.BpfStatistics()
-sys.exit(not {"kvm", "socket", "split"} <= functions.Chooser(sys.argv[1]).choose().groups)
+sys.exit(not {"kvm", "socket", "split"} <= tiers.Chooser(sys.argv[1]).choose().groups)
 """
 
 
