@@ -186,7 +186,7 @@ def _notes(row: Row) -> list[str]:
                 found.append(f"{where}, {name}: {test}: {why}")
             elif ending == SKIPPED:
                 skipped.setdefault(why.removeprefix(_MISSING), []).append(test)
-    found += [f"{where}: skipped for want of {why}: {', '.join(tests)}" for why, tests in skipped.items()]
+    found += [f"{where}: skipped, missing feature: {why}: {', '.join(tests)}" for why, tests in skipped.items()]
     if row.again:
         found.append(f"{where}: run again by themselves, later: {', '.join(row.again)}")
     return found
