@@ -7,7 +7,6 @@ every run's breakdown, and a table of them on stdout.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -34,8 +33,8 @@ from ebpf_mig.lab.scenarios import CATALOGUE, named
 from ebpf_mig.linux.process import private_directory
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.report.compare import bench_table
-from ebpf_mig.vmm.qemu.lab import QemuPair
-from ebpf_mig.vmm.qemu.migration import QemuMigration
+from ebpf_mig.vmm import adapter, with_lab
+from ebpf_mig.vmm.adapter import Adapter
 
 PLACEHOLDER = "{recording}"
 _WARM_UP_S = 0.3
@@ -53,7 +52,8 @@ _EXAMPLES = examples(
 @click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Runs before, thrown away.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="The result file.  [default: a new name]")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
-@click.option("--vmm-binary", metavar="PATH", help="The VMM.  [default: qemu-system-x86_64 from PATH]")
+@click.option("--vmm", type=click.Choice(with_lab()), default=with_lab()[0], show_default=True)
+@click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Give a migration up after this.")
 def command(
     words: Sequence[str],
@@ -61,6 +61,7 @@ def command(
     warm_up: int,
     output: str | None,
     force: bool,
+    vmm: str,
     vmm_binary: str | None,
     timeout: int,
 ) -> None:
@@ -69,7 +70,7 @@ def command(
     SCENARIO is one of those below. COMMAND performs one migration and leaves a recording of it, made with
     `ebpf-mig migrate` or `record`, in the file that it is given in place of {recording}.
     """
-    about, once = _subject(words, vmm_binary, timeout)
+    about, once = _subject(words, adapter(vmm), vmm_binary, timeout)
     name = output or f"ebpf-mig-bench-{about.scenario}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     if name == "-":
         raise UsageError("the table goes to stdout, so the result cannot", "give it a file name with --output")
@@ -93,7 +94,7 @@ Once = Callable[[Path], None]
 """Performs one migration and leaves its recording at the path."""
 
 
-def _subject(words: Sequence[str], vmm_binary: str | None, timeout_ns: int) -> tuple[Benchmark, Once]:
+def _subject(words: Sequence[str], vmm: Adapter, vmm_binary: str | None, timeout_ns: int) -> tuple[Benchmark, Once]:
     """What is to be repeated: a result without runs that describes it, and a function that does it once."""
     if not words:
         raise UsageError("nothing to repeat", f"name a scenario: {', '.join(CATALOGUE)}; or -- COMMAND {PLACEHOLDER}")
@@ -106,7 +107,7 @@ def _subject(words: Sequence[str], vmm_binary: str | None, timeout_ns: int) -> t
         )
     scenario = named(words[0])
     about = _about(words[0], settings=dataclasses.asdict(scenario))
-    return about, functools.partial(_run_scenario, scenario, vmm_binary, timeout_ns / 10**9)
+    return about, functools.partial(_run_scenario, scenario, vmm, vmm_binary, timeout_ns / 10**9)
 
 
 def _about(scenario: str, command: Sequence[str] = (), settings: Settings | None = None) -> Benchmark:
@@ -151,13 +152,11 @@ def _one(once: Once, path: Path) -> Run:
     )
 
 
-def _run_scenario(scenario: Scenario, binary: str | None, timeout_s: float, path: Path) -> None:
-    with QemuPair(scenario, binary) as pair:
+def _run_scenario(scenario: Scenario, vmm: Adapter, binary: str | None, timeout_s: float, path: Path) -> None:
+    with vmm.lab(scenario, binary) as (migration, notes):
         time.sleep(_WARM_UP_S)
-        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
-        with contextlib.closing(migration):
-            writer = functools.partial(tracing.open_recording, str(path), "bench", force=False)
-            outcome, _ = tracing.trace_migration(migration, timeout_s, writer)
+        writer = functools.partial(tracing.open_recording, str(path), "bench", force=False)
+        outcome, _ = tracing.trace_migration(migration, timeout_s, writer, notes)
     if outcome.result != "completed":
         raise VmmError(f"the migration {outcome.result}: {outcome.error}")
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import click
 
@@ -20,11 +20,8 @@ from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import Scenario
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.tracing.recorder import Recorder
+from ebpf_mig.vmm import adapter, adapters, with_lab
 from ebpf_mig.vmm.base import Migration, Outcome
-from ebpf_mig.vmm.cloud_hypervisor.lab import ChPair
-from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
-from ebpf_mig.vmm.qemu.lab import QemuPair
-from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 _WARM_UP_S = 0.3
 
@@ -32,8 +29,9 @@ _EXAMPLES = examples(
     "ebpf-mig demo",
     "ebpf-mig demo --vcpus 4 --memory 1GiB --working-set 64MiB --dirty-rate 20000",
     "ebpf-mig demo --transport unix --format json",
-    "ebpf-mig demo --vmm cloud-hypervisor --vmm-binary ./cloud-hypervisor",
+    *(line for one in adapters() for line in one.examples.get("demo", ())),
 )
+_HANDS_OVER = ", ".join(one.title for one in adapters() if one.hands_over)
 
 
 @click.command("demo", epilog=_EXAMPLES)
@@ -49,8 +47,8 @@ _EXAMPLES = examples(
 @click.option("--bandwidth", type=RATE, default="0", show_default=True, help="E.g. 1Gbit; 0: unlimited.")
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
-@click.option("--vmm", type=click.Choice(["qemu", "cloud-hypervisor"]), default="qemu", show_default=True)
-@click.option("--local", is_flag=True, help="Hand the memory over instead of sending it (Cloud Hypervisor).")
+@click.option("--vmm", type=click.Choice(with_lab()), default=with_lab()[0], show_default=True)
+@click.option("--local", is_flag=True, help=f"Hand the memory over instead of sending it ({_HANDS_OVER}).")
 @click.option(
     "--two-hosts", is_flag=True, help="Each VM in a network of its own, --bandwidth between them; two recorders."
 )
@@ -90,20 +88,17 @@ def command(
         memory, working_set, dirty_rate or None, vcpus, transport, multifd,
         None if downtime_limit is None else downtime_limit // 10**6, bandwidth, postcopy, dirty_ring,
     )  # fmt: skip
-    if vmm == "qemu" and local:
-        raise UsageError("QEMU hands no memory over here", "use --local with --vmm cloud-hypervisor")
     if two_hosts:
         if local or transport != "tcp":
             raise UsageError("two hosts have only a network in common", "leave --local and --transport out")
         names = both.file_names(output, "demo", force)
-        start = _qemu if vmm == "qemu" else functools.partial(_cloud_hypervisor, local=False)
-        outcome, halves = _two_hosts(scenario, functools.partial(start, binary=vmm_binary), timeout, tier)
+        start = functools.partial(adapter(vmm).lab, binary=vmm_binary)
+        outcome, halves = _two_hosts(scenario, start, timeout, tier)
         both.keep(halves, names, force)
         tracing.conclude(outcome, both.show(halves, names, form, color), strict)
         return
     open_writer = functools.partial(tracing.open_recording, output, "demo", force=force)
-    run = _qemu(scenario, vmm_binary) if vmm == "qemu" else _cloud_hypervisor(scenario, vmm_binary, local)
-    with run as (migration, notes):
+    with adapter(vmm).lab(scenario, vmm_binary, local=local) as (migration, notes):
         time.sleep(_WARM_UP_S)
         outcome, name = tracing.trace_migration(migration, timeout / 10**9, open_writer, notes, tier=tier)
     tracing.conclude(outcome, tracing.show(name, form, color), strict)
@@ -138,23 +133,3 @@ def _two_hosts(
     if not halves:
         raise RecordingError("neither recorder left a recording")
     return outcome, halves
-
-
-@contextlib.contextmanager
-def _qemu(scenario: Scenario, binary: str | None, link: Link | None = None) -> Iterator[tuple[Migration, list[str]]]:
-    with QemuPair(scenario, binary, link=link) as pair:
-        migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
-        with contextlib.closing(migration):
-            yield migration, []
-
-
-@contextlib.contextmanager
-def _cloud_hypervisor(
-    scenario: Scenario, binary: str | None, local: bool, link: Link | None = None
-) -> Iterator[tuple[Migration, list[str]]]:
-    if scenario.dirty_ring is not None:
-        raise UsageError("Cloud Hypervisor logs dirty pages in bitmaps", "leave --dirty-ring out")
-    with ChPair(scenario, binary, local=local, link=link) as pair:
-        migration = ChMigration(pair.source.api, pair.destination.api, pair.uri, pair.options())
-        with contextlib.closing(migration):
-            yield migration, pair.notes

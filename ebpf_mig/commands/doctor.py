@@ -8,9 +8,10 @@ from dataclasses import asdict
 
 import click
 
-from ebpf_mig.commands.doctor_checks import MISSING, Check, checks
+from ebpf_mig.commands.doctor_checks import checks
 from ebpf_mig.commands.options import examples, write_result
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux.check import MISSING, Check
 from ebpf_mig.text import printable
 
 _SIGNS = {"ok": "ok     ", "warn": "warning", "missing": "MISSING"}

@@ -11,45 +11,32 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.capabilities import capabilities, require_privilege
+from ebpf_mig.linux.check import MISSING, OK, WARN, Check
 from ebpf_mig.probes.attach import EXTRAS
+from ebpf_mig.vmm import adapters
 
-OK, WARN, MISSING = "ok", "warn", "missing"
 _KVM_GET_API_VERSION = 0xAE00
 _PROBE_BCC = "import bcc; from bcc import libbcc; print(getattr(bcc, '__version__', '?'), bcc.__file__)"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question's answer."""
-
-    name: str
-    state: str
-    """`ok`, `warn` (some figures will be missing) or `missing`."""
-    fact: str
-    remedy: str = ""
-    required: bool = False
-    """Whether tracing is impossible without it."""
 
 
 def checks() -> Iterator[Check]:
     """All answers, the required ones first."""
     questions: list[Callable[[], Check]] = [
-        _privilege, _bcc, _kernel_btf, _kvm, _loads, _extras, _lockdown, _tracefs, _statistics, _clock, _qemu,
-        _cloud_hypervisor, _nested_state,
-        _namespace,
+        _privilege, _bcc, _kernel_btf, _kvm, _loads, _extras, _lockdown, _tracefs, _statistics, _clock,
     ]  # fmt: skip
     for question in questions:
         yield question()
+    for adapter in adapters():
+        yield from adapter.checks()
+    yield _namespace()
 
 
 def _read(path: str) -> str:
@@ -175,42 +162,6 @@ def _clock() -> Check:
     if source in {"tsc", "kvm-clock", "arch_sys_counter"}:
         return Check("clocksource", OK, source)
     return Check("clocksource", WARN, f"{source}: each time stamp is slow", "boot with tsc=reliable if the TSC is")
-
-
-def _qemu() -> Check:
-    path = shutil.which("qemu-system-x86_64")
-    if path is None:
-        return Check("QEMU", WARN, "not found; needed by demo only", "apt-get install qemu-system-x86")
-    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
-    return Check("QEMU", OK, (run.stdout.splitlines() or ["unknown version"])[0].removeprefix("QEMU emulator "))
-
-
-def _cloud_hypervisor() -> Check:
-    from ebpf_mig.vmm.cloud_hypervisor.lab import find_binary
-
-    name = "Cloud Hypervisor"
-    try:
-        path = find_binary(None)
-    except PreflightError as error:
-        return Check(name, WARN, "not found; needed by demo --vmm cloud-hypervisor only", error.remedy or "")
-    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
-    return Check(name, OK, (run.stdout.splitlines() or ["unknown version"])[0].removeprefix("cloud-hypervisor "))
-
-
-def _nested_state() -> Check:
-    """Cloud Hypervisor asks for it whatever the guest does, and a refusal fails its migrations after the stop."""
-    from ebpf_mig.vmm.cloud_hypervisor.lab import lacks_nested_state
-
-    if not Path("/dev/kvm").exists():
-        return Check("nested state", WARN, "not known without /dev/kvm")
-    if not lacks_nested_state():
-        return Check("nested state", OK, "KVM can save it")
-    fact = "KVM cannot save it: Cloud Hypervisor's migrations fail; the demo preloads a library that answers for it"
-    if shutil.which("cc") is None:
-        return Check("nested state", WARN, f"{fact}, and has no C compiler for it", "apt-get install gcc libc6-dev")
-    return Check(
-        "nested state", WARN, fact, "for VMs of your own: a KVM with nested virtualisation (kvm_intel nested=1)"
-    )
 
 
 def _namespace() -> Check:

@@ -25,13 +25,13 @@ _AFTER_COMMAND_NS = 1_000_000_000
 
 _EXAMPLES = examples(
     "ebpf-mig record --pid 4711 --pid 4712",
-    "ebpf-mig record --pid 4711 -- virsh migrate --live vm1 qemu+ssh://b/system",
+    "ebpf-mig record --pid 4711 -- ./migrate-vm1.sh",
 )
 
 
 @click.command("record", epilog=_EXAMPLES)
 @click.option("--pid", "pids", type=int, multiple=True, help="Source VMM; again: the destination's.")
-@click.option("--api-socket", metavar="PATH", help="Instead of --pid: the VMM's QMP or API socket, to find it by.")
+@click.option("--api-socket", metavar="PATH", help="Instead of --pid: the VMM's control socket, to find it by.")
 @click.option("--until-eof", is_flag=True, help="End when standard input does: with the ssh that started us.")
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
 @run.recording_options

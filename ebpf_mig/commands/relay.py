@@ -15,7 +15,7 @@ from ebpf_mig.errors import VmmError
 _CHUNK = 1 << 16
 
 
-@click.command("relay", epilog=examples("ebpf-mig relay /run/vm1.qmp"))
+@click.command("relay", epilog=examples("ebpf-mig relay /run/vm1.sock"))
 @click.argument("path")
 def command(path: str) -> None:
     """Carry bytes between a VMM's socket and standard input and output, until either ends.

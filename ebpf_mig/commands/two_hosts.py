@@ -31,9 +31,8 @@ from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, default_name, read_recording
 from ebpf_mig.tracing.recorder import Recorder
 from ebpf_mig.tracing.ssh import Remote, Way
-from ebpf_mig.vmm.base import Elsewhere, Migration, Outcome
-from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
-from ebpf_mig.vmm.qemu.migration import QemuMigration
+from ebpf_mig.vmm.adapter import Adapter, Values
+from ebpf_mig.vmm.base import Migration, Outcome
 
 ROLES = ("source", "destination")
 
@@ -168,22 +167,25 @@ def way_of(
 
 def across(
     way: tuple[str, Way],
-    sockets: dict[str, str],
-    connect: Callable[[str, str, tuple[str, Elsewhere]], QemuMigration | ChMigration],
+    adapter: Adapter,
+    values: Values,
     timeout_s: float,
     names: dict[str, str],
     *,
     tier: str,
     force: bool,
 ) -> tuple[Outcome, dict[str, Recording], str]:
-    """Migrates with one end elsewhere: the outcome, the halves that there are, and why one is missing."""
+    """Migrates with one end elsewhere: the outcome, the halves that there are, and why one is missing.
+
+    `values`: those of the adapter's options.
+    """
     role, there = way
     here = next(name for name in ROLES if name != role)
-    with Remote(there, role, sockets[role], tier) as remote:
+    with Remote(there, role, adapter.far_end(role, values), tier) as remote:
         if remote.problem:
             say(f"{remote.problem}; only the {here}'s half is traced")
-        ends = sockets | {role: remote.api}
-        with contextlib.closing(connect(ends["source"], ends["destination"], (role, remote.end))) as migration:
+        near = {**values, role: remote.api} if remote.api else values
+        with contextlib.closing(adapter.connect(near, (role, remote.end))) as migration:
             open_writer = functools.partial(tracing.open_recording, names[here], "migrate", force=force)
             outcome, _ = tracing.trace_migration(migration, timeout_s, open_writer, tier=tier)
             vmm = migration.targets()[0].vmm

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_mig.linux.procfs import in_kvm_run, threads_of
-from ebpf_mig.vmm.base import vmm_named
+from ebpf_mig.vmm import vmm_named
 
 _KVM_VM = "anon_inode:kvm-vm"
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")

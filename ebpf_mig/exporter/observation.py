@@ -9,8 +9,9 @@ from __future__ import annotations
 import msgspec
 
 from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.vmm import migrating
 
-VMMS = ("qemu", "cloud-hypervisor", "other")
+VMMS = (*migrating(), "other")
 ROLES = ("source", "destination", "both")
 RESULTS = ("completed", "failed", "cancelled", "unknown")
 DELAYS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)

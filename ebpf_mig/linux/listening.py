@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebpf_mig.vmm.base import Elsewhere
-
 _LISTEN = "0A"
 _ACCEPTS = 0x10000
 """__SO_ACCEPTCON, include/uapi/linux/net.h."""
@@ -26,18 +24,6 @@ def listens(pid: int, url: str) -> bool:
     found = _unix(pid, rest) if kind == "unix" else _tcp(pid, rest.rpartition(":")[2])
     wanted = set(found)
     return bool(wanted) and bool(wanted & set(_sockets(pid)))
-
-
-def listens_there(there: Elsewhere, url: str) -> bool:
-    """The same on another host, by the tables of the process's network namespace; whose socket it is is not known.
-
-    Where the process is not known, either: the network of whoever looks.
-    """
-    port = url.rpartition(":")[2]
-    network = f"/proc/{there.pid}/net" if there.pid else "/proc/net"
-    rows = [line.split() for line in there.said("cat", f"{network}/tcp", f"{network}/tcp6").splitlines()]
-    end = f":{int(port):04X}" if port.isdigit() else ""
-    return any(len(row) > 3 and row[1].endswith(end) and row[3] == _LISTEN for row in rows) if end else False
 
 
 def _rows(pid: int, table: str) -> Iterator[list[str]]:

@@ -25,7 +25,7 @@ from ebpf_mig.errors import UsageError
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
-from ebpf_mig.vmm.base import vmm_named
+from ebpf_mig.vmm import vmm_named
 
 POLL_MS = 20
 YIELD_NICE = 10

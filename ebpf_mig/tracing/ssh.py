@@ -22,6 +22,7 @@ from ebpf_mig.linux.process import private_directory
 from ebpf_mig.recording.events import Header
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.recorder import Recorder, RemoteError
+from ebpf_mig.vmm.adapter import FarEnd
 from ebpf_mig.vmm.base import Elsewhere
 
 CONNECT_S = 20.0
@@ -61,21 +62,21 @@ class Remote:
 
     way: Way
     role: str
-    path: str
-    """Of the API socket, there."""
+    far: FarEnd
+    """What is needed there."""
     tier: str = "auto"
     recorder: Recorder | None = None
     header: Header | None = None
     problem: str = ""
     """Why nothing is recorded there; one line."""
     api: str = ""
-    """The API socket, here."""
+    """The VMM's control socket, here; empty if none is needed."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Remote:
         with contextlib.ExitStack() as guard:
-            directory = guard.enter_context(private_directory())
-            self.api = str(directory / "api")
+            if self.far.socket:
+                self.api = str(guard.enter_context(private_directory()) / "api")
             self._start(guard)
             self._stack = guard.pop_all()
         return self
@@ -109,12 +110,13 @@ class Remote:
         return said.decode(errors="replace")
 
     def _start(self, guard: contextlib.ExitStack) -> None:
-        """The recorder with the forwarded socket; where it cannot record, the socket alone."""
+        """The recorder with the forwarded socket, if one is needed; where it cannot record, the socket alone."""
         name = f"the {self.role}'s host {printable(self.way.host)}"
-        options = ["record", "--api-socket", self.path, "--tier", self.tier, "--until-eof", "--output", "-"]
-        if self.way.command is not None:
-            guard.enter_context(_Relay(self.way, self.path, self.api))
-        self.recorder = Recorder(name, self.way.line(options, (self.api, self.path)))
+        options = ["record", *self.far.record, "--tier", self.tier, "--until-eof", "--output", "-"]
+        if self.api and self.way.command is not None:
+            guard.enter_context(_Relay(self.way, self.far.socket, self.api))
+        forward = (self.api, self.far.socket) if self.api else None
+        self.recorder = Recorder(name, self.way.line(options, forward))
         guard.callback(self.recorder.close)
         try:
             self.header = self.recorder.armed()
@@ -124,13 +126,13 @@ class Remote:
             self.problem = "; ".join(filter(None, (str(error), error.remedy)))
             self.recorder.close()
             self.recorder = None
-            if self.way.command is None:
+            if self.api and self.way.command is None:
                 self._forward_only(guard, name)
 
     def _forward_only(self, guard: contextlib.ExitStack, name: str) -> None:
         """The API socket without a recorder. The remote command reads our standard input, so it ends with us."""
         Path(self.api).unlink(missing_ok=True)
-        command = [*_SSH, "-L", f"{self.api}:{self.path}", "--", self.way.host, "cat"]
+        command = [*_SSH, "-L", f"{self.api}:{self.far.socket}", "--", self.way.host, "cat"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
         )

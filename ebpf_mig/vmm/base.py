@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session needs of a VMM, whichever it is.
+"""What a session needs of a migration, whichever VMM does it, and the marks that an adapter makes.
 
-In: the user's API sockets and wishes. Out: the pids to trace, then, once tracing is armed, an `Outcome` with marks:
+In: the user's API sockets and options. Out: the pids to trace, then, once tracing is armed, an `Outcome` with marks:
 what the VMM itself says about the migration, to be set beside the kernel's figures.
 """
 
@@ -18,7 +18,7 @@ from ebpf_mig.recording.events import AnyEvent, ClockPair, Mark, Target
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the migration ended, by the VMM's word."""
+    """How the migration ended, as the VMM says."""
 
     result: str
     """completed, failed, cancelled or unknown."""
@@ -28,7 +28,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """An end on another host, as far as its recorder there tells."""
+    """An end on another host, as far as its recorder there reports it."""
 
     pid: int = 0
     """There; 0 unknown."""
@@ -36,7 +36,7 @@ class Elsewhere:
     """That host's clocks; None unknown."""
 
     run: Callable[[list[str]], str] | None = None
-    """Runs a command there: what it says, empty if it cannot be run."""
+    """Runs a command there: what it prints, empty if it cannot be run."""
 
     @property
     def key(self) -> int:
@@ -44,15 +44,30 @@ class Elsewhere:
         return -1 - self.pid
 
     def said(self, *command: str) -> str:
-        """What a command says there; as `run`."""
+        """What a command prints there; as `run`."""
         return self.run(list(command)) if self.run else ""
+
+    def listens(self, url: str) -> bool:
+        """Whether something listens at the port of `url`, by the tables of the process's network namespace.
+
+        Whose socket it is is not known. If the process is not known: the network of the command that looks.
+        Table: net/ipv4/tcp_ipv4.c (`get_tcp4_sock`), Linux 6.12; state 0A is TCP_LISTEN.
+        """
+        port = url.rpartition(":")[2]
+        network = f"/proc/{self.pid}/net" if self.pid else "/proc/net"
+        rows = [line.split() for line in self.said("cat", f"{network}/tcp", f"{network}/tcp6").splitlines()]
+        end = f":{int(port):04X}" if port.isdigit() else ""
+        return any(len(row) > 3 and row[1].endswith(end) and row[3] == "0A" for row in rows) if end else False
 
 
 class Migration(Protocol):
     """One migration through a VMM's API. Order of calls: targets, prepare, run (blocks; own thread), close."""
 
     def targets(self) -> list[Target]:
-        """The VMM processes, taken before anything blocks; VmmError if they cannot be told."""
+        """The VMM processes, taken before anything blocks; VmmError if they cannot be found."""
+
+    def version(self, role: str) -> str:
+        """The VMM's version at that end; empty if it is not known."""
 
     def prepare(self) -> None:
         """All that can be done before tracing begins: capabilities, parameters, the destination's listening."""
@@ -95,12 +110,3 @@ def process_of(tid: int) -> int:
         if line.startswith("Tgid:"):
             return int(line.split()[1])
     raise OSError(f"no Tgid in /proc/{tid}/status")
-
-
-_NAMES = (("qemu", "qemu"), ("kvm", "qemu"), ("cloud-hyperv", "cloud-hypervisor"), ("firecracker", "firecracker"))
-"""Beginning of a process's name (cut to 15 characters by the kernel) and the VMM that it tells."""
-
-
-def vmm_named(comm: str) -> str:
-    """The VMM that a process's name tells, a hint; empty if none."""
-    return next((vmm for prefix, vmm in _NAMES if comm.startswith(prefix)), "")

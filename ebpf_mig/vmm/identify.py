@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process serves a VMM's socket.
+"""Which process serves a VMM's control socket.
 
-In: the path of a QMP or API socket on this host. Out: a pid. Used where a recorder is told a socket by another host,
-which cannot know pids here.
+In: the path of a socket on this host. Out: a pid. Used where another host gives a recorder a socket, since pids of
+this host mean nothing there.
 """
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
 from pathlib import Path
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.qemu.monitor import Monitor
+from ebpf_mig.vmm import adapters
 
 _REMEDY = "give the socket's path as it is on that host, or use --pid"
 
@@ -21,7 +20,7 @@ _REMEDY = "give the socket's path as it is on that host, or use --pid"
 def process_behind(path: str) -> int:
     """The pid; VmmError if nobody listens there, or no VMM does.
 
-    It is the socket's maker (SO_PEERCRED) if that has KVM open. libvirt makes QEMU's socket: then QMP is asked.
+    It is the socket's maker (SO_PEERCRED) if that has KVM open. Else a manager made it, and the VMMs are asked.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -33,15 +32,14 @@ def process_behind(path: str) -> int:
             raise VmmError(f"cannot connect to the VMM's socket {path}: {why}", _REMEDY) from error
     if _has_kvm(peer):
         return peer
-    return asyncio.run(_by_qmp(path))
-
-
-async def _by_qmp(path: str) -> int:
-    monitor = await Monitor.open(path, "traced")
-    try:
-        return await monitor.pid()
-    finally:
-        await monitor.close()
+    problem = VmmError(f"no VMM serves {path}", _REMEDY)
+    for adapter in adapters():
+        try:
+            if (pid := adapter.process_behind(path)) is not None:
+                return pid
+        except VmmError as error:
+            problem = error
+    raise problem
 
 
 def _has_kvm(pid: int) -> bool:

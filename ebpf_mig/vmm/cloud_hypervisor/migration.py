@@ -18,7 +18,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ebpf_mig.errors import UsageError, VmmError
-from ebpf_mig.linux.listening import listens, listens_there
+from ebpf_mig.linux.listening import listens
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
 from ebpf_mig.vmm.cloud_hypervisor import event_monitor
@@ -129,7 +129,7 @@ class ChMigration:
     def _listens(self) -> bool:
         away = self._away.get("destination")
         if away is not None:
-            return listens_there(away, self.url)
+            return away.listens(self.url)
         return listens(self._dst_pid, self.url)
 
     def prepare(self) -> None:

@@ -22,9 +22,9 @@ from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.netns import ADDRESSES, PORT, Link
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux.process import private_directory, spawn, stop
+from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
 from ebpf_mig.vmm.qemu.migration import QemuOptions
 
-DEFAULT_BINARY = "qemu-system-x86_64"
 _START_S = 30.0
 _FAST_FIRMWARE = "qboot.rom"
 """Boots the guest in 0.1 s where SeaBIOS needs seconds under an emulating KVM; part of qemu-system-data."""

@@ -166,6 +166,15 @@ class Monitor:
         return VmmError(f"what listens at {self.path} does not answer {command} as a QEMU does", _REMEDY)
 
 
+async def pid_behind(path: str) -> int:
+    """The QEMU whose monitor listens there, asked over a connection of its own; VmmError."""
+    monitor = await Monitor.open(path, "traced")
+    try:
+        return await monitor.pid()
+    finally:
+        await monitor.close()
+
+
 def _holds_kvm(pid: int) -> bool:
     """Whether the process has a KVM machine open (link text: kvm_dev_ioctl_create_vm in virt/kvm/kvm_main.c)."""
     try:

@@ -10,13 +10,14 @@ import pytest
 
 from ebpf_mig.tracing import ssh
 from ebpf_mig.tracing.ssh import Remote, Way
+from ebpf_mig.vmm.adapter import FarEnd
 from ebpf_mig.vmm.cloud_hypervisor.log import LogPlace
 
 
 @pytest.fixture
 def there() -> Remote:
     """A host that `env` leads to: this one."""
-    return Remote(Way("pod", command="env"), "source", "/none")
+    return Remote(Way("pod", command="env"), "source", FarEnd(["--api-socket", "/none"], "/none"))
 
 
 def test_an_endless_answer_is_cut(there: Remote) -> None:

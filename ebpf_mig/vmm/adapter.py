@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: ARG002 - the base class refuses whatever it is given
+"""What an adapter brings: everything that the rest of the program needs to know about one VMM.
+
+In: values of the command line. Out: a migration, a pair of lab VMs, checks, names. `Adapter` is the base class; a VMM
+overrides what it can do. Nothing in here prints: options are described, the commands make them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ebpf_mig.errors import UsageError
+from ebpf_mig.linux.check import Check
+
+if TYPE_CHECKING:  # these load libraries that a report does not need
+    from ebpf_mig.lab.netns import Link
+    from ebpf_mig.lab.scenario import Scenario
+    from ebpf_mig.vmm.base import Elsewhere, Migration
+
+Values = Mapping[str, Any]
+"""Values of a VMM's options by their Python names: `downtime_limit`."""
+
+
+class Kind(enum.Enum):
+    """What kind of value an option takes, and what the adapter gets."""
+
+    TEXT = "str"
+    FLAG = "bool"
+    COUNT = "int, at least 1"
+    DURATION = "ns, int"
+    RATE = "bytes per second, int"
+    CHOICE = "one of `choices`"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of `ebpf-mig migrate VMM`. Its value is None, or False for a flag, where it is not given."""
+
+    name: str
+    """As typed: `--downtime-limit`."""
+    help: str
+    kind: Kind = Kind.TEXT
+    metavar: str | None = None
+    required: bool = False
+    most: int | None = None
+    """Largest COUNT."""
+    choices: tuple[str, ...] = ()
+    """Of a CHOICE; the first is the default."""
+    argument: bool = False
+    """It is positional: `DOMAIN`."""
+
+
+@dataclass(frozen=True)
+class FarEnd:
+    """What is needed on the other host of a migration."""
+
+    record: Sequence[str]
+    """Options of `ebpf-mig record` there that name the VM."""
+    socket: str = ""
+    """Path of the VMM's control socket there, which is to be reached from here; empty: none is needed."""
+
+
+class Adapter:
+    """One VMM, or a manager of VMMs."""
+
+    name = ""
+    """As typed and as recordings have it."""
+    title = ""
+    """As people write it."""
+    comms: tuple[str, ...] = ()
+    """Beginnings of its processes' names, which the kernel cuts to 15 characters."""
+    options: tuple[Option, ...] = ()
+    """Of `migrate`; empty: it cannot be asked to migrate."""
+    about = ""
+    """First line of the help of `migrate`."""
+    epilog = ""
+    """What that help says after the options."""
+    examples: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Command lines for the help, by command: `migrate`, `demo`, `record`."""
+    timeout_help = "Cancel the migration after this."
+    has_lab = False
+    """Whether `lab` works."""
+    hands_over = False
+    """Whether its lab can hand memory over by file descriptor (`--local`)."""
+
+    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+        """A migration as the options ask for. `remote`: the role of the end on another host, and what is known of it.
+
+        Where the other end's control socket was brought here, `values` have its path here. UsageError, VmmError.
+        """
+        raise UsageError(f"{self.title} cannot be asked to migrate")
+
+    def far_end(self, role: str, values: Values) -> FarEnd:
+        """What the other host needs if that end is there; UsageError if the options do not allow it."""
+        raise UsageError(f"the {role} of {self.title} cannot be on another host")
+
+    def lab(
+        self, scenario: Scenario, binary: str | None = None, *, local: bool = False, link: Link | None = None
+    ) -> AbstractContextManager[tuple[Migration, list[str]]]:
+        """Two VMs that run the scenario and a migration between them, with notes for the report.
+
+        `local`: hand the memory over. `link`: each VM is in a side's network. UsageError for what the VMM cannot do.
+        """
+        raise UsageError(f"there is no lab for {self.title}")
+
+    def checks(self) -> Iterable[Check]:
+        """What `doctor` asks about this VMM."""
+        return ()
+
+    def process_behind(self, path: str) -> int | None:
+        """The pid of the VMM whose control socket this is, where the socket's maker is another process; else None."""
+        return None

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Cloud Hypervisor brings: its options, its lab, its checks. See `vmm.adapter.Adapter`.
+
+In: values of the command line. Out: `ADAPTER`. What talks to its API is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.linux.check import OK, WARN, Check
+from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
+
+if TYPE_CHECKING:
+    from ebpf_mig.lab.netns import Link
+    from ebpf_mig.lab.scenario import Scenario
+    from ebpf_mig.vmm.base import Elsewhere, Migration
+
+
+class CloudHypervisorAdapter(Adapter):
+    """Cloud Hypervisor by its HTTP API."""
+
+    name = "cloud-hypervisor"
+    title = "Cloud Hypervisor"
+    comms = ("cloud-hyperv",)
+    about = "Migrate a Cloud Hypervisor VM through its HTTP API."
+    options = (
+        Option("--source", "API socket of the VM to migrate.", metavar="SOCKET", required=True),
+        Option("--destination", "API socket of the VMM that waits for it.", metavar="SOCKET", required=True),
+        Option("--url", "Where the destination shall listen: tcp:HOST:PORT or unix:PATH.", required=True),
+        Option("--local", "Hand the memory over by file descriptor (unix only).", Kind.FLAG),
+        Option("--downtime-ms", "Its downtime goal (v52 and later).", Kind.COUNT),
+        Option("--timeout-s", "Its own time-out for pre-copy (v52 and later).", Kind.COUNT),
+        Option("--connections", "TCP connections (v52 and later).", Kind.COUNT, most=128),
+        Option("--tls-dir", "Certificates for TLS (v53 and later).", metavar="DIR"),
+        Option("--memory-mode", "How memory is sent.", Kind.CHOICE, choices=("precopy", "postcopy")),
+        Option("--source-log", "The source's log file: its own figures are set beside ours.", metavar="FILE"),
+        Option("--destination-log", "The destination's log file.", metavar="FILE"),
+        Option("--source-events", "What the source's --event-monitor writes.", metavar="FILE"),
+        Option("--destination-events", "What the destination's --event-monitor writes.", metavar="FILE"),
+    )
+    examples: ClassVar = {
+        "migrate": (
+            "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock \\",
+            "    --url tcp:127.0.0.1:4444",
+            "ebpf-mig migrate cloud-hypervisor --source a.sock --destination b.sock \\",
+            "    --url unix:/run/m --local",
+        ),
+        "demo": ("ebpf-mig demo --vmm cloud-hypervisor --vmm-binary ./cloud-hypervisor",),
+    }
+    epilog = "The destination is a Cloud Hypervisor started with --api-socket alone."
+    timeout_help = "Stop waiting after this."
+    has_lab = True
+    hands_over = True
+
+    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+        """See `Adapter.connect`."""
+        from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration, ChOptions
+
+        own = ("local", "downtime_ms", "timeout_s", "connections", "tls_dir")
+        files = ("source_log", "destination_log", "source_events", "destination_events")
+        options = ChOptions(
+            **{name: values[name] for name in (*own, *files)}, postcopy=values["memory_mode"] == "postcopy"
+        )
+        return ChMigration(values["source"], values["destination"], values["url"], options, remote)
+
+    def far_end(self, role: str, values: Values) -> FarEnd:
+        """See `Adapter.far_end`."""
+        if values[f"{role}_events"]:
+            why = "events of a VMM elsewhere have no stamps on a clock that is known"
+            raise UsageError(why, f"leave --{role}-events out; --{role}-log works there, too")
+        return FarEnd(["--api-socket", values[role]], values[role])
+
+    @contextlib.contextmanager
+    def lab(
+        self, scenario: Scenario, binary: str | None = None, *, local: bool = False, link: Link | None = None
+    ) -> Iterator[tuple[Migration, list[str]]]:
+        """See `Adapter.lab`."""
+        from ebpf_mig.vmm.cloud_hypervisor.lab import ChPair
+        from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
+
+        if scenario.dirty_ring is not None:
+            raise UsageError("Cloud Hypervisor logs dirty pages in bitmaps", "leave the dirty ring out")
+        if scenario.auto_converge:
+            raise UsageError("Cloud Hypervisor does not throttle vCPUs", "choose a scenario without auto-converge")
+        with ChPair(scenario, binary, local=local, link=link) as pair:
+            migration = ChMigration(pair.source.api, pair.destination.api, pair.uri, pair.options())
+            with contextlib.closing(migration):
+                yield migration, pair.notes
+
+    def checks(self) -> Iterator[Check]:
+        """Which Cloud Hypervisor the lab would use, and whether KVM can save what it asks for."""
+        from ebpf_mig.vmm.cloud_hypervisor.lab import find_binary
+
+        try:
+            path = find_binary(None)
+        except PreflightError as error:
+            fact = "not found; needed by demo --vmm cloud-hypervisor only"
+            yield Check(self.title, WARN, fact, error.remedy or "")
+        else:
+            run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+            first = (run.stdout.splitlines() or ["unknown version"])[0]
+            yield Check(self.title, OK, first.removeprefix("cloud-hypervisor "))
+        yield _nested_state()
+
+
+def _nested_state() -> Check:
+    """Cloud Hypervisor asks for it whatever the guest does, and a refusal fails its migrations after the stop."""
+    from ebpf_mig.vmm.cloud_hypervisor.lab import lacks_nested_state
+
+    if not Path("/dev/kvm").exists():
+        return Check("nested state", WARN, "not known without /dev/kvm")
+    if not lacks_nested_state():
+        return Check("nested state", OK, "KVM can save it")
+    fact = "KVM cannot save it: Cloud Hypervisor's migrations fail; the demo preloads a library that answers for it"
+    if shutil.which("cc") is None:
+        return Check("nested state", WARN, f"{fact}, and has no C compiler for it", "apt-get install gcc libc6-dev")
+    return Check(
+        "nested state", WARN, fact, "for VMs of your own: a KVM with nested virtualisation (kvm_intel nested=1)"
+    )
+
+
+ADAPTER = CloudHypervisorAdapter()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What QEMU brings: its options, its lab, its checks. See `vmm.adapter.Adapter`.
+
+In: values of the command line. Out: `ADAPTER`. What talks QMP is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from ebpf_mig.errors import UsageError
+from ebpf_mig.linux.check import OK, WARN, Check
+from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
+
+if TYPE_CHECKING:
+    from ebpf_mig.lab.netns import Link
+    from ebpf_mig.lab.scenario import Scenario
+    from ebpf_mig.vmm.base import Elsewhere, Migration
+
+DEFAULT_BINARY = "qemu-system-x86_64"
+
+
+class QemuAdapter(Adapter):
+    """QEMU by QMP."""
+
+    name = "qemu"
+    title = "QEMU"
+    comms = ("qemu", "kvm")
+    """`kvm` is the program's name in Red Hat's packages and the name that Proxmox gives."""
+    about = "Migrate a QEMU VM through QMP."
+    options = (
+        Option("--source", "QMP socket of the VM to migrate.", metavar="SOCKET", required=True),
+        Option("--destination", "QMP socket of the VM that waits for it.", metavar="SOCKET", required=True),
+        Option("--uri", "Where the destination listens: tcp:HOST:PORT or unix:PATH.", required=True),
+        Option("--multifd", "Send memory over this many channels.", Kind.COUNT, most=255),
+        Option("--downtime-limit", "Set QEMU's downtime-limit, e.g. 300ms.", Kind.DURATION),
+        Option("--bandwidth", "Set QEMU's max-bandwidth, e.g. 10Gbit; 0: unlimited.", Kind.RATE),
+        Option("--postcopy", "Switch to postcopy after the second pass.", Kind.FLAG),
+    )
+    examples: ClassVar = {
+        "migrate": (
+            "ebpf-mig migrate qemu --source a.qmp --destination b.qmp \\",
+            "    --uri tcp:127.0.0.1:4444",
+            "ebpf-mig migrate qemu --source a.qmp --destination b.qmp \\",
+            "    --uri unix:/run/m.sock --multifd 4",
+        ),
+    }
+    epilog = """The destination is a QEMU started like the source, plus -incoming defer. Each
+needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
+    has_lab = True
+
+    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+        """See `Adapter.connect`."""
+        from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
+
+        limit = values["downtime_limit"]
+        options = QemuOptions(
+            values["bandwidth"], None if limit is None else limit // 10**6, values["multifd"], values["postcopy"]
+        )
+        return QemuMigration(values["source"], values["destination"], values["uri"], options, remote)
+
+    def far_end(self, role: str, values: Values) -> FarEnd:
+        """See `Adapter.far_end`."""
+        return FarEnd(["--api-socket", values[role]], values[role])
+
+    @contextlib.contextmanager
+    def lab(
+        self, scenario: Scenario, binary: str | None = None, *, local: bool = False, link: Link | None = None
+    ) -> Iterator[tuple[Migration, list[str]]]:
+        """See `Adapter.lab`."""
+        from ebpf_mig.vmm.qemu.lab import QemuPair
+        from ebpf_mig.vmm.qemu.migration import QemuMigration
+
+        if local:
+            raise UsageError("QEMU hands no memory over here", "leave --local out, or choose another VMM with --vmm")
+        with QemuPair(scenario, binary, link=link) as pair:
+            migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
+            with contextlib.closing(migration):
+                yield migration, []
+
+    def checks(self) -> Iterator[Check]:
+        """Which QEMU the lab would use."""
+        path = shutil.which(DEFAULT_BINARY)
+        if path is None:
+            yield Check("QEMU", WARN, "not found; needed by demo only", "apt-get install qemu-system-x86")
+            return
+        run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+        first = (run.stdout.splitlines() or ["unknown version"])[0]
+        yield Check("QEMU", OK, first.removeprefix("QEMU emulator "))
+
+    def process_behind(self, path: str) -> int | None:
+        """By QMP: libvirt makes the socket for QEMU."""
+        import asyncio
+
+        from ebpf_mig.vmm.qemu.monitor import pid_behind
+
+        return asyncio.run(pid_behind(path))
+
+
+ADAPTER = QemuAdapter()
