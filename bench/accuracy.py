@@ -35,7 +35,7 @@ def run_once(directory: Path, scenario: Scenario, binary: str | None) -> Breakdo
         with closing(QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())) as migration:
             run.trace_migration(migration, 60, writer)
     recording = read_recording(path)
-    return analyse(recording.header, recording.events, truncated=recording.truncated)
+    return analyse(recording).breakdown
 
 
 def is_exact(b: Breakdown) -> bool:

@@ -93,7 +93,7 @@ def skewed(recording: Recording, skew: Skew) -> Recording:
 
 def is_two_sided(recording: Recording) -> bool:
     """Whether it is of a completed migration over TCP, with both sides."""
-    found = analyse(recording.header, recording.events)
+    found = analyse(recording).breakdown
     both = found.migration.source is not None and found.migration.destination is not None
     tcp = found.migration.transport == "tcp"
     return both and tcp and found.migration.result == "completed"
@@ -136,8 +136,8 @@ def random_joins(seeds: Sequence[tuple[Path, Recording]], joins: int) -> Iterato
         skew = Skew(random.randint(-HOUR_NS, HOUR_NS), ppm, one.header.begin_ns)  # noqa: S311
         two = side_of(one, "source"), skewed(side_of(one, "destination"), skew)
         whole = joined(*(two if number % 3 else two[::-1]))
-        one_clock = analyse(one.header, one.events)
-        breakdown = analyse(whole.header, whole.events)
+        one_clock = analyse(one).breakdown
+        breakdown = analyse(whole).breakdown
         bad = contradictions(whole, one_clock, breakdown, skew)
         yield path, one_clock, breakdown, [f"{path.name}, {skew}: {text}" for text in bad]
 

@@ -42,7 +42,7 @@ def long_sides(seed: Recording, count: int) -> Iterator[tuple[Recording, list[An
     begin, end = precopy_of(seed.header, seed.events)
     share = min(sum(begin < begin_of(e) < end for e in side.events if not isinstance(e, Ioctl)) for side in sides)
     of_both = sum(begin < begin_of(e) < end for e in seed.events)
-    near, far = (split(side.header, side.events).processes[side.header.targets[0].pid] for side in sides)
+    near, far = (split(side).processes[side.header.targets[0].pid] for side in sides)
     mirrored = {there: here for here, there in mirrors(near, far).items()}
     whole = Recording(
         header=seed.header,
@@ -103,7 +103,7 @@ def measure_here(paths: list[str]) -> None:
     wall, begin = time.perf_counter(), time.process_time()
     whole = read_both(paths[0], paths[1])
     joined = time.process_time()
-    breakdown = analyse(whole.header, whole.events, truncated=whole.truncated)
+    breakdown = analyse(whole).breakdown
     said = {
         "join_s": joined - begin,
         "analyse_s": time.process_time() - joined,
@@ -141,7 +141,7 @@ def main() -> int:
             for _ in range(options.tries)
         ]
     best = min(runs, key=lambda run: run["join_s"] + run["analyse_s"])
-    one_clock = analyse(seed.header, seed.events).blackout_ns
+    one_clock = analyse(seed).breakdown.blackout_ns
     if one_clock is None or abs(best["blackout"] - one_clock) > best["bound"]:
         raise ValueError(f"the blackout is not the real one: {best['blackout']}, {one_clock}")
     both = best["join_s"] + best["analyse_s"]

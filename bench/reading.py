@@ -29,7 +29,7 @@ from ebpf_mig.analysis.switchover import find
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Ending, Header, Mark, Socket, Thread, Transfer, VcpuState
-from ebpf_mig.recording.file import RecordingWriter, read_recording
+from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
 from ebpf_mig.recording.kinds import BY_TYPE
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
@@ -53,11 +53,11 @@ def begin_of(event: AnyEvent) -> int:
 
 def precopy_of(header: Header, events: list[AnyEvent]) -> tuple[int, int]:
     """From the first switching on of the log to the last moment before the first kick, on the recording's clock."""
-    breakdown = analyse(header, events)
-    source = breakdown.migration.source
+    recording = Recording(header=header, events=events)
+    source = analyse(recording).breakdown.migration.source
     if source is None:
         raise ValueError("the recording has no source")
-    process = split(header, events).processes[source.pid]
+    process = split(recording).processes[source.pid]
     found = find(process, None, process.transfers, ())
     begin = dirty_log.switched_on(process, None)
     if begin is None or found is None:
@@ -104,7 +104,7 @@ def measure_here(path: str) -> None:
     wall, begin = time.perf_counter(), time.process_time()
     recording = read_recording(path)
     read = time.process_time()
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
+    breakdown = analyse(recording).breakdown
     done = time.process_time()
     said = {
         "events": len(recording.events),
@@ -144,7 +144,7 @@ def main() -> int:
         measure_here(options.measure)
         return 0
     seed = read_recording(SEED)
-    same = switchover_of(analyse(seed.header, seed.events))
+    same = switchover_of(analyse(seed).breakdown)
     print("| events | file MB | read s | analyse s | both s | us an event | wall clock s | peak MB | bytes an event |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     per_event: list[float] = []

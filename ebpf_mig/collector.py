@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joins the events of a recording into one migration.
 
-In: a header and events in any order. Out: the `Breakdown`. Pure: the same events give the same result.
+In: a recording, its events in any order. Out: an `Analysis` with the `Breakdown`. Pure: the same events give the same
+result.
 
 The story, top to bottom: take the events apart by process; tell source from destination; find the switchover,
 the migration's sockets and its fetches; book every instant of the window to a phase; describe the dirty log,
@@ -10,33 +11,29 @@ the sockets, the witnesses; say how far all this can be relied upon.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import NamedTuple
 
 from ebpf_mig.analysis import (
     completeness,
     dirty_log,
     fetch_split,
-    flight,
     pause,
     phases,
-    roles,
+    postcopy,
     sockets,
     waits,
+    wire,
     witnesses,
 )
-from ebpf_mig.analysis import postcopy as served
 from ebpf_mig.analysis import process as processes
-from ebpf_mig.analysis.attribution import attribute
-from ebpf_mig.analysis.completeness import measured
+from ebpf_mig.analysis.attribution import Attribution, attribute
 from ebpf_mig.analysis.dirty_log import Burst
-from ebpf_mig.analysis.migration import Case, locate, postcopy
+from ebpf_mig.analysis.migration import TracedMigration, identify
 from ebpf_mig.analysis.passes import DirtyLogRows
 from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.source_work import PAGE, Work
+from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.waits import Party
 from ebpf_mig.breakdown import (
     IMMEDIATE,
@@ -46,137 +43,104 @@ from ebpf_mig.breakdown import (
     Endpoint,
     FinalFetch,
     Migration,
-    Phase,
+    Pausing,
+    Span,
     Vcpu,
     Wait,
     Wire,
     Witness,
 )
 from ebpf_mig.join import error_bounds
-from ebpf_mig.recording.events import AnyEvent, Header
+from ebpf_mig.recording.file import Recording
 from ebpf_mig.vmm.cloud_hypervisor import log_parts
 
 _tid = attrgetter("tid")
 
 
-def analyse(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Breakdown:
-    """The breakdown of the migration in a recording.
-
-    `truncated`: the recording was cut off. `unknown`: how many of its events this version cannot read.
-    """
-    return placed(header, events, truncated=truncated, unknown=unknown).breakdown
-
-
-class Placed(NamedTuple):
-    """A breakdown, and what ties it to the world outside the recording."""
-
-    breakdown: Breakdown
-    origin_ns: int
-    """Its instant 0 on CLOCK_MONOTONIC of the recording's host."""
-    connection: str
-    """The migration's TCP connection, see `sockets.connection`; empty if there is none."""
-
-
-def placed(header: Header, events: Iterable[AnyEvent], *, truncated: bool = False, unknown: int = 0) -> Placed:
-    """As `analyse`, with when and over which connection."""
-    with _uncollected():
-        return _placed(header, events, truncated, unknown)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: the analysis makes no cycles, and each full collection walks all its lists."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _placed(header: Header, events: Iterable[AnyEvent], truncated: bool, unknown: int) -> Placed:
-    material = processes.split(header, events)
-    case = Case(material, *roles.assign(material.processes.values()))
-    locate(case)
-    window, parts, work = attribute(case)
-    wires = flight.observe(case, window, work)
-    origin = window[0] if window else case.since
+def analyse(recording: Recording) -> Analysis:
+    """The migration in a recording: its breakdown, and what that was made of."""
+    traced = identify(processes.split(recording))
+    attribution = attribute(traced)
+    window = attribution.window
+    origin = window[0] if window else traced.since
+    wires = wire.observe(traced, window, attribution.work)
+    pausing = pause.observe(traced.source, traced.switchover)
     breakdown = Breakdown(
-        migration=_migration(case, window),
+        migration=_migration(traced, window),
         window_ns=window[1] - window[0] if window else None,
-        blackout_ns=_blackout(case),
-        blackout=_blackout_span(case, origin),
-        phases=parts,
-        vcpus=_vcpus(case, origin),
-        dirty_log=_dirty_log(case, origin, parts, work),
-        sockets=sockets.usage(case.channels, case.source, case.destination, window) if window else [],
+        blackout_ns=_blackout(traced),
+        blackout=_blackout_span(traced, origin),
+        phases=attribution.phases,
+        vcpus=_vcpus(traced, origin),
+        dirty_log=_dirty_log(traced, origin, attribution),
+        sockets=sockets.usage(traced.channels, traced.source, traced.destination, window) if window else [],
         wire=wires,
-        waits=_waits(case, window, parts),
-        witnesses=_witnesses(case, window, parts, wires),
-        completeness=completeness.completeness(material, case.source, case.destination, truncated, unknown, window),
+        waits=_waits(traced, attribution),
+        witnesses=_witnesses(traced, attribution, wires, pausing),
+        completeness=completeness.completeness(traced.material, traced.source, traced.destination, window),
         clock=Clock(),
-        notes=_notes(case, window, work),
-        pausing=pause.observe(case.source, case.switchover),
-        postcopy=served.observe(case),
+        notes=_notes(traced, window, attribution.work),
+        pausing=pausing,
+        postcopy=postcopy.observe(traced),
     )
-    if header.remote is not None:
-        breakdown = error_bounds.bounded(breakdown, header.remote, origin)
-    return Placed(breakdown, origin, sockets.connection(case.source, case.destination, case.channels))
+    if recording.header.remote is not None:
+        breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)
+    connection = sockets.connection(traced.source, traced.destination, traced.channels)
+    return Analysis(breakdown, traced, attribution, origin, connection)
 
 
-def _mode(case: Case) -> str:
-    if case.source is None:
+def _mode(traced: TracedMigration) -> str:
+    if traced.source is None:
         return "unknown"
-    if postcopy(case):
+    if traced.postcopy:
         return "postcopy"
-    if case.bursts or dirty_log.switched_on(case.source, None) is not None:
+    if traced.bursts or dirty_log.switched_on(traced.source, None) is not None:
         return "precopy"
-    return "local" if case.switchover and case.channels.transport == "unix" else "unknown"
+    return "local" if traced.switchover and traced.channels.transport == "unix" else "unknown"
 
 
-def _migration(case: Case, window: tuple[int, int] | None) -> Migration:
-    target = next((p.target for p in (case.source, case.destination) if p and p.target), None)
+def _migration(traced: TracedMigration, window: Span | None) -> Migration:
+    target = next((p.target for p in (traced.source, traced.destination) if p and p.target), None)
     return Migration(
         vmm=target.vmm if target else "",
         vmm_version=target.vmm_version if target else "",
-        mode=_mode(case),
-        transport=case.channels.transport,
-        connections=case.channels.connections,
-        result=completeness.result(case.material, case.switchover),
-        source=_endpoint(case, case.source),
-        destination=_endpoint(case, case.destination),
-        total_ns=window[1] - case.began if window and case.began is not None else None,
+        mode=_mode(traced),
+        transport=traced.channels.transport,
+        connections=traced.channels.connections,
+        result=completeness.result(traced.material, traced.switchover),
+        source=_endpoint(traced, traced.source),
+        destination=_endpoint(traced, traced.destination),
+        total_ns=window[1] - traced.began if window and traced.began is not None else None,
     )
 
 
-def _endpoint(case: Case, process: Process | None) -> Endpoint | None:
+def _endpoint(traced: TracedMigration, process: Process | None) -> Endpoint | None:
     if process is None:
         return None
-    remote = case.material.header.remote
+    remote = traced.material.header.remote
     if remote is not None and process.pid == remote.pid:
         return Endpoint(host=remote.host, pid=remote.own_pid)
-    return Endpoint(host=case.material.header.host, pid=process.pid)
+    return Endpoint(host=traced.material.header.host, pid=process.pid)
 
 
-def _blackout(case: Case) -> int | None:
-    found = case.switchover
+def _blackout(traced: TracedMigration) -> int | None:
+    found = traced.switchover
     return found.first_start - found.stop if found and found.first_start is not None else None
 
 
-def _blackout_span(case: Case, origin: int) -> tuple[int, int] | None:
-    found = case.switchover
+def _blackout_span(traced: TracedMigration, origin: int) -> tuple[int, int] | None:
+    found = traced.switchover
     if found is None or found.first_start is None:
         return None
     return found.stop - origin, found.first_start - origin
 
 
-def _vcpus(case: Case, origin: int) -> list[Vcpu]:
-    found = case.switchover
+def _vcpus(traced: TracedMigration, origin: int) -> list[Vcpu]:
+    found = traced.switchover
     stops = found.stops if found else {}
     starts = found.starts if found else {}
-    if found is None and case.source is None and case.destination is not None:
-        lines = case.destination.vcpus.items()
+    if found is None and traced.source is None and traced.destination is not None:
+        lines = traced.destination.vcpus.items()
         starts = {index: line.first_run for index, line in lines if line.first_run is not None}
     rows: list[Vcpu] = []
     for index in sorted(stops.keys() | starts.keys()):
@@ -194,25 +158,26 @@ def _vcpus(case: Case, origin: int) -> list[Vcpu]:
     return rows
 
 
-def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -> DirtyLog:
-    bursts, found = case.bursts or [], case.switchover
-    if case.source is None:
+def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -> DirtyLog:
+    parts, work = attribution.phases, attribution.work
+    bursts, found = traced.bursts, traced.switchover
+    if traced.source is None:
         return DirtyLog(mode="none", slots=[], passes=[], final=None, fetches=[])
     stop = found.stop if found else None
-    until = found.first_start if found and found.first_start is not None else 1 << 63
+    until = found.first_start if found and found.first_start is not None else FOREVER
     rows = DirtyLogRows(
-        case.source,
+        traced.source,
         bursts,
         stop,
-        case.sends,
+        traced.sends,
         origin,
-        page=case.material.header.page_size or PAGE,
-        since=case.material.header.begin_ns,
-        brownout=measured(case.material, "brownout"),
+        page=traced.material.header.page_size or PAGE,
+        since=traced.material.header.begin_ns,
+        brownout=traced.material.traced("brownout"),
     )
     last = rows.last(until)
     took = {part.phase: part.duration_ns for part in parts}
-    logging = dirty_log.switched_on(case.source, stop) is not None
+    logging = dirty_log.switched_on(traced.source, stop) is not None
     final = None
     if work is not None and (last or work.memory):
         final = FinalFetch(
@@ -227,7 +192,7 @@ def _dirty_log(case: Case, origin: int, parts: list[Phase], work: Work | None) -
         )
     return DirtyLog(
         mode=dirty_log.mode(bursts, logging, stop),
-        slots=dirty_log.slots(case.source, bursts),
+        slots=dirty_log.slots(traced.source, bursts),
         passes=rows.passes(),
         final=final,
         fetches=rows.final(until),
@@ -243,45 +208,44 @@ def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
 
 
 def _witnesses(
-    case: Case, window: tuple[int, int] | None, parts: list[Phase], wires: list[Wire] | None
+    traced: TracedMigration, attribution: Attribution, wires: list[Wire] | None, pausing: Pausing | None
 ) -> list[Witness]:
-    if case.switchover is None:
+    if traced.switchover is None:
         return []
-    pids = (case.source.pid if case.source else None, case.destination.pid if case.destination else None)
-    found = witnesses.gather(case.material.marks, case.switchover, pids)
-    paused = pause.observe(case.source, case.switchover)
-    own = log_parts.explained(found, case, window, paused.kicked_late_ns if paused else 0)
-    return own + log_parts.gather(case, window, parts, wires)
+    pids = (traced.source.pid if traced.source else None, traced.destination.pid if traced.destination else None)
+    found = witnesses.gather(traced.material.marks, traced.switchover, pids)
+    return log_parts.gather(traced, attribution, found, wires, pausing.kicked_late_ns if pausing else 0)
 
 
-def _waits(case: Case, window: tuple[int, int] | None, parts: list[Phase]) -> list[Wait] | None:
+def _waits(traced: TracedMigration, attribution: Attribution) -> list[Wait] | None:
     """None if sleeping was not traced."""
-    if window is None or not measured(case.material, "off-cpu"):
+    window = attribution.window
+    if window is None or not traced.material.traced("off-cpu"):
         return None
     parties: list[Party] = []
-    if case.source is not None:
-        senders = frozenset(map(_tid, case.sends))
-        drivers = dirty_log.fetchers(case.source) & senders or senders
-        aborted = case.switchover is not None and case.switchover.kind == "aborted"
-        parties.append(Party(case.source, "both" if aborted else "source", drivers, senders))
-    if case.destination is not None:
-        receivers = frozenset(map(_tid, case.receives))
-        restorers = frozenset(i.tid for i in case.destination.ioctls if phases.is_restore(i))
-        parties.append(Party(case.destination, "destination", receivers & restorers or receivers))
-    return waits.gather(parties, parts, window[0])
+    if traced.source is not None:
+        senders = frozenset(map(_tid, traced.sends))
+        drivers = traced.source.fetchers & senders or senders
+        aborted = traced.switchover is not None and traced.switchover.kind == "aborted"
+        parties.append(Party(traced.source, "both" if aborted else "source", drivers, senders))
+    if traced.destination is not None:
+        receivers = frozenset(map(_tid, traced.receives))
+        restorers = frozenset(i.tid for i in traced.destination.ioctls if phases.is_restore(i))
+        parties.append(Party(traced.destination, "destination", receivers & restorers or receivers))
+    return waits.gather(parties, attribution.phases, window[0])
 
 
-def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> list[str]:
-    notes = [*case.notes, *case.material.header.notes]
-    if window is not None and case.source is None:
+def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> list[str]:
+    notes = [*traced.notes, *traced.material.header.notes]
+    if window is not None and traced.source is None:
         notes.append("the source was not traced: the window begins with the destination's first restore work")
-    elif window is not None and case.switchover is not None and case.switchover.kind == "stopped":
+    elif window is not None and traced.switchover is not None and traced.switchover.kind == "stopped":
         notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
     if work is not None and work.folded:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
-    notes += _unseen_sends(case)
-    notes += _spinning(case)
-    for side, process in (("source", case.source), ("destination", case.destination)):
+    notes += _unseen_sends(traced)
+    notes += _spinning(traced)
+    for side, process in (("source", traced.source), ("destination", traced.destination)):
         if process is None or window is None:
             continue
         took = [
@@ -295,23 +259,23 @@ def _notes(case: Case, window: tuple[int, int] | None, work: Work | None) -> lis
     return notes
 
 
-def _unseen_sends(case: Case) -> list[str]:
+def _unseen_sends(traced: TracedMigration) -> list[str]:
     """Sends without a system call that we follow: how many bytes, or that there may be some."""
-    hidden = sum(t.bytes for t in case.sends if t.hidden)
+    hidden = sum(t.bytes for t in traced.sends if t.hidden)
     if hidden:
         return [
             f"{hidden} bytes were sent past the system calls that are followed (io_uring, say): their durations "
             "are unknown"
         ]
-    blind = case.source is not None and not measured(case.material, "hidden-sends")
-    if blind and case.bursts and not case.sends:
+    blind = traced.source is not None and not traced.material.traced("hidden-sends")
+    if blind and traced.bursts and not traced.sends:
         return ["no send was seen: this kernel does not show those by io_uring and the like, nor anything shows RDMA"]
     return []
 
 
-def _spinning(case: Case) -> list[str]:
+def _spinning(traced: TracedMigration) -> list[str]:
     """A receiver whose sender is gone gets nothing from each call; one that does not notice asks for ever."""
-    vain = max((t.failed for t in case.receives if not t.calls), default=0)
+    vain = max((t.failed for t in traced.receives if not t.calls), default=0)
     if not vain:
         return []
     return [f"the destination's last {vain} receive calls got nothing: the other end is gone, and it keeps asking"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long the link between the hosts was what the blackout waited for, and how much it carried meanwhile.
 
-In: a `Case`. Out: a `LinkUse`, or why there is none. From two curves of the migration's bytes: sent by the source, and
-arrived at the destination (TCP segments). While many bytes have been sent and not arrived, though the reader's window
-is open and segments keep coming, the link is the limit; its rate is what arrived in that time.
+In: a `TracedMigration`. Out: a `LinkUse`, or why there is none. From two curves of the migration's bytes: sent by the
+source, and arrived at the destination (TCP segments). While many bytes have been sent and not arrived, though the
+reader's window is open and segments keep coming, the link is the limit; its rate is what arrived in that time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ebpf_mig.analysis.migration import Case, postcopy
-from ebpf_mig.analysis.process import RECEIVE, Process
+from ebpf_mig.analysis.migration import TracedMigration
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.spans import covered, merged, total
 from ebpf_mig.recording.events import Segment
 
 QUEUED_BYTES = 64 << 10
@@ -46,7 +47,7 @@ class LinkUse:
 
     @property
     def limited_ns(self) -> int:
-        return sum(end - begin for begin, end in self.limited)
+        return total(self.limited)
 
     @property
     def rate(self) -> float | None:
@@ -54,49 +55,49 @@ class LinkUse:
         return self.limited_bytes * 1e9 / self.limited_ns if self.limited_ns else None
 
 
-def observe(case: Case) -> LinkUse | str:
+def observe(traced: TracedMigration) -> LinkUse | str:
     """The use of the link in the blackout, or in words why it cannot be told."""
-    source, destination, switch = case.source, case.destination, case.switchover
+    source, destination, switch = traced.source, traced.destination, traced.switchover
     if source is None or destination is None:
         return "only one side was traced"
     if switch is None or switch.first_start is None or switch.kind != "completed":
         return "the migration did not complete"
-    if case.channels.transport != "tcp":
-        return f"the transport is {case.channels.transport}, not TCP"
-    if postcopy(case):
+    if traced.channels.transport != "tcp":
+        return f"the transport is {traced.channels.transport}, not TCP"
+    if traced.postcopy:
         return "in postcopy the memory follows after the start"
-    segments = [s for s in destination.segments if s.socket in case.channels.destination and s.payload]
+    segments = [s for s in destination.segments if s.socket in traced.channels.destination and s.payload]
     if not any(switch.stop <= s.at_ns < switch.first_start for s in segments):
         return "no TCP segments were traced"
-    return _observe(case, source, segments, switch.stop, switch.first_start)
+    return _observe(traced, source, segments, switch.stop, switch.first_start)
 
 
-def _observe(case: Case, source: Process, segments: Sequence[Segment], stop: int, start: int) -> LinkUse:
-    receives = [t for t in case.transfers(case.destination) if t.direction == RECEIVE]
+def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segment], stop: int, start: int) -> LinkUse:
+    receives = traced.receives
     last = max(s.at_ns for s in segments if s.at_ns < start)
-    sends = [t for t in case.sends if t.begin_ns <= last]
+    sends = [t for t in traced.sends if t.begin_ns <= last]
     sent = _curve([(t.begin_ns, t.bytes) for t in sends])  # a call that blocks has offered all its bytes
     # With the last arrival all is there. What was read before segments were traced had arrived; of the others the
     # kernel tells most, but not all: those in between are spread evenly.
     before = sum(t.bytes for t in receives if t.end_ns < segments[0].at_ns)
-    traced = sum(s.payload for s in segments if s.at_ns <= last)
-    share = Fraction(max(0, sum(t.bytes for t in sends) - before), traced)
+    seen = sum(s.payload for s in segments if s.at_ns <= last)
+    share = Fraction(max(0, sum(t.bytes for t in sends) - before), seen)
     arrived = _curve([(segments[0].at_ns - 1, Fraction(before)), *((s.at_ns, s.payload * share) for s in segments)])
-    acks = [s for s in source.segments if s.socket in case.channels.source]
+    acks = [s for s in source.segments if s.socket in traced.channels.source]
     limited = _limited(sent, arrived, acks, stop, last)
     blocked = sum(
-        max(0, t.off_cpu_ns) * _overlap(limited, t.begin_ns, t.end_ns) // max(1, t.end_ns - t.begin_ns) for t in sends
+        max(0, t.off_cpu_ns) * covered(limited, (t.begin_ns, t.end_ns)) // max(1, t.end_ns - t.begin_ns) for t in sends
     )
     done = max((t.end_ns for t in sends), default=stop)
     reading = sum(
-        max(0, t.in_call_ns - max(0, t.off_cpu_ns)) for t in receives if _overlap(limited, t.begin_ns, t.end_ns + 1)
+        max(0, t.in_call_ns - max(0, t.off_cpu_ns)) for t in receives if covered(limited, (t.begin_ns, t.end_ns + 1))
     )
     return LinkUse(
         limited=limited,
         limited_bytes=sum(_at(arrived, end) - _at(arrived, begin) for begin, end in limited),
         span_ns=last - stop,
         span_bytes=_at(arrived, last) - _at(arrived, stop),
-        source_ns=max(0, _overlap(limited, stop, done) - blocked),
+        source_ns=max(0, covered(limited, (stop, done)) - blocked),
         reader_ns=reading,
     )
 
@@ -144,23 +145,4 @@ def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, la
         if not held and not full:
             busy.append((begin, end))
     found += busy if most >= QUEUED_BYTES else []
-    return tuple(_joined(found))
-
-
-def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    result: list[tuple[int, int]] = []
-    for begin, end in spans:
-        if result and result[-1][1] == begin:
-            result[-1] = (result[-1][0], end)
-        else:
-            result.append((begin, end))
-    return result
-
-
-def _overlap(spans: Sequence[tuple[int, int]], begin: int, end: int) -> int:
-    return sum(max(0, min(end, e) - max(begin, b)) for b, e in spans)
-
-
-def overlap(spans: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
-    """How long both were going on; each in order and apart."""
-    return sum(_overlap(spans, begin, end) for begin, end in others)
+    return tuple(merged(found))

@@ -21,8 +21,6 @@ def completeness(
     material: Material,
     source: Process | None,
     destination: Process | None,
-    truncated: bool,
-    unknown: int,
     window: tuple[int, int] | None,
 ) -> Completeness:
     """How far the result can be relied upon."""
@@ -30,11 +28,11 @@ def completeness(
     lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
     holes: list[str] = []
     bounds: list[str] = []
-    if truncated or ending is None:
+    if material.truncated or ending is None:
         holes.append("the recording was cut off: events at its end, and the counts of losses, are missing")
     holes += [_loss(name, count) for name, count in lost.items()]
-    if unknown:
-        holes.append(f"{unknown} events of a kind that this version does not know were left out")
+    if material.unknown:
+        holes.append(f"{material.unknown} events of a kind that this version does not know were left out")
     if source is None:
         bounds.append("the source was not traced: pause, fetch and sending are unknown")
     if destination is None:
@@ -85,11 +83,6 @@ def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[
     within = [run for at, run in readings if window[0] <= at <= window[1]]
     least = max(within) - min(within) if within else 0
     return least, max(least, min(after) - max(before)) if before and after else None
-
-
-def measured(material: Material, signal: str) -> bool:
-    """Was the signal traced? Recordings that say nothing about it did not."""
-    return not material.header.attach.get(signal, "absent").startswith("absent")
 
 
 def result(material: Material, switchover: Switchover | None) -> str:

@@ -12,12 +12,12 @@ migration and fetched alone by the main thread.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig import breakdown
 from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.spans import any_in
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 
@@ -59,38 +59,6 @@ def is_clear(ioctl: Ioctl) -> bool:
     return kvm.name_of(ioctl.cmd) == "CLEAR_DIRTY_LOG"
 
 
-def sizes(process: Process) -> dict[int, tuple[int, int]]:
-    """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
-    found = {slot.slot: (slot.addr, slot.size) for slot in process.slots if slot.size > 0}
-    found.update({i.slot: (i.addr, i.size) for i in process.memslots if i.size > 0})
-    return found
-
-
-def fetchers(process: Process) -> frozenset[int]:
-    """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
-    if process.fetching is None:
-        process.fetching = _fetchers(process)
-    return process.fetching
-
-
-def _fetchers(process: Process) -> frozenset[int]:
-    slots: dict[int, set[int]] = defaultdict(set)
-    rings: set[int] = set()
-    for tid, cmd, slot in {(ioctl.tid, ioctl.cmd, ioctl.slot) for ioctl in process.dirty_log}:
-        if kvm.name_of(cmd) == "RESET_DIRTY_RINGS":
-            rings.add(tid)
-        else:
-            slots[tid].add(slot)
-    known = sizes(process)
-    largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
-    several = {tid for tid, fetched in slots.items() if len(fetched) > 1 or largest in fetched}
-    if not several and slots:
-        most = max(len(fetched) for fetched in slots.values())
-        several = {tid for tid, fetched in slots.items() if len(fetched) == most}
-    vcpus = {line.tid for line in process.vcpus.values()}
-    return frozenset(several | (rings - vcpus))
-
-
 def switched_on(process: Process, before: int | None) -> int | None:
     """When the last switch-on of dirty logging that precedes `before` began; None if none was seen.
 
@@ -117,7 +85,7 @@ def switched_on(process: Process, before: int | None) -> int | None:
 
 def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Transfer]) -> list[Burst]:
     """The migration's fetches from `since` on; one that begins before the last stop ends there."""
-    tids = fetchers(process)
+    tids = process.fetchers
     begins = [send.begin_ns for send in sends]
     result: list[Burst] = []
     current: Burst | None = None
@@ -128,7 +96,7 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
         stopped = stop is not None and begin >= stop
         if ioctl.tid not in tids and not (stopped and name == "RESET_DIRTY_RINGS"):
             continue
-        apart = begin - last >= BURST_NS or _any_in(begins, last, begin)
+        apart = begin - last >= BURST_NS or any_in(begins, last, begin)
         again = name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in fetched_slots
         clear = name == "CLEAR_DIRTY_LOG"
         crosses = current is not None and stopped and stop is not None and current.begin < stop
@@ -150,11 +118,6 @@ def _begin(ioctl: Ioctl) -> int:
     return ioctl.begin_ns
 
 
-def _any_in(instants: Sequence[int], begin: int, end: int) -> bool:
-    at = bisect_left(instants, begin)
-    return at < len(instants) and instants[at] < end
-
-
 def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
     """Waiting time by lock, None where it was not measured."""
     waits = {"slots_lock": ioctl.slots_lock_ns, "mmu_lock": ioctl.mmu_lock_ns, "other": ioctl.other_lock_ns}
@@ -164,7 +127,7 @@ def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
 
 def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
     """The slots that were fetched, as far as their place is known."""
-    known = sizes(process)
+    known = process.places
     used = sorted({i.slot for burst in found for i in burst.ioctls if kvm.name_of(i.cmd) != "RESET_DIRTY_RINGS"})
     if not used:
         used = sorted({i.slot for i in process.memslots if i.flags & kvm.MEM_LOG_DIRTY_PAGES and i.size})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each thread, vCPU, socket and memslot did when: the material of every report with a time axis.
 
-In: a recording's header and events. Out: a `View` of lanes. Slices of one lane never overlap, whatever the recording
+In: an `Analysis`. Out: a `View` of lanes. Slices of one lane never overlap, whatever the recording
 says, because trace viewers cannot show that. Times are CLOCK_MONOTONIC ns as recorded; `origin_ns` is the instant
 that the breakdown calls 0.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig.analysis import dirty_log, roles
-from ebpf_mig.analysis import process as processes
-from ebpf_mig.analysis.attribution import attribute
-from ebpf_mig.analysis.migration import Case, locate
+from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import RECEIVE, SEND, Process, key_of
+from ebpf_mig.analysis.result import Analysis
+from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, OffCpu, Transfer
+from ebpf_mig.recording.events import Ioctl, OffCpu, Transfer
 
 Args = dict[str, int | str]
 
@@ -73,19 +73,17 @@ class View:
     """How many flows there are; their ids are 1 and up."""
 
 
-def view(header: Header, events: Iterable[AnyEvent]) -> View:
+def view(analysis: Analysis) -> View:
     """The lanes of a recording. Deterministic: the same events give the same lanes in the same order."""
-    material = processes.split(header, events)
-    case = Case(material, *roles.assign(material.processes.values()))
-    locate(case)
-    window, _, _ = attribute(case)
-    known = [(case.source, "source"), (case.destination, "destination")]
-    others = [(p, "unknown") for p in material.processes.values() if p not in (case.source, case.destination)]
+    traced = analysis.traced
+    material = traced.material
+    known = [(traced.source, "source"), (traced.destination, "destination")]
+    others = [(p, "unknown") for p in material.processes.values() if p not in (traced.source, traced.destination)]
     parties = [(process, side) for process, side in [*known, *others] if process is not None]
     instants = [at for process, _ in parties for at in _instants(process)] + [m.at_ns for m in material.marks]
-    instants = [at for at in instants if at > 0] or [header.begin_ns]
+    instants = [at for at in instants if at > 0] or [material.header.begin_ns]
     begin, end = min(instants), max(instants)
-    found = View(window[0] if window else case.since, begin, end, [], [], 0)
+    found = View(analysis.origin_ns, begin, end, [], [], 0)
     for process, side in parties:
         found.lanes += _vcpu_lanes(process, side, begin, end)
         found.lanes += _thread_lanes(process, side)
@@ -96,8 +94,8 @@ def view(header: Header, events: Iterable[AnyEvent]) -> View:
         ]
         if marks:
             found.lanes.append(Lane(side, process.pid, 0, "mark", "said by the VMM", marks))
-        found.counters += _counters(case, process, side)
-    _tie(found, case)
+        found.counters += _counters(traced, process, side)
+    _tie(found, traced)
     return found
 
 
@@ -228,10 +226,10 @@ def apart(slices: Iterable[Slice]) -> list[Slice]:
     return ordered
 
 
-def _counters(case: Case, process: Process, side: str) -> Iterable[Counter]:
+def _counters(traced: TracedMigration, process: Process, side: str) -> Iterable[Counter]:
     """Bytes of the migration that a side has sent or received so far, over all its connections."""
     wanted = SEND if side == "source" else RECEIVE
-    moved = sorted((t.end_ns, t.bytes) for t in case.transfers(process) if t.direction == wanted)
+    moved = sorted((t.end_ns, t.bytes) for t in traced.transfers(process) if t.direction == wanted)
     total = 0
     points: list[tuple[int, int]] = []
     for at, count in moved:
@@ -241,9 +239,9 @@ def _counters(case: Case, process: Process, side: str) -> Iterable[Counter]:
         yield Counter(side, process.pid, f"migration bytes {'sent' if wanted == SEND else 'received'}", points)
 
 
-def _tie(found: View, case: Case) -> None:
+def _tie(found: View, traced: TracedMigration) -> None:
     """Flows: each vCPU's stop to its start; the last send before the start to the receive that takes it in."""
-    switch = case.switchover
+    switch = traced.switchover
     if switch is None or switch.kind != "completed":
         return
     lanes = {(lane.side, lane.name): lane for lane in found.lanes if lane.kind == "vcpu"}
@@ -255,18 +253,18 @@ def _tie(found: View, case: Case) -> None:
         before = next((s for s in old.slices if s.end_ns == stop), None)
         after = next((s for s in new.slices if s.begin_ns == start), None)
         _flow(found, before, after)
-    limit = switch.first_start if switch.first_start is not None else 1 << 63
-    sent = [s for s in _moves(found, case, "source", SEND) if s.end_ns <= limit]
+    limit = switch.first_start if switch.first_start is not None else FOREVER
+    sent = [s for s in _moves(found, traced, "source", SEND) if s.end_ns <= limit]
     last = max(sent, key=lambda s: s.end_ns, default=None)
     if last is not None:
-        taken = [s for s in _moves(found, case, "destination", RECEIVE) if s.end_ns >= last.begin_ns]
+        taken = [s for s in _moves(found, traced, "destination", RECEIVE) if s.end_ns >= last.begin_ns]
         _flow(found, last, min(taken, key=lambda s: s.end_ns, default=None))
 
 
-def _moves(found: View, case: Case, side: str, direction: int) -> Iterable[Slice]:
+def _moves(found: View, traced: TracedMigration, side: str, direction: int) -> Iterable[Slice]:
     """The slices of a side's transfers on the migration's own sockets."""
-    process = case.source if side == "source" else case.destination
-    keys = case.channels.source if side == "source" else case.channels.destination
+    process = traced.source if side == "source" else traced.destination
+    keys = traced.channels.source if side == "source" else traced.channels.destination
     fds = {(t.tid, t.fd) for t in (process.transfers if process else ()) if key_of(t) in keys}
     word = "sends" if direction == SEND else "receives"
     for lane in found.lanes:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of one migration while it is being worked out.
+"""One traced migration: its sides, its sockets, its fetches and its switchover.
 
-In: a recording taken apart. Out: a `Case` with its sides, sockets, fetches and switchover found.
+In: a recording taken apart. Out: a `TracedMigration`, made by `identify` and never changed. What is derived from it is
+worked out once, when it is first asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
-from ebpf_mig.analysis import dirty_log, sockets
+from ebpf_mig.analysis import dirty_log, roles, sockets
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.process import RECEIVE, SEND, Material, Process, begun, key_of
@@ -21,76 +22,112 @@ AFTER_START_BYTES = 65536
 """A source that sends more than this after the destination's start is still sending memory: postcopy."""
 
 
-@dataclass
-class Case:
-    """One migration, as the steps below come to know it."""
+@dataclass(frozen=True)
+class TracedMigration:
+    """What a recording holds of one migration. Instants are absolute, in ns."""
 
     material: Material
     source: Process | None
     destination: Process | None
     notes: list[str]
-    since: int = 0
-    """Dirty logging switched on, or the trigger; the recording's begin if neither was seen."""
-    began: int | None = None
-    """The same, None if neither was seen."""
-    channels: Channels = field(default_factory=Channels)
-    switchover: Switchover | None = None
-    bursts: list[Burst] | None = None
-    _by_channel: dict[tuple[int, frozenset[int]], list[Transfer]] = field(default_factory=dict)
-    _sends: tuple[tuple[int, Channels], list[Transfer]] | None = None
+    """Doubts about which side is which."""
+    began: int | None
+    """Dirty logging switched on, or the trigger; None if neither was seen."""
+    channels: Channels
+    switchover: Switchover | None
+    bursts: list[Burst]
+    """The source's dirty-log fetches."""
+    source_transfers: list[Transfer]
+    """The source's transfers on the migration's sockets, both directions."""
+    sends: list[Transfer]
+    """What the source sent for the migration, since it began."""
+
+    @property
+    def since(self) -> int:
+        """As `began`; the recording's begin if that is not known."""
+        return self.began if self.began is not None else self.material.header.begin_ns
 
     def transfers(self, process: Process | None) -> list[Transfer]:
-        """A side's transfers on the migration's sockets, both directions."""
+        """A side's transfers on the migration's sockets, both directions. Not to be changed."""
         if process is None:
             return []
-        keys = self.channels.source if process is self.source else self.channels.destination
-        known = self._by_channel.get((process.pid, keys))
-        if known is None:
-            known = [t for t in process.transfers if (t.socket or key_of(t)) in keys]
-            self._by_channel[process.pid, keys] = known
-        return known
+        return self.source_transfers if process is self.source else self.destination_transfers
+
+    @cached_property
+    def destination_transfers(self) -> list[Transfer]:
+        """The destination's transfers on the migration's sockets, both directions."""
+        return _on(self.channels.destination, self.destination)
 
     @cached_property
     def receives(self) -> list[Transfer]:
-        """What the destination received for the migration; asked for once its sockets are known."""
-        return [t for t in self.transfers(self.destination) if t.direction == RECEIVE]
+        """What the destination received for the migration."""
+        return [t for t in self.destination_transfers if t.direction == RECEIVE]
 
-    @property
-    def sends(self) -> list[Transfer]:
-        """What the source sent for the migration, since it began; as `transfers`, not to be changed."""
-        known = self._sends
-        if known is None or known[0] != (self.since, self.channels):
-            found = [t for t in self.transfers(self.source) if t.direction == SEND and t.begin_ns >= self.since]
-            known = self._sends = (self.since, self.channels), found
-        return known[1]
+    @cached_property
+    def postcopy(self) -> bool:
+        """Did the source go on sending memory after the destination's start?"""
+        found = self.switchover
+        start = found.last_start if found and found.kind == "completed" else None
+        reported = any(mark.name == "qmp.MIGRATION.postcopy-active" for mark in self.material.marks)
+        late = sum(t.bytes for t in begun(self.sends, start + 1)) if start is not None else 0
+        return reported or late > AFTER_START_BYTES
+
+    @cached_property
+    def answering(self) -> frozenset[int]:
+        """The source's migration sockets on which a thread first listened after the stop, and then sent: in postcopy.
+
+        Cloud Hypervisor opens such a connection for it (vmm/src/migration/transport.rs, `open_fault_connection`).
+        QEMU has none: its migration thread sends pages, asked for or not, and another thread reads the requests.
+        """
+        if self.source is None or self.switchover is None or not self.postcopy:
+            return frozenset()
+        first: dict[tuple[int, int], int] = {}
+        serving: set[int] = set()
+        for transfer in self.source_transfers:
+            if transfer.begin_ns < self.switchover.stop or not transfer.bytes:
+                continue
+            talker = transfer.tid, key_of(transfer)
+            if first.setdefault(talker, transfer.direction) == RECEIVE and transfer.direction == SEND:
+                serving.add(talker[1])
+        return frozenset(serving)
+
+    @cached_property
+    def own_transfers(self) -> list[Transfer]:
+        """The source's transfers for the migration without those on sockets that only answer.
+
+        Answers are not on its way to the handover: the destination asks for pages while it restores, and waits for
+        each by itself.
+        """
+        serving = self.answering
+        return [t for t in self.source_transfers if key_of(t) not in serving] if serving else self.source_transfers
 
 
-def locate(case: Case) -> None:
-    """Finds the switchover, when the migration began, its sockets, its fetches."""
-    source = case.source
-    marks = case.material.marks
-    triggers = [m.at_ns for m in marks if m.name == "session.trigger"]
-    fetchers = dirty_log.fetchers(source) if source else frozenset()
-    stop_marks = [m.at_ns for m in marks if m.name == "qmp.STOP" and source and m.pid == source.pid]
-    case.since = case.material.header.begin_ns
-    case.channels = sockets.choose(source, case.destination, 0, fetchers)
+def _on(keys: frozenset[int], process: Process | None) -> list[Transfer]:
+    return [t for t in process.transfers if (t.socket or key_of(t)) in keys] if process else []
+
+
+def _sends(transfers: list[Transfer], since: int) -> list[Transfer]:
+    return [t for t in transfers if t.direction == SEND and t.begin_ns >= since]
+
+
+def identify(material: Material) -> TracedMigration:
+    """Finds the sides, the switchover, when the migration began, its sockets, its fetches."""
+    source, destination, notes = roles.assign(material.processes.values())
     if source is None:
-        return
-    found = switchovers.find(source, case.destination, case.sends, stop_marks)
+        channels = sockets.choose(None, destination, 0, frozenset())
+        return TracedMigration(material, None, destination, notes, None, channels, None, [], [], [])
+    channels = sockets.choose(source, destination, 0, source.fetchers)
+    transfers = _on(channels.source, source)
+    sends = _sends(transfers, material.header.begin_ns)
+    stop_marks = [m.at_ns for m in material.marks if m.name == "qmp.STOP" and m.pid == source.pid]
+    found = switchovers.find(source, destination, sends, stop_marks)
     stop = found.stop if found else None
     on = dirty_log.switched_on(source, stop)
-    triggered = max((at for at in triggers if stop is None or at < stop), default=None)
-    case.began = on if on is not None else triggered
-    if case.began is not None:
-        case.since = case.began
-        case.channels = sockets.choose(source, case.destination, case.since, fetchers)
-    case.switchover = found
-    case.bursts = dirty_log.bursts(source, case.since if case.began is not None else 0, stop, case.sends)
-
-
-def postcopy(case: Case) -> bool:
-    """Did the source go on sending memory after the destination's start?"""
-    start = case.switchover.last_start if case.switchover and case.switchover.kind == "completed" else None
-    said = any(mark.name == "qmp.MIGRATION.postcopy-active" for mark in case.material.marks)
-    late = sum(t.bytes for t in begun(case.sends, start + 1)) if start is not None else 0
-    return said or late > AFTER_START_BYTES
+    triggers = [m.at_ns for m in material.marks if m.name == "session.trigger" and (stop is None or m.at_ns < stop)]
+    began = on if on is not None else max(triggers, default=None)
+    if began is not None:
+        first, channels = channels, sockets.choose(source, destination, began, source.fetchers)
+        transfers = transfers if channels.source == first.source else _on(channels.source, source)
+        sends = _sends(transfers, began)
+    bursts = dirty_log.bursts(source, began if began is not None else 0, stop, sends)
+    return TracedMigration(material, source, destination, notes, began, channels, found, bursts, transfers, sends)

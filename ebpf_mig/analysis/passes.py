@@ -13,9 +13,10 @@ from functools import cached_property
 
 from ebpf_mig.analysis import brownout, dirty_log, fetch_split, tcp_info
 from ebpf_mig.analysis.dirty_log import Burst
-from ebpf_mig.analysis.off_cpu import OffCpu
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.sockets import off_cpu_within
+from ebpf_mig.analysis.spans import covered, total, uncovered
+from ebpf_mig.analysis.waits import OffCpuTotals
 from ebpf_mig.breakdown import Fetch, FetchIoctl, Logging, Pass, Rearm, Span
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Samples, Transfer
@@ -58,8 +59,8 @@ class DirtyLogRows:
         return dirty_log.switched_on(self.process, self.stop) if self.brownout else None
 
     @cached_property
-    def _off_cpu(self) -> OffCpu:
-        return OffCpu(self.process, dirty_log.fetchers(self.process))
+    def _off_cpu(self) -> OffCpuTotals:
+        return OffCpuTotals(self.process, self.process.fetchers)
 
     def passes(self) -> list[Pass]:
         """Fetches that began with the guest running, each with the sending up to the next."""
@@ -80,12 +81,12 @@ class DirtyLogRows:
         size = sum([s.bytes for s in sent])
         pages, most = self.returned(burst, before), size // self.page
         took = burst.begin - before.begin if before else 0
-        user = _uncovered(burst.ioctls, burst.begin, ready)
+        user = uncovered([(i.begin_ns, i.end_ns) for i in burst.ioctls], (burst.begin, ready))
         stretch = (burst.begin, following if following is not None else max(end, burst.end))
         return Pass(
             begin=burst.begin - self.origin,
             kernel_ns=burst.kernel_ns,
-            user_ns=sum(right - left for left, right in user),
+            user_ns=total(user),
             pages=pages,
             bytes=size,
             send_ns=sum([min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent]),
@@ -157,7 +158,7 @@ class DirtyLogRows:
             ns += int(found["walk"]) + int(found["flush"])
             error = int(found.get("walk_error", 0)) + int(found.get("flush_error", 0))
             samples = str(found["samples"])
-            places = dirty_log.sizes(self.process)
+            places = self.process.places
             pages += sum(places[i.slot][1] // self.page for i in gets if i.slot in places)
         if not pages or not ns:
             return None
@@ -189,29 +190,16 @@ class DirtyLogRows:
         return [self._switch(flag, ioctls, blackout) for flag, ioctls in groups]
 
     def _switch(self, flag: bool, ioctls: Sequence[Ioctl], blackout: Span | None) -> Logging:
-        begin, end = blackout or (0, 0)
+        calls = [(i.begin_ns, i.end_ns) for i in ioctls]
         return Logging(
             on=flag,
             begin=ioctls[0].begin_ns - self.origin,
             end=max(i.end_ns for i in ioctls) - self.origin,
-            kernel_ns=sum(i.end_ns - i.begin_ns for i in ioctls),
+            kernel_ns=total(calls),
             slots=len({i.slot for i in ioctls}),
-            in_blackout_ns=sum(max(0, min(i.end_ns, end) - max(i.begin_ns, begin)) for i in ioctls),
+            in_blackout_ns=covered(calls, blackout) if blackout is not None else 0,
         )
 
 
 def _begin(ioctl: Ioctl) -> int:
     return ioctl.begin_ns
-
-
-def _uncovered(ioctls: Sequence[Ioctl], begin: int, until: int) -> list[Span]:
-    """The spans of [begin, until) outside all of the ioctls, which are in order."""
-    spans: list[Span] = []
-    reached = begin
-    for ioctl in ioctls:
-        if reached < min(ioctl.begin_ns, until):
-            spans.append((reached, min(ioctl.begin_ns, until)))
-        reached = max(reached, ioctl.end_ns)
-    if reached < until:
-        spans.append((reached, until))
-    return spans

@@ -12,13 +12,13 @@ does.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig import breakdown
 from ebpf_mig.analysis import source_work
 from ebpf_mig.analysis.source_work import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
+from ebpf_mig.analysis.spans import any_in, covered
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 
@@ -116,7 +116,7 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
     for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
         if label == REPLY and previous not in (MEMORY, STATE, REPLY):
             continue
-        waited = begin - partition.cursor - _within(work.preempted, partition.cursor, begin)
+        waited = begin - partition.cursor - covered(work.preempted, (partition.cursor, begin))
         partition.until(begin, _between(previous, label, waited, work.fetched is not None))
         if label == REPLY:
             # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
@@ -132,11 +132,6 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
     elif previous in (STATE, REPLY):
         partition.until(until, "handover")
     partition.until(until, "unattributed")
-
-
-def _within(spans: Sequence[tuple[int, int]], begin: int, end: int) -> int:
-    """How much of [begin, end) the spans, which do not overlap, cover."""
-    return sum(max(0, min(closed, end) - max(opened, begin)) for opened, closed in spans)
 
 
 def _after(previous: int | None, label: int) -> int:
@@ -228,7 +223,7 @@ def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int
     """
     begins = [i.begin_ns for i in restores]
     late = [t for t in receives if t.end_ns > since]
-    single = [t for t in late if t.calls <= 1 or not _any_between(begins, t.begin_ns, t.end_ns)]
+    single = [t for t in late if t.calls <= 1 or not any_in(begins, t.begin_ns + 1, t.end_ns)]
     acts = [(t.begin_ns, t.end_ns, True) for t in single]
     acts += [(i.begin_ns, i.end_ns, False) for i in restores if i.end_ns > since]
     acts.sort()
@@ -241,11 +236,6 @@ def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int
             found.append((idle_from, end))
         idle_from = max(idle_from, end)
     return found
-
-
-def _any_between(instants: Sequence[int], begin: int, end: int) -> bool:
-    at = bisect_right(instants, begin)
-    return at < len(instants) and instants[at] < end
 
 
 def destination(

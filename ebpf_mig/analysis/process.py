@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The events of a recording by process, cleaned and in time order.
 
-In: a header and events in any order. Out: one `Process` a traced pid, the marks, the ending.
+In: a recording, its events in any order. Out: one `Process` a traced pid, the marks, the ending.
 
 Events come from a file and may be anything: calls whose begin was not seen, or lies after their end, become
 calls of no length, so that no later step can meet a negative duration. Sorting is by the whole event, so
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter, eq
@@ -25,6 +25,7 @@ from ebpf_mig.analysis import vcpu
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import KINDS
 
 SEND, RECEIVE = 0, 1
@@ -43,9 +44,9 @@ def begun(events: list[_Timed], since: int) -> list[_Timed]:
     return events[bisect_left(events, since, key=attrgetter("begin_ns")) :]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Process:
-    """One traced process; every list is in time order."""
+    """One traced process; every list is in time order. What is derived from them is worked out once, when asked for."""
 
     pid: int
     target: ev.Target | None = None
@@ -64,8 +65,6 @@ class Process:
     spans: list[ev.VcpuSpan] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
-    fetching: frozenset[int] | None = None
-    """What `fetches.fetchers` found, once it has been asked."""
 
     @property
     def hint(self) -> str:
@@ -86,6 +85,37 @@ class Process:
     def memslots(self) -> list[ev.Ioctl]:
         """The ioctls that set memslots."""
         return [ioctl for ioctl in self.other_ioctls if kvm.is_memslot(ioctl.cmd)]
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
+        found = {slot.slot: (slot.addr, slot.size) for slot in self.slots if slot.size > 0}
+        found.update({i.slot: (i.addr, i.size) for i in self.memslots if i.size > 0})
+        return found
+
+    @property
+    def largest_slot(self) -> int | None:
+        """The largest slot with a known place."""
+        known = self.places
+        return max(known, key=lambda slot: (known[slot][1], -slot), default=None)
+
+    @cached_property
+    def fetchers(self) -> frozenset[int]:
+        """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
+        slots: dict[int, set[int]] = defaultdict(set)
+        rings: set[int] = set()
+        for tid, cmd, slot in {(ioctl.tid, ioctl.cmd, ioctl.slot) for ioctl in self.dirty_log}:
+            if kvm.name_of(cmd) == "RESET_DIRTY_RINGS":
+                rings.add(tid)
+            else:
+                slots[tid].add(slot)
+        largest = self.largest_slot
+        several = {tid for tid, fetched in slots.items() if len(fetched) > 1 or largest in fetched}
+        if not several and slots:
+            most = max(len(fetched) for fetched in slots.values())
+            several = {tid for tid, fetched in slots.items() if len(fetched) == most}
+        vcpus = {line.tid for line in self.vcpus.values()}
+        return frozenset(several | (rings - vcpus))
 
     @cached_property
     def _longest_ns(self) -> int:
@@ -167,7 +197,7 @@ class Process:
         return vcpu.common(list(self.vcpus.values()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Material:
     """A recording taken apart."""
 
@@ -175,20 +205,26 @@ class Material:
     processes: dict[int, Process]
     marks: list[ev.Mark]
     ending: ev.Ending | None
-    costs: list[ev.OwnCost] = field(default_factory=list)
+    costs: list[ev.OwnCost]
+    truncated: bool
+    """The recording was cut off."""
+    unknown: int
+    """How many of its events this version cannot read."""
+
+    def traced(self, signal: str) -> bool:
+        """Was the signal traced? Recordings that say nothing about it did not."""
+        return not self.header.attach.get(signal, "absent").startswith("absent")
 
 
 _key = msgspec.structs.astuple
 
 
-def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
+def split(recording: Recording) -> Material:
     """Takes a recording apart. Linear but for the sorting."""
-    processes: dict[int, Process] = {}
-    for target in header.targets:
-        processes.setdefault(target.pid, Process(target.pid, target))
     by_kind: dict[type, list[Any]] = defaultdict(list)
-    for event in events:
+    for event in recording.events:
         by_kind[type(event)].append(event)
+    streams: dict[int, dict[str, list[Any]]] = defaultdict(dict)
     for kind in KINDS:
         if not kind.stream:
             continue
@@ -196,14 +232,16 @@ def split(header: ev.Header, events: Iterable[ev.AnyEvent]) -> Material:
         for event in by_kind.pop(kind.event, ()):
             by_pid[event.pid].append(event)
         for pid, found in by_pid.items():
-            process = processes.setdefault(pid, Process(pid))
-            setattr(process, kind.stream, _in_order(kind.event, _made_whole(kind.event, found)))
+            streams[pid][kind.stream] = _in_order(kind.event, _made_whole(kind.event, found))
+    targets = {target.pid: target for target in reversed(recording.header.targets)}
+    pids = sorted(targets.keys() | streams.keys())
+    processes = {pid: Process(pid, targets.get(pid), **streams.get(pid, {})) for pid in pids}
     marks: list[ev.Mark] = by_kind[ev.Mark]
     endings: list[ev.Ending] = by_kind[ev.Ending]
     costs: list[ev.OwnCost] = by_kind[ev.OwnCost]
     marks.sort(key=_key)
     costs.sort(key=_key)
-    return Material(header, dict(sorted(processes.items())), marks, _last(endings), costs)
+    return Material(recording.header, processes, marks, _last(endings), costs, recording.truncated, recording.unknown)
 
 
 def _tcp_key(event: ev.TcpInfo) -> tuple[int, int, list[tuple[str, int]]]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.linux import kvm
 
 
@@ -64,13 +64,11 @@ def _as_destination(process: Process) -> int:
 
 def _fetches_for_migration(process: Process) -> bool:
     slots = {i.slot for i in process.dirty_log}
-    known = dirty_log.sizes(process)
-    largest = max(known, key=lambda slot: (known[slot][1], -slot), default=None)
-    return len(slots) > 1 or largest in slots
+    return len(slots) > 1 or process.largest_slot in slots
 
 
 def _first(process: Process) -> int:
     """When it is first known to run its guest; 0 if it did when tracing began."""
     if any(line.ran_before for line in process.vcpus.values()):
         return 0
-    return min((line.first_run for line in process.vcpus.values() if line.first_run is not None), default=1 << 63)
+    return min((line.first_run for line in process.vcpus.values() if line.first_run is not None), default=FOREVER)

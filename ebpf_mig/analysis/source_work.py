@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig.analysis.dirty_log import Burst, is_clear
-from ebpf_mig.analysis.process import RECEIVE, SEND, key_of
+from ebpf_mig.analysis.process import RECEIVE, SEND, Process, begun, key_of
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, OffCpu, Transfer
 
@@ -49,52 +49,70 @@ class Work:
     """Stretches in which the thread that sends had lost its CPU, in order."""
 
 
-def observe(
-    stop: int,
-    until: int,
-    bursts: Sequence[Burst],
-    transfers: Sequence[Transfer],
-    ioctls: Sequence[Ioctl],
-    waits: Sequence[OffCpu] = (),
-) -> Work:
-    """The source's work in [stop, until).
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """All that the source did after its last vCPU's stop, in order; `observe` collects it once."""
 
-    `bursts` are its fetches after the stop, `transfers` those on the migration's sockets in both directions,
-    `ioctls` its KVM ioctls apart from the dirty log's, `waits` when its threads were off the CPU.
+    stop: int
+    bursts: Sequence[Burst]
+    """Its dirty-log fetches."""
+    sends: Sequence[Transfer]
+    """On the migration's sockets."""
+    replies: Sequence[Transfer]
+    """Receives by the threads that send, by their end."""
+    ioctls: Sequence[Ioctl]
+    """Its KVM ioctls apart from the dirty log's."""
+    waits: Sequence[OffCpu]
+    """When its threads were off the CPU."""
+
+    def work(self, until: int) -> Work:
+        """What of it began before `until`, by kind: when the source's turn ended is known only after a first look."""
+        bursts = [b for b in self.bursts if b.begin < until]
+        fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
+        sends = [t for t in self.sends if t.begin_ns < until and not _announces(t, self.stop, fetched)]
+        others = [i for i in self.ioctls if i.begin_ns < until]
+        saves = _saves(others, [*(b.begin for b in bursts), *(max(self.stop, t.begin_ns) for t in sends)])
+        carries_state = _state_sends(bursts, sends, self.replies, saves)
+        intervals = [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for burst in bursts for i in burst.ioctls]
+        intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
+        intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in self.replies]
+        folded = 0
+        state_from: list[int] = []
+        for send, state in zip(sends, carries_state, strict=True):
+            pieces = [(send.begin_ns, send.end_ns, STATE if state else MEMORY)]
+            if not state and send.calls > 1:
+                pieces = _unfold(send, saves)
+                folded += len(pieces) - 1
+            intervals += pieces
+            state_from += [begin for begin, _, label in pieces if label == STATE]
+        return Work(
+            intervals=intervals,
+            state_from=min(state_from, default=None),
+            memory=[t for t, state in zip(sends, carries_state, strict=True) if not state],
+            quiet_until=max(
+                (i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=self.stop
+            ),
+            fetched=fetched,
+            folded=folded,
+            preempted=_preempted(self.waits, {send.tid for send in sends}, self.stop),
+        )
+
+
+def observe(source: Process, stop: int, bursts: Sequence[Burst], transfers: Sequence[Transfer]) -> Activity:
+    """What `source` did from `stop` on.
+
+    `bursts` are its fetches, `transfers` those on the migration's sockets in both directions.
     """
-    fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
-    sends = [
-        t
-        for t in transfers
-        if t.direction == SEND and t.begin_ns < until and t.end_ns > stop and not _announces(t, stop, fetched)
-    ]
-    answers = [t for t in transfers if t.direction == RECEIVE and t.end_ns > stop]
+    late = [t for t in transfers if t.end_ns > stop]
+    answers = [t for t in late if t.direction == RECEIVE]
     senders = {(t.tid, t.socket or key_of(t)) for t in transfers if t.direction == SEND} if answers else set()
-    replies = [t for t in answers if (t.tid, key_of(t)) in senders]
-    replies.sort(key=lambda reply: reply.end_ns)
-    others = [i for i in ioctls if stop <= i.begin_ns < until]
-    saves = _saves(others, [*(b.begin for b in bursts), *(max(stop, t.begin_ns) for t in sends)])
-    carries_state = _state_sends(bursts, sends, replies, saves)
-    intervals = [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for burst in bursts for i in burst.ioctls]
-    intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
-    intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in replies]
-    folded = 0
-    state_from: list[int] = []
-    for send, state in zip(sends, carries_state, strict=True):
-        pieces = [(send.begin_ns, send.end_ns, STATE if state else MEMORY)]
-        if not state and send.calls > 1:
-            pieces = _unfold(send, saves)
-            folded += len(pieces) - 1
-        intervals += pieces
-        state_from += [begin for begin, _, label in pieces if label == STATE]
-    return Work(
-        intervals=intervals,
-        state_from=min(state_from, default=None),
-        memory=[t for t, state in zip(sends, carries_state, strict=True) if not state],
-        quiet_until=max((i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=stop),
-        fetched=fetched,
-        folded=folded,
-        preempted=_preempted(waits, {send.tid for send in sends}, stop),
+    return Activity(
+        stop=stop,
+        bursts=[burst for burst in bursts if burst.begin >= stop],
+        sends=[t for t in late if t.direction == SEND],
+        replies=sorted((t for t in answers if (t.tid, key_of(t)) in senders), key=lambda reply: reply.end_ns),
+        ioctls=begun(source.other_ioctls, stop),
+        waits=source.off_cpu,
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ebpf_mig.analysis import source_work
 from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.spans import any_in
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Transfer
@@ -150,17 +151,12 @@ def _attempt(
     best: tuple[tuple[bool, bool, bool, bool, int], tuple[int, int | None]] | None = None
     for begin, end in gaps:
         # A paused VM's clock is read or the guest told; nothing else that stops vCPUs does so.
-        paused = _any_in(clocks, begin, end) or _any_in(stop_marks, begin, end)
-        saved = _any_in(reads, begin, end)
-        moved = _any_in(fetched, begin, end) or _any_in(sent, begin, end)
+        paused = any_in(clocks, begin, end) or any_in(stop_marks, begin, end)
+        saved = any_in(reads, begin, end)
+        moved = any_in(fetched, begin, end) or any_in(sent, begin, end)
         if not (paused or (saved and moved)):
             continue
         score = (paused and saved and moved, paused and (saved or moved), paused, moved, begin)
         if best is None or score > best[0]:
             best = (score, (begin, end))
     return best[1] if best else None
-
-
-def _any_in(instants: Sequence[int], begin: int, end: int | None) -> bool:
-    at = bisect_left(instants, begin)
-    return at < len(instants) and (end is None or instants[at] < end)

@@ -13,10 +13,10 @@ Hypervisor enters with `immediate_exit` to finish a pending access (vmm/src/cpu.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ebpf_mig.analysis.spans import any_in
 from ebpf_mig.recording.events import VcpuEnter, VcpuExit, VcpuState
 
 EINTR = -4
@@ -127,7 +127,8 @@ def _walk(tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int]
             and gaps[-1].end == entry
             and ret == EINTR
             and at - entry <= IMMEDIATE_NS
-            and not _any_within(kicks, entry, at)
+            # A kick inside the call means that the call ran until then; one before it was pending at entry.
+            and not any_in(kicks, entry + 1, at + 1)
         ):
             immediate.append((entry, at))
             before = gaps.pop()
@@ -139,11 +140,6 @@ def _walk(tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int]
     if outside and points:
         gaps.append(Gap(left, None, entry))
     return Timeline(tid, tuple(gaps), tuple(immediate))
-
-
-def _any_within(instants: Sequence[int], after: int, until: int) -> bool:
-    """A kick inside the call means that the call ran until then; one before it was pending at entry."""
-    return bisect_right(instants, until) > bisect_right(instants, after)
 
 
 def common(timelines: Sequence[Timeline]) -> list[tuple[int, int | None]]:

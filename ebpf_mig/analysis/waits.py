@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The longest waits in the window: which thread slept where while its side was on the critical path.
+"""Time off the CPU: the longest waits in the window, and how much of a span a thread was off the CPU.
 
-In: off-CPU events, the window's phases, the threads that drive the migration. Out: rows of the breakdown.
+In: off-CPU events, the window's phases, the threads that drive the migration; of ioctls and sends the thread's running
+total of time off the CPU. Out: rows of the breakdown; parts of given spans.
 
 A VMM has many threads that sleep all the time and hold nobody up. Only those count that move the migration (they
 fetch, send, receive or restore), and vCPU threads while vCPUs are being stopped or started.
@@ -9,18 +10,20 @@ fetch, send, receive or restore), and vCPU threads while vCPUs are being stopped
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from ebpf_mig.analysis.process import Process
-from ebpf_mig.breakdown import Phase, Wait
+from ebpf_mig.analysis.spans import Cover
+from ebpf_mig.breakdown import Phase, Span, Wait
 
 MOST = 10
 """Waits that are kept, the longest first."""
 LEAST_NS = 100_000
 """Shorter ones are not worth a line."""
+SLACK_NS = 20_000
+"""How far a span's end may be from the begin or return of a call, where the total is known."""
 _SIDES = {
     "source": ("pause", "quiesce", "fetch.kernel", "fetch.user", "memory.send", "state.save", "state.send"),
     "destination": ("handover", "state.load", "resume"),
@@ -41,28 +44,9 @@ class Party:
     """Threads that only send; idle most of the time."""
 
 
-class _Cover:
-    """How much of an interval a phase covers, in logarithmic time."""
-
-    def __init__(self, phase: Phase, origin: int) -> None:
-        spans = sorted(phase.spans)
-        self._begins = [origin + begin for begin, _ in spans]
-        self._lengths = [end - begin for begin, end in spans]
-        self._before = [0, *accumulate(self._lengths)]
-
-    def within(self, begin: int, end: int) -> int:
-        return self._until(end) - self._until(begin)
-
-    def _until(self, at: int) -> int:
-        index = bisect_right(self._begins, at) - 1
-        if index < 0:
-            return 0
-        return self._before[index] + min(at - self._begins[index], self._lengths[index])
-
-
 def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Wait]:
     """The longest waits of all sides. Each is booked to the phase it overlaps most, and cut to it."""
-    covers = {phase.phase: _Cover(phase, origin) for phase in phases}
+    covers = {p.phase: Cover((origin + begin, origin + end) for begin, end in p.spans) for p in phases}
     spans = [span for phase in phases for span in phase.spans]
     first, last = (origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0))
     found: list[tuple[int, int, Wait]] = []
@@ -92,3 +76,41 @@ def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[str]:
     if tid in party.senders:
         return ["memory.send"]
     return [name for name in own if name in _VCPUS] if tid in vcpus else []
+
+
+class OffCpuTotals:
+    """The totals of some threads, at the instants at which they are known."""
+
+    def __init__(self, process: Process, tids: Collection[int]) -> None:
+        points: dict[int, list[tuple[int, int]]] = {tid: [] for tid in sorted(tids)}
+        for i in process.ioctls:
+            if i.tid in points and i.off_total_ns >= 0:
+                points[i.tid] += [(i.begin_ns, i.off_total_ns - max(0, i.off_cpu_ns)), (i.end_ns, i.off_total_ns)]
+        for t in process.transfers:
+            if t.tid in points and t.off_before_ns >= 0:
+                points[t.tid].append((t.begin_ns, t.off_before_ns))
+        self._points = [sorted(known) for known in points.values() if known]
+
+    def within(self, spans: Iterable[Span]) -> int | None:
+        """Time off the CPU in the spans; None if a span does not lie between two calls of one of the threads."""
+        total = 0
+        for begin, end in spans:
+            found = next((off for known in self._points if (off := _between(known, begin, end)) is not None), None)
+            if found is None:
+                return None
+            total += found
+        return total
+
+
+def _between(known: list[tuple[int, int]], begin: int, end: int) -> int | None:
+    left, right = _nearest(known, begin), _nearest(known, end)
+    if left is None or right is None or right < left:
+        return None
+    return min(right - left, end - begin)
+
+
+def _nearest(known: list[tuple[int, int]], at: int) -> int | None:
+    """The total at the known instant next to `at`, None if that is too far away."""
+    index = bisect_left(known, (at, -1))
+    near = min(known[max(0, index - 1) : index + 1], key=lambda point: abs(point[0] - at))
+    return near[1] if abs(near[0] - at) <= SLACK_NS else None

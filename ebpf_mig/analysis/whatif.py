@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the blackout would have been, had the final fetch cost less, re-arming been skipped, or the link been faster.
 
-In: a recording's header and events, its breakdown, and wishes. Out: a `WhatIf` with what each wish changes and all that
+In: an `Analysis` and wishes. Out: a `WhatIf` with what each wish changes and all that
 has to hold for it. A prediction takes away from the measured blackout or adds to it; it is never built up from a model
 alone, so that what no model knows stays in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from ebpf_mig.analysis import bandwidth as link
-from ebpf_mig.analysis import process, roles
-from ebpf_mig.analysis.attribution import attribute
 from ebpf_mig.analysis.bandwidth import LinkUse
-from ebpf_mig.analysis.migration import Case, locate
+from ebpf_mig.analysis.result import Analysis
+from ebpf_mig.analysis.spans import merged, overlap, total
 from ebpf_mig.breakdown import Breakdown, Change, FetchIoctl, Span, WhatIf
 from ebpf_mig.errors import UsageError
-from ebpf_mig.recording.events import AnyEvent, Header
 
 PAYLOAD = Fraction(1448, 1538)
 """Of an Ethernet link's bits with an MTU of 1500: preamble, header, checksum and gap take 38 bytes, IPv4 and TCP with
@@ -47,16 +45,12 @@ class Wishes:
         return dict(self.said).get(name, name)
 
 
-def predict(header: Header, events: Iterable[AnyEvent], b: Breakdown, wishes: Wishes) -> WhatIf:
-    """The blackout under `wishes`. UsageError if `b` has no blackout of a completed migration."""
+def predict(analysis: Analysis, wishes: Wishes) -> WhatIf:
+    """The blackout under `wishes`. UsageError if there is no blackout of a completed migration."""
+    b, origin = analysis.breakdown, analysis.origin_ns
     if b.blackout_ns is None or b.migration.result != "completed":
         raise UsageError("there is no blackout of a completed migration to reckon from")
-    material = process.split(header, events)
-    case = Case(material, *roles.assign(material.processes.values()))
-    locate(case)
-    window, _, _ = attribute(case)
-    use = link.observe(case)
-    origin = window[0] if window else 0
+    use = link.observe(analysis.traced)
     queued = [] if isinstance(use, str) else [(begin - origin, end - origin) for begin, end in use.limited]
     changes: list[Change] = []
     assumptions: list[str] = []
@@ -68,8 +62,8 @@ def predict(header: Header, events: Iterable[AnyEvent], b: Breakdown, wishes: Wi
         assumptions.append("all else takes as long as it did: what follows the fetch begins that much earlier")
         assumptions.append("what went on while the link was draining its queue gains nothing, the link sets the pace")
     told = [change.change_ns for change in changes]
-    total = None if None in told else max(0, b.blackout_ns + sum(ns for ns in told if ns is not None))
-    return WhatIf(blackout_ns=total, changes=changes, assumptions=assumptions)
+    then = None if None in told else max(0, b.blackout_ns + sum(ns for ns in told if ns is not None))
+    return WhatIf(blackout_ns=then, changes=changes, assumptions=assumptions)
 
 
 def _bandwidth(wish: str, wanted: int, use: LinkUse | str, assumptions: list[str]) -> Change:
@@ -121,7 +115,7 @@ def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, 
     if b.dirty_log.mode != "legacy":
         calls = [i for i in ioctls if i.ioctl in _RE_ARMS]
         what = f"{len(calls)} calls that re-arm"
-        changes.append(_less(wish, what, _joined(map(_span, calls)), queued, wishes.rearm))
+        changes.append(_less(wish, what, merged(map(_span, calls)), queued, wishes.rearm))
         return
     gets = [i for i in ioctls if i.ioctl == "GET_DIRTY_LOG"]
     if not gets or any(_protecting(i) is None for i in gets):
@@ -129,7 +123,7 @@ def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, 
         changes.append(Change(wish=wish, change_ns=None, why=why))
         return
     took = sum(_protecting(i) or 0 for i in gets)
-    beside = link.overlap(queued, _joined(map(_span, gets)))
+    beside = overlap(queued, merged(map(_span, gets)))
     gain = max(0, took - beside)
     why = f"walk and flush of {len(gets)} KVM_GET_DIRTY_LOG took {took / 1e6:.3f} ms"
     if samples := [i.split["samples"] for i in gets if i.split and isinstance(i.split.get("samples"), int)]:
@@ -148,22 +142,12 @@ def _protecting(ioctl: FetchIoctl) -> int | None:
 
 
 def _less(wish: str, what: str, spans: Sequence[Span], queued: Sequence[Span], left: Fraction) -> Change:
-    took = sum(end - begin for begin, end in spans)
-    beside = link.overlap(queued, spans)
+    took = total(spans)
+    beside = overlap(queued, spans)
     why = f"{what} took {took / 1e6:.3f} ms of the blackout"
     if beside:
         why += f", {beside / 1e6:.3f} of it beside the link's queue"
     return Change(wish=wish, change_ns=-round((took - beside) * (1 - left)), why=why)
-
-
-def _joined(spans: Iterable[Span]) -> list[Span]:
-    result: list[Span] = []
-    for begin, end in sorted(spans):
-        if result and begin <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((begin, end))
-    return result
 
 
 def _megabits(rate: float) -> str:

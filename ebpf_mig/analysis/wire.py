@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was sent and had not arrived: each long stretch on the wire in the blackout, and TCP's reason for it.
 
-In: the source's sends, the destination's receives, the segments that arrived on both sides, the window. Out: rows of
-the breakdown. Positions in the stream pair the two sides: byte n was sent when the send that covers it returned,
-and received when the receive that covers it returned.
+In: a `TracedMigration`, the window and what the source did in it. Out: rows of the breakdown, of all connections.
+Positions in the stream pair the two sides: byte n was sent when the send that covers it returned, and received when the
+receive that covers it returned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from operator import attrgetter
 
 import msgspec
 
-from ebpf_mig.breakdown import Wire
+from ebpf_mig.analysis import sockets
+from ebpf_mig.analysis.migration import TracedMigration
+from ebpf_mig.analysis.process import RECEIVE, SEND
+from ebpf_mig.analysis.source_work import Work
+from ebpf_mig.analysis.spans import FOREVER
+from ebpf_mig.breakdown import Span, Wire
 from ebpf_mig.recording.events import Retransmit, Segment, Transfer
 
 _at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
@@ -45,6 +50,38 @@ class Stretch:
 
 PEEKED_BYTES = 64
 """QEMU's destination looks at the first 4 bytes with MSG_PEEK, which counts as a receive: its positions run ahead."""
+
+
+BOTH = "state and pages"
+
+
+def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> list[Wire] | None:
+    """What was in flight in the window, over all connections; None unless both ends were traced."""
+    source, destination = traced.source, traced.destination
+    if window is None or source is None or destination is None:
+        return None
+    found: list[Wire] = []
+    state_from, answering = work.state_from if work else None, traced.answering
+    for near, far in sorted(sockets.mirrors(source, destination).items()):
+        if near in traced.channels.source:
+            sends = source.streams.get((SEND, near), [])
+            receives = destination.ended(destination.streams.get((RECEIVE, far), []), window[0])
+            segments = [
+                s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
+            ]
+            segments.sort(key=attrgetter("at_ns", "pid"))
+            again = [r for r in source.retransmits if r.socket == near]
+            state = None if state_from is None else FOREVER if near in answering else state_from
+            rows = gather(sends, receives, segments, window, again, state)
+            if traced.postcopy and not answering:
+                rows = [msgspec.structs.replace(row, message=row.message.replace("state", BOTH)) for row in rows]
+            found += rows if traced.channels.transport != "unix" else map(without_wire, rows)
+    return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[:MOST]
+
+
+def _since(segments: list[Segment], begin: int) -> list[Segment]:
+    """Those from `begin` on, and one before, which tells that they were traced at all."""
+    return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
 
 
 def gather(

@@ -147,7 +147,7 @@ def _one(once: Once, path: Path) -> Run:
     except RecordingError as problem:
         return Run(breakdown=None, error=error or str(problem))
     return Run(
-        breakdown=analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown),
+        breakdown=analyse(recording).breakdown,
         error=error,
     )
 

@@ -79,7 +79,7 @@ def load(name: str) -> Benchmark:
     recording = read_recording(data)
     if recording.truncated:
         print(f"ebpf-mig: {printable(name)} is cut off: {printable(recording.reason)}", file=sys.stderr)  # noqa: T201
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
+    breakdown = analyse(recording).breakdown
     return of_recording(breakdown, "recording")
 
 

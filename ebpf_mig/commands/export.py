@@ -96,7 +96,7 @@ def _rows(name: str, file: Path, names: Names | None) -> tuple[Row, list[Row]]:
     recording = read_recording(file)
     if names is not None:
         recording = redacted(recording, names)
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
+    breakdown = analyse(recording).breakdown
     migration, phases = tables.migration_row(name, recording.header, breakdown), tables.phase_rows(name, breakdown)
     if not tables.fits([migration, *phases]):
         raise RecordingError(f"{printable(str(file))}: its figures are beyond 64 bits")

@@ -17,7 +17,7 @@ from ebpf_mig.commands.options import (
     strict_option,
     write_result,
 )
-from ebpf_mig.commands.report import FORMATS, Source, require_complete, warn
+from ebpf_mig.commands.report import FORMATS, require_complete, warn
 from ebpf_mig.errors import UsageError
 from ebpf_mig.join.merge import Hint
 
@@ -99,6 +99,6 @@ def command(
     if recording is not None:
         with RecordingWriter(recording, whole.header, force) as writer:
             writer.write_many(whole.events)
-    breakdown = analyse(whole.header, whole.events, truncated=whole.truncated, unknown=whole.unknown)
-    write_result(FORMATS[form](Source(whole, breakdown), output, color), output, force=force)
-    require_complete(breakdown, strict)
+    analysis = analyse(whole)
+    write_result(FORMATS[form](analysis, output, color), output, force=force)
+    require_complete(analysis.breakdown, strict)

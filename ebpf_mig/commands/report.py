@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -32,6 +33,9 @@ from ebpf_mig.errors import IncompleteError, UsageError
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.text import printable
 
+if TYPE_CHECKING:
+    from ebpf_mig.analysis.result import Analysis
+
 EPILOG = examples(
     "ebpf-mig report vm1.rec",
     "ebpf-mig report vm1.rec --format json | jq .blackout_ns",
@@ -41,52 +45,44 @@ EPILOG = examples(
 )
 
 
-class Source(NamedTuple):
-    """What a report can be made of."""
-
-    recording: Recording
-    breakdown: Breakdown
-
-
-def _text(source: Source, output: str, color: str) -> str:
+def _text(analysis: Analysis, output: str, color: str) -> str:
     from ebpf_mig.report import whatif as what_if
 
-    return rendered(source.breakdown, "text", output, color) + what_if.text(source.breakdown)
+    return rendered(analysis.breakdown, "text", output, color) + what_if.text(analysis.breakdown)
 
 
-def _json(source: Source, output: str, color: str) -> str:
-    return rendered(source.breakdown, "json", output, color)
+def _json(analysis: Analysis, output: str, color: str) -> str:
+    return rendered(analysis.breakdown, "json", output, color)
 
 
-def _html(source: Source, output: str, color: str) -> str:  # noqa: ARG001
+def _html(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
     from ebpf_mig.analysis import lanes
     from ebpf_mig.report import html
 
-    return html.render(source.breakdown, lanes.view(source.recording.header, source.recording.events))
+    return html.render(analysis.breakdown, lanes.view(analysis))
 
 
-def _perfetto(source: Source, output: str, color: str) -> bytes:  # noqa: ARG001
+def _perfetto(analysis: Analysis, output: str, color: str) -> bytes:  # noqa: ARG001
     from ebpf_mig.analysis import lanes
     from ebpf_mig.report import perfetto
 
-    header = source.recording.header
-    return perfetto.render(source.breakdown, header, lanes.view(header, source.recording.events))
+    return perfetto.render(analysis.breakdown, analysis.header, lanes.view(analysis))
 
 
-def _csv(source: Source, output: str, color: str) -> str:  # noqa: ARG001
+def _csv(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
     from ebpf_mig.report import csv
 
-    return csv.render(source.breakdown)
+    return csv.render(analysis.breakdown)
 
 
-FORMATS: dict[str, Callable[[Source, str, str], str | bytes]] = {
+FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "text": _text,
     "json": _json,
     "html": _html,
     "perfetto": _perfetto,
     "csv": _csv,
 }
-"""By name: from the source, the output's name and the choice of colour to the report. Each imports what it needs."""
+"""By name: from the analysis, the output's name and the choice of colour to the report. Each imports what it needs."""
 _PREDICTING = ("text", "json", "html")
 
 
@@ -123,14 +119,14 @@ def command(
     if wishes and form not in _PREDICTING:
         raise UsageError(f"no prediction goes into {form}", f"use --format {', '.join(_PREDICTING)}")
     wanted = parse_wishes(wishes)
-    source = _source(file, redact)
+    analysis = _analysis(file, redact)
     if wishes:
         from ebpf_mig.analysis import whatif
 
-        predicted = whatif.predict(source.recording.header, source.recording.events, source.breakdown, wanted)
-        source = source._replace(breakdown=msgspec.structs.replace(source.breakdown, what_if=predicted))
-    write_result(FORMATS[form](source, output, color), output, force=force)
-    require_complete(source.breakdown, strict)
+        predicted = whatif.predict(analysis, wanted)
+        analysis = replace(analysis, breakdown=msgspec.structs.replace(analysis.breakdown, what_if=predicted))
+    write_result(FORMATS[form](analysis, output, color), output, force=force)
+    require_complete(analysis.breakdown, strict)
 
 
 def warn(name: str, recording: Recording) -> None:
@@ -188,7 +184,7 @@ def _share(value: str, text: str) -> Fraction:
     return Fraction(match[1] or 0) / 100
 
 
-def _source(file: str, redact: bool) -> Source:
+def _analysis(file: str, redact: bool) -> Analysis:
     from ebpf_mig.collector import analyse
     from ebpf_mig.recording.file import read_recording
     from ebpf_mig.recording.redact import redacted
@@ -197,5 +193,4 @@ def _source(file: str, redact: bool) -> Source:
     warn(file, recording)
     if redact:
         recording = redacted(recording)
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
-    return Source(recording, breakdown)
+    return analyse(recording)

@@ -192,7 +192,7 @@ def progress_line() -> Callable[[int], None]:
 def show(name: str, form: str, color: str) -> Breakdown:
     """Prints the breakdown of a recording just made, and how to see it again; returns it."""
     recording = read_recording(name)
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated, unknown=recording.unknown)
+    breakdown = analyse(recording).breakdown
     write_result(rendered(breakdown, form, "-", color))
     say(f"recording: {name}; see it again with: ebpf-mig report {name}")
     return breakdown

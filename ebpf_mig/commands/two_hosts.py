@@ -117,7 +117,7 @@ def show(
             again = f"ebpf-mig join {' '.join(names[role] for role in ROLES)}"
         except (JoinError, UsageError) as error:
             say(f"the two recordings cannot be joined: {error}; this is the source's half")
-    breakdown = analyse(whole.header, whole.events, truncated=whole.truncated, unknown=whole.unknown)
+    breakdown = analyse(whole).breakdown
     write_result(rendered(breakdown, form, "-", color))
     say(f"recordings: {kept}; see it again with: {again}")
     return breakdown

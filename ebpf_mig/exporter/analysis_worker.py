@@ -77,20 +77,19 @@ def _work(channel: socket.socket) -> None:
 
 def examine(task: Task, recording: BinaryIO) -> Answer:
     """The breakdown in brief. RecordingError if it is no recording."""
-    from ebpf_mig.collector import placed
+    from ebpf_mig.collector import analyse
     from ebpf_mig.exporter.messages import Answer
     from ebpf_mig.exporter.observation import observe
     from ebpf_mig.recording.file import read_recording
     from ebpf_mig.report.otel_spans import trace_of
 
-    read = read_recording(recording)
-    found = placed(read.header, read.events, truncated=read.truncated, unknown=read.unknown)
+    found = analyse(read_recording(recording))
     breakdown = found.breakdown
     side = breakdown.migration.source or breakdown.migration.destination
     vms = sorted(task.vms, key=lambda vm: side is None or vm.pid != side.pid)
     name = next((vm.name for vm in vms if vm.name), "")
     seen = observe(breakdown, at=task.at, recording=task.recording, vmm=vms[0].vmm, vm=name, trigger=task.trigger)
-    return Answer(seen, trace_of(found, read.header, seen))
+    return Answer(seen, trace_of(found, seen))
 
 
 def _request(channel: socket.socket) -> tuple[bytes, list[int]]:

@@ -45,10 +45,11 @@ class Survey:
 
     def process(self, pid: int) -> Process:
         """What its vCPUs did."""
-        found = Process(pid)
-        for into, kind in ((found.enters, ev.VcpuEnter), (found.exits, ev.VcpuExit), (found.states, ev.VcpuState)):
-            into += [event for event in self.kinds.get(kind, ()) if event.pid == pid]
-        return found
+        enters, exits, states = (
+            [event for event in self.kinds.get(kind, ()) if event.pid == pid]
+            for kind in (ev.VcpuEnter, ev.VcpuExit, ev.VcpuState)
+        )
+        return Process(pid, enters=enters, exits=exits, states=states)
 
 
 def survey(name: str, recording: Recording) -> Survey:

@@ -54,11 +54,11 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 
     header: Header
     events: list[AnyEvent]
-    truncated: bool
+    truncated: bool = False
     """Cut off, damaged or without an orderly ending: later events are missing."""
-    reason: str
+    reason: str = ""
     """Why `truncated`, in words; empty otherwise."""
-    unknown: int
+    unknown: int = 0
     """Events and blocks of kinds that only a newer writer knows; skipped."""
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A migration as a trace: what an OpenTelemetry back end shows, and an id that both hosts come to by themselves.
 
-In: the breakdown of one host's recording. Out: spans in wall-clock time. The trace id is derived from the migration's
+In: the analysis of one host's recording. Out: spans in wall-clock time. The trace id is derived from the migration's
 own TCP connection, whose two ends both hosts know; the source's span id is derived from the trace id, so that the
 destination can name it as its parent without having heard of it. Pure.
 """
@@ -14,10 +14,9 @@ import msgspec
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.exporter.observation import Observation
-from ebpf_mig.recording.events import Header
 
 if TYPE_CHECKING:
-    from ebpf_mig.collector import Placed
+    from ebpf_mig.analysis.result import Analysis
 
 MOST_SPANS = 200
 """Of one trace; the shortest visits to a phase are left out beyond."""
@@ -47,13 +46,13 @@ class Trace(msgspec.Struct, frozen=True, tag="trace"):
     vm: str
 
 
-def trace_of(placed: Placed, header: Header, seen: Observation) -> Trace | None:
+def trace_of(analysis: Analysis, seen: Observation) -> Trace | None:
     """None where no switchover was found, or the recording does not tell wall-clock time."""
-    b = placed.breakdown
+    b, header = analysis.breakdown, analysis.header
     if b.window_ns is None or header.clock is None:
         return None
-    zero = placed.origin_ns - header.clock.monotonic_ns + header.clock.realtime_ns
-    trace_id = id_of(placed.connection or f"{header.boot_id} {header.begin_ns}")
+    zero = analysis.origin_ns - header.clock.monotonic_ns + header.clock.realtime_ns
+    trace_id = id_of(analysis.connection or f"{header.boot_id} {header.begin_ns}")
     of_source = digest(f"{trace_id} source", 16)
     begin = b.window_ns - b.migration.total_ns if b.migration.total_ns is not None else 0
     visits = sorted(

@@ -82,7 +82,7 @@ def migrate(directory: Path, pair: ChPair, act: Act | None = None, *, timeout_s:
         time.sleep(0.3)
         alive = [vm.process.poll() is None for vm in (pair.source, pair.destination)]
     recording = read_recording(str(path))
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
+    breakdown = analyse(recording).breakdown
     beats = [[at for at, _ in vm.heartbeat.beats] for vm in (pair.source, pair.destination)]
     return Traced(outcome, recording, breakdown, path, *alive, *beats, took)
 

@@ -109,7 +109,7 @@ def value(port: int, name: str, **labels: str) -> float:
 def report(path: Path) -> Breakdown:
     recording = read_recording(path)
     assert not recording.truncated
-    return analyse(recording.header, recording.events)
+    return analyse(recording).breakdown
 
 
 def quietly(migration: QemuMigration) -> None:

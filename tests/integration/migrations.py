@@ -102,7 +102,7 @@ def migrate(
     return Traced(
         outcome,
         recording,
-        analyse(recording.header, recording.events, truncated=recording.truncated),
+        analyse(recording).breakdown,
         path,
         parse_trace(directory / "source.trace", offset),
         parse_trace(directory / "destination.trace", offset),

@@ -16,6 +16,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.linux import kvm
 from ebpf_mig.probes import macros
 from ebpf_mig.recording.events import Ending, Header, Ioctl, Transfer
+from ebpf_mig.recording.file import Recording
 from tests.conftest import requires
 from tests.truth import large
 from tests.truth.harness import PHASES, migrate, undisturbed, work
@@ -159,7 +160,7 @@ def test_what_is_lost_is_told_and_its_bytes_are_known(monkeypatch: pytest.Monkey
     gaps.append(said["bytes"] - ends[-1])
     assert all(gap >= 0 for gap in gaps) and sum(gap > 0 for gap in gaps) <= ending.lost["transfer"]
     assert sum(gaps) + sum(run.bytes for run in runs) == said["bytes"]
-    assert analyse(Header(), events).completeness.verdict == "incomplete"
+    assert analyse(Recording(header=Header(), events=events)).breakdown.completeness.verdict == "incomplete"
 
 
 def _many(workload: str, count: int) -> list[Transfer]:

@@ -15,6 +15,7 @@ from ebpf_mig.analysis import fetch_split, tcp_info
 from ebpf_mig.analysis.process import split
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Samples, TcpInfo, Transfer, VcpuSpan
+from ebpf_mig.recording.file import Recording
 from tests.conftest import requires
 from tests.truth.harness import migrate, undisturbed, work
 from tests.truth.parts import Plan
@@ -114,7 +115,7 @@ def test_our_own_cost_in_the_window_is_between_its_bounds() -> None:
 
 def test_tcp_says_that_a_slow_reader_held_it_up() -> None:
     said, events = work("slow-reader", 600)
-    process = next(iter(split(Header(), events).processes.values()))
+    process = next(iter(split(Recording(header=Header(), events=events)).processes.values()))
     readings = [e for e in events if isinstance(e, TcpInfo) and e.socket == said["socket"]]
     assert len(readings) >= 3
     stretch = (readings[0].at_ns, readings[-1].at_ns)

@@ -39,18 +39,17 @@ def migrate(rate_mbit: int, file: Path) -> tuple[Recording, Breakdown]:
             writer = functools.partial(run.open_recording, str(file), "test", force=True)
             outcome, _ = run.trace_migration(migration, 60, writer)
     assert outcome.result == "completed", outcome.error
-    recording = read_recording(str(file))
-    return recording, analyse(recording.header, recording.events)
+    return analyse(read_recording(str(file)))
 
 
 @pytest.mark.timeout(300)
 def test_another_bandwidth_is_predicted_within_15_per_cent(tmp_path: Path) -> None:
     runs = {rate: [migrate(rate, tmp_path / f"{rate}-{n}.rec") for n in range(3)] for rate in (SLOW, FAST)}
-    measured = {rate: statistics.median(b.blackout_ns or 0 for _, b in runs[rate]) for rate in runs}
+    measured = {rate: statistics.median(run.breakdown.blackout_ns or 0 for run in runs[rate]) for rate in runs}
     assert measured[SLOW] > 1.5 * measured[FAST], "tc limits the link, and the link the migration"
     for here, there in ((SLOW, FAST), (FAST, SLOW)):
         wishes = parse_wishes([f"bandwidth={there}Mbit"])
-        predicted = [predict(r.header, r.events, b, wishes).blackout_ns or 0 for r, b in runs[here]]
+        predicted = [predict(run, wishes).blackout_ns or 0 for run in runs[here]]
         off = statistics.median(predicted) / measured[there] - 1
         said = f"{here} -> {there} Mbit/s: {statistics.median(predicted) / 1e6:.1f} ms predicted, "
         said += f"{measured[there] / 1e6:.1f} measured, {100 * off:+.1f} %"

@@ -79,7 +79,7 @@ def migrate(plan: ChPlan, *more: str, tcp: bool = False, act: Act | None = None,
         breakdown = truth = None
         if recording.exists():
             found = read_recording(str(recording))
-            breakdown = analyse(found.header, found.events)
+            breakdown = analyse(found).breakdown
             if run.returncode == 0:
                 truth = _truth(placed, breakdown, list(found.events))
         return ChRun(run.returncode, stderr, breakdown, truth, alive)

@@ -24,6 +24,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.recording.events import AnyEvent, Header, Target
+from ebpf_mig.recording.file import Recording
 from ebpf_mig.tracing.session import Session
 from tests.truth.parts import AFTER_MEMORY, SLOWNESS, Plan, encode
 
@@ -194,7 +195,7 @@ def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[
     return [
         Run(
             plan,
-            analyse(header, events),
+            analyse(Recording(header=header, events=events)).breakdown,
             events,
             durations([*left["marks"], *right["marks"]]),
             {**left["injected"], **right["injected"]},

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.file import Recording
 
 BASE = 10_000_000_000
 US = 1000
@@ -167,8 +170,12 @@ class Script:
         found = [event for vm in self.vms for event in vm.events] + self.marks
         return [*found, self.ending] if self.ending else found
 
+    @property
+    def recording(self) -> Recording:
+        return Recording(header=self.header, events=self.events)
+
     def result(self, *, truncated: bool = False) -> Result:
-        return Result(analyse(self.header, self.events, truncated=truncated))
+        return Result(analyse(replace(self.recording, truncated=truncated)).breakdown)
 
 
 class Result:

@@ -193,5 +193,5 @@ def run(source: str, destination: str, delay: str) -> Meeting:
     meeting.trouble += [f"{file} was not made" for file in files if not file.exists()]
     if not meeting.trouble:
         whole = read_both(*map(str, files))
-        meeting.breakdown = analyse(whole.header, whole.events, truncated=whole.truncated)
+        meeting.breakdown = analyse(whole).breakdown
     return meeting

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A migration whose messages are each answered, taken apart: which message when, on either side.
 
-In: a `Case`. Out: the spans that Cloud Hypervisor's log has figures of, between events of the kernel. Absolute ns.
+In: a `TracedMigration`. Out: the spans that Cloud Hypervisor's log has figures of, between events of the kernel.
+Absolute ns.
 
 Cloud Hypervisor sends a request, waits for its answer and goes on (vm-migration/src/protocol.rs), so on the migration's
 main socket the last message is `Complete`, the one before `State`. The thread that kicks the vCPUs drives all of
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig.analysis import pause, phases, source_work
-from ebpf_mig.analysis.migration import Case, postcopy
+from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import RECEIVE, SEND, Process, key_of
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.linux import kvm
@@ -76,22 +77,22 @@ def messages(transfers: Sequence[Transfer], first: int) -> list[Message]:
     return found
 
 
-def follow(case: Case, snapshotted: int | None = None) -> Talk:
+def follow(traced: TracedMigration, snapshotted: int | None = None) -> Talk:
     """The spans of a completed migration. `snapshotted`: when the VMM says that its state was saved, if it does."""
-    source, found = case.source, case.switchover
+    source, found = traced.source, traced.switchover
     if source is None or found is None or found.kind != "completed":
         return Talk({})
-    spans, second, serialising = _source(case, source, found, snapshotted)
-    loading, parsing = _destination(case, found)
+    spans, second, serialising = _source(traced, source, found, snapshotted)
+    loading, parsing = _destination(traced, found)
     doubts = dict.fromkeys(("state", "send_state"), serialising) | dict.fromkeys(("recv_snapshot", "restore"), parsing)
     return Talk(spans | loading, second, doubts)
 
 
 def _source(
-    case: Case, source: Process, found: Switchover, snapshotted: int | None
+    traced: TracedMigration, source: Process, found: Switchover, snapshotted: int | None
 ) -> tuple[dict[str, Span], Span | None, int]:
     tid = pause.driver(source, found)
-    own = [t for t in case.transfers(source) if t.tid == tid and t.end_ns > found.stop]
+    own = [t for t in traced.transfers(source) if t.tid == tid and t.end_ns > found.stop]
     last = next((t for t in reversed(own) if t.direction == RECEIVE and t.bytes), None)
     if last is None:
         return {}, None, 0
@@ -103,7 +104,7 @@ def _source(
     if begin is None:
         return {}, None, 0
     saved = max((i.end_ns for i in source.other_ioctls if begin <= i.begin_ns < state.begin), default=begin)
-    second = _second_fetch(case, begin, state, talk[:-2])
+    second = _second_fetch(traced, begin, state, talk[:-2])
     done = max(saved, second[1] if second else 0)
     if second is None and snapshotted is not None:
         done = min(max(done, snapshotted), state.begin)
@@ -113,7 +114,7 @@ def _source(
         "send_state": (done, state.answered),
         "complete": (complete.begin, complete.answered),
     }
-    return spans | _final_iteration(case, found, begin), second, state.begin - done
+    return spans | _final_iteration(traced, found, begin), second, state.begin - done
 
 
 def _snapshot_begin(source: Process, found: Switchover, tid: int | None, before: int) -> int | None:
@@ -126,36 +127,36 @@ def _snapshot_begin(source: Process, found: Switchover, tid: int | None, before:
     return shared if shared is not None else work[read].begin_ns
 
 
-def _second_fetch(case: Case, begin: int, state: Message, before: Sequence[Message]) -> Span | None:
+def _second_fetch(traced: TracedMigration, begin: int, state: Message, before: Sequence[Message]) -> Span | None:
     """From its first ioctl to the answer to what it found, or to its last ioctl."""
-    fetches = [b for b in case.bursts or [] if b.fetched and begin <= b.begin < state.begin]
+    fetches = [b for b in traced.bursts if b.fetched and begin <= b.begin < state.begin]
     if not fetches:
         return None
     ends = [b.end for b in fetches] + [m.answered for m in before if m.begin >= fetches[0].begin]
     return fetches[0].begin, max(ends)
 
 
-def _final_iteration(case: Case, found: Switchover, snapshot: int) -> dict[str, Span]:
+def _final_iteration(traced: TracedMigration, found: Switchover, snapshot: int) -> dict[str, Span]:
     """The final fetch and the sending of what it found, by however many threads."""
-    fetches = [b for b in case.bursts or [] if b.fetched and found.stop <= b.begin < snapshot]
-    if not fetches or postcopy(case):
+    fetches = [b for b in traced.bursts if b.fetched and found.stop <= b.begin < snapshot]
+    if not fetches or traced.postcopy:
         return {}
     begin = fetches[0].begin
-    sent = [t for t in case.transfers(case.source) if t.bytes and t.end_ns > begin and t.begin_ns < snapshot]
+    sent = [t for t in traced.transfers(traced.source) if t.bytes and t.end_ns > begin and t.begin_ns < snapshot]
     end = max([fetches[-1].end, *(t.end_ns for t in sent if t.end_ns <= snapshot)])
     first = min((t.begin_ns for t in sent if t.direction == SEND and t.begin_ns >= begin), default=fetches[-1].end)
     return {"final_iter": (begin, end), "overhead": (begin, first)}
 
 
-def _destination(case: Case, found: Switchover) -> tuple[dict[str, Span], int]:
-    process = case.destination
+def _destination(traced: TracedMigration, found: Switchover) -> tuple[dict[str, Span], int]:
+    process = traced.destination
     if process is None or found.first_start is None:
         return {}, 0
     restores = [i for i in process.ioctls if phases.is_restore(i) and found.stop <= i.begin_ns < found.first_start]
     if not restores:
         return {}, 0
     loader = restores[-1].tid
-    own = [t for t in process.ended(case.transfers(process), found.requested + 1) if t.tid == loader]
+    own = [t for t in process.ended(traced.transfers(process), found.requested + 1) if t.tid == loader]
     talk = messages(own, RECEIVE)
     talk = [m for m in talk if m.first[-1].end_ns < found.first_start]
     if len(talk) < 2 or talk[-1].bytes > HEADER:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ebpf_mig import breakdown as b
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import BY_TYPE
 from tests.unit import scripts
 from tests.unit.script import ATTACH, BASE, Script, cmd
@@ -134,11 +135,11 @@ def check(found: b.Breakdown) -> None:
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(roles, st.lists(event(), max_size=40), st.randoms(use_true_random=False))
 def test_any_events_in_any_order(names: list[str], events: list[ev.AnyEvent], chance) -> None:  # type: ignore[no-untyped-def]
-    found = analyse(header(names), events)
+    found = analyse(Recording(header=header(names), events=events)).breakdown
     check(found)
     shuffled = list(events)
     chance.shuffle(shuffled)
-    assert analyse(header(names), shuffled) == found
+    assert analyse(Recording(header=header(names), events=shuffled)).breakdown == found
 
 
 @st.composite
@@ -182,7 +183,7 @@ def test_any_steps_of_a_switchover(
     source.ioctl("GET_REGS", 2020)
     source.gets(2050)
     destination.ioctl("SET_REGS", 10_050)
-    found = analyse(script.header, script.events + steps)
+    found = analyse(Recording(header=script.header, events=script.events + steps)).breakdown
     check(found)
     assert found.window_ns is not None
     if runs_again is None:
@@ -207,10 +208,10 @@ def test_migrations_with_events_missing_and_foreign_ones_added(  # type: ignore[
     for index in missing:
         events.pop(index % len(events))
     events += foreign
-    found = analyse(script.header, events)
+    found = analyse(Recording(header=script.header, events=events)).breakdown
     check(found)
     chance.shuffle(events)
-    assert analyse(script.header, events) == found
+    assert analyse(Recording(header=script.header, events=events)).breakdown == found
 
 
 @settings(max_examples=200, deadline=None)
@@ -219,7 +220,7 @@ def test_the_zero_of_the_clock_does_not_matter(make, shift: int) -> None:  # typ
     script: Script = make()
     moved = [_moved(e, shift) for e in script.events]
     begun = msgspec.structs.replace(script.header, begin_ns=script.header.begin_ns + shift)
-    assert analyse(begun, moved) == analyse(script.header, script.events)
+    assert analyse(Recording(header=begun, events=moved)).breakdown == analyse(script.recording).breakdown
 
 
 def _moved(event: ev.AnyEvent, shift: int) -> ev.AnyEvent:

@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def source_of(vm: Vm, script: Script) -> Process:
-    return split(script.header, script.events).processes[vm.pid]
+    return split(script.recording).processes[vm.pid]
 
 
 def one() -> tuple[Script, Vm]:
@@ -87,7 +87,7 @@ def test_one_thread_fetches_all_slots_another_only_the_displays() -> None:
     vm.gets(0, slots=[0, 7])
     vm.gets(5000, slots=[7], tid=2)
     process = source_of(vm, script)
-    assert dirty_log.fetchers(process) == {1001}
+    assert process.fetchers == {1001}
     assert shape(dirty_log.bursts(process, 0, None, [])) == [(0, 2)]
 
 
@@ -97,13 +97,13 @@ def test_a_guest_of_one_slot_is_fetched_by_the_thread_of_the_largest() -> None:
     vm.logging(-9_000_000, [(7, 16 * MIB)])
     vm.gets(0, slots=[0])
     vm.gets(5000, slots=[7], tid=2)
-    assert dirty_log.fetchers(source_of(vm, script)) == {1001}
+    assert source_of(vm, script).fetchers == {1001}
 
 
 def test_a_lone_fetcher_of_one_unknown_slot_counts() -> None:
     script, vm = one()
     vm.gets(0, slots=[4])
-    assert dirty_log.fetchers(source_of(vm, script)) == {1001}
+    assert source_of(vm, script).fetchers == {1001}
 
 
 def test_switched_on_when_the_largest_slot_was() -> None:

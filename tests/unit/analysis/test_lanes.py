@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ebpf_mig.analysis.lanes import Slice, View, apart, view
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, OffCpu, Segment, Transfer
-from ebpf_mig.recording.file import read_recording
+from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import html, perfetto
 from tests.unit.analysis.test_collector_properties import event, header, roles
 from tests.unit.report.test_replay import COMPLETED
@@ -35,12 +35,13 @@ def check(found: View) -> None:
 @pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
 def test_every_call_of_a_real_recording_is_in_a_lane_uncut(path: Path) -> None:
     recording = read_recording(path)
-    found = view(recording.header, recording.events)
+    analysis = analyse(recording)
+    found = view(analysis)
     check(found)
     for kind, of in (("ioctl", Ioctl), ("socket", Transfer), ("wait", OffCpu)):
         drawn = sorted(s.end_ns - s.begin_ns for lane in found.lanes if lane.kind == kind for s in lane.slices)
         assert drawn == sorted(e.end_ns - e.begin_ns for e in recording.events if isinstance(e, of))
-    b = analyse(recording.header, recording.events)
+    b = analysis.breakdown
     for vcpu in b.vcpus:
         lanes = {lane.side: lane for lane in found.lanes if lane.kind == "vcpu" and lane.name == f"vCPU {vcpu.vcpu}"}
         assert vcpu.stop is not None and vcpu.start is not None
@@ -60,7 +61,11 @@ def test_overlap_is_cut_at_the_end_of_what_came_first() -> None:
 
 def test_segments_have_a_lane_a_socket() -> None:
     events: list[AnyEvent] = [Segment(30, 1000, 70, 0, 5, 6, 7, 8), Segment(20, 1000, 70, 100, 0, 6, 7, 8)]
-    lanes = [lane for lane in view(Header(begin_ns=1), events).lanes if lane.kind == "segment"]
+    lanes = [
+        lane
+        for lane in view(analyse(Recording(header=Header(begin_ns=1), events=events))).lanes
+        if lane.kind == "segment"
+    ]
     assert [(lane.name, [s.name for s in lane.slices]) for lane in lanes] == [
         ("segments on socket 70", ["100 bytes arrive", "an acknowledgement arrives"])
     ]
@@ -70,10 +75,12 @@ def test_segments_have_a_lane_a_socket() -> None:
 @given(roles, st.lists(event(), max_size=25), st.integers(0, 9))
 def test_any_recording_can_be_shown(names: list[str], events: list[AnyEvent], seed: int) -> None:
     about = header(names)
-    found = view(about, events)
+    analysis = analyse(Recording(header=about, events=events))
+    found = view(analysis)
     check(found)
-    b = analyse(about, events)
+    b = analysis.breakdown
     shuffled = list(events)
     random.Random(seed).shuffle(shuffled)
-    assert perfetto.render(b, about, found) == perfetto.render(b, about, view(about, shuffled))
+    turned = view(analyse(Recording(header=about, events=shuffled)))
+    assert perfetto.render(b, about, found) == perfetto.render(b, about, turned)
     assert html.render(b, found).endswith("</html>\n")

@@ -25,7 +25,7 @@ def one() -> tuple[Script, Vm]:
 
 
 def rows_of(vm: Vm, script: Script, stop: int | None = None, **more: bool) -> DirtyLogRows:
-    process = split(script.header, script.events).processes[vm.pid]
+    process = split(script.recording).processes[vm.pid]
     sends = [t for t in process.transfers if t.direction == 0]
     return DirtyLogRows(process, dirty_log.bursts(process, 0, stop, sends), stop, sends, at(0), **more)
 

@@ -12,7 +12,7 @@ from tests.unit.script import Script
 
 
 def pids(script: Script) -> tuple[int | None, int | None]:
-    source, destination, _ = assign(split(script.header, script.events).processes.values())
+    source, destination, _ = assign(split(script.recording).processes.values())
     return source.pid if source else None, destination.pid if destination else None
 
 

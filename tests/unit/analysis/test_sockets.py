@@ -13,7 +13,7 @@ FETCHER = frozenset({1001})
 
 
 def chosen(script: Script, *, alone: bool = False, fetchers: frozenset[int] = FETCHER) -> Channels:
-    processes = split(script.header, script.events).processes
+    processes = split(script.recording).processes
     destination: Process | None = None if alone else processes[2000]
     return choose(processes[1000], destination, BASE, fetchers)
 

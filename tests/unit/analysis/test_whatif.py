@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import msgspec
@@ -58,9 +59,9 @@ def migration(*, wait_us: int = 54_000, unix: bool = False) -> Script:
 
 
 def change(script: Script, **wishes: int | Fraction) -> WhatIf:
-    b = analyse(script.header, script.events)
-    assert b.blackout_ns == 69_000_000
-    return predict(script.header, script.events, b, Wishes(**wishes))  # type: ignore[arg-type]
+    found = analyse(script.recording)
+    assert found.breakdown.blackout_ns == 69_000_000
+    return predict(found, Wishes(**wishes))  # type: ignore[arg-type]
 
 
 def line(payload_bytes_per_s: int) -> int:
@@ -117,10 +118,10 @@ def test_a_free_fetch_and_no_re_arming() -> None:
 
 
 def test_re_arming_inside_get_dirty_log_needs_its_parts() -> None:
-    script = migration()
-    b = analyse(script.header, script.events)
+    measured = analyse(migration().recording)
+    b = measured.breakdown
     log = msgspec.structs.replace(b.dirty_log, mode="legacy")
-    found = predict(script.header, [], msgspec.structs.replace(b, dirty_log=log), Wishes(rearm=Fraction(0)))
+    found = predict(replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Wishes(rearm=Fraction(0)))
     assert found.blackout_ns is None and "its parts were not measured" in found.changes[0].why
     split: dict[str, int | str] = {"walk": 40_000, "flush": 30_000, "copy": 20_000, "other": 10_000, "samples": 12}
     gets = [
@@ -128,7 +129,7 @@ def test_re_arming_inside_get_dirty_log_needs_its_parts() -> None:
         for fetch in b.dirty_log.fetches
     ]
     log = msgspec.structs.replace(log, fetches=gets)
-    found = predict(script.header, [], msgspec.structs.replace(b, dirty_log=log), Wishes(rearm=Fraction(0)))
+    found = predict(replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Wishes(rearm=Fraction(0)))
     assert found.changes[0].change_ns == -140_000, "walk and flush of two calls"
     assert "known from 24 samples" in found.changes[0].why
 
@@ -139,7 +140,7 @@ def test_what_cannot_be_told_is_not_predicted() -> None:
     script = migration()
     script.vms[0].events, script.vms[1].events = [], []
     with pytest.raises(UsageError):
-        predict(script.header, script.events, analyse(script.header, script.events), Wishes(fetch=Fraction(0)))
+        predict(analyse(script.recording), Wishes(fetch=Fraction(0)))
 
 
 def test_wishes_as_users_write_them() -> None:
@@ -164,4 +165,4 @@ def test_every_form_says_that_it_is_predicted_and_what_was_assumed() -> None:
     html = run(*args, "--format", "html").stdout
     assert "<h2>What if</h2>" in html and f"{whole['what_if']['blackout_ns'] / 1e6:.3f} ms" in html
     assert json.loads(run("report", RECORDING, "--format", "json").stdout)["what_if"] is None
-    assert whatif.text(analyse(Script().header, [])) == ""
+    assert whatif.text(analyse(Script().recording).breakdown) == ""

@@ -74,7 +74,7 @@ def test_redacted_recording_names_nobody_and_measures_the_same(tmp_path: Path) -
         )  # fmt: skip
         for name in (b"secret", b"10.99.88.77", b"fe80", header.boot_id.encode()):
             assert name not in done.stdout, form
-    plain, clean = (analyse(r.header, r.events) for r in (recording, redacted(recording)))
+    plain, clean = (analyse(r).breakdown for r in (recording, redacted(recording)))
     assert (clean.phases, clean.blackout_ns, clean.vcpus) == (plain.phases, plain.blackout_ns, plain.vcpus)
     assert (clean.migration.transport, clean.migration.connections) == ("tcp", 1)
 

@@ -60,12 +60,12 @@ def test_sequence_numbers_bound_the_clocks_within_microseconds() -> None:
 @pytest.mark.parametrize("path", [QEMU, CH], ids=lambda path: path.stem)
 def test_the_order_of_the_two_does_not_matter(path: Path) -> None:
     there, back = joined(*sides(path)), joined(*sides(path)[::-1])
-    assert analyse(there.header, there.events) == analyse(back.header, back.events)
+    assert analyse(there).breakdown == analyse(back).breakdown
 
 
 def test_the_breakdown_says_whose_clock_is_how_far_ahead() -> None:
     whole = joined(*sides(QEMU))
-    breakdown = analyse(whole.header, whole.events)
+    breakdown = analyse(whole).breakdown
     assert breakdown.migration.source is not None
     assert breakdown.migration.source.host == "source"
     assert breakdown.migration.destination is not None
@@ -85,7 +85,7 @@ def test_a_joined_recording_can_be_written_and_read_again(tmp_path: Path) -> Non
     with RecordingWriter(tmp_path / "both.rec", whole.header) as writer:
         writer.write_many(whole.events)
     again = read_recording(tmp_path / "both.rec")
-    assert analyse(again.header, again.events) == analyse(whole.header, whole.events)
+    assert analyse(again).breakdown == analyse(whole).breakdown
     with pytest.raises(JoinError, match="is a joined recording already"):
         joined(again, sides(CH)[0])
 
@@ -95,8 +95,8 @@ def test_through_nat_the_bytes_tell_the_connection() -> None:
     other = changed(destination, only(Socket, local="10.0.0.7:4444", remote="192.0.2.1:1024"))
     whole = joined(source, other)
     plain = joined(*sides(CH))
-    breakdown = analyse(whole.header, whole.events)
-    assert breakdown.blackout_ns == analyse(plain.header, plain.events).blackout_ns
+    breakdown = analyse(whole).breakdown
+    assert breakdown.blackout_ns == analyse(plain).breakdown.blackout_ns
     assert breakdown.migration.connections == 4
     assert any("NAT" in note for note in breakdown.notes)
 
@@ -108,7 +108,7 @@ def test_equal_process_ids_on_both_hosts_stay_apart() -> None:
     renamed = changed(destination, lambda event: replace(event, pid=pid) if hasattr(event, "pid") else event)
     whole = joined(source, replace(renamed, header=header))
     plain = joined(*sides(QEMU))
-    one, two = analyse(whole.header, whole.events), analyse(plain.header, plain.events)
+    one, two = analyse(whole).breakdown, analyse(plain).breakdown
     assert one.phases == two.phases
     assert one.migration.destination is not None
     assert one.migration.destination.pid == pid
@@ -126,10 +126,10 @@ def test_where_nothing_came_back_one_side_is_open_and_the_report_says_so() -> No
         return None if back else event
 
     whole = joined(changed(source, one_way), changed(destination, one_way))
-    breakdown = analyse(whole.header, whole.events)
+    breakdown = analyse(whole).breakdown
     assert breakdown.clock.bound_ns is None
     assert breakdown.clock.open == "least"
-    true = analyse(*_opened(QEMU)).blackout_ns
+    true = analyse(read_recording(QEMU)).breakdown.blackout_ns
     assert breakdown.blackout_ns is not None
     assert true is not None
     assert breakdown.blackout_ns <= true
@@ -216,7 +216,7 @@ def test_of_several_migrations_in_one_recording_one_is_chosen() -> None:
     chosen = joined(both(one[0], other[0]), both(one[1], other[1]), pid=second[1])
     plain = joined(*sides(QEMU, -HOUR, -20))
     assert [target.pid for target in chosen.header.targets] == second
-    assert analyse(chosen.header, chosen.events).blackout_ns == analyse(plain.header, plain.events).blackout_ns
+    assert analyse(chosen).breakdown.blackout_ns == analyse(plain).breakdown.blackout_ns
     with pytest.raises(UsageError, match="no migration of process 1 is in both"):
         joined(*sides(CH), pid=1)
 
@@ -262,7 +262,7 @@ def test_a_hostile_recording_costs_little_and_its_names_do_nothing(tmp_path: Pat
     many += [Socket(1, 1, 3, n + 10**6, 2, f"10.0.0.1:{n}", f"10.0.0.2:{n % 3}", n) for n in range(20_000)]
     bad = changed(replace(destination, header=header, events=[*destination.events, *many]), poison)
     whole = joined(source, bad)
-    breakdown = analyse(whole.header, whole.events)
+    breakdown = analyse(whole).breakdown
     shown = text.render(breakdown)
     assert "\x1b" not in shown
     assert printable(evil) in shown

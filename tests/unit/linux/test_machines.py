@@ -51,7 +51,7 @@ def test_silence_period_and_clocks_by_the_outer_clock(ears: tuple[Ear, Ear]) -> 
 
 def test_two_kernels_and_two_clocks_agree_with_what_was_heard_outside() -> None:
     whole = read_both(*(str(DATA / f"{role}.rec") for role in ("destination", "source")))
-    told = analyse(whole.header, whole.events)
+    told = analyse(whole).breakdown
     heard = Heard(**json.loads((DATA / "heard.json").read_text()))
     assert told.completeness.verdict != "incomplete"
     assert told.migration.result == "completed"

@@ -39,7 +39,7 @@ def test_a_long_one_is_smaller_and_says_the_same(tmp_path: Path) -> None:
     waits = [e for e in plain.events if isinstance(e, OffCpu)]
     assert len(waits) > sum(isinstance(e, OffCpu) for e in folded.events), "those far from the window are left out"
     assert bytes_by_socket(list(folded.events)) == bytes_by_socket(list(plain.events))
-    one, two = analyse(folded.header, folded.events), analyse(plain.header, plain.events)
+    one, two = analyse(folded).breakdown, analyse(plain).breakdown
     assert one.phases == two.phases
     assert one.vcpus == two.vcpus
     assert one.waits == two.waits

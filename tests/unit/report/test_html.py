@@ -15,7 +15,7 @@ from ebpf_mig.analysis.lanes import View, view
 from ebpf_mig.breakdown import Breakdown, Logging, Rearm, Stretch, VcpuShare, Wait
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Mark, Target, Thread
-from ebpf_mig.recording.file import read_recording
+from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import html, html_tables
 from tests.conftest import requires
 from tests.unit import breakdowns
@@ -40,9 +40,8 @@ def page(directory: Path, breakdown: Breakdown, seen: View) -> Path:
 
 
 def load(path: Path) -> tuple[Breakdown, View]:
-    recording = read_recording(path)
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
-    return breakdown, view(recording.header, recording.events)
+    found = analyse(read_recording(path))
+    return found.breakdown, view(found)
 
 
 def cells(chromium: Browser, table: str) -> list[list[str]]:
@@ -129,11 +128,13 @@ def test_hostile_names_do_nothing(chromium: Browser, tmp_path: Path) -> None:
         Thread(7, 8, HOSTILE),
         Mark(20, 7, HOSTILE, HOSTILE),
     ]
-    b = analyse(header, events)
-    b = msgspec.structs.replace(b, waits=[Wait(phase=HOSTILE, thread=HOSTILE, duration_ns=1, stack=[HOSTILE])])
-    text = html.render(b, view(header, events))
+    found = analyse(Recording(header=header, events=events))
+    b = msgspec.structs.replace(
+        found.breakdown, waits=[Wait(phase=HOSTILE, thread=HOSTILE, duration_ns=1, stack=[HOSTILE])]
+    )
+    text = html.render(b, view(found))
     assert text.count("</script>") == 2 and "\x1b" not in text and "\u202e" not in text and "<img" not in text
-    chromium.open(page(tmp_path, b, view(header, events)))
+    chromium.open(page(tmp_path, b, view(found)))
     chromium.run("document.getElementById('show-all').click()")
     chromium.drawn()
     assert chromium.complaints() == [] and chromium.run("return window.hacked") is None
@@ -147,7 +148,8 @@ def test_a_hundred_thousand_events_open_fast(chromium: Browser, tmp_path: Path) 
         Ioctl(1000 + i * 5000, 1000 + i * 5000 + 3000, 7, 8 + i % 20, 3, 0x4010AE42, 0, slot=i % 5)
         for i in range(50_000)
     ]
-    file = page(tmp_path, analyse(header, events), view(header, events))
+    found = analyse(Recording(header=header, events=events))
+    file = page(tmp_path, found.breakdown, view(found))
     begin = time.monotonic()
     chromium.open(file)
     chromium.run("document.getElementById('show-all').click()")

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ebpf_mig.collector import placed
+from ebpf_mig.collector import analyse
 from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.observation import observe
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Header
-from ebpf_mig.recording.file import read_recording
+from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report.otel_spans import Trace, trace_of
 
 DATA = Path(__file__).parents[2] / "data"
@@ -31,9 +31,9 @@ CLOCK = ClockPair(0, 1_700_000_000_000_000_000, 100)
 
 
 def trace(header: Header, events: list[AnyEvent]) -> Trace:
-    found = placed(header, events)
+    found = analyse(Recording(header=msgspec.structs.replace(header, clock=CLOCK), events=events))
     seen = observe(found.breakdown, at=0, recording="x.rec", vmm="qemu", vm="vm", trigger="start")
-    made = trace_of(found, msgspec.structs.replace(header, clock=CLOCK), seen)
+    made = trace_of(found, seen)
     assert made is not None
     return made
 
@@ -48,7 +48,8 @@ def side(header: Header, events: list[AnyEvent], pid: int) -> tuple[Header, list
 def test_two_hosts_that_know_nothing_of_each_other_make_one_trace(name: str) -> None:
     recording = read_recording(DATA / f"{name}.rec")
     header, events = recording.header, recording.events
-    whole, _, connection = placed(header, events)
+    found = analyse(recording)
+    whole, connection = found.breakdown, found.connection
     assert whole.migration.source and whole.migration.destination
     both = trace(header, events)
     source = trace(*side(header, events, whole.migration.source.pid))
@@ -60,7 +61,8 @@ def test_two_hosts_that_know_nothing_of_each_other_make_one_trace(name: str) -> 
 
 def test_spans_are_the_phases_in_wall_clock_time() -> None:
     recording = read_recording(DATA / "qemu-7.2-tcp.rec")
-    breakdown, origin, _ = placed(recording.header, recording.events)
+    whole = analyse(recording)
+    breakdown, origin = whole.breakdown, whole.origin_ns
     found = trace(recording.header, recording.events)
     took: dict[str, int] = {}
     for span in found.spans:
@@ -78,7 +80,7 @@ def test_other_migrations_are_other_traces() -> None:
     ids = {trace(r.header, r.events).trace_id for r in (read_recording(DATA / f"{name}.rec") for name in TCP)}
     assert len(ids) == len(TCP)
     unix = read_recording(DATA / "qemu-7.2-unix.rec")
-    assert placed(unix.header, unix.events).connection == "" and trace(unix.header, unix.events).trace_id
+    assert analyse(unix).connection == "" and trace(unix.header, unix.events).trace_id
 
 
 def test_endpoints_are_those_of_the_specification() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from ebpf_mig.analysis.lanes import view
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Thread
-from ebpf_mig.recording.file import read_recording
+from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import perfetto
 from tests.conftest import requires
 from tests.unit.report.test_replay import COMPLETED, RECORDINGS
@@ -67,11 +68,11 @@ class Decoded:
 
 def decode(path: Path) -> tuple[Decoded, Any, Any]:
     recording = read_recording(path)
-    breakdown = analyse(recording.header, recording.events, truncated=recording.truncated)
-    seen = view(recording.header, recording.events)
-    data = perfetto.render(breakdown, recording.header, seen)
-    assert data == perfetto.render(breakdown, recording.header, view(recording.header, recording.events[::-1]))
-    return Decoded(data), breakdown, recording
+    found = analyse(recording)
+    data = perfetto.render(found.breakdown, recording.header, view(found))
+    turned = analyse(replace(recording, events=recording.events[::-1]))
+    assert data == perfetto.render(turned.breakdown, recording.header, view(turned))
+    return Decoded(data), found.breakdown, recording
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
@@ -132,7 +133,8 @@ def test_hostile_names_and_overlapping_calls() -> None:
     header = Header(begin_ns=1)
     calls: list[AnyEvent] = [Ioctl(10, 50, 7, 8, 3, 0x4010AE42, 0), Ioctl(20, 90, 7, 8, 3, 0x4010AE42, -1)]
     events = [*calls, Thread(7, 8, "\x1b[31m" + "x" * 999)]
-    trace = Decoded(perfetto.render(analyse(header, events), header, view(header, events)))
+    found = analyse(Recording(header=header, events=events))
+    trace = Decoded(perfetto.render(found.breakdown, header, view(found)))
     (thread,) = [u for u, t in trace.tracks.items() if t.HasField("thread")]
     assert [(b, e) for _, b, e, _ in trace.slices[thread]] == [(10, 50), (50, 90)]
     assert trace.slices[thread][1][3]["return"] == -1
@@ -160,9 +162,9 @@ def test_ioctls_have_their_arguments() -> None:
 def test_trace_processor_answers_in_sql(tmp_path: Path) -> None:
     """The program that the `perfetto` package would download, where the machine has it."""
     recording = read_recording(path := next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
-    b = analyse(recording.header, recording.events)
+    b = analyse(recording).breakdown
     trace, query = tmp_path / "t.pftrace", tmp_path / "q.sql"
-    trace.write_bytes(perfetto.render(b, recording.header, view(recording.header, recording.events)))
+    trace.write_bytes(perfetto.render(b, recording.header, view(analyse(recording))))
     from_phases = "FROM slice s JOIN track t ON s.track_id = t.id WHERE t.name = 'phases'"
     query.write_text(f"SELECT s.name, SUM(s.dur) {from_phases} GROUP BY 1")
     done = subprocess.run(["trace_processor_shell", "-q", query, trace], capture_output=True, text=True, check=True)

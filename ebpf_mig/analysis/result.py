@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of an analysis: the breakdown, and what it was made of.
+
+In: nothing. Out: `Analysis`, which `collector.analyse` makes. Every output takes it: text and JSON the breakdown, those
+with a time axis and predictions what lies behind it. Nothing works the migration out a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.migration import TracedMigration
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.recording.events import Header
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One recording, analysed. Not to be changed, nor anything in it."""
+
+    breakdown: Breakdown
+    traced: TracedMigration
+    """The events by process, the sides, the switchover; instants on the recording's clock."""
+    attribution: Attribution
+    """The window and who owned which instant of it."""
+    origin_ns: int
+    """Instant 0 of the breakdown on CLOCK_MONOTONIC of the recording's host."""
+    connection: str
+    """The migration's TCP connection, see `sockets.connection`; empty if there is none."""
+
+    @property
+    def header(self) -> Header:
+        """The recording's."""
+        return self.traced.material.header
