@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from ebpf_mig.compare.benchmark import Benchmark, Run, encode
 from ebpf_mig.errors import RecordingError, UsageError, VmmError
 from ebpf_mig.lab.scenario import Scenario
 from ebpf_mig.lab.scenarios import CATALOGUE, named
+from ebpf_mig.linux import procfs
 from ebpf_mig.linux.process import private_directory
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.report.compare import bench_table
@@ -115,7 +115,7 @@ def _about(scenario: str, command: Sequence[str] = (), settings: Settings | None
         scenario=scenario,
         settings=settings or {},
         command=list(command),
-        host=socket.gethostname(),
+        host=procfs.host_name(),
         kernel=platform.release(),
         tool=f"ebpf-mig {__version__}",
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import btf
+from ebpf_mig.linux import btf, procfs
 from ebpf_mig.linux.capabilities import capabilities, require_privilege
 from ebpf_mig.linux.check import MISSING, OK, WARN, Check
 from ebpf_mig.probes.attach import EXTRAS
@@ -165,7 +165,6 @@ def _clock() -> Check:
 
 
 def _namespace() -> Check:
-    line = next((x for x in _read("/proc/self/status").splitlines() if x.startswith("NSpid:")), "NSpid: 0")
-    if len(line.split()) > 2:
+    if len(procfs.fields("self").get("NSpid", "").split()) > 1:
         return Check("pid namespace", WARN, "not the host's: pids will not match", "use the host's: --pid=host")
     return Check("pid namespace", OK, "the host's")

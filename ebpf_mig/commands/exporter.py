@@ -23,7 +23,7 @@ from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Message, Reload
 from ebpf_mig.exporter.spawn import Options, start
 from ebpf_mig.exporter.store import Store
-from ebpf_mig.linux import privileges
+from ebpf_mig.linux import capabilities
 from ebpf_mig.report.otel_spans import Trace
 from ebpf_mig.text import printable
 
@@ -72,7 +72,7 @@ def command(
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
             with NodeWatch(store, pipe.tell, only) as node:
-                privileges.keep_only((*privileges.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
+                capabilities.keep_only((*capabilities.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
                 node.verify()
                 asked = stopping()
                 pipe.put(node.status())

@@ -15,6 +15,7 @@ import click
 from ebpf_mig.commands import run
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
+from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.session import Session
@@ -108,7 +109,7 @@ def _until(
         nonlocal ended
         watch.saw(events)
         now = time.monotonic_ns()
-        verdict = watch.verdict(now, [pid for pid in pids if run.is_alive(pid)])
+        verdict = watch.verdict(now, [pid for pid in pids if procfs.is_alive(pid)])
         if verdict is not None:
             return verdict
         if duration_ns is not None and now - begin >= duration_ns:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -78,15 +77,6 @@ def check_output(output: str | None, force: bool) -> None:
         raise UsageError("the breakdown goes to stdout, so the recording cannot", "give it a file name with --output")
     if output and not force and os.path.lexists(output):
         raise UsageError(f"{output} exists already", "name another file, or overwrite it with --force")
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
-    except (OSError, IndexError):
-        return False
 
 
 @dataclass

@@ -19,7 +19,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
-from ebpf_mig.linux import privileges
+from ebpf_mig.linux import capabilities
 
 if TYPE_CHECKING:
     from ebpf_mig.exporter.messages import Answer, Task
@@ -106,8 +106,8 @@ def _request(channel: socket.socket) -> tuple[bytes, list[int]]:
 if __name__ == "__main__":
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the watch waits for what has been begun
-    privileges.become_nobody()
-    privileges.die_with_parent(int(sys.argv[2]))  # after it: a change of identity forgets this
+    capabilities.become_nobody()
+    capabilities.die_with_parent(int(sys.argv[2]))  # after it: a change of identity forgets this
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.sendall(READY)
     main(channel)

@@ -16,7 +16,7 @@ import msgspec
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.exporter.spawn import start
-from ebpf_mig.linux import privileges
+from ebpf_mig.linux import capabilities
 from ebpf_mig.probes import attach
 from ebpf_mig.probes.hook import Hook
 from ebpf_mig.probes.inherited import Description, Handed
@@ -68,7 +68,7 @@ def _load(channel: socket.socket) -> None:
     """The short life of the loader."""
     fds: list[int] = []
     try:
-        privileges.keep_only(privileges.LOADER)
+        capabilities.keep_only(capabilities.LOADER)
         node, tracer = NodeProbe(), Tracer(tier=os.environ.get("EBPF_MIG_TIER", AUTO))
         tracer.arm()  # what does not attach or never fires is told now
         tracer.disarm()

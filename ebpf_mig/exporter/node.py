@@ -25,7 +25,9 @@ from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.observation import DELAYS_S, Status
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.tracker import Ended, Tracks
+from ebpf_mig.linux import procfs
 from ebpf_mig.linux.kallsyms import Symbols
+from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
 from ebpf_mig.recording.events import AnyEvent, Ending, Target
 from ebpf_mig.tracing.session import header_for
@@ -160,7 +162,7 @@ class NodeWatch:
 
     def _alive(self, pid: int) -> bool:
         known = self._vms.get(pid)
-        return known is not None and discovery.start_time(pid) == known.vm.started
+        return known is not None and procfs.start_time(pid) == known.vm.started
 
     def _sign(self, sign: Sign) -> None:
         if sign.kind == "logging" and sign.pid not in self._vms:
@@ -195,7 +197,7 @@ class NodeWatch:
             del self._vms[pid]
         for pid, known in self._vms.items():
             if known.fresh and pid not in self._tracks:
-                before, known.resident = known.resident, discovery.resident_bytes(pid)
+                before, known.resident = known.resident, procfs.resident_bytes(pid)
                 if not discovery.is_fresh(pid):
                     known.fresh = False
                 elif known.resident - before >= GROWTH_BYTES:
@@ -211,9 +213,9 @@ class NodeWatch:
         if not fnmatch.fnmatchcase(vm.name, self._only):
             return
         fresh = new or discovery.is_fresh(vm.pid)
-        self._vms[vm.pid] = _Known(vm, fresh, discovery.resident_bytes(vm.pid))
+        self._vms[vm.pid] = _Known(vm, fresh, procfs.resident_bytes(vm.pid))
         self._probe.add(vm.pid)
-        for port in discovery.listening_ports(vm.pid):
+        for port in listening_ports(vm.pid):
             self._probe.listens(vm.pid, port)
         self._suspect(vm.pid, "born" if new else "start")
 

@@ -8,12 +8,12 @@ OTEL_EXPORTER_OTLP_*.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.linux.procfs import host_name
 from ebpf_mig.report.otel_spans import Span, Trace
 from ebpf_mig.text import printable
 
@@ -52,7 +52,7 @@ class Sender:
         """`count` is told whether spans arrived, and how many."""
         self._ids = _Ids()
         resource = Resource.create(
-            {"service.name": "ebpf-mig", "service.version": __version__, "host.name": platform.node()}
+            {"service.name": "ebpf-mig", "service.version": __version__, "host.name": host_name()}
         )
         self._provider = TracerProvider(id_generator=self._ids, resource=resource, shutdown_on_exit=False)
         exporter = _Counted(OTLPSpanExporter(url_of(endpoint), timeout=TIMEOUT_S), count)

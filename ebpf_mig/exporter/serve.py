@@ -26,7 +26,7 @@ from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Message, Observation, Reload
 from ebpf_mig.exporter.spawn import Options
 from ebpf_mig.exporter.web import Web
-from ebpf_mig.linux import privileges
+from ebpf_mig.linux import capabilities
 from ebpf_mig.report.otel_spans import Trace
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> int:
     except EbpfMigError as error:
         _log.error("%s", "; ".join(filter(None, (str(error), error.remedy))))
         return error.exit_code
-    privileges.become_nobody()
-    privileges.die_with_parent(options.parent)  # after it: a change of identity forgets this
+    capabilities.become_nobody()
+    capabilities.die_with_parent(options.parent)  # after it: a change of identity forgets this
     threading.Thread(target=web.serve_forever, args=(0.5,), name="http", daemon=True).start()
     trace = sender() if sender else None
     with os.fdopen(options.pipe, "rb") as pipe:

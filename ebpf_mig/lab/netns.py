@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from pyroute2 import IPRoute
 
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux import procfs
 
 ADDRESSES = {"source": "10.77.0.1", "destination": "10.77.0.2"}
 PORT = 4444
 _CLONE_NEWNET = 0x40000000
 _BURST = 64 << 10
 _LATENCY = "20ms"
-_OWN = "/proc/thread-self/ns/net"
+_OWN = procfs.path("thread-self", "ns/net")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

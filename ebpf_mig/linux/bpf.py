@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf(2) and perf_event_open(2) for what bcc does not do in all its versions: programs on kernel functions.
+"""bpf(2) for what bcc does not do in all its versions: programs on kernel functions.
 
 In: instructions that bcc compiled, the name of a function. Out: file descriptors; closing them takes all of it down.
-bcc before 0.31 knows no fentry on functions of modules, and bcc's own kprobes leave entries in tracefs when we die.
-Layouts: include/uapi/linux/bpf.h (`union bpf_attr`), include/uapi/linux/perf_event.h, Linux 5.10 and later.
+bcc before 0.31 knows no fentry on functions of modules.
+Layouts: include/uapi/linux/bpf.h (`union bpf_attr`), Linux 5.10 and later.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
+import errno
 import os
 import resource
 import struct
-from pathlib import Path
 
 FENTRY, FEXIT, KPROBE, KRETPROBE = "fentry", "fexit", "kprobe", "kretprobe"
 
 SYS_BPF = {"x86_64": 321, "aarch64": 280}
-SYS_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
 
-_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _OBJ_INFO, _BTF_GET_FD, _BTF_NEXT, _LINK_CREATE = 5, 17, 15, 19, 23, 28
+_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _OBJ_INFO, _BTF_GET_FD, _BTF_NEXT, _LINK_CREATE, _ENABLE_STATS = (
+    5,
+    17,
+    15,
+    19,
+    23,
+    28,
+    32,
+)
+_NO_COMMAND = 0x7FFFFFFF
 _TYPE_KPROBE, _TYPE_TRACING = 2, 26
 _ATTACH = {FENTRY: 24, FEXIT: 25}
 _ATTACH_PERF_EVENT = 41
-_ENABLE, _DISABLE, _SET_BPF = 0x2400, 0x2401, 0x40042408
-_PERF_ATTR_BYTES = 112
-_DISABLED, _CLOEXEC = 1, 8
-_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 _LOG_BYTES = 1 << 16
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -89,83 +92,26 @@ def attach_tracing(program: int, tracepoint: str = "") -> int:
     )
 
 
-class KprobeEvent:
-    """A kprobe or kretprobe on a function, as a perf event: it is gone when its descriptor is closed, or we die.
+def link_perf_event(program: int, event: int) -> int:
+    """Runs `program` at a perf event until the result is closed (Linux 5.15); OSError before that."""
+    return _bpf(_LINK_CREATE, _attributes((0, "I", program), (4, "I", event), (8, "I", _ATTACH_PERF_EVENT)))
 
-    `attach` and `detach` alternate. The probe itself stays while the event is open; without a program it does nothing.
+
+def is_forbidden() -> bool:
+    """Whether bpf(2) is kept from us, as by a seccomp filter: the kernel says EINVAL to a command it lacks."""
+    try:
+        _bpf(_NO_COMMAND, _attributes())
+    except OSError as error:
+        return error.errno in (errno.EPERM, errno.ENOSYS)
+    return False
+
+
+def count_run_time() -> int:
+    """A descriptor that has the kernel count run time of BPF programs while it is open (BPF_ENABLE_STATS, Linux 5.8).
+
+    OSError where refused: it takes CAP_SYS_ADMIN.
     """
-
-    def __init__(self, function: str, how: str, fd: int = -1) -> None:
-        """`fd`: an event that another process opened. OSError: no such function, or none that can be probed."""
-        self.function, self.how = function, how
-        self._handed = fd >= 0
-        self.fd = fd
-        self.open()
-        self._link = -1
-        self._kept = False
-
-    def open(self) -> int:
-        """Its descriptor; opens it again where detaching had to close it."""
-        if self.fd < 0:
-            self.fd = self._open()
-        return self.fd
-
-    def _open(self) -> int:
-        kind = int((_KPROBE_PMU / "type").read_text())
-        bit = int((_KPROBE_PMU / "format/retprobe").read_text().strip().partition(":")[2] or 0)
-        name = ctypes.create_string_buffer(self.function.encode())
-        config = 1 << bit if self.how == KRETPROBE else 0
-        attr = ctypes.create_string_buffer(_PERF_ATTR_BYTES)
-        struct.pack_into("=IIQ", attr, 0, kind, _PERF_ATTR_BYTES, config)
-        struct.pack_into("=Q", attr, 40, _DISABLED)
-        struct.pack_into("=Q", attr, 56, ctypes.addressof(name))
-        number = SYS_PERF_EVENT_OPEN.get(os.uname().machine)
-        if number is None:
-            raise OSError("perf_event_open has no known number on this machine")
-        fd = int(_libc.syscall(number, attr, -1, 0, -1, _CLOEXEC))
-        if fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return fd
-
-    def attach(self, program: int) -> None:
-        """Runs `program` at the probe from now on; by a link where the kernel has them (Linux 5.15)."""
-        self.open()
-        if self._kept:
-            return
-        parts = (0, "I", program), (4, "I", self.fd), (8, "I", _ATTACH_PERF_EVENT)
-        try:
-            self._link = _bpf(_LINK_CREATE, _attributes(*parts))
-        except OSError:
-            self._set(program)
-            self._kept = True
-        fcntl.ioctl(self.fd, _ENABLE, 0)
-
-    def _set(self, program: int) -> None:
-        """Without a link. An event that was handed over attached has the program already, for good."""
-        try:
-            fcntl.ioctl(self.fd, _SET_BPF, program)
-        except FileExistsError:
-            if not self._handed:
-                raise
-
-    def detach(self) -> None:
-        """Runs it no more; where there are no links only the event's end does that, so a handed one runs on."""
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(self.fd, _DISABLE, 0)
-        if self._link >= 0:
-            os.close(self._link)
-            self._link = -1
-        elif not self._handed:
-            self.close()
-            self._kept = False
-
-    def close(self) -> None:
-        """Takes the probe down; idempotent."""
-        for fd in (self._link, self.fd):
-            if fd >= 0:
-                os.close(fd)
-        self._link = self.fd = -1
+    return _bpf(_ENABLE_STATS, _attributes())
 
 
 def module_btf(name: str) -> int:

@@ -1,40 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this process may load BPF programs: asked before LLVM is started in vain.
+"""Capabilities of this process: which it holds, whether they are enough to trace, and giving them up for good.
 
-In: /proc, and one call that does nothing. Out: the capabilities held, or a PreflightError that says how to get them.
+In: /proc, and the names to keep. Out: the capabilities held; a PreflightError that says how to get what is missing,
+before LLVM is started in vain; the calling process without all others (capabilities(7), prctl(2)). What a process does
+not need, it cannot be made to misuse.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import bpf
+from ebpf_mig.linux import bpf, procfs
 
-_BITS = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
-"""include/uapi/linux/capability.h; tracing programs need BPF and PERFMON (Linux 5.8), or SYS_ADMIN."""
+NUMBERS = {
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_RESOURCE": 24,
+    "CAP_SYSLOG": 34,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+"""include/uapi/linux/capability.h: those that matter to us. Tracing takes BPF and PERFMON (Linux 5.8), or SYS_ADMIN."""
+ENGINE = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYSLOG", "CAP_DAC_READ_SEARCH")
+"""What the watch needs while it runs: to arm, to read other users' /proc, to name kernel functions."""
+LOADER = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE")
+"""What loading takes: the last two on old kernels, and to see that each program fires; where they are held."""
+
+NOBODY = 65534
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 4, 24, 38, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_VERSION_3 = 0x20080522
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def capabilities() -> set[str]:
     """Those of the relevant capabilities that are effective."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    effective = int(line.split()[1], 16)
-    return {name for name, bit in _BITS.items() if effective >> bit & 1}
+    effective = _held("CapEff")
+    return {name for name, number in NUMBERS.items() if effective >> number & 1}
 
 
 def seccomp_forbids() -> bool:
-    """Whether a seccomp filter keeps bpf(2) from us: where the kernel is asked, a command that none has is EINVAL."""
-    number = bpf.SYS_BPF.get(os.uname().machine)
-    if number is None or "Seccomp:\t2" not in Path("/proc/self/status").read_text():
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall(number, 0x7FFFFFFF, ctypes.create_string_buffer(4), 4)
-    return ctypes.get_errno() in (errno.EPERM, errno.ENOSYS)
+    """Whether a seccomp filter keeps bpf(2) from us."""
+    return procfs.fields("self").get("Seccomp") == "2" and bpf.is_forbidden()
 
 
 def require_privilege() -> None:
@@ -48,3 +62,77 @@ def require_privilege() -> None:
             "a seccomp filter forbids bpf(2)",
             "start the container with seccomp=unconfined, or a profile that allows bpf and perf_event_open",
         )
+
+
+def keep_only(names: Iterable[str]) -> None:
+    """Leaves of the capabilities held only these, in every set, and no way to gain others. OSError if refused."""
+    wanted = sum(1 << NUMBERS[name] for name in names)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for number in range(64):
+        if not wanted >> number & 1:
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # fails beyond the last one, or without CAP_SETPCAP
+    held = permitted() & wanted
+    header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
+    low, high = held & 0xFFFFFFFF, held >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    if _libc.capset(header, data) != 0:
+        raise OSError(ctypes.get_errno(), "capset refused")
+
+
+def become_nobody() -> None:
+    """Gives up root's identity, if it is root's, and every capability. Modules can still be imported."""
+    hidden = os.geteuid() == 0 and _open_hidden_places()
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        for number in range(64):
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    if hidden:  # /proc/self/fd is ours again
+        _prctl(_PR_SET_DUMPABLE, 1)
+    keep_only(())
+
+
+def _open_hidden_places() -> bool:
+    """Where modules lie that only root may reach, say in a clone under /root: from now on by open descriptors."""
+    packages = [module for module in list(sys.modules.values()) if isinstance(getattr(module, "__path__", 0), list)]
+    lists = [sys.path, *(package.__path__ for package in packages)]
+    places = {place for places in lists for place in places}
+    now = {
+        place: procfs.path("self", "fd", os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        for place in sorted(places)
+        if os.path.isdir(place) and not _all_may_enter(place)  # noqa: PTH112
+    }
+    for places_of in lists:
+        places_of[:] = [now.get(place, place) for place in places_of]
+    return bool(now)
+
+
+def _all_may_enter(place: str) -> bool:
+    while place != "/":
+        if not os.stat(place).st_mode & 1:  # noqa: PTH116
+            return False
+        place = os.path.dirname(place)  # noqa: PTH120
+    return True
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill us when `parent` ends, however it ends."""
+    _prctl(_PR_SET_PDEATHSIG, 9)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def permitted() -> int:
+    """The permitted capabilities of this process as a bit set."""
+    return _held("CapPrm")
+
+
+def _held(kind: str) -> int:
+    return int(procfs.fields("self")[kind], 16)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option} refused")

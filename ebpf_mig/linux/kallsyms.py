@@ -11,29 +11,30 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
+
+from ebpf_mig.linux import procfs
 
 UNKNOWN = "[unknown]"
-_TEXT = frozenset("tTwW")
+_TEXT = frozenset({b"t", b"T", b"w", b"W"})
 
 
 class Symbols:
     """A snapshot; modules that are loaded later are not in it."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    def __init__(self, lines: Iterable[bytes]) -> None:
         """Lines as in /proc/kallsyms: address, type, name, and `[module]`."""
         rows = []
         for line in lines:
-            address, kind, name, *_ = line.split(None, 3)
-            if kind in _TEXT and (at := int(address, 16)):
-                rows.append((at, name))
+            row = line.split(None, 3)
+            if len(row) > 2 and row[1] in _TEXT and (at := int(row[0], 16)):
+                rows.append((at, row[2]))
         rows.sort()
         self._addresses = array("Q", (at for at, _ in rows))
         self._starts = array("I")
         names = bytearray()
         for _, name in rows:
             self._starts.append(len(names))
-            names += name.encode() + b"\0"
+            names += name + b"\0"
         self._names = bytes(names)
 
     def name(self, address: int) -> str:
@@ -42,14 +43,13 @@ class Symbols:
         if place < 0:
             return UNKNOWN
         start = self._starts[place]
-        return self._names[start : self._names.index(b"\0", start)].decode()
+        return procfs.decoded(self._names[start : self._names.index(b"\0", start)])
 
     @staticmethod
     @cache
     def of_kernel() -> Symbols:
         """Of the running kernel, read once a process. Takes a third of a second: not while anybody migrates."""
         try:
-            with Path("/proc/kallsyms").open() as lines:
-                return Symbols(lines)
+            return Symbols(procfs.lines("kallsyms"))
         except OSError:
             return Symbols(())

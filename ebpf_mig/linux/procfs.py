@@ -1,30 +1,215 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What /proc tells of a process's threads before the probes see them.
+"""All reads of /proc. What lies there was chosen by others, and is gone the next moment.
 
-In: pids and thread ids. Out: names, ids, and which vCPU a thread is inside of. A thread that is gone is no error.
+In: pids and thread ids. Out: bytes, text (malformed bytes replaced), or a fact. The functions of the first half raise
+`ProcessLookupError` where the process, the thread or the file is gone, whatever the kernel says of it and also amid a
+walk, and `PermissionError` where we may not look. The facts below them never raise: each says what it answers instead.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 
 from ebpf_mig.linux import kvm
 
+_GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.ENXIO}
+"""ENOENT: the directory is gone; ESRCH: the task, once the file was open; ENXIO: its network namespace."""
+_REFUSED = {errno.EPERM, errno.EACCES}
+MOST_BYTES = 1 << 20
+"""Of one file; command lines can be longer, and nothing that is read of them lies so far behind."""
 _PF_USER_WORKER = 0x4000
 """include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
+_VM, _VCPU = "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:"
+"""Link texts: kvm_dev_ioctl_create_vm and create_vcpu_fd in virt/kvm/kvm_main.c."""
 
 
-def comm(pid: int, tid: int) -> str:
-    """A thread's name, empty if it is gone."""
+def path(*parts: int | str) -> str:
+    """A path below /proc, for what is opened, or named to a command on another host, and not read here."""
+    return "/".join(("/proc", *map(str, parts)))
+
+
+def read(*parts: int | str, limit: int = MOST_BYTES) -> bytes:
+    """The first `limit` bytes of a file below /proc. ProcessLookupError, PermissionError: see above."""
+    with _translated():
+        fd = os.open(path(*parts), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = bytearray()
+            while len(data) < limit and (more := os.read(fd, limit - len(data))):
+                data += more
+            return bytes(data)
+        finally:
+            os.close(fd)
+
+
+def text(*parts: int | str, limit: int = MOST_BYTES) -> str:
+    """As `read`, decoded; what is no UTF-8 is replaced."""
+    return decoded(read(*parts, limit=limit))
+
+
+def names(*parts: int | str) -> list[str]:
+    """The entries of a directory below /proc; raises as `read`."""
+    with _translated():
+        return os.listdir(path(*parts))  # noqa: PTH208
+
+
+def link(*parts: int | str) -> str:
+    """Where a link below /proc points to; raises as `read`."""
+    with _translated():
+        return decoded(os.readlink(os.fsencode(path(*parts))))  # noqa: PTH115
+
+
+def inode(*parts: int | str) -> int:
+    """The inode number of what a path below /proc leads to; raises as `read`."""
+    with _translated():
+        return os.stat(path(*parts)).st_ino  # noqa: PTH116
+
+
+def lines(*parts: int | str) -> Iterator[bytes]:
+    """Lines of a file of any length, such as kallsyms; raises as `read`, also amid the walk."""
+    with _translated(), open(path(*parts), "rb") as file:  # noqa: PTH123
+        yield from file
+
+
+def decoded(data: bytes) -> str:
+    """Text that others chose, malformed bytes replaced: the kernel cuts names also within a character."""
+    return data.decode("utf-8", "replace")
+
+
+def host_name() -> str:
+    """This host's name, which whoever may set it chose."""
+    return decoded(os.fsencode(os.uname().nodename))
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """One answer where something is gone, another where it is refused."""
     try:
-        return Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()
+        yield
+    except OSError as error:
+        if error.errno in _GONE:
+            raise ProcessLookupError(errno.ESRCH, "it is gone", error.filename) from error
+        if error.errno in _REFUSED:
+            raise PermissionError(error.errno, error.strerror, error.filename) from error
+        raise
+
+
+def fields(pid: int | str, tid: int | None = None) -> dict[str, str]:
+    """The lines of a process's or thread's `status` by their names; raises as `read`."""
+    where = (pid, "status") if tid is None else (pid, "task", tid, "status")
+    rows = (line.partition(":") for line in text(*where).splitlines())
+    return {name: value.strip() for name, _, value in rows}
+
+
+def process_of(tid: int) -> int:
+    """The process (tgid) that a thread belongs to; raises as `read`."""
+    return int(fields(tid)["Tgid"])
+
+
+def numbers(pid: int, tid: int | None = None) -> list[str]:
+    """What follows the name in `stat`: the state first, then numbers (proc(5), from field 3 on); raises as `read`."""
+    where = (pid, "stat") if tid is None else (pid, "task", tid, "stat")
+    found = text(*where).rpartition(")")[2].split()
+    if len(found) < 20:
+        raise ProcessLookupError(errno.ESRCH, "it is gone", path(*where))
+    return found
+
+
+def exists(pid: int, tid: int | None = None) -> bool:
+    """Whether there is such a process, or such a thread in it. A zombie is there."""
+    return os.path.exists(path(pid) if tid is None else path(pid, "task", tid))  # noqa: PTH110
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    return start_time(pid) is not None
+
+
+def start_time(pid: int) -> int | None:
+    """When the process began, in ticks since boot; None if it is gone or a zombie."""
+    try:
+        found = numbers(pid)
+        return None if found[0] in "ZX" else int(found[19])
     except OSError:
-        return ""
+        return None
+
+
+def processes() -> list[int]:
+    """All process ids that can be seen."""
+    try:
+        return [int(name) for name in names() if name.isdecimal()]
+    except OSError:
+        return []
 
 
 def threads_of(pid: int) -> list[int]:
     """The thread ids of a process, none if it is gone."""
-    return [int(task.name) for task in Path(f"/proc/{pid}/task").glob("[0-9]*")]
+    try:
+        return [int(name) for name in names(pid, "task")]
+    except OSError:
+        return []
+
+
+def comm(pid: int, tid: int | None = None) -> str:
+    """The name of a process or of a thread, empty if it is gone."""
+    try:
+        return text(pid, *(() if tid is None else ("task", tid)), "comm").strip()
+    except OSError:
+        return ""
+
+
+def command_line(pid: int) -> list[str]:
+    """Its arguments, as far as they lie in the first 64 KiB; none if it is gone or a zombie."""
+    try:
+        return text(pid, "cmdline", limit=1 << 16).split("\0")
+    except OSError:
+        return []
+
+
+def cpu_ticks(pid: int, tid: int) -> int:
+    """CPU time of a thread in clock ticks, 0 if it is gone."""
+    try:
+        found = numbers(pid, tid)
+        return int(found[11]) + int(found[12])
+    except OSError:
+        return 0
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory, 0 if the process is gone."""
+    try:
+        return int(read(pid, "statm").split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def descriptors(pid: int) -> Iterator[tuple[int, str]]:
+    """(number, what it leads to) of each open descriptor; none if the process is gone or may not be looked at."""
+    try:
+        found = names(pid, "fd")
+    except OSError:
+        return
+    for name in found:
+        with contextlib.suppress(OSError):
+            yield int(name), link(pid, "fd", name)
+
+
+def holds_vm(pid: int) -> bool:
+    """Whether the process has a KVM machine open; False where we may not look."""
+    return any(target == _VM for _, target in descriptors(pid))
+
+
+def holds_kvm(pid: int) -> bool:
+    """Whether it has a KVM machine or /dev/kvm open: a VMM that waits for its VM has the latter."""
+    return any(target in (_VM, "/dev/kvm") for _, target in descriptors(pid))
+
+
+def vcpus_of(pid: int) -> dict[int, int]:
+    """The number that KVM knows a vCPU by (on x86 its APIC id), by descriptor."""
+    pairs = ((fd, target.removeprefix(_VCPU)) for fd, target in descriptors(pid) if target.startswith(_VCPU))
+    return {fd: int(number) for fd, number in pairs if number.isdecimal()}
 
 
 def in_kvm_run(pid: int, tid: int) -> int | None:
@@ -35,9 +220,8 @@ def in_kvm_run(pid: int, tid: int) -> int | None:
     registers for ever; the flags in `stat` give it away.
     """
     try:
-        fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
-        flags = int(Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()[6])
-    except (OSError, ValueError, IndexError):
+        call = text(pid, "task", tid, "syscall").split()
+        worker = int(numbers(pid, tid)[6]) & _PF_USER_WORKER
+    except OSError:
         return None
-    asleep = len(fields) > 2 and fields[2] == hex(kvm.RUN) and not flags & _PF_USER_WORKER
-    return int(fields[1], 16) if asleep else None
+    return int(call[1], 16) if len(call) > 2 and call[2] == hex(kvm.RUN) and not worker else None

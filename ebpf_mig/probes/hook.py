@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ebpf_mig.linux import procfs
+
 TRACEPOINT = "tracepoint"
 """A raw tracepoint; the other ways are named in `kernelcalls`."""
 
@@ -39,7 +41,7 @@ def run_statistics(fd: int) -> tuple[int, int, int]:
     another's or amid a bpf(2) call on a map; a preemptible kernel can get there. Told since Linux 5.12
     (bpf_prog_show_fdinfo), of kprobes since 6.7 (trace_call_bpf).
     """
-    with open(f"/proc/self/fdinfo/{fd}") as info:  # noqa: PTH123
-        fields = dict(line.split(":", 1) for line in info if ":" in line)
+    rows = (line.partition(":") for line in procfs.text("self", "fdinfo", fd).splitlines())
+    fields = {name: value for name, _, value in rows}
     time_ns, runs, missed = (int(fields.get(name, "0")) for name in ("run_time_ns", "run_cnt", "recursion_misses"))
     return time_ns, runs, missed

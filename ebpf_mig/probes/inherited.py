@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, KprobeEvent, attach_tracing
+from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, attach_tracing
 from ebpf_mig.linux.kallsyms import Symbols
+from ebpf_mig.linux.perf import KprobeEvent
 from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

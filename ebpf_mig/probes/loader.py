@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import bpf
+from ebpf_mig.linux import bpf, procfs
 from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
 from ebpf_mig.probes.inherited import Attachments, Description, Map
 
 _BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
 _INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
-_BPF_ENABLE_STATS = 32
 
 
 def require_bcc() -> Any:
@@ -203,13 +202,13 @@ class Program:
     def kernel_stack(self, name: str, stack_id: int) -> tuple[str, ...]:
         """Function names of one stack, innermost first; empty if the kernel did not keep it."""
         try:
-            return tuple(self._bpf.ksym(address).decode() for address in self._bpf[name.encode()].walk(stack_id))
+            return tuple(procfs.decoded(self._bpf.ksym(address)) for address in self._bpf[name.encode()].walk(stack_id))
         except KeyError:
             return ()
 
     def symbol(self, address: int) -> str:
         """Name of the kernel function at an address."""
-        return str(self._bpf.ksym(address).decode())
+        return procfs.decoded(self._bpf.ksym(address))
 
     def run_statistics(self) -> dict[str, tuple[int, int, int]]:
         """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
@@ -262,10 +261,8 @@ class BpfStatistics:
         """Starts the counting; idempotent."""
         if self.enabled:
             return
-        libc = ctypes.CDLL(None, use_errno=True)
-        attributes = (ctypes.c_uint32 * 1)(0)
-        number = bpf.SYS_BPF.get(os.uname().machine, 0)
-        self._fd = libc.syscall(number, _BPF_ENABLE_STATS, attributes, 4) if number else -1
+        with contextlib.suppress(OSError):
+            self._fd = bpf.count_run_time()
 
     def close(self) -> None:
         """Stops the counting; idempotent."""

@@ -13,10 +13,6 @@ a fetch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
-import os
-import struct
 import threading
 import time
 from collections import Counter
@@ -24,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig.linux import kvm
+from ebpf_mig.linux.perf import ThreadClock
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, Samples, Transfer, VcpuEnter
 
 FASTEST_NS = 100_000
@@ -41,49 +38,12 @@ MOST_SHARE = 100
 GIVE_UP_NS = 2_000_000_000
 """A kick that no fetch follows within this was no stop for a migration."""
 
-_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
-_ATTR_SIZE = 112
-_DISABLED, _EXCLUDE_USER = 1, 1 << 4
-_ENABLE, _DISABLE, _PERIOD, _SET_BPF = 0x2400, 0x2401, 0x40082404, 0x40042408
-_CLOEXEC = 8
 _TRIAL_NS, _TRIES = 20_000, 12
-
-
-class ThreadClock:
-    """A CPU clock event on one thread with a BPF program behind it; OSError where the kernel refuses it."""
-
-    def __init__(self, tid: int, program_fd: int) -> None:
-        attr = struct.pack("=IIQQQQQ", 1, _ATTR_SIZE, 0, SLOW_NS, 0, 0, _DISABLED | _EXCLUDE_USER)
-        buffer = ctypes.create_string_buffer(attr, _ATTR_SIZE)
-        libc = ctypes.CDLL(None, use_errno=True)
-        number = _PERF_EVENT_OPEN.get(os.uname().machine)
-        if number is None:
-            raise OSError("perf_event_open has no known number on this machine")
-        self.fd = int(libc.syscall(number, buffer, tid, -1, -1, _CLOEXEC))
-        if self.fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        try:
-            fcntl.ioctl(self.fd, _SET_BPF, program_fd)
-        except OSError:
-            os.close(self.fd)
-            raise
-
-    def pace(self, period_ns: int) -> None:
-        """Samples every so many ns of the thread's CPU time; 0: none."""
-        if not period_ns:
-            fcntl.ioctl(self.fd, _DISABLE, 0)
-            return
-        fcntl.ioctl(self.fd, _PERIOD, struct.pack("=Q", period_ns))
-        fcntl.ioctl(self.fd, _ENABLE, 0)
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 def cost_ns(program_fd: int) -> int:
     """What one sample costs here, measured on our own thread in a few ms. OSError where it cannot be sampled."""
-    clock = ThreadClock(threading.get_native_id(), program_fd)
+    clock = ThreadClock(threading.get_native_id(), program_fd, SLOW_NS)
     plain = min(_spin() for _ in range(_TRIES))
     clock.pace(_TRIAL_NS)
     sampled = min(_spin() for _ in range(_TRIES))
@@ -192,7 +152,7 @@ class Sampler:
 
     def _watch(self, process: _Process, tid: int) -> None:
         try:
-            process.clocks[tid] = clock = ThreadClock(tid, self._program_fd)
+            process.clocks[tid] = clock = ThreadClock(tid, self._program_fd, SLOW_NS)
             clock.pace(self.period_ns)
         except OSError as error:
             self.refusal = error.strerror or str(error)

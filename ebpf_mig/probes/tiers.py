@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ebpf_mig.linux import bpf, btf
-from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE, KprobeEvent
+from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
+from ebpf_mig.linux.perf import KprobeEvent
 from ebpf_mig.probes import selftest
 from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
 

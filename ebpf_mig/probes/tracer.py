@@ -14,13 +14,12 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.capabilities import require_privilege
-from ebpf_mig.linux.procfs import comm, in_kvm_run, threads_of
+from ebpf_mig.linux.procfs import comm, in_kvm_run, threads_of, vcpus_of
 from ebpf_mig.probes import attach
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.macros import defines
@@ -237,11 +236,7 @@ class Tracer:
         for pid in pids:
             for tid in threads_of(pid):
                 self._name(pid, tid, comm(pid, tid))
-            for link in Path(f"/proc/{pid}/fd").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
-                    kind, _, number = str(link.readlink()).rpartition(":")
-                    if kind == "anon_inode:kvm-vcpu":
-                        self._vcpus[pid, int(link.name)] = int(number)
+            self._vcpus |= {(pid, fd): number for fd, number in vcpus_of(pid).items()}
 
     def _name(self, pid: int, tid: int, name: str = "", vcpu: int = -1) -> None:
         known = self._threads.get((pid, tid), Thread(pid, tid, ""))

@@ -15,13 +15,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from msgspec.structs import replace
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import UsageError
+from ebpf_mig.linux import clock, procfs
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
@@ -49,36 +49,26 @@ Until = Callable[[Sequence[AnyEvent]], str | None]
 
 def clock_pair(tries: int = 5) -> ClockPair:
     """CLOCK_MONOTONIC against CLOCK_REALTIME, the tightest of a few brackets."""
-    best = None
-    for _ in range(tries):
-        before = time.monotonic_ns()
-        real = time.time_ns()
-        after = time.monotonic_ns()
-        pair = ClockPair((before + after) // 2, real, (after - before + 1) // 2)
-        if best is None or pair.doubt_ns < best.doubt_ns:
-            best = pair
-    assert best is not None  # noqa: S101 - tries is at least 1
-    return best
+    return ClockPair(*clock.bracket(tries))
 
 
 def require_alive(targets: Sequence[Target]) -> None:
     """UsageError if a target's pid does not exist, or is a thread's and not a process's."""
     for target in targets:
         try:
-            status = Path(f"/proc/{target.pid}/status").read_text()
-        except OSError as error:
+            process = procfs.process_of(target.pid)
+        except ProcessLookupError as error:
             raise UsageError(f"no process has pid {target.pid}", "check the pid of the VMM, e.g. with pgrep") from error
-        tgid = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Tgid:"))
-        if tgid != target.pid:
-            raise UsageError(f"{target.pid} is a thread of process {tgid}", f"use --pid {tgid}")
+        if process != target.pid:
+            raise UsageError(f"{target.pid} is a thread of process {process}", f"use --pid {process}")
 
 
 def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Sequence[str] = ()) -> Header:
     """What the first block of this host's recording says."""
     return Header(
         tool=f"ebpf-mig {__version__}",
-        host=platform.node(),
-        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        host=procfs.host_name(),
+        boot_id=procfs.text("sys/kernel/random/boot_id").strip(),
         kernel=platform.release(),
         machine=platform.machine(),
         page_size=os.sysconf("SC_PAGESIZE"),
@@ -91,10 +81,7 @@ def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Seque
 
 
 def _with_comm(target: Target) -> Target:
-    try:
-        comm = Path(f"/proc/{target.pid}/comm").read_text().strip()
-    except OSError:
-        comm = ""
+    comm = procfs.comm(target.pid)
     return replace(target, comm=comm, vmm=target.vmm or vmm_named(comm))
 
 

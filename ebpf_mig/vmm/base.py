@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
+from ebpf_mig.linux import clock, procfs, sockets
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Mark, Target
 
 
@@ -51,13 +51,11 @@ class Elsewhere:
         """Whether something listens at the port of `url`, by the tables of the process's network namespace.
 
         Whose socket it is is not known. If the process is not known: the network of the command that looks.
-        Table: net/ipv4/tcp_ipv4.c (`get_tcp4_sock`), Linux 6.12; state 0A is TCP_LISTEN.
         """
         port = url.rpartition(":")[2]
-        network = f"/proc/{self.pid}/net" if self.pid else "/proc/net"
-        rows = [line.split() for line in self.said("cat", f"{network}/tcp", f"{network}/tcp6").splitlines()]
-        end = f":{int(port):04X}" if port.isdigit() else ""
-        return any(len(row) > 3 and row[1].endswith(end) and row[3] == "0A" for row in rows) if end else False
+        network = (self.pid, "net") if self.pid else ("net",)
+        said = self.said("cat", *(procfs.path(*network, table) for table in ("tcp", "tcp6")))
+        return port.isdecimal() and int(port) in {found for found, _ in sockets.tcp_listeners(said.encode())}
 
 
 class Migration(Protocol):
@@ -84,16 +82,8 @@ class Migration(Protocol):
 
 def wall_to_monotonic(wall_ns: int) -> tuple[int, int]:
     """(monotonic ns, doubt ns) of a CLOCK_REALTIME stamp of just now: the tightest bracket of both clocks."""
-    best: tuple[int, int] | None = None
-    for _ in range(3):
-        before = time.monotonic_ns()
-        real = time.time_ns()
-        after = time.monotonic_ns()
-        doubt = (after - before) // 2 + 1
-        if best is None or doubt < best[1]:
-            best = (before + after) // 2 - (real - wall_ns), doubt
-    assert best is not None  # noqa: S101 - three tries
-    return best
+    monotonic, real, doubt = clock.bracket(3)
+    return monotonic - (real - wall_ns), doubt
 
 
 def mark(pid: int, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None, grain_ns: int = 0) -> Mark:
@@ -102,11 +92,3 @@ def mark(pid: int, name: str, detail: str = "", value: int = 0, wall_ns: int | N
         return Mark(time.monotonic_ns(), pid, name, detail, value, 0)
     at, doubt = wall_to_monotonic(wall_ns)
     return Mark(at + grain_ns // 2, pid, name, detail, value, doubt + -(-grain_ns // 2))
-
-
-def process_of(tid: int) -> int:
-    """The process (tgid) a thread belongs to, by /proc; OSError if it is gone."""
-    for line in Path(f"/proc/{tid}/status").read_text().splitlines():
-        if line.startswith("Tgid:"):
-            return int(line.split()[1])
-    raise OSError(f"no Tgid in /proc/{tid}/status")

@@ -8,10 +8,10 @@ this host mean nothing there.
 from __future__ import annotations
 
 import socket
-import struct
-from pathlib import Path
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import procfs
+from ebpf_mig.linux.sockets import peer_pid
 from ebpf_mig.vmm import adapters
 
 _REMEDY = "give the socket's path as it is on that host, or use --pid"
@@ -26,11 +26,11 @@ def process_behind(path: str) -> int:
         try:
             probe.settimeout(5)
             probe.connect(path)
-            peer: int = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            peer = peer_pid(probe)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise VmmError(f"cannot connect to the VMM's socket {path}: {why}", _REMEDY) from error
-    if _has_kvm(peer):
+    if procfs.holds_kvm(peer):
         return peer
     problem = VmmError(f"no VMM serves {path}", _REMEDY)
     for adapter in adapters():
@@ -40,10 +40,3 @@ def process_behind(path: str) -> int:
         except VmmError as error:
             problem = error
     raise problem
-
-
-def _has_kvm(pid: int) -> bool:
-    try:
-        return any("kvm" in str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
-    except OSError:
-        return False

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ebpf_mig.linux.privileges import _NUMBERS, ENGINE
+from ebpf_mig.linux.capabilities import ENGINE, NUMBERS
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import OURS, free_port, is_ready, migrate, report, running, until, value
 from tests.integration.migrations import LASTING
@@ -69,7 +69,7 @@ def test_the_image_measures_a_migration_with_what_the_daemon_set_grants(tmp_path
         assert Path(f"/proc/{pid}/root").stat().st_dev != Path("/").stat().st_dev, (
             "it has a root file system of its own"
         )
-        kept = sum(1 << _NUMBERS[capability] for capability in ENGINE)
+        kept = sum(1 << NUMBERS[capability] for capability in ENGINE)
         assert capabilities(pid)["CapEff"] == capabilities(pid)["CapBnd"] == kept
         migrate(LASTING)
         until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)

@@ -16,12 +16,12 @@ from tests.conftest import FEATURES, requires
 
 SCRIPT = """
 import collections, json, os, socket, time
-from ebpf_mig.linux import privileges
+from ebpf_mig.linux import capabilities
 from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.probes import selftest
 
 node, tracer = load_apart()
-privileges.keep_only(privileges.ENGINE)
+capabilities.keep_only(capabilities.ENGINE)
 ours = os.getpid()
 rounds = []
 for _ in range(3):

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.exposition import generate_latest
 
 from ebpf_mig.exporter.metrics import Metrics
-from ebpf_mig.linux.privileges import ENGINE
+from ebpf_mig.linux.capabilities import ENGINE
 from tests.conftest import requires
 from tests.unit.exporter.observations import observation, status
 

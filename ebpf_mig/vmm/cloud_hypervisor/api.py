@@ -11,11 +11,11 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import struct
-from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import procfs
+from ebpf_mig.linux.sockets import peer_pid
 
 ANSWER_BYTES = 1 << 20
 _QUICK_S = 5.0
@@ -81,9 +81,9 @@ class Api:
             raise VmmError(f"{self.path} does not answer like Cloud Hypervisor", _REMEDY)
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(self.path)
-            peer: int = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            peer = peer_pid(probe)
         own = int(answer.get("pid", 0))
-        return (peer if _is_vmm(peer) or not own else own), version
+        return (peer if procfs.holds_kvm(peer) or not own else own), version
 
     def state(self) -> str:
         """The VM's state (`Running`, `Paused`, ...), empty if there is no VM."""
@@ -108,14 +108,6 @@ class Api:
                 return False
             return True if _MARKER in words or "invalid type" in words else None
         return None
-
-
-def _is_vmm(pid: int) -> bool:
-    """Whether the process holds a KVM VM or /dev/kvm: a launcher may have made the socket for it."""
-    try:
-        return any("kvm" in str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
-    except OSError:
-        return False
 
 
 def _refusal(data: bytes) -> str:

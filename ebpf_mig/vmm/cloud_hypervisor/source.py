@@ -12,11 +12,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import procfs
 from ebpf_mig.vmm.base import Elsewhere
 
 _WORKER = "migration-worke"
@@ -117,7 +117,7 @@ class NearSource:
 
     def gave_up(self, send: Call) -> bool:
         self._look(send)
-        return self._tid is not None and not Path(f"/proc/{self._pid}/task/{self._tid}").exists()
+        return self._tid is not None and not procfs.exists(self._pid, self._tid)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -128,7 +128,8 @@ class NearSource:
         """Once, when the send call has returned: from v53 on it does so at once."""
         if self._tid is not None or not send.done.is_set() or send.error is not None:
             return
-        self._tid = next(_named(self._pid, _WORKER), 0)
+        threads = procfs.threads_of(self._pid)
+        self._tid = next((tid for tid in threads if procfs.comm(self._pid, tid) == _WORKER), 0)
         if self._tid:
             with contextlib.suppress(OSError):  # PIDFD_THREAD is O_EXCL, include/uapi/linux/pidfd.h (6.9)
                 self._fd = os.pidfd_open(self._tid, os.O_EXCL)
@@ -178,19 +179,12 @@ class FarSource:
         end. Once it is gone, or does not answer, there is nothing more to ask."""
         if not self._pid or self._threads == [] or time.monotonic() < self._next:
             return
-        places = ["/proc/self/comm", f"/proc/{self._pid}/task"]
+        places = [procfs.path("self", "comm"), procfs.path(self._pid, "task")]
         names = self._there.said("find", *places, *_COMMS).splitlines()
         self._threads = names[1:] if names else None
         self._pid = self._pid if names else 0
         self._next = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, MOST_LOOK_S)
-
-
-def _named(pid: int, comm: str) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with contextlib.suppress(OSError):
-            if (task / "comm").read_text().strip() == comm:
-                yield int(task.name)
 
 
 def readable(fds: Sequence[int], timeout_s: float) -> set[int]:

@@ -12,10 +12,10 @@ import contextlib
 import os
 import select
 import time
-from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import AnyEvent, Mark
 from ebpf_mig.vmm.base import Elsewhere, mark
 from ebpf_mig.vmm.qemu.monitor import Monitor
@@ -136,7 +136,7 @@ class Side:
         if self.remote is not None:
             return False
         if self._pidfd < 0:
-            return not Path(f"/proc/{self.pid}").exists()
+            return not procfs.exists(self.pid)
         poll.register(self._pidfd, select.POLLIN)
         for _ in range(int(_DEATH_S / 0.05)):
             if poll.poll(0):

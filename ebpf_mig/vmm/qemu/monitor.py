@@ -12,15 +12,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.base import process_of
+from ebpf_mig.linux import procfs
+from ebpf_mig.linux.sockets import peer_pid
 
 GREETING_S = 5.0
 COMMAND_S = 30.0
@@ -109,7 +108,7 @@ class Monitor:
         cpus = await self.execute("query-cpus-fast")
         for cpu in cpus if isinstance(cpus, list) else ():
             try:
-                candidates.append(process_of(int(cpu["thread-id"])))
+                candidates.append(procfs.process_of(int(cpu["thread-id"])))
                 break
             except (OSError, KeyError, TypeError, ValueError):
                 continue
@@ -119,7 +118,7 @@ class Monitor:
             raise VmmError(
                 f"cannot tell the pid of the QEMU behind {self.path}", "run ebpf-mig in the host's pid namespace"
             )
-        return next((pid for pid in candidates if _holds_kvm(pid)), candidates[0])
+        return next((pid for pid in candidates if procfs.holds_vm(pid)), candidates[0])
 
     async def close(self) -> None:
         """Disconnects, quietly; idempotent."""
@@ -136,7 +135,7 @@ class Monitor:
         try:
             sock.setblocking(False)
             sock.connect(self.path)  # a UNIX socket connects at once or not at all
-            self._peer = int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+            self._peer = peer_pid(sock)
             await asyncio.wait_for(self._client.connect(sock), GREETING_S)
         except BlockingIOError as error:
             raise VmmError(f"too many clients wait for the QMP socket {self.path}", _BUSY_REMEDY) from error
@@ -173,21 +172,6 @@ async def pid_behind(path: str) -> int:
         return await monitor.pid()
     finally:
         await monitor.close()
-
-
-def _holds_kvm(pid: int) -> bool:
-    """Whether the process has a KVM machine open (link text: kvm_dev_ioctl_create_vm in virt/kvm/kvm_main.c)."""
-    try:
-        return any(_link(fd) == "anon_inode:kvm-vm" for fd in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
-        return False
-
-
-def _link(path: Path) -> str:
-    try:
-        return str(path.readlink())
-    except OSError:
-        return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -7,6 +7,8 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
+
 from ebpf_mig.linux.listening import listens
 
 
@@ -44,3 +46,18 @@ def test_nonsense_does_not_listen() -> None:
     assert not listens(os.getpid(), "tcp:host:port")
     assert not listens(os.getpid(), "")
     assert not listens(1 << 22, "tcp:127.0.0.1:80")
+
+
+@pytest.mark.parametrize(
+    "name", [b"\0\xff\xfe", b"\0a\n0: 0 0 zz 0 0 1 x", b"\0" + b"\n" * 50, b"\0a b \x1b[2J"], ids=repr
+)
+def test_sockets_of_others_may_have_any_name(tmp_path: Path, name: bytes) -> None:
+    """Anyone may give an abstract socket any bytes; they stand in the same table as the one that is looked for."""
+    path = tmp_path / "caf\udcc3"
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as made:
+        other.bind(name)
+        other.listen()
+        assert not listens(os.getpid(), f"unix:{path}")
+        made.bind(bytes(path))
+        made.listen()
+        assert listens(os.getpid(), f"unix:{path}")

@@ -34,7 +34,7 @@ class Rig:
         monkeypatch.setattr(stack_sampler.time, "monotonic_ns", lambda: self.now)
         self.sampler = Sampler(5, self.told.append)
 
-    def open(self, tid: int, program_fd: int) -> Clock:
+    def open(self, tid: int, program_fd: int, _period_ns: int) -> Clock:
         assert program_fd == 5
         if tid == 666:
             raise OSError(13, "Permission denied")

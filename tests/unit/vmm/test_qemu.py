@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.linux import kvm
+from ebpf_mig.linux import kvm, procfs
 from ebpf_mig.recording.events import Mark
-from ebpf_mig.vmm.base import Outcome, mark, process_of
+from ebpf_mig.vmm.base import Outcome, mark
 from ebpf_mig.vmm.qemu import endpoint, monitor
 from ebpf_mig.vmm.qemu import migration as adapter
 from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
@@ -210,7 +210,7 @@ def test_a_vcpu_thread_leads_to_its_process(tmp_path: Path) -> None:
     while not tids:
         time.sleep(0.001)
     assert tids[0] != os.getpid()
-    assert process_of(tids[0]) == os.getpid()
+    assert procfs.process_of(tids[0]) == os.getpid()
     release.set()
     thread.join()
 

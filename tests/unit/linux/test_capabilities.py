@@ -14,11 +14,11 @@ from tests.conftest import requires
 
 SCRIPT = """
 import os, sys
-from ebpf_mig.linux import privileges
-privileges.become_nobody()
+from ebpf_mig.linux import capabilities
+capabilities.become_nobody()
 assert not os.access(sys.argv[1], os.R_OK | os.X_OK), "the place itself stays closed"
 import ebpf_mig.exporter.messages, ebpf_mig.collector
-print(os.getuid(), privileges.permitted())
+print(os.getuid(), capabilities.permitted())
 """
 
 

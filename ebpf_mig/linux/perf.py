@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""perf_event_open(2): probes on kernel functions, and a clock that interrupts one thread.
+
+In: the name of a function, or a thread id, and a loaded BPF program. Out: events that run it; closing them takes all of
+it down, and so does our death. bcc's own kprobes leave entries in tracefs when we die.
+Layout: include/uapi/linux/perf_event.h (`struct perf_event_attr`), Linux 5.10 and later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+from ebpf_mig.linux import bpf
+from ebpf_mig.linux.bpf import KRETPROBE
+
+SYS_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
+
+_ENABLE, _DISABLE, _PERIOD, _SET_BPF = 0x2400, 0x2401, 0x40082404, 0x40042408
+_ATTR_BYTES = 112
+_DISABLED, _EXCLUDE_USER = 1, 1 << 4
+_CLOEXEC = 8
+_SOFTWARE, _CPU_CLOCK = 1, 0
+_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _open(*parts: tuple[int, str, int], thread: int = -1, cpu: int = -1) -> int:
+    """An event from (offset, format, value) of its attributes; OSError where the kernel refuses it."""
+    attr = ctypes.create_string_buffer(_ATTR_BYTES)
+    for offset, form, value in ((4, "I", _ATTR_BYTES), *parts):
+        struct.pack_into("=" + form, attr, offset, value)
+    number = SYS_PERF_EVENT_OPEN.get(os.uname().machine)
+    if number is None:
+        raise OSError("perf_event_open has no known number on this machine")
+    fd = int(_libc.syscall(number, attr, thread, cpu, -1, _CLOEXEC))
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
+class KprobeEvent:
+    """A kprobe or kretprobe on a function, as a perf event: it is gone when its descriptor is closed, or we die.
+
+    `attach` and `detach` alternate. The probe itself stays while the event is open; without a program it does nothing.
+    """
+
+    def __init__(self, function: str, how: str, fd: int = -1) -> None:
+        """`fd`: an event that another process opened. OSError: no such function, or none that can be probed."""
+        self.function, self.how = function, how
+        self._handed = fd >= 0
+        self.fd = fd
+        self.open()
+        self._link = -1
+        self._kept = False
+
+    def open(self) -> int:
+        """Its descriptor; opens it again where detaching had to close it."""
+        if self.fd < 0:
+            self.fd = self._open()
+        return self.fd
+
+    def _open(self) -> int:
+        kind = int((_KPROBE_PMU / "type").read_text())
+        bit = int((_KPROBE_PMU / "format/retprobe").read_text().strip().partition(":")[2] or 0)
+        name = ctypes.create_string_buffer(self.function.encode())
+        config = 1 << bit if self.how == KRETPROBE else 0
+        return _open((0, "I", kind), (8, "Q", config), (40, "Q", _DISABLED), (56, "Q", ctypes.addressof(name)), cpu=0)
+
+    def attach(self, program: int) -> None:
+        """Runs `program` at the probe from now on; by a link where the kernel has them (Linux 5.15)."""
+        self.open()
+        if self._kept:
+            return
+        try:
+            self._link = bpf.link_perf_event(program, self.fd)
+        except OSError:
+            self._set(program)
+            self._kept = True
+        fcntl.ioctl(self.fd, _ENABLE, 0)
+
+    def _set(self, program: int) -> None:
+        """Without a link. An event that was handed over attached has the program already, for good."""
+        try:
+            fcntl.ioctl(self.fd, _SET_BPF, program)
+        except FileExistsError:
+            if not self._handed:
+                raise
+
+    def detach(self) -> None:
+        """Runs it no more; where there are no links only the event's end does that, so a handed one runs on."""
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self.fd, _DISABLE, 0)
+        if self._link >= 0:
+            os.close(self._link)
+            self._link = -1
+        elif not self._handed:
+            self.close()
+            self._kept = False
+
+    def close(self) -> None:
+        """Takes the probe down; idempotent."""
+        for fd in (self._link, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self._link = self.fd = -1
+
+
+class ThreadClock:
+    """A CPU clock event on one thread with a BPF program behind it; OSError where the kernel refuses it."""
+
+    def __init__(self, tid: int, program_fd: int, period_ns: int) -> None:
+        software, flags = (0, "I", _SOFTWARE), (40, "Q", _DISABLED | _EXCLUDE_USER)
+        self.fd = _open(software, (8, "Q", _CPU_CLOCK), (16, "Q", period_ns), flags, thread=tid)
+        try:
+            fcntl.ioctl(self.fd, _SET_BPF, program_fd)
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def pace(self, period_ns: int) -> None:
+        """Samples every so many ns of the thread's CPU time; 0: none."""
+        if not period_ns:
+            fcntl.ioctl(self.fd, _DISABLE, 0)
+            return
+        fcntl.ioctl(self.fd, _PERIOD, struct.pack("=Q", period_ns))
+        fcntl.ioctl(self.fd, _ENABLE, 0)
+
+    def close(self) -> None:
+        os.close(self.fd)
