@@ -22,7 +22,7 @@
 #define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is told at most this often */
 #define VM_PAUSE_NS 1000000ULL		/* threads born in a burst are one sign */
 
-enum sign { SIGN_STRANGER = 1, SIGN_THREAD, SIGN_CONNECT, SIGN_LISTEN, SIGN_ACCEPT, SIGN_LOGGING };
+enum sign { SIGN_STRANGER = 1, SIGN_THREAD, SIGN_CONNECT, SIGN_ACCEPT, SIGN_LOGGING };
 
 struct node_record {
 	u64 at, pid, sign;
@@ -31,7 +31,7 @@ struct node_record {
 BPF_RINGBUF_OUTPUT(signs, 16);
 BPF_PERCPU_ARRAY(lost, u64, 1);
 BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last thread birth was told */
-BPF_HASH(ports, u16, u32, 4096);	/* listening port -> tgid */
+BPF_ARRAY(ports, u32, 65536);		/* listening port -> tgid, or 0: however many one VM takes, there is room */
 BPF_TABLE("lru_hash", u32, u64, strangers, 4096);
 BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when it was last told to log */
 
@@ -82,7 +82,7 @@ int on_newtask(struct bpf_raw_tracepoint_args *ctx)
 int on_state(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32, *owner;
-	int from = ctx->args[1], to = ctx->args[2];
+	int from = ctx->args[1], to = ctx->args[2], key;
 	u64 now = bpf_ktime_get_ns();
 	u16 port = 0;
 
@@ -95,17 +95,18 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 	if (!(from == TCP_LISTEN && to == TCP_CLOSE) && to != TCP_LISTEN && !(from == TCP_SYN_RECV && to == TCP_ESTABLISHED))
 		return 0;
 	bpf_probe_read_kernel(&port, sizeof(port), (void *)(ctx->args[0] + OFF_skc_num));
+	key = port;
+	owner = ports.lookup(&key);
+	if (!owner)
+		return 0;
 	if (to == TCP_ESTABLISHED) {
-		owner = ports.lookup(&port);
-		if (owner)
+		if (*owner)
 			tell(now, *owner, SIGN_ACCEPT);
 	} else if (to == TCP_LISTEN) {
-		if (vms.lookup(&tgid)) {
-			ports.update(&port, &tgid);
-			tell(now, tgid, SIGN_LISTEN);
-		}
+		if (vms.lookup(&tgid))
+			*owner = tgid;
 	} else {
-		ports.delete(&port);
+		*owner = 0;
 	}
 	return 0;
 }

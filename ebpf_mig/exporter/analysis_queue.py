@@ -7,7 +7,6 @@ In: ended migrations. Out: their recordings in the store, and an `Answer` for ea
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import socket
@@ -25,13 +24,14 @@ from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.messages import Answer, Task
 from ebpf_mig.exporter.spawn import start
 from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.troubles import Troubles
 from ebpf_mig.recording.events import AnyEvent, Header
 from ebpf_mig.recording.file import RecordingWriter
 
 ANSWER_S = 120.0
 """A little more than the process that analyses has patience for."""
-
-_log = logging.getLogger("ebpf_mig.exporter")
+QUEUED, QUEUED_EVENTS = 256, 1_000_000
+"""Migrations that wait for their analysis, and their events in all: some 300 MB. Those beyond are left out."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,13 @@ class Case:
 class Analysis:
     """Takes cases in the loop's thread, tells answers in one of its own. To be made before privilege is given up."""
 
-    def __init__(self, store: Store, tell: Callable[[Answer], None]) -> None:
-        self.errors = 0
+    def __init__(self, store: Store, tell: Callable[[Answer], None], troubles: Troubles) -> None:
         self._store = store
         self._tell = tell
+        self._troubles = troubles
         self._queue: queue.Queue[Case | None] = queue.Queue()
+        self._events = 0
+        self._events_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channel.settimeout(ANSWER_S)
@@ -74,6 +76,12 @@ class Analysis:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="analysis", daemon=True)
             self._thread.start()
+        with self._events_lock:
+            full = self._queue.qsize() >= QUEUED or (self._events and self._events + len(case.events) > QUEUED_EVENTS)
+            self._events += 0 if full else len(case.events)
+        if full:
+            self._troubles.exceeded("queue", QUEUED)
+            return
         self._queue.put(case)
 
     def close(self) -> None:
@@ -87,12 +95,11 @@ class Analysis:
 
     def _work(self) -> None:
         while (case := self._queue.get()) is not None:
-            pid = case.vms[0].pid
-            try:
+            number = len(case.events)
+            with self._troubles.of("analysis", f"no breakdown of a migration of process {case.vms[0].pid}"):
                 self._one(case)
-            except (OSError, EOFError, ValueError, EbpfMigError, msgspec.MsgspecError) as error:
-                self.errors += 1
-                _log.error("no breakdown of a migration of process %d: %s: %s", pid, type(error).__name__, error)
+            with self._events_lock:
+                self._events -= number
             del case
             footprint.give_back()
 
@@ -115,11 +122,9 @@ class Analysis:
     def _keep(self, case: Case) -> tuple[str, int]:
         """The recording's name, empty if the store has no room, and a descriptor to read it from."""
         try:
-            path = self._store.keep(case.header, case.events, case.vms[0].pid)
-            return path.name, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return self._store.keep(case.header, case.events, case.vms[0].pid)
         except (EbpfMigError, OSError) as error:
-            self.errors += 1
-            _log.error("a recording could not be kept: %s", error)
+            self._troubles.error("recording", "a recording could not be kept", error)
         fd = os.memfd_create("recording")
         with os.fdopen(os.dup(fd), "wb") as stream, RecordingWriter(stream, case.header) as writer:
             writer.write_many(case.events)

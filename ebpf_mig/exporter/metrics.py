@@ -244,12 +244,16 @@ def _watch(s: Status) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(name, text)
         gauge.add_metric([], value)
         yield gauge
-    for name, text, number in (
-        ("ebpf_mig_armed_seconds", "Time that the costly probes were attached.", s.armed_seconds),
-        ("ebpf_mig_errors", "Migrations that could not be analysed or kept.", float(s.errors)),
+    armed = CounterMetricFamily("ebpf_mig_armed_seconds", "Time that the costly probes were attached.")
+    armed.add_metric([], s.armed_seconds)
+    yield armed
+    for name, text, label, counts in (
+        ("ebpf_mig_errors", "What went wrong for one VM or migration; the watch goes on.", "kind", s.errors),
+        ("ebpf_mig_limit_exceeded", "What was left out because a limit was reached.", "limit", s.limits),
     ):
-        counter = CounterMetricFamily(name, text)
-        counter.add_metric([], number)
+        counter = CounterMetricFamily(name, text, labels=[label])
+        for kind, number in counts.items():
+            counter.add_metric([kind], number)
         yield counter
     trigger = GaugeMetricFamily(
         "ebpf_mig_trigger_info",

@@ -9,6 +9,7 @@ showed a sign; the end of each migration; back to idle. It never calls a VMM.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import fnmatch
 import logging
 import time
@@ -25,6 +26,7 @@ from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.observation import DELAYS_S, Status
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.tracker import Ended, Tracks
+from ebpf_mig.exporter.troubles import Troubles
 from ebpf_mig.linux import procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
@@ -42,6 +44,13 @@ GROWTH_BYTES = 16 << 20
 """A VM that has not run grew by this much within a second: it is being loaded."""
 BURST, REFILL_S = 4, 30.0
 """Signs that proved wrong, of one VM: this many at once, then one more each so many seconds."""
+VMS = 4096
+"""VMs that are watched at a time: what the standing probe's table holds."""
+TRACED, RESERVED = 256, 64
+"""VMs traced at a time, what the costly probes' table holds; of these, so many only for those that show it plainly."""
+PLAIN = frozenset({"logging", "connect", "accept"})
+CHECKS = 8192
+"""Looks at new processes that are still to come."""
 
 _log = logging.getLogger("ebpf_mig.exporter")
 
@@ -75,7 +84,8 @@ class NodeWatch:
         """`only`: a glob; VMs whose name does not match are left alone."""
         self._store = store
         self._only = only
-        self._analysis = Analysis(store, tell)  # starts while the other compiles
+        self._troubles = Troubles()
+        self._analysis = Analysis(store, tell, self._troubles)  # starts while the other compiles
         self._probe, self._tracer = load_apart()
         self._analysis.verify()
         self._tracks = Tracks()
@@ -89,6 +99,7 @@ class NodeWatch:
         self._run_ns: dict[str, int] = {}
         self._triggers: dict[str, dict[str, int]] = {}
         self._delays, self._delay_s = [0] * (len(DELAYS_S) + 1), 0.0
+        self._kept = (0, 0)
         self._rescanned = self._ticked = 0.0
         self._now = time.monotonic()
 
@@ -116,7 +127,7 @@ class NodeWatch:
         """One turn of the loop: waits for signs or events, at most a second."""
         if self._tracks:
             signs = self._probe.poll(ARMED_MS)  # events wait better than a VM that begins to migrate meanwhile
-            self._tracks.saw(self._tracer.poll(0), time.monotonic_ns())
+            self._saw(self._tracer.poll(0))
         else:
             wait = IDLE_MS
             if self._checks:
@@ -124,18 +135,28 @@ class NodeWatch:
             signs = self._probe.poll(wait)
         self._now = time.monotonic()
         for sign in signs:
-            self._sign(sign)
+            with self._troubles.of("vm", f"a sign of process {sign.pid}"):
+                self._sign(sign)
         self._recheck()
         if self._now - self._ticked >= 1:
             self._ticked = self._now
             self._tick()
-        for ended in self._tracks.over(time.monotonic_ns(), self._alive):
-            self._end(ended)
+        over: list[Ended] = []
+        with self._troubles.of("events", "the migrations that are over"):
+            over = self._tracks.over(time.monotonic_ns(), self._alive)
+        for ended in over:
+            with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
+                self._end(ended)
+        self._rest()
+
+    def _saw(self, events: list[AnyEvent]) -> None:
+        with self._troubles.of("events", f"{len(events)} events"):
+            self._tracks.saw(events, time.monotonic_ns())
 
     def status(self) -> Status:
         """The watch's own state."""
         armed_now = self._now - self._armed_at if self._armed else 0.0
-        count, size = self._store.size()
+        errors, limits = self._troubles.counts()
         return Status(
             vms=len(self._vms),
             armed=self._armed,
@@ -147,15 +168,17 @@ class NodeWatch:
             trigger=self._probe.trigger,
             lost=self._lost_total | {"sign": self._probe.lost()},
             run_seconds={name: ns / 1e9 for name, ns in self._run_ns.items()},
-            errors=self._analysis.errors,
-            recordings=count,
-            recording_bytes=size,
+            errors=errors,
+            limits=limits,
+            recordings=self._kept[0],
+            recording_bytes=self._kept[1],
         )
 
     def close(self) -> None:
         """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
         for ended in self._tracks.abandon():
-            self._end(ended)
+            with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
+                self._end(ended)
         self._analysis.close()
         self._tracer.close()
         self._probe.close()
@@ -170,8 +193,11 @@ class NodeWatch:
             if vm is not None:
                 self._found(vm, new=True)
         elif sign.kind == "stranger":
+            if len(self._checks) >= CHECKS:
+                self._troubles.exceeded("new-processes", CHECKS)
+                return
             self._checks += [(self._now + wait, sign.pid) for wait in RECHECKS_S]
-        elif sign.pid in self._vms and sign.kind != "listen":
+        elif sign.pid in self._vms:
             known = sign.pid in self._tracks
             self._suspect(sign.pid, sign.kind)
             if not known and sign.pid in self._tracks:
@@ -185,36 +211,49 @@ class NodeWatch:
             return
         self._checks = [(at, pid) for at, pid in self._checks if at > self._now]
         for pid in due - self._vms.keys():
-            vm = discovery.vm_of(pid)
-            if vm is not None:
-                self._checks = [check for check in self._checks if check[1] != pid]
-                self._found(vm, new=True)
+            with self._troubles.of("vm", f"process {pid}, which is new"):
+                vm = discovery.vm_of(pid)
+                if vm is not None:
+                    self._checks = [check for check in self._checks if check[1] != pid]
+                    self._found(vm, new=True)
 
     def _tick(self) -> None:
         """Once a second: who is gone, who began to run, who is being loaded; seldom: who was missed."""
-        for pid in [pid for pid in self._vms if not self._alive(pid) and pid not in self._tracks]:
-            self._probe.remove(pid)
-            del self._vms[pid]
-        for pid, known in self._vms.items():
-            if known.fresh and pid not in self._tracks:
-                before, known.resident = known.resident, procfs.resident_bytes(pid)
-                if not discovery.is_fresh(pid):
-                    known.fresh = False
-                elif known.resident - before >= GROWTH_BYTES:
-                    self._suspect(pid, "memory")
+        with self._troubles.of("state", "the state directory"):
+            self._kept = self._store.size()
+        for pid, known in list(self._vms.items()):
+            if pid not in self._tracks:
+                with self._troubles.of("vm", f"process {pid}"):
+                    self._look_at(pid, known)
         if self._now - self._rescanned >= RESCAN_S or not self._rescanned:
             first, self._rescanned = not self._rescanned, self._now
-            for vm in discovery.find_vms().values():
-                if vm.pid not in self._vms:
-                    self._found(vm, new=not first)
+            with self._troubles.of("vm", "the search for VMs"):
+                for vm in discovery.find_vms().values():
+                    if vm.pid not in self._vms:
+                        with self._troubles.of("vm", f"process {vm.pid}, which was found"):
+                            self._found(vm, new=not first)
+
+    def _look_at(self, pid: int, known: _Known) -> None:
+        if not self._alive(pid):
+            del self._vms[pid]
+            self._probe.remove(pid)
+        elif known.fresh:
+            before, known.resident = known.resident, procfs.resident_bytes(pid)
+            if not discovery.is_fresh(pid):
+                known.fresh = False
+            elif known.resident - before >= GROWTH_BYTES:
+                self._suspect(pid, "memory")
 
     def _found(self, vm: Vm, *, new: bool) -> None:
         """A VM that was just made may be loaded at once; one that we find may be migrating already: both are signs."""
         if not fnmatch.fnmatchcase(vm.name, self._only):
             return
+        if len(self._vms) >= VMS:
+            self._troubles.exceeded("vms", VMS)
+            return
         fresh = new or discovery.is_fresh(vm.pid)
-        self._vms[vm.pid] = _Known(vm, fresh, procfs.resident_bytes(vm.pid))
         self._probe.add(vm.pid)
+        self._vms[vm.pid] = _Known(vm, fresh, procfs.resident_bytes(vm.pid))
         for port in listening_ports(vm.pid):
             self._probe.listens(vm.pid, port)
         self._suspect(vm.pid, "born" if new else "start")
@@ -235,25 +274,39 @@ class NodeWatch:
                 self._begin(other, "candidate")
 
     def _begin(self, pid: int, kind: str) -> None:
+        new = pid not in self._tracks
+        if new and len(self._tracks.pids) >= (TRACED if kind in PLAIN else TRACED - RESERVED):
+            self._troubles.exceeded("traced", TRACED)
+            return
         if not self._armed:
-            self._armed, self._armed_at = True, self._now
             self._tracer.arm()
-        if pid not in self._tracks:
-            self._tracer.add(pid)
+            self._armed, self._armed_at = True, self._now
+        if new:
+            try:
+                self._tracer.add(pid)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._tracer.remove(pid)
+                raise
         self._tracks.begin(pid, kind, time.monotonic_ns(), fresh=self._vms[pid].fresh)
 
-    def _end(self, ended: Ended) -> None:
-        rest: list[AnyEvent] = []
-        for pid in ended.pids:
-            rest += self._tracer.remove(pid)
-        late = self._tracer.poll(0)
-        rest += [event for event in late if getattr(event, "pid", None) in ended.pids]
-        self._tracks.saw(late, time.monotonic_ns())
-        lost, unpaired, run_ns = self._account()
+    def _rest(self) -> None:
+        """Disarms once nothing is traced."""
         if self._armed and not self._tracks:
             self._armed = False
             self._tracer.disarm()
             self._armed_s += self._now - self._armed_at
+
+    def _end(self, ended: Ended) -> None:
+        rest: list[AnyEvent] = []
+        for pid in ended.pids:
+            with self._troubles.of("vm", f"the end of tracing process {pid}"):
+                rest += self._tracer.remove(pid)
+        late = self._tracer.poll(0)
+        rest += [event for event in late if getattr(event, "pid", None) in ended.pids]
+        self._saw(late)
+        lost, unpaired, run_ns = self._account()
+        self._rest()
         self._count(ended.trigger, "nothing" if ended.reason == "nothing" else "migration")
         _log.debug("processes %s: %s after %s", ended.pids, ended.reason, ended.trigger)
         if ended.reason == "nothing":

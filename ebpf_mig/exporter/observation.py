@@ -67,8 +67,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """Events lost in the kernel, by probe."""
     run_seconds: dict[str, float]
     """Run time of the costly programs, where the kernel counts."""
-    errors: int
-    """Migrations of which no breakdown could be made or no recording kept."""
+    errors: dict[str, int]
+    """By kind, see `troubles.ERRORS`."""
+    limits: dict[str, int]
+    """What was left out because of a limit, see `troubles.LIMITS`."""
     recordings: int
     recording_bytes: int
 

@@ -23,7 +23,7 @@ from ebpf_mig.probes.inherited import Description, Handed
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
 from ebpf_mig.probes.tiers import AUTO, MEMSLOTS, Chooser
 
-KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "listen", 5: "accept", 6: "logging"}
+KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
 """`stranger` is a thread born in a process that is not known to own a VM, `logging` a VM of any process whose memory is
 logged from now on; the others are of known owners."""
 
@@ -69,17 +69,13 @@ class NodeProbe:
         table[ctypes.c_uint32(pid)] = ctypes.c_uint64(0)
 
     def remove(self, pid: int) -> None:
-        """`pid` is gone."""
-        vms, ports = self._program.table("vms"), self._program.table("ports")
+        """`pid` is gone; the kernel closed its ports, which the program saw."""
         with contextlib.suppress(KeyError):
-            del vms[ctypes.c_uint32(pid)]
-        for port in [port for port, owner in ports.items() if owner.value == pid]:
-            with contextlib.suppress(KeyError):
-                del ports[port]
+            del self._program.table("vms")[ctypes.c_uint32(pid)]
 
     def listens(self, pid: int, port: int) -> None:
         """A port on which `pid` was found listening, because it began before we looked."""
-        self._program.table("ports")[ctypes.c_uint16(port)] = ctypes.c_uint32(pid)
+        self._program.table("ports")[ctypes.c_int(port)] = ctypes.c_uint32(pid)
 
     def poll(self, timeout_ms: int) -> list[Sign]:
         """Signs that arrived, waiting at most `timeout_ms` for the first."""

@@ -49,7 +49,8 @@ def status(**changes: Any) -> Status:
         "trigger": "signs",
         "lost": {"sign": 0},
         "run_seconds": {"on_sys_enter": 0.25},
-        "errors": 0,
+        "errors": {"vm": 1, "recording": 0},
+        "limits": {"traced": 4},
         "recordings": 1,
         "recording_bytes": 1000,
     }
