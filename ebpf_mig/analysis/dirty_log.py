@@ -20,10 +20,8 @@ from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import any_in
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
+from ebpf_mig.recording.thresholds import FETCH_GAP_NS
 
-BURST_NS = 1_000_000
-"""Ioctls of one fetch follow each other within this; QEMU's last running fetch and its final one are often
-less than that apart, so a stop, a send or a slot fetched again end a burst too."""
 SETUP_NS = 20_000_000
 """Where logging is switched on over all slots, one slot follows the other within this."""
 
@@ -96,7 +94,7 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
         stopped = stop is not None and begin >= stop
         if ioctl.tid not in tids and not (stopped and name == "RESET_DIRTY_RINGS"):
             continue
-        apart = begin - last >= BURST_NS or any_in(begins, last, begin)
+        apart = begin - last >= FETCH_GAP_NS or any_in(begins, last, begin)
         again = name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in fetched_slots
         clear = name == "CLEAR_DIRTY_LOG"
         crosses = current is not None and stopped and stop is not None and current.begin < stop

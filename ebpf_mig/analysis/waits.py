@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import Cover
 from ebpf_mig.breakdown import Phase, Span, Wait
+from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
 MOST = 10
 """Waits that are kept, the longest first."""
-LEAST_NS = 100_000
-"""Shorter ones are not worth a line."""
 SLACK_NS = 20_000
 """How far a span's end may be from the begin or return of a call, where the total is known."""
 _SIDES = {
@@ -53,13 +52,15 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
     for party in parties:
         vcpus = frozenset(line.tid for line in party.process.vcpus.values())
         # Nearly all lie before the window: a destination waits for every byte of the pre-copy.
-        near = [e for e in party.process.off_cpu if e.end_ns - first >= LEAST_NS and last - e.begin_ns >= LEAST_NS]
+        near = [
+            e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
+        ]
         for event in near:
             names = _phases_of(party, event.tid, vcpus)
             duration, phase = max(
                 ((covers[name].within(event.begin_ns, event.end_ns), name) for name in names), default=(0, "")
             )
-            if duration < LEAST_NS:
+            if duration < LONG_WAIT_NS:
                 continue
             stack = ["(preempted)"] if event.preempted else list(event.stack)
             thread = party.process.threads.get(event.tid)

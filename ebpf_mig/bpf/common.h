@@ -2,31 +2,22 @@
 /*
  * What all programs share: whom to trace, the per-thread and per-process state, the ring buffer and its losses.
  *
- * From the loader (-D): EBPF_MIG_TARGETS(tgid) tests a tgid against literals, and is left out where targets come and
- * go: then whoever is in `processes` is traced; OFF_* are struct offsets from BTF,
- * OFF_NONE where the kernel has no such member; *_WORDS are the record sizes that the Python half expects.
+ * From the loader (-D, see probes/macros.py): EBPF_MIG_TARGETS(tgid) tests a tgid against literals, and is left out
+ * where targets come and go: then whoever is in `processes` is traced. OFF_* are struct offsets from BTF, OFF_NONE
+ * where the kernel has no such member. Thresholds are those of recording/thresholds.py. The loader also appends
+ * assertions that compare every record and every kind with the Python half (probes/contract.py).
  */
 #pragma once
 
 #include <linux/types.h>
 #include "arch.h"
 
-#define OFF_NONE 0xffff
 /*
  * Flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h. To wake the reader is an interrupt and a switch amid what we
  * measure, so it comes by the clock, and is woken only by what it has to act upon at once.
  */
 #define RB_NO_WAKEUP 1ULL
 #define RB_FORCE_WAKEUP 2ULL
-
-#define LONG_FETCH_NS 100000ULL		/* a dirty-log ioctl that may be worth sampling */
-#define GAP_NS 100000ULL		/* a vCPU this long out of KVM_RUN is worth an event */
-#define BURST_NS 1000000ULL		/* dirty-log ioctls further apart belong to different fetches */
-#define FOLD_GAP_NS 10000000ULL		/* calls further apart are not folded into one run */
-#define FOLD_MAX_NS 100000000ULL	/* a folded run ends after this long */
-#define SPAN_MAX_NS 250000000ULL	/* a vCPU's account is told at least this often, if it leaves KVM_RUN */
-#define DETAIL_BUDGET 8000		/* single calls kept while no vCPU runs, granted anew by each fetch */
-#define DETAIL_PER_MS 4			/* and trickling back, for a destination whose source is elsewhere */
 
 enum kind {
 	KIND_IOCTL = 1,
@@ -40,17 +31,19 @@ enum kind {
 	KIND_SAMPLE = 10,
 	KIND_VCPU_SPAN = 11,
 	KIND_RETRANSMIT = 12,
-	KIND_THREADS = 15,		/* losses only: the thread table was full */
+	KIND_THREAD_TABLE = 15,		/* losses only: the table of threads was full */
 	KIND_MAX = 16,
 };
 
-/* Every record is an array of u64, the kind first; probes/records.py has the other half. */
+/* Every record is a struct of u64 and s64, the kind first; recording/kinds.py has its fields. */
 BPF_RINGBUF_OUTPUT(events, EBPF_MIG_RING_PAGES);
 BPF_PERCPU_ARRAY(lost, u64, KIND_MAX);
 BPF_PERCPU_ARRAY(unpaired, u64, KIND_MAX);
 
-struct transfer_run {
-	u64 begin, end, fd, file, socket, calls, bytes, in_call, max_call, failed, epoch, off_cpu, off_before;
+struct transfer_batch {
+	u64 begin_ns, end_ns;
+	s64 fd;
+	u64 file, socket, calls, bytes, in_call_ns, max_call_ns, failed, epoch, off_cpu_ns, off_before_ns;
 };
 
 struct thread_state {
@@ -59,21 +52,22 @@ struct thread_state {
 	u64 a0, a1, a2;
 	u64 slot, flags, addr, size;		/* what the argument of a memory ioctl says */
 	u64 seen;				/* an entry was seen, so an exit without one is not KVM_RUN */
-	u64 vcpu_fd, run_enter, run_exit, run_ret, runs, in_ns, out_ns, max_gap, counted;
+	u64 vcpu_fd, run_enter_ns, run_exit_ns;
+	s64 run_ret;
+	u64 runs, in_ns, out_ns, max_gap_ns, counted;
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
 	u64 off_call;				/* off the CPU within the call in flight */
 	u64 off_all, off_before;		/* ever, and what that was when the call in flight began */
-	u64 kept_since, kept_until, kept_preempted;	/* the last long wait that nobody was told of */
+	u64 kept_since_ns, kept_until_ns, kept_preempted;	/* the last long wait without a record */
 	u64 kicked;				/* when this thread last kicked another */
 	u64 lock, lock_since, lock_off;		/* the lock being waited for; off_call when that began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
-	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since it was last told of */
+	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since its last record */
 	u64 samples;				/* taken in the ioctl in flight */
 	u64 part, part_since, part_idle, flushing;	/* the part of it that is going on (SPLIT_* + 1): see fetch_split.h */
-	struct transfer_run run[3];		/* SEND, RECEIVE, HIDDEN */
+	struct transfer_batch batch[3];		/* SEND, RECEIVE, UNTRACKED */
 };
-_Static_assert(sizeof(struct thread_state) == 8 * THREAD_WORDS, "thread state");
 
 #define LOCK_SLOTS 0
 #define LOCK_MMU 1
@@ -132,7 +126,7 @@ static __always_inline struct thread_state *this_thread(u64 pid_tgid)
 	threads.update(&tid, blank);
 	s = threads.lookup(&tid);
 	if (!s)
-		count(KIND_THREADS, true);
+		count(KIND_THREAD_TABLE, true);
 	return s;
 }
 
@@ -151,7 +145,7 @@ static __always_inline void begin_call(struct thread_state *s, u64 now, u64 nr, 
 	s->enter = now;
 }
 
-static __always_inline u64 word_at(u64 base, u32 offset)
+static __always_inline u64 read_u64(u64 base, u32 offset)
 {
 	u64 v = 0;
 
@@ -163,11 +157,11 @@ static __always_inline u64 word_at(u64 base, u32 offset)
 static __always_inline u64 file_of(u64 fd)
 {
 	u64 task = bpf_get_current_task();
-	u64 files = word_at(task, OFF_task_files);
-	u64 table = word_at(files, OFF_files_fdt);
-	u64 array = word_at(table, OFF_fdtable_fd);
+	u64 files = read_u64(task, OFF_task_files);
+	u64 table = read_u64(files, OFF_files_fdt);
+	u64 array = read_u64(table, OFF_fdtable_fd);
 
-	return word_at(array, (u32)fd * 8);
+	return read_u64(array, (u32)fd * 8);
 }
 
 static __always_inline struct process_state *this_process(u64 pid_tgid)

@@ -51,7 +51,7 @@ static __always_inline bool only_copies(struct thread_state *s)
 	if (OFF_kvm_manual == OFF_NONE)
 		return false;
 	bpf_probe_read_kernel(&manual, sizeof(manual),
-			      (void *)(word_at(file_of(s->a0), OFF_file_private) + OFF_kvm_manual));
+			      (void *)(read_u64(file_of(s->a0), OFF_file_private) + OFF_kvm_manual));
 	return manual != 0;
 }
 

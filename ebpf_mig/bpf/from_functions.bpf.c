@@ -3,19 +3,18 @@
  * The function tiers: the same signals from the kernel functions that only a VM or a socket comes through, so that
  * the calls of others cost nothing.
  *
- * In: entries and returns of the functions named in probes/functions.py, by fentry and fexit or by kprobe and
+ * In: entries and returns of the functions named in probes/hook_points.py, by fentry and fexit or by kprobe and
  * kretprobe, whichever was seen to fire; the return of KVM_RUN by kvm:kvm_userspace_exit, which also shows the vCPU
- * that sat in KVM_RUN before tracing began, and holds no return probe while a vCPU sleeps. Out: as from_syscalls.bpf.c.
- * What the caller asked for is read from the registers it entered the kernel with: functions' own arguments differ.
+ * that sat in KVM_RUN before tracing began, and holds no return probe while a vCPU sleeps. SOCKET_FUNCTIONS is a set of
+ * FENTRY and KPROBE. Out: as from_syscalls.bpf.c.
+ * What the caller asked for is read from the registers with which it entered the kernel: functions' own arguments
+ * differ.
  */
 #pragma once
 
 #include "kvm.h"
 #include "sockets.h"
 #include "sched.bpf.c"
-
-#define FENTRY 1	/* bits of SOCKET_FUNCTIONS */
-#define KPROBE 2
 
 /* The registers of the current task as it entered the kernel. Helpers of Linux 5.11 and 5.15. */
 static __always_inline const void *user_regs(void)
@@ -26,7 +25,7 @@ static __always_inline const void *user_regs(void)
 
 	return task_regs(current_task());
 #else
-	return (const void *)(word_at(bpf_get_current_task(), OFF_task_stack) + USER_REGS_AT);
+	return (const void *)(read_u64(bpf_get_current_task(), OFF_task_stack) + USER_REGS_AT);
 #endif
 }
 
@@ -155,8 +154,8 @@ int on_tgkill(void *ctx)
 		return 0;
 	read_args(user_regs(), &c);
 	now = bpf_ktime_get_ns();
-	tell_wait_before_kick(pid_tgid, now);
-	kick(pid_tgid, now, c.a1, c.a2);
+	emit_wait_before_kick(pid_tgid, now);
+	emit_kick(pid_tgid, now, c.a1, c.a2);
 	return 0;
 }
 
@@ -224,7 +223,7 @@ int on_ring_was_reset(void *ctx)
 #if SOCKET_FUNCTIONS
 
 /* A send from within a KVM ioctl is the kernel's own, say to fetch guest memory from afar. */
-static __always_inline int transfer_begin(void *ctx, u32 how, u32 nr)
+static __always_inline int transfer_entry(void *ctx, u32 how, u32 nr)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct thread_state *s;
@@ -240,7 +239,7 @@ static __always_inline int transfer_begin(void *ctx, u32 how, u32 nr)
 	return 0;
 }
 
-static __always_inline int transfer_end(void *ctx, u32 how, u32 nr)
+static __always_inline int transfer_exit(void *ctx, u32 how, u32 nr)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
 	u32 arguments = nr == NR_sendmsg ? 3 : 4;	/* sock, msg, size; a receive also has flags */
@@ -259,26 +258,26 @@ static __always_inline int transfer_end(void *ctx, u32 how, u32 nr)
 	if (!p)
 		return 0;
 	ret = (s32)returned(ctx, how, arguments);
-	transfer_done(s, p, pid_tgid, now, nr == NR_sendmsg ? SEND : RECEIVE, ret, word_at(s->a0, OFF_socket_file), -1);
+	transfer_done(s, p, pid_tgid, now, nr == NR_sendmsg ? SEND : RECEIVE, ret, read_u64(s->a0, OFF_socket_file), -1);
 	return 0;
 }
 
-#define TRANSFER_HOOKS(how, entry, leave)				\
+#define TRANSFER_HOOKS(how, entry, exit)				\
 int on_send_##entry(void *ctx)						\
 {									\
-	return transfer_begin(ctx, how, NR_sendmsg);			\
+	return transfer_entry(ctx, how, NR_sendmsg);			\
 }									\
-int on_send_##leave(void *ctx)						\
+int on_send_##exit(void *ctx)						\
 {									\
-	return transfer_end(ctx, how, NR_sendmsg);			\
+	return transfer_exit(ctx, how, NR_sendmsg);			\
 }									\
 int on_receive_##entry(void *ctx)					\
 {									\
-	return transfer_begin(ctx, how, NR_recvmsg);			\
+	return transfer_entry(ctx, how, NR_recvmsg);			\
 }									\
-int on_receive_##leave(void *ctx)					\
+int on_receive_##exit(void *ctx)					\
 {									\
-	return transfer_end(ctx, how, NR_recvmsg);			\
+	return transfer_exit(ctx, how, NR_recvmsg);			\
 }
 
 #if SOCKET_FUNCTIONS & FENTRY

@@ -31,8 +31,8 @@ static __always_inline int direction_of(u64 nr)
 }
 
 /*
- * Most calls are none of ours: they are told by their number, then by the request, before anything is looked up.
- * No call leaves `nr` behind: whatever set it is followed by the return that takes it away.
+ * Most calls are not ours: their number, then the request, sort them out before anything is looked up.
+ * No call leaves `nr` behind: the exit that follows the entry resets it.
  */
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -55,8 +55,8 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	s->seen = 1;
 	now = bpf_ktime_get_ns();
 	if (nr == NR_tgkill) {
-		tell_wait_before_kick(pid_tgid, now);
-		kick(pid_tgid, now, c.a1, c.a2);
+		emit_wait_before_kick(pid_tgid, now);
+		emit_kick(pid_tgid, now, c.a1, c.a2);
 		return 0;
 	}
 	if (nr == NR_ioctl)
@@ -65,7 +65,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* A thread whose first sight is a return was inside the call when tracing began: KVM_RUN is worth telling. */
+/* A thread that is first seen at an exit was inside the call when tracing began: KVM_RUN is worth a record. */
 static __always_inline void first_exit(u64 pid_tgid, const void *regs, s64 ret)
 {
 	struct thread_state *s = this_thread(pid_tgid);

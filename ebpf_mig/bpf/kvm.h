@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * KVM ioctls: KVM_RUN is accounted in place and told only where it matters, the others are records.
+ * KVM ioctls: KVM_RUN is accounted in place and emitted only where it matters, the others are records.
  *
  * In: entries and returns from whichever attach tier is in use. Out: IOCTL, VCPU_ENTER, VCPU_EXIT and KICK records.
  */
@@ -24,28 +24,28 @@
 #include "fetch_split.h"
 
 struct ioctl_record {
-	u64 kind, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size;
-	u64 off_cpu, slots_lock, mmu_lock, other_lock;
-	u64 walk, flush, copy, spin, off_total;
+	u64 kind, begin_ns, end_ns, pid, tid, fd, cmd;
+	s64 ret;
+	u64 slot, flags, addr, size;
+	s64 off_cpu_ns, slots_lock_ns, mmu_lock_ns, other_lock_ns;	/* -1: unknown, as are all below */
+	s64 walk_ns, flush_ns, copy_ns, spin_ns, off_total_ns;
 };
 struct vcpu_span_record {
-	u64 kind, since, until, pid, tid, out, max_gap, gaps, lock;
+	u64 kind, since_ns, until_ns, pid, tid, outside_ns, longest_ns, gaps;
+	s64 lock_ns;
 };
 struct vcpu_enter_record {
-	u64 kind, at, pid, tid, fd, last_exit, last_ret, runs;
+	u64 kind, at_ns, pid, tid, fd, last_exit_ns;
+	s64 last_ret;
+	u64 runs;
 };
 struct vcpu_exit_record {
-	u64 kind, at, pid, tid, fd, enter, ret;
+	u64 kind, at_ns, pid, tid, fd, enter_ns;
+	s64 ret;
 };
 struct kick_record {
-	u64 kind, at, pid, tid, target, signal;
+	u64 kind, at_ns, pid, tid, target_tid, signal;
 };
-
-_Static_assert(sizeof(struct ioctl_record) == 8 * IOCTL_WORDS, "ioctl record");
-_Static_assert(sizeof(struct vcpu_enter_record) == 8 * VCPU_ENTER_WORDS, "vcpu enter record");
-_Static_assert(sizeof(struct vcpu_exit_record) == 8 * VCPU_EXIT_WORDS, "vcpu exit record");
-_Static_assert(sizeof(struct vcpu_span_record) == 8 * VCPU_SPAN_WORDS, "vcpu span record");
-_Static_assert(sizeof(struct kick_record) == 8 * KICK_WORDS, "kick record");
 
 /* Interrupt injection happens at guest speed and says nothing about a migration. */
 static __always_inline bool is_noise(u32 cmd)
@@ -73,16 +73,16 @@ static __always_inline bool needs_process(u64 nr, u32 cmd)
 static __always_inline void vcpu_enter(struct thread_state *s, struct process_state *p, u64 pid_tgid,
 				       u64 now, u64 fd)
 {
-	u64 gap = s->run_exit ? now - s->run_exit : 0;
-	bool told = !s->runs || gap > GAP_NS || (s64)s->run_ret < 0;
+	u64 gap = s->run_exit_ns ? now - s->run_exit_ns : 0;
+	bool worth_a_record = !s->runs || gap > VCPU_GAP_NS || s->run_ret < 0;
 	struct vcpu_enter_record *r;
 
 	s->runs++;
 	s->vcpu_fd = fd;
-	s->run_enter = now;
+	s->run_enter_ns = now;
 	s->out_ns += gap;
-	if (gap > s->max_gap)
-		s->max_gap = gap;
+	if (gap > s->max_gap_ns)
+		s->max_gap_ns = gap;
 	if (gap) {
 		s->span_out += gap;
 		s->span_gaps++;
@@ -93,7 +93,7 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 		s->counted = 1;
 		__sync_fetch_and_add(&p->running, 1);
 	}
-	if (!told)
+	if (!worth_a_record)
 		return;
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (!r) {
@@ -101,21 +101,21 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 		return;
 	}
 	r->kind = KIND_VCPU_ENTER;
-	r->at = now;
+	r->at_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
 	r->fd = fd;
-	r->last_exit = s->run_exit;
+	r->last_exit_ns = s->run_exit_ns;
 	r->last_ret = s->run_ret;
 	r->runs = s->runs;
 	events.ringbuf_submit(r, s->runs > 1 ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);	/* a destination that starts */
 }
 
 /*
- * Time outside KVM_RUN since the last time: told at the first exit after a fetch, so that every gap counts in the
- * stretch in which it began. A vCPU that never leaves KVM_RUN has nothing to tell.
+ * Time outside KVM_RUN since the last record. Emitted at the first exit after a fetch, so that every gap counts in the
+ * stretch in which it began. A vCPU that never leaves KVM_RUN has no such record.
  */
-static __always_inline void vcpu_span(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now)
+static __always_inline void emit_vcpu_span(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now)
 {
 	struct vcpu_span_record *r;
 
@@ -125,14 +125,14 @@ static __always_inline void vcpu_span(struct thread_state *s, struct process_sta
 		r = events.ringbuf_reserve(sizeof(*r));
 		if (r) {
 			r->kind = KIND_VCPU_SPAN;
-			r->since = s->span_since;
-			r->until = s->run_enter;
+			r->since_ns = s->span_since;
+			r->until_ns = s->run_enter_ns;
 			r->pid = pid_tgid >> 32;
 			r->tid = (u32)pid_tgid;
-			r->out = s->span_out;
-			r->max_gap = s->span_max;
+			r->outside_ns = s->span_out;
+			r->longest_ns = s->span_max;
 			r->gaps = s->span_gaps;
-			r->lock = LOCKS_KNOWN ? s->span_lock : -1;
+			r->lock_ns = LOCKS_KNOWN ? s->span_lock : -1;
 			events.ringbuf_submit(r, RB_NO_WAKEUP);
 		} else {
 			count(KIND_VCPU_SPAN, true);
@@ -149,9 +149,9 @@ static __always_inline void vcpu_exit(struct thread_state *s, struct process_sta
 {
 	struct vcpu_exit_record *r;
 
-	vcpu_span(s, p, pid_tgid, now);
+	emit_vcpu_span(s, p, pid_tgid, now);
 	s->vcpu_fd = fd;
-	s->run_exit = now;
+	s->run_exit_ns = now;
 	s->run_ret = ret;
 	if (enter)
 		s->in_ns += now - enter;
@@ -169,11 +169,11 @@ static __always_inline void vcpu_exit(struct thread_state *s, struct process_sta
 		return;
 	}
 	r->kind = KIND_VCPU_EXIT;
-	r->at = now;
+	r->at_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
 	r->fd = fd;
-	r->enter = enter;
+	r->enter_ns = enter;
 	r->ret = ret;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
@@ -211,7 +211,7 @@ static __always_inline void ioctl_enter(struct thread_state *s, struct process_s
 	u32 zero = 0;
 	u64 *all;
 
-	if (p && cmd == KVM_GET_DIRTY_LOG && now - p->last_fetch > BURST_NS) {
+	if (p && cmd == KVM_GET_DIRTY_LOG && now - p->last_fetch > FETCH_GAP_NS) {
 		p->epoch++;
 		all = fetches.lookup(&zero);
 		if (all)
@@ -252,8 +252,8 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 		return;
 	}
 	r->kind = KIND_IOCTL;
-	r->begin = s->enter;
-	r->end = now;
+	r->begin_ns = s->enter;
+	r->end_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
 	r->fd = s->a0;
@@ -263,20 +263,20 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->flags = s->flags;
 	r->addr = s->addr;
 	r->size = s->size;
-	r->off_cpu = OFF_CPU_KNOWN ? s->off_call : -1;
-	r->slots_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_SLOTS] : -1;
-	r->mmu_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_MMU] : -1;
-	r->other_lock = LOCKS_KNOWN ? s->lock_ns[LOCK_OTHER] : -1;
-	r->walk = SPLIT_KNOWN ? s->split_ns[SPLIT_WALK] : -1;
-	r->flush = SPLIT_KNOWN ? s->split_ns[SPLIT_FLUSH] : -1;
-	r->copy = SPLIT_KNOWN ? s->split_ns[SPLIT_COPY] : -1;
-	r->spin = LOCKS_KNOWN && OFF_CPU_KNOWN ? s->spin_ns : -1;
-	r->off_total = OFF_CPU_KNOWN ? s->off_all : -1;
+	r->off_cpu_ns = OFF_CPU_KNOWN ? s->off_call : -1;
+	r->slots_lock_ns = LOCKS_KNOWN ? s->lock_ns[LOCK_SLOTS] : -1;
+	r->mmu_lock_ns = LOCKS_KNOWN ? s->lock_ns[LOCK_MMU] : -1;
+	r->other_lock_ns = LOCKS_KNOWN ? s->lock_ns[LOCK_OTHER] : -1;
+	r->walk_ns = SPLIT_KNOWN ? s->split_ns[SPLIT_WALK] : -1;
+	r->flush_ns = SPLIT_KNOWN ? s->split_ns[SPLIT_FLUSH] : -1;
+	r->copy_ns = SPLIT_KNOWN ? s->split_ns[SPLIT_COPY] : -1;
+	r->spin_ns = LOCKS_KNOWN && OFF_CPU_KNOWN ? s->spin_ns : -1;
+	r->off_total_ns = OFF_CPU_KNOWN ? s->off_all : -1;
 	events.ringbuf_submit(r, s->samples || is_long_fetch(s, now) ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 	s->samples = 0;
 }
 
-static __always_inline void kick(u64 pid_tgid, u64 now, u64 target, u64 signal)
+static __always_inline void emit_kick(u64 pid_tgid, u64 now, u64 target, u64 signal)
 {
 	struct kick_record *r = events.ringbuf_reserve(sizeof(*r));
 
@@ -285,10 +285,10 @@ static __always_inline void kick(u64 pid_tgid, u64 now, u64 target, u64 signal)
 		return;
 	}
 	r->kind = KIND_KICK;
-	r->at = now;
+	r->at_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
-	r->target = (u32)target;
+	r->target_tid = (u32)target;
 	r->signal = (u32)signal;
 	events.ringbuf_submit(r, RB_FORCE_WAKEUP);	/* a source that stops */
 }

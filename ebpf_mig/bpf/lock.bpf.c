@@ -11,7 +11,7 @@
 
 /*
  * contention_begin: lock, flags. Only the outermost wait counts (a rwlock's slow path waits for a spinlock of its
- * own), and a mutex may tell its wait twice, once spinning and once asleep.
+ * own), and a mutex may report its wait twice, once spinning and once asleep.
  */
 int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -48,7 +48,7 @@ int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
 		s->lock = 0;
 		return 0;
 	}
-	kvm = word_at(file_of(s->a0), OFF_file_private);
+	kvm = read_u64(file_of(s->a0), OFF_file_private);
 	if (s->lock == kvm + OFF_kvm_mmu_lock)
 		s->lock_ns[LOCK_MMU] += waited;
 	else if (s->lock == kvm + OFF_kvm_slots_lock)

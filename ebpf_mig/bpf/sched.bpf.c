@@ -11,15 +11,13 @@
 
 #include "common.h"
 
-#define LONG_WAIT_NS 100000ULL
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick has nothing to do with it */
 #define KICKED_NS 20000000ULL		/* nor one that begins this long after; Cloud Hypervisor kicks again after 10 ms */
 #define NO_STACK 0xffffffffULL
 
 struct off_cpu_record {
-	u64 kind, begin, end, pid, tid, stack, preempted, unused;
+	u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted;
 };
-_Static_assert(sizeof(struct off_cpu_record) == 8 * OFF_CPU_WORDS, "off-cpu record");
 
 BPF_STACK_TRACE(stacks, 1024);
 
@@ -34,7 +32,7 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 
 	if (!s || !p)
 		return;
-	preempted = (u32)word_at(task, OFF_task_state) == 0;
+	preempted = (u32)read_u64(task, OFF_task_state) == 0;
 	now = bpf_ktime_get_ns();
 	s->off_since = now;
 	s->off_preempted = preempted;
@@ -43,7 +41,7 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 	s->off_stack = stack < 0 ? NO_STACK : stack;
 }
 
-static __always_inline void tell_off_cpu(u64 pid_tgid, u64 since, u64 until, u64 stack, u64 preempted)
+static __always_inline void emit_off_cpu(u64 pid_tgid, u64 since, u64 until, u64 stack, u64 preempted)
 {
 	struct off_cpu_record *r = events.ringbuf_reserve(sizeof(*r));
 
@@ -52,13 +50,12 @@ static __always_inline void tell_off_cpu(u64 pid_tgid, u64 since, u64 until, u64
 		return;
 	}
 	r->kind = KIND_OFF_CPU;
-	r->begin = since;
-	r->end = until;
+	r->begin_ns = since;
+	r->end_ns = until;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
-	r->stack = stack;
+	r->stack_id = stack;
 	r->preempted = preempted;
-	r->unused = 0;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
@@ -79,30 +76,30 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 	if (now - since < LONG_WAIT_NS)
 		return;
 	if (!in_detail(p, now)) {
-		s->kept_since = since;
-		s->kept_until = now;
+		s->kept_since_ns = since;
+		s->kept_until_ns = now;
 		s->kept_preempted = s->off_preempted;
 		return;
 	}
 	__sync_fetch_and_add(&p->budget, -1);
-	tell_off_cpu((u64)tgid << 32 | tid, since, now, s->off_stack, s->off_preempted);
+	emit_off_cpu((u64)tgid << 32 | tid, since, now, s->off_stack, s->off_preempted);
 }
 
 /*
  * The first kick opens the window while vCPUs still run. A thread that lost the CPU between its decision to stop and
  * that kick would leave no trace of why the VMM's own stamp is so much earlier.
  */
-static __always_inline void tell_wait_before_kick(u64 pid_tgid, u64 now)
+static __always_inline void emit_wait_before_kick(u64 pid_tgid, u64 now)
 {
 	struct thread_state *s = known_thread(pid_tgid);
 
 	if (!s)
 		return;
 	s->kicked = now;
-	if (!s->kept_until || now - s->kept_until > KEPT_NS)
+	if (!s->kept_until_ns || now - s->kept_until_ns > KEPT_NS)
 		return;
-	tell_off_cpu(pid_tgid, s->kept_since, s->kept_until, NO_STACK, s->kept_preempted);
-	s->kept_until = 0;
+	emit_off_cpu(pid_tgid, s->kept_since_ns, s->kept_until_ns, NO_STACK, s->kept_preempted);
+	s->kept_until_ns = 0;
 }
 
 /* sched_switch: preempt, prev, next[, prev_state since 5.18]. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Sends and receives. Calls of one thread on one socket are folded into runs; while no vCPU runs each is kept.
+ * Sends and receives. Calls of one thread on one socket are coalesced into batches; while no vCPU runs each is kept.
  *
  * In: completed calls. Out: TRANSFER records, and one SOCKET record for each socket inode on first use.
  * A file is recognised as a socket by its inode's mode; pipes, eventfds and log files are left out here.
@@ -11,7 +11,7 @@
 
 #define SEND 0
 #define RECEIVE 1
-#define HIDDEN 2			/* sent, but by no system call that we follow: see untracked_sends.bpf.c */
+#define UNTRACKED 2			/* sent, but by no system call that we follow: see untracked_sends.bpf.c */
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define AF_UNIX 1
@@ -19,15 +19,17 @@
 #define AF_INET6 10
 
 struct transfer_record {
-	u64 kind, begin, end, pid, tid, fd, direction, socket, calls, bytes, in_call, max_call, failed, position, off_cpu;
-	u64 off_before, hidden;
+	u64 kind, begin_ns, end_ns, pid, tid;
+	s64 fd;
+	u64 direction, socket, calls, bytes, in_call_ns, max_call_ns, failed, position;
+	s64 off_cpu_ns, off_before_ns;			/* -1: unknown */
+	u64 hidden;
 };
 struct socket_record {
-	u64 kind, at, pid, fd, socket, family, local[2], remote[2], local_port, remote_port, peer;
+	u64 kind, at_ns, pid;
+	s64 fd;
+	u64 socket, family, local[2], remote[2], local_port, remote_port, peer;
 };
-
-_Static_assert(sizeof(struct transfer_record) == 8 * TRANSFER_WORDS, "transfer record");
-_Static_assert(sizeof(struct socket_record) == 8 * SOCKET_WORDS, "socket record");
 
 struct stream {
 	u64 bytes[2];
@@ -37,35 +39,35 @@ BPF_HASH(streams, u64, struct stream, 4096);
 /* The inode number if the file is a socket, else 0. */
 static __always_inline u64 socket_of(u64 file)
 {
-	u64 inode = word_at(file, OFF_file_inode);
+	u64 inode = read_u64(file, OFF_file_inode);
 	u16 mode = 0;
 
 	bpf_probe_read_kernel(&mode, sizeof(mode), (void *)(inode + OFF_inode_mode));
 	if ((mode & S_IFMT) != S_IFSOCK)
 		return 0;
-	return word_at(inode, OFF_inode_ino);
+	return read_u64(inode, OFF_inode_ino);
 }
 
 /* Inode number of a struct sock, 0 once its file is closed. */
 static __always_inline u64 inode_of(u64 sk)
 {
-	u64 sock = word_at(sk, OFF_sock_socket);
+	u64 sock = read_u64(sk, OFF_sock_socket);
 
-	return sock ? word_at(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino) : 0;
+	return sock ? read_u64(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino) : 0;
 }
 
 /* Inode number of the other end of a UNIX socket, 0 while it has none. */
 static __always_inline u64 unix_peer(u64 sk)
 {
-	u64 peer = word_at(sk, OFF_unix_peer);
+	u64 peer = read_u64(sk, OFF_unix_peer);
 
 	return peer ? inode_of(peer) : 0;
 }
 
-static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file, u64 socket)
+static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file, u64 socket)
 {
 	struct socket_record *r = events.ringbuf_reserve(sizeof(*r));
-	u64 sk = word_at(word_at(file, OFF_file_private), OFF_socket_sk);
+	u64 sk = read_u64(read_u64(file, OFF_file_private), OFF_socket_sk);
 	u16 family = 0, port = 0;
 	struct owner owner = {};
 
@@ -75,7 +77,7 @@ static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 	}
 	bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + OFF_skc_family));
 	r->kind = KIND_SOCKET;
-	r->at = now;
+	r->at_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->fd = fd;
 	r->socket = socket;
@@ -98,21 +100,21 @@ static __always_inline void tell_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 		bpf_probe_read_kernel(&port, sizeof(port), (void *)(sk + OFF_skc_num));
 		r->local_port = port;
 		bpf_probe_read_kernel(&port, sizeof(port), (void *)(sk + OFF_skc_dport));
-		r->remote_port = (u16)(port << 8 | port >> 8);
+		r->remote_port = bpf_ntohs(port);
 	}
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
-/* Bytes seen on the socket in this direction before this run; tells the socket on first use. */
-static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_run *run, u32 direction)
+/* Bytes seen on the socket in this direction before this batch; emits the socket on first use. */
+static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_batch *batch, u32 direction)
 {
-	struct stream *st = streams.lookup(&run->socket), fresh = {};
+	struct stream *st = streams.lookup(&batch->socket), fresh = {};
 	u64 before;
 
 	if (!st) {
-		tell_socket(pid_tgid, now, run->fd, run->file, run->socket);
-		streams.update(&run->socket, &fresh);
-		st = streams.lookup(&run->socket);
+		emit_socket(pid_tgid, now, batch->fd, batch->file, batch->socket);
+		streams.update(&batch->socket, &fresh);
+		st = streams.lookup(&batch->socket);
 		if (!st) {
 			count(KIND_SOCKET, true);
 			return 0;
@@ -120,88 +122,88 @@ static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_run *r
 	}
 	before = direction == SEND ? st->bytes[0] : st->bytes[1];
 	if (direction == SEND)		/* the value that an atomic add returns needs a newer instruction set */
-		__sync_fetch_and_add(&st->bytes[0], run->bytes);
+		__sync_fetch_and_add(&st->bytes[0], batch->bytes);
 	else
-		__sync_fetch_and_add(&st->bytes[1], run->bytes);
+		__sync_fetch_and_add(&st->bytes[1], batch->bytes);
 	return before;
 }
 
-static __always_inline void flush_run(struct transfer_run *run, u64 pid_tgid, u64 now, u32 way)
+static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgid, u64 now, u32 way)
 {
 	struct transfer_record *r;
 	u32 direction = way == RECEIVE ? RECEIVE : SEND;
-	bool timed = OFF_CPU_KNOWN && way != HIDDEN;
+	bool timed = OFF_CPU_KNOWN && way != UNTRACKED;
 	u64 position;
 
-	if (!run->calls)
+	if (!batch->calls)
 		return;
-	position = advance(pid_tgid, now, run, direction);
+	position = advance(pid_tgid, now, batch, direction);
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (r) {
 		r->kind = KIND_TRANSFER;
-		r->begin = run->begin;
-		r->end = run->end;
+		r->begin_ns = batch->begin_ns;
+		r->end_ns = batch->end_ns;
 		r->pid = pid_tgid >> 32;
 		r->tid = (u32)pid_tgid;
-		r->fd = run->fd;
+		r->fd = batch->fd;
 		r->direction = direction;
-		r->socket = run->socket;
-		r->calls = run->calls;
-		r->bytes = run->bytes;
-		r->in_call = run->in_call;
-		r->max_call = run->max_call;
-		r->failed = run->failed;
+		r->socket = batch->socket;
+		r->calls = batch->calls;
+		r->bytes = batch->bytes;
+		r->in_call_ns = batch->in_call_ns;
+		r->max_call_ns = batch->max_call_ns;
+		r->failed = batch->failed;
 		r->position = position;
-		r->off_cpu = timed ? run->off_cpu : -1;
-		r->off_before = timed ? run->off_before : -1;
-		r->hidden = way == HIDDEN;
+		r->off_cpu_ns = timed ? batch->off_cpu_ns : -1;
+		r->off_before_ns = timed ? batch->off_before_ns : -1;
+		r->hidden = way == UNTRACKED;
 		events.ringbuf_submit(r, RB_NO_WAKEUP);
 	} else {
 		count(KIND_TRANSFER, true);
 	}
-	run->calls = 0;
+	batch->calls = 0;
 }
 
 /* `fd` is -1 where a function of the socket was hooked, not a call of a descriptor. */
 static __always_inline void transfer_done(struct thread_state *s, struct process_state *p, u64 pid_tgid,
 					  u64 now, u32 direction, s64 ret, u64 file, u64 fd)
 {
-	struct transfer_run *run = direction == SEND ? &s->run[0] : &s->run[1];
+	struct transfer_batch *batch = direction == SEND ? &s->batch[0] : &s->batch[1];
 	u64 took = now - s->enter, socket;
 	bool detail = in_detail(p, now);
 
-	if (!run->calls || run->file != file || run->fd != fd || run->epoch != p->epoch || detail ||
-	    s->enter - run->end > FOLD_GAP_NS || now - run->begin > FOLD_MAX_NS) {
+	if (!batch->calls || batch->file != file || batch->fd != fd || batch->epoch != p->epoch || detail ||
+	    s->enter - batch->end_ns > COALESCE_GAP_NS || now - batch->begin_ns > COALESCE_MAX_NS) {
 		socket = socket_of(file);
 		if (!socket)
 			return;
-		if (ret <= 0) {			/* nothing moved: not worth ending or beginning a run */
-			run->failed++;
+		if (ret <= 0) {			/* nothing moved: not worth ending or beginning a batch */
+			batch->failed++;
 			return;
 		}
-		flush_run(run, pid_tgid, now, direction);
-		run->begin = s->enter;
-		run->off_before = s->off_before;
-		run->fd = fd;
-		run->file = file;
-		run->socket = socket;
-		run->epoch = p->epoch;
-		run->bytes = run->in_call = run->max_call = run->off_cpu = 0;
+		emit_batch(batch, pid_tgid, now, direction);
+		batch->begin_ns = s->enter;
+		batch->off_before_ns = s->off_before;
+		batch->fd = fd;
+		batch->file = file;
+		batch->socket = socket;
+		batch->epoch = p->epoch;
+		batch->bytes = batch->in_call_ns = batch->max_call_ns = batch->off_cpu_ns = 0;
 	}
 	if (ret <= 0) {
-		run->failed++;
+		batch->failed++;
 		return;
 	}
-	run->end = now;
-	run->calls++;
-	run->bytes += ret;
-	run->in_call += took;
-	run->off_cpu += s->off_call;
-	if (took > run->max_call)
-		run->max_call = took;
+	batch->end_ns = now;
+	batch->calls++;
+	batch->bytes += ret;
+	batch->in_call_ns += took;
+	batch->off_cpu_ns += s->off_call;
+	if (took > batch->max_call_ns)
+		batch->max_call_ns = took;
 	if (detail) {
 		__sync_fetch_and_add(&p->budget, -1);
-		flush_run(run, pid_tgid, now, direction);
-		run->failed = 0;
+		emit_batch(batch, pid_tgid, now, direction);
+		batch->failed = 0;
 	}
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Kernel stacks of a thread inside a dirty-log ioctl, on a timer: what the call spends its CPU time on, where no
- * function probe can tell.
+ * function can be hooked.
  *
- * In: a CPU clock event on one thread, opened by probes/sampler.py. Out: SAMPLE records. They do not wake the reader,
- * or each would cost a context switch. A record behind one that nobody was woken for wakes nobody either, so that of
- * the ioctl itself does it by force.
+ * In: a CPU clock event on one thread, opened by probes/stack_sampler.py. Out: SAMPLE records. They do not wake the
+ * reader, or each would cost a context switch. A record behind one that woke nobody wakes nobody either, so the record
+ * of the ioctl itself forces it.
  */
 #pragma once
 
@@ -15,9 +15,8 @@
 #define SAMPLES_A_WAKEUP 128		/* a call of seconds must not fill the buffer before anybody looks */
 
 struct sample_record {
-	u64 kind, at, pid, tid, begin, period, frames[SAMPLE_FRAMES];
+	u64 kind, at_ns, pid, tid, begin_ns, period_ns, frames[SAMPLE_FRAMES];
 };
-_Static_assert(sizeof(struct sample_record) == 8 * SAMPLE_WORDS, "sample record");
 
 BPF_ARRAY(sampling, u64, 1);		/* the period in ns, as the Python half last set it */
 
@@ -40,11 +39,11 @@ int on_sample(void *ctx)
 		return 0;
 	}
 	r->kind = KIND_SAMPLE;
-	r->at = bpf_ktime_get_ns();
+	r->at_ns = bpf_ktime_get_ns();
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
-	r->begin = s->enter;
-	r->period = *period;
+	r->begin_ns = s->enter;
+	r->period_ns = *period;
 	bpf_get_stack(ctx, r->frames, sizeof(r->frames), 0);	/* clears what it does not fill, also where it fails */
 	s->samples++;
 	events.ringbuf_submit(r, s->samples % SAMPLES_A_WAKEUP ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);

@@ -12,26 +12,19 @@
 #include "sockets.h"
 
 struct segment_record {
-	u64 kind, at, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received;
+	u64 kind, at_ns, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received;
 };
-_Static_assert(sizeof(struct segment_record) == 8 * SEGMENT_WORDS, "segment record");
 
 struct retransmit_record {
-	u64 kind, at, pid, socket, bytes, seq, number;
+	u64 kind, at_ns, pid, socket, bytes, seq, number;
 };
-_Static_assert(sizeof(struct retransmit_record) == 8 * RETRANSMIT_WORDS, "retransmit record");
 
-static __always_inline u32 half_at(u64 base, u32 offset)
+static __always_inline u32 read_u32(u64 base, u32 offset)
 {
 	u32 v = 0;
 
 	bpf_probe_read_kernel(&v, sizeof(v), (void *)(base + offset));
 	return v;
-}
-
-static __always_inline u32 in_host_order(u32 v)
-{
-	return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24;
 }
 
 /* tcp_probe: sk, skb. skb->data points at the TCP header (tcp_rcv_established, net/ipv4/tcp_input.c, Linux 6.12). */
@@ -55,32 +48,33 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 		count(KIND_SEGMENT, true);
 		return 0;
 	}
-	header = word_at(skb, OFF_skb_data);
+	header = read_u64(skb, OFF_skb_data);
 	bpf_probe_read_kernel(&offset, sizeof(offset), (void *)(header + 12));
-	ack = in_host_order(half_at(header, 8));
-	length = half_at(skb, OFF_skb_len);
-	una = half_at(sk, OFF_tcp_una);
-	nxt = half_at(sk, OFF_tcp_nxt);
+	ack = bpf_ntohl(read_u32(header, 8));
+	length = read_u32(skb, OFF_skb_len);
+	una = read_u32(sk, OFF_tcp_una);
+	nxt = read_u32(sk, OFF_tcp_nxt);
 	r->kind = KIND_SEGMENT;
-	r->at = now;
+	r->at_ns = now;
 	r->pid = tgid;
 	r->socket = o->socket;
 	r->payload = length - (offset >> 4) * 4;
 	r->acked = (u32)(ack - una);
 	r->in_flight = (u32)(nxt - una);
-	r->unsent = (u32)(half_at(sk, OFF_tcp_write) - nxt);
-	r->window = half_at(sk, OFF_tcp_wnd);
-	r->seq = in_host_order(half_at(header, 4));
+	r->unsent = (u32)(read_u32(sk, OFF_tcp_write) - nxt);
+	r->window = read_u32(sk, OFF_tcp_wnd);
+	r->seq = bpf_ntohl(read_u32(header, 4));
 	r->ack = ack;
-	r->received = half_at(sk, OFF_tcp_rcv_nxt);
+	r->received = read_u32(sk, OFF_tcp_rcv_nxt);
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
 	return 0;
 }
 
 /*
- * tcp_retransmit_skb: sk, skb. skb->cb begins with the first sequence number and that after the last (struct tcp_skb_cb,
- * include/net/tcp.h, Linux 5.8 to 6.18). Each is counted; those while no vCPU runs are told, with the count so far.
+ * tcp_retransmit_skb: sk, skb. skb->cb begins with the first sequence number and the one after the last
+ * (struct tcp_skb_cb, include/net/tcp.h, Linux 5.8 to 6.18). Each is counted; while no vCPU runs each is a record, with
+ * the count so far.
  */
 int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -102,12 +96,12 @@ int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
 		count(KIND_RETRANSMIT, true);
 		return 0;
 	}
-	seq = half_at(skb, OFF_skb_cb);
+	seq = read_u32(skb, OFF_skb_cb);
 	r->kind = KIND_RETRANSMIT;
-	r->at = now;
+	r->at_ns = now;
 	r->pid = tgid;
 	r->socket = o->socket;
-	r->bytes = (u32)(half_at(skb, OFF_skb_cb + 4) - seq);
+	r->bytes = (u32)(read_u32(skb, OFF_skb_cb + 4) - seq);
 	r->seq = seq;
 	r->number = o->retransmits;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The exporter's standing watch: what a node's VMs do that may be the beginning of a migration.
+ * The standing trigger of `watch` and `exporter`: what a node's VMs do that may be the beginning of a migration.
  *
  * It runs when a thread is born, when a TCP socket changes state and, where KVM's functions can be hooked, when a
- * memslot is set, never on a system call: a node where nobody migrates pays for these alone. In: `vms`, the processes known to own a KVM VM. Out: NODE records. Threads of other
- * processes are told too, seldom, because that is how a VM that was just created shows itself: by its vCPU threads.
+ * memslot is set. It never runs on a system call: a node where nobody migrates pays for these alone.
+ * In: `vms`, the processes known to own a KVM VM. Out: node records. Threads of other processes are reported, too, but
+ * seldom: a VM that was just created shows itself by its vCPU threads.
  */
 #include <linux/types.h>
 #include "arch.h"
@@ -19,23 +20,29 @@
 #define TCP_CLOSE 7
 #define TCP_LISTEN 10
 
-#define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is told at most this often */
+#define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is reported at most this often */
 #define VM_PAUSE_NS 1000000ULL		/* threads born in a burst are one sign */
 
-enum sign { SIGN_STRANGER = 1, SIGN_THREAD, SIGN_CONNECT, SIGN_ACCEPT, SIGN_LOGGING };
+enum sign {
+	SIGN_STRANGER = 1,
+	SIGN_THREAD = 2,
+	SIGN_CONNECT = 3,
+	SIGN_ACCEPT = 4,
+	SIGN_LOGGING = 5,
+};
 
 struct node_record {
-	u64 at, pid, sign;
+	u64 at_ns, pid, sign;
 };
 
 BPF_RINGBUF_OUTPUT(signs, 16);
 BPF_PERCPU_ARRAY(lost, u64, 1);
-BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last thread birth was told */
+BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last thread birth was reported */
 BPF_ARRAY(ports, u32, 65536);		/* listening port -> tgid, or 0: however many one VM takes, there is room */
 BPF_TABLE("lru_hash", u32, u64, strangers, 4096);
-BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when it was last told to log */
+BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when its memory was last set to be logged */
 
-static __always_inline void tell(u64 now, u32 pid, u64 sign)
+static __always_inline void emit_sign(u64 now, u32 pid, u64 sign)
 {
 	struct node_record *r = signs.ringbuf_reserve(sizeof(*r));
 	u32 zero = 0;
@@ -47,7 +54,7 @@ static __always_inline void tell(u64 now, u32 pid, u64 sign)
 			(*n)++;
 		return;
 	}
-	r->at = now;
+	r->at_ns = now;
 	r->pid = pid;
 	r->sign = sign;
 	signs.ringbuf_submit(r, 0);
@@ -66,7 +73,7 @@ int on_newtask(struct bpf_raw_tracepoint_args *ctx)
 	if (last) {
 		if (now - *last > VM_PAUSE_NS) {
 			*last = now;
-			tell(now, tgid, SIGN_THREAD);
+			emit_sign(now, tgid, SIGN_THREAD);
 		}
 		return 0;
 	}
@@ -74,7 +81,7 @@ int on_newtask(struct bpf_raw_tracepoint_args *ctx)
 	if (last && now - *last < STRANGER_PAUSE_NS)
 		return 0;
 	strangers.update(&tgid, &now);
-	tell(now, tgid, SIGN_STRANGER);
+	emit_sign(now, tgid, SIGN_STRANGER);
 	return 0;
 }
 
@@ -88,7 +95,7 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 
 	if (to == TCP_SYN_SENT) {
 		if (vms.lookup(&tgid))
-			tell(now, tgid, SIGN_CONNECT);
+			emit_sign(now, tgid, SIGN_CONNECT);
 		return 0;
 	}
 	/* An accepted socket is a copy of its listener, and leaves LISTEN for SYN_RECV first. */
@@ -101,7 +108,7 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (to == TCP_ESTABLISHED) {
 		if (*owner)
-			tell(now, *owner, SIGN_ACCEPT);
+			emit_sign(now, *owner, SIGN_ACCEPT);
 	} else if (to == TCP_LISTEN) {
 		if (vms.lookup(&tgid))
 			*owner = tgid;
@@ -128,7 +135,7 @@ static __always_inline int memslot(u64 region)
 		return 0;
 	}
 	logging.update(&tgid, &now);
-	tell(now, tgid, SIGN_LOGGING);
+	emit_sign(now, tgid, SIGN_LOGGING);
 	return 0;
 }
 

@@ -3,7 +3,7 @@
  * Sends that no system call of ours shows: io_uring, sendmmsg, splice and whatever comes next.
  *
  * In: sock:sock_send_length (Linux 6.3 and later), which every path into a socket's sendmsg passes when it is done.
- * Out: TRANSFER records marked hidden. Nobody tells when such a send began: they have an end and bytes, no duration.
+ * Out: TRANSFER records marked hidden. When such a send began is not known: they have an end and bytes, no duration.
  */
 #pragma once
 
@@ -14,7 +14,7 @@ int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), sock, now;
 	s64 sent = (s32)ctx->args[1];
-	struct transfer_run *run;
+	struct transfer_batch *batch;
 	struct thread_state *s;
 	struct process_state *p;
 	bool detail;
@@ -23,30 +23,30 @@ int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	s = this_thread(pid_tgid);
 	p = this_process(pid_tgid);
-	if (!s || !p || (s->nr && s->nr != NR_ioctl + 1))	/* within a call whose return tells it all */
+	if (!s || !p || (s->nr && s->nr != NR_ioctl + 1))	/* within a call whose exit makes the record */
 		return 0;
-	sock = word_at(ctx->args[0], OFF_sock_socket);
+	sock = read_u64(ctx->args[0], OFF_sock_socket);
 	if (!sock)
 		return 0;
 	now = bpf_ktime_get_ns();
 	detail = in_detail(p, now);
-	run = &s->run[HIDDEN];
-	if (run->file != word_at(sock, OFF_socket_file) || run->epoch != p->epoch || detail ||
-	    now - run->end > FOLD_GAP_NS || now - run->begin > FOLD_MAX_NS) {
-		flush_run(run, pid_tgid, now, HIDDEN);
-		run->begin = now;
-		run->fd = -1;
-		run->file = word_at(sock, OFF_socket_file);
-		run->socket = word_at(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino);
-		run->epoch = p->epoch;
-		run->bytes = run->failed = 0;
+	batch = &s->batch[UNTRACKED];
+	if (batch->file != read_u64(sock, OFF_socket_file) || batch->epoch != p->epoch || detail ||
+	    now - batch->end_ns > COALESCE_GAP_NS || now - batch->begin_ns > COALESCE_MAX_NS) {
+		emit_batch(batch, pid_tgid, now, UNTRACKED);
+		batch->begin_ns = now;
+		batch->fd = -1;
+		batch->file = read_u64(sock, OFF_socket_file);
+		batch->socket = read_u64(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino);
+		batch->epoch = p->epoch;
+		batch->bytes = batch->failed = 0;
 	}
-	run->end = now;
-	run->calls++;
-	run->bytes += sent;
+	batch->end_ns = now;
+	batch->calls++;
+	batch->bytes += sent;
 	if (detail) {
 		__sync_fetch_and_add(&p->budget, -1);
-		flush_run(run, pid_tgid, now, HIDDEN);
+		emit_batch(batch, pid_tgid, now, UNTRACKED);
 	}
 	return 0;
 }

@@ -20,6 +20,7 @@ from ebpf_mig.probes import selftest
 from ebpf_mig.probes.hook import TRACEPOINT, Hook
 from ebpf_mig.probes.inherited import Description, Handed
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
+from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.tiers import AUTO, NAMES, Choice, Chooser
 
 FAMILY = "trace.bpf.c"
@@ -81,7 +82,7 @@ def load_best(
     with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
         hooks = tuple(_hooks(choice, tracepoints))
         constants = defines(choice)
-        program = Program(FAMILY, constants)
+        program = Program(FAMILY, constants, CONTRACT)
         for hook in hooks:
             program.load_hook(hook, chooser.module_fd if chooser else -1)
     plan = Plan(hooks, program, _tiers(choice, tracepoints))

@@ -22,6 +22,7 @@ from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, attach_tracing
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.perf import KprobeEvent
 from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
+from ebpf_mig.probes.leaf_types import LeafType
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PER_CPU = {5, 6, 10}
@@ -35,11 +36,9 @@ class Map(msgspec.Struct, frozen=True):
 
     fd: int
     kind: int
-    key_bytes: int
-    leaf_bytes: int
+    key: LeafType
+    leaf: LeafType
     entries: int
-    fields: list[tuple[str, int, int]]
-    """(name, offset, bytes) of a struct's members; empty for a plain number."""
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -120,8 +119,7 @@ class Table:
 
     def __init__(self, lib: ctypes.CDLL, fd: int, described: Map) -> None:
         self._lib, self._fd, self.described = lib, fd, described
-        self.Key = _type_of(described.key_bytes, [])
-        self.Leaf = _type_of(described.leaf_bytes, described.fields)
+        self.Key, self.Leaf = described.key.ctype(), described.leaf.ctype()
 
     def __len__(self) -> int:
         return self.described.entries
@@ -157,7 +155,7 @@ class Table:
         found = []
         for key in list(self.keys()):
             with contextlib.suppress(KeyError):
-                found.append((key, self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf_bytes))))
+                found.append((key, self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf.size))))
         return found
 
     def clear(self) -> None:
@@ -231,16 +229,6 @@ class Handed:
         number = self._cpus
         return [sum(struct.unpack(f"={number}Q", table.raw(ctypes.c_int(i), 8 * number))) for i in range(len(table))]
 
-    def hash_items(self, name: str, words: int) -> dict[int, tuple[int, ...]]:
-        """A hash of integer keys whose values are arrays of `words` u64 (or padded to them)."""
-        table, found = self._tables[name], {}
-        for key in list(table.keys()):
-            with contextlib.suppress(KeyError):
-                found[int(key.value)] = struct.unpack(
-                    f"={words}Q", table.raw(key, table.described.leaf_bytes)[: words * 8]
-                )
-        return found
-
     def kernel_stack(self, name: str, stack_id: int) -> tuple[str, ...]:
         """Function names of one stack, innermost first; empty if the kernel did not keep it."""
         try:
@@ -271,20 +259,3 @@ class Handed:
         self.close_ring()
         for fd in (*self._functions.values(), *self._map_fds, *self._events.values()):
             os.close(fd)
-
-
-def _type_of(size: int, fields: Sequence[tuple[str, int, int]]) -> Any:
-    """A ctypes type of `size` bytes; members that are no integers become bytes."""
-    plain = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
-    if not fields:
-        return plain.get(size) or ctypes.c_uint8 * size
-    members: list[tuple[str, Any]] = []
-    end = 0
-    for name, offset, length in fields:
-        if offset > end:
-            members.append((f"_pad{end}", ctypes.c_uint8 * (offset - end)))
-        members.append((name, plain.get(length) or ctypes.c_uint8 * length))
-        end = offset + length
-    if end < size:
-        members.append((f"_pad{end}", ctypes.c_uint8 * (size - end)))
-    return type("Leaf", (ctypes.Structure,), {"_pack_": 1, "_layout_": "ms", "_fields_": members})

@@ -14,13 +14,14 @@ import contextlib
 import ctypes
 import os
 import re
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import bpf, procfs
+from ebpf_mig.probes import leaf_types
+from ebpf_mig.probes.contract import Contract
 from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
 from ebpf_mig.probes.inherited import Attachments, Description, Map
 
@@ -99,7 +100,8 @@ def _stderr_to(sink: list[str]) -> Iterator[None]:
 class Program:
     """One compiled BPF object. Detaches and frees on `close()`; the kernel does the same if we die."""
 
-    def __init__(self, family: str, defines: dict[str, str | int]) -> None:
+    def __init__(self, family: str, defines: Mapping[str, str | int], contract: Contract) -> None:
+        """Compiles a family of programs. PreflightError if it does not compile, or breaks its contract with Python."""
         bcc = require_bcc()
         os.environ["BCC_KERNEL_SOURCE"] = str(_BPF_DIR / "headers")
         flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
@@ -107,7 +109,7 @@ class Program:
         try:
             # LLVM ends the process on some errors, so what it prints must not be held back.
             with _safe_directory():
-                self._bpf = bcc.BPF(text=source_text(family).encode(), cflags=flags)
+                self._bpf = bcc.BPF(text=(source_text(family) + contract.assertions()).encode(), cflags=flags)
         except Exception as error:
             raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
         self._raw_type, self._sampling_type = bcc.BPF.RAW_TRACEPOINT, bcc.BPF.PERF_EVENT
@@ -191,14 +193,6 @@ class Program:
         table = self._bpf[name.encode()]
         return [sum(table[ctypes.c_int(i)]) for i in range(len(table))]
 
-    def hash_items(self, name: str, words: int) -> dict[int, tuple[int, ...]]:
-        """A hash of integer keys whose values are arrays of `words` u64 (or padded to them)."""
-        table = self._bpf[name.encode()]
-        return {
-            int(key.value): struct.unpack(f"={words}Q", ctypes.string_at(ctypes.byref(leaf), words * 8))
-            for key, leaf in table.items()
-        }
-
     def kernel_stack(self, name: str, stack_id: int) -> tuple[str, ...]:
         """Function names of one stack, innermost first; empty if the kernel did not keep it."""
         try:
@@ -228,10 +222,8 @@ class Program:
         for number in range(lib.bpf_num_tables(self._bpf.module)):
             name = ctypes.string_at(lib.bpf_table_name(self._bpf.module, number)).decode()
             table = self.table(name)
-            leaf = table.Leaf
-            fields = [(n, getattr(leaf, n).offset, getattr(leaf, n).size) for n, *_ in getattr(leaf, "_fields_", ())]
-            sizes = ctypes.sizeof(table.Key), ctypes.sizeof(leaf)
-            maps[name] = Map(place(table.map_fd), table.ttype, *sizes, table.max_entries, fields)
+            types = leaf_types.describe(table.Key), leaf_types.describe(table.Leaf)
+            maps[name] = Map(place(table.map_fd), table.ttype, *types, table.max_entries)
         return Description(functions, maps, events)
 
     def close(self) -> None:

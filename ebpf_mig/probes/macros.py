@@ -14,15 +14,16 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
-from ebpf_mig.probes.records import WORDS
 from ebpf_mig.probes.tiers import Choice
+from ebpf_mig.recording.thresholds import SHARED
 
 RING_BYTES = 8 << 20
-_PROGRAMS_FOR = {FENTRY: 1, FEXIT: 1, KPROBE: 2, KRETPROBE: 2}
-"""FENTRY and KPROBE of bpf/from_functions.bpf.c: programs that nothing would attach cost time to compile."""
+_FENTRY, _KPROBE = 1, 2
+_PROGRAMS_FOR = {FENTRY: _FENTRY, FEXIT: _FENTRY, KPROBE: _KPROBE, KRETPROBE: _KPROBE}
+"""Which programs for sockets are compiled: those that nothing would attach cost time."""
 _KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
-"""OFF_NONE of bpf/common.h."""
+"""The offset of a member that the kernel lacks."""
 _USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
 """From the end of a task's kernel stack, where its registers are, for kernels before 5.15: THREAD_SIZE without KASAN,
 `struct pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10)."""
@@ -72,7 +73,8 @@ def defines(
 ) -> dict[str, str | int]:
     """Macro by name. A structure that the kernel's BTF does not tell raises PreflightError."""
     test = "||".join(f"(t)=={pid}" for pid in pids)
-    macros: dict[str, str | int] = dict(WORDS)
+    macros: dict[str, str | int] = {name: f"{value}ULL" for name, value in SHARED.items()}
+    macros |= {"FENTRY": _FENTRY, "KPROBE": _KPROBE, "OFF_NONE": _NONE}
     if pids:
         macros["EBPF_MIG_TARGETS(t)"] = f"({test})"
     macros["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")

@@ -1,99 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python half of the record layouts in `bpf/`: bytes from the ring buffer in, events out.
+"""What the kernel half writes, as events: ring buffer records, and the accounts that it keeps of each thread.
 
-Every record is an array of native u64, its kind first. The numbers of words are handed to the C compiler, where
-a static assertion compares them with the C structs: a layout that drifted apart does not load.
+In: a record's bytes, an entry of the kernel half's tables. Out: events. Records are unpacked by the layouts in
+`recording/kinds.py`, tables by the names of their struct's members; `contract.py` compares both with the C.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from ebpf_mig.recording.events import (
-    AnyEvent,
-    Ioctl,
-    Kick,
-    OffCpu,
-    Retransmit,
-    Samples,
-    Segment,
-    Socket,
-    Transfer,
-    VcpuEnter,
-    VcpuExit,
-    VcpuSpan,
-    VcpuState,
-)
-from ebpf_mig.recording.kinds import KINDS
-
-THREAD_WORDS = 90
-"""Size of `struct thread_state` in u64."""
-_RECORDS = [kind.record for kind in KINDS if kind.record]
-WORDS = {"THREAD_WORDS": THREAD_WORDS, **{record.constant: record.words for record in _RECORDS}}
-KIND_NAMES = {15: "thread-table", **{record.number: record.name for record in _RECORDS}}
-"""Names of the kinds in loss reports."""
+from ebpf_mig.probes.contract import Contract
+from ebpf_mig.recording.events import AnyEvent, OffCpu, Samples, Socket, Transfer, VcpuState
+from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
+from ebpf_mig.recording.layout import WORD, Layout
 
 _AF_INET, _AF_INET6 = 2, 10
-_NO_STACK = 0xFFFFFFFF
+NO_STACK = 0xFFFFFFFF
+"""Instead of an id in the kernel's stack map."""
+SEND, RECEIVE, UNTRACKED = range(3)
+"""The batches that a thread has, one each. Untracked sends are those that no followed call makes."""
+MANY_FAILED = 1000
+"""So many calls in a row that moved nothing are worth an event."""
+
+_TABLE_MEMBERS = (
+    Layout("thread_state", "u64 tgid, vcpu_fd, run_enter_ns, run_exit_ns; s64 run_ret;"
+           "u64 runs, in_ns, out_ns, max_gap_ns, counted"),
+    Layout("transfer_batch", "u64 begin_ns, end_ns; s64 fd; u64 socket, calls, bytes, in_call_ns, max_call_ns, failed;"
+           "u64 off_cpu_ns, off_before_ns"),
+    Layout("stream", "u64 bytes[2]"),
+    Layout("owner", "u64 pid"),
+    Layout("process_state", "s64 running"),
+)  # fmt: skip
+"""Members of tables' structs that Python uses by name; the structs have others, too."""
+CONTRACT = Contract(
+    records=tuple(record.layout for record in RECORDS),
+    members=_TABLE_MEMBERS,
+    numbers={f"KIND_{name.upper().replace('-', '_')}": number for number, name in RECORD_NAMES.items()}
+    | {"KIND_MAX": max(RECORD_NAMES) + 1, "NO_STACK": NO_STACK}
+    | {"SEND": SEND, "RECEIVE": RECEIVE, "UNTRACKED": UNTRACKED},
+)
+"""Of `bpf/trace.bpf.c`."""
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _ioctl(w: tuple[int, ...]) -> Ioctl:
-    _, begin, end, pid, tid, fd, cmd, ret, slot, flags, addr, size, *waits = w
-    return Ioctl(begin, end, pid, tid, fd, cmd, _signed(ret), slot, flags, addr, size, *map(_signed, waits))
-
-
-def _vcpu_enter(w: tuple[int, ...]) -> VcpuEnter:
-    return VcpuEnter(w[1], w[2], w[3], w[4], w[5], _signed(w[6]), w[7])
-
-
-def _vcpu_exit(w: tuple[int, ...]) -> VcpuExit:
-    return VcpuExit(w[1], w[2], w[3], w[4], w[5], _signed(w[6]))
-
-
-def _kick(w: tuple[int, ...]) -> Kick:
-    return Kick(*w[1:6])
-
-
-def _transfer(w: tuple[int, ...]) -> Transfer:
-    _, begin, end, pid, tid, fd, direction, socket, calls, size, in_call, longest, failed, before, *waits, hidden = w
-    numbers = (calls, size, in_call, longest, failed, before, *map(_signed, waits), hidden)
-    return Transfer(begin, end, pid, tid, _signed(fd), direction, socket, *numbers)
-
-
-def _off_cpu(w: tuple[int, ...]) -> OffCpu:
-    """The stack is still the id in the kernel's stack map; the tracer turns it into names."""
-    stack = () if w[5] == _NO_STACK else (str(w[5]),)
-    return OffCpu(w[1], w[2], w[3], w[4], stack, bool(w[6]))
-
-
-def _segment(w: tuple[int, ...]) -> Segment:
-    return Segment(*w[1:])
-
-
-def _retransmit(w: tuple[int, ...]) -> Retransmit:
-    return Retransmit(*w[1:])
-
-
-def _sample(w: tuple[int, ...]) -> Samples:
-    """One sample; its stack is still addresses, the tracer turns them into names and adds equal ones up."""
-    _, _, pid, tid, begin, period, *frames = w
-    return Samples(begin, pid, tid, period, 1, tuple(str(frame) for frame in frames if frame))
-
-
-def _vcpu_span(w: tuple[int, ...]) -> VcpuSpan:
-    _, since, until, pid, tid, outside, longest, gaps, lock = w
-    return VcpuSpan(since, until, pid, tid, outside, longest, gaps, _signed(lock))
-
-
-def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
+def _endpoint(family: int, address: tuple[int, ...], port: int) -> str:
     """`ADDR:PORT`; IPv4-mapped IPv6 is written as IPv4, so that both ends of a connection agree."""
-    raw = struct.pack("=QQ", *words)
+    raw = struct.pack("=QQ", *address)
     if family == _AF_INET:
         return f"{ipaddress.IPv4Address(raw[:4])}:{port}"
     if family == _AF_INET6:
@@ -102,65 +57,115 @@ def _endpoint(family: int, words: tuple[int, ...], port: int) -> str:
     return ""
 
 
-def _socket(w: tuple[int, ...]) -> Socket:
-    family = w[5]
-    local, remote = _endpoint(family, w[6:8], w[10]), _endpoint(family, w[8:10], w[11])
-    return Socket(w[1], w[2], _signed(w[3]), w[4], family, local, remote, w[12])
+def _socket(layout: Layout) -> Callable[[bytes], Socket]:
+    read = layout.reader(
+        "at_ns", "pid", "fd", "socket", "family", "local", "local_port", "remote", "remote_port", "peer"
+    )
+
+    def decode(record: bytes) -> Socket:
+        at_ns, pid, fd, socket, family, local, local_port, remote, remote_port, peer = read(record)
+        ends = _endpoint(family, local, local_port), _endpoint(family, remote, remote_port)
+        return Socket(at_ns, pid, fd, socket, family, *ends, peer)
+
+    return decode
 
 
-_DECODERS: dict[type, Callable[[tuple[int, ...]], AnyEvent]] = {
-    Ioctl: _ioctl,
-    VcpuEnter: _vcpu_enter,
-    VcpuExit: _vcpu_exit,
-    Kick: _kick,
-    Transfer: _transfer,
+def _off_cpu(layout: Layout) -> Callable[[bytes], OffCpu]:
+    """The stack is still an id in the kernel's stack map; the tracer turns it into names."""
+    read = layout.reader("begin_ns", "end_ns", "pid", "tid", "stack_id", "preempted")
+
+    def decode(record: bytes) -> OffCpu:
+        begin_ns, end_ns, pid, tid, stack_id, preempted = read(record)
+        stack = () if stack_id == NO_STACK else (str(stack_id),)
+        return OffCpu(begin_ns, end_ns, pid, tid, stack, bool(preempted))
+
+    return decode
+
+
+def _sample(layout: Layout) -> Callable[[bytes], Samples]:
+    """One sample; its stack is still addresses, the tracer turns them into names and adds up equal ones."""
+    read = layout.reader("begin_ns", "pid", "tid", "period_ns", "frames")
+
+    def decode(record: bytes) -> Samples:
+        begin_ns, pid, tid, period_ns, frames = read(record)
+        return Samples(begin_ns, pid, tid, period_ns, 1, tuple(str(frame) for frame in frames if frame))
+
+    return decode
+
+
+_DECODERS: dict[type, Callable[[Layout], Callable[[bytes], AnyEvent]]] = {
     Socket: _socket,
     OffCpu: _off_cpu,
-    Segment: _segment,
     Samples: _sample,
-    VcpuSpan: _vcpu_span,
-    Retransmit: _retransmit,
 }
-_DECODER_OF = {kind.record.number: _DECODERS[kind.event] for kind in KINDS if kind.record}
+"""Of the events that are not just their record's fields by the same names."""
+
+
+def _decoder(kind: Kind, layout: Layout) -> Callable[[bytes], AnyEvent]:
+    if kind.event in _DECODERS:
+        return _DECODERS[kind.event](layout)
+    event: Callable[..., AnyEvent] = kind.event  # type: ignore[assignment]
+    read = layout.reader(*kind.event.__struct_fields__)
+    return lambda record: event(*read(record))
+
+
+_DECODER_OF = {kind.record.number: _decoder(kind, kind.record.layout) for kind in KINDS if kind.record}
 
 
 def decode(record: bytes) -> AnyEvent:
     """One ring buffer record as an event; KeyError for a kind this version does not know (a bug)."""
-    words = struct.unpack(f"={len(record) // 8}Q", record)
-    return _DECODER_OF[words[0]](words)
+    return _DECODER_OF[int.from_bytes(record[:WORD], sys.byteorder)](record)
 
 
-IN_VAIN = 1000
-"""Calls in a row that moved nothing, and are worth telling of."""
-_RUN_WORDS = 13
-_WAYS = ((0, 0), (1, 0), (0, 1))
-"""(direction, hidden) of the open runs."""
-_RUN_AT = THREAD_WORDS - len(_WAYS) * _RUN_WORDS
-"""`struct thread_state` ends with its open `struct transfer_run`."""
-
-
-def vcpu_state(at_ns: int, tid: int, thread: tuple[int, ...]) -> VcpuState | None:
-    """The vCPU account in a `struct thread_state`, None if the thread never touched KVM_RUN."""
-    fd, enter, leave, ret, runs, in_ns, out_ns, max_gap = thread[11:19]
-    if not enter and not leave:
+def vcpu_state(at_ns: int, tid: int, thread: Any) -> VcpuState | None:
+    """The account of a vCPU in a `struct thread_state`, None if the thread never touched KVM_RUN."""
+    if not thread.run_enter_ns and not thread.run_exit_ns:
         return None
-    return VcpuState(at_ns, thread[0], tid, fd, enter, leave, _signed(ret), runs, in_ns, out_ns, max_gap)
+    return VcpuState(
+        at_ns,
+        pid=thread.tgid,
+        tid=tid,
+        fd=thread.vcpu_fd,
+        enter_ns=thread.run_enter_ns,
+        exit_ns=thread.run_exit_ns,
+        ret=thread.run_ret,
+        runs=thread.runs,
+        in_ns=thread.in_ns,
+        out_ns=thread.out_ns,
+        max_gap_ns=thread.max_gap_ns,
+    )
 
 
-def open_runs(tid: int, thread: tuple[int, ...], streams: dict[int, tuple[int, ...]]) -> list[Transfer]:
-    """The runs of calls in a `struct thread_state` that were still being folded.
+def open_batches(tid: int, thread: Any, streams: Mapping[int, Any]) -> list[Transfer]:
+    """The batches in a `struct thread_state` to which calls were still being added.
 
-    `streams` has the bytes sent and received on each socket before them, by socket inode.
+    `streams` has the bytes sent and received on each socket before them (`struct stream`), by socket inode.
     """
-    found = []
-    for way, (direction, hidden) in enumerate(_WAYS):
-        at = _RUN_AT + way * _RUN_WORDS
-        begin, end, fd, _file, socket, calls, size, in_call, longest, failed, _, *off = thread[at : at + _RUN_WORDS]
-        if calls or failed >= IN_VAIN:
-            before = streams.get(socket, (0, 0))[direction]
-            waits = (-1, -1) if hidden else off
-            numbers = (calls, size, in_call, longest, failed, before, *waits, hidden)
-            if not calls:  # what is left there is the last run's, which was told
-                numbers = (0, 0, 0, 0, failed, before, -1, -1, hidden)
-            found.append(Transfer(begin, end, thread[0], tid, _signed(fd), direction, socket, *numbers))
-    return found
+    batches = []
+    for which, batch in enumerate(thread.batch):
+        if not batch.calls and batch.failed < MANY_FAILED:
+            continue
+        direction, stream = RECEIVE if which == RECEIVE else SEND, streams.get(batch.socket)
+        # Without calls the rest is that of the last batch, which has its event.
+        timed = batch.calls and which != UNTRACKED
+        batches.append(
+            Transfer(
+                batch.begin_ns,
+                batch.end_ns,
+                pid=thread.tgid,
+                tid=tid,
+                fd=batch.fd,
+                direction=direction,
+                socket=batch.socket,
+                calls=batch.calls,
+                bytes=batch.bytes if batch.calls else 0,
+                in_call_ns=batch.in_call_ns if batch.calls else 0,
+                max_call_ns=batch.max_call_ns if batch.calls else 0,
+                failed=batch.failed,
+                position=stream.bytes[direction] if stream else 0,
+                off_cpu_ns=batch.off_cpu_ns if timed else -1,
+                off_before_ns=batch.off_before_ns if timed else -1,
+                hidden=int(which == UNTRACKED),
+            )
+        )
+    return batches

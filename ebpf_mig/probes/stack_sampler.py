@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from ebpf_mig.linux import kvm
 from ebpf_mig.linux.perf import ThreadClock
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, Samples, Transfer, VcpuEnter
+from ebpf_mig.recording.thresholds import FETCH_GAP_NS
 
 FASTEST_NS = 100_000
 """10 kHz."""
@@ -31,8 +32,6 @@ WORTH_NS = 1_000_000
 """A fetch that spends less in the kernel would get too few samples to tell anything."""
 WANTED = 200
 """Samples of the final fetch that are enough: 3.5 points of standard error at worst."""
-PAUSE_NS = 1_000_000
-"""Dirty-log ioctls further apart are two fetches."""
 MOST_SHARE = 100
 """Sampling takes at most one part in so many of a thread's time."""
 GIVE_UP_NS = 2_000_000_000
@@ -143,7 +142,7 @@ class Sampler:
 
     def _fetched(self, ioctl: Ioctl) -> None:
         process = self._process(ioctl.pid)
-        before = process.fetched_ns.get(ioctl.tid, 0) if ioctl.begin_ns - process.until_ns < PAUSE_NS else 0
+        before = process.fetched_ns.get(ioctl.tid, 0) if ioctl.begin_ns - process.until_ns < FETCH_GAP_NS else 0
         process.fetched_ns[ioctl.tid] = took = before + ioctl.end_ns - ioctl.begin_ns
         process.until_ns = max(process.until_ns, ioctl.end_ns)
         known = ioctl.tid in process.clocks or ioctl.tid in process.vcpus

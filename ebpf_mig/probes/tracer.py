@@ -24,10 +24,11 @@ from ebpf_mig.probes import attach
 from ebpf_mig.probes.loader import BpfStatistics
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.polled import Readings
-from ebpf_mig.probes.records import KIND_NAMES, WORDS, decode, open_runs, vcpu_state
+from ebpf_mig.probes.records import decode, open_batches, vcpu_state
 from ebpf_mig.probes.stack_sampler import Sampler, cost_ns
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.recording.events import RECURSION_MISSES, AnyEvent, Ioctl, OffCpu, Samples, Socket, Thread
+from ebpf_mig.recording.kinds import RECORD_NAMES
 
 _SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
 _MAX_FRAMES = 12
@@ -130,10 +131,9 @@ class Tracer:
         self._readings.forget(pid)
         rest = self._accounts(time.monotonic_ns(), pid)
         rest += [thread for thread in self._threads.values() if thread.pid == pid]
-        for tid, words in self._program.hash_items("threads", WORDS["THREAD_WORDS"]).items():
-            if words[0] == pid:
-                with contextlib.suppress(KeyError):
-                    del threads[ctypes.c_uint32(tid)]
+        for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
+            with contextlib.suppress(KeyError):
+                del threads[tid]
         self.pids = tuple(other for other in self.pids if other != pid)
         self._threads = {key: thread for key, thread in self._threads.items() if key[0] != pid}
         self._vcpus = {key: index for key, index in self._vcpus.items() if key[0] != pid}
@@ -165,14 +165,14 @@ class Tracer:
     def _accounts(self, now: int, pid: int | None = None) -> list[AnyEvent]:
         """The open runs and vCPU accounts of all threads, or of one process's."""
         found: list[AnyEvent] = []
-        threads = self._program.hash_items("threads", WORDS["THREAD_WORDS"])
-        streams = self._program.hash_items("streams", 2)
+        threads = {key.value: thread for key, thread in self._program.table("threads").items()}
+        streams = {key.value: stream for key, stream in self._program.table("streams").items()}
         self._look_around(self.pids)
-        for tid, words in threads.items():
-            if pid is not None and words[0] != pid:
+        for tid, thread in threads.items():
+            if pid is not None and thread.tgid != pid:
                 continue
-            found += open_runs(tid, words, streams)
-            state = vcpu_state(now, tid, words)
+            found += open_batches(tid, thread, streams)
+            state = vcpu_state(now, tid, thread)
             if state:
                 found.append(state)
                 self._name(state.pid, tid, vcpu=self._vcpus.get((state.pid, state.fd), -1))
@@ -244,7 +244,7 @@ class Tracer:
 
     def _counts(self, table: str) -> dict[str, int]:
         sums = self._program.per_cpu_sums(table)
-        return {KIND_NAMES.get(kind, str(kind)): n for kind, n in enumerate(sums) if n}
+        return {RECORD_NAMES.get(kind, str(kind)): n for kind, n in enumerate(sums) if n}
 
     def _add_processes(self, pids: Sequence[int]) -> None:
         """Fills the tables; a vCPU that sits in KVM_RUN already (halted, say) is known from the start."""

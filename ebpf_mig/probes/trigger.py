@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import struct
 from collections.abc import Sequence
 
 import msgspec
@@ -18,10 +17,12 @@ import msgspec
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.capabilities import require_privilege
+from ebpf_mig.probes.contract import Contract
 from ebpf_mig.probes.hook import TRACEPOINT, Hook
 from ebpf_mig.probes.inherited import Description, Handed
 from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
 from ebpf_mig.probes.tiers import AUTO, MEMSLOTS, Chooser
+from ebpf_mig.recording.layout import Layout
 
 KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
 """`stranger` is a thread born in a process that is not known to own a VM, `logging` a VM of any process whose memory is
@@ -32,7 +33,10 @@ SIGNS, LOGGING = "signs", "logging"
 """What the trigger relies on: thread births and TCP connections of a VM's process, which can be missed; or also on the
 function in which KVM begins to log a VM's memory, which no migration passes by."""
 
-_RECORD = struct.Struct("=QQQ")
+_RECORD = Layout("node_record", "u64 at_ns, pid, sign")
+_READ = _RECORD.reader("at_ns", "pid", "sign")
+CONTRACT = Contract((_RECORD,), numbers={f"SIGN_{name.upper()}": number for number, name in KINDS.items()})
+"""Of `bpf/trigger.bpf.c`."""
 
 
 class Sign(msgspec.Struct, frozen=True):
@@ -81,7 +85,7 @@ class NodeProbe:
         """Signs that arrived, waiting at most `timeout_ms` for the first."""
         found = []
         for record in self._program.poll(timeout_ms):
-            at, pid, kind = _RECORD.unpack(record)
+            at, pid, kind = _READ(record)
             found.append(Sign(at, pid, KINDS[kind]))
         return found
 
@@ -106,7 +110,7 @@ def _loaded() -> tuple[Program, Sequence[Hook]]:
     offset = btf.offsets(btf.VMLINUX, [member])[member]
     if offset is None:
         raise PreflightError("the kernel's BTF has no sock_common.skc_num", "ebpf-mig doctor")
-    program = Program("trigger.bpf.c", {"OFF_skc_num": offset})
+    program = Program("trigger.bpf.c", {"OFF_skc_num": offset}, CONTRACT)
     for hook in _HOOKS:
         program.load_hook(hook)
     return program, [*_HOOKS, *_memslot_hooks(program)]

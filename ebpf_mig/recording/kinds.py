@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 
 from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.layout import Layout
 from ebpf_mig.recording.meaning import Meaning
 
 
@@ -22,13 +23,11 @@ class Record:
     """The kernel's half of a kind: what its BPF programs put into the ring buffer."""
 
     number: int
-    """`enum kind` in `bpf/common.h`: the first word of each record."""
+    """The first word of each record."""
     name: str
-    """What reports of losses call it."""
-    constant: str
-    """The constant that tells C how many words we expect; a static assertion compares it with the struct."""
-    words: int
-    """Its size in u64."""
+    """What reports of losses call it; C has it in `enum kind` of `bpf/common.h`."""
+    layout: Layout
+    """Fields that have the name of one of the event's have its meaning, too."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +53,52 @@ class Kind:
 
 
 KINDS = (
-    Kind(ev.Ioctl, "ioctls", Record(1, "ioctl", "IOCTL_WORDS", 21)),
-    Kind(ev.VcpuEnter, "enters", Record(2, "vcpu-enter", "VCPU_ENTER_WORDS", 8)),
-    Kind(ev.VcpuExit, "exits", Record(3, "vcpu-exit", "VCPU_EXIT_WORDS", 7)),
+    Kind(ev.Ioctl, "ioctls", Record(1, "ioctl", Layout(
+        "ioctl_record",
+        "u64 kind, begin_ns, end_ns, pid, tid, fd, cmd; s64 ret; u64 slot, flags, addr, size;"
+        "s64 off_cpu_ns, slots_lock_ns, mmu_lock_ns, other_lock_ns;"
+        "s64 walk_ns, flush_ns, copy_ns, spin_ns, off_total_ns"))),
+    Kind(ev.VcpuEnter, "enters", Record(2, "vcpu-enter", Layout(
+        "vcpu_enter_record", "u64 kind, at_ns, pid, tid, fd, last_exit_ns; s64 last_ret; u64 runs"))),
+    Kind(ev.VcpuExit, "exits", Record(3, "vcpu-exit", Layout(
+        "vcpu_exit_record", "u64 kind, at_ns, pid, tid, fd, enter_ns; s64 ret"))),
     Kind(ev.VcpuState, "states"),
-    Kind(ev.Kick, "kicks", Record(5, "kick", "KICK_WORDS", 6)),
-    Kind(ev.Transfer, "transfers", Record(6, "transfer", "TRANSFER_WORDS", 17)),
-    Kind(ev.Socket, "told", Record(7, "socket", "SOCKET_WORDS", 13)),
+    Kind(ev.Kick, "kicks", Record(5, "kick", Layout(
+        "kick_record", "u64 kind, at_ns, pid, tid, target_tid, signal"))),
+    Kind(ev.Transfer, "transfers", Record(6, "transfer", Layout(
+        "transfer_record",
+        "u64 kind, begin_ns, end_ns, pid, tid; s64 fd;"
+        "u64 direction, socket, calls, bytes, in_call_ns, max_call_ns, failed, position;"
+        "s64 off_cpu_ns, off_before_ns; u64 hidden"))),
+    Kind(ev.Socket, "told", Record(7, "socket", Layout(
+        "socket_record",
+        "u64 kind, at_ns, pid; s64 fd;"
+        "u64 socket, family, local[2], remote[2], local_port, remote_port, peer"))),
     Kind(ev.Thread, "named"),
     Kind(ev.Mark),
     Kind(ev.Slot, "slots"),
     Kind(ev.Ending),
-    Kind(ev.OffCpu, "off_cpu", Record(8, "off-cpu", "OFF_CPU_WORDS", 8)),
-    Kind(ev.Segment, "segments", Record(9, "segment", "SEGMENT_WORDS", 12)),
-    Kind(ev.VcpuSpan, "spans", Record(11, "vcpu-span", "VCPU_SPAN_WORDS", 9)),
-    Kind(ev.Samples, "samples", Record(10, "sample", "SAMPLE_WORDS", 30)),
+    Kind(ev.OffCpu, "off_cpu", Record(8, "off-cpu", Layout(
+        "off_cpu_record", "u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted"))),
+    Kind(ev.Segment, "segments", Record(9, "segment", Layout(
+        "segment_record",
+        "u64 kind, at_ns, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received"))),
+    Kind(ev.VcpuSpan, "spans", Record(11, "vcpu-span", Layout(
+        "vcpu_span_record",
+        "u64 kind, since_ns, until_ns, pid, tid, outside_ns, longest_ns, gaps; s64 lock_ns"))),
+    Kind(ev.Samples, "samples", Record(10, "sample", Layout(
+        "sample_record", "u64 kind, at_ns, pid, tid, begin_ns, period_ns, frames[24]"))),
     Kind(ev.TcpInfo, "tcp"),
     Kind(ev.OwnCost),
-    Kind(ev.Retransmit, "retransmits", Record(12, "retransmit", "RETRANSMIT_WORDS", 7)),
-)
+    Kind(ev.Retransmit, "retransmits", Record(12, "retransmit", Layout(
+        "retransmit_record", "u64 kind, at_ns, pid, socket, bytes, seq, number"))),
+)  # fmt: skip
+
+THREAD_TABLE = (15, "thread-table")
+"""Number and name of a kind that has losses only: the kernel half's table of threads was full."""
+RECORDS = tuple(kind.record for kind in KINDS if kind.record)
+RECORD_NAMES = dict([THREAD_TABLE, *((record.number, record.name) for record in RECORDS)])
+"""Names of the kernel half's kinds in reports of losses, by number."""
 
 BY_TYPE: dict[type, Kind] = {kind.event: kind for kind in KINDS}
 OF_A_PROCESS = tuple(kind.event for kind in KINDS if kind.stream)

@@ -17,6 +17,7 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.probes import macros
 from ebpf_mig.recording.events import Ending, Header, Ioctl, Transfer
 from ebpf_mig.recording.file import Recording
+from ebpf_mig.recording.thresholds import DETAIL_BUDGET, DETAIL_PER_MS
 from tests.conftest import requires
 from tests.truth import large
 from tests.truth.harness import PHASES, migrate, undisturbed, work
@@ -29,8 +30,6 @@ pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
 TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
 MS = 1_000_000
 MILLION = 1_000_000
-DETAIL_BUDGET, DETAIL_PER_MS = 8000, 4
-"""How many calls the kernel side keeps one by one while no vCPU runs (bpf/common.h)."""
 
 
 @pytest.mark.parametrize("phase", PHASES)

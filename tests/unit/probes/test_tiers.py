@@ -11,6 +11,7 @@ from ebpf_mig.probes import attach, tiers
 from ebpf_mig.probes.hook import Hook
 from ebpf_mig.probes.loader import Program, source_text
 from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.tiers import FUNCTIONS, Choice
 from tests.conftest import requires
 
@@ -56,7 +57,7 @@ def test_what_is_hooked_is_compiled_and_not_what_the_other_probes_would_need(how
         for programs in (function.entry, function.leave)
         if how in programs
     )
-    program = Program("trace.bpf.c", defines([1], TRACEPOINTS, Choice(hooks, ALL)))
+    program = Program("trace.bpf.c", defines([1], TRACEPOINTS, Choice(hooks, ALL)), CONTRACT)
     assert all(program._bpf.dump_func(hook.program.encode()) for hook in hooks)
     for way in ("send", "receive"):
         with pytest.raises(Exception, match="Unknown program"):

@@ -10,9 +10,8 @@ import msgspec
 import pytest
 
 from ebpf_mig.analysis.process import Process
-from ebpf_mig.probes.records import KIND_NAMES
 from ebpf_mig.recording import events as ev
-from ebpf_mig.recording.kinds import KINDS, OF_A_PROCESS, meanings
+from ebpf_mig.recording.kinds import KINDS, OF_A_PROCESS, RECORD_NAMES, meanings
 from ebpf_mig.recording.meaning import Meaning
 
 COMMON_H = Path(__file__).parents[3] / "ebpf_mig/bpf/common.h"
@@ -24,7 +23,7 @@ def test_every_event_has_one_row() -> None:
 
 def test_every_number_of_the_kernel_half_has_a_name() -> None:
     numbers = {int(n) for n in re.findall(r"KIND_\w+ = (\d+),", COMMON_H.read_text())} - {16}
-    assert set(KIND_NAMES) == numbers
+    assert set(RECORD_NAMES) == numbers
 
 
 def test_every_stream_is_a_list_of_a_process() -> None:
