@@ -30,6 +30,8 @@ COMMANDS = (
     "completion", "relay",
 )  # fmt: skip
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
+_HIDDEN = ("man",)
+"""Such modules, too, which `--help` leaves out."""
 
 _VERBOSE = "ebpf_mig.verbose"
 _COMPLETE = "_EBPF_MIG_COMPLETE"
@@ -50,7 +52,7 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in COMMANDS:
+        if cmd_name not in (*COMMANDS, *_HIDDEN):
             return None
         module = importlib.import_module(f"ebpf_mig.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command

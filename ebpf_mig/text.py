@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Untrusted text made safe to show: names of threads, VMs, hosts and files can carry terminal escapes.
+"""Text for people: sizes, and untrusted text made safe to show.
 
-In: any text. Out: the same text with every character that is not printable written as `\\x1b` and the like.
+Names of threads, VMs, hosts and files can carry terminal escapes. In: any text. Out: the same text with every character
+that is not printable written as `\\x1b` and the like. In: bytes. Out: `1.4 MiB`.
 """
 
 from __future__ import annotations
@@ -18,3 +19,11 @@ def printable(text: str, limit: int = LIMIT) -> str:
     if cut.isprintable():
         return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def size(count: int) -> str:
+    """`count` in the largest binary unit that keeps it at 1 or above."""
+    if count < 1024:
+        return f"{count} B"
+    power = min((count.bit_length() - 1) // 10, 4)
+    return f"{count / (1 << 10 * power):.1f} {'KMGT'[power - 1]}iB"

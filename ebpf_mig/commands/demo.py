@@ -119,7 +119,7 @@ def _two_hosts(
         targets = migration.targets()
         recorders: dict[str, Recorder] = {}
         for target in targets:
-            command = [sys.executable, "-m", "ebpf_mig.cli", "record", "--pid", str(target.pid), "--tier", tier]
+            command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(target.pid), "--tier", tier]
             with link.inside(target.role):
                 recorder = Recorder(f"the {target.role}'s recorder", [*command, "--until-eof", "--output", "-"])
             recorders[target.role] = recorder

@@ -21,10 +21,10 @@ from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Message, Reload
+from ebpf_mig.exporter.otel_spans import Trace
 from ebpf_mig.exporter.spawn import Options, start
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.linux import capabilities
-from ebpf_mig.report.otel_spans import Trace
 from ebpf_mig.text import printable
 
 PORT = 9974

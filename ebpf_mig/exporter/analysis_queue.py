@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import msgspec
 
 from ebpf_mig.errors import EbpfMigError, PreflightError
-from ebpf_mig.exporter import footprint
 from ebpf_mig.exporter.analysis_worker import READY
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.messages import Answer, Task
-from ebpf_mig.exporter.spawn import start
+from ebpf_mig.exporter.spawn import give_back, start
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.troubles import Troubles
 from ebpf_mig.recording.events import AnyEvent, Header
@@ -101,7 +100,7 @@ class Analysis:
             with self._events_lock:
                 self._events -= number
             del case
-            footprint.give_back()
+            give_back()
 
     def _one(self, case: Case) -> None:
         name, fd = self._keep(case)

@@ -80,8 +80,8 @@ def examine(task: Task, recording: BinaryIO) -> Answer:
     from ebpf_mig.collector import analyse
     from ebpf_mig.exporter.messages import Answer
     from ebpf_mig.exporter.observation import observe
+    from ebpf_mig.exporter.otel_spans import trace_of
     from ebpf_mig.recording.file import read_recording
-    from ebpf_mig.report.otel_spans import trace_of
 
     found = analyse(read_recording(recording))
     breakdown = found.breakdown

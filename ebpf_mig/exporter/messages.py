@@ -10,7 +10,7 @@ import msgspec
 
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.observation import Observation
-from ebpf_mig.report.otel_spans import Trace
+from ebpf_mig.exporter.otel_spans import Trace
 
 
 class Task(msgspec.Struct, frozen=True):

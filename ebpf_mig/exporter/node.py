@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ebpf_mig.exporter import discovery, footprint
+from ebpf_mig.exporter import discovery
 from ebpf_mig.exporter.analysis_queue import Analysis, Case
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.observation import DELAYS_S, Status
+from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.tracker import Ended, Tracks
 from ebpf_mig.exporter.troubles import Troubles
@@ -114,7 +115,7 @@ class NodeWatch:
         self._tracer.arm()
         self._tracer.disarm()
         Symbols.of_kernel()
-        footprint.give_back()
+        give_back()
 
     def run(self, stop: Callable[[], bool], tick: Callable[[Status], None] | None = None) -> None:
         """Watches until `stop()`; it is asked once a second. `tick` is called about once a second with the state."""

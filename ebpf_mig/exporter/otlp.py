@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.exporter.otel_spans import Span, Trace
 from ebpf_mig.linux.procfs import host_name
-from ebpf_mig.report.otel_spans import Span, Trace
 from ebpf_mig.text import printable
 
 try:

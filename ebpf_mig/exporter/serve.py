@@ -24,10 +24,10 @@ from ebpf_mig import __version__
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Message, Observation, Reload
+from ebpf_mig.exporter.otel_spans import Trace
 from ebpf_mig.exporter.spawn import Options
 from ebpf_mig.exporter.web import Web
 from ebpf_mig.linux import capabilities
-from ebpf_mig.report.otel_spans import Trace
 
 if TYPE_CHECKING:
     from ebpf_mig.exporter.otlp import Sender

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the processes that the exporter is made of: fresh ones, that inherit nothing they were not given.
+"""Starts the processes that the exporter is made of: fresh ones, which inherit only what they are given.
 
-In: a module and its arguments. Out: the running process.
+In: a module and its arguments. Out: the running process. `give_back` keeps each of them small.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -37,3 +39,9 @@ def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Pope
         env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         cwd="/",
     )
+
+
+def give_back() -> None:
+    """Gives memory back that a migration's events or a start took, which glibc keeps otherwise. Never fails."""
+    with contextlib.suppress(AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)

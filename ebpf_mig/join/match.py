@@ -16,8 +16,7 @@ from ebpf_mig.analysis.sockets import normal
 from ebpf_mig.errors import RecordingError
 from ebpf_mig.join.happens_before import PEEKED_BYTES, sent_bytes
 from ebpf_mig.recording.events import Socket, Transfer
-from ebpf_mig.report.rows import size
-from ebpf_mig.text import printable
+from ebpf_mig.text import printable, size
 
 MOST_SOCKETS = 256
 """Per recording, those with the most bytes: what is compared grows with the square."""

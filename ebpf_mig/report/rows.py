@@ -40,11 +40,3 @@ def remark(label: str, text: str, style: str = "") -> Row:
 def ms(ns: int | None) -> str:
     """Milliseconds with three decimals."""
     return "-" if ns is None else f"{ns / 1e6:.3f}"
-
-
-def size(count: int) -> str:
-    """`count` in the largest binary unit that keeps it at 1 or above."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / (1 << 10 * power):.1f} {'KMGT'[power - 1]}iB"

@@ -24,9 +24,9 @@ from ebpf_mig.breakdown import (
 )
 from ebpf_mig.report import bounds, text_fetch, text_vmm, text_wire
 from ebpf_mig.report.canvas import PLAIN, Canvas
-from ebpf_mig.report.rows import Row, figure, ms, remark, size
+from ebpf_mig.report.rows import Row, figure, ms, remark
 from ebpf_mig.report.waterfall import bar, ruler
-from ebpf_mig.text import printable
+from ebpf_mig.text import printable, size
 
 MAX_VCPUS = 4
 MAX_LISTED = 3

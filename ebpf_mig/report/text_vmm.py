@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig.breakdown import Pausing, Postcopy, Served, Witness
-from ebpf_mig.report.rows import Row, figure, ms, size
-from ebpf_mig.text import printable
+from ebpf_mig.report.rows import Row, figure, ms
+from ebpf_mig.text import printable, size
 
 _PART_SPARE = {
     "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from ebpf_mig.breakdown import Breakdown, SocketUse, Wait
 from ebpf_mig.report import text_fetch
-from ebpf_mig.report.rows import Row, figure, ms, size
-from ebpf_mig.text import printable
+from ebpf_mig.report.rows import Row, figure, ms
+from ebpf_mig.text import printable, size
 
 MAX_SOCKETS = 4
 MAX_WAITS = 2

@@ -21,7 +21,7 @@ import pytest
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands.manpage import page
+from ebpf_mig.commands.man import page
 from ebpf_mig.commands.schema import schema_of
 from ebpf_mig.compare.benchmark import Benchmark
 from ebpf_mig.join.merge import read_both
@@ -130,7 +130,7 @@ def test_completion_completes() -> None:
 
 
 def test_man_page_tells_of_every_command_and_is_clean_troff() -> None:
-    text = page()
+    text = page(cli)
     for command in COMMANDS:
         assert f".SS ebpf\\-mig {command}" in text
     assert "\\-\\-fail\\-if CONDITION" in text and "\n.B 6\na regression" in text
@@ -142,9 +142,9 @@ def test_man_page_tells_of_every_command_and_is_clean_troff() -> None:
 def test_man_page_has_every_option_of_every_command() -> None:
     """It is made when it is asked for, so it cannot be of another day than the command line."""
     text = subprocess.run(
-        [sys.executable, "-m", "ebpf_mig.commands.manpage"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "ebpf_mig", "man"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    assert text == page()
+    assert text == page(cli)
     for words in every_command(cli):
         helped = run(*words, "--help").stdout
         section = text.partition(f".SS {' '.join(('ebpf-mig', *words))} ".replace("-", "\\-"))[2].partition("\n.SS ")[0]

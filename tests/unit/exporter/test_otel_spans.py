@@ -11,9 +11,9 @@ import pytest
 from ebpf_mig.collector import analyse
 from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.observation import observe
+from ebpf_mig.exporter.otel_spans import Trace, trace_of
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Header
 from ebpf_mig.recording.file import Recording, read_recording
-from ebpf_mig.report.otel_spans import Trace, trace_of
 
 DATA = Path(__file__).parents[2] / "data"
 TCP = (

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The man page, made from the command line itself, so that the two cannot disagree.
+"""`ebpf-mig man`: the man page, made from the command line itself, so that the two cannot disagree.
 
-In: the click group. Out: troff text of section 1 (man(7) macros); `python -m ebpf_mig.commands.manpage` prints it.
+In: the click group. Out: troff text of section 1 (man(7) macros). The command is hidden: packagers call it.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 
 import click
 
 from ebpf_mig import __version__
-from ebpf_mig.cli import cli
+from ebpf_mig.commands.options import write_result
 
 _EXIT_CODES = {
     0: "done",
@@ -27,12 +26,21 @@ _EXIT_CODES = {
 }
 
 
-def page() -> str:
-    """The whole page."""
-    return "\n".join(_lines()) + "\n"
+@click.command("man", hidden=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Print the man page, in troff."""
+    root = ctx.find_root().command
+    assert isinstance(root, click.Group)  # noqa: S101 - it has found us
+    write_result(page(root))
 
 
-def _lines() -> Iterator[str]:
+def page(cli: click.Group) -> str:
+    """The whole page of a group of commands."""
+    return "\n".join(_lines(cli)) + "\n"
+
+
+def _lines(cli: click.Group) -> Iterator[str]:
     yield f'.TH EBPF\\-MIG 1 "" "ebpf\\-mig {_escaped(__version__)}" "User Commands"'
     yield ".SH NAME"
     yield f"ebpf\\-mig \\- {_escaped(_short(cli))}"
@@ -93,7 +101,3 @@ def _escaped(text: str) -> str:
     """Harmless to troff: backslashes, hyphens as they are typed, no control character at a line's begin."""
     safe = text.replace("\\", "\\e").replace("-", "\\-").replace("\n", " ")
     return f"\\&{safe}" if safe[:1] in {".", "'"} else safe
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page())
