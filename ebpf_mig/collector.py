@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
+from ebpf_mig import vmm
 from ebpf_mig.analysis import (
     completeness,
     dirty_log,
@@ -52,14 +53,13 @@ from ebpf_mig.breakdown import (
 )
 from ebpf_mig.join import error_bounds
 from ebpf_mig.recording.file import Recording
-from ebpf_mig.vmm.cloud_hypervisor import log_parts
 
 _tid = attrgetter("tid")
 
 
 def analyse(recording: Recording) -> Analysis:
     """The migration in a recording: its breakdown, and what that was made of."""
-    traced = identify(processes.split(recording))
+    traced = identify(processes.split(recording), vmm.mark_names())
     attribution = attribute(traced)
     window = attribution.window
     origin = window[0] if window else traced.since
@@ -213,8 +213,10 @@ def _witnesses(
     if traced.switchover is None:
         return []
     pids = (traced.source.pid if traced.source else None, traced.destination.pid if traced.destination else None)
-    found = witnesses.gather(traced.material.marks, traced.switchover, pids)
-    return log_parts.gather(traced, attribution, found, wires, pausing.kicked_late_ns if pausing else 0)
+    found = witnesses.gather(traced.material.marks, vmm.mark_names(), traced.switchover, pids)
+    for adapter in vmm.adapters():
+        found = adapter.witness.rows(traced, attribution, found, wires, pausing.kicked_late_ns if pausing else 0)
+    return found
 
 
 def _waits(traced: TracedMigration, attribution: Attribution) -> list[Wait] | None:

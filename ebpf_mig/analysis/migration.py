@@ -16,6 +16,7 @@ from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.process import RECEIVE, SEND, Material, Process, begun, key_of
 from ebpf_mig.analysis.sockets import Channels
 from ebpf_mig.analysis.switchover import Switchover
+from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.recording.events import Transfer
 
 AFTER_START_BYTES = 65536
@@ -41,6 +42,8 @@ class TracedMigration:
     """The source's transfers on the migration's sockets, both directions."""
     sends: list[Transfer]
     """What the source sent for the migration, since it began."""
+    reported_postcopy: bool = False
+    """The VMM said that it switched to postcopy."""
 
     @property
     def since(self) -> int:
@@ -68,9 +71,8 @@ class TracedMigration:
         """Did the source go on sending memory after the destination's start?"""
         found = self.switchover
         start = found.last_start if found and found.kind == "completed" else None
-        reported = any(mark.name == "qmp.MIGRATION.postcopy-active" for mark in self.material.marks)
         late = sum(t.bytes for t in begun(self.sends, start + 1)) if start is not None else 0
-        return reported or late > AFTER_START_BYTES
+        return self.reported_postcopy or late > AFTER_START_BYTES
 
     @cached_property
     def answering(self) -> frozenset[int]:
@@ -110,8 +112,11 @@ def _sends(transfers: list[Transfer], since: int) -> list[Transfer]:
     return [t for t in transfers if t.direction == SEND and t.begin_ns >= since]
 
 
-def identify(material: Material) -> TracedMigration:
-    """Finds the sides, the switchover, when the migration began, its sockets, its fetches."""
+def identify(material: Material, names: MarkNames) -> TracedMigration:
+    """Finds the sides, the switchover, when the migration began, its sockets, its fetches.
+
+    `names`: what the marks of VMMs are called.
+    """
     source, destination, notes = roles.assign(material.processes.values())
     if source is None:
         channels = sockets.choose(None, destination, 0, frozenset())
@@ -119,7 +124,7 @@ def identify(material: Material) -> TracedMigration:
     channels = sockets.choose(source, destination, 0, source.fetchers)
     transfers = _on(channels.source, source)
     sends = _sends(transfers, material.header.begin_ns)
-    stop_marks = [m.at_ns for m in material.marks if m.name == "qmp.STOP" and m.pid == source.pid]
+    stop_marks = [m.at_ns for m in material.marks if m.name in names.stopped and m.pid == source.pid]
     found = switchovers.find(source, destination, sends, stop_marks)
     stop = found.stop if found else None
     on = dirty_log.switched_on(source, stop)
@@ -129,5 +134,8 @@ def identify(material: Material) -> TracedMigration:
         first, channels = channels, sockets.choose(source, destination, began, source.fetchers)
         transfers = transfers if channels.source == first.source else _on(channels.source, source)
         sends = _sends(transfers, began)
+    reported = any(m.name in names.postcopy for m in material.marks)
     bursts = dirty_log.bursts(source, began if began is not None else 0, stop, sends)
-    return TracedMigration(material, source, destination, notes, began, channels, found, bursts, transfers, sends)
+    return TracedMigration(
+        material, source, destination, notes, began, channels, found, bursts, transfers, sends, reported
+    )

@@ -6,7 +6,8 @@ In: the marks of a recording and the switchover. Out: rows of the breakdown. A w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.breakdown import Witness
@@ -15,19 +16,35 @@ from ebpf_mig.recording.events import Mark
 MS = 1_000_000
 SMALL_DOUBT_NS = 10_000
 
-_DOWNTIME = {
-    "qmp": "from before the kick to the source's end",
-    "ch": "from its pause call to the answer to Complete",
-}
 
-_PAIRS = (
-    ("qmp.STOP..RESUME", "qmp.STOP", "qmp.RESUME"),
-    ("ch.paused..resumed", "ch.event.paused", "ch.event.resumed"),
-)
-"""What the VMMs say at the stop and at the start."""
+@dataclass(frozen=True)
+class MarkNames:
+    """Names of the marks that a VMM's adapter makes, by what they mean to the analysis."""
+
+    stopped: frozenset[str] = frozenset()
+    """Its vCPUs have stopped."""
+    postcopy: frozenset[str] = frozenset()
+    """The source has switched to postcopy."""
+    downtime: Mapping[str, str] = field(default_factory=dict)
+    """Its own downtime in whole ms, and what it counts from and to."""
+    pairs: tuple[tuple[str, str, str], ...] = ()
+    """(name of the witness, mark at the stop on the source, mark at the start on the destination)."""
 
 
-def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None, int | None]) -> list[Witness]:
+def merged(names: Iterable[MarkNames]) -> MarkNames:
+    """Those of several VMMs as one."""
+    all_names = list(names)
+    return MarkNames(
+        stopped=frozenset(name for one in all_names for name in one.stopped),
+        postcopy=frozenset(name for one in all_names for name in one.postcopy),
+        downtime={name: why for one in all_names for name, why in one.downtime.items()},
+        pairs=tuple(pair for one in all_names for pair in one.pairs),
+    )
+
+
+def gather(
+    marks: Sequence[Mark], names: MarkNames, switchover: Switchover, pids: tuple[int | None, int | None]
+) -> list[Witness]:
     """Everything comparable with the blackout; empty if the blackout is not known."""
     if switchover.first_start is None:
         return []
@@ -41,10 +58,10 @@ def gather(marks: Sequence[Mark], switchover: Switchover, pids: tuple[int | None
                     name=mark.name,
                     value_ns=mark.value * MS,
                     difference_ns=mark.value * MS - blackout,
-                    explanation=_DOWNTIME.get(prefix, f"as {prefix} told it, in whole ms"),
+                    explanation=names.downtime.get(mark.name, f"as {prefix} told it, in whole ms"),
                 )
             )
-    for name, stop, resume in _PAIRS:
+    for name, stop, resume in names.pairs:
         stopped = _nearest(marks, stop, pids[0], switchover.stop)
         resuming = pids[0] if switchover.kind == "aborted" else pids[1]
         resumed = _nearest(marks, resume, resuming, switchover.first_start)

@@ -6,26 +6,11 @@ In: nothing. Out: constants with their sources.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Reference(NamedTuple):
-    """One figure for the cost of protecting pages anew."""
-
-    figure: str
-    what: str
-    source: str
-    short: str = ""
-    """What a crowded line says of it; empty: not there."""
-
+from ebpf_mig import vmm
+from ebpf_mig.vmm.witness import Reference
 
 REARM = (
-    Reference(
-        "1.5 ms/GiB",
-        "re-arming, Cloud Hypervisor, 64 GiB mostly dirty",
-        "github.com/cloud-hypervisor/cloud-hypervisor/issues/8899",
-        "published",
-    ),
+    *(reference for one in vmm.adapters() for reference in one.witness.references),
     Reference(
         "3.6 ms/GiB",
         "enabling the log of a 128 GiB guest, Xeon 6152: all pages protected once",

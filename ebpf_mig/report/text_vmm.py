@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ebpf_mig import vmm
 from ebpf_mig.breakdown import Pausing, Postcopy, Served, Witness
 from ebpf_mig.report.rows import Row, figure, ms
 from ebpf_mig.text import printable, size
 
-_PART_SPARE = {
-    "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,
-    "ch.restore_ms": 3, "ch.recv_snapshot_ms": 3, "ch.resume_ms": 3, "ch.overhead_ms": 5, "ch.state_to_resume_ms": 5,
-    "ch.paused..resumed": 3,
-}  # fmt: skip
-"""Rows of Cloud Hypervisor's own figures: how much they can be spared."""
-
-
+_PART_SPARE = {name: spare for one in vmm.adapters() for name, spare in one.witness.parts.items()}
+"""Rows of the VMMs' own figures: how much they can be spared."""
 _LATE_NS = 500_000
 """Sleep after the stop that is not worth a line."""
 

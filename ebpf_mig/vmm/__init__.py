@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ebpf_mig.errors import UsageError
 from ebpf_mig.vmm.adapter import Adapter
+
+if TYPE_CHECKING:  # the analysis is not loaded by who only asks for names
+    from ebpf_mig.analysis.witnesses import MarkNames
 
 ADAPTERS = {
     "qemu": "ebpf_mig.vmm.qemu.adapter",
@@ -32,6 +36,13 @@ def adapter(name: str) -> Adapter:
         raise UsageError(f"no VMM is called {name!r}", f"VMMs: {', '.join(ADAPTERS)}")
     found: Adapter = importlib.import_module(ADAPTERS[name]).ADAPTER
     return found
+
+
+def mark_names() -> MarkNames:
+    """What the marks of all VMMs are called."""
+    from ebpf_mig.analysis.witnesses import merged
+
+    return merged(one.witness.marks for one in adapters())
 
 
 def with_lab() -> list[str]:

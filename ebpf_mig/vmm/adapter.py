@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # these load libraries that a report does not need
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
     from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.witness import VmmWitness
 
 Values = Mapping[str, Any]
 """Values of a VMM's options by their Python names: `downtime_limit`."""
@@ -87,6 +88,13 @@ class Adapter:
     """Whether `lab` works."""
     hands_over = False
     """Whether its lab can hand memory over by file descriptor (`--local`)."""
+
+    @property
+    def witness(self) -> VmmWitness:
+        """What its marks mean to the analysis. Pure."""
+        from ebpf_mig.vmm.witness import VmmWitness
+
+        return VmmWitness()
 
     def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
         """A migration as the options ask for. `remote`: the role of the end on another host, and what is known of it.

@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from ebpf_mig import vmm
 from tests.unit.commands.test_cli import ROOT
 
 PACKAGE = ROOT / "ebpf_mig"
@@ -19,29 +22,26 @@ BASE = ("errors", "text", "files")
 FACE = ("__init__", "__main__", "cli")
 """Modules of the package root that may use every room."""
 
-ROOMS: dict[str, frozenset[str]] = {
-    name: frozenset(below.split())
-    for name, below in {
-        "base": "",
-        "breakdown": "base",
-        "linux": "base",
-        "recording": "base linux",
-        "analysis": "base breakdown linux recording",
-        "join": "base breakdown linux recording analysis",
-        "lab": "base linux",
-        "vmm": "base breakdown linux recording analysis lab",
-        "collector": "base breakdown linux recording analysis join vmm",
-        "compare": "base breakdown",
-        "report": "base breakdown linux recording analysis join vmm collector compare",
-        "probes": "base linux recording",
-        "tracing": "base linux recording vmm probes",
-        "exporter": "base breakdown linux recording analysis vmm collector report probes tracing",
-        "commands": "base breakdown linux recording analysis join lab vmm collector compare report probes tracing exporter",
-        "face": "base breakdown linux recording analysis join lab vmm collector compare report probes tracing exporter "
-        "commands",
-    }.items()
-}
+_BELOW = {
+    "base": "",
+    "breakdown": "base",
+    "linux": "base",
+    "recording": "base linux",
+    "analysis": "base breakdown linux recording",
+    "join": "base breakdown linux recording analysis",
+    "lab": "base linux",
+    "vmm": "base breakdown linux recording analysis lab",
+    "collector": "base breakdown linux recording analysis join vmm",
+    "compare": "base breakdown",
+    "report": "base breakdown linux recording analysis vmm collector compare",
+    "probes": "base linux recording",
+    "tracing": "base linux recording vmm probes",
+    "exporter": "base breakdown linux recording analysis vmm collector report probes tracing",
+    "commands": "base breakdown linux recording analysis join lab vmm collector compare report probes tracing exporter",
+}  # fmt: skip
+ROOMS = {name: frozenset(below.split()) for name, below in _BELOW.items()} | {"face": frozenset(_BELOW)}
 """Each room, the lowest first, and those that it may import."""
+MOST_ROOT_FILES = 10
 
 
 def room(module: str) -> str:
@@ -66,12 +66,14 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                     yield node.lineno, "ebpf_mig.errors" if alias.name == "__version__" else f"ebpf_mig.{alias.name}"
             elif node.module and node.module.startswith("ebpf_mig."):
                 yield node.lineno, node.module
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(r"ebpf_mig(\.\w+)+", node.value) and _is_module(node.value):
-                yield node.lineno, node.value
+        elif isinstance(node, ast.Constant) and _is_module(node.value):
+            yield node.lineno, str(node.value)
 
 
-def _is_module(name: str) -> bool:
+def _is_module(name: object) -> bool:
+    """Whether it is the name of a module of ours, as strings have it that are imported or started later."""
+    if not isinstance(name, str) or not re.fullmatch(r"ebpf_mig(\.\w+)+", name):
+        return False
     path = PACKAGE.joinpath(*name.split(".")[1:])
     return path.is_dir() or path.with_suffix(".py").exists()
 
@@ -93,8 +95,89 @@ def upward(path: Path, name: str) -> list[str]:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+WORDS = re.compile(r"\b(?:qmp|ch|libvirt|virsh)\b", re.IGNORECASE)
+"""What VMMs and their protocols are called besides the names of the registry."""
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of each string of a module but its docstrings, and of each module that it imports."""
+    tree = ast.parse(path.read_text())
+    bodies = [node.body for node in ast.walk(tree) if hasattr(node, "body") and isinstance(node.body, list)]
+    about = {id(node.value) for body in bodies for node in body if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in about:
+            yield node.lineno, node.value
+    yield from imports(path)
+
+
+def named(path: Path) -> list[str]:
+    """Where a module names a VMM."""
+    folders = [module.split(".")[2] for module in vmm.ADAPTERS.values()]
+    names = "|".join({*map(re.escape, vmm.ADAPTERS), *folders, *(re.escape(one.title) for one in vmm.adapters())})
+    name = re.compile(names, re.IGNORECASE)
+    return [f"{path}:{line}: {text[:60]!r}" for line, text in texts(path) if name.search(text) or WORDS.search(text)]
 
 
 def test_each_import_leads_down() -> None:
     found = [text for path in FILES for text in upward(path, module_of(path))]
     assert not found, "\n".join(found)
+
+
+def test_the_table_has_every_room_and_no_cycle() -> None:
+    assert {room(module_of(path)) for path in FILES} == set(ROOMS)
+    order = list(ROOMS)
+    for name, below in ROOMS.items():
+        assert below <= set(order[: order.index(name)]), f"{name} may import what lies above it"
+
+
+def test_the_root_stays_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_ROOT_FILES
+
+
+def test_only_adapters_name_a_vmm() -> None:
+    found = [text for path in FILES if PACKAGE / "vmm" not in path.parents for text in named(path)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "bad"),
+    [
+        ("analysis.waits", "from ebpf_mig.vmm import adapters", 1),
+        ("analysis.waits", "def f() -> None:\n    from ebpf_mig import collector", 1),
+        ("linux.kvm", "import ebpf_mig.recording.events", 1),
+        ("tracing.session", "start('ebpf_mig.exporter.node')", 1),
+        ("commands.run", "from ebpf_mig.cli import cli", 1),
+        ("errors", "import ebpf_mig.text", 0),
+        ("commands.run", "from ebpf_mig.vmm import adapters", 0),
+        ("linux.kvm", "from ebpf_mig import __version__", 0),
+    ],
+)
+def test_an_import_that_leads_up_is_found(tmp_path: Path, module: str, line: str, bad: int) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(line)
+    assert len(upward(path, f"ebpf_mig.{module}")) == bad
+
+
+@pytest.mark.parametrize(
+    ("line", "bad"),
+    [
+        ("vmm = 'qemu'", 1),
+        ("if mark.name.startswith('ch.event.'): pass", 1),
+        ("print(f'asks {path} by QMP')", 1),
+        ("def f() -> None:\n    from ebpf_mig.vmm.cloud_hypervisor import api", 1),
+        ("'A docstring may say qemu.'", 0),
+        ("def f() -> None:\n    'QEMU does so.'", 0),
+        ("word = 'which chair'  # qemu", 0),
+    ],
+)
+def test_a_name_outside_is_found(tmp_path: Path, line: str, bad: int) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(line)
+    assert len(named(path)) == bad
+
+
+def test_the_design_page_has_the_same_table() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/?` \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+    written = {name: frozenset(re.findall(r"\w+", below)) - {"nothing"} for name, below in rows if name in ROOMS}
+    assert written == ROOMS

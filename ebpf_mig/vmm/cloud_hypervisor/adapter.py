@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
     from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.witness import VmmWitness
 
 
 class CloudHypervisorAdapter(Adapter):
@@ -58,6 +59,13 @@ class CloudHypervisorAdapter(Adapter):
     timeout_help = "Stop waiting after this."
     has_lab = True
     hands_over = True
+
+    @property
+    def witness(self) -> VmmWitness:
+        """See `Adapter.witness`."""
+        from ebpf_mig.vmm.cloud_hypervisor.witness import WITNESS
+
+        return WITNESS
 
     def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
         """See `Adapter.connect`."""

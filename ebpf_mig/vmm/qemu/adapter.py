@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
     from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.witness import VmmWitness
 
 DEFAULT_BINARY = "qemu-system-x86_64"
 
@@ -52,6 +53,13 @@ class QemuAdapter(Adapter):
     epilog = """The destination is a QEMU started like the source, plus -incoming defer. Each
 needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
     has_lab = True
+
+    @property
+    def witness(self) -> VmmWitness:
+        """See `Adapter.witness`."""
+        from ebpf_mig.vmm.qemu.witness import WITNESS
+
+        return WITNESS
 
     def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
         """See `Adapter.connect`."""

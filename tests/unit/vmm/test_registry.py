@@ -73,6 +73,21 @@ print(json.dumps([named, VMMS, process_behind({path!r}), [c.name for c in checks
     assert "toy box" in checks
 
 
+def test_its_marks_and_rows_are_in_the_breakdown_and_the_report() -> None:
+    code = """
+from tests.unit.scripts import cloud_hypervisor_53
+script = cloud_hypervisor_53()
+script.mark(60_000, 1000, "toy.downtime_ms", 7)
+b = script.result().breakdown
+print([(w.name, w.explanation) for w in b.witnesses if w.name.startswith("toy.")])
+from ebpf_mig.report.text_vmm import _PART_SPARE, witnesses
+print([row.spare for row in witnesses(b.witnesses) if "toy.wound" in row.text.plain])
+"""
+    run = with_toy(code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["[('toy.downtime_ms', 'as toys count'), ('toy.wound', 'by hand')]", "[2]"]
+
+
 def test_names_are_those_of_the_adapters() -> None:
     assert [one.name for one in vmm.adapters()] == list(vmm.ADAPTERS)
     with pytest.raises(UsageError, match="no VMM is called 'bochs'"):

@@ -6,9 +6,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from ebpf_mig.analysis.witnesses import MarkNames
+from ebpf_mig.breakdown import Witness
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux.check import OK, Check
 from ebpf_mig.vmm.adapter import Adapter, Kind, Option, Values
+from ebpf_mig.vmm.witness import VmmWitness
+
+
+class ToyWitness(VmmWitness):
+    """Counts its own downtime, and adds a row."""
+
+    marks = MarkNames(stopped=frozenset({"toy.stopped"}), downtime={"toy.downtime_ms": "as toys count"})
+    parts = {"toy.wound": 2}  # noqa: RUF012
+
+    def rows(self, traced: Any, attribution: Any, found: Any, wires: Any, late_ns: int) -> list[Witness]:  # noqa: ARG002
+        own = [Witness(name="toy.wound", value_ns=1, difference_ns=0, explanation="by hand")]
+        return [*found, *own] if any(m.name.startswith("toy.") for m in traced.material.marks) else list(found)
 
 
 class ToyAdapter(Adapter):
@@ -30,6 +44,10 @@ class ToyAdapter(Adapter):
     examples = {"migrate": ("ebpf-mig migrate toy teddy",), "demo": ("ebpf-mig demo --vmm toy",)}  # noqa: RUF012
     has_lab = True
     hands_over = True
+
+    @property
+    def witness(self) -> VmmWitness:
+        return ToyWitness()
 
     def connect(self, values: Values, remote: Any = None) -> NoReturn:  # noqa: ARG002
         raise VmmError(f"asked for {dict(sorted(values.items()))}")
