@@ -185,6 +185,9 @@ class RecordingReader:
         self.reason = ""
         self.unknown = 0
         self._block = 0
+        self._damage = ""
+        """What was wrong with the first event that was left out."""
+        self._damaged = 0
         self._own = isinstance(source, (str, Path, bytes))
         self._name = printable(str(source)) if isinstance(source, (str, Path)) else "the recording"
         self._file = self._open(source)
@@ -220,6 +223,9 @@ class RecordingReader:
         else:
             if not ended:
                 self.cut("it has no ending: tracing was killed or is still going on")
+        if self._damaged:
+            more = f"; events left out: {self._damaged}"
+            self.cut("; ".join(filter(None, (self._damage + more, self.reason))))
 
     def close(self) -> None:
         """Close the file if we opened it."""
@@ -292,12 +298,16 @@ class RecordingReader:
         if kind != KIND_EVENTS:
             self.unknown += 1
             return []
+        where = f"block {self._block - 1} is damaged"
         try:
-            events, unknown = decode_events(content)
+            found = decode_events(content)
         except DamageError as damage:
-            raise DamageError(f"block {self._block - 1} is damaged: {damage}") from damage
-        self.unknown += unknown
-        return events
+            raise DamageError(f"{where}: {damage}") from damage
+        self.unknown += found.unknown
+        if found.damaged:
+            self._damage = self._damage or f"{where}: {found.why}"
+            self._damaged += found.damaged
+        return found.events
 
 
 def read_recording(source: str | Path | bytes | BinaryIO) -> Recording:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Collection
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
@@ -102,24 +102,34 @@ def decode_header(content: bytes) -> Header:
     return header
 
 
-def decode_events(content: bytes) -> tuple[list[AnyEvent], int]:
-    """The events of a block, and how many were left out because only a newer writer knows them.
+class Content(NamedTuple):
+    """What a block of events holds."""
 
-    Raises DamageError.
-    """
+    events: list[AnyEvent]
+    unknown: int = 0
+    """Events left out because only a newer writer knows them."""
+    damaged: int = 0
+    """Events left out because a field's type or range is not what this kind of event has."""
+    why: str = ""
+    """What was wrong with the first of the damaged ones."""
+
+
+def decode_events(content: bytes) -> Content:
+    """The events of a block. Raises DamageError if it is no list of events."""
     if _array_length(content) > MAX_BLOCK_EVENTS:
         raise DamageError(f"more than {MAX_BLOCK_EVENTS} events")
     try:
         try:
-            events, unknown = _events_decoder.decode(content), 0
+            found = Content(_events_decoder.decode(content))
         except msgspec.ValidationError:
-            events, unknown = _decode_known(content)
+            found = _decode_known(content)
     except _UNDECODABLE as error:
         raise DamageError(str(error)) from error
+    events = found.events
     for at, kind in enumerate(map(type, events)):
         if kind in TEXTUAL:
             events[at] = bounded(events[at])
-    return events, unknown
+    return found
 
 
 def bounded(event: AnyEvent) -> AnyEvent:
@@ -190,18 +200,21 @@ def _array_length(content: bytes) -> int:
             return 0
 
 
-def _decode_known(content: bytes) -> tuple[list[AnyEvent], int]:
-    """One by one, leaving out the events whose tag this version does not know."""
+def _decode_known(content: bytes) -> Content:
+    """One by one, without the events whose tag this version does not know, and without the damaged ones."""
     events: list[AnyEvent] = []
-    unknown = 0
+    unknown = damaged = 0
+    why = ""
     for raw in _raws_decoder.decode(content):
         try:
             events.append(_event_decoder.decode(raw))
-        except msgspec.ValidationError:
+        except _UNDECODABLE as error:
             if _tag(raw) in _TAGS:
-                raise
-            unknown += 1
-    return events, unknown
+                damaged += 1
+                why = why or str(error)
+            else:
+                unknown += 1
+    return Content(events, unknown, damaged, why)
 
 
 def _tag(raw: msgspec.Raw) -> int:

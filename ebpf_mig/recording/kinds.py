@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.layout import Layout
 from ebpf_mig.recording.meaning import Meaning
+
+
+class Range(NamedTuple):
+    """What an integer of a recording can be. A field with a value outside of it is damaged."""
+
+    least: int
+    most: int
+    """2^64 - 1, the largest that msgpack holds, where the type names no limit."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,19 @@ class Kind:
     """None: made in user space."""
 
     @cached_property
-    def meanings(self) -> dict[str, Meaning]:
-        """The meaning of each field that has one, by name."""
+    def meanings(self) -> dict[str, tuple[Meaning, ...]]:
+        """The meaning of each field that has one, by name; of a dictionary: its keys' and its values'."""
         return meanings(self.event)
 
     @cached_property
     def instants(self) -> tuple[str, ...]:
         """The fields that hold a point in time."""
-        return tuple(name for name, meaning in self.meanings.items() if meaning is Meaning.INSTANT)
+        return tuple(name for name, found in self.meanings.items() if Meaning.INSTANT in found)
+
+    @cached_property
+    def ranges(self) -> dict[str, Range]:
+        """The range of each field that holds an integer, or integers, by name."""
+        return ranges(self.event)
 
 
 KINDS = (
@@ -110,13 +123,26 @@ def pid_of(event: ev.AnyEvent) -> int | None:
     return event.pid if BY_TYPE[type(event)].stream else None  # type: ignore[union-attr]
 
 
-def meanings(struct: type[msgspec.Struct]) -> dict[str, Meaning]:
+def meanings(struct: type[msgspec.Struct]) -> dict[str, tuple[Meaning, ...]]:
     """The meaning of each field of a struct that has one, by name; of a list's or dictionary's items likewise."""
     hints = get_type_hints(struct, include_extras=True)
-    return {name: found for name in struct.__struct_fields__ if (found := _meaning(hints[name])) is not None}
+    return {name: found for name in struct.__struct_fields__ if (found := _meanings(hints[name]))}
 
 
-def _meaning(hint: Any) -> Meaning | None:
+def ranges(struct: type[msgspec.Struct]) -> dict[str, Range]:
+    """The range of each integer of a struct, by name; of a list's or dictionary's integers likewise."""
+    hints = get_type_hints(struct, include_extras=True)
+    return {name: found for name in struct.__struct_fields__ if (found := _range(hints[name])) is not None}
+
+
+def _range(hint: Any) -> Range | None:
     if get_origin(hint) is Annotated:
-        return next((note for note in hint.__metadata__ if isinstance(note, Meaning)), None)
-    return next((found for item in get_args(hint) if (found := _meaning(item)) is not None), None)
+        note = next((note for note in hint.__metadata__ if isinstance(note, msgspec.Meta)), None)
+        return Range(int(note.ge or 0), (1 << 64) - 1 if note.le is None else int(note.le)) if note else None
+    return next((found for item in get_args(hint) if (found := _range(item)) is not None), None)
+
+
+def _meanings(hint: Any) -> tuple[Meaning, ...]:
+    if get_origin(hint) is Annotated:
+        return tuple(note for note in hint.__metadata__ if isinstance(note, Meaning))
+    return tuple(found for item in get_args(hint) for found in _meanings(item))

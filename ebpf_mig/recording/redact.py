@@ -2,12 +2,15 @@
 """A recording without the names in it, so that it can be shown to others.
 
 In: a recording. Out: the same with hosts, addresses, thread names and free text replaced, the same name by the same
-stand-in, so that nothing is lost that a reader needs. Figures, pids and kernel functions stay.
+stand-in, so that nothing is lost that a reader needs. Figures, pids and what `words.py` knows stay. What a text is, is
+a property of its field: see `meaning.py`.
 """
 
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,9 +20,13 @@ from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import KINDS, meanings
 from ebpf_mig.recording.meaning import Meaning
+from ebpf_mig.recording.words import safe
 
 _VCPU_NAME = "CPU"
 _ACCEPTED_DETAILS = frozenset({"completed", "active", "setup", "device", "failed", "cancelled", "postcopy-active"})
+_NUMBERS = re.compile(r"\d{1,4}(?:\.\d{1,4}){0,3}", re.ASCII)
+_PORT = re.compile(r"\d{1,5}", re.ASCII)
+_PROBES = frozenset(kind.record.name for kind in KINDS if kind.record)
 
 
 class Names:
@@ -27,13 +34,19 @@ class Names:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], str] = {}
+        self._counts: Counter[str] = Counter()
+        self.stacks: dict[tuple[str, ...], tuple[str, ...]] = {}
+        """Stacks as they were and as they are now: a recording has few, many times."""
 
     def of(self, kind: str, name: str) -> str:
         """`name`'s stand-in; the empty name stays empty."""
         if not name:
             return ""
-        count = 1 + sum(known == kind for known, _ in self._known)
-        return self._known.setdefault((kind, name), f"{kind}-{count}")
+        known = self._known.get((kind, name))
+        if known is None:
+            self._counts[kind] += 1
+            known = self._known[kind, name] = f"{kind}-{self._counts[kind]}"
+        return known
 
 
 def redacted(recording: Recording, names: Names | None = None) -> Recording:
@@ -66,23 +79,66 @@ def _struct(struct: _Struct, names: Names) -> _Struct:
         value = getattr(struct, field)
         if isinstance(value, msgspec.Struct):
             changed[field] = _struct(value, names)
-        elif isinstance(value, list):
-            changed[field] = [_struct(v, names) if isinstance(v, msgspec.Struct) else v for v in value]
-        elif isinstance(value, str) and field in known:
-            changed[field] = _STAND_IN[known[field]](value, names)
+        elif isinstance(value, list) and value and isinstance(value[0], msgspec.Struct):
+            changed[field] = [_struct(item, names) for item in value]
+        elif field in known:
+            changed[field] = _value(known[field], value, names)
     return msgspec.structs.replace(struct, **changed)
+
+
+def _value(meanings_: tuple[Meaning, ...], value: Any, names: Names) -> Any:
+    """A text, or the texts of a list or a dictionary; numbers stay."""
+    stand_in = _STAND_IN.get(meanings_[0])
+    if stand_in is None:
+        return value
+    if isinstance(value, str):
+        return stand_in(value, names)
+    if isinstance(value, tuple):
+        clean = names.stacks.get(value)
+        if clean is None:
+            clean = names.stacks[value] = tuple(stand_in(text, names) for text in value)
+        return clean
+    if isinstance(value, list):
+        return [stand_in(text, names) for text in value]
+    of_value = _STAND_IN.get(meanings_[-1], stand_in)
+    return {
+        stand_in(key, names): of_value(item, names) if isinstance(item, str) else item for key, item in value.items()
+    }
 
 
 def _address(text: str, names: Names) -> str:
     """The port stays: it tells connections apart and names nobody."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal():
+    if not colon or not _PORT.fullmatch(port):
         return names.of("address", text)
     return f"{names.of('address', host)}:{port}"
 
 
 def _text(text: str, names: Names) -> str:
     return text if text in _ACCEPTED_DETAILS else names.of("detail", text)
+
+
+def _known_word(meaning: Meaning, called: str) -> Callable[[str, Names], str]:
+    def stand_in(text: str, names: Names) -> str:
+        return text if safe(meaning, text, _PROBES) else names.of(called, text)
+
+    return stand_in
+
+
+def _version(text: str, names: Names) -> str:
+    """The numbers stay, also of a kernel that its builder gave a name."""
+    if safe(Meaning.VERSION, text, _PROBES):
+        return text
+    numbers = _NUMBERS.match(text)
+    return f"{numbers[0]}-custom" if numbers else names.of("version", text)
+
+
+def _tier(text: str, names: Names) -> str:
+    """`absent` stays, why goes."""
+    if safe(Meaning.TIER, text, _PROBES):
+        return text
+    word, colon, why = text.partition(": ")
+    return f"absent: {names.of('reason', why)}" if word == "absent" and colon else names.of("tier", text)
 
 
 _STAND_IN: dict[Meaning, Callable[[str, Names], str]] = {
@@ -92,9 +148,13 @@ _STAND_IN: dict[Meaning, Callable[[str, Names], str]] = {
     Meaning.PROCESS: lambda text, names: names.of("process", text),
     Meaning.THREAD: lambda text, names: names.of("thread", text),
     Meaning.TEXT: _text,
-    Meaning.WORD: lambda text, _names: text,
+    Meaning.SYMBOL: _known_word(Meaning.SYMBOL, "function"),
+    Meaning.PROBE: _known_word(Meaning.PROBE, "probe"),
+    Meaning.VERSION: _version,
+    Meaning.TIER: _tier,
+    Meaning.WORD: _known_word(Meaning.WORD, "word"),
 }
 _meanings = functools.cache(meanings)
 _WITH_NAMES = frozenset(
-    kind.event for kind in KINDS if not set(kind.meanings.values()) <= {Meaning.INSTANT, Meaning.WORD}
+    kind.event for kind in KINDS if any(set(found) & set(_STAND_IN) for found in kind.meanings.values())
 )

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from ebpf_mig.errors import RecordingError, UsageError
 from ebpf_mig.recording import file as rec
 from ebpf_mig.recording.events import (
+    LATEST,
     AnyEvent,
     ClockPair,
     Ending,
@@ -40,6 +41,8 @@ from ebpf_mig.recording.events import (
 )
 from ebpf_mig.recording.file import RecordingReader, RecordingWriter, default_name, iter_events, read_recording
 from ebpf_mig.recording.format import MAX_BLOCK_EVENTS, MAX_ITEM_TEXT, MAX_ITEMS, MAX_RAW, MAX_TEXT
+from ebpf_mig.recording.kinds import BY_TYPE
+from tests.unit.recording.samples import filled
 
 HEADER = Header(
     tool="ebpf-mig 0.1.0",
@@ -106,12 +109,10 @@ def test_round_trip_through_bytes_file_and_pipe(tmp_path: Path) -> None:
 
 def test_every_kind_of_event_survives_with_every_field() -> None:
     """Each field of each event differs from its default, so none can get lost unseen."""
-    fill = {int: -(2**63), bool: True, str: "é\x1b[0m", tuple: ("a", "b"), dict: {"x": 2**64 - 1}}
-
-    def value(kind: Any) -> Any:
-        return fill[getattr(kind, "__origin__", kind)]
-
-    events = [event(*(value(f.type) for f in msgspec.structs.fields(event))) for event in get_args(AnyEvent)]
+    events = [filled(event, "é\x1b[0m", 1) for event in get_args(AnyEvent)]
+    for event in get_args(AnyEvent):
+        most = {name: found.most for name, found in BY_TYPE[event].ranges.items()}
+        events.append(filled(event, "é\x1b[0m", most))
     assert read_recording(file_of([*events, Ending(1, "migrated")])).events[:-1] == events
 
 
@@ -279,7 +280,7 @@ def test_names_that_are_not_unicode_do_not_stop_the_writer() -> None:
 
 
 def test_largest_events_stay_within_a_block() -> None:
-    everything = {f"{at:03}" + "\U0001f600" * 600: 2**64 - 1 for at in range(300)}
+    everything = {f"{at:03}" + "\U0001f600" * 600: LATEST for at in range(300)}
     events = [Ending(1, "\U0001f600" * 9000, everything, everything, everything, everything)] * 5
     recording = read_recording(file_of(events))
     assert (len(recording.events), recording.truncated) == (5, False)

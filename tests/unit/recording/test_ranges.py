@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every integer of a recording has a range; what is out of it is damage, said once, and reaches no figure."""
+
+import io
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import msgspec
+import pytest
+
+from ebpf_mig.collector import analyse
+from ebpf_mig.errors import RecordingError
+from ebpf_mig.recording.events import Event, Header
+from ebpf_mig.recording.file import RecordingReader, RecordingWriter, read_recording
+from ebpf_mig.recording.kinds import BY_TYPE, KINDS, ranges
+from ebpf_mig.report import json
+from tests.unit.recording.samples import STRUCTS, filled
+
+DATA = Path(__file__).parents[2] / "data"
+LEAST, MOST = -(1 << 63), (1 << 64) - 1
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
+def test_every_integer_has_a_range(struct: type[msgspec.Struct]) -> None:
+    hints = get_type_hints(struct)
+    numbers = {name for name, hint in hints.items() if hint is int or int in get_args(hint)}
+    assert numbers == set(ranges(struct))
+
+
+def written(*events: Event) -> bytes:
+    stream = io.BytesIO()
+    with RecordingWriter(stream, Header()) as writer:
+        writer.write_many(events)
+    return stream.getvalue()
+
+
+FIELDS = [(kind.event, name) for kind in KINDS for name in kind.ranges]
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
+def test_what_is_out_of_range_is_damage_and_the_rest_is_read(kind: type[Event], field: str) -> None:
+    good = filled(kind, "x")
+    found = BY_TYPE[kind].ranges[field]
+    is_map = isinstance(getattr(good, field), dict)
+
+    def having(value: int) -> Event:
+        return msgspec.structs.replace(good, **{field: {"x": value} if is_map else value})
+
+    wrong = [having(value) for value in (found.least - 1, found.most + 1) if LEAST <= value <= MOST]
+    edges = [having(found.least), having(found.most)]
+    recording = read_recording(written(good, *wrong, *edges, good))
+    assert recording.events == [good, *edges, good]
+    if wrong:
+        assert recording.truncated and recording.reason.count("damaged") == 1
+        assert f"left out: {len(wrong)}" in recording.reason
+
+
+def test_a_header_out_of_range_is_refused() -> None:
+    for wrong in (Header(page_size=-1), Header(begin_ns=-1), Header(begin_ns=MOST)):
+        stream = io.BytesIO()
+        RecordingWriter(stream, wrong).close()
+        with pytest.raises(RecordingError, match="header"):
+            read_recording(stream.getvalue())
+
+
+def test_events_at_the_edges_of_their_ranges_make_a_report() -> None:
+    """No sum of them overflows, no figure that cannot be negative is."""
+    for edge in ("least", "most"):
+        events = []
+        for kind in KINDS:
+            event = filled(kind.event, "x")
+            changes = {name: getattr(found, edge) for name, found in kind.ranges.items() if name not in ("pid", "tid")}
+            events += [
+                msgspec.structs.replace(event, **{name: {"x": v} if isinstance(getattr(event, name), dict) else v})
+                for name, v in changes.items()
+            ] * 3
+        recording = read_recording(written(*events))
+        assert not recording.reason
+        header = filled(Header, "x")
+        json.render(analyse(msgspec.structs.replace(header, remote=None), recording.events))
+        json.render(analyse(header, recording.events))
+
+
+@pytest.mark.parametrize("file", sorted(DATA.rglob("*.rec")), ids=lambda f: f.stem)
+def test_recordings_of_earlier_versions_are_within(file: Path) -> None:
+    with RecordingReader(file) as reader:
+        assert sum(map(len, reader.blocks())) > 50
+    assert "damaged" not in reader.reason
