@@ -77,8 +77,8 @@ def test_events_at_the_edges_of_their_ranges_make_a_report() -> None:
         recording = read_recording(written(*events))
         assert not recording.reason
         header = filled(Header, "x")
-        json.render(analyse(msgspec.structs.replace(header, remote=None), recording.events))
-        json.render(analyse(header, recording.events))
+        for one in (header, msgspec.structs.replace(header, remote=None)):
+            json.render(analyse(msgspec.structs.replace(recording, header=one)).breakdown)
 
 
 @pytest.mark.parametrize("file", sorted(DATA.rglob("*.rec")), ids=lambda f: f.stem)
