@@ -33,8 +33,8 @@ IMMEDIATE = ": taken not to have run the guest"
 Span = tuple[int, int]
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True):
-    """Base: immutable, built by name."""
+class Struct(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Base: immutable, built by name. It cannot be part of a cycle, so the garbage collector need not look at it."""
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):

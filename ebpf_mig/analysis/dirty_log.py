@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from operator import attrgetter
+
+import msgspec
 
 from ebpf_mig import breakdown
 from ebpf_mig.analysis.process import Process
@@ -26,25 +28,20 @@ SETUP_NS = 20_000_000
 """Where logging is switched on over all slots, one slot follows the other within this."""
 
 
-@dataclass
-class Burst:
-    """One fetch with what belongs to it."""
+class Burst(msgspec.Struct, frozen=True, gc=False):
+    """One fetch with what belongs to it. A long pre-copy has tens of thousands: no work for the garbage collector."""
 
     ioctls: list[Ioctl]
+    begin: int
     end: int
     """End of the burst itself, without the CLEARs that came later."""
-
-    begin: int = field(init=False)
-    fetched: bool = field(init=False)
+    fetched: bool
     """False if it holds nothing but CLEARs."""
-
-    def __post_init__(self) -> None:
-        self.begin = self.ioctls[0].begin_ns
-        self.fetched = not is_clear(self.ioctls[0])
 
     @property
     def kernel_ns(self) -> int:
-        return sum(i.end_ns - i.begin_ns for i in self.ioctls)
+        """Time inside its ioctls."""
+        return sum([i.end_ns - i.begin_ns for i in self.ioctls])
 
 
 def is_dirty_log(ioctl: Ioctl) -> bool:
@@ -84,9 +81,10 @@ def switched_on(process: Process, before: int | None) -> int | None:
 def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Transfer]) -> list[Burst]:
     """The migration's fetches from `since` on; one that begins before the last stop ends there."""
     tids = process.fetchers
-    begins = [send.begin_ns for send in sends]
+    begins = list(map(_begin, sends))
     result: list[Burst] = []
-    current: Burst | None = None
+    ioctls: list[Ioctl] = []
+    end = 0
     fetched_slots: set[tuple[int, int]] = set()
     last = 0
     for ioctl in process.dirty_log[bisect_left(process.dirty_log, since, key=_begin) :]:
@@ -97,23 +95,26 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
         apart = begin - last >= FETCH_GAP_NS or any_in(begins, last, begin)
         again = name == "GET_DIRTY_LOG" and (ioctl.cmd, ioctl.slot) in fetched_slots
         clear = name == "CLEAR_DIRTY_LOG"
-        crosses = current is not None and stopped and stop is not None and current.begin < stop
-        if current is None or crosses or (not clear and (apart or again or not current.fetched)):
-            current = Burst([ioctl], ioctl.end_ns)
-            result.append(current)
+        crosses = bool(ioctls) and stopped and stop is not None and ioctls[0].begin_ns < stop
+        if not ioctls or crosses or (not clear and (apart or again or is_clear(ioctls[0]))):
+            if ioctls:
+                result.append(_burst(ioctls, end))
+            ioctls, end, last = [ioctl], ioctl.end_ns, 0
             fetched_slots.clear()
-            last = 0
         else:
             if not clear or not apart:
-                current.end = max(current.end, ioctl.end_ns)
-            current.ioctls.append(ioctl)
+                end = max(end, ioctl.end_ns)
+            ioctls.append(ioctl)
         fetched_slots.add((ioctl.cmd, ioctl.slot))
         last = max(last, ioctl.end_ns)
-    return result
+    return [*result, _burst(ioctls, end)] if ioctls else result
 
 
-def _begin(ioctl: Ioctl) -> int:
-    return ioctl.begin_ns
+def _burst(ioctls: list[Ioctl], end: int) -> Burst:
+    return Burst(ioctls, ioctls[0].begin_ns, end, not is_clear(ioctls[0]))
+
+
+_begin = attrgetter("begin_ns")
 
 
 def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
