@@ -8,22 +8,139 @@ integer nanoseconds; instants are nanoseconds from the window's begin (negative 
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import msgspec
 
 SCHEMA = "ebpf-mig/breakdown/1"
 
-PHASES: tuple[tuple[str, str], ...] = (
-    ("pause", "source"),
-    ("quiesce", "source"),
-    ("fetch.kernel", "source"),
-    ("fetch.user", "source"),
-    ("memory.send", "source"),
-    ("state.save", "source"),
-    ("state.send", "source"),
-    ("handover", "both"),
-    ("state.load", "destination"),
-    ("resume", "destination"),
-    ("unattributed", "both"),
+
+class Side(StrEnum):
+    """Whose a phase, a process or a lane is."""
+
+    SOURCE = "source"
+    """The VM's old process."""
+    DESTINATION = "destination"
+    """The VM's new process."""
+    BOTH = "both"
+    """Of both processes, or of what lies between them."""
+    UNKNOWN = "unknown"
+    """Of a traced process that is neither; never that of a phase."""
+
+
+class PhaseName(StrEnum):
+    """The phases, in the order in which reports print them. Each instant of the window belongs to one."""
+
+    PAUSE = "pause"
+    """From the pause request to the last vCPU's stop."""
+    QUIESCE = "quiesce"
+    """What the source does next: device handlers, clock reads, draining of block devices."""
+    FETCH_KERNEL = "fetch.kernel"
+    """Inside the ioctls of the final dirty-log fetch."""
+    FETCH_USER = "fetch.user"
+    """Between these ioctls, and up to the first page sent."""
+    MEMORY_SEND = "memory.send"
+    """From the first send of the final pages to the last."""
+    STATE_SAVE = "state.save"
+    """Reading vCPU and device state."""
+    STATE_SEND = "state.send"
+    """Sending that state."""
+    HANDOVER = "handover"
+    """All has been sent, and the destination waits for it or for its turn."""
+    STATE_LOAD = "state.load"
+    """The destination writes vCPU and device state."""
+    RESUME = "resume"
+    """From there to the last vCPU's start."""
+    UNATTRIBUTED = "unattributed"
+    """What no rule explains."""
+
+
+class Verdict(StrEnum):
+    """How far a result can be relied upon."""
+
+    COMPLETE = "complete"
+    """Nothing is known to be missing."""
+    BOUNDED = "bounded"
+    """Something was not traced: what that is known of is a part."""
+    INCOMPLETE = "incomplete"
+    """Events were lost, or the recording was cut off."""
+
+
+class Result(StrEnum):
+    """How a migration ended."""
+
+    COMPLETED = "completed"
+    """The guest runs on the destination."""
+    FAILED = "failed"
+    """It did not; the guest runs on the source again, or nowhere."""
+    CANCELLED = "cancelled"
+    """Somebody called it off."""
+    UNKNOWN = "unknown"
+    """The recording does not say."""
+
+
+class Mode(StrEnum):
+    """When the memory moves."""
+
+    PRECOPY = "precopy"
+    """While the guest runs on the source, and what is left in the blackout."""
+    POSTCOPY = "postcopy"
+    """Also after the guest's start on the destination."""
+    LOCAL = "local"
+    """Not at all: both processes share it."""
+    UNKNOWN = "unknown"
+    """The recording does not say."""
+
+
+class Transport(StrEnum):
+    """What carries the migration."""
+
+    TCP = "tcp"
+    """TCP, also with TLS."""
+    UNIX = "unix"
+    """A UNIX socket."""
+    NONE = "none"
+    """No socket was used."""
+    UNKNOWN = "unknown"
+    """The recording does not say."""
+
+
+class DirtyLogMode(StrEnum):
+    """How KVM tells which pages are dirty."""
+
+    MANUAL = "manual"
+    """A bitmap that KVM_CLEAR_DIRTY_LOG re-arms (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)."""
+    LEGACY = "legacy"
+    """A bitmap that KVM_GET_DIRTY_LOG re-arms by itself."""
+    RING = "ring"
+    """Dirty rings (KVM_CAP_DIRTY_LOG_RING)."""
+    NONE = "none"
+    """Nothing was logged."""
+
+
+class SwitchoverKind(StrEnum):
+    """What became of the guest after its stop on the source."""
+
+    COMPLETED = "completed"
+    """The destination runs."""
+    STOPPED = "stopped"
+    """The source does not run; the rest is unknown."""
+    ABORTED = "aborted"
+    """The source runs again."""
+
+
+PHASES: tuple[tuple[PhaseName, Side], ...] = (
+    (PhaseName.PAUSE, Side.SOURCE),
+    (PhaseName.QUIESCE, Side.SOURCE),
+    (PhaseName.FETCH_KERNEL, Side.SOURCE),
+    (PhaseName.FETCH_USER, Side.SOURCE),
+    (PhaseName.MEMORY_SEND, Side.SOURCE),
+    (PhaseName.STATE_SAVE, Side.SOURCE),
+    (PhaseName.STATE_SEND, Side.SOURCE),
+    (PhaseName.HANDOVER, Side.BOTH),
+    (PhaseName.STATE_LOAD, Side.DESTINATION),
+    (PhaseName.RESUME, Side.DESTINATION),
+    (PhaseName.UNATTRIBUTED, Side.BOTH),
 )
 """Every phase and its side, in the order in which reports print them."""
 
@@ -39,193 +156,292 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 class Endpoint(Struct, frozen=True, kw_only=True):
     host: str
+    """Name of its host, as that host tells it; a placeholder if it was redacted."""
     pid: int
+    """Process id on its host."""
 
 
 class Migration(Struct, frozen=True, kw_only=True):
     vmm: str
+    """The VMM, as the one who traced called it; empty: unknown."""
     vmm_version: str
-    mode: str
-    """precopy, postcopy, local or unknown."""
-    transport: str
-    """tcp, unix, none or unknown."""
+    """Its version; empty: unknown."""
+    mode: Mode
+    """When the memory moved."""
+    transport: Transport
+    """What carried the migration."""
     connections: int
-    result: str
-    """completed, failed, cancelled or unknown."""
+    """Number of connections that carried it."""
+    result: Result
+    """How it ended."""
     source: Endpoint | None
+    """Null: not traced."""
     destination: Endpoint | None
+    """Null: not traced."""
     total_ns: int | None
-    """From dirty logging switched on (or the trigger) to the window's end."""
+    """From dirty logging switched on (or the trigger) to the window's end, ns; null: the begin was not seen."""
 
 
 class Phase(Struct, frozen=True, kw_only=True):
-    phase: str
-    side: str
+    phase: PhaseName
+    """Its name."""
+    side: Side
+    """Whose it is."""
     duration_ns: int
+    """Sum of its spans, ns."""
     spans: list[Span]
+    """Begin and end of each visit, ns from the window's begin."""
     bound_ns: int | None = 0
-    """How far `duration_ns` can be off where it spans two hosts' clocks; None: no limit is known, see `Clock.open`."""
+    """How far `duration_ns` can be off where it spans two hosts' clocks, ns; null: no limit known, see `Clock.open`."""
 
 
 class Vcpu(Struct, frozen=True, kw_only=True):
     vcpu: int
+    """Index of the vCPU."""
     kick_ns: int | None
-    """Pause request to stop."""
+    """From the pause request to its stop, ns; null: no kick was seen."""
     stop: int | None
+    """Its last return from KVM_RUN on the source, ns from the window's begin; null: not seen."""
     start: int | None
+    """Its first entry of KVM_RUN on the destination that ran guest code, ns from the window's begin; null: not seen."""
     blackout_ns: int | None
+    """From its stop to its start, ns; null: one of them was not seen."""
     bound_ns: int | None = 0
-    """As that of a phase, of `blackout_ns` and `start`."""
+    """As that of a phase, of `blackout_ns` and `start`, ns."""
 
 
 class Pausing(Struct, frozen=True, kw_only=True):
     """The stop of the vCPUs, as the thread that asked for it saw it."""
 
     stop_ns: int
-    """Pause request to the last vCPU's stop."""
+    """From the pause request to the last vCPU's stop, ns."""
     noticed_ns: int
-    """From there to the next call of that thread: only then does it go on."""
+    """From there to the next call of that thread, ns: only then does it go on."""
     naps: int
-    """How often it slept from its request until it went on."""
+    """Number of times that it slept from its request until it went on."""
     asleep_ns: int
-    """The part of `noticed_ns` that it slept."""
+    """The part of `noticed_ns` that it slept, ns."""
     polling: bool
     """It slept on a timer: nobody wakes it when the vCPUs have stopped."""
     kicked_late_ns: int
-    """How long it had lost the CPU right before its request, and so before the window."""
+    """How long it had lost the CPU right before its request, and so before the window, ns."""
 
 
 class Served(Struct, frozen=True, kw_only=True):
     """What a destination received in postcopy in a while; where calls were recorded as runs, nearly."""
 
     bytes: int
+    """What arrived, bytes."""
     asked: int
-    """Send calls with which it asked."""
+    """Number of send calls with which it asked."""
     waited_ns: int | None
-    """Of its threads together, off the CPU in receive calls; None if that was not measured."""
+    """Of its threads together, off the CPU in receive calls, ns; null: not measured."""
 
 
 class Postcopy(Struct, frozen=True, kw_only=True):
     while_dark: Served | None
-    """What it needed to restore the VM, before the start; None where pages have no connection of their own."""
+    """What it needed to restore the VM, before the start; null: pages have no connection of their own."""
     after: Served
+    """What it received after the start."""
     drained_ns: int
-    """From the start to the last byte received."""
+    """From the start to the last byte received, ns."""
 
 
 class Slot(Struct, frozen=True, kw_only=True):
     slot: int
+    """Number of the memslot, address space in bits 16 and up."""
     base: int
+    """Guest physical address, bytes."""
     size_bytes: int
+    """Its size, bytes."""
+
+
+class Split(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What dirty-log ioctls did on the CPU, without spinning for locks. The errors are only there with samples."""
+
+    walk: int
+    """Write-protecting pages or clearing their dirty bits, ns."""
+    flush: int
+    """Flushing TLBs, with the wait for other CPUs, ns."""
+    copy: int
+    """Copying the bitmap to or from user space, ns."""
+    other: int
+    """The rest, ns."""
+    samples: int | str
+    """`exact`, or the number of samples that tell so."""
+    walk_error: int | None = None
+    """How far `walk` may be off at 95 %, ns."""
+    flush_error: int | None = None
+    """The same of `flush`, ns."""
+    copy_error: int | None = None
+    """The same of `copy`, ns."""
+    other_error: int | None = None
+    """The same of `other`, ns."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Time by part, ns."""
+        return {"walk": self.walk, "flush": self.flush, "copy": self.copy, "other": self.other}
+
+    @property
+    def errors(self) -> dict[str, int | None]:
+        """How far each part may be off at 95 %, ns; None: it is exact."""
+        return {
+            "walk": self.walk_error,
+            "flush": self.flush_error,
+            "copy": self.copy_error,
+            "other": self.other_error,
+        }
 
 
 class FetchIoctl(Struct, frozen=True, kw_only=True):
     ioctl: str
+    """The request's name without its prefix, e.g. `GET_DIRTY_LOG`."""
     slot: int
+    """Number of the memslot."""
     begin: int
+    """When it was called, ns from the window's begin."""
     duration_ns: int
+    """From call to return, ns."""
     lock_wait_ns: dict[str, int] | None = None
+    """Waiting for locks, by lock (`slots_lock`, `mmu_lock`, `other`), ns; null: not measured."""
     off_cpu_ns: int | None = None
-    split: dict[str, int | str] | None = None
-    """The part on the CPU that was no spinning: `walk`, `flush`, `copy`, `other` in ns, and `samples`: `exact`, or how
-    many samples tell so, with `walk_error` and so on, in ns at 95 %. None: too short to be sampled, or not traced."""
+    """The part off the CPU, ns; null: not measured."""
+    split: Split | None = None
+    """What it did on the CPU; null: too short to be sampled, or not traced."""
 
 
 class Fetch(Struct, frozen=True, kw_only=True):
     begin: int
+    """Begin of its first ioctl, ns from the window's begin."""
     end: int
+    """End of its last ioctl, ns from the window's begin."""
     kernel_ns: int
+    """Inside its ioctls, ns."""
     ioctls: list[FetchIoctl]
-    split: dict[str, int | str] | None = None
-    """All its ioctls together."""
+    """In order of time."""
+    split: Split | None = None
+    """All its ioctls together; null: as of an ioctl."""
 
 
 class VcpuShare(Struct, frozen=True, kw_only=True):
     vcpu: int
+    """Index of the vCPU."""
     outside_ns: int
-    """Outside KVM_RUN."""
+    """Time outside KVM_RUN, ns."""
     longest_gap_ns: int
+    """The longest time outside at once, ns."""
     lock_wait_ns: int | None
-    """Inside KVM_RUN, waiting for locks."""
+    """Inside KVM_RUN, waiting for locks, ns; null: not measured."""
 
 
 class Stretch(Struct, frozen=True, kw_only=True):
     """A while of the running guest, and what its vCPUs lost in it."""
 
     begin: int
+    """When it began, ns from the window's begin."""
     duration_ns: int
+    """How long it lasted, ns."""
     vcpus: list[VcpuShare]
+    """One row for each vCPU."""
 
 
 class Logging(Struct, frozen=True, kw_only=True):
     """Dirty logging switched on or off over some slots (KVM_SET_USER_MEMORY_REGION)."""
 
     on: bool
+    """Switched on, or off."""
     begin: int
+    """First ioctl's begin, ns from the window's begin."""
     end: int
+    """Last ioctl's end, ns from the window's begin."""
     kernel_ns: int
+    """Inside the ioctls, ns."""
     slots: int
+    """Number of slots."""
     in_blackout_ns: int
-    """The part of `kernel_ns` that lies in the blackout."""
+    """The part of `kernel_ns` that lies in the blackout, ns."""
 
 
 class Rearm(Struct, frozen=True, kw_only=True):
     """Pages protected anew although no vCPU could write to them any more: work that is avoidable."""
 
     ns: int
+    """What it took, ns."""
     error_ns: int
-    """At 95 %, where `ns` comes from samples."""
+    """How far `ns` may be off at 95 %, where it comes from samples, ns."""
     samples: int | str
-    """`exact`, or how many samples tell so."""
+    """`exact`, or the number of samples."""
     pages: int
-    """Of the slots, or parts of them, that were re-armed: dirty or not."""
+    """Number of pages of the slots, or parts of them, that were re-armed: dirty or not."""
     ns_per_page: float
+    """`ns` by `pages`, ns a page."""
     ms_per_gib: float
+    """The same by memory, ms/GiB."""
 
 
 class Pass(Struct, frozen=True, kw_only=True):
     """One pre-copy pass: a fetch with the guest running, and the sending up to the next one."""
 
     begin: int
+    """Begin of its fetch, ns from the window's begin."""
     kernel_ns: int
+    """Inside the fetch's ioctls, ns."""
     user_ns: int
+    """Between them, and up to the first send, ns."""
     pages: int | None
+    """Number of dirty pages, by the ring; null with a bitmap."""
     bytes: int
+    """What was sent up to the next fetch, bytes."""
     send_ns: int
+    """Inside these send calls, ns."""
     blocked_ns: int | None
+    """The part of `send_ns` off the CPU, ns; null: not measured, or nothing was sent."""
     dirty_pages_per_s: int | None
-    """`pages`, or else `pages_at_most`, by the time since the fetch before; None for the first."""
+    """`pages`, or else `pages_at_most`, by the time since the fetch before, pages/s; null for the first."""
     pages_at_most: int | None = None
-    """Whole pages that the bytes can hold. Pages that are sent as a mere header (all zero) are not among them."""
+    """Number of whole pages that the bytes can hold; pages sent as a mere header (all zero) are not among them."""
     user_off_cpu_ns: int | None = None
-    """The part of `user_ns` that the fetching thread was off the CPU."""
-    split: dict[str, int | str] | None = None
+    """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
+    split: Split | None = None
+    """What the ioctls did on the CPU; null: too short to be sampled, or not traced."""
     brownout: Stretch | None = None
-    """From this fetch to the next one, or to the stop."""
+    """What the vCPUs lost from this fetch to the next one, or to the stop; null: not measured."""
     baseline: Stretch | None = None
-    """As long, or as long as was traced, before logging was switched on."""
+    """As long, or as long as was traced, before logging was switched on; null: not measured."""
     tcp_info: dict[str, int] | None = None
-    """All migration sockets together, as `SocketUse.tcp_info`."""
+    """All migration sockets together, as `SocketUse.tcp_info`; us, bytes and numbers."""
 
 
 class FinalFetch(Struct, frozen=True, kw_only=True):
     kernel_ns: int
+    """Phase fetch.kernel, ns."""
     user_ns: int
+    """Phase fetch.user, ns."""
     pages: int | None
-    """Ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before. A bitmap's bits are not counted."""
+    """Number of ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before; null with a bitmap, whose
+    bits are not counted."""
     bytes: int
+    """What was sent of memory after the stop, bytes."""
     send_ns: int
+    """Phase memory.send, ns."""
     user_off_cpu_ns: int | None = None
-    split: dict[str, int | str] | None = None
+    """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
+    split: Split | None = None
+    """All its ioctls together; null: as of an ioctl."""
     rearm: Rearm | None = None
+    """Work for nothing in it; null: none, or not known."""
 
 
 class DirtyLog(Struct, frozen=True, kw_only=True):
-    mode: str
-    """manual, legacy, ring or none."""
+    mode: DirtyLogMode
+    """How dirty pages were logged."""
     slots: list[Slot]
+    """The memslots that were fetched, as far as their place is known."""
     passes: list[Pass]
+    """The pre-copy passes in order of time."""
     final: FinalFetch | None
+    """The fetches after the stop, with what they caused; null: none."""
     fetches: list[Fetch]
     """The fetches that began after the last vCPU stopped."""
     logging: list[Logging] = []
@@ -236,85 +452,109 @@ class SocketUse(Struct, frozen=True, kw_only=True):
     role: str
     """migration or control, with the side: `source migration`."""
     bytes: int
+    """What went through in the window, bytes."""
     calls: int
+    """Number of calls."""
     copy_ns: int | None
+    """Inside the calls, on the CPU, ns; null: not measured."""
     blocked_ns: int | None
+    """Inside the calls, off the CPU, ns; null: not measured."""
     between_ns: int
+    """Between the calls, ns."""
     in_call_ns: int
-    """copy + blocked; known even where the two cannot be told apart."""
+    """copy + blocked, ns; known even where the two cannot be told apart."""
     local: str = ""
+    """Own address and port; empty: unknown, or a UNIX socket."""
     remote: str = ""
+    """The other end's address and port; empty: unknown, or a UNIX socket."""
     tcp_info: dict[str, int] | None = None
     """TCP's own account between two readings around the window: `busy_us`, `rwnd_limited_us`, `sndbuf_limited_us`
-    (counted in jiffies: `resolution_us`), `retransmits`, `bytes_retrans`; `from` and `until`, the instants of the
-    readings; as last read `rtt_us`, `cwnd`, `mss`, `queued`."""
+    (us, counted in jiffies: `resolution_us`), `retransmits` (number), `bytes_retrans` (bytes); `from` and `until`, the
+    instants of the readings (ns); as last read `rtt_us` (us), `cwnd` (number of segments), `mss` and `queued` (bytes).
+    Null: not measured."""
 
 
 class Wire(Struct, frozen=True, kw_only=True):
     bytes: int
+    """How much, bytes."""
     sent: int
+    """When it had been sent, ns from the window's begin."""
     received: int
+    """When it was received, ns from the window's begin."""
     in_flight_ns: int
+    """From one to the other, ns."""
     reason: str
+    """Why it took so long, by the kernel's events."""
     evidence: str
+    """What tells so."""
     bound_ns: int | None = 0
-    """As that of a phase, of `in_flight_ns`."""
+    """As that of a phase, of `in_flight_ns`, ns."""
     message: str = ""
     """What they belonged to: `pages`, `state`, or `state and pages` where pages follow on the same connection
     (postcopy); empty if the source's work is unknown."""
 
 
 class Wait(Struct, frozen=True, kw_only=True):
-    phase: str
+    phase: PhaseName
+    """The phase that it overlaps most."""
     thread: str
+    """Name and tid."""
     duration_ns: int
+    """The part in that phase, ns."""
     stack: list[str]
+    """Kernel functions that it slept in, innermost first; `(preempted)` if it had lost the CPU."""
 
 
 class Witness(Struct, frozen=True, kw_only=True):
     name: str
+    """What measured it, e.g. `qmp.downtime_ms`."""
     value_ns: int
+    """What it says, ns."""
     difference_ns: int
-    """value - our figure."""
+    """`value_ns` minus our figure, ns."""
     explanation: str
+    """Why the two differ, or what it covers."""
     span: Span | None = None
-    """Where the kernel's events show the very thing that it measured; None if they do not. It is our figure, except of
-    downtimes: those are compared with the blackout."""
+    """Where the kernel's events show the very thing that it measured, ns from the window's begin; null if they do not.
+    It is our figure, except of downtimes: those are compared with the blackout."""
     doubt_ns: int = 0
-    """Time at the span's border that may belong to the neighbouring part."""
+    """Time at the span's border that may belong to the neighbouring part, ns."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):
-    verdict: str
-    """complete, bounded or incomplete."""
+    verdict: Verdict
+    """How far the result can be relied upon."""
     lost: dict[str, int]
+    """Number of events lost in the kernel, by probe."""
     unpaired: dict[str, int]
+    """Number of exits without entry and the like, by probe; harmless."""
     attach: dict[str, str]
+    """By signal, how it was traced: `fentry`, `kprobe`, `tracepoint`, or `absent` and why."""
     observer_ns: int | None
-    """Run time of our BPF programs, over the whole recording and all threads of the host."""
+    """Run time of our BPF programs, over the whole recording and all threads of the host, ns; null: not measured."""
     reasons: list[str]
     """Why the verdict is not `complete`, one line each."""
     observer_window_ns: int | None = None
-    """The same in the window, at most: between the last reading before it and the first after it."""
+    """In the window, at most: from the last reading before it to the first after it, ns; null: not measured."""
     observer_window_least_ns: int | None = None
-    """At least: between the first and the last reading in it."""
+    """At least: between the first and the last reading in it, ns; null: not measured."""
 
 
 class Clock(Struct, frozen=True, kw_only=True):
     """The destination's clock beside the source's. On one host it is the same: all are 0."""
 
     offset_ns: int = 0
-    """How much it is ahead at the destination's start."""
+    """How much it is ahead at the destination's start, ns."""
     bound_ns: int | None = 0
-    """How far `offset_ns`, and so `blackout_ns`, can be off; None: on one side there is no limit."""
+    """How far `offset_ns`, and so `blackout_ns`, can be off, ns; null: on one side there is no limit."""
     open: str = ""
-    """With `bound_ns` None: `least`, figures that span the hosts are at least as long as said; `most`: at most."""
+    """With `bound_ns` null: `least`, figures that span the hosts are at least as long as said; `most`: at most."""
     drift_ppb: int = 0
     """How much the clocks' rates differ at most, in parts per billion."""
     pairs_there: int = 0
-    """How many pairs of an event on the source and a later one on the destination bound it from above."""
+    """Number of pairs of an event on the source and a later one on the destination: they bound it from above."""
     pairs_back: int = 0
-    """The same the other way, from below."""
+    """Number of pairs the other way: they bound it from below."""
 
 
 class Change(Struct, frozen=True, kw_only=True):
@@ -323,47 +563,63 @@ class Change(Struct, frozen=True, kw_only=True):
     wish: str
     """As the user wrote it: `fetch=0`."""
     change_ns: int | None
-    """Negative: shorter. None: cannot be told."""
+    """By how much the blackout would be longer, ns; negative: shorter. Null: cannot be told."""
     why: str
+    """What that is worked out from."""
 
 
 class WhatIf(Struct, frozen=True, kw_only=True):
     """A prediction: the same migration, were something else. Never a measurement."""
 
     blackout_ns: int | None
-    """None if one of the changes cannot be told."""
+    """The predicted blackout, ns; null: one of the changes cannot be told."""
     changes: list[Change]
+    """One row for each wish."""
     assumptions: list[str]
     """What has to hold for it, one line each."""
 
 
 class Breakdown(Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
+    """Name and version of this schema."""
     migration: Migration
+    """What was migrated, and how."""
     window_ns: int | None
-    """None if no vCPU stop was found: there is no window, and no phase has a duration. Where only the
-    destination was traced, the window begins with its restoring."""
+    """From the pause request to the last vCPU's start, ns. Null: no vCPU stop was found, so there is no window, and no
+    phase has a duration. Where only the destination was traced, the window begins with its restoring."""
     blackout_ns: int | None
+    """From the last vCPU's stop to the first vCPU's start, ns; null: not measured."""
     blackout: Span | None
-    """The blackout's place in the window."""
+    """The blackout's place in the window, ns from its begin; null: not measured."""
     phases: list[Phase]
+    """All of them, also those that were not seen."""
     vcpus: list[Vcpu]
+    """One row for each vCPU that was seen to stop or to start."""
     dirty_log: DirtyLog
+    """What was done to find the dirty pages."""
     sockets: list[SocketUse]
+    """The migration's sockets in the window."""
     wire: list[Wire] | None
+    """The longest times that bytes were sent and not received; null: only one side was traced."""
     waits: list[Wait] | None
+    """The longest waits in the window; null: not traced."""
     witnesses: list[Witness]
+    """What others measured."""
     completeness: Completeness
+    """What is missing."""
     clock: Clock
+    """How two hosts' clocks were brought together."""
     notes: list[str]
     """Doubts about single figures, one line each."""
     window_bound_ns: int | None = 0
-    """How far `window_ns` can be off, as `Clock.bound_ns` for `blackout_ns`."""
+    """How far `window_ns` can be off, as `Clock.bound_ns` for `blackout_ns`, ns."""
     what_if: WhatIf | None = None
-    """Only where it was asked for (`report --what-if`)."""
+    """A prediction; only where it was asked for (`report --what-if`)."""
     pausing: Pausing | None = None
+    """How the vCPUs were stopped; null: not seen."""
     postcopy: Postcopy | None = None
+    """What the destination fetched; null in another mode."""
 
-    def phase_ns(self, name: str) -> int:
+    def phase_ns(self, name: PhaseName | str) -> int:
         """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""
         return next(p.duration_ns for p in self.phases if p.phase == name)

@@ -41,11 +41,17 @@ from ebpf_mig.breakdown import (
     Breakdown,
     Clock,
     DirtyLog,
+    DirtyLogMode,
     Endpoint,
     FinalFetch,
     Migration,
+    Mode,
     Pausing,
+    PhaseName,
+    Side,
     Span,
+    SwitchoverKind,
+    Transport,
     Vcpu,
     Wait,
     Wire,
@@ -89,14 +95,15 @@ def analyse(recording: Recording) -> Analysis:
     return Analysis(breakdown, traced, attribution, origin, connection)
 
 
-def _mode(traced: TracedMigration) -> str:
+def _mode(traced: TracedMigration) -> Mode:
     if traced.source is None:
-        return "unknown"
+        return Mode.UNKNOWN
     if traced.postcopy:
-        return "postcopy"
+        return Mode.POSTCOPY
     if traced.bursts or dirty_log.switched_on(traced.source, None) is not None:
-        return "precopy"
-    return "local" if traced.switchover and traced.channels.transport == "unix" else "unknown"
+        return Mode.PRECOPY
+    shared = traced.switchover is not None and traced.channels.transport == Transport.UNIX
+    return Mode.LOCAL if shared else Mode.UNKNOWN
 
 
 def _migration(traced: TracedMigration, window: Span | None) -> Migration:
@@ -162,7 +169,7 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
     parts, work = attribution.phases, attribution.work
     bursts, found = traced.bursts, traced.switchover
     if traced.source is None:
-        return DirtyLog(mode="none", slots=[], passes=[], final=None, fetches=[])
+        return DirtyLog(mode=DirtyLogMode.NONE, slots=[], passes=[], final=None, fetches=[])
     stop = found.stop if found else None
     until = found.first_start if found and found.first_start is not None else FOREVER
     rows = DirtyLogRows(
@@ -177,16 +184,17 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
     )
     last = rows.last(until)
     took = {part.phase: part.duration_ns for part in parts}
+    fetch = next(part for part in parts if part.phase == PhaseName.FETCH_USER)
     logging = dirty_log.switched_on(traced.source, stop) is not None
     final = None
     if work is not None and (last or work.memory):
         final = FinalFetch(
-            kernel_ns=took["fetch.kernel"],
-            user_ns=took["fetch.user"],
+            kernel_ns=took[PhaseName.FETCH_KERNEL],
+            user_ns=took[PhaseName.FETCH_USER],
             pages=_pages(rows, last),
             bytes=sum(t.bytes for t in work.memory if stop is not None and t.begin_ns >= stop),
-            send_ns=took["memory.send"],
-            user_off_cpu_ns=rows.user_off_cpu([s for part in parts if part.phase == "fetch.user" for s in part.spans]),
+            send_ns=took[PhaseName.MEMORY_SEND],
+            user_off_cpu_ns=rows.user_off_cpu(fetch.spans),
             split=fetch_split.split([i for burst in last for i in burst.ioctls], rows.samples),
             rearm=rows.rearm(until),
         )
@@ -228,12 +236,12 @@ def _waits(traced: TracedMigration, attribution: Attribution) -> list[Wait] | No
     if traced.source is not None:
         senders = frozenset(map(_tid, traced.sends))
         drivers = traced.source.fetchers & senders or senders
-        aborted = traced.switchover is not None and traced.switchover.kind == "aborted"
-        parties.append(Party(traced.source, "both" if aborted else "source", drivers, senders))
+        aborted = traced.switchover is not None and traced.switchover.kind == SwitchoverKind.ABORTED
+        parties.append(Party(traced.source, Side.BOTH if aborted else Side.SOURCE, drivers, senders))
     if traced.destination is not None:
         receivers = frozenset(map(_tid, traced.receives))
         restorers = frozenset(i.tid for i in traced.destination.ioctls if phases.is_restore(i))
-        parties.append(Party(traced.destination, "destination", receivers & restorers or receivers))
+        parties.append(Party(traced.destination, Side.DESTINATION, receivers & restorers or receivers))
     return waits.gather(parties, attribution.phases, window[0])
 
 
@@ -241,13 +249,13 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
     notes = [*traced.notes, *traced.material.header.notes]
     if window is not None and traced.source is None:
         notes.append("the source was not traced: the window begins with the destination's first restore work")
-    elif window is not None and traced.switchover is not None and traced.switchover.kind == "stopped":
+    elif window is not None and traced.switchover is not None and traced.switchover.kind == SwitchoverKind.STOPPED:
         notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
     if work is not None and work.folded:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
     notes += _unseen_sends(traced)
     notes += _spinning(traced)
-    for side, process in (("source", traced.source), ("destination", traced.destination)):
+    for side, process in ((Side.SOURCE, traced.source), (Side.DESTINATION, traced.destination)):
         if process is None or window is None:
             continue
         took = [

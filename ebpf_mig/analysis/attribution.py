@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from ebpf_mig.analysis import phases, source_work
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.phases import Loading, Partition
-from ebpf_mig.analysis.process import SEND, Process
+from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.source_work import Work
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.switchover import Switchover
-from ebpf_mig.breakdown import Phase, Span
-from ebpf_mig.recording.events import Transfer
+from ebpf_mig.breakdown import Phase, PhaseName, Span, SwitchoverKind
+from ebpf_mig.recording.events import SEND, Transfer
 
 PAGES_BYTES = 65536
 """A send call of more than this carries pages: QEMU flushes state every 32 KiB."""
@@ -43,7 +43,7 @@ def attribute(traced: TracedMigration) -> Attribution:
     if found is None:
         return Attribution(None, phases.unseen())
     activity = source_work.observe(source, found.stop, traced.bursts, traced.own_transfers)
-    if found.kind == "aborted":
+    if found.kind == SwitchoverKind.ABORTED:
         return _aborted(activity, source, found)
     transfers = traced.own_transfers
     work = activity.work(found.first_start if found.first_start is not None else FOREVER)
@@ -55,7 +55,7 @@ def attribute(traced: TracedMigration) -> Attribution:
         end = max([found.stop, handed, *talk, *([load.end] if load else [])])
     partition = Partition(found.requested, max(end, found.stop))
     handed = min(handed, found.first_start if found.first_start is not None else end)
-    partition.until(found.stop, "pause")
+    partition.until(found.stop, PhaseName.PAUSE)
     work = activity.work(handed)
     phases.source(partition, found.stop, handed, work)
     if found.first_start is not None or load is not None:
@@ -70,7 +70,7 @@ def attribute(traced: TracedMigration) -> Attribution:
             receives = [t for t in receives if t.tid in loaders]
         waits = phases.arrivals(receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
-    partition.until(partition.end, "handover")
+    partition.until(partition.end, PhaseName.HANDOVER)
     return Attribution((partition.begin, partition.end), partition.phases(), work)
 
 
@@ -111,14 +111,14 @@ def _aborted(activity: source_work.Activity, source: Process, found: Switchover)
     back = found.first_start if found.first_start is not None else found.stop
     partition = Partition(found.requested, max(back, found.last_start or back))
     work = activity.work(back)
-    partition.until(found.stop, "pause")
+    partition.until(found.stop, PhaseName.PAUSE)
     worked = [end for begin, end, label in work.intervals if begin < back and label != source_work.SAVE]
     worked += [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < back and source_work.is_vcpu_read(i)]
     last = max(worked, default=found.stop)
     resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
     resume = resuming[0].begin_ns if resuming else back
     phases.source(partition, found.stop, resume, activity.work(resume))
-    partition.until(partition.end, "resume")
+    partition.until(partition.end, PhaseName.RESUME)
     return Attribution((partition.begin, partition.end), partition.phases(), work)
 
 

@@ -17,6 +17,7 @@ from fractions import Fraction
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import covered, merged, total
+from ebpf_mig.breakdown import SwitchoverKind, Transport
 from ebpf_mig.recording.events import Segment
 
 QUEUED_BYTES = 64 << 10
@@ -60,9 +61,9 @@ def observe(traced: TracedMigration) -> LinkUse | str:
     source, destination, switch = traced.source, traced.destination, traced.switchover
     if source is None or destination is None:
         return "only one side was traced"
-    if switch is None or switch.first_start is None or switch.kind != "completed":
+    if switch is None or switch.first_start is None or switch.kind != SwitchoverKind.COMPLETED:
         return "the migration did not complete"
-    if traced.channels.transport != "tcp":
+    if traced.channels.transport != Transport.TCP:
         return f"the transport is {traced.channels.transport}, not TCP"
     if traced.postcopy:
         return "in postcopy the memory follows after the start"

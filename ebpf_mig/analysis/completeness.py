@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from ebpf_mig.analysis.process import Material, Process
 from ebpf_mig.analysis.switchover import Switchover
-from ebpf_mig.breakdown import Completeness
+from ebpf_mig.breakdown import Completeness, Result, SwitchoverKind, Verdict
 from ebpf_mig.recording.events import RECURSION_MISSES, Mark
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals without which phases have holes; the others only add detail."""
-_RESULTS = ("completed", "failed", "cancelled")
-_REASONS = {"migrated": "completed", "failed": "failed", "cancelled": "cancelled", "target-died": "failed"}
+_REASONS = {
+    "migrated": Result.COMPLETED,
+    "failed": Result.FAILED,
+    "cancelled": Result.CANCELLED,
+    "target-died": Result.FAILED,
+}
 
 
 def completeness(
@@ -43,7 +47,7 @@ def completeness(
     observer = ending.observer_ns if ending else {}
     least, most = _cost(material, window)
     return Completeness(
-        verdict="incomplete" if holes else "bounded" if bounds else "complete",
+        verdict=Verdict.INCOMPLETE if holes else Verdict.BOUNDED if bounds else Verdict.COMPLETE,
         lost=lost,
         unpaired=dict(sorted((ending.unpaired if ending else {}).items())),
         attach=dict(sorted(material.header.attach.items())),
@@ -85,22 +89,22 @@ def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[
     return least, max(least, min(after) - max(before)) if before and after else None
 
 
-def result(material: Material, switchover: Switchover | None) -> str:
-    """completed, failed, cancelled or unknown. Seen vCPUs outweigh what anybody said."""
-    if switchover is not None and switchover.kind == "completed":
-        return "completed"
-    driven = _REASONS.get(material.ending.reason if material.ending else "", "")
+def result(material: Material, switchover: Switchover | None) -> Result:
+    """How the migration ended. Seen vCPUs outweigh what anybody said."""
+    if switchover is not None and switchover.kind == SwitchoverKind.COMPLETED:
+        return Result.COMPLETED
+    driven = _REASONS.get(material.ending.reason if material.ending else "", Result.UNKNOWN)
     # Who drove the migration knows that it was cancelled, also where the VMM then calls it failed (QEMU 7.2, 10.0).
-    said = driven if driven == "cancelled" else _said(material.marks) or driven
-    if switchover is not None and switchover.kind == "aborted":
-        return said if said in ("failed", "cancelled") else "failed"
-    return said or "unknown"
+    said = driven if driven == Result.CANCELLED else _reported(material.marks) or driven
+    if switchover is not None and switchover.kind == SwitchoverKind.ABORTED:
+        return said if said in (Result.FAILED, Result.CANCELLED) else Result.FAILED
+    return said
 
 
-def _said(marks: list[Mark]) -> str:
+def _reported(marks: list[Mark]) -> Result | None:
     """The last outcome that a VMM reported."""
     for mark in reversed(marks):
         _, _, word = mark.name.rpartition(".")
-        if ".MIGRATION." in f".{mark.name}" and word in _RESULTS:
-            return word
-    return ""
+        if ".MIGRATION." in f".{mark.name}" and word in (Result.COMPLETED, Result.FAILED, Result.CANCELLED):
+            return Result(word)
+    return None

@@ -20,6 +20,7 @@ import msgspec
 from ebpf_mig import breakdown
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import any_in
+from ebpf_mig.breakdown import DirtyLogMode
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 from ebpf_mig.recording.thresholds import FETCH_GAP_NS
@@ -133,16 +134,16 @@ def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
     return [breakdown.Slot(slot=slot, base=known[slot][0], size_bytes=known[slot][1]) for slot in used if slot in known]
 
 
-def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> str:
-    """manual, legacy, ring or none. With a ring already drained there may be no ioctl at all."""
+def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> DirtyLogMode:
+    """The mode. With a ring already drained there may be no ioctl at all."""
     names = {kvm.name_of(cmd) for cmd in {i.cmd for burst in found for i in burst.ioctls}}
     before = {i.cmd for burst in found for i in burst.ioctls if stop is None or i.begin_ns < stop}
     running = {kvm.name_of(cmd) for cmd in before}
     if "CLEAR_DIRTY_LOG" in names:
-        return "manual"
+        return DirtyLogMode.MANUAL
     if "RESET_DIRTY_RINGS" in names and "GET_DIRTY_LOG" not in running:
         # On arm64 a bitmap backs the rings up and is fetched once after the stop.
-        return "ring"
+        return DirtyLogMode.RING
     if "GET_DIRTY_LOG" in names:
-        return "legacy"
-    return "ring" if logging and stop is not None else "none"
+        return DirtyLogMode.LEGACY
+    return DirtyLogMode.RING if logging and stop is not None else DirtyLogMode.NONE

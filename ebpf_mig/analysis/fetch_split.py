@@ -16,15 +16,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
+from ebpf_mig.breakdown import Split
 from ebpf_mig.recording.events import Ioctl, Samples
 
 CLASSES = ("walk", "flush", "copy", "other")
 _LOCK = "lock"
 _Z = 1.96
 """Two-sided 95 %."""
-
-Split = dict[str, int | str]
 
 _RULES = tuple(
     (name, re.compile(pattern))
@@ -71,19 +71,15 @@ def by_ioctl(samples: Iterable[Samples]) -> dict[tuple[int, int], list[Samples]]
 def split(ioctls: Sequence[Ioctl], samples: dict[tuple[int, int], list[Samples]]) -> Split | None:
     """What these ioctls did on the CPU, in ns by class; None if nothing is known of it.
 
-    `samples` is what `by_ioctl` made. Estimated ones have `samples`, their number, and for each class `CLASS_error`:
-    how far the truth may lie off at 95 % (Wilson's interval, which for a class that no sample hit is not zero).
+    `samples` is what `by_ioctl` made. Estimated splits have errors (Wilson's interval, which for a class that no sample
+    hit is not zero).
     """
     if not ioctls:
         return None
     if all(i.walk_ns >= 0 and i.flush_ns >= 0 and i.copy_ns >= 0 for i in ioctls):
         worked = sum(on_cpu(ioctl) for ioctl in ioctls)
-        parts = {
-            "walk": sum(i.walk_ns for i in ioctls),
-            "flush": sum(i.flush_ns for i in ioctls),
-            "copy": sum(i.copy_ns for i in ioctls),
-        }
-        return {**parts, "other": max(0, worked - sum(parts.values())), "samples": "exact"}
+        walk, flush, copy = (sum(map(attrgetter(name), ioctls)) for name in ("walk_ns", "flush_ns", "copy_ns"))
+        return Split(walk=walk, flush=flush, copy=copy, other=max(0, worked - walk - flush - copy), samples="exact")
     found = [sample for i in ioctls for sample in samples.get((i.tid, i.begin_ns), ())] if samples else []
     return _estimate(sum(on_cpu(ioctl) for ioctl in ioctls), found) if found else None
 
@@ -102,12 +98,12 @@ def _estimate(worked: int, found: Iterable[Samples]) -> Split | None:
     total = sum(weight.values())
     if not total:
         return None
-    parts: Split = {name: worked * weight[name] // total for name in CLASSES}
-    parts["other"] = worked - sum(int(parts[name]) for name in CLASSES[:-1])
-    parts["samples"] = count
-    for name in CLASSES:
-        parts[f"{name}_error"] = math.ceil(worked * _error(weight[name] / total, total * total / squares))
-    return parts
+    parts = {name: worked * weight[name] // total for name in CLASSES[:-1]}
+    parts["other"] = worked - sum(parts.values())
+    errors = {
+        f"{name}_error": math.ceil(worked * _error(weight[name] / total, total * total / squares)) for name in CLASSES
+    }
+    return Split(**parts, **errors, samples=count)
 
 
 def _error(share: float, effective: float) -> float:

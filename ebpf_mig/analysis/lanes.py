@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.migration import TracedMigration
-from ebpf_mig.analysis.process import RECEIVE, SEND, Process, key_of
+from ebpf_mig.analysis.process import Process, key_of
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.breakdown import Side, SwitchoverKind
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import Ioctl, OffCpu, Transfer
+from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, OffCpu, Transfer
 
 Args = dict[str, int | str]
 
@@ -39,8 +40,7 @@ class Slice:
 class Lane:
     """One row of a timeline."""
 
-    side: str
-    """source, destination or unknown."""
+    side: Side
     pid: int
     tid: int
     """0 if it is not a thread's."""
@@ -54,7 +54,7 @@ class Lane:
 class Counter:
     """A value that grows or changes: (ns, value) in order."""
 
-    side: str
+    side: Side
     pid: int
     name: str
     points: list[tuple[int, int]]
@@ -77,8 +77,8 @@ def view(analysis: Analysis) -> View:
     """The lanes of a recording. Deterministic: the same events give the same lanes in the same order."""
     traced = analysis.traced
     material = traced.material
-    known = [(traced.source, "source"), (traced.destination, "destination")]
-    others = [(p, "unknown") for p in material.processes.values() if p not in (traced.source, traced.destination)]
+    known = [(traced.source, Side.SOURCE), (traced.destination, Side.DESTINATION)]
+    others = [(p, Side.UNKNOWN) for p in material.processes.values() if p not in (traced.source, traced.destination)]
     parties = [(process, side) for process, side in [*known, *others] if process is not None]
     instants = [at for process, _ in parties for at in _instants(process)] + [m.at_ns for m in material.marks]
     instants = [at for at in instants if at > 0] or [material.header.begin_ns]
@@ -114,7 +114,7 @@ def _said(detail: str, value: int) -> Args:
     return ({"detail": detail} if detail else {}) | ({"value": value} if value else {})
 
 
-def _vcpu_lanes(process: Process, side: str, begin: int, end: int) -> Iterable[Lane]:
+def _vcpu_lanes(process: Process, side: Side, begin: int, end: int) -> Iterable[Lane]:
     for index, line in process.vcpus.items():
         runs = [Slice(b, e, "runs the guest") for b, e in running(line, begin, end)]
         yield Lane(side, process.pid, line.tid, "vcpu", f"vCPU {index}", apart(runs))
@@ -131,7 +131,7 @@ def running(line: Timeline, begin: int, end: int) -> Iterable[tuple[int, int]]:
         yield since, end
 
 
-def _thread_lanes(process: Process, side: str) -> Iterable[Lane]:
+def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
     lanes: dict[tuple[int, int, str], Lane] = {}
 
     def lane(tid: int, order: int, kind: str, what: str) -> list[Slice]:
@@ -186,7 +186,7 @@ def _transfer_args(transfer: Transfer) -> Args:
     return args | ({"failed": transfer.failed} if transfer.failed else {})
 
 
-def _slot_lanes(process: Process, side: str) -> Iterable[Lane]:
+def _slot_lanes(process: Process, side: Side) -> Iterable[Lane]:
     lanes: dict[int, Lane] = {}
     for call in process.ioctls:
         if dirty_log.is_dirty_log(call):
@@ -199,7 +199,7 @@ def _slot_lanes(process: Process, side: str) -> Iterable[Lane]:
         yield lanes[key]
 
 
-def _segment_lanes(process: Process, side: str) -> Iterable[Lane]:
+def _segment_lanes(process: Process, side: Side) -> Iterable[Lane]:
     """TCP segments as they arrived, a lane a socket."""
     lanes: dict[int, Lane] = {}
     for one in process.segments:
@@ -226,9 +226,9 @@ def apart(slices: Iterable[Slice]) -> list[Slice]:
     return ordered
 
 
-def _counters(traced: TracedMigration, process: Process, side: str) -> Iterable[Counter]:
+def _counters(traced: TracedMigration, process: Process, side: Side) -> Iterable[Counter]:
     """Bytes of the migration that a side has sent or received so far, over all its connections."""
-    wanted = SEND if side == "source" else RECEIVE
+    wanted = SEND if side == Side.SOURCE else RECEIVE
     moved = sorted((t.end_ns, t.bytes) for t in traced.transfers(process) if t.direction == wanted)
     total = 0
     points: list[tuple[int, int]] = []
@@ -242,29 +242,29 @@ def _counters(traced: TracedMigration, process: Process, side: str) -> Iterable[
 def _tie(found: View, traced: TracedMigration) -> None:
     """Flows: each vCPU's stop to its start; the last send before the start to the receive that takes it in."""
     switch = traced.switchover
-    if switch is None or switch.kind != "completed":
+    if switch is None or switch.kind != SwitchoverKind.COMPLETED:
         return
     lanes = {(lane.side, lane.name): lane for lane in found.lanes if lane.kind == "vcpu"}
     for index, stop in switch.stops.items():
         start = switch.starts.get(index)
-        old, new = lanes.get(("source", f"vCPU {index}")), lanes.get(("destination", f"vCPU {index}"))
+        old, new = lanes.get((Side.SOURCE, f"vCPU {index}")), lanes.get((Side.DESTINATION, f"vCPU {index}"))
         if old is None or new is None or start is None:
             continue
         before = next((s for s in old.slices if s.end_ns == stop), None)
         after = next((s for s in new.slices if s.begin_ns == start), None)
         _flow(found, before, after)
     limit = switch.first_start if switch.first_start is not None else FOREVER
-    sent = [s for s in _moves(found, traced, "source", SEND) if s.end_ns <= limit]
+    sent = [s for s in _moves(found, traced, Side.SOURCE, SEND) if s.end_ns <= limit]
     last = max(sent, key=lambda s: s.end_ns, default=None)
     if last is not None:
-        taken = [s for s in _moves(found, traced, "destination", RECEIVE) if s.end_ns >= last.begin_ns]
+        taken = [s for s in _moves(found, traced, Side.DESTINATION, RECEIVE) if s.end_ns >= last.begin_ns]
         _flow(found, last, min(taken, key=lambda s: s.end_ns, default=None))
 
 
-def _moves(found: View, traced: TracedMigration, side: str, direction: int) -> Iterable[Slice]:
+def _moves(found: View, traced: TracedMigration, side: Side, direction: int) -> Iterable[Slice]:
     """The slices of a side's transfers on the migration's own sockets."""
-    process = traced.source if side == "source" else traced.destination
-    keys = traced.channels.source if side == "source" else traced.channels.destination
+    process = traced.source if side == Side.SOURCE else traced.destination
+    keys = traced.channels.source if side == Side.SOURCE else traced.channels.destination
     fds = {(t.tid, t.fd) for t in (process.transfers if process else ()) if key_of(t) in keys}
     word = "sends" if direction == SEND else "receives"
     for lane in found.lanes:

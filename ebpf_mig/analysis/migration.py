@@ -13,11 +13,12 @@ from functools import cached_property
 from ebpf_mig.analysis import dirty_log, roles, sockets
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
-from ebpf_mig.analysis.process import RECEIVE, SEND, Material, Process, begun, key_of
+from ebpf_mig.analysis.process import Material, Process, begun, key_of
 from ebpf_mig.analysis.sockets import Channels
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
-from ebpf_mig.recording.events import Transfer
+from ebpf_mig.breakdown import SwitchoverKind
+from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
 """A source that sends more than this after the destination's start is still sending memory: postcopy."""
@@ -70,7 +71,7 @@ class TracedMigration:
     def postcopy(self) -> bool:
         """Did the source go on sending memory after the destination's start?"""
         found = self.switchover
-        start = found.last_start if found and found.kind == "completed" else None
+        start = found.last_start if found and found.kind == SwitchoverKind.COMPLETED else None
         late = sum(t.bytes for t in begun(self.sends, start + 1)) if start is not None else 0
         return self.reported_postcopy or late > AFTER_START_BYTES
 

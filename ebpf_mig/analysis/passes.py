@@ -150,14 +150,15 @@ class DirtyLogRows:
         others = [i for i in ioctls if kvm.name_of(i.cmd) != "GET_DIRTY_LOG"]
         ns = sum(fetch_split.on_cpu(i) for i in others)
         pages = sum(i.size if dirty_log.is_clear(i) else max(0, i.ret) for i in others)
-        error, samples = 0, "exact"
+        error = 0
+        samples: int | str = "exact"
         if gets and not manual:  # with manual protection a GET protects nothing
             found = fetch_split.split(gets, self.samples)
             if found is None:
                 return None
-            ns += int(found["walk"]) + int(found["flush"])
-            error = int(found.get("walk_error", 0)) + int(found.get("flush_error", 0))
-            samples = str(found["samples"])
+            ns += found.walk + found.flush
+            error = (found.walk_error or 0) + (found.flush_error or 0)
+            samples = found.samples
             places = self.process.places
             pages += sum(places[i.slot][1] // self.page for i in gets if i.slot in places)
         if not pages or not ns:
@@ -165,7 +166,7 @@ class DirtyLogRows:
         return Rearm(
             ns=ns,
             error_ns=error,
-            samples=int(samples) if samples.isdecimal() else samples,
+            samples=samples,
             pages=pages,
             ns_per_page=round(ns / pages, 3),
             ms_per_gib=round(ns / 1e6 / (pages * self.page / GIB), 6),

@@ -19,6 +19,7 @@ from ebpf_mig import breakdown
 from ebpf_mig.analysis import source_work
 from ebpf_mig.analysis.source_work import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
 from ebpf_mig.analysis.spans import any_in, covered
+from ebpf_mig.breakdown import PhaseName
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 
@@ -41,12 +42,12 @@ class Partition:
     begin: int
     end: int
     cursor: int = field(init=False)
-    spans: list[tuple[int, int, str]] = field(default_factory=list)
+    spans: list[tuple[int, int, PhaseName]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cursor = self.begin
 
-    def until(self, at: int, phase: str) -> None:
+    def until(self, at: int, phase: PhaseName) -> None:
         """Books everything from the cursor to `at`, at most to the window's end, to `phase`."""
         at = min(at, self.end)
         if at <= self.cursor:
@@ -59,7 +60,7 @@ class Partition:
 
     def phases(self) -> list[breakdown.Phase]:
         """Every phase, also unseen ones; instants relative to the begin."""
-        self.until(self.end, "unattributed")
+        self.until(self.end, PhaseName.UNATTRIBUTED)
         result = []
         for name, side in breakdown.PHASES:
             spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
@@ -75,37 +76,37 @@ def unseen() -> list[breakdown.Phase]:
 
 
 _INSIDE = {
-    FETCH: "fetch.kernel",
-    CLEAR: "fetch.kernel",
-    MEMORY: "memory.send",
-    STATE: "state.send",
-    SAVE: "state.save",
+    FETCH: PhaseName.FETCH_KERNEL,
+    CLEAR: PhaseName.FETCH_KERNEL,
+    MEMORY: PhaseName.MEMORY_SEND,
+    STATE: PhaseName.STATE_SEND,
+    SAVE: PhaseName.STATE_SAVE,
 }
 _BETWEEN = {
-    (FETCH, FETCH): "fetch.user",
-    (FETCH, CLEAR): "fetch.user",
-    (FETCH, MEMORY): "fetch.user",
+    (FETCH, FETCH): PhaseName.FETCH_USER,
+    (FETCH, CLEAR): PhaseName.FETCH_USER,
+    (FETCH, MEMORY): PhaseName.FETCH_USER,
     # Nothing was found to send; the state is being written down.
-    (FETCH, STATE): "state.save",
-    (MEMORY, MEMORY): "memory.send",
-    (MEMORY, CLEAR): "memory.send",
-    (MEMORY, FETCH): "memory.send",
-    (MEMORY, REPLY): "memory.send",
-    (MEMORY, STATE): "state.save",
-    (SAVE, SAVE): "state.save",
-    (SAVE, FETCH): "state.save",
-    (SAVE, STATE): "state.save",
-    (STATE, STATE): "state.send",
-    (STATE, SAVE): "state.save",
-    (STATE, REPLY): "handover",
-    (REPLY, STATE): "handover",
-    (REPLY, REPLY): "handover",
+    (FETCH, STATE): PhaseName.STATE_SAVE,
+    (MEMORY, MEMORY): PhaseName.MEMORY_SEND,
+    (MEMORY, CLEAR): PhaseName.MEMORY_SEND,
+    (MEMORY, FETCH): PhaseName.MEMORY_SEND,
+    (MEMORY, REPLY): PhaseName.MEMORY_SEND,
+    (MEMORY, STATE): PhaseName.STATE_SAVE,
+    (SAVE, SAVE): PhaseName.STATE_SAVE,
+    (SAVE, FETCH): PhaseName.STATE_SAVE,
+    (SAVE, STATE): PhaseName.STATE_SAVE,
+    (STATE, STATE): PhaseName.STATE_SEND,
+    (STATE, SAVE): PhaseName.STATE_SAVE,
+    (STATE, REPLY): PhaseName.HANDOVER,
+    (REPLY, STATE): PhaseName.HANDOVER,
+    (REPLY, REPLY): PhaseName.HANDOVER,
 }
 """Who owns the time between two kinds of work; a pair that is not here is unattributed."""
 _BETWEEN_SHORT = {
-    (FETCH, SAVE): "fetch.user",
-    (MEMORY, SAVE): "memory.send",
-    (SAVE, MEMORY): "state.save",
+    (FETCH, SAVE): PhaseName.FETCH_USER,
+    (MEMORY, SAVE): PhaseName.MEMORY_SEND,
+    (SAVE, MEMORY): PhaseName.STATE_SAVE,
 }
 """The same, but only up to SHORT_NS."""
 
@@ -120,7 +121,7 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
         partition.until(begin, _between(previous, label, waited, work.fetched is not None))
         if label == REPLY:
             # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
-            partition.until(end, "memory.send" if previous == MEMORY else "handover")
+            partition.until(end, PhaseName.MEMORY_SEND if previous == MEMORY else PhaseName.HANDOVER)
         else:
             partition.until(end, _INSIDE[label])
         if label == MEMORY and previous is None and work.fetched is not None and end <= work.fetched:
@@ -128,10 +129,10 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
             continue
         previous = _after(previous, label)
     if previous is None:
-        partition.until(min(work.quiet_until, until), "quiesce")
+        partition.until(min(work.quiet_until, until), PhaseName.QUIESCE)
     elif previous in (STATE, REPLY):
-        partition.until(until, "handover")
-    partition.until(until, "unattributed")
+        partition.until(until, PhaseName.HANDOVER)
+    partition.until(until, PhaseName.UNATTRIBUTED)
 
 
 def _after(previous: int | None, label: int) -> int:
@@ -141,17 +142,17 @@ def _after(previous: int | None, label: int) -> int:
     return MEMORY if label == REPLY and previous == MEMORY else label
 
 
-def _between(previous: int | None, following: int, gap: int, fetched: bool) -> str:
+def _between(previous: int | None, following: int, gap: int, fetched: bool) -> PhaseName:
     """Which phase owns the `gap` between two kinds of work. `fetched`: there was a fetch after the stop."""
     if previous is None:
-        return "quiesce"
+        return PhaseName.QUIESCE
     pair = previous, following
     if pair == (SAVE, MEMORY) and not fetched:
         # Dirty rings are read without an ioctl.
-        return "fetch.user"
+        return PhaseName.FETCH_USER
     if pair in _BETWEEN:
         return _BETWEEN[pair]
-    return _BETWEEN_SHORT.get(pair, "unattributed") if gap <= SHORT_NS else "unattributed"
+    return _BETWEEN_SHORT.get(pair, PhaseName.UNATTRIBUTED) if gap <= SHORT_NS else PhaseName.UNATTRIBUTED
 
 
 def _flatten(begin: int, end: int, intervals: Sequence[source_work.Interval]) -> list[source_work.Interval]:
@@ -251,16 +252,16 @@ def destination(
     `waits` are stretches amid the loading in which it waited for bytes on the wire: handover, too.
     """
     if load is None:
-        partition.until(max(handed, received or handed), "handover")
-        partition.until(start, "unattributed")
+        partition.until(max(handed, received or handed), PhaseName.HANDOVER)
+        partition.until(start, PhaseName.UNATTRIBUTED)
     else:
-        partition.until(max(handed, load.begin), "handover")
+        partition.until(max(handed, load.begin), PhaseName.HANDOVER)
         for begin, end in waits:
-            partition.until(min(begin, load.end), "state.load")
-            partition.until(min(end, load.end), "handover")
-        partition.until(load.end, "state.load")
-        partition.until(start, "resume")
-    partition.until(partition.end, "resume")
+            partition.until(min(begin, load.end), PhaseName.STATE_LOAD)
+            partition.until(min(end, load.end), PhaseName.HANDOVER)
+        partition.until(load.end, PhaseName.STATE_LOAD)
+        partition.until(start, PhaseName.RESUME)
+    partition.until(partition.end, PhaseName.RESUME)
 
 
 def is_resume(ioctl: Ioctl) -> bool:

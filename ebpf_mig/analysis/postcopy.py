@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from ebpf_mig.analysis import sockets
 from ebpf_mig.analysis.migration import TracedMigration
-from ebpf_mig.analysis.process import RECEIVE, SEND, key_of
+from ebpf_mig.analysis.process import key_of
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.breakdown import Postcopy, Served
-from ebpf_mig.recording.events import Transfer
+from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 
 def observe(traced: TracedMigration) -> Postcopy | None:

@@ -23,12 +23,11 @@ import msgspec
 
 from ebpf_mig.analysis import vcpu
 from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.breakdown import Side
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import KINDS
-
-SEND, RECEIVE = 0, 1
 
 
 def key_of(transfer: ev.Transfer) -> int:
@@ -68,8 +67,8 @@ class Process:
 
     @property
     def hint(self) -> str:
-        """The role the user gave it."""
-        return self.target.role if self.target else "unknown"
+        """The role the user gave it: a `Side`."""
+        return self.target.role if self.target else Side.UNKNOWN
 
     @cached_property
     def dirty_log(self) -> list[ev.Ioctl]:

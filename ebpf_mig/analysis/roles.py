@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import FOREVER
+from ebpf_mig.breakdown import Side
 from ebpf_mig.linux import kvm
 
 
@@ -34,14 +35,14 @@ def assign(processes: Collection[Process]) -> tuple[Process | None, Process | No
         destination = alone if scores[alone.pid][1] > scores[alone.pid][0] else None
     notes = [
         f"process {process.pid} was given as the {process.hint}, but behaved as the {role}"
-        for process, role in ((source, "source"), (destination, "destination"))
-        if process is not None and process.hint in ("source", "destination") and process.hint != role
+        for process, role in ((source, Side.SOURCE), (destination, Side.DESTINATION))
+        if process is not None and process.hint in (Side.SOURCE, Side.DESTINATION) and process.hint != role
     ]
     return source, destination, notes
 
 
 def _leans_away(process: Process, score: tuple[int, int]) -> bool:
-    return score[1] > score[0] or (score[1] == score[0] and process.hint != "source")
+    return score[1] > score[0] or (score[1] == score[0] and process.hint != Side.SOURCE)
 
 
 def _as_source(process: Process) -> int:
@@ -49,7 +50,7 @@ def _as_source(process: Process) -> int:
     several = dirty and _fetches_for_migration(process)
     ran_before = any(line.ran_before for line in process.vcpus.values())
     stopped = bool(process.gaps) and process.gaps[-1][1] is None
-    return 6 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == "source")
+    return 6 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == Side.SOURCE)
 
 
 def _as_destination(process: Process) -> int:
@@ -59,7 +60,7 @@ def _as_destination(process: Process) -> int:
     restored = any(
         kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET and (first is None or i.begin_ns < first) for i in process.ioctls
     )
-    return 4 * (fresh and restored) + (fresh and first is not None) + 2 * (process.hint == "destination")
+    return 4 * (fresh and restored) + (fresh and first is not None) + 2 * (process.hint == Side.DESTINATION)
 
 
 def _fetches_for_migration(process: Process) -> bool:

@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ebpf_mig.analysis import tcp_info
-from ebpf_mig.analysis.process import RECEIVE, SEND, Process, begun, key_of
-from ebpf_mig.breakdown import SocketUse
-from ebpf_mig.recording.events import Socket, Transfer
+from ebpf_mig.analysis.process import Process, begun, key_of
+from ebpf_mig.breakdown import Side, SocketUse, Transport
+from ebpf_mig.recording.events import RECEIVE, SEND, Socket, Transfer
 
 AF_UNIX = 1
 LEAST_BYTES = 4096
@@ -33,7 +33,7 @@ class Channels:
 
     source: frozenset[int] = frozenset()
     destination: frozenset[int] = frozenset()
-    transport: str = "unknown"
+    transport: Transport = Transport.UNKNOWN
 
     @property
     def connections(self) -> int:
@@ -164,15 +164,15 @@ def normal(address: str) -> str:
     return f"{host.strip('[]').removeprefix('::ffff:')}:{port}"
 
 
-def _transport(process: Process | None, keys: Collection[int]) -> str:
+def _transport(process: Process | None, keys: Collection[int]) -> Transport:
     if process is None or not process.transfers:
-        return "unknown"
+        return Transport.UNKNOWN
     if not keys:
-        return "none"
+        return Transport.NONE
     families = {_family(process, key) for key in keys} - {0}
     if not families:
-        return "unknown"
-    return "unix" if families == {AF_UNIX} else "tcp"
+        return Transport.UNKNOWN
+    return Transport.UNIX if families == {AF_UNIX} else Transport.TCP
 
 
 def usage(
@@ -181,8 +181,8 @@ def usage(
     """One row for each migration socket, side and direction that was used in the window."""
     rows: list[SocketUse] = []
     for side, process, keys, main in (
-        ("source", source, channels.source, SEND),
-        ("destination", destination, channels.destination, RECEIVE),
+        (Side.SOURCE, source, channels.source, SEND),
+        (Side.DESTINATION, destination, channels.destination, RECEIVE),
     ):
         if process is None:
             continue

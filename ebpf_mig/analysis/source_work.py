@@ -15,9 +15,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig.analysis.dirty_log import Burst, is_clear
-from ebpf_mig.analysis.process import RECEIVE, SEND, Process, begun, key_of
+from ebpf_mig.analysis.process import Process, begun, key_of
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import Ioctl, OffCpu, Transfer
+from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, OffCpu, Transfer
 
 CLUSTER_NS = 1_000_000
 """Sends further apart than this are not one message, where no reply tells messages apart."""

@@ -17,6 +17,7 @@ from ebpf_mig.analysis import source_work
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import any_in
 from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.breakdown import SwitchoverKind
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Transfer
 
@@ -30,9 +31,7 @@ VOLLEY_NS = 1_000_000
 class Switchover:
     """Instants are absolute, in ns."""
 
-    kind: str
-    """`completed`: the destination runs. `stopped`: the source does not, the rest is unknown. `aborted`: the
-    source runs again."""
+    kind: SwitchoverKind
     requested: int
     """The pause request."""
     stop: int
@@ -61,10 +60,10 @@ def find(
                     for index, line in (destination.vcpus if destination else {}).items()
                     if (at := line.start_after(begin)) is not None
                 }
-                return _at(source, "completed", begin, starts)
+                return _at(source, SwitchoverKind.COMPLETED, begin, starts)
     begin, end = gaps[-1]
     if end is None:
-        return _at(source, "stopped", begin, {}) if _active_after(source, begin, sends) else None
+        return _at(source, SwitchoverKind.STOPPED, begin, {}) if _active_after(source, begin, sends) else None
     chosen = _attempt(source, gaps, sends, stop_marks)
     if chosen is None:
         return None
@@ -74,7 +73,7 @@ def find(
         for index, line in source.vcpus.items()
         if (gap := line.covering(begin)) is not None and gap.end is not None
     }
-    return _at(source, "aborted", begin, starts)
+    return _at(source, SwitchoverKind.ABORTED, begin, starts)
 
 
 def _first_start(destination: Process | None) -> int | None:
@@ -82,7 +81,7 @@ def _first_start(destination: Process | None) -> int | None:
     return min((line.first_run for line in lines if line.first_run is not None), default=None)
 
 
-def _at(source: Process, kind: str, stop: int, starts: dict[int, int]) -> Switchover:
+def _at(source: Process, kind: SwitchoverKind, stop: int, starts: dict[int, int]) -> Switchover:
     stops = {
         index: gap.begin
         for index, line in source.vcpus.items()

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import Cover
-from ebpf_mig.breakdown import Phase, Span, Wait
+from ebpf_mig.breakdown import PHASES, Phase, PhaseName, Side, Span, Wait
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
 MOST = 10
 """Waits that are kept, the longest first."""
 SLACK_NS = 20_000
 """How far a span's end may be from the begin or return of a call, where the total is known."""
-_SIDES = {
-    "source": ("pause", "quiesce", "fetch.kernel", "fetch.user", "memory.send", "state.save", "state.send"),
-    "destination": ("handover", "state.load", "resume"),
-}
-_VCPUS = ("pause", "resume")
+_SOURCE = tuple(name for name, side in PHASES if side == Side.SOURCE)
+_DESTINATION = (PhaseName.HANDOVER, PhaseName.STATE_LOAD, PhaseName.RESUME)
+_OWN = {Side.SOURCE: _SOURCE, Side.DESTINATION: _DESTINATION, Side.BOTH: _SOURCE + _DESTINATION}
+"""The phases in which a side's waits hold the migration up."""
+_VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class Party:
     """One side of the migration."""
 
     process: Process
-    side: str
-    """`source` or `destination`; `both` for a source that takes its guest back."""
+    side: Side
+    """BOTH: a source that takes its guest back."""
     drivers: frozenset[int]
     """Threads whose waits count in every phase of the side."""
     senders: frozenset[int] = frozenset()
@@ -57,9 +57,8 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
         ]
         for event in near:
             names = _phases_of(party, event.tid, vcpus)
-            duration, phase = max(
-                ((covers[name].within(event.begin_ns, event.end_ns), name) for name in names), default=(0, "")
-            )
+            overlaps = [(covers[name].within(event.begin_ns, event.end_ns), name) for name in names]
+            duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
             if duration < LONG_WAIT_NS:
                 continue
             stack = ["(preempted)"] if event.preempted else list(event.stack)
@@ -70,12 +69,12 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
     return [wait for _, _, wait in found[:MOST]]
 
 
-def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[str]:
-    own = [name for side, names in _SIDES.items() if party.side in (side, "both") for name in names]
+def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName]:
+    own = _OWN[party.side]
     if tid in party.drivers:
-        return [*own, "unattributed"]
+        return [*own, PhaseName.UNATTRIBUTED]
     if tid in party.senders:
-        return ["memory.send"]
+        return [PhaseName.MEMORY_SEND]
     return [name for name in own if name in _VCPUS] if tid in vcpus else []
 
 

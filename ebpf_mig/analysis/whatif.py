@@ -16,15 +16,13 @@ from ebpf_mig.analysis import bandwidth as link
 from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import merged, overlap, total
-from ebpf_mig.breakdown import Breakdown, Change, FetchIoctl, Span, WhatIf
+from ebpf_mig.breakdown import Breakdown, Change, DirtyLogMode, FetchIoctl, PhaseName, Result, Span, WhatIf
 from ebpf_mig.errors import UsageError
 
 PAYLOAD = Fraction(1448, 1538)
 """Of an Ethernet link's bits with an MTU of 1500: preamble, header, checksum and gap take 38 bytes, IPv4 and TCP with
 timestamps 52 (IEEE 802.3; RFC 791, 9293, 7323)."""
 _RE_ARMS = ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
-_RE_ARMING_PARTS = ("walk", "flush")
-"""What KVM_GET_DIRTY_LOG without manual protection does beyond copying the bitmap (kvm_get_dirty_log_protect)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Wishes:
 def predict(analysis: Analysis, wishes: Wishes) -> WhatIf:
     """The blackout under `wishes`. UsageError if there is no blackout of a completed migration."""
     b, origin = analysis.breakdown, analysis.origin_ns
-    if b.blackout_ns is None or b.migration.result != "completed":
+    if b.blackout_ns is None or b.migration.result != Result.COMPLETED:
         raise UsageError("there is no blackout of a completed migration to reckon from")
     use = link.observe(analysis.traced)
     queued = [] if isinstance(use, str) else [(begin - origin, end - origin) for begin, end in use.limited]
@@ -98,7 +96,9 @@ def _fetch_gain(b: Breakdown, queued: Sequence[Span], wishes: Wishes, changes: l
     """Whether the final fetch is to become faster, and so re-arming with it."""
     if wishes.fetch is None:
         return False
-    spans = sorted(span for p in b.phases if p.phase in {"fetch.kernel", "fetch.user"} for span in p.spans)
+    spans = sorted(
+        span for p in b.phases if p.phase in (PhaseName.FETCH_KERNEL, PhaseName.FETCH_USER) for span in p.spans
+    )
     changes.append(_less(wishes.text("fetch"), "the final fetch", spans, queued, wishes.fetch))
     return True
 
@@ -112,7 +112,7 @@ def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, 
         changes.append(Change(wish=wish, change_ns=0, why="part of the final fetch, which is counted already"))
         return
     ioctls = [i for fetch in b.dirty_log.fetches for i in fetch.ioctls]
-    if b.dirty_log.mode != "legacy":
+    if b.dirty_log.mode != DirtyLogMode.LEGACY:
         calls = [i for i in ioctls if i.ioctl in _RE_ARMS]
         what = f"{len(calls)} calls that re-arm"
         changes.append(_less(wish, what, merged(map(_span, calls)), queued, wishes.rearm))
@@ -126,8 +126,8 @@ def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, 
     beside = overlap(queued, merged(map(_span, gets)))
     gain = max(0, took - beside)
     why = f"walk and flush of {len(gets)} KVM_GET_DIRTY_LOG took {took / 1e6:.3f} ms"
-    if samples := [i.split["samples"] for i in gets if i.split and isinstance(i.split.get("samples"), int)]:
-        why += f", known from {sum(int(s) for s in samples)} samples"
+    if samples := [i.split.samples for i in gets if i.split and isinstance(i.split.samples, int)]:
+        why += f", known from {sum(samples)} samples"
     changes.append(Change(wish=wish, change_ns=-round(gain * (1 - wishes.rearm)), why=why))
 
 
@@ -136,9 +136,8 @@ def _span(ioctl: FetchIoctl) -> Span:
 
 
 def _protecting(ioctl: FetchIoctl) -> int | None:
-    if ioctl.split is None:
-        return None
-    return sum(int(ioctl.split.get(part, 0)) for part in _RE_ARMING_PARTS)
+    """What KVM_GET_DIRTY_LOG without manual protection does beyond copying the bitmap (kvm_get_dirty_log_protect)."""
+    return ioctl.split.walk + ioctl.split.flush if ioctl.split is not None else None
 
 
 def _less(wish: str, what: str, spans: Sequence[Span], queued: Sequence[Span], left: Fraction) -> Change:

@@ -17,11 +17,10 @@ import msgspec
 
 from ebpf_mig.analysis import sockets
 from ebpf_mig.analysis.migration import TracedMigration
-from ebpf_mig.analysis.process import RECEIVE, SEND
 from ebpf_mig.analysis.source_work import Work
 from ebpf_mig.analysis.spans import FOREVER
-from ebpf_mig.breakdown import Span, Wire
-from ebpf_mig.recording.events import Retransmit, Segment, Transfer
+from ebpf_mig.breakdown import Span, Transport, Wire
+from ebpf_mig.recording.events import RECEIVE, SEND, Retransmit, Segment, Transfer
 
 _at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
 
@@ -75,7 +74,7 @@ def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> 
             rows = gather(sends, receives, segments, window, again, state)
             if traced.postcopy and not answering:
                 rows = [msgspec.structs.replace(row, message=row.message.replace("state", BOTH)) for row in rows]
-            found += rows if traced.channels.transport != "unix" else map(without_wire, rows)
+            found += rows if traced.channels.transport != Transport.UNIX else map(without_wire, rows)
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[:MOST]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig.analysis.switchover import Switchover
-from ebpf_mig.breakdown import Witness
+from ebpf_mig.breakdown import SwitchoverKind, Witness
 from ebpf_mig.recording.events import Mark
 
 MS = 1_000_000
@@ -63,7 +63,7 @@ def gather(
             )
     for name, stop, resume in names.pairs:
         stopped = _nearest(marks, stop, pids[0], switchover.stop)
-        resuming = pids[0] if switchover.kind == "aborted" else pids[1]
+        resuming = pids[0] if switchover.kind == SwitchoverKind.ABORTED else pids[1]
         resumed = _nearest(marks, resume, resuming, switchover.first_start)
         if stopped and resumed:
             value = resumed.at_ns - stopped.at_ns

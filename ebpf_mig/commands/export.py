@@ -18,6 +18,7 @@ from ebpf_mig.recording.redact import Names, redacted
 from ebpf_mig.report import tables
 from ebpf_mig.report.tables import Row
 from ebpf_mig.text import printable
+from ebpf_mig.vmm import words
 
 _WRITERS: dict[str, Callable[[dict[str, type], Sequence[Row]], bytes]] = {
     "parquet": tables.to_parquet,
@@ -75,7 +76,7 @@ def command(directory: str, form: str, output: str, force: bool, redact: bool, s
 def _tables(directory: Path, files: Sequence[Path], redact: bool) -> tuple[list[Row], list[Row]]:
     migrations: list[Row] = []
     phases: list[Row] = []
-    names = Names() if redact else None
+    names = Names(words()) if redact else None
     for number, file in enumerate(files, 1):
         name = f"recording-{number}" if redact else file.relative_to(directory).as_posix()
         try:

@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from ebpf_mig.analysis.whatif import Wishes
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, Verdict
 from ebpf_mig.commands.options import (
     RATE,
     color_option,
@@ -154,7 +154,7 @@ def rendered(breakdown: Breakdown, form: str, output: str, color: str) -> str:
 
 def require_complete(breakdown: Breakdown, strict: bool) -> None:
     """Raise IncompleteError if `strict` and the verdict is `incomplete`."""
-    if strict and breakdown.completeness.verdict == "incomplete":
+    if strict and breakdown.completeness.verdict == Verdict.INCOMPLETE:
         reasons = breakdown.completeness.reasons
         raise IncompleteError(f"incomplete: {reasons[0]}" if reasons else "the recording is incomplete")
 
@@ -187,10 +187,11 @@ def _share(value: str, text: str) -> Fraction:
 def _analysis(file: str, redact: bool) -> Analysis:
     from ebpf_mig.collector import analyse
     from ebpf_mig.recording.file import read_recording
-    from ebpf_mig.recording.redact import redacted
+    from ebpf_mig.recording.redact import Names, redacted
+    from ebpf_mig.vmm import words
 
     recording = read_recording(sys.stdin.buffer if file == "-" else file)
     warn(file, recording)
     if redact:
-        recording = redacted(recording)
+        recording = redacted(recording, Names(words()))
     return analyse(recording)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 import msgspec
@@ -14,6 +13,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.commands.options import examples, write_result
 from ebpf_mig.compare.benchmark import SCHEMA as BENCH
 from ebpf_mig.compare.benchmark import Benchmark
+from ebpf_mig.report.schema import schema_of
 
 _KINDS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "breakdown": (Breakdown, BREAKDOWN),
@@ -28,10 +28,4 @@ def command(kind: str) -> None:
 
     Names in it are stable: later versions add, and never rename or remove.
     """
-    write_result(json.dumps(schema_of(kind), indent=2) + "\n")
-
-
-def schema_of(kind: str) -> dict[str, Any]:
-    """JSON Schema 2020-12, from the types themselves; KeyError for an unknown kind."""
-    of, name = _KINDS[kind]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name, **msgspec.json.schema(of)}
+    write_result(json.dumps(schema_of(*_KINDS[kind]), indent=2) + "\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import field
 
-from ebpf_mig.breakdown import PHASES, Breakdown, Struct
+from ebpf_mig.breakdown import PHASES, Breakdown, PhaseName, Result, Struct, Verdict
 from ebpf_mig.errors import UsageError
 
 SCHEMA = "ebpf-mig/bench/1"
@@ -25,24 +25,32 @@ class Run(Struct, frozen=True, kw_only=True):
     """One migration; `breakdown` is None if there is nothing to analyse, and `error` says why."""
 
     breakdown: Breakdown | None
+    """Null: there is nothing to analyse."""
     error: str = ""
+    """Why it is not a completed migration; empty if it is."""
 
 
 class Benchmark(Struct, frozen=True, kw_only=True):
     """A result file."""
 
     schema: str = SCHEMA
+    """Name and version of this schema."""
     scenario: str
     """Its name, or `command`."""
     settings: dict[str, int | str | bool | None] = field(default_factory=dict)
-    """What the scenario's name stood for."""
+    """What the scenario's name stood for: numbers with their unit in the name (bytes, ms, per s), and switches."""
     command: list[str] = field(default_factory=list)
+    """What was run each time, where the scenario is `command`."""
     host: str = ""
+    """Name of the host."""
     kernel: str = ""
+    """Its kernel's release."""
     tool: str = ""
+    """Name and version of what made this file."""
     warm_up: int = 0
-    """Runs made before the first of `runs` and thrown away."""
+    """Number of runs made before the first of `runs` and thrown away."""
     runs: list[Run] = field(default_factory=list)
+    """In the order in which they were made."""
 
     def sample(self, figure: str) -> list[int]:
         """The figure's value in ns in every run that measured it."""
@@ -51,12 +59,12 @@ class Benchmark(Struct, frozen=True, kw_only=True):
 
     def failed(self) -> int:
         """Runs whose migration did not complete, or left nothing to analyse."""
-        return sum(run.breakdown is None or run.breakdown.migration.result != "completed" for run in self.runs)
+        return sum(run.breakdown is None or run.breakdown.migration.result != Result.COMPLETED for run in self.runs)
 
     def incomplete(self) -> int:
         """Runs in which events were lost."""
         return sum(
-            run.breakdown is not None and run.breakdown.completeness.verdict == "incomplete" for run in self.runs
+            run.breakdown is not None and run.breakdown.completeness.verdict == Verdict.INCOMPLETE for run in self.runs
         )
 
 
@@ -64,9 +72,9 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
     """A figure of one completed migration in ns; None if it was not measured. KeyError for an unknown figure."""
     if figure not in FIGURES:
         raise KeyError(figure)
-    if breakdown.migration.result != "completed" or breakdown.window_ns is None:
+    if breakdown.migration.result != Result.COMPLETED or breakdown.window_ns is None:
         return None
-    took = {phase.phase: phase.duration_ns for phase in breakdown.phases}
+    took: dict[str, int] = {phase.phase: phase.duration_ns for phase in breakdown.phases}
     match figure:
         case "blackout":
             return breakdown.blackout_ns
@@ -75,7 +83,7 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
         case "total":
             return breakdown.migration.total_ns
         case "fetch":
-            kernel, user = took.get("fetch.kernel"), took.get("fetch.user")
+            kernel, user = took.get(PhaseName.FETCH_KERNEL), took.get(PhaseName.FETCH_USER)
             return None if kernel is None or user is None else kernel + user
         case _:
             return took.get(figure)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from fractions import Fraction
 
 from ebpf_mig.compare import stats
@@ -32,6 +33,21 @@ _CONDITION = re.compile(
 )
 
 
+class Finding(StrEnum):
+    """What became of a figure from A to B."""
+
+    SLOWER = "slower"
+    """It is longer, beyond chance and noise."""
+    FASTER = "faster"
+    """It is shorter, beyond chance and noise."""
+    NO_DIFFERENCE = "no difference"
+    """Chance and noise can explain the change."""
+    TOO_FEW_RUNS = "too few runs"
+    """No test can say anything."""
+    NOT_MEASURED = "not measured"
+    """One side never measured it."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """One figure in A and in B, in ns."""
@@ -45,8 +61,7 @@ class Difference:
     effect: float
     """Cliff's delta; positive: B is larger."""
     noise: float
-    verdict: str
-    """slower, faster, no difference, too few runs or not measured."""
+    verdict: Finding
 
 
 @dataclass(frozen=True)
@@ -101,13 +116,14 @@ def _difference(figure: str, x: Sequence[int], y: Sequence[int], p: float) -> Di
     runs = (len(x), len(y))
     if not x or not y:
         before, after = (float(stats.median(v)) if v else 0.0 for v in (x, y))
-        return Difference(figure, runs, before, after, 1.0, 0.0, 0.0, "not measured")
+        return Difference(figure, runs, before, after, 1.0, 0.0, 0.0, Finding.NOT_MEASURED)
     before, after = float(stats.median(x)), float(stats.median(y))
     noise, effect = stats.noise_floor(x, len(y)), stats.effect_size(x, y)
-    verdict = "too few runs"
+    verdict = Finding.TOO_FEW_RUNS
     if _enough(x, y):
         apart = p < SIGNIFICANT and abs(after - before) > noise
-        verdict = ("slower" if after > before else "faster") if apart else "no difference"
+        changed = Finding.SLOWER if after > before else Finding.FASTER
+        verdict = changed if apart else Finding.NO_DIFFERENCE
     return Difference(figure, runs, before, after, p, effect, noise, verdict)
 
 

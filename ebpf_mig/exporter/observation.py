@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import msgspec
 
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, Result, Side
 from ebpf_mig.vmm import migrating
 
 VMMS = (*migrating(), "other")
-ROLES = ("source", "destination", "both")
-RESULTS = ("completed", "failed", "cancelled", "unknown")
+ROLES = (Side.SOURCE, Side.DESTINATION, Side.BOTH)
+RESULTS = tuple(Result)
 DELAYS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
 """Upper ends of `Status.delays`; a migration that takes less than such a delay may be missed."""
 
@@ -85,19 +85,19 @@ Message = Observation | Status | Reload
 def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigger: str) -> Observation:
     """The breakdown in brief."""
     m = b.migration
-    sides = {side for side, end in (("source", m.source), ("destination", m.destination)) if end is not None}
-    role = "both" if len(sides) == 2 else next(iter(sides), "unknown")
+    sides = {side for side, end in ((Side.SOURCE, m.source), (Side.DESTINATION, m.destination)) if end is not None}
+    role = Side.BOTH if len(sides) == 2 else next(iter(sides), Side.UNKNOWN)
     return Observation(
         at=at,
         recording=recording,
         vmm=vmm if vmm in VMMS else "other",
         vm=vm,
         role=role,
-        result=m.result if m.result in RESULTS else "unknown",
+        result=m.result,
         trigger=trigger,
         blackout_ns=b.blackout_ns,
         window_ns=b.window_ns,
-        phases={p.phase: p.duration_ns for p in b.phases if p.side in sides or p.side == "both"}
+        phases={p.phase: p.duration_ns for p in b.phases if p.side in sides or p.side == Side.BOTH}
         if b.window_ns is not None
         else {},
         fetch=_fetch(b),

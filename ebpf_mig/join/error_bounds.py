@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from ebpf_mig.breakdown import Breakdown, Clock, Phase
+from ebpf_mig.breakdown import Breakdown, Clock, Phase, PhaseName, Side
 from ebpf_mig.join.clock import WANDER
 from ebpf_mig.recording.events import Remote
 
@@ -50,13 +50,13 @@ def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
 
 def _phases(phases: list[Phase], remote: Remote, origin: int) -> list[Phase]:
     """What begins where the source's phases end has the bound: handover, and what comes within the bound of that."""
-    left = max((phase.spans[-1][1] for phase in phases if phase.side == "source" and phase.spans), default=0)
+    left = max((phase.spans[-1][1] for phase in phases if phase.side == Side.SOURCE and phase.spans), default=0)
     bound = bound_at(remote, origin + left)
     near = left + (bound or 0)
     rows = []
     for phase in phases:
-        crosses = phase.side != "source" and any(begin <= near and end > left for begin, end in phase.spans)
-        if phase.phase == "handover" or crosses:
+        crosses = phase.side != Side.SOURCE and any(begin <= near and end > left for begin, end in phase.spans)
+        if phase.phase == PhaseName.HANDOVER or crosses:
             last = phase.spans[-1][1] if phase.spans else left
             phase = replace(phase, bound_ns=bound_at(remote, origin + last))  # noqa: PLW2901
         rows.append(phase)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig.analysis.process import SEND
 from ebpf_mig.analysis.sockets import normal
 from ebpf_mig.errors import RecordingError
 from ebpf_mig.join.happens_before import PEEKED_BYTES, sent_bytes
-from ebpf_mig.recording.events import Socket, Transfer
+from ebpf_mig.recording.events import SEND, Socket, Transfer
 from ebpf_mig.text import printable, size
 
 MOST_SOCKETS = 256

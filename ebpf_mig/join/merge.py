@@ -16,6 +16,7 @@ from typing import Any
 
 from msgspec.structs import force_setattr, replace
 
+from ebpf_mig.breakdown import Side
 from ebpf_mig.errors import UsageError
 from ebpf_mig.join import clock
 from ebpf_mig.join import match as matching
@@ -166,7 +167,7 @@ def _merged(
         notes.append(f"both were recorded on one kernel, so the true offset is 0: estimated {offset / 1e3:+.3f} us")
     header = replace(
         a,
-        targets=[_target(a, match.near, "source", match.near), _target(b, match.far, "destination", pid)],
+        targets=[_target(a, match.near, Side.SOURCE, match.near), _target(b, match.far, Side.DESTINATION, pid)],
         attach=_attach(a.attach, b.attach),
         notes=[*a.notes, *(note for note in b.notes if note not in a.notes), *notes],
         remote=remote,
@@ -195,7 +196,7 @@ def _merged(
 
 def _target(header: ev.Header, own: int, role: str, pid: int) -> ev.Target:
     known = next((t for t in header.targets if t.pid == own), ev.Target(pid=own, role=role))
-    given = known.role if known.role in ("source", "destination") else role
+    given = known.role if known.role in (Side.SOURCE, Side.DESTINATION) else role
     return replace(known, pid=pid, role=given)
 
 

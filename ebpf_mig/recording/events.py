@@ -14,6 +14,7 @@ Each field that is not just a number says what it means by its type: `Instant` i
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Annotated
 
 import msgspec
@@ -50,7 +51,8 @@ Pid = Annotated[int, Meta(ge=0, le=_MOST_PID)]
 Fd = Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
 """A file descriptor; -1: unknown."""
 Inode = Annotated[int, Meta(ge=0)]
-Direction = Annotated[int, Meta(ge=0, le=1)]
+Way = Annotated[int, Meta(ge=0, le=1)]
+"""A `Direction`."""
 Flag = Annotated[int, Meta(ge=0, le=1)]
 VcpuIndex = Annotated[int, Meta(ge=-1, le=1 << 20)]
 """-1: not a vCPU."""
@@ -71,6 +73,18 @@ Tier = Annotated[str, Meaning.TIER]
 """How a signal was attached, or `absent: ` and why."""
 Word = Annotated[str, Meaning.WORD]
 """A word of ours or of the VMM's protocol: it names nobody."""
+
+
+class Direction(IntEnum):
+    """Which way bytes move on a socket, seen from the traced process."""
+
+    SEND = 0
+    """It sends."""
+    RECEIVE = 1
+    """It receives."""
+
+
+SEND, RECEIVE = Direction
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -185,8 +199,8 @@ class Transfer(Event, frozen=True, tag=6):
     pid: Pid
     tid: Pid
     fd: Fd
-    direction: Direction
-    """0 send, 1 receive."""
+    direction: Way
+    """A `Direction`."""
     socket: Inode
     """Inode number of the socket, 0 if it could not be told."""
     calls: Count

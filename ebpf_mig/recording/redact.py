@@ -32,7 +32,9 @@ _PROBES = frozenset(kind.record.name for kind in KINDS if kind.record)
 class Names:
     """Stand-ins, numbered in the order in which names turn up."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: frozenset[str] = frozenset()) -> None:
+        """`words`: those that name nobody, besides what `words.py` knows."""
+        self.words = words
         self._known: dict[tuple[str, str], str] = {}
         self._counts: Counter[str] = Counter()
         self.stacks: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -120,14 +122,14 @@ def _text(text: str, names: Names) -> str:
 
 def _known_word(meaning: Meaning, called: str) -> Callable[[str, Names], str]:
     def stand_in(text: str, names: Names) -> str:
-        return text if safe(meaning, text, _PROBES) else names.of(called, text)
+        return text if safe(meaning, text, _PROBES, names.words) else names.of(called, text)
 
     return stand_in
 
 
 def _version(text: str, names: Names) -> str:
     """The numbers stay, also of a kernel that its builder gave a name."""
-    if safe(Meaning.VERSION, text, _PROBES):
+    if safe(Meaning.VERSION, text, _PROBES, names.words):
         return text
     numbers = _NUMBERS.match(text)
     return f"{numbers[0]}-custom" if numbers else names.of("version", text)
@@ -135,7 +137,7 @@ def _version(text: str, names: Names) -> str:
 
 def _tier(text: str, names: Names) -> str:
     """`absent` stays, why goes."""
-    if safe(Meaning.TIER, text, _PROBES):
+    if safe(Meaning.TIER, text, _PROBES, names.words):
         return text
     word, colon, why = text.partition(": ")
     return f"absent: {names.of('reason', why)}" if word == "absent" and colon else names.of("tier", text)

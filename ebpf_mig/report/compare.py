@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ebpf_mig.compare import stats
 from ebpf_mig.compare.benchmark import FIGURES, Benchmark
-from ebpf_mig.compare.diff import Difference
+from ebpf_mig.compare.diff import Difference, Finding
 from ebpf_mig.text import printable
 
 
@@ -66,9 +66,9 @@ def _diff_lines(
     yield ""
     yield f"{'figure':14}{'A ms':>10}{'B ms':>10}{'change':>9}{'noise':>9}{'p':>8}  verdict"
     for d in differences:
-        if d.verdict != "not measured" and (d.before or d.after):
+        if d.verdict != Finding.NOT_MEASURED and (d.before or d.after):
             yield _difference(d)
-    missing = [d.figure for d in differences if d.verdict == "not measured"]
+    missing = [d.figure for d in differences if d.verdict == Finding.NOT_MEASURED]
     if missing:
         yield from textwrap.wrap(f"not measured on both sides: {', '.join(missing)}", 80, subsequent_indent="  ")
     yield ""
@@ -77,18 +77,18 @@ def _diff_lines(
 
 def _difference(d: Difference) -> str:
     change = f"{100 * (d.after - d.before) / d.before:+.1f}%" if d.before else "new"
-    sure = f"{_ms(d.noise):>9}{d.p:>8.4f}" if d.verdict != "too few runs" else f"{'-':>9}{'-':>8}"
-    verdict = d.verdict
-    if verdict in {"slower", "faster"}:
+    sure = f"{_ms(d.noise):>9}{d.p:>8.4f}" if d.verdict != Finding.TOO_FEW_RUNS else f"{'-':>9}{'-':>8}"
+    verdict: str = d.verdict
+    if d.verdict in (Finding.SLOWER, Finding.FASTER):
         verdict += f" ({stats.effect_word(d.effect)})"
     return f"{d.figure:14}{_ms(d.before):>10}{_ms(d.after):>10}{change:>9}{sure}  {verdict}"
 
 
 def _summary(differences: Sequence[Difference]) -> str:
-    told = [d for d in differences if d.verdict in {"slower", "faster"}]
+    told = [d for d in differences if d.verdict in (Finding.SLOWER, Finding.FASTER)]
     if told:
         return "\n".join(f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms" for d in told)
-    if all(d.verdict in {"too few runs", "not measured"} for d in differences):
+    if all(d.verdict in (Finding.TOO_FEW_RUNS, Finding.NOT_MEASURED) for d in differences):
         return f"too few runs to tell: {stats.MIN_RUNS} completed ones are needed on each side"
     return "no difference"
 

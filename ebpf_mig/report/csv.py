@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, Side, Span
 
 COLUMNS = ("phase", "side", "duration_ns", "share", "spans", "begin_ns", "end_ns", "verdict")
 
@@ -21,11 +21,13 @@ def render(breakdown: Breakdown) -> str:
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(COLUMNS)
     window, verdict = breakdown.window_ns, breakdown.completeness.verdict
-    rows = [(p.phase, p.side, p.duration_ns, p.spans) for p in breakdown.phases]
+    rows: list[tuple[str, Side, int, list[Span]]] = [
+        (p.phase, p.side, p.duration_ns, p.spans) for p in breakdown.phases
+    ]
     if breakdown.blackout is not None and breakdown.blackout_ns is not None:
-        rows.append(("blackout", "both", breakdown.blackout_ns, [breakdown.blackout]))
+        rows.append(("blackout", Side.BOTH, breakdown.blackout_ns, [breakdown.blackout]))
     if window is not None:
-        rows.append(("window", "both", window, [(0, window)]))
+        rows.append(("window", Side.BOTH, window, [(0, window)]))
     for name, side, duration, spans in rows:
         share = f"{duration / window:.6f}" if window else ""
         ends = (spans[0][0], spans[-1][1]) if spans else ("", "")

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from ebpf_mig.analysis.lanes import Lane, View
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, PhaseName, Side
 from ebpf_mig.report import html_charts as charts
 from ebpf_mig.report import html_tables as tables
 from ebpf_mig.report import whatif
@@ -88,7 +88,7 @@ def _data(b: Breakdown, view: View) -> str:
     phases: list[int] = []
     sides: dict[int, str] = {}
     for begin, end, phase, side in sorted((*span, p.phase, p.side) for p in b.phases for span in p.spans):
-        sides[names.of(phase)] = "warn" if phase == "unattributed" else side
+        sides[names.of(phase)] = "warn" if phase == PhaseName.UNATTRIBUTED else side
         phases += [begin, end, names.of(phase), 0]
     lanes: list[dict[str, Any]] = [{"label": "phases", "kind": "phase", "v": phases}] if phases else []
     fetches = [
@@ -98,7 +98,7 @@ def _data(b: Breakdown, view: View) -> str:
     ]
     if fetches:
         lanes.append({"label": "pre-copy passes", "kind": "slot", "v": fetches})
-    sides_order = ("source", "destination", "unknown")
+    sides_order = (Side.SOURCE, Side.DESTINATION, Side.UNKNOWN)
     for lane in sorted(view.lanes, key=lambda one: (sides_order.index(one.side), _ORDER.index(one.kind))):
         v = [
             number

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, Split
 from ebpf_mig.report import html_tables as tables
-from ebpf_mig.report.html_tables import PARTS, Split, error_of
 
 _WIDTH, _HEIGHT = 1000, 100
 
@@ -54,11 +53,10 @@ def split(b: Breakdown) -> Iterator[str]:
     whole = _whole(b)
     if whole is None:
         return
-    parts = {name: int(whole[name]) for name in PARTS if name in whole}
+    parts, errors = whole.parts, whole.errors
     total = sum(parts.values())
     if not total:
         return
-    errors = {name: error_of(whole, name) for name in parts}
     scale = max(ns + (errors[name] or 0) for name, ns in parts.items())
     rows = [
         f"<td>{name}</td><td class='n'>{tables.milliseconds(ns)}</td>"
@@ -67,7 +65,7 @@ def split(b: Breakdown) -> Iterator[str]:
         for name, ns in parts.items()
     ]
     yield tables.table("split", ("inside the ioctls", "#ms", "#± ms", "#share", ""), rows)
-    samples = whole.get("samples")
+    samples = whole.samples
     yield "<p class='soft'>"
     yield (
         "Measured at each call's begin and end." if samples == "exact" else f"From {samples} samples; ± holds at 95 %."

@@ -10,15 +10,25 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-from ebpf_mig.breakdown import Breakdown, Clock, Endpoint, FetchIoctl, FinalFetch, Phase, Stretch
+from ebpf_mig.breakdown import (
+    Breakdown,
+    Clock,
+    Endpoint,
+    FetchIoctl,
+    FinalFetch,
+    Phase,
+    PhaseName,
+    Result,
+    Side,
+    Split,
+    Stretch,
+)
 from ebpf_mig.report import bounds
 from ebpf_mig.report.reference import REARM
 from ebpf_mig.text import printable
 
-SIDES = {"source": "src", "destination": "dst"}
+SIDES = {Side.SOURCE: "src", Side.DESTINATION: "dst"}
 _MANY = 40
-PARTS = ("walk", "flush", "copy", "other")
-Split = dict[str, int | str]
 
 
 def escaped(text: str, limit: int = 400) -> str:
@@ -42,10 +52,10 @@ def size(count: int | None) -> str:
 def headline(b: Breakdown) -> str:
     """The blackout, or why there is none."""
     if b.blackout_ns is None:
-        if b.window_ns is None and b.migration.result in {"failed", "cancelled"}:
+        if b.window_ns is None and b.migration.result in (Result.FAILED, Result.CANCELLED):
             return "no blackout: the migration ended before the vCPUs stopped"
         return "blackout not measured"
-    word = "aborted blackout" if b.migration.result in {"failed", "cancelled"} else "blackout"
+    word = "aborted blackout" if b.migration.result in (Result.FAILED, Result.CANCELLED) else "blackout"
     return f"{word} {bounds.blackout(b)}"
 
 
@@ -86,7 +96,7 @@ def waterfall(b: Breakdown) -> Iterator[str]:
 
 
 def _bar(phase: Phase, window: int) -> str:
-    name = "unattributed" if phase.phase == "unattributed" else phase.side
+    name = phase.phase if phase.phase == PhaseName.UNATTRIBUTED else phase.side
     bars = "".join(
         f"<rect class='{name}' x='{1000 * begin / window:.2f}' width='{max(1000 * (end - begin) / window, 1.5):.2f}' "
         "y='0' height='10'/>"
@@ -165,20 +175,13 @@ def _split(split: Split | None) -> str:
     """The parts of a call, sampled ones with their 95 % error, and what tells so."""
     if split is None:
         return "-"
-    parts: list[str] = []
-    for name in PARTS:
-        ns, error = split.get(name), error_of(split, name)
-        if isinstance(ns, int):
-            parts.append(f"{name} {milliseconds(ns)}" + ("" if error is None else f" ± {milliseconds(error)}"))
-    samples = split.get("samples")
-    how = f" ({samples} samples)" if isinstance(samples, int) else f" ({escaped(str(samples))})" if samples else ""
-    return ", ".join(parts) + how if parts else "-"
-
-
-def error_of(split: Split, name: str) -> int | None:
-    """How far a part may lie off at 95 %; None if it is exact or no error is known."""
-    error = split.get(f"{name}_error")
-    return error if isinstance(error, int) else None
+    errors = split.errors
+    parts = [
+        f"{name} {milliseconds(ns)}" + ("" if errors[name] is None else f" ± {milliseconds(errors[name])}")
+        for name, ns in split.parts.items()
+    ]
+    how = f"{split.samples} samples" if isinstance(split.samples, int) else escaped(split.samples)
+    return f"{', '.join(parts)} ({how})"
 
 
 def passes(b: Breakdown) -> Iterator[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, Result
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.recording.events import Header
 from ebpf_mig.text import printable
@@ -114,7 +114,12 @@ def fits(rows: Iterable[Row]) -> bool:
 
 def unreadable_row(name: str, why: str) -> Row:
     """The row of a recording that says nothing."""
-    return dict.fromkeys(MIGRATIONS) | {"recording": name, "result": "unknown", "verdict": "unreadable", "error": why}
+    return dict.fromkeys(MIGRATIONS) | {
+        "recording": name,
+        "result": Result.UNKNOWN,
+        "verdict": "unreadable",
+        "error": why,
+    }
 
 
 def phase_rows(name: str, b: Breakdown) -> list[Row]:

@@ -17,10 +17,17 @@ from ebpf_mig.breakdown import (
     IMMEDIATE,
     Breakdown,
     Clock,
+    DirtyLogMode,
     Endpoint,
     FetchIoctl,
+    Mode,
     Phase,
+    PhaseName,
+    Result,
+    Side,
+    Transport,
     Vcpu,
+    Verdict,
 )
 from ebpf_mig.report import bounds, text_fetch, text_vmm, text_wire
 from ebpf_mig.report.canvas import PLAIN, Canvas
@@ -34,8 +41,8 @@ MAX_LISTED = 3
 SCREEN = 40
 """Lines; rows that can be spared go first where there are more."""
 _BAR_AT = 39
-_SIDES = {"source": ("src", "cyan"), "destination": ("dst", "magenta"), "both": ("both", "blue")}
-_VERDICTS = {"complete": "green", "bounded": "yellow", "incomplete": "bold red"}
+_SIDES = {Side.SOURCE: ("src", "cyan"), Side.DESTINATION: ("dst", "magenta"), Side.BOTH: ("both", "blue")}
+_VERDICTS = {Verdict.COMPLETE: "green", Verdict.BOUNDED: "yellow", Verdict.INCOMPLETE: "bold red"}
 _PLAIN = str.maketrans({"…": "...", "→": "->", "±": "+-", "≤": "<="})
 
 
@@ -110,7 +117,7 @@ def _headline(breakdown: Breakdown) -> Row:
 def _headline_text(breakdown: Breakdown) -> str:
     result = breakdown.migration.result
     if breakdown.blackout_ns is None:
-        if result in {"failed", "cancelled"} and breakdown.window_ns is None:
+        if result in (Result.FAILED, Result.CANCELLED) and breakdown.window_ns is None:
             return "no blackout: the migration ended before the vCPUs stopped"
         missing = "stop" if breakdown.window_ns is None else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
@@ -118,22 +125,24 @@ def _headline_text(breakdown: Breakdown) -> str:
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
-    return "aborted blackout" if breakdown.migration.result in {"failed", "cancelled"} else "blackout"
+    return "aborted blackout" if breakdown.migration.result in (Result.FAILED, Result.CANCELLED) else "blackout"
 
 
 def _migration(breakdown: Breakdown) -> Iterator[Row]:
     facts = breakdown.migration
     known = " ".join(name for name in (facts.vmm, facts.vmm_version) if name and name != "unknown")
     vmm = printable(known) or "unknown VMM"
-    mode = {"precopy": "pre-copy", "postcopy": "post-copy", "unknown": "unknown mode"}.get(facts.mode, facts.mode)
-    way = "" if facts.transport == "none" else f" over {printable(facts.transport)}"
-    if facts.transport == "unknown":
+    mode = {Mode.PRECOPY: "pre-copy", Mode.POSTCOPY: "post-copy", Mode.UNKNOWN: "unknown mode"}.get(
+        facts.mode, facts.mode
+    )
+    way = "" if facts.transport == Transport.NONE else f" over {printable(facts.transport)}"
+    if facts.transport == Transport.UNKNOWN:
         way = " over an unknown transport"
     elif facts.connections > 1:
         way += f" ({facts.connections} connections)"
-    result = {"unknown": "result unknown"}.get(facts.result, facts.result)
+    result = {Result.UNKNOWN: "result unknown"}.get(facts.result, facts.result)
     after = "" if facts.total_ns is None else f" after {ms(facts.total_ns)} ms"
-    style = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}.get(facts.result, "")
+    style = {Result.COMPLETED: "green", Result.FAILED: "bold red", Result.CANCELLED: "yellow"}.get(facts.result, "")
     yield Row(Text.assemble(f"{vmm}, {printable(mode)}{way}, ", (printable(result), style), after))
     ends = [_endpoint("source", facts.source), _endpoint("destination", facts.destination)]
     yield Row(Text(" -> ".join(ends)))
@@ -155,7 +164,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         scale = ruler(breakdown.blackout, window, width, _blackout_word(breakdown), unicode=canvas.unicode)
     yield Row(Text.assemble((f"{'phase':14}{'side':5}{'ms':>11}{'share':>8} ", "dim"), (scale, "bold")))
     for phase in breakdown.phases:
-        if phase.duration_ns or phase.bound_ns or phase.phase == "unattributed":
+        if phase.duration_ns or phase.bound_ns or phase.phase == PhaseName.UNATTRIBUTED:
             yield Row(_phase(phase, breakdown.clock, window, width, canvas.unicode))
     yield Row(
         Text(
@@ -165,7 +174,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
     unseen = [
         phase.phase
         for phase in breakdown.phases
-        if not (phase.duration_ns or phase.bound_ns) and phase.phase != "unattributed"
+        if not (phase.duration_ns or phase.bound_ns) and phase.phase != PhaseName.UNATTRIBUTED
     ]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)
@@ -174,7 +183,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
 def _phase(phase: Phase, clock: Clock, window: int, width: int, unicode: bool) -> Text:
     side, colour = _SIDES.get(phase.side, (phase.side, ""))
     name = "bold" if phase.phase.startswith("fetch.") else ""
-    if phase.phase == "unattributed":
+    if phase.phase == PhaseName.UNATTRIBUTED:
         colour = name = "yellow"
     share = f"{100 * phase.duration_ns / window:.1f}%"
     return Text.assemble(
@@ -214,7 +223,7 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
             yield longest._replace(spare=1)
         yield from text_fetch.inside(breakdown)
     elif breakdown.window_ns is not None:
-        why = "none: no dirty logging" if log.mode == "none" else "none seen after the last vCPU stopped"
+        why = "none: no dirty logging" if log.mode == DirtyLogMode.NONE else "none seen after the last vCPU stopped"
         yield remark("final dirty-log fetch", why, "bold")
     if passes := log.passes:
         kernel, user = sum(p.kernel_ns for p in passes), sum(p.user_ns for p in passes)

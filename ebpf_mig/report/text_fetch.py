@@ -22,11 +22,11 @@ def inside(breakdown: Breakdown) -> Iterator[Row]:
     if final is None:
         return
     if (split := final.split) is not None:
-        parts = {name: int(split.get(name, 0)) for name in ("walk", "flush", "copy", "other")}
+        parts = split.parts
         total = sum(parts.values()) or 1
         shares = ", ".join(f"{name} {100 * ns / total:.0f}%" for name, ns in parts.items() if 200 * ns >= total)
-        error = max(int(split.get(f"{name}_error", 0)) for name in parts)
-        how = "exact" if split.get("samples") == "exact" else f"±{100 * error / total:.0f}, n={split['samples']}"
+        error = max(error or 0 for error in split.errors.values())
+        how = "exact" if split.samples == "exact" else f"±{100 * error / total:.0f}, n={split.samples}"
         yield figure("  on CPU in ioctls", sum(parts.values()), f"{shares} ({how})")
     rearm, window = final.rearm, breakdown.window_ns or 0
     if rearm is not None and rearm.ns * _TOLD_SHARE >= window:

@@ -45,6 +45,11 @@ def mark_names() -> MarkNames:
     return merged(one.witness.marks for one in adapters())
 
 
+def words() -> frozenset[str]:
+    """Names of VMMs, and of the marks that they make."""
+    return frozenset(ADAPTERS).union(*(one.witness.words for one in adapters()))
+
+
 def with_lab() -> list[str]:
     """Names of those that can start VMs of their own: for `demo` and `bench`."""
     return [one.name for one in adapters() if one.has_lab]

@@ -34,6 +34,8 @@ class VmmWitness:
     parts: ClassVar[Mapping[str, int]] = {}
     """Rows that are parts of its downtime, not figures for the blackout: how much a crowded report can spare each."""
     references: tuple[Reference, ...] = ()
+    words: frozenset[str] = frozenset()
+    """Names of marks that a recording can hold of it. Redaction lets them pass."""
 
     def rows(
         self,

@@ -20,13 +20,13 @@ import msgspec
 from ebpf_mig.analysis import pause, phases, source_work
 from ebpf_mig.analysis.attribution import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
-from ebpf_mig.analysis.process import RECEIVE, SEND, Process, key_of
+from ebpf_mig.analysis.process import Process, key_of
 from ebpf_mig.analysis.spans import covered, total, uncovered
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
-from ebpf_mig.breakdown import Phase, Span, Wire, Witness
+from ebpf_mig.breakdown import Phase, Span, SwitchoverKind, Wire, Witness
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import Ioctl, Transfer
+from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, Transfer
 from ebpf_mig.vmm.witness import Reference, VmmWitness
 
 MS = 1_000_000
@@ -35,6 +35,17 @@ _NAMED_NS, _NAMED_SHARE = 10_000, 50
 """Shares shorter than this, or than a fiftieth of the whole, are left out of the explanations."""
 _ORDER = (*_SOURCE_PARTS, "recv_snapshot", "restore", "resume", "state_to_resume")
 _ALSO = {"overhead": "final_iter that is not transfer", "state_to_resume": "from the state's header on"}
+_FIGURES = frozenset({
+    "complete_ms", "downtime_ms", "final_iter_ms", "overhead_ms", "send_state_ms", "state_ms", "recv_snapshot_ms",
+    "restore_ms", "resume_ms", "state_to_resume_ms",
+})  # fmt: skip
+_EVENTS = frozenset({
+    "starting", "booting", "booted", "deleted", "shutdown", "reboot", "pausing", "paused", "resuming", "resumed",
+    "snapshotting", "snapshotted", "restoring", "restored", "migration-started", "migration-memory-iteration",
+    "migration-finished", "migration-failed", "migration-receive-ready", "migration-receive-started",
+    "migration-receive-finished", "migration-receive-failed", "migration-cancelled", "panic",
+})  # fmt: skip
+"""event!() of vmm/src and vm-migration (v52 to v54)."""
 HEADER = 64
 """A message without a payload, as `Complete` is, has 16 bytes; TLS adds some."""
 
@@ -46,6 +57,7 @@ class CloudHypervisorWitness(VmmWitness):
         downtime={"ch.downtime_ms": "from its pause call to the answer to Complete"},
         pairs=(("ch.paused..resumed", "ch.event.paused", "ch.event.resumed"),),
     )
+    words = frozenset({f"ch.{word}" for word in _FIGURES} | {f"ch.event.{word}" for word in _EVENTS})
     parts: ClassVar = {
         "ch.state_ms": 0, "ch.send_state_ms": 0, "ch.final_iter_ms": 0, "ch.complete_ms": 0, "ch.unnamed_ms": 1,
         "ch.restore_ms": 3, "ch.recv_snapshot_ms": 3, "ch.resume_ms": 3, "ch.overhead_ms": 5,
@@ -132,7 +144,7 @@ def _snapshotted(traced: TracedMigration) -> int | None:
 
 def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], found: Talk) -> str:
     least = max(_NAMED_NS, (span[1] - span[0]) // _NAMED_SHARE)
-    shares = [(phase.phase, covered(phase.spans, span)) for phase in parts]
+    shares: list[tuple[str, int]] = [(phase.phase, covered(phase.spans, span)) for phase in parts]
     shares.append(("after the start", span[1] - span[0] - sum(ns for _, ns in shares)))
     said = [", ".join(f"{phase} {ns / MS:.3f}" for phase, ns in shares if ns >= least)]
     if name in _ALSO:
@@ -217,7 +229,7 @@ def messages(transfers: Sequence[Transfer], first: int) -> list[Message]:
 def follow(traced: TracedMigration, snapshotted: int | None = None) -> Talk:
     """The spans of a completed migration. `snapshotted`: when the VMM says that its state was saved, if it does."""
     source, found = traced.source, traced.switchover
-    if source is None or found is None or found.kind != "completed":
+    if source is None or found is None or found.kind != SwitchoverKind.COMPLETED:
         return Talk({})
     spans, second, serialising = _source(traced, source, found, snapshotted)
     loading, parsing = _destination(traced, found)

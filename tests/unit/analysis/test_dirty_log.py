@@ -9,7 +9,7 @@ from ebpf_mig.analysis import dirty_log, fetch_split
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.passes import DirtyLogRows
 from ebpf_mig.analysis.process import Process, split
-from ebpf_mig.breakdown import Slot
+from ebpf_mig.breakdown import Slot, Split
 from tests.unit.script import US, Script, Vm, at
 
 MIB = 1 << 20
@@ -192,11 +192,7 @@ def test_an_ioctl_measured_inside_is_split_to_the_nanosecond() -> None:
     measured = msgspec.structs.replace(
         plain, off_cpu_ns=10_000, spin_ns=5_000, walk_ns=40_001, flush_ns=20_000, copy_ns=7_000
     )
-    assert fetch_split.split([measured], {}) == {
-        "walk": 40_001,
-        "flush": 20_000,
-        "copy": 7_000,
-        "other": 17_999,
-        "samples": "exact",
-    }
+    assert fetch_split.split([measured], {}) == Split(
+        walk=40_001, flush=20_000, copy=7_000, other=17_999, samples="exact"
+    )
     assert fetch_split.on_cpu(measured) == 85_000

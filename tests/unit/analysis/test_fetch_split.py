@@ -50,11 +50,11 @@ def test_shares_of_samples_become_time_on_the_cpu() -> None:
     call = ioctl(50, 10_000_000, off_cpu_ns=2_000_000, spin_ns=1_000_000)
     found = fetch_split.split([call], fetch_split.by_ioctl([of(50, WALK, 75), of(50, COPY, 25)]))
     assert found is not None
-    assert (found["walk"], found["copy"], found["flush"], found["other"]) == (5_250_000, 1_750_000, 0, 0)
-    assert found["samples"] == 100
+    assert (found.walk, found.copy, found.flush, found.other) == (5_250_000, 1_750_000, 0, 0)
+    assert found.samples == 100
     # Wilson, z 1.96, n 100: p 0.75 lies in [0.6570, 0.8245], p 0 in [0, 0.0370].
-    assert found["walk_error"] == pytest.approx(7_000_000 * (0.75 - 0.6570), rel=0.01)
-    assert found["flush_error"] == pytest.approx(7_000_000 * 0.0370, rel=0.01)
+    assert found.walk_error == pytest.approx(7_000_000 * (0.75 - 0.6570), rel=0.01)
+    assert found.flush_error == pytest.approx(7_000_000 * 0.0370, rel=0.01)
 
 
 def test_samples_of_another_rate_count_by_their_period() -> None:
@@ -62,18 +62,18 @@ def test_samples_of_another_rate_count_by_their_period() -> None:
     call = ioctl(50, 2_000_000)
     found = fetch_split.split([call], fetch_split.by_ioctl([of(50, WALK, 9), of(50, COPY, 1, 900_000)]))
     assert found is not None
-    assert found["walk"] == found["copy"] == 1_000_000
-    assert found["samples"] == 10
+    assert found.walk == found.copy == 1_000_000
+    assert found.samples == 10
     # The one slow sample weighs so much that all are worth 18^2 / (9 + 81) = 3.6 equal ones.
     z2 = 1.96**2 / 3.6
     half = 1.96 / (1 + z2) * math.sqrt(0.25 / 3.6 + z2 / 4 / 3.6)
-    assert found["walk_error"] == pytest.approx(2_000_000 * half, rel=0.001)
+    assert found.walk_error == pytest.approx(2_000_000 * half, rel=0.001)
 
 
 def test_spinning_for_a_lock_is_no_work() -> None:
     spin = ("queued_write_lock_slowpath", *TAIL)
     found = fetch_split.split([ioctl(50, 1000)], fetch_split.by_ioctl([of(50, spin, 99), of(50, COPY, 1)]))
-    assert found is not None and found["copy"] == 1000 and found["samples"] == 1
+    assert found is not None and found.copy == 1000 and found.samples == 1
     assert fetch_split.split([ioctl(50, 1000)], fetch_split.by_ioctl([of(50, spin, 99)])) is None
 
 
@@ -81,7 +81,7 @@ def test_several_ioctls_are_taken_together_and_strangers_left_out() -> None:
     calls = [ioctl(50, 1000), ioctl(5000, 3000)]
     samples = fetch_split.by_ioctl([of(50, COPY, 1), of(5000, WALK, 3), of(9000, WALK, 7)])
     found = fetch_split.split(calls, samples)
-    assert found is not None and (found["copy"], found["walk"], found["samples"]) == (1000, 3000, 4)
+    assert found is not None and (found.copy, found.walk, found.samples) == (1000, 3000, 4)
 
 
 @pytest.mark.parametrize("bad", [of(50, COPY, 0), of(50, COPY, 3, 0), of(50, COPY, -1), of(50, COPY, 1, -5)])

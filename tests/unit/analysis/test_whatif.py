@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from ebpf_mig.analysis.whatif import PAYLOAD, Wishes, predict
-from ebpf_mig.breakdown import WhatIf
+from ebpf_mig.breakdown import Split, WhatIf
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.report import parse_wishes
 from ebpf_mig.errors import UsageError
@@ -123,7 +123,7 @@ def test_re_arming_inside_get_dirty_log_needs_its_parts() -> None:
     log = msgspec.structs.replace(b.dirty_log, mode="legacy")
     found = predict(replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Wishes(rearm=Fraction(0)))
     assert found.blackout_ns is None and "its parts were not measured" in found.changes[0].why
-    split: dict[str, int | str] = {"walk": 40_000, "flush": 30_000, "copy": 20_000, "other": 10_000, "samples": 12}
+    split = Split(walk=40_000, flush=30_000, copy=20_000, other=10_000, samples=12)
     gets = [
         msgspec.structs.replace(fetch, ioctls=[msgspec.structs.replace(i, split=split) for i in fetch.ioctls])
         for fetch in b.dirty_log.fetches

@@ -22,12 +22,11 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.man import page
-from ebpf_mig.commands.schema import schema_of
 from ebpf_mig.compare.benchmark import Benchmark
 from ebpf_mig.join.merge import read_both
 from ebpf_mig.recording.events import Mark, Socket, Target, Thread
 from ebpf_mig.recording.file import RecordingWriter, read_recording
-from ebpf_mig.recording.redact import redacted
+from ebpf_mig.recording.redact import Names, redacted
 from ebpf_mig.report import csv as csv_report
 from tests.conftest import requires
 from tests.unit import breakdowns
@@ -74,7 +73,7 @@ def test_redacted_recording_names_nobody_and_measures_the_same(tmp_path: Path) -
         )  # fmt: skip
         for name in (b"secret", b"10.99.88.77", b"fe80", header.boot_id.encode()):
             assert name not in done.stdout, form
-    plain, clean = (analyse(r).breakdown for r in (recording, redacted(recording)))
+    plain, clean = (analyse(r).breakdown for r in (recording, redacted(recording, Names(vmm_words()))))
     assert (clean.phases, clean.blackout_ns, clean.vcpus) == (plain.phases, plain.blackout_ns, plain.vcpus)
     assert (clean.migration.transport, clean.migration.connections) == ("tcp", 1)
 
@@ -91,12 +90,12 @@ def test_same_name_same_stand_in() -> None:
 
 
 def test_schema_describes_every_field() -> None:
-    done = run("schema")
-    assert done.returncode == 0 and json.loads(done.stdout) == schema_of("breakdown")
-    definitions = schema_of("breakdown")["$defs"]
-    assert set(definitions["Breakdown"]["properties"]) == set(Breakdown.__struct_fields__)
-    assert schema_of("breakdown")["title"] == "ebpf-mig/breakdown/1"
-    assert set(schema_of("bench")["$defs"]["Benchmark"]["properties"]) == set(Benchmark.__struct_fields__)
+    for kind, struct in (("breakdown", Breakdown), ("bench", Benchmark)):
+        done = run("schema", kind)
+        assert done.returncode == 0
+        printed = json.loads(done.stdout)
+        assert printed["title"] == f"ebpf-mig/{kind}/1"
+        assert set(printed["$defs"][struct.__name__]["properties"]) == set(struct.__struct_fields__)
     assert run("schema", "nonsense").returncode == 2
 
 

@@ -13,6 +13,7 @@ from ebpf_mig.recording.events import Header, Mark, OffCpu, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
 from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.recording.redact import Names, redacted
+from ebpf_mig.vmm import words
 from tests.unit.recording.samples import filled
 
 ROOT = Path(__file__).parents[3]
@@ -50,7 +51,7 @@ def named(struct: object) -> bool:
 def test_no_text_of_any_field_is_left(marker: str) -> None:
     recording = marked(marker)
     assert named(recording.header)
-    clean = redacted(recording)
+    clean = redacted(recording, Names(words()))
     assert not named(clean.header), clean.header
     for before, after in zip(recording.events, clean.events, strict=True):
         assert not named(after), after
@@ -85,7 +86,7 @@ def test_no_text_is_left_in_exported_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "tests/data").rglob("*.rec")), ids=lambda f: f.stem)
 def test_words_that_name_nobody_stay(file: Path) -> None:
     recording = read_recording(file)
-    clean = redacted(recording)
+    clean = redacted(recording, Names(words()))
     assert clean.header.attach == recording.header.attach
     assert [(t.vmm, t.vmm_version, t.role) for t in clean.header.targets] == [
         (t.vmm, t.vmm_version, t.role) for t in recording.header.targets
@@ -99,13 +100,13 @@ def test_words_that_name_nobody_stay(file: Path) -> None:
 
 def test_a_kernel_of_ones_own_keeps_its_numbers_and_absence_stays_absence() -> None:
     header = Header(kernel="6.1.0-alice", attach={"vcpu": "absent: /home/alice", "wire": "tracepoint"})
-    clean = redacted(Recording(header=header, events=[], truncated=False, reason="", unknown=0)).header
+    clean = redacted(Recording(header=header, events=[], truncated=False, reason="", unknown=0), Names(words())).header
     assert clean.kernel == "6.1.0-custom"
     assert clean.attach == {"vcpu": "absent: reason-1", "wire": "tracepoint"}
 
 
 def test_names_are_found_in_constant_time() -> None:
-    names = Names()
+    names = Names(words())
     for number in range(200_000):
         names.of("host", str(number))
     assert names.of("host", "17") == "host-18"

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from ebpf_mig.analysis.lanes import View, view
-from ebpf_mig.breakdown import Breakdown, Logging, Rearm, Stretch, VcpuShare, Wait
+from ebpf_mig.breakdown import Breakdown, Logging, Rearm, Split, Stretch, VcpuShare, Wait
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Mark, Target, Thread
 from ebpf_mig.recording.file import Recording, read_recording
@@ -170,7 +170,7 @@ def test_every_kind_of_ending_renders(b: Breakdown) -> None:
     assert html_tables.headline(b) in text and b.completeness.verdict in text
 
 
-def split_by(split: dict[str, int | str]) -> Breakdown:
+def split_by(split: Split) -> Breakdown:
     """A breakdown whose final fetch's first ioctl, of 0.9 ms, and the fetch as a whole have the split."""
     whole = breakdowns.precopy()
     (fetch,) = whole.dirty_log.fetches
@@ -183,15 +183,17 @@ def split_by(split: dict[str, int | str]) -> Breakdown:
 
 
 def test_sampled_split_carries_its_error() -> None:
-    text = html.render(split_by({"walk": 450_000, "copy": 450_000, "samples": 9, "walk_error": 294_000}), EMPTY)
-    assert "walk 0.450 ± 0.294, copy 0.450 (9 samples)" in text
+    text = html.render(
+        split_by(Split(walk=450_000, flush=0, copy=450_000, other=0, samples=9, walk_error=294_000)), EMPTY
+    )
+    assert "walk 0.450 ± 0.294, flush 0.000, copy 0.450, other 0.000 (9 samples)" in text
 
 
 @needs_browser
 def test_split_is_drawn_with_its_error_bars(chromium: Browser, tmp_path: Path) -> None:
-    parts: dict[str, int | str] = {"walk": 600_000, "flush": 200_000, "copy": 80_000, "other": 20_000}
-    errors: dict[str, int | str] = {"walk_error": 100_000, "flush_error": 50_000, "copy_error": 9_000, "other_error": 1}
-    chromium.open(page(tmp_path, split_by({**parts, "samples": 31, **errors}), EMPTY))
+    parts = {"walk": 600_000, "flush": 200_000, "copy": 80_000, "other": 20_000}
+    errors = {"walk_error": 100_000, "flush_error": 50_000, "copy_error": 9_000, "other_error": 1}
+    chromium.open(page(tmp_path, split_by(Split(**parts, samples=31, **errors)), EMPTY))
     rows = cells(chromium, "split")
     assert [row[:4] for row in rows[:2]] == [
         ["walk", "0.600", "0.100", "66.7 %"],
@@ -204,7 +206,7 @@ def test_split_is_drawn_with_its_error_bars(chromium: Browser, tmp_path: Path) -
     assert drawn[0] == pytest.approx([1000 * 6 / 7, 1000 * 5 / 7, 1000], abs=0.2), "0.6 ± 0.1 ms, 0.7 being the width"
     assert drawn[1] == pytest.approx([1000 * 2 / 7, 1000 * 1.5 / 7, 1000 * 2.5 / 7], abs=0.2)
     assert "31 samples" in chromium.run("return document.body.textContent")
-    chromium.open(page(tmp_path, split_by({**parts, "samples": "exact"}), EMPTY))
+    chromium.open(page(tmp_path, split_by(Split(**parts, samples="exact")), EMPTY))
     assert [row[2] for row in cells(chromium, "split")] == ["-"] * 4
     assert chromium.run("return document.querySelectorAll('#split .error').length") == 0
 

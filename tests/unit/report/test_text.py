@@ -270,8 +270,8 @@ def explained() -> b.Breakdown:
     whole = breakdowns.precopy()
     log, window = whole.dirty_log, whole.window_ns or 0
     assert log.final is not None
-    split: dict[str, int | str] = {"walk": 6_000_000, "flush": 0, "copy": 3_600_000, "other": 400_000, "samples": 100}
-    split |= {"walk_error": 960_000, "flush_error": 370_000, "copy_error": 950_000, "other_error": 400_000}
+    errors = {"walk_error": 960_000, "flush_error": 370_000, "copy_error": 950_000, "other_error": 400_000}
+    split = b.Split(walk=6_000_000, flush=0, copy=3_600_000, other=400_000, samples=100, **errors)
     final = msgspec.structs.replace(
         log.final,
         user_off_cpu_ns=1000,
@@ -321,7 +321,7 @@ def test_exact_splits_say_so_and_small_matters_are_left_to_the_other_formats() -
     assert final is not None and final.rearm is not None
     final = msgspec.structs.replace(
         final,
-        split={"walk": 1_000_000, "flush": 1_000_000, "copy": 0, "other": 0, "samples": "exact"},
+        split=b.Split(walk=1_000_000, flush=1_000_000, copy=0, other=0, samples="exact"),
         rearm=msgspec.structs.replace(final.rearm, ns=(whole.window_ns or 0) // 101),
     )
     log = msgspec.structs.replace(whole.dirty_log, final=final)
