@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.observers import SCRIPT
-from ebpf_mig.probes.loader import BpfStatistics
+from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.integration import exporters
 from tests.integration.migrations import LASTING

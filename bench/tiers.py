@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from bench.observers import OURS, Observer
 from bench.overhead import COLUMNS, measure_calls
-from ebpf_mig.probes.loader import BpfStatistics
+from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO, NAMES, Chooser
 
 KINDS = tuple(name for name in NAMES if name != AUTO)

@@ -46,8 +46,8 @@ with IPRoute() as ip:
 
 _FIRES = """
 import sys
-from ebpf_mig.probes import loader, tiers
-counting = loader.BpfStatistics()
+from ebpf_mig.probes import run_statistics, tiers
+counting = run_statistics.BpfStatistics()
 sys.exit(not {"kvm", "socket", "split"} <= tiers.Chooser(sys.argv[1]).choose().groups)
 """
 

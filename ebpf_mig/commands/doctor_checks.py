@@ -20,7 +20,7 @@ from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf, procfs
 from ebpf_mig.linux.capabilities import capabilities, require_privilege
 from ebpf_mig.linux.check import MISSING, OK, WARN, Check
-from ebpf_mig.probes.attach import EXTRAS
+from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.vmm import adapters
 
 _KVM_GET_API_VERSION = 0xAE00
@@ -145,7 +145,7 @@ def _tracefs() -> Check:
 
 
 def _statistics() -> Check:
-    from ebpf_mig.probes.loader import BpfStatistics
+    from ebpf_mig.probes.run_statistics import BpfStatistics
 
     statistics = BpfStatistics()
     try:

@@ -17,9 +17,9 @@ import msgspec
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.exporter.spawn import start
 from ebpf_mig.linux import capabilities
-from ebpf_mig.probes import attach
 from ebpf_mig.probes.hook import Hook
-from ebpf_mig.probes.inherited import Description, Handed
+from ebpf_mig.probes.inherited import InheritedProgram, ProgramDescription
+from ebpf_mig.probes.plan import PlanDescription, receive_plan
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.probes.trigger import NodeProbe
@@ -31,14 +31,14 @@ _MAX_FDS = 253
 _MAX_BYTES = 1 << 20
 
 
-class Parcel(msgspec.Struct, frozen=True, kw_only=True):
-    """What the loader says with the descriptors; or `error`, and nothing else."""
+class LoadedObjects(msgspec.Struct, frozen=True, kw_only=True):
+    """What the loader sends with the descriptors; or `error`, and nothing else."""
 
     error: str = ""
     remedy: str = ""
-    node: Description | None = None
+    node: ProgramDescription | None = None
     node_hooks: list[Hook] = []
-    trace: attach.Handover | None = None
+    trace: PlanDescription | None = None
 
 
 def load_apart() -> tuple[NodeProbe, Tracer]:
@@ -58,10 +58,11 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
         loader.wait()
     if not data:
         raise PreflightError(f"the process that loads ended with status {loader.returncode}", "ebpf-mig doctor")
-    parcel = msgspec.json.decode(data, type=Parcel)
-    if parcel.error or parcel.node is None or parcel.trace is None:
-        raise PreflightError(parcel.error, parcel.remedy or None)
-    return NodeProbe((Handed(parcel.node, fds), parcel.node_hooks)), Tracer(handed=attach.taken_over(parcel.trace, fds))
+    loaded = msgspec.json.decode(data, type=LoadedObjects)
+    if loaded.error or loaded.node is None or loaded.trace is None:
+        raise PreflightError(loaded.error, loaded.remedy or None)
+    node = NodeProbe((InheritedProgram(loaded.node, fds), loaded.node_hooks))
+    return node, Tracer(plan=receive_plan(loaded.trace, fds))
 
 
 def _load(channel: socket.socket) -> None:
@@ -70,12 +71,12 @@ def _load(channel: socket.socket) -> None:
     try:
         capabilities.keep_only(capabilities.LOADER)
         node, tracer = NodeProbe(), Tracer(tier=os.environ.get("EBPF_MIG_TIER", AUTO))
-        tracer.arm()  # what does not attach or never fires is told now
+        tracer.arm()  # what does not attach or never fires is an error now
         tracer.disarm()
-        parcel = Parcel(node=node.describe(fds), node_hooks=list(node.hooks), trace=tracer.describe(fds))
+        loaded = LoadedObjects(node=node.describe(fds), node_hooks=list(node.hooks), trace=tracer.describe(fds))
     except PreflightError as error:
-        parcel, fds = Parcel(error=str(error), remedy=error.remedy or ""), []
-    socket.send_fds(channel, [msgspec.json.encode(parcel)], fds)
+        loaded, fds = LoadedObjects(error=str(error), remedy=error.remedy or ""), []
+    socket.send_fds(channel, [msgspec.json.encode(loaded)], fds)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of attach points: for each signal the best tier that was *seen* to work.
 
-In: a set of -D constants. Out: a loaded `Program`, attached, and a table signal -> tier for the report. A tier counts
-as working when a call that we provoke ran its program, not when attaching returned success: fentry on some kernels
-attaches and never fires. Functions are tried before anything is compiled (`functions`), and all that was attached is
-looked at again.
+In: the processes to trace, the tier asked for. Out: a loaded `Plan`; attached, a table signal -> tier for the report. A
+tier counts as working when a call that we provoke ran its program, not when attaching returned success: fentry on some
+kernels attaches and never fires. Functions are tried before anything is compiled (`tiers`), and all that was attached
+is looked at again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-import msgspec
+from collections.abc import Sequence
 
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux import btf
+from ebpf_mig.linux.capabilities import require_privilege
 from ebpf_mig.probes import selftest
 from ebpf_mig.probes.hook import TRACEPOINT, Hook
-from ebpf_mig.probes.inherited import Description, Handed
-from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
+from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
+from ebpf_mig.probes.loader import Program, require_bcc
+from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.plan import SAMPLER, Plan, PlanDescription
 from ebpf_mig.probes.records import CONTRACT
+from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO, NAMES, Choice, Chooser
 
 FAMILY = "trace.bpf.c"
 KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
-SAMPLER = "on_sample"
-"""The perf event program of bpf/stack_sampler.bpf.c."""
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A signal that every tier can have besides its own, where the kernel has the tracepoints."""
-
-    signal: str
-    hooks: tuple[tuple[str, str], ...]
-    """(raw tracepoint, function)."""
-
-
-HIDDEN_SENDS = Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),))
-"""Needless where functions of the sockets are hooked, which all sends pass."""
-EXTRAS = (
-    Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
-    Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
-    Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
-    Extra("retransmits", (("tcp_retransmit_skb", "on_tcp_retransmit_skb"),)),
-    HIDDEN_SENDS,
-)
 _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What was loaded, ready to be attached."""
-
-    hooks: tuple[Hook, ...]
-    """Extras first, so that what the others' records carry is known from the first record on; returns before entries,
-    so that no call is taken for one whose return was missed. The last is detached first."""
-    program: Program | Handed
-    tiers: dict[str, str]
-    """By signal."""
-    sampler_fd: int = -1
-    """The loaded program behind samples inside dirty-log ioctls; -1 where it is not wanted or was refused."""
-
-
-def load_best(
-    tier: str,
-    defines: Callable[[Choice], dict[str, str | int]],
-    tracepoints: set[str],
-    statistics: BpfStatistics,
-    *,
-    again: bool = False,
-) -> Plan:
+def load(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> Plan:
     """Compiles and loads, without attaching, the best that the kernel accepts of the tier asked for (`NAMES`).
 
-    `defines` gives the -D constants for a choice, `tracepoints` those that this kernel has of all that extras want.
-    `again`: it will be armed more than once. PreflightError if a tier that was asked for by name cannot be had.
+    Without pids it is loaded for a node: whom to trace is said later, and it will be armed more than once.
+    PreflightError without privilege, or if a tier that was asked for by name cannot be had.
     """
-    require_bcc()
-    choice, chooser = _chosen(tier, statistics, again=again)
-    with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
-        hooks = tuple(_hooks(choice, tracepoints))
-        constants = defines(choice)
-        program = Program(FAMILY, constants, CONTRACT)
-        for hook in hooks:
-            program.load_hook(hook, chooser.module_fd if chooser else -1)
-    plan = Plan(hooks, program, _tiers(choice, tracepoints))
-    return plan if "split" in choice.groups else _with_sampler(plan)
+    require_privilege()
+    try:
+        tracepoints = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.hooks])
+        require_bcc()
+        choice, chooser = _choose(tier, statistics, again=not pids)
+        with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
+            hooks = tuple(_hooks(choice, tracepoints))
+            program = Program(FAMILY, defines(pids, tracepoints, choice), CONTRACT)
+            for hook in hooks:
+                program.load_hook(hook, chooser.module_fd if chooser else -1)
+    finally:
+        btf.forget()
+    tiers, sampler_fd = _tiers(choice, tracepoints), -1
+    if "split" not in choice.groups:  # where no functions inside the ioctl can be hooked, samples show what it did
+        tiers["split"], sampler_fd = _load_sampler(program)
+    return Plan(hooks, program, tiers, sampler_fd)
 
 
-def _chosen(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tuple[Choice, Chooser | None]:
+def _load_sampler(program: Program) -> tuple[str, int]:
+    """(tier of the signal `split`, descriptor or -1)."""
+    try:
+        return "samples", program.load(SAMPLER, sampling=True)
+    except PreflightError as error:
+        return f"absent: {error}", -1
+
+
+def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tuple[Choice, Chooser | None]:
     if tier not in NAMES:
         raise PreflightError(f"there is no tier {tier!r}", f"one of {', '.join(NAMES)}")
     if tier == TRACEPOINT:
@@ -136,38 +109,7 @@ def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
     for hook in choice.hooks:
         for signal in hook.signals:
             kinds.setdefault(signal, set()).add(entries.get(hook.how, hook.how))
-    return table | {signal: "+".join(sorted(found)) for signal, found in kinds.items()}
-
-
-class Handover(msgspec.Struct, frozen=True):
-    """A `Plan` for another process: the descriptors go beside it."""
-
-    hooks: list[Hook]
-    tiers: dict[str, str]
-    """As they were told after arming, doubts included."""
-    loaded: Description
-
-
-def hand_over(plan: Plan, attached: dict[str, str], fds: list[int]) -> Handover:
-    """The plan in words; its descriptors are added to `fds`. For one that was loaded and armed in this process."""
-    assert isinstance(plan.program, Program)  # noqa: S101
-    return Handover(list(plan.hooks), attached, plan.program.describe(fds))
-
-
-def taken_over(handover: Handover, fds: Sequence[int]) -> Plan:
-    """The reverse, in the process that got `fds`."""
-    program = Handed(handover.loaded, fds)
-    return Plan(tuple(handover.hooks), program, handover.tiers, program.descriptor(SAMPLER))
-
-
-def _with_sampler(plan: Plan) -> Plan:
-    """Where no functions inside the ioctl can be hooked, samples tell what it did."""
-    assert isinstance(plan.program, Program)  # noqa: S101
-    try:
-        fd = plan.program.load(SAMPLER, sampling=True)
-    except PreflightError as error:
-        return replace(plan, tiers=plan.tiers | {"split": f"absent: {error}"})
-    return replace(plan, sampler_fd=fd, tiers=plan.tiers | {"split": "samples"})
+    return table | {signal: "+".join(sorted(of_signal)) for signal, of_signal in kinds.items()}
 
 
 def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
@@ -182,7 +124,7 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
     if not statistics.enabled:
         doubtful = {s: f"{t} (not verified)" for s, t in plan.tiers.items() if s in (*KVM_SIGNALS, "socket")}
         return plan.tiers | doubtful
-    selftest.everything()
+    selftest.fire_all()
     ran = plan.program.run_statistics()
     # A function that only somebody else's VM came through as it was tried is silent now; another of its kind is not.
     alive = {(hook.one_of, hook.program) for hook in plan.hooks if hook.one_of and ran[hook.key][1]}
@@ -200,3 +142,9 @@ def disarm(plan: Plan) -> None:
     """Detaches everything; the maps stay readable."""
     for hook in reversed(plan.hooks):
         plan.program.detach(hook)
+
+
+def describe(plan: Plan, attached: dict[str, str], fds: list[int]) -> PlanDescription:
+    """A plan that was loaded and armed in this process, for another; its descriptors are added to `fds`."""
+    assert isinstance(plan.program, Program)  # noqa: S101
+    return PlanDescription(list(plan.hooks), attached, plan.program.describe(fds))

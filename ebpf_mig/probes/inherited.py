@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A BPF object that another process compiled and loaded: attached, polled and read through file descriptors alone.
 
-In: a `Description` and the descriptors it speaks of. Out: a `Handed`, which does what `loader.Program` does once it
-is loaded, with libbpf instead of bcc: no LLVM, a third of the memory. What our process holds is all that keeps the
-programs alive.
+In: a `ProgramDescription` and the descriptors that belong to it. Out: an `InheritedProgram`, a `BpfProgram` like
+`loader.Program`, but with libbpf instead of bcc: no LLVM, a third of the memory. Our process's descriptors are all that
+keeps the programs alive.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import msgspec
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, attach_tracing
 from ebpf_mig.linux.kallsyms import Symbols
-from ebpf_mig.linux.perf import KprobeEvent
-from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
+from ebpf_mig.probes.attachments import Attachments
+from ebpf_mig.probes.hook import Hook
 from ebpf_mig.probes.leaf_types import LeafType
+from ebpf_mig.probes.run_statistics import run_statistics
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PER_CPU = {5, 6, 10}
@@ -31,8 +31,8 @@ _MAX_STACK = 127
 """PERF_MAX_STACK_DEPTH: what bcc's BPF_STACK_TRACE keeps of each stack."""
 
 
-class Map(msgspec.Struct, frozen=True):
-    """One map: its descriptor's place among those handed over, and what its entries look like."""
+class MapDescription(msgspec.Struct, frozen=True):
+    """One map: its descriptor's place among those received, and what its entries look like."""
 
     fd: int
     kind: int
@@ -41,60 +41,14 @@ class Map(msgspec.Struct, frozen=True):
     entries: int
 
 
-class Description(msgspec.Struct, frozen=True):
+class ProgramDescription(msgspec.Struct, frozen=True):
     """One loaded object."""
 
     functions: dict[str, int]
-    """Loaded programs, by name; the descriptor's place among those handed over."""
-    maps: dict[str, Map]
+    """Loaded programs, by name; the descriptor's place among those received."""
+    maps: dict[str, MapDescription]
     events: dict[str, int] = {}
     """Open kprobe events by the key of their hook, likewise."""
-
-
-class Attachments:
-    """What is attached: raw tracepoints, fentry and fexit by link, kprobes by perf event. No bcc, no libbpf."""
-
-    def __init__(self) -> None:
-        self._links: dict[Hook, int] = {}
-        self._events: dict[str, KprobeEvent] = {}
-        self._attached: list[Hook] = []
-
-    def prepare(self, hook: Hook, fd: int = -1) -> None:
-        """Opens a kprobe's event, or takes over `fd`, without running anything yet. OSError if refused."""
-        if hook.how in (KPROBE, KRETPROBE):
-            self._events[hook.key] = KprobeEvent(hook.target, hook.how, fd)
-
-    def events(self) -> dict[str, int]:
-        """Descriptors of the events, all open."""
-        return {key: event.open() for key, event in self._events.items()}
-
-    def attach(self, hook: Hook, program: int) -> None:
-        """Attaches a loaded program; PreflightError if the kernel refuses."""
-        try:
-            if hook.key in self._events:
-                self._events[hook.key].attach(program)
-            else:
-                name = hook.target if hook.how == TRACEPOINT else ""
-                self._links[hook] = attach_tracing(program, name)
-        except OSError as error:
-            raise PreflightError(f"cannot attach to {hook.how} {hook.target}: {error.strerror or error}") from error
-        self._attached.append(hook)
-
-    def detach(self, hook: Hook) -> None:
-        """Detaches it again; the kprobe event stays open."""
-        self._attached.remove(hook)
-        if hook.key in self._events:
-            self._events[hook.key].detach()
-        else:
-            os.close(self._links.pop(hook))
-
-    def close(self) -> None:
-        """Takes everything down; idempotent."""
-        for hook in list(self._attached):
-            self.detach(hook)
-        for event in self._events.values():
-            event.close()
-        self._events.clear()
 
 
 def _libbpf() -> ctypes.CDLL:
@@ -117,7 +71,7 @@ def _libbpf() -> ctypes.CDLL:
 class Table:
     """A map as bcc's tables look: `table[key] = leaf`, `del table[key]`, `items()`, `clear()`, with ctypes objects."""
 
-    def __init__(self, lib: ctypes.CDLL, fd: int, described: Map) -> None:
+    def __init__(self, lib: ctypes.CDLL, fd: int, described: MapDescription) -> None:
         self._lib, self._fd, self.described = lib, fd, described
         self.Key, self.Leaf = described.key.ctype(), described.leaf.ctype()
 
@@ -140,7 +94,7 @@ class Table:
         return leaf.raw
 
     def keys(self) -> Iterator[Any]:
-        """Every key; one that is deleted meanwhile may start the walk again, one is never told twice in a row."""
+        """Every key; one that is deleted meanwhile may start the walk again, one is never returned twice in a row."""
         key = None
         while True:
             following = self.Key()
@@ -152,11 +106,11 @@ class Table:
 
     def items(self) -> list[tuple[Any, Any]]:
         """(key, leaf) of every entry."""
-        found = []
+        entries = []
         for key in list(self.keys()):
             with contextlib.suppress(KeyError):
-                found.append((key, self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf.size))))
-        return found
+                entries.append((key, self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf.size))))
+        return entries
 
     def clear(self) -> None:
         """Deletes every entry."""
@@ -165,10 +119,10 @@ class Table:
                 del self[key]
 
 
-class Handed:
-    """The counterpart of `loader.Program`, already loaded. `close()` detaches and lets go of everything."""
+class InheritedProgram:
+    """A `BpfProgram` that is already loaded. `close()` detaches and lets go of everything."""
 
-    def __init__(self, description: Description, fds: Sequence[int]) -> None:
+    def __init__(self, description: ProgramDescription, fds: Sequence[int]) -> None:
         self._lib = _libbpf()
         self._functions = {name: fds[place] for name, place in description.functions.items()}
         self._tables = {name: Table(self._lib, fds[m.fd], m) for name, m in description.maps.items()}
@@ -216,7 +170,7 @@ class Handed:
         if not self._ring:
             return []
         self._lib.ring_buffer__poll(self._ring, timeout_ms)
-        self._lib.ring_buffer__consume(self._ring)  # records that were told to wake nobody, and those behind them
+        self._lib.ring_buffer__consume(self._ring)  # records that wake nobody, and those behind them
         taken = self._records[:]
         self._records.clear()
         return taken
@@ -251,7 +205,7 @@ class Handed:
         return {name: run_statistics(fd) for name, fd in self._functions.items()}
 
     def close(self) -> None:
-        """Detaches everything and closes what was handed over; idempotent."""
+        """Detaches everything and closes what was received; idempotent."""
         if self._closed:
             return
         self._closed = True

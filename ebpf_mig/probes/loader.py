@@ -13,20 +13,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import bpf, procfs
-from ebpf_mig.probes import leaf_types
+from ebpf_mig.probes import leaf_types, source
+from ebpf_mig.probes.attachments import Attachments
 from ebpf_mig.probes.contract import Contract
-from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
-from ebpf_mig.probes.inherited import Attachments, Description, Map
-
-_BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
-_INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
+from ebpf_mig.probes.hook import TRACEPOINT, Hook
+from ebpf_mig.probes.inherited import MapDescription, ProgramDescription
+from ebpf_mig.probes.run_statistics import run_statistics
 
 
 def require_bcc() -> Any:
@@ -47,28 +45,6 @@ def require_bcc() -> Any:
     return bcc
 
 
-def source_text(name: str) -> str:
-    """The C of one program family with our own headers inlined once each.
-
-    bcc rewrites map calls in the main file only, so headers that make such calls must be part of it.
-    """
-    seen: set[str] = set()
-
-    def inline(file: str) -> str:
-        text = (_BPF_DIR / file).read_text()
-
-        def replace(match: re.Match[str]) -> str:
-            header = match.group(1)
-            if header in seen:
-                return ""
-            seen.add(header)
-            return inline(header)
-
-        return _INCLUDE.sub(replace, text.replace("#pragma once\n", ""))
-
-    return inline(name)
-
-
 @contextlib.contextmanager
 def _safe_directory() -> Iterator[None]:
     """bcc puts the current directory first on the include path: compile where only root can put files."""
@@ -82,7 +58,7 @@ def _safe_directory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_to(sink: list[str]) -> Iterator[None]:
-    """Catches what libbcc prints on file descriptor 2, so that it can be told in one line."""
+    """Catches what libbcc prints on file descriptor 2, so that one line of it can become an error."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     saved = os.dup(2)
     os.dup2(write_end, 2)
@@ -103,13 +79,13 @@ class Program:
     def __init__(self, family: str, defines: Mapping[str, str | int], contract: Contract) -> None:
         """Compiles a family of programs. PreflightError if it does not compile, or breaks its contract with Python."""
         bcc = require_bcc()
-        os.environ["BCC_KERNEL_SOURCE"] = str(_BPF_DIR / "headers")
+        os.environ["BCC_KERNEL_SOURCE"] = str(source.HEADERS)
         flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
         flags += [f"-D{name}={value}" for name, value in defines.items()]
         try:
             # LLVM ends the process on some errors, so what it prints must not be held back.
             with _safe_directory():
-                self._bpf = bcc.BPF(text=(source_text(family) + contract.assertions()).encode(), cflags=flags)
+                self._bpf = bcc.BPF(text=source.source_text(family, contract).encode(), cflags=flags)
         except Exception as error:
             raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
         self._raw_type, self._sampling_type = bcc.BPF.RAW_TRACEPOINT, bcc.BPF.PERF_EVENT
@@ -178,12 +154,12 @@ class Program:
         self._bpf[name.encode()].open_ring_buffer(take)
 
     def close_ring(self) -> None:
-        """bcc keeps it mapped; a program that is handed over does without."""
+        """bcc keeps it mapped; a program that is given to another process does without."""
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """Records that arrived. Waits `timeout_ms`, or for one that wakes us, as most do not."""
         self._bpf.ring_buffer_poll(timeout_ms)
-        self._bpf.ring_buffer_consume()  # records that were told to wake nobody, and those behind them
+        self._bpf.ring_buffer_consume()  # records that wake nobody, and those behind them
         taken = self._records[:]
         self._records.clear()
         return taken
@@ -208,7 +184,7 @@ class Program:
         """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._fds.items()}
 
-    def describe(self, fds: list[int]) -> Description:
+    def describe(self, fds: list[int]) -> ProgramDescription:
         """What was loaded, for another process; the descriptors of programs and maps are added to `fds`."""
         from bcc.libbcc import lib
 
@@ -223,8 +199,8 @@ class Program:
             name = ctypes.string_at(lib.bpf_table_name(self._bpf.module, number)).decode()
             table = self.table(name)
             types = leaf_types.describe(table.Key), leaf_types.describe(table.Leaf)
-            maps[name] = Map(place(table.map_fd), table.ttype, *types, table.max_entries)
-        return Description(functions, maps, events)
+            maps[name] = MapDescription(place(table.map_fd), table.ttype, *types, table.max_entries)
+        return ProgramDescription(functions, maps, events)
 
     def close(self) -> None:
         """Detaches everything; idempotent."""
@@ -232,35 +208,6 @@ class Program:
         for name in self._fds.keys() - self._functions.keys():
             os.close(self._fds.pop(name))
         self._bpf.cleanup()
-
-
-class BpfStatistics:
-    """Has the kernel count run time of BPF programs while open (bpf(2) BPF_ENABLE_STATS, since Linux 5.8).
-
-    Tied to a file descriptor, so nothing is left switched on when we die. `enabled` is False where refused.
-    """
-
-    def __init__(self) -> None:
-        self._fd = -1
-        self.open()
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the kernel counts for us."""
-        return self._fd >= 0
-
-    def open(self) -> None:
-        """Starts the counting; idempotent."""
-        if self.enabled:
-            return
-        with contextlib.suppress(OSError):
-            self._fd = bpf.count_run_time()
-
-    def close(self) -> None:
-        """Stops the counting; idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _last_line(said: list[str]) -> str:

@@ -71,7 +71,7 @@ def defines(
     tracepoints: set[str],
     choice: Choice = Choice(),  # noqa: B008 - it is frozen
 ) -> dict[str, str | int]:
-    """Macro by name. A structure that the kernel's BTF does not tell raises PreflightError."""
+    """Macro by name. PreflightError if the kernel's BTF lacks a structure or a member."""
     test = "||".join(f"(t)=={pid}" for pid in pids)
     macros: dict[str, str | int] = {name: f"{value}ULL" for name, value in SHARED.items()}
     macros |= {"FENTRY": _FENTRY, "KPROBE": _KPROBE, "OFF_NONE": _NONE}
@@ -86,10 +86,10 @@ def defines(
     macros["TASK_REGS_HELPER"] = int(choice.task_regs)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
     macros |= _kvm_offsets()
-    found = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
-    macros["OFF_task_state"] = found[_STATE] or found[_STATE_BEFORE_5_14] or 0
+    offsets = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
+    macros["OFF_task_state"] = offsets[_STATE] or offsets[_STATE_BEFORE_5_14] or 0
     for name, member in OFFSETS.items():
-        offset = found[member]
+        offset = offsets[member]
         if offset is None:
             raise PreflightError(f"the kernel's BTF has no {member[0]}.{member[1]}", "ebpf-mig doctor")
         macros[name] = offset
@@ -97,11 +97,11 @@ def defines(
 
 
 def _kvm_offsets() -> dict[str, int]:
-    """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither tells."""
+    """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither has it."""
     members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
     manual = ("kvm", "manual_dirty_log_protect")
-    found = btf.offsets(btf.VMLINUX, [*members.values(), manual])
-    if None in found.values() and Path(_KVM_MODULE).exists():
-        found = btf.offsets(_KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
-    locks = {name: _NOWHERE if found[member] is None else found[member] or 0 for name, member in members.items()}
-    return locks | {"OFF_kvm_manual": found[manual] or _NONE}
+    offsets = btf.offsets(btf.VMLINUX, [*members.values(), manual])
+    if None in offsets.values() and Path(_KVM_MODULE).exists():
+        offsets = btf.offsets(_KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
+    locks = {name: _NOWHERE if offsets[member] is None else offsets[member] or 0 for name, member in members.items()}
+    return locks | {"OFF_kvm_manual": offsets[manual] or _NONE}

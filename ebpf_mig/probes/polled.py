@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that somebody has to go and read: TCP's account of the sockets, and what our own programs have cost.
+"""Values that must be polled: TCP's account of the sockets, and the run time of our own programs.
 
 In: the events as they arrive, which say when a reading is worth its cost: at a fetch, a kick, an entry into KVM_RUN.
 Out: `TcpInfo` and `OwnCost` events, seldom, in most cases `APART_NS` apart.
@@ -26,7 +26,7 @@ LEAST_BYTES = 65536
 """A socket that sent less is no migration's."""
 
 
-class Readings:
+class Polled:
     """Decides when and reads. `cost` gives (ns, runs) of our programs so far, None where the kernel does not count."""
 
     def __init__(self, cost: Callable[[], tuple[int, int] | None], *, tcp: bool = True) -> None:
@@ -65,25 +65,25 @@ class Readings:
             elif isinstance(event, Ioctl) and event.cmd in kvm.DIRTY_LOG:
                 worth = self._fetching = True
         apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
-        told: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
+        answers: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
         now = time.monotonic_ns()
         if (worth or edge) and now - self._last_ns > apart:
-            return told + self.take()
-        return told + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
+            return answers + self.take()
+        return answers + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
 
     def last(self) -> list[AnyEvent]:
-        """A last reading and all that is still to be told, which may take `PATIENCE_S`."""
-        found = self.take()
-        return found + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
+        """A last reading and all answers that are still to come, which may take `PATIENCE_S`."""
+        readings = self.take()
+        return readings + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
         """Our own cost, now; what TCP says comes later, with the events of `due`."""
         self._last_ns = time.monotonic_ns()
-        found = self._own_cost()
+        cost = self._own_cost()
         for inode, socket in list(self._sockets.items()):
             if self._tcp is not None and self._bytes.get(inode, 0) >= LEAST_BYTES:
                 self._tcp.ask(socket)
-        return found
+        return cost
 
     def _own_cost(self) -> list[AnyEvent]:
         self._last_cost_ns = time.monotonic_ns()

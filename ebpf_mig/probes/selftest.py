@@ -36,7 +36,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
-def everything() -> None:
+def fire_all() -> None:
     """All of it; takes some milliseconds."""
     os.getppid()
     kick()

@@ -5,7 +5,7 @@ In: the events as they arrive. Out: CPU clock events (perf_event_open(2)) on the
 program behind them, and `Samples` events: equal stacks of one ioctl added up.
 
 A sample is a timer interrupt, some 1 us on bare metal and 12 us were measured in a virtual machine. So none is taken
-where it would tell nothing: only threads whose fetches take long are sampled, slowly while the guest runs, and fast
+where it would show nothing: only threads whose fetches take long are sampled, slowly while the guest runs, and fast
 from the first kick to the first send after the final fetch; and never so often that it takes more than a hundredth of
 a fetch.
 """
@@ -29,7 +29,7 @@ FASTEST_NS = 100_000
 SLOW_NS = 1_000_000
 """While the guest runs."""
 WORTH_NS = 1_000_000
-"""A fetch that spends less in the kernel would get too few samples to tell anything."""
+"""A fetch that spends less in the kernel would get too few samples to show anything."""
 WANTED = 200
 """Samples of the final fetch that are enough: 3.5 points of standard error at worst."""
 MOST_SHARE = 100
@@ -75,13 +75,13 @@ class _Process:
 
 
 class Sampler:
-    """Decides and does it. `program_fd` is the loaded BPF program; `tell` hands it the period now in force.
+    """Decides and does it. `program_fd` is the loaded BPF program; `set_period` hands it the period now in force.
 
     `cost` is what one sample takes, in ns, by `cost_ns`.
     """
 
-    def __init__(self, program_fd: int, tell: Callable[[int], None], cost: int = 0) -> None:
-        self._program_fd, self._tell = program_fd, tell
+    def __init__(self, program_fd: int, set_period: Callable[[int], None], cost: int = 0) -> None:
+        self._program_fd, self._set_period = program_fd, set_period
         self._least_ns = cost * MOST_SHARE
         self._processes: dict[int, _Process] = {}
         self._opened: dict[int, int] = {}
@@ -98,14 +98,14 @@ class Sampler:
         """The samples of an ioctl that is over; none if sampling began in its midst, which would favour its end."""
         if not self._samples:
             return []
-        found = self._samples.pop((ioctl.tid, ioctl.begin_ns), None)
+        counts = self._samples.pop((ioctl.tid, ioctl.begin_ns), None)
         for stale in [key for key in self._samples if key[0] == ioctl.tid and key[1] < ioctl.begin_ns]:
             del self._samples[stale]
-        if not found or self._opened.get(ioctl.tid, 0) > ioctl.begin_ns:
+        if not counts or self._opened.get(ioctl.tid, 0) > ioctl.begin_ns:
             return []
         return [
             Samples(ioctl.begin_ns, ioctl.pid, ioctl.tid, period, count, stack)
-            for (period, stack), count in sorted(found.items())
+            for (period, stack), count in sorted(counts.items())
         ]
 
     def follow(self, events: Sequence[AnyEvent]) -> None:
@@ -182,7 +182,7 @@ class Sampler:
         period = min(wanted, default=0)
         if period == self.period_ns:
             return
-        self._tell(period or self.period_ns)
+        self._set_period(period or self.period_ns)
         self.period_ns = period
         for process in self._processes.values():
             for clock in process.clocks.values():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TCP's own account of a connection, through sock_diag.
 
-In: sockets as the tracer told them. Out: `TcpInfo` events. The VMM's socket is not touched: a second reference to it
-would hold back its FIN. Sockets of another network namespace are not found, and nothing is told of them.
+In: sockets as the tracer reports them. Out: `TcpInfo` events. The VMM's socket is not touched: a second reference to it
+would hold back its FIN. Sockets of another network namespace are not found, and have no events.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TcpReader:
 
     def __init__(self) -> None:
         self._wanted: SimpleQueue[Socket | None] = SimpleQueue()
-        self._told: SimpleQueue[TcpInfo | None] = SimpleQueue()
+        self._answers: SimpleQueue[TcpInfo | None] = SimpleQueue()
         self._open = 0
         ready = threading.Event()
         threading.Thread(target=self._work, args=(ready,), name="tcp-info", daemon=True).start()
@@ -68,7 +68,7 @@ class TcpReader:
         with contextlib.suppress(Empty):
             while self._open:
                 left = until - time.monotonic()
-                answer = self._told.get(timeout=left) if left > 0 else self._told.get_nowait()
+                answer = self._answers.get(timeout=left) if left > 0 else self._answers.get_nowait()
                 self._open -= 1
                 if answer is not None:
                     found.append(answer)
@@ -90,5 +90,5 @@ class TcpReader:
                     answer = None
                     with contextlib.suppress(Exception):
                         answer = read(diag, socket)
-                    self._told.put(answer)
+                    self._answers.put(answer)
         ready.set()

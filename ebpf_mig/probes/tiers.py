@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel functions tell what tracepoints on system calls would tell, and by which kind of probe here.
+"""Attach tiers: which kernel functions can be hooked here, and by which kind of probe.
 
 In: the tier asked for. Out: a `Choice`: hooks on functions, each of a kind that was *seen* to fire with a probe that
-does nothing, before anything is compiled. fentry and fexit are best, kprobe and kretprobe next; whatever cannot be had
-that way is left to the system calls. Functions by Linux 5.10 to 7.2.
+does nothing, before anything is compiled. fentry and fexit are best, kprobe and kretprobe next. What cannot be had
+that way is left to tracepoints on system calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ebpf_mig.linux import bpf, btf
 from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
 from ebpf_mig.linux.perf import KprobeEvent
 from ebpf_mig.probes import selftest
-from ebpf_mig.probes.hook import TRACEPOINT, Hook, run_statistics
+from ebpf_mig.probes.hook import TRACEPOINT, Hook
+from ebpf_mig.probes.hook_points import FUNCTIONS, RETURN_OF, VCPU_RETURNS, Function
+from ebpf_mig.probes.run_statistics import run_statistics
 
 AUTO = "auto"
 NAMES = (AUTO, FENTRY, KPROBE, TRACEPOINT)
@@ -29,92 +31,6 @@ _NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
 """return 0"""
 _TASK_REGS = bytes.fromhex("850000009e000000 bf01000000000000 85000000af000000 b700000000000000 9500000000000000")
 """bpf_task_pt_regs(bpf_get_current_task_btf()), helpers 175 and 158."""
-_RETURN_OF = {FENTRY: FEXIT, KPROBE: KRETPROBE}
-_SYSCALL = {"x86_64": "__x64_sys_", "aarch64": "__arm64_sys_"}.get(os.uname().machine, "sys_")
-
-
-@dataclass(frozen=True, eq=False)
-class Function:
-    """A function to hook: what runs at its entry and at its return, by kind of probe; `` is nothing."""
-
-    names: tuple[str, ...]
-    """The same thing in different kernels; the first that is there."""
-    group: str
-    """`kvm`, `socket` or `split`: had together or not at all."""
-    signals: tuple[str, ...]
-    entry: dict[str, str] = field(default_factory=dict)
-    leave: dict[str, str] = field(default_factory=dict)
-    arguments: int = 0
-    """How many it must have where the return value is read behind them (fexit)."""
-    required: bool = True
-    one_of: str = ""
-    """Functions of one name of which at least one is required."""
-    provoked: bool = True
-    """Whether `provoke` makes it fire on every machine; if not, a silent kprobe is trusted, a silent fentry never."""
-
-
-def _both(program: str) -> dict[str, str]:
-    return {FENTRY: program, KPROBE: program}
-
-
-_IOCTL_RETURN = {FENTRY: "on_kvm_ioctl_fexit", KPROBE: "on_kvm_ioctl_kretprobe"}
-
-
-def _ioctls(name: str, signals: tuple[str, ...], *, required: bool = True) -> Function:
-    return Function((name,), "kvm", signals, _both("on_kvm_ioctl"), _IOCTL_RETURN, 3, required, provoked=required)
-
-
-def _transfers(name: str, way: str, *, required: bool = False) -> Function:
-    entry = {how: f"on_{way}_{how}" for how in (FENTRY, KPROBE)}
-    leave = {how: f"on_{way}_{_RETURN_OF[how]}" for how in (FENTRY, KPROBE)}
-    signals = ("socket", "hidden-sends") if way == "send" else ("socket",)
-    return Function((name,), "socket", signals, entry, leave, 3 if way == "send" else 4, required, provoked=required)
-
-
-_FLUSHES = (
-    "kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot", "kvm_flush_remote_tlbs_range",
-    "kvm_arch_flush_remote_tlbs_range", "kvm_flush_remote_tlbs",
-)  # fmt: skip
-"""One calls the next, the outermost counts; compilers inline some into others, so that what is there need not fire.
-On arm64 the fourth is the one that is left (Linux 6.12)."""
-
-FUNCTIONS = (
-    _ioctls("kvm_vm_ioctl", ("dirty-log", "state")),
-    Function(("kvm_vcpu_ioctl",), "kvm", ("vcpu", "state", "brownout"), _both("on_kvm_ioctl"),
-             {FENTRY: "on_kvm_ioctl_fexit"}, 3),
-    _ioctls("kvm_device_ioctl", ("state",), required=False),
-    _ioctls("kvm_dev_ioctl", ("state",), required=False),
-    Function((f"{_SYSCALL}tgkill",), "kvm", ("kick",), _both("on_tgkill")),
-    _transfers("inet_sendmsg", "send", required=True),
-    _transfers("inet_recvmsg", "receive", required=True),
-    _transfers("unix_stream_sendmsg", "send", required=True),
-    _transfers("unix_stream_recvmsg", "receive", required=True),
-    _transfers("inet6_sendmsg", "send"),
-    _transfers("inet6_recvmsg", "receive"),
-    Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
-    *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
-      for name in _FLUSHES),
-    Function(("kvm_dirty_ring_reset",), "split", ("split",), _both("on_ring_reset"), _both("on_ring_was_reset"),
-             required=False, provoked=False),
-)  # fmt: skip
-
-VCPU_RETURNS = tuple(
-    Function((name,), "kvm", ("state",), {}, _both("on_kvm_ioctl_kretprobe"), required=False, provoked=False)
-    for name in (
-        "kvm_arch_vcpu_ioctl", "kvm_arch_vcpu_ioctl_get_regs", "kvm_arch_vcpu_ioctl_set_regs",
-        "kvm_arch_vcpu_ioctl_get_sregs", "kvm_arch_vcpu_ioctl_set_sregs", "kvm_arch_vcpu_ioctl_get_mpstate",
-        "kvm_arch_vcpu_ioctl_set_mpstate", "kvm_arch_vcpu_ioctl_get_fpu", "kvm_arch_vcpu_ioctl_set_fpu",
-    )
-)  # fmt: skip
-"""Where a vCPU's ioctls return by kprobes: a return probe on kvm_vcpu_ioctl would be held as long as a guest runs, and
-the kernel has few of them."""
-
-MEMSLOTS = tuple(
-    Function((name,), "node", ("logging",), {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)
-    for name in ("kvm_set_memory_region", "__kvm_set_memory_region")
-)
-"""Where a VM's memory begins to be logged, the standing trigger of `watch` and `exporter`: the one calls the other, and
-may be inlined into its caller (as in Linux 6.12)."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +98,10 @@ class Chooser:
 
     def _known_types(self) -> dict[str, btf.FunctionType]:
         names = {name for function in self._functions for name in function.names}
-        found = btf.functions(btf.VMLINUX, names)
+        types = btf.functions(btf.VMLINUX, names)
         if _KVM_BTF.exists():
-            found = btf.functions(str(_KVM_BTF), names - found.keys(), base=btf.VMLINUX) | found
-        return found
+            types = btf.functions(str(_KVM_BTF), names - types.keys(), base=btf.VMLINUX) | types
+        return types
 
     def fired(self) -> tuple[dict[Function, tuple[str, str]], dict[str, str]]:
         """(kind of probe and name by function that can be hooked, reasons by the name of one that cannot)."""
@@ -234,7 +150,7 @@ class Chooser:
                     continue
                 break
         if trials:
-            selftest.everything()
+            selftest.fire_all()
         for function, trial in trials:
             if trial.fired() or (how == KPROBE and not function.provoked):
                 yield function, trial.hook.target
@@ -255,19 +171,19 @@ class Chooser:
         return Hook(how, name, "", function.signals, number, module, function.provoked, function.one_of)
 
     def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
-        """A function's hooks by one kind of probe, that at its return first: no call is seen that only enters."""
+        """A function's hooks by one kind of probe, the exit first: no call is seen at its entry alone."""
         at_entry = self._hook(function, name, how)
-        for programs, kind in ((function.leave, _RETURN_OF[how]), (function.entry, how)):
+        for programs, kind in ((function.exit, RETURN_OF[how]), (function.entry, how)):
             if how in programs:
                 yield replace(at_entry, how=kind, program=programs[how])
 
     def _vcpu_returns(self) -> list[Hook]:
-        found = []
+        hooks: list[Hook] = []
         for function in VCPU_RETURNS:
             with contextlib.suppress(OSError):
                 KprobeEvent(function.names[0], KRETPROBE).close()
-                found += list(self.hooks(function, function.names[0], KPROBE))
-        return found
+                hooks += list(self.hooks(function, function.names[0], KPROBE))
+        return hooks
 
 
 def _has_task_regs() -> bool:

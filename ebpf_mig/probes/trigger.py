@@ -3,7 +3,7 @@
 
 In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. Thread births come from the tracepoint
 `task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older); where a function of KVM
-can be hooked, logging itself is told.
+can be hooked, logging itself is a sign.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from ebpf_mig.linux import btf
 from ebpf_mig.linux.capabilities import require_privilege
 from ebpf_mig.probes.contract import Contract
 from ebpf_mig.probes.hook import TRACEPOINT, Hook
-from ebpf_mig.probes.inherited import Description, Handed
-from ebpf_mig.probes.loader import BpfStatistics, Program, require_bcc
-from ebpf_mig.probes.tiers import AUTO, MEMSLOTS, Chooser
+from ebpf_mig.probes.hook_points import MEMSLOTS
+from ebpf_mig.probes.inherited import ProgramDescription
+from ebpf_mig.probes.loader import Program, require_bcc
+from ebpf_mig.probes.program import BpfProgram
+from ebpf_mig.probes.run_statistics import BpfStatistics
+from ebpf_mig.probes.tiers import AUTO, Chooser
 from ebpf_mig.recording.layout import Layout
 
 KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
@@ -50,11 +53,11 @@ class Sign(msgspec.Struct, frozen=True):
 class NodeProbe:
     """Compiled, loaded and attached from the start; use as a context manager. PreflightError without privilege."""
 
-    def __init__(self, handed: tuple[Handed, Sequence[Hook]] | None = None) -> None:
-        """`handed`: what another process loaded, and where it belongs; else it is loaded here, with LLVM."""
-        self._program: Program | Handed
+    def __init__(self, loaded: tuple[BpfProgram, Sequence[Hook]] | None = None) -> None:
+        """`loaded`: what another process loaded, and where to attach it; else it is loaded here, with LLVM."""
+        self._program: BpfProgram
         self.hooks: Sequence[Hook]
-        self._program, self.hooks = handed or _loaded()
+        self._program, self.hooks = loaded or _load()
         for hook in self.hooks:
             self._program.attach(hook)
         self._program.open_ring("signs")
@@ -83,17 +86,17 @@ class NodeProbe:
 
     def poll(self, timeout_ms: int) -> list[Sign]:
         """Signs that arrived, waiting at most `timeout_ms` for the first."""
-        found = []
+        signs = []
         for record in self._program.poll(timeout_ms):
             at, pid, kind = _READ(record)
-            found.append(Sign(at, pid, KINDS[kind]))
-        return found
+            signs.append(Sign(at, pid, KINDS[kind]))
+        return signs
 
     def lost(self) -> int:
         """Signs for which the ring buffer had no room."""
         return sum(self._program.per_cpu_sums("lost"))
 
-    def describe(self, fds: list[int]) -> Description:
+    def describe(self, fds: list[int]) -> ProgramDescription:
         """For another process: the loaded object, its descriptors added to `fds`."""
         assert isinstance(self._program, Program)  # noqa: S101
         return self._program.describe(fds)
@@ -103,7 +106,7 @@ class NodeProbe:
         self._program.close()
 
 
-def _loaded() -> tuple[Program, Sequence[Hook]]:
+def _load() -> tuple[Program, Sequence[Hook]]:
     require_privilege()
     require_bcc()
     member = ("sock_common", "skc_num")

@@ -27,7 +27,7 @@ rounds = []
 for _ in range(3):
     tracer.arm()
     tracer.add(ours)
-    selftest.everything()
+    selftest.fire_all()
     tracer.remove(ours)
     seen = collections.Counter()
     for event in tracer.poll(0):
@@ -35,7 +35,7 @@ for _ in range(3):
         if type(event).__name__ == "Transfer":
             seen[f"bytes {event.direction}"] += event.bytes
     tracer.disarm()
-    selftest.everything()
+    selftest.fire_all()
     rounds.append(seen)
 signs = [sign.kind for sign in node.poll(200) if sign.pid == ours]
 said = {"signs": signs, "trigger": node.trigger, "attached": tracer.attached}

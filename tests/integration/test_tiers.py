@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.linux import kvm
-from ebpf_mig.probes import loader
-from ebpf_mig.probes.hook import run_statistics
-from ebpf_mig.probes.tiers import _FLUSHES, AUTO
+from ebpf_mig.probes import loader, source
+from ebpf_mig.probes.hook_points import FLUSHES
+from ebpf_mig.probes.run_statistics import BpfStatistics, run_statistics
+from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, Ending, Ioctl, Kick, Transfer
 from tests.conftest import FEATURES, requires
@@ -124,7 +125,7 @@ def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str
     names = [name for name in tiers() if name != "tracepoint"]
     symbols = {line.split()[2] for line in Path("/proc/kallsyms").read_text().splitlines()}
     watcher = subprocess.Popen(
-        ["bpftrace", "-e", split_by_bpftrace([name for name in _FLUSHES if name in symbols])],
+        ["bpftrace", "-e", split_by_bpftrace([name for name in FLUSHES if name in symbols])],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert watcher.stdout is not None
@@ -293,11 +294,11 @@ int on_sys_enter(void *ctx)
 def test_what_the_kernel_left_out_of_a_program_is_read() -> None:
     """Each run of the first program would be followed by one within it, which the kernel does not allow."""
     bcc = loader.require_bcc()
-    os.environ["BCC_KERNEL_SOURCE"] = str(loader._BPF_DIR / "headers")
+    os.environ["BCC_KERNEL_SOURCE"] = str(source.HEADERS)
     bpf = bcc.BPF(text=AGAIN % os.getpid(), cflags=["-w"])
     hooks = {b"bpf_trace_printk": b"on_printk", b"sys_enter": b"on_sys_enter"}
     fds = [bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT).fd for name in hooks.values()]
-    statistics_on = loader.BpfStatistics()
+    statistics_on = BpfStatistics()
     for tracepoint, name in hooks.items():
         bpf.attach_raw_tracepoint(tp=tracepoint, fn_name=name)
     for _ in range(5):

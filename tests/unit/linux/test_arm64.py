@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.linux import bpf, btf, kvm
-from ebpf_mig.probes import loader
+from ebpf_mig.probes import source
+from ebpf_mig.probes.hook_points import FUNCTIONS
 from ebpf_mig.probes.macros import OFFSETS
-from ebpf_mig.probes.tiers import FUNCTIONS
 from tests.conftest import requires
 from tests.vm.catalogue import arm64_btf
 
-BPF = Path(loader.__file__).parents[1] / "bpf"
+BPF = source.BPF_DIR
 HEADERS = {"arm64": Path("/usr/aarch64-linux-gnu/include"), "x86": Path("/usr/include")}
 X86_ASM = Path("/usr/include/x86_64-linux-gnu")
 REGISTERS = 8 * 34
@@ -181,11 +181,11 @@ def test_programs_are_built_for_arm64() -> None:
 
 EXECUTE = """
 import ctypes, os
-from ebpf_mig.probes import loader
+from ebpf_mig.probes import source
 import bcc
-os.environ["BCC_KERNEL_SOURCE"] = str(loader._BPF_DIR / "headers")
+os.environ["BCC_KERNEL_SOURCE"] = str(source.HEADERS)
 image = bytes.fromhex({image!r})
-text = '#include <linux/types.h>\\n' + loader.source_text("arch.h") + '''
+text = '#include <linux/types.h>\\n' + source.source_text("arch.h") + '''
 struct image {{ u64 words[64]; }};
 BPF_ARRAY(image, struct image, 1);
 BPF_ARRAY(found, struct call_args, 1);

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.probes import loader, trigger
+from ebpf_mig.probes import source, trigger
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.records import CONTRACT
@@ -22,8 +22,8 @@ pytestmark = requires("root", "bcc", "kernel BTF")
 def bpf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the C that the loader compiles."""
     copy = tmp_path / "bpf"
-    shutil.copytree(loader._BPF_DIR, copy)
-    monkeypatch.setattr(loader, "_BPF_DIR", copy)
+    shutil.copytree(source.BPF_DIR, copy)
+    monkeypatch.setattr(source, "BPF_DIR", copy)
     return copy
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.probes import polled
-from ebpf_mig.probes.polled import Readings
+from ebpf_mig.probes.polled import Polled
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, OwnCost, Socket, TcpInfo, Transfer, VcpuEnter
 
 MS = 1_000_000
@@ -44,12 +44,12 @@ class Rig:
         self.now, self.reader = 1000 * MS, Reader()
         monkeypatch.setattr(polled, "TcpReader", lambda: self.reader)
         monkeypatch.setattr(polled.time, "monotonic_ns", lambda: self.now)
-        self.readings = Readings(lambda: (self.now // 1000, 5))
-        self.readings.open()
+        self.polled = Polled(lambda: (self.now // 1000, 5))
+        self.polled.open()
 
     def after(self, ms: float, *events: AnyEvent) -> list[str]:
         self.now += int(ms * MS)
-        return [type(event).__name__ for event in self.readings.due(events)]
+        return [type(event).__name__ for event in self.polled.due(events)]
 
 
 @pytest.fixture
@@ -91,15 +91,15 @@ def test_both_edges_of_a_stop_are_read_at_once(rig: Rig) -> None:
 def test_the_last_reading_waits_for_answers_and_closing_is_final(rig: Rig) -> None:
     rig.after(1, SOCKET, send(70_000))
     rig.reader.answers()
-    assert [type(event) for event in rig.readings.last()] == [OwnCost, TcpInfo]
-    rig.readings.close()
-    rig.readings.close()
+    assert [type(event) for event in rig.polled.last()] == [OwnCost, TcpInfo]
+    rig.polled.close()
+    rig.polled.close()
     assert rig.reader.closed
 
 
 def test_a_forgotten_process_is_asked_for_no_more(rig: Rig) -> None:
     rig.after(1, SOCKET, send(70_000))
     rig.reader.answers()
-    rig.readings.forget(10)
+    rig.polled.forget(10)
     rig.after(200, GET)
     assert rig.reader.asked == []

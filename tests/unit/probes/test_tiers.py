@@ -7,15 +7,18 @@ import pytest
 
 from ebpf_mig.analysis.completeness import ESSENTIAL
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.probes import attach, tiers
+from ebpf_mig.probes import attach, hook_points
 from ebpf_mig.probes.hook import Hook
-from ebpf_mig.probes.loader import Program, source_text
+from ebpf_mig.probes.hook_points import EXTRAS, FUNCTIONS
+from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.plan import Plan
 from ebpf_mig.probes.records import CONTRACT
-from ebpf_mig.probes.tiers import FUNCTIONS, Choice
+from ebpf_mig.probes.source import source_text
+from ebpf_mig.probes.tiers import Choice
 from tests.conftest import requires
 
-TRACEPOINTS = {name for extra in attach.EXTRAS for name, _ in extra.hooks}
+TRACEPOINTS = {name for extra in EXTRAS for name, _ in extra.hooks}
 ALL = frozenset({"kvm", "socket", "split"})
 
 
@@ -54,7 +57,7 @@ def test_what_is_hooked_is_compiled_and_not_what_the_other_probes_would_need(how
     hooks = tuple(
         Hook(how, function.names[0], programs[how], function.signals)
         for function in FUNCTIONS
-        for programs in (function.entry, function.leave)
+        for programs in (function.entry, function.exit)
         if how in programs
     )
     program = Program("trace.bpf.c", defines([1], TRACEPOINTS, Choice(hooks, ALL)), CONTRACT)
@@ -103,12 +106,12 @@ def test_a_function_that_another_vm_came_through_when_it_was_tried_may_be_silent
     runs: dict[str, int], silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those of which one is enough; another that nobody comes through is an error."""
-    monkeypatch.setattr(attach.selftest, "everything", lambda: None)
+    monkeypatch.setattr(attach.selftest, "fire_all", lambda: None)
     hooks = (
         Hook("kprobe", "kvm_vm_ioctl", "on_ioctl"),
         *(Hook("kprobe", name, "on_flush", one_of="flush") for name in ("flush_all", "flush_range")),
     )
-    plan = attach.Plan(hooks, Loaded(runs), {"split": "kprobe"})  # type: ignore[arg-type]
+    plan = Plan(hooks, Loaded(runs), {"split": "kprobe"})  # type: ignore[arg-type]
     if silent:
         with pytest.raises(PreflightError, match=f"^{silent} attached but never ran"):
             attach.arm(plan, Counting(True), seen=False)  # type: ignore[arg-type]
@@ -117,18 +120,18 @@ def test_a_function_that_another_vm_came_through_when_it_was_tried_may_be_silent
 
 
 def test_without_run_statistics_no_function_is_trusted() -> None:
-    choice, chooser = attach._chosen("auto", Counting(False))  # type: ignore[arg-type]
+    choice, chooser = attach._choose("auto", Counting(False))  # type: ignore[arg-type]
     assert not choice.groups and chooser is None
     with pytest.raises(PreflightError, match=r"tier fentry: .*seen to fire"):
-        attach._chosen("fentry", Counting(False))  # type: ignore[arg-type]
+        attach._choose("fentry", Counting(False))  # type: ignore[arg-type]
 
 
 def test_every_signal_has_a_function_and_every_program_exists() -> None:
     told = {signal for function in FUNCTIONS for signal in function.signals}
     assert ESSENTIAL | {"brownout", "split", "hidden-sends"} == told
     text = source_text("from_functions.bpf.c")
-    for function in (*FUNCTIONS, *tiers.VCPU_RETURNS):
-        for program in (*function.entry.values(), *function.leave.values()):
+    for function in (*FUNCTIONS, *hook_points.VCPU_RETURNS):
+        for program in (*function.entry.values(), *function.exit.values()):
             way, _, kind = program.removeprefix("on_").partition("_")
             made_by_macro = way in ("send", "receive") and f"on_{way}_##" in text and kind in text
             assert f"int {program}(" in text or made_by_macro, program
@@ -136,4 +139,4 @@ def test_every_signal_has_a_function_and_every_program_exists() -> None:
 
 def test_kvm_run_has_no_return_probe_among_kprobes() -> None:
     vcpu = next(function for function in FUNCTIONS if function.names == ("kvm_vcpu_ioctl",))
-    assert "kprobe" not in vcpu.leave and "fentry" in vcpu.leave
+    assert "kprobe" not in vcpu.exit and "fentry" in vcpu.exit

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of loaded programs is attached, and how it is detached again.
+
+In: hooks and the descriptors of their programs. Out: nothing; raw tracepoints, fentry and fexit hang on links, kprobes
+on perf events, all of them descriptors of this process. Needs neither bcc nor libbpf.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ebpf_mig.errors import PreflightError
+from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, attach_tracing
+from ebpf_mig.linux.perf import KprobeEvent
+from ebpf_mig.probes.hook import TRACEPOINT, Hook
+
+
+class Attachments:
+    """Attaches and detaches, again and again."""
+
+    def __init__(self) -> None:
+        self._links: dict[Hook, int] = {}
+        self._events: dict[str, KprobeEvent] = {}
+        self._attached: list[Hook] = []
+
+    def prepare(self, hook: Hook, fd: int = -1) -> None:
+        """Opens a kprobe's event, or takes over `fd`, without running anything yet. OSError if refused."""
+        if hook.how in (KPROBE, KRETPROBE):
+            self._events[hook.key] = KprobeEvent(hook.target, hook.how, fd)
+
+    def events(self) -> dict[str, int]:
+        """Descriptors of the events, all open."""
+        return {key: event.open() for key, event in self._events.items()}
+
+    def attach(self, hook: Hook, program: int) -> None:
+        """Attaches a loaded program; PreflightError if the kernel refuses."""
+        try:
+            if hook.key in self._events:
+                self._events[hook.key].attach(program)
+            else:
+                name = hook.target if hook.how == TRACEPOINT else ""
+                self._links[hook] = attach_tracing(program, name)
+        except OSError as error:
+            raise PreflightError(f"cannot attach to {hook.how} {hook.target}: {error.strerror or error}") from error
+        self._attached.append(hook)
+
+    def detach(self, hook: Hook) -> None:
+        """Detaches it again; the kprobe event stays open."""
+        self._attached.remove(hook)
+        if hook.key in self._events:
+            self._events[hook.key].detach()
+        else:
+            os.close(self._links.pop(hook))
+
+    def close(self) -> None:
+        """Takes everything down; idempotent."""
+        for hook in list(self._attached):
+            self.detach(hook)
+        for event in self._events.values():
+            event.close()
+        self._events.clear()

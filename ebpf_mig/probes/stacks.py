@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel stacks as names of functions.
+
+In: events as they are decoded, with ids or addresses. Out: the same with names; each is looked up once.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ebpf_mig.probes.program import BpfProgram
+from ebpf_mig.recording.events import OffCpu, Samples
+
+_SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
+_MAX_FRAMES = 12
+
+
+class Stacks:
+    """Looks names up and remembers them."""
+
+    def __init__(self, program: BpfProgram) -> None:
+        self._program = program
+        self._of_ids: dict[str, tuple[str, ...]] = {}
+        self._names: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        """Reads all of /proc/kallsyms, which must not happen amid a migration."""
+        self._program.symbol(0)
+
+    def named_wait(self, wait: OffCpu) -> OffCpu:
+        """A wait, its stack an id in the kernel's stack map; the scheduler's own functions are left out."""
+        if not wait.stack:
+            return wait
+        (stack_id,) = wait.stack
+        if stack_id not in self._of_ids:
+            frames = self._program.kernel_stack("stacks", int(stack_id))
+            begin = 1 + max((i for i, frame in enumerate(frames) if frame in _SCHEDULER), default=-1)
+            self._of_ids[stack_id] = frames[begin : begin + _MAX_FRAMES]
+        return msgspec.structs.replace(wait, stack=self._of_ids[stack_id])
+
+    def named_sample(self, sample: Samples) -> Samples:
+        """A sample, its stack addresses."""
+        for address in sample.stack:
+            if address not in self._names:
+                self._names[address] = self._program.symbol(int(address))
+        return msgspec.structs.replace(sample, stack=tuple(self._names[address] for address in sample.stack))
+
+    def clear(self) -> None:
+        """Empties the kernel's map, which gives its ids again; functions keep their addresses."""
+        self._program.table("stacks").clear()
+        self._of_ids.clear()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's real tables, through bcc and through descriptors alone: both ways read and write the same."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from ebpf_mig.probes.inherited import InheritedProgram
+from ebpf_mig.probes.loader import Program
+from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.program import BpfProgram
+from ebpf_mig.probes.records import CONTRACT, RECEIVE
+from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
+from ebpf_mig.recording.events import Socket, Transfer, VcpuState
+from tests.conftest import requires
+
+pytestmark = requires("root", "bcc", "kernel BTF")
+OURS = os.getpid()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Program]:
+    program = Program("trace.bpf.c", defines([], set()), CONTRACT)
+    yield program
+    program.close()
+
+
+@pytest.fixture(params=["bcc", "inherited"])
+def program(compiled: Program, request: pytest.FixtureRequest) -> Iterator[BpfProgram]:
+    """The same tables, empty."""
+    for table in ("threads", "processes", "streams", "tcp_owners"):
+        compiled.table(table).clear()
+    if request.param == "bcc":
+        yield compiled
+        return
+    fds: list[int] = []
+    description = compiled.describe(fds)
+    inherited = InheritedProgram(description, [os.dup(fd) for fd in fds])
+    yield inherited
+    inherited.close()
+
+
+def put_thread(program: BpfProgram, tid: int, pid: int) -> None:
+    """As the kernel half leaves a vCPU thread that also received on socket 80."""
+    threads = program.table("threads")
+    thread = threads.Leaf(tgid=pid, vcpu_fd=12, run_enter_ns=300, run_exit_ns=200, run_ret=-4, runs=3, in_ns=70)
+    batch = thread.batch[RECEIVE]
+    batch.begin_ns, batch.end_ns, batch.fd, batch.socket, batch.calls, batch.bytes = 100, 200, -1, 80, 2, 4096
+    threads[ctypes.c_uint32(tid)] = thread
+
+
+def test_accounts_are_those_of_one_process_or_of_all(program: BpfProgram) -> None:
+    put_thread(program, 8, 7)
+    put_thread(program, 18, 17)
+    streams = program.table("streams")
+    streams[ctypes.c_uint64(80)] = streams.Leaf((500, 1000))
+    table = ProcessTable(program)
+    transfer = Transfer(100, 200, 7, 8, -1, 1, 80, 2, 4096, 0, 0, 0, 1000, 0, 0)
+    account = VcpuState(999, 7, 8, 12, 300, 200, -4, 3, 70, 0, 0)
+    assert table.accounts(999, 7) == [transfer, account]
+    assert sorted(event.pid for event in table.accounts(999)) == [7, 7, 17, 17]
+    table.forget(7)
+    assert {event.pid for event in table.accounts(999)} == {17}
+
+
+def test_a_process_is_traced_until_it_is_removed(program: BpfProgram) -> None:
+    table, processes = ProcessTable(program), program.table("processes")
+    table.add([OURS])
+    assert [(key.value, leaf.running) for key, leaf in processes.items()] == [(OURS, 0)]
+    table.remove(OURS)
+    table.remove(OURS)
+    assert list(processes.items()) == []
+
+
+def test_only_the_sockets_of_a_process_are_forgotten(program: BpfProgram) -> None:
+    streams, owners = program.table("streams"), program.table("tcp_owners")
+    sockets = SocketTable(program)
+    for pid, inode in ((7, 80), (7, 81), (17, 90)):
+        sockets.seen(Socket(1, pid, 3, inode, 2, "", ""))
+        streams[ctypes.c_uint64(inode)] = streams.Leaf((1, 2))
+        owners[ctypes.c_uint64(inode << 8)] = owners.Leaf(pid=pid, socket=inode)
+    sockets.forget(7)
+    assert [key.value for key, _ in streams.items()] == [90]
+    assert [(leaf.pid, leaf.socket) for _, leaf in owners.items()] == [(17, 90)]
+    sockets.clear()
+    assert list(streams.items()) == list(owners.items()) == []
+
+
+def test_counts_have_the_names_of_kinds_and_no_zeros(program: BpfProgram, compiled: Program) -> None:
+    lost = compiled.table("lost")
+    for kind, n in ((1, 3), (15, 2)):
+        per_cpu = lost.Leaf()
+        per_cpu[0] = n
+        lost[ctypes.c_int(kind)] = per_cpu
+    assert counts(program, "lost") == {"ioctl": 3, "thread-table": 2}
+    assert counts(program, "unpaired") == {}
