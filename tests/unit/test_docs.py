@@ -91,3 +91,27 @@ def test_every_command_has_its_place_in_the_docs() -> None:
     text = (ROOT / "docs" / "commands.md").read_text()
     for command in COMMANDS:
         assert f"\n## ebpf-mig {command}\n" in text, f"docs/commands.md says nothing of {command}"
+
+
+WALK = re.compile(r"^\d\. .*?(?=^\d\. |\Z)", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"`([^`]+)`")
+
+
+def steps() -> list[str]:
+    """The numbered steps of the walk in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    return WALK.findall(text[text.index("## A new probe") :])
+
+
+@pytest.mark.parametrize("step", steps(), ids=lambda step: re.sub(r"\W+", "-", step[3:16]))
+def test_the_walk_of_a_new_probe_names_what_is_there(step: str) -> None:
+    """Each file that a step links to exists, and has what the step names."""
+    files = [ROOT / target for target in LINK.findall(step)]
+    assert files and all(file.is_file() for file in files), files
+    text = "\n".join(file.read_text() for file in files)
+    for name in NAME.findall(step):
+        assert re.search(rf"\b{re.escape(name)}\b", text), f"none of {files} has {name}"
+
+
+def test_the_walk_has_all_its_steps() -> None:
+    assert len(steps()) == 8
