@@ -108,11 +108,11 @@ class Metrics:
         )
         self.rejected = Counter(
             "ebpf_mig_exporter_connections_rejected",
-            "Connections refused, or cut for being slow.",
+            "Connections refused, cut for being idle or slow, or that failed.",
             ["reason"],
             registry=registry,
         )
-        for reason in ("too-many", "too-slow"):
+        for reason in ("too-many", "too-slow", "idle", "failed"):
             self.rejected.labels(reason)
         self._traces: Counter | None = None
         registry.register(_Gauges(self))

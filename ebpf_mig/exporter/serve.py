@@ -28,6 +28,7 @@ from ebpf_mig.exporter.otel_spans import Trace
 from ebpf_mig.exporter.spawn import Options
 from ebpf_mig.exporter.web import Web
 from ebpf_mig.linux import capabilities
+from ebpf_mig.text import printable
 
 if TYPE_CHECKING:
     from ebpf_mig.exporter.otlp import Sender
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
     threading.Thread(target=web.serve_forever, args=(0.5,), name="http", daemon=True).start()
     trace = sender() if sender else None
     with os.fdopen(options.pipe, "rb") as pipe:
-        receive(pipe, metrics, trace, lambda: _reload(web, options.web_config))
+        receive(pipe, metrics, trace, lambda: reload(web, options.web_config))
     if trace is not None:
         trace.close()
     web.shutdown()
@@ -100,13 +101,14 @@ def load_access(web: Web, path: str) -> None:
     web.tls, web.authorise = config.tls, config.authorise
 
 
-def _reload(web: Web, config: str) -> None:
+def reload(web: Web, config: str) -> None:
+    """Reads the web configuration again; what is wrong with it leaves the old one, and is said in one line."""
     if not config:
         return
     try:
         load_access(web, config)
-    except EbpfMigError as error:
-        _log.error("the web configuration stays as it was: %s", error)
+    except Exception as error:  # the old restriction stays in force, whatever is wrong with the new one
+        _log.error("the web configuration stays as it was: %s", printable(str(error) or type(error).__name__, 500))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """The HTTP side: `/`, `/metrics`, `/-/healthy`, `/-/ready`, and nothing that a client could use up.
 
 In: a listening socket, `Metrics`, the access rules. Out: responses. One connection is one request; at most
-`CONNECTIONS` at a time, none for longer than `SECONDS`, whatever the client does.
+`CONNECTIONS` at a time, none for longer than `SECONDS`, whatever the client does. When all are taken, the oldest one that
+has not asked for anything yet makes room: idle clients, however many, keep no scraper out.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from ebpf_mig import __version__
@@ -34,6 +37,15 @@ _PAGE = f"""<!doctype html>
 """
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\nRetry-After: 10\r\n\r\n"
 
+
+@dataclass
+class _Connection:
+    """One that is open: since when, and whether its request has been read."""
+
+    since: float
+    asked: bool = False
+
+
 Authorise = Callable[[str | None], bool]
 """Given the Authorization header, whether the client may read."""
 
@@ -50,15 +62,18 @@ class Web(TCPServer):
         self.metrics = metrics
         self.tls: ssl.SSLContext | None = None
         self.authorise: Authorise | None = None
-        self._open: dict[socket.socket, float] = {}
+        self._open: dict[socket.socket, _Connection] = {}
         self._lock = threading.Lock()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for each connection, if there is room."""
         with self._lock:
+            idle = self._room()
             full = len(self._open) >= CONNECTIONS
             if not full:
-                self._open[request] = time.monotonic()
+                self._open[request] = _Connection(time.monotonic())
+        if idle is not None:
+            self._cut(idle, "idle")
         if full:
             self.metrics.rejected.labels("too-many").inc()
             with contextlib.suppress(OSError):
@@ -69,16 +84,35 @@ class Web(TCPServer):
             return
         threading.Thread(target=self._serve, args=(request, client_address), daemon=True).start()
 
+    def _room(self) -> socket.socket | None:
+        """Where all places are taken: the oldest connection without a request, whose place is free now."""
+        if len(self._open) < CONNECTIONS:
+            return None
+        waiting = next((request for request, connection in self._open.items() if not connection.asked), None)
+        if waiting is not None:
+            del self._open[waiting]
+        return waiting
+
+    def _cut(self, request: socket.socket, reason: str) -> None:
+        self.metrics.rejected.labels(reason).inc()
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+    def asked(self, request: socket.socket) -> None:
+        """The connection's request has been read: it is not idle."""
+        with self._lock:
+            if request in self._open:
+                self._open[request].asked = True
+
     def service_actions(self) -> None:
         """Cuts connections that have lasted too long, however busy they look."""
+        now = time.monotonic()
         with self._lock:
-            late = [request for request, since in self._open.items() if time.monotonic() - since > SECONDS]
+            late = [request for request, connection in self._open.items() if now - connection.since > SECONDS]
+            for request in late:
+                del self._open[request]
         for request in late:
-            self.metrics.rejected.labels("too-slow").inc()
-            with contextlib.suppress(OSError):
-                request.shutdown(socket.SHUT_RDWR)
-            with self._lock:
-                self._open.pop(request, None)
+            self._cut(request, "too-slow")
 
     def drain(self, seconds: float = 5.0) -> None:
         """Waits until the requests under way are answered, at most so long."""
@@ -94,15 +128,29 @@ class Web(TCPServer):
             with contextlib.suppress(OSError, ValueError):
                 request.settimeout(SECONDS)
                 if self.tls is not None:
-                    wrapped = self.tls.wrap_socket(request, server_side=True)
+                    wrapped = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
                     with self._lock:
-                        self._open[wrapped] = self._open.pop(request, time.monotonic())
+                        connection = self._open.pop(request, None)
+                        if connection is None:
+                            return  # cut meanwhile
+                        self._open[wrapped] = connection
+                    wrapped.do_handshake()
                 self.finish_request(wrapped, client_address)
+        except Exception:  # a bug costs this request, and is counted
+            self.metrics.rejected.labels("failed").inc()
         finally:
             with self._lock:
                 self._open.pop(wrapped, None)
                 self._open.pop(request, None)
             self.shutdown_request(wrapped)
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """The exposition format that a client asks for; plain text where its wish cannot be understood."""
+    try:
+        return choose_encoder(accept[:1000])
+    except Exception:  # the header is parsed by a library that trusts it
+        return choose_encoder("")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -122,6 +170,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def _answer(self, *, body: bool) -> None:
+        self.server.asked(self.connection)
+        try:
+            self._page(body=body)
+        except OSError:
+            raise  # the client is gone
+        except Exception:
+            self._send(500, "text/plain", b"internal error\n", body)
+            raise
+
+    def _page(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
         if self.server.authorise is not None and not self.server.authorise(self.headers.get("Authorization")):
             self._send(401, "text/plain", b"unauthorized\n", body, {"WWW-Authenticate": 'Basic realm="ebpf-mig"'})
@@ -129,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "text/html; charset=utf-8", _PAGE.encode(), body)
         elif path == "/metrics":
             begin = time.monotonic()
-            encode, kind = choose_encoder(self.headers.get("Accept", ""))
+            encode, kind = _encoder(self.headers.get("Accept", ""))
             text = self.server.metrics.text(encode)
             self.server.metrics.scrape_seconds.set(time.monotonic() - begin)
             self._send(200, kind, text, body)

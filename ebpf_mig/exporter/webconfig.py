@@ -2,7 +2,8 @@
 """`--web.config.file`: TLS, client certificates and users, in the YAML that Prometheus's exporter-toolkit reads.
 
 In: a file. Out: an SSL context and a function that judges Authorization headers. Needs PyYAML, and bcrypt for users:
-the extra `ebpf-mig[web]`. A key that is not known is refused: a misspelt restriction must not be none.
+the extra `ebpf-mig[web]`. A key that is not known is refused: a misspelt restriction must not be none. Whatever is
+wrong with a file, `load` says it in one UsageError, and it never waits: only regular files of a bounded size are read.
 Format: https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md
 """
 
@@ -13,14 +14,16 @@ import binascii
 import hashlib
 import hmac
 import os
+import re
 import ssl
+import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.errors import EbpfMigError, PreflightError, UsageError
 from ebpf_mig.exporter.web import Authorise
 from ebpf_mig.text import printable
 
@@ -33,6 +36,11 @@ _CLIENT_AUTH = {
     "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
 }
 _REMEMBERED = 100
+MAX_BYTES = 64 << 10
+"""Of a configuration; its parser takes a second for this much."""
+MAX_COST = 15
+"""Of a bcrypt hash: each step doubles the time, and this one takes about two seconds a guess."""
+_COST = re.compile(r"\$2[abxy]?\$([0-9]{2})\$")
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,20 @@ def load(path: str) -> WebConfig:
     except ImportError as error:
         raise PreflightError("--web.config.file needs PyYAML", _EXTRA) from error
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read {printable(path)}: {printable(str(error))}") from error
+        with _regular(path) as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes")
+        content = yaml.safe_load(text.decode()) or {}
+        return _understood(content, path)
+    except EbpfMigError:
+        raise
+    except Exception as error:  # PyYAML raises whatever the constructor of a type does: ValueError, RecursionError, ...
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"cannot read {printable(path)}: {printable(why, 300)}") from error
+
+
+def _understood(content: Any, path: str) -> WebConfig:
     _only(content, {"tls_server_config", "basic_auth_users"}, path)
     tls = content.get("tls_server_config")
     users = content.get("basic_auth_users")
@@ -60,6 +79,15 @@ def load(path: str) -> WebConfig:
         None if tls is None else _context(tls, Path(path).absolute().parent),
         None if not users else _Users(users).authorise,
     )
+
+
+def _regular(path: str | Path) -> BinaryIO:
+    """The file, open for reading; OSError if it is no regular file. Opening never waits, as it does for a FIFO."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{printable(str(path))} is not a regular file")
+    return os.fdopen(fd, "rb")
 
 
 def _only(content: Any, known: set[str], where: str) -> None:
@@ -78,13 +106,20 @@ def _context(tls: dict[str, Any], directory: Path) -> ssl.SSLContext:
         context.maximum_version = _VERSIONS[tls.get("max_version", "TLS13")]
         wanted = "RequireAndVerifyClientCert" if "client_ca_file" in tls else "NoClientCert"
         mode = _CLIENT_AUTH[tls.get("client_auth_type", wanted)]
-        context.load_cert_chain(directory / tls["cert_file"], directory / tls["key_file"])
+        with _regular(directory / tls["cert_file"]) as cert, _regular(directory / tls["key_file"]) as key:
+            context.load_cert_chain(_again(cert), _again(key), password="")  # none, instead of asking at a terminal
         if mode != ssl.CERT_NONE:
-            context.load_verify_locations(directory / tls["client_ca_file"])
+            with _regular(directory / tls["client_ca_file"]) as authority:
+                context.load_verify_locations(_again(authority))
         context.verify_mode = mode
-    except (KeyError, OSError, TypeError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise UsageError(f"tls_server_config: {type(error).__name__}: {printable(str(error))}") from error
     return context
+
+
+def _again(file: BinaryIO) -> str:
+    """A path to a file that is open, for libraries that take paths only: it leads to no other file by now."""
+    return f"/proc/self/fd/{file.fileno()}"
 
 
 class _Users:
@@ -101,7 +136,10 @@ class _Users:
         self._lock = threading.Lock()
         try:
             self._users = {str(name).encode(): secret.encode("ascii") for name, secret in users.items()}
-            for secret in self._users.values():
+            for name, secret in self._users.items():
+                cost = _COST.match(secret.decode())
+                if cost and int(cost[1]) > MAX_COST:
+                    raise UsageError(f"the bcrypt cost of user {printable(name.decode())} is more than {MAX_COST}")
                 bcrypt.checkpw(b"", secret)
         except (AttributeError, ValueError) as error:
             raise UsageError("basic_auth_users is not a mapping of names to bcrypt hashes") from error

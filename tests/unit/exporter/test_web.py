@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import socket
 import ssl
 import subprocess
@@ -86,11 +87,13 @@ def test_junk_does_not_end_it(junk: bytes) -> None:
         assert get(server, "/-/healthy").startswith(b"HTTP/1.0 200")
 
 
-def test_too_many_connections_are_turned_away_at_once() -> None:
-    metrics = Metrics()
+def test_too_many_requests_are_turned_away_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, over = Metrics(), threading.Event()
+    monkeypatch.setattr(metrics, "text", lambda _: over.wait(20) and b"")
     with serving(metrics) as server, contextlib.ExitStack() as stack:
+        stack.callback(over.set)
         for _ in range(CONNECTIONS):
-            stack.enter_context(connect(server))
+            stack.enter_context(connect(server)).sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         deadline = time.monotonic() + 5
         while not (answer := get(server, "/-/healthy")).startswith(b"HTTP/1.1 503") and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -210,10 +213,133 @@ def test_prometheus_judges_a_configuration_as_we_do(tmp_path: Path) -> None:
         "tls_server_config: {cipher_suites: []}",
         "tls_server_config: {min_version: TLS10}",
         "rate_limit: {}",
+        "basic_auth_users: 2024-99-99",
+        "basic_auth_users: !!int abc",
+        "basic_auth_users: {a: !!timestamp x}",
+        "basic_auth_users: {a: $2b$31$" + "x" * 53 + "}",
+        "basic_auth_users: 5",
+        "tls_server_config: 5",
+        "[" * 5000,
+        "{a: " * 5000,
+        "? " * 5000,
+        '{tls_server_config: {cert_file: "a\\0b", key_file: x}}',
+        "tls_server_config: {cert_file: [], key_file: {}}",
+        "tls_server_config: {cert_file: /dev/zero, key_file: /dev/zero}",
+        "tls_server_config: {cert_file: fifo, key_file: fifo}",
+        "tls_server_config: {min_version: [], cert_file: a, key_file: a}",
+        "!!python/object/apply:os.system [id]",
+        "\0",
+        "a: &a [*a, *a]",
+        "- " * 40_000,
+        "x" * 100_000,
     ],
 )
 def test_a_configuration_that_cannot_be_carried_out_is_refused(text: str, tmp_path: Path) -> None:
     from ebpf_mig.exporter.webconfig import load
 
-    with pytest.raises(UsageError):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError) as raised:
         load(write(tmp_path / "web.yml", text))
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+
+
+@requires("PyYAML")
+@pytest.mark.parametrize("path", ["fifo", "/dev/zero", "/dev/tty", ".", "none", "a\0b", "\udcff"])
+def test_a_path_that_is_no_file_is_refused_at_once(path: str, tmp_path: Path) -> None:
+    from ebpf_mig.exporter.webconfig import load
+
+    os.mkfifo(tmp_path / "fifo")
+    begin = time.monotonic()
+    with pytest.raises(UsageError) as raised:
+        load(f"{tmp_path}/{path}" if path != "/dev/zero" else path)
+    assert time.monotonic() - begin < 1 and str(raised.value).isprintable()
+
+
+@requires("PyYAML", "openssl")
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    from ebpf_mig.exporter.webconfig import load
+
+    tls = certified(tmp_path)
+    key, locked = str(tmp_path / "key.pem"), str(tmp_path / "locked.pem")
+    subprocess.run(["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked], check=True)
+    with pytest.raises(UsageError):
+        load(write(tmp_path / "web.yml", tls.replace("key.pem", "locked.pem")))
+
+
+@requires("PyYAML")
+def test_what_cannot_be_read_again_leaves_the_old_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ebpf_mig.exporter.serve import reload
+
+    os.mkfifo(tmp_path / "fifo")
+    with serving() as server:
+        server.authorise = old = lambda _: False
+        for number, text in enumerate(("basic_auth_users: 2024-99-99", "[" * 5000)):
+            reload(server, write(tmp_path / f"{number}.yml", text))
+        reload(server, str(tmp_path / "fifo"))
+        reload(server, "/a\0b")
+        assert server.authorise is old and get(server, "/metrics").startswith(b"HTTP/1.0 401")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4 and all(message.isprintable() and "stays as it was" in message for message in said)
+
+
+ACCEPTS = [
+    "application/openmetrics-text; version",
+    "application/openmetrics-text;version=",
+    "application/openmetrics-text; version=x; charset",
+    "text/plain; version=9" + "9" * 5000,
+    "application/openmetrics-text; escaping=\x80; version=1.0.0.0.0",
+    ";=;=;,,,==q",
+    "*/*;q=\xff",
+    "text/plain; escaping",
+    ",".join("a/b;q=0" for _ in range(5000)),
+]
+
+
+@pytest.mark.parametrize("accept", ACCEPTS)
+def test_an_odd_accept_header_is_answered(accept: str) -> None:
+    with serving() as server:
+        answer = ask(server, b"GET /metrics HTTP/1.1\r\nAccept: " + accept.encode("latin-1") + b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.0 200") and b"ebpf_mig_up" in answer
+
+
+def test_a_handler_that_fails_answers_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    monkeypatch.setattr(metrics, "text", lambda _: 1 // 0)
+    with serving(metrics) as server:
+        assert get(server, "/metrics").startswith(b"HTTP/1.0 500")
+        assert get(server, "/-/healthy").startswith(b"HTTP/1.0 200")
+    assert metrics.registry.get_sample_value("ebpf_mig_exporter_connections_rejected_total", {"reason": "failed"}) == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost:"], ids=["silent", "half"])
+def test_idle_clients_keep_no_scraper_out(said: bytes) -> None:
+    """Three times as many as there may be connections, that come again whenever they are cut."""
+    over = threading.Event()
+
+    def idle(server: Web) -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError), connect(server) as client:
+                client.sendall(said)
+                client.settimeout(0.2)
+                while not over.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        if not client.recv(100):
+                            break
+                time.sleep(0.05)
+
+    with serving() as server:
+        crowd = [threading.Thread(target=idle, args=(server,)) for _ in range(3 * CONNECTIONS)]
+        for one in crowd:
+            one.start()
+        try:
+            time.sleep(1)
+            for _ in range(20):
+                begin = time.monotonic()
+                assert get(server, "/metrics").startswith(b"HTTP/1.0 200")
+                assert time.monotonic() - begin < 5
+        finally:
+            over.set()
+            for one in crowd:
+                one.join()
