@@ -8,6 +8,8 @@ In: arguments and signals. Out: an exit code (docs: 0 done, 1 bug, 2 usage, 3 pr
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import importlib
 import logging
 import os
@@ -23,6 +25,7 @@ import click
 from ebpf_mig.commands.options import examples
 from ebpf_mig.commands.version import version_line
 from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.linux import standard_streams
 from ebpf_mig.text import printable
 
 COMMANDS = (
@@ -102,6 +105,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    standard_streams.reserve()
     if complete := os.environ.get(_COMPLETE):
         from click.shell_completion import shell_complete
 
@@ -143,6 +147,8 @@ def _exit_code(error: BaseException, verbose: int) -> int:
             message, code = "interrupted", 130
         case BrokenPipeError() if _stdout_gone():
             return 128 + signal.SIGPIPE
+        case OSError(errno=errno.EBADF) if _stdout_closed():
+            message, code = "cannot write to stdout: it is closed", 2
         case _:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             message, code = f"internal error: {what}; run with -vv for the traceback", 1
@@ -158,6 +164,11 @@ def _stdout_gone() -> bool:
     poll = select.poll()
     poll.register(1, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _stdout_closed() -> bool:
+    """Whether we were started without one: then nothing can be written to it."""
+    return fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _settle_stdout() -> None:

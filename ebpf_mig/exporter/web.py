@@ -2,8 +2,8 @@
 """The HTTP side: `/`, `/metrics`, `/-/healthy`, `/-/ready`, and nothing that a client could use up.
 
 In: a listening socket, `Metrics`, the access rules. Out: responses. One connection is one request; at most
-`CONNECTIONS` at a time, none for longer than `SECONDS`, whatever the client does. When all are taken, the oldest one that
-has not asked for anything yet makes room: idle clients, however many, keep no scraper out.
+`CONNECTIONS` at a time, none for longer than `SECONDS`, whatever the client does. When all are taken, the oldest one
+that has not asked for anything yet makes room: idle clients, however many, keep no scraper out.
 """
 
 from __future__ import annotations
