@@ -88,12 +88,13 @@ def test_junk_does_not_end_it(junk: bytes) -> None:
 
 
 def test_too_many_requests_are_turned_away_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics, over = Metrics(), threading.Event()
-    monkeypatch.setattr(metrics, "text", lambda _: over.wait(20) and b"")
+    metrics, over, asked = Metrics(), threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr(metrics, "text", lambda _: asked.release() or (over.wait(20) and b""))
     with serving(metrics) as server, contextlib.ExitStack() as stack:
         stack.callback(over.set)
         for _ in range(CONNECTIONS):
             stack.enter_context(connect(server)).sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert all(asked.acquire(timeout=10) for _ in range(CONNECTIONS))
         deadline = time.monotonic() + 5
         while not (answer := get(server, "/-/healthy")).startswith(b"HTTP/1.1 503") and time.monotonic() < deadline:
             time.sleep(0.05)
