@@ -8,8 +8,6 @@ In: arguments and signals. Out: an exit code (docs: 0 done, 1 bug, 2 usage, 3 pr
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import importlib
 import logging
 import os
@@ -24,7 +22,7 @@ import click
 
 from ebpf_mig.commands.options import examples
 from ebpf_mig.commands.version import version_line
-from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.errors import EbpfMigError, UsageError
 from ebpf_mig.linux import standard_streams
 from ebpf_mig.text import printable
 
@@ -60,9 +58,22 @@ class Commands(click.Group):
         module = importlib.import_module(f"ebpf_mig.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         command.name = cmd_name
-        if _verbose not in command.params:
-            command.params.append(_verbose)
-        return command
+        return _talkative(command)
+
+
+def _talkative(command: click.Command) -> click.Command:
+    """The command with `-v`, and those below it likewise."""
+    if _verbose not in command.params:
+        command.params.append(_verbose)
+        if isinstance(command, click.Group):
+            below = command.get_command
+
+            def get(ctx: click.Context, cmd_name: str) -> click.Command | None:
+                found = below(ctx, cmd_name)
+                return _talkative(found) if found is not None else None
+
+            command.get_command = get  # type: ignore[method-assign]
+    return command
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, count: int) -> None:
@@ -147,8 +158,8 @@ def _exit_code(error: BaseException, verbose: int) -> int:
             message, code = "interrupted", 130
         case BrokenPipeError() if _stdout_gone():
             return 128 + signal.SIGPIPE
-        case OSError(errno=errno.EBADF) if _stdout_closed():
-            message, code = "cannot write to stdout: it is closed", 2
+        case OSError() if _while_printing(error):
+            message, code = f"cannot write to stdout: {error.strerror}", UsageError.exit_code
         case _:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             message, code = f"internal error: {what}; run with -vv for the traceback", 1
@@ -166,9 +177,10 @@ def _stdout_gone() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _stdout_closed() -> bool:
-    """Whether we were started without one: then nothing can be written to it."""
-    return fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+def _while_printing(error: BaseException) -> bool:
+    """Whether click was at it: help and versions are printed by it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("click.")
 
 
 def _settle_stdout() -> None:

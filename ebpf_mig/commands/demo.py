@@ -18,6 +18,7 @@ from ebpf_mig.commands.options import DURATION, RATE, SIZE, color_option, exampl
 from ebpf_mig.errors import RecordingError, UsageError
 from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import Scenario
+from ebpf_mig.linux.process import python_environment
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.tracing.recorder import Recorder
 from ebpf_mig.vmm import adapter, adapters, with_lab
@@ -119,9 +120,10 @@ def _two_hosts(
         targets = migration.targets()
         recorders: dict[str, Recorder] = {}
         for target in targets:
-            command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(target.pid), "--tier", tier]
+            command = [sys.executable, "-Pm", "ebpf_mig", "record", "--pid", str(target.pid), "--tier", tier]
             with link.inside(target.role):
-                recorder = Recorder(f"the {target.role}'s recorder", [*command, "--until-eof", "--output", "-"])
+                line = [*command, "--until-eof", "--output", "-"]
+                recorder = Recorder(f"the {target.role}'s recorder", line, python_environment())
             recorders[target.role] = recorder
             stack.callback(recorder.close)
         migration.prepare()

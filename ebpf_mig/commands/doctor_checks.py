@@ -20,6 +20,7 @@ from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf, procfs
 from ebpf_mig.linux.capabilities import capabilities, require_privilege
 from ebpf_mig.linux.check import MISSING, OK, WARN, Check
+from ebpf_mig.linux.process import python_environment
 from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.vmm import adapters
 
@@ -56,7 +57,7 @@ def _privilege() -> Check:
 
 def _bcc() -> Check:
     run = subprocess.run(
-        [sys.executable, "-c", _PROBE_BCC], capture_output=True, text=True, check=False, timeout=60, cwd="/"
+        [sys.executable, "-Pc", _PROBE_BCC], capture_output=True, text=True, check=False, timeout=60, cwd="/"
     )
     if run.returncode == 0:
         version, _, where = run.stdout.strip().partition(" ")
@@ -100,9 +101,13 @@ def _loads() -> Check:
         "import json, os, ebpf_mig.probes.tracer as t\n"
         "tracer = t.Tracer([os.getpid()]); tracer.arm(); print(json.dumps(tracer.attached))"
     )
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120, env=env
+        [sys.executable, "-Pc", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=python_environment(),
     )
     if run.returncode == 0:
         tiers: dict[str, list[str]] = {}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import subprocess
 import sys
 from collections.abc import Collection
 
 import msgspec
+
+from ebpf_mig.linux.process import python_environment
 
 _PASSED = ("PATH", "EBPF_MIG_TIER")
 
@@ -30,13 +31,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:
-    """`python -m MODULE ARGUMENTS`, with our import path, in `/`, with the environment it may need."""
-    environment = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith("OTEL_")}
+    """`python -Pm MODULE ARGUMENTS`, importing from where we did, in `/`, with the environment it may need."""
+    wanted = (*_PASSED, "PYTHONPATH")
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-Pm", module, *arguments],
         pass_fds=tuple(fds),
         stdin=subprocess.DEVNULL,
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={name: v for name, v in python_environment().items() if name in wanted or name.startswith("OTEL_")},
         cwd="/",
     )
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 from ebpf_mig.errors import EbpfMigError, PreflightError, UsageError
 from ebpf_mig.exporter.web import Authorise
+from ebpf_mig.linux import procfs
 from ebpf_mig.text import printable
 
 _EXTRA = "pip install 'ebpf-mig[web]', or apt-get install python3-yaml python3-bcrypt"
@@ -119,7 +120,7 @@ def _context(tls: dict[str, Any], directory: Path) -> ssl.SSLContext:
 
 def _again(file: BinaryIO) -> str:
     """A path to a file that is open, for libraries that take paths only: it leads to no other file by now."""
-    return f"/proc/self/fd/{file.fileno()}"
+    return procfs.path("self", "fd", file.fileno())
 
 
 class _Users:

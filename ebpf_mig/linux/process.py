@@ -11,9 +11,12 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
+import site
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -50,6 +53,58 @@ def spawn(command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes]) ->
         )
     except OSError as error:
         raise PreflightError(f"cannot start {command[0]}: {error.strerror}") from error
+
+
+def python_environment() -> dict[str, str]:
+    """Our environment, for a `python -P` of our own: it imports from where we did, but not from the current directory.
+
+    An installed package is found without this; one that was found by PYTHONPATH, or in a clone, is not.
+    """
+    own = str(Path(__file__).resolve().parents[2])
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
+    ways = [path for path in given if path != os.path.realpath(".")]
+    if own in sys.path and own not in ways and not _found_by_itself(own):
+        ways.append(own)
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return rest | ({"PYTHONPATH": os.pathsep.join(ways)} if ways else {})
+
+
+def _found_by_itself(path: str) -> bool:
+    """Whether every Python of this installation has a directory on its path: what PYTHONPATH names comes first."""
+    places = [Path(place) for place in site.getsitepackages()]
+    links = (link for place in places if place.is_dir() for link in place.glob("*.pth"))
+    return Path(path) in places or any(path in link.read_text(errors="replace").splitlines() for link in links)
+
+
+def status_of(process: subprocess.Popen[bytes], timeout_s: float = 0) -> int | None:
+    """How a child ended, as `Popen.returncode`, after at most so long; None while it runs.
+
+    It stays a zombie, so its process group's number cannot become another's before `end_group`.
+    """
+    until = time.monotonic() + timeout_s
+    while process.returncode is None:
+        try:
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # somebody else reaped it
+            return process.poll()
+        if ended is not None:
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.01)
+    return process.returncode
+
+
+def end_group(process: subprocess.Popen[bytes], patience_s: float = 0) -> None:
+    """Gives a child (started with `process_group=0`) so long to end; then kills it and all that it began, and reaps it.
+
+    A shell between us and ssh, say, would leave ssh behind.
+    """
+    if process.returncode is None:
+        status_of(process, patience_s)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,7 @@
 """Standard streams that were closed by whoever started us (`>&-`): taken by /dev/null before anything else takes them.
 
 In: nothing. Out: descriptors 0, 1 and 2 that are open. Else the next file or socket gets such a number, and what is
-meant for a terminal is written into it. Writing to a closed stdout stays an error; to a closed stderr, it is lost.
+meant for a terminal is written into it. A closed stdin is empty. Writing to a closed stdout stays an error; to a closed stderr, it is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TextIO
 
 def reserve() -> None:
     """To be called before the first file is opened."""
-    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:

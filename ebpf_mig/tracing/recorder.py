@@ -13,9 +13,10 @@ import io
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ebpf_mig.errors import PreflightError, RecordingError
+from ebpf_mig.linux.process import end_group, status_of
 from ebpf_mig.recording.events import Header
 from ebpf_mig.recording.file import Recording, RecordingReader, read_recording
 from ebpf_mig.recording.format import FRAME, MAGIC, MAX_RAW
@@ -38,7 +39,7 @@ class RemoteError(PreflightError):
 class Recorder:
     """One recorder; starts at once. Call `armed`, then `finish` or `close`."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.lost = ""
         """Why it ended before it was told to; empty if it did not."""
@@ -56,6 +57,7 @@ class Recorder:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
+                env=environment,
                 process_group=0,  # our Ctrl-C is ours: the recording is still wanted
             )
         except OSError as error:
@@ -96,9 +98,7 @@ class Recorder:
     @property
     def status(self) -> int | None:
         """How the command ended; None while it runs."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(2 if self._ended else 0)
-        return self._process.poll()
+        return status_of(self._process, 2 if self._ended else 0)
 
     def close(self) -> None:
         """Ends it, at the latest now; idempotent."""
@@ -110,19 +110,17 @@ class Recorder:
 
     def complaint(self) -> str:
         """The last line that it, or ssh, wrote."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if self._ended:
-                self._process.wait(2)
-                self._threads[1].join(2)
+        if self._ended and self.status is not None:
+            self._threads[1].join(2)
         lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
         problems = [line for line in lines if not line.startswith("ebpf-mig: tracing")]
-        status = self._process.poll()
+        status = status_of(self._process)
         ended = "the connection is gone" if status in (255, None) else f"it ended with status {status}"
         text = problems[-1].removeprefix("ebpf-mig: ").removeprefix("Error: ") if problems else ended
         return printable(text, 500)
 
     def _remedy(self) -> str:
-        status = self._process.poll()
+        status = status_of(self._process)
         if status == 127:
             return "install ebpf-mig there, in the PATH of a non-interactive shell"
         if status == 255:
@@ -173,8 +171,4 @@ class Recorder:
                 self._process.stdin.close()
 
     def _kill(self) -> None:
-        if self._process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(2)
-            self._process.kill()
-        self._process.wait()
+        end_group(self._process, 2)

@@ -53,8 +53,10 @@ def clock_pair(tries: int = 5) -> ClockPair:
 
 
 def require_alive(targets: Sequence[Target]) -> None:
-    """UsageError if a target's pid does not exist, or is a thread's and not a process's."""
+    """UsageError if a target's pid does not exist, is a thread's and not a process's, or is our own."""
     for target in targets:
+        if target.pid == os.getpid():
+            raise UsageError(f"{target.pid} is this process itself", "give the pid of the VMM")
         try:
             process = procfs.process_of(target.pid)
         except ProcessLookupError as error:

@@ -9,7 +9,9 @@ input is ours, and they end with it, however we or the connection end.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import signal
 import socket
 import subprocess
 import threading
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ebpf_mig.linux.process import private_directory
+from ebpf_mig.linux.process import end_group, private_directory
 from ebpf_mig.recording.events import Header
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.recorder import Recorder, RemoteError
@@ -100,13 +102,16 @@ class Remote:
             )
         except OSError:
             return ""
-        patience = threading.Timer(CONNECT_S, process.kill)
+        patience = threading.Timer(CONNECT_S, os.killpg, (process.pid, signal.SIGKILL))
         patience.start()
-        with process:
+        try:
             assert process.stdout is not None  # noqa: S101 - asked for above
-            said = process.stdout.read(_MOST_READ)
+            with process.stdout:
+                said = process.stdout.read(_MOST_READ)
+        finally:
             patience.cancel()
-            process.kill()
+            patience.join()
+            end_group(process)
         return said.decode(errors="replace")
 
     def _start(self, guard: contextlib.ExitStack) -> None:
@@ -185,8 +190,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(1)
-    if process.poll() is None:
-        process.kill()
-    process.wait()
+    end_group(process, 1)

@@ -28,6 +28,7 @@ from ebpf_mig.recording.events import Mark, Socket, Target, Thread
 from ebpf_mig.recording.file import RecordingWriter, read_recording
 from ebpf_mig.recording.redact import Names, redacted
 from ebpf_mig.report import csv as csv_report
+from ebpf_mig.vmm import words as vmm_words
 from tests.conftest import requires
 from tests.unit import breakdowns
 from tests.unit.commands.test_cli import ROOT, every_command, run
