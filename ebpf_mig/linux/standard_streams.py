@@ -2,7 +2,8 @@
 """Standard streams that were closed by whoever started us (`>&-`): taken by /dev/null before anything else takes them.
 
 In: nothing. Out: descriptors 0, 1 and 2 that are open. Else the next file or socket gets such a number, and what is
-meant for a terminal is written into it. A closed stdin is empty. Writing to a closed stdout stays an error; to a closed stderr, it is lost.
+meant for a terminal is written into it. A closed stdin is empty. Writing to a closed stdout is an error; what is
+written to a closed stderr is lost.
 """
 
 from __future__ import annotations
