@@ -354,11 +354,18 @@ def test_a_pid_that_is_gone(tmp_path: Path) -> None:
     one_line(run(tmp_path, "record", "--pid", str(ended.pid)), 2, f"no process has pid {ended.pid}")
 
 
+def with_module(directory: Path, text: str) -> dict[str, str]:
+    """An environment in which `import bcc` finds this. Not in the current directory: nothing is imported from there."""
+    modules = directory / "modules"
+    modules.mkdir()
+    (modules / "bcc.py").write_text(text)
+    return dict(os.environ, PYTHONPATH=os.pathsep.join([str(modules), *sys.path]))
+
+
 @requires(*TRACING)
 def test_without_bcc(tmp_path: Path) -> None:
     """A Python that does not see the distribution's packages."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
-    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc for this test')\n")
+    environment = with_module(tmp_path, "raise ImportError('no bcc for this test')\n")
     with QemuPair(QUICK) as pair:
         result = subprocess.run(
             command("record", "--pid", str(pair.source.pid)),
@@ -368,8 +375,7 @@ def test_without_bcc(tmp_path: Path) -> None:
 
 
 def test_a_report_needs_neither_root_nor_bcc(tmp_path: Path) -> None:
-    (tmp_path / "bcc.py").write_text("raise SystemExit('bcc was imported')\n")
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    environment = with_module(tmp_path, "raise SystemExit('bcc was imported')\n")
     data = next(Path("tests/data").resolve().glob("*.rec"))
     result = subprocess.run(
         command("report", str(data)),
