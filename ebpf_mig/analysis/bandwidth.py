@@ -22,9 +22,9 @@ from ebpf_mig.recording.events import Segment
 
 QUEUED_BYTES = 64 << 10
 """A queue that never held this much is the transit of single sends, not a link that cannot keep up."""
-SILENCE_NS = 20_000_000
+HELD_NS = 20_000_000
 HELD_BYTES = 128 << 10
-"""If nothing arrives for SILENCE_NS and less than this is waiting, TCP holds it back (Nagle, a delayed ACK)."""
+"""If nothing arrives for HELD_NS and less than this is waiting, TCP holds it back (Nagle, a delayed ACK)."""
 _FULL = 0.9
 """Of the receive window in flight: the reader is the limit."""
 
@@ -140,7 +140,7 @@ def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, la
         most = max(most, queue)
         index = bisect_right(arrivals, begin)
         silence = (arrivals[index] if index < len(arrivals) else last) - (arrivals[index - 1] if index else begin)
-        held = silence >= SILENCE_NS and queue < HELD_BYTES
+        held = silence >= HELD_NS and queue < HELD_BYTES
         ack = acks[bisect_right(told, begin) - 1] if told and told[0] <= begin else None
         full = ack is not None and ack.window > 0 and ack.in_flight >= _FULL * ack.window
         if not held and not full:

@@ -25,7 +25,7 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 from ebpf_mig.recording.thresholds import FETCH_GAP_NS
 
-SETUP_NS = 20_000_000
+LOGGING_GAP_NS = 20_000_000
 """Where logging is switched on over all slots, one slot follows the other within this."""
 
 
@@ -74,7 +74,7 @@ def switched_on(process: Process, before: int | None) -> int | None:
         return None
     largest = max(i.size for i in turned)
     at = max(index for index, i in enumerate(turned) if i.size == largest)
-    while at > 0 and turned[at].begin_ns - turned[at - 1].end_ns < SETUP_NS:
+    while at > 0 and turned[at].begin_ns - turned[at - 1].end_ns < LOGGING_GAP_NS:
         at -= 1
     return turned[at].begin_ns
 

@@ -182,7 +182,7 @@ class DirtyLogRows:
                 continue
             flag = bool(ioctl.flags & kvm.MEM_LOG_DIRTY_PAGES)
             if flag != state.get(ioctl.slot, False) and since is not None and ioctl.begin_ns >= since:
-                near = groups and ioctl.begin_ns - groups[-1][1][-1].end_ns < dirty_log.SETUP_NS
+                near = groups and ioctl.begin_ns - groups[-1][1][-1].end_ns < dirty_log.LOGGING_GAP_NS
                 if near and groups[-1][0] == flag:
                     groups[-1][1].append(ioctl)
                 else:

@@ -22,7 +22,8 @@ from ebpf_mig.recording.events import RECEIVE, SEND, Socket, Transfer
 
 AF_UNIX = 1
 LEAST_BYTES = 4096
-"""Where nothing else tells, a socket that carried less is not taken for the migration's."""
+"""Where nothing else tells, a socket that carried less is not taken for the migration's; nor is it recognised by its
+bytes in another host's recording."""
 EXTRA_SHARE = 100
 """UNIX sockets have no address; one with 1/100 of the main one's bytes counts as a further connection."""
 

@@ -19,7 +19,7 @@ from ebpf_mig.analysis.spans import Cover
 from ebpf_mig.breakdown import PHASES, Phase, PhaseName, Side, Span, Wait
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
-MOST = 10
+MOST_WAITS = 10
 """Waits that are kept, the longest first."""
 SLACK_NS = 20_000
 """How far a span's end may be from the begin or return of a call, where the total is known."""
@@ -66,7 +66,7 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
             name = f"{thread.name if thread else ''} {event.tid}".strip()
             found.append((duration, event.begin_ns, Wait(phase=phase, thread=name, duration_ns=duration, stack=stack)))
     found.sort(key=lambda item: (-item[0], item[1], item[2].thread, item[2].stack))
-    return [wait for _, _, wait in found[:MOST]]
+    return [wait for _, _, wait in found[:MOST_WAITS]]
 
 
 def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName]:

@@ -24,9 +24,9 @@ from ebpf_mig.recording.events import RECEIVE, SEND, Retransmit, Segment, Transf
 
 _at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
 
-LEAST_NS = 1_000_000
+FLIGHT_NS = 1_000_000
 """Shorter stretches are what a network costs; they are not worth a line."""
-MOST = 5
+MOST_STRETCHES = 5
 DELAYED_ACK_NS = 35_000_000
 """Linux waits 40 ms and more for something to send an acknowledgement with (TCP_DELACK_MIN, include/net/tcp.h)."""
 PROMPT_NS = 1_000_000
@@ -75,7 +75,7 @@ def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> 
             if traced.postcopy and not answering:
                 rows = [msgspec.structs.replace(row, message=row.message.replace("state", BOTH)) for row in rows]
             found += rows if traced.channels.transport != Transport.UNIX else map(without_wire, rows)
-    return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[:MOST]
+    return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[:MOST_STRETCHES]
 
 
 def _since(segments: list[Segment], begin: int) -> list[Segment]:
@@ -115,7 +115,7 @@ def gather(
             evidence=evidence,
             message="" if state_from is None else "state" if s.carried >= state_from else "pages",
         )
-        for s, reason, evidence in found[:MOST]
+        for s, reason, evidence in found[:MOST_STRETCHES]
     ]
 
 
@@ -130,7 +130,7 @@ def _reaches(transfer: Transfer) -> int:
 
 
 def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: tuple[int, int]) -> list[Stretch]:
-    """Receives whose first byte had been sent LEAST_NS before, and that ended a silence as long."""
+    """Receives whose first byte had been sent FLIGHT_NS before, and that ended a silence as long."""
     found: list[Stretch] = []
     quiet_from = window[0]
     for receive in (r for r in receives if r.end_ns >= window[0]):
@@ -140,7 +140,7 @@ def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: 
         if carrier == len(sends) or receive.end_ns > window[1]:
             continue
         sent = max(sends[carrier].end_ns, quiet)
-        if receive.end_ns - sent < LEAST_NS:
+        if receive.end_ns - sent < FLIGHT_NS:
             continue
         done = bisect_right(sends, receive.end_ns, key=_ended)
         outstanding = max(_reaches(sends[done - 1]) if done else 0, receive.position + receive.bytes) - receive.position

@@ -20,7 +20,7 @@ from ebpf_mig.errors import RegressionError, UsageError
 from ebpf_mig.recording.format import MAGIC
 from ebpf_mig.text import printable
 
-_MAX_BYTES = 1 << 30
+_RESULT_MOST_BYTES = 1 << 30
 
 _EXAMPLES = examples(
     "ebpf-mig diff before.json after.json",
@@ -66,11 +66,11 @@ def load(name: str) -> Benchmark:
     """A benchmark from a result file, or from a recording; UsageError if the file is neither."""
     try:
         with Path(name).open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(_RESULT_MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > _MAX_BYTES:
-        raise UsageError(f"{printable(name)} is larger than {_MAX_BYTES >> 30} GiB")
+    if len(data) > _RESULT_MOST_BYTES:
+        raise UsageError(f"{printable(name)} is larger than {_RESULT_MOST_BYTES >> 30} GiB")
     if not data.startswith(MAGIC):
         return decode(data, printable(name))
     from ebpf_mig.collector import analyse

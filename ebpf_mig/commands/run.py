@@ -29,7 +29,7 @@ from ebpf_mig.recording.file import RecordingWriter, default_name, read_recordin
 from ebpf_mig.tracing.session import Session
 from ebpf_mig.vmm.base import Migration, Outcome
 
-QUIET_NS = 200_000_000
+LATE_CALLS_NS = 200_000_000
 """Tracing goes on this long after both sides said they are done: late calls still arrive."""
 BASELINE_S = 0.25
 """Tracing watches the guest this long before the migration begins: what it is like undisturbed."""
@@ -146,7 +146,7 @@ def _pump_until_done(
         nonlocal count
         count += len(events)
         progress(count)
-        return "done" if run.ended_ns and time.monotonic_ns() - run.ended_ns >= QUIET_NS else None
+        return "done" if run.ended_ns and time.monotonic_ns() - run.ended_ns >= LATE_CALLS_NS else None
 
     interrupted: BaseException | None = None
     while True:

@@ -77,7 +77,7 @@ def driven(migration: Migration, timeout_s: float) -> Outcome:
         raise interrupted
     if errors:
         raise errors[0]
-    time.sleep(tracing.QUIET_NS / 1e9)
+    time.sleep(tracing.LATE_CALLS_NS / 1e9)
     return outcome[0]
 
 

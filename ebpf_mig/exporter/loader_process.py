@@ -28,7 +28,7 @@ TIMEOUT_S = 120.0
 """Compiling takes a second or two; a node that is out of memory takes longer."""
 _MAX_FDS = 253
 """SCM_MAX_FD of the kernel."""
-_MAX_BYTES = 1 << 20
+_MESSAGE_MOST_BYTES = 1 << 20
 
 
 class LoadedObjects(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,12 +44,12 @@ class LoadedObjects(msgspec.Struct, frozen=True, kw_only=True):
 def load_apart() -> tuple[NodeProbe, Tracer]:
     """Has a process of its own load everything; PreflightError as if it had been done here."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MAX_BYTES)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MESSAGE_MOST_BYTES)
     loader = start("ebpf_mig.exporter.loader_process", str(theirs.fileno()), fds=[theirs.fileno()])
     theirs.close()
     try:
         ours.settimeout(TIMEOUT_S)
-        data, fds, _, _ = socket.recv_fds(ours, _MAX_BYTES, _MAX_FDS)
+        data, fds, _, _ = socket.recv_fds(ours, _MESSAGE_MOST_BYTES, _MAX_FDS)
     except TimeoutError as error:
         raise PreflightError(f"the BPF programs were not loaded within {TIMEOUT_S:.0f} s", "ebpf-mig doctor") from error
     finally:

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+from ebpf_mig.analysis.wire import PEEKED_BYTES
 from ebpf_mig.join.clock import Hull
 from ebpf_mig.recording.events import Segment, Transfer
 
-PEEKED_BYTES = 64
-"""QEMU's destination looks at its first 4 bytes with MSG_PEEK, which counts as a receive: its positions run ahead."""
 _WRAP = 1 << 32
 
 Mark = tuple[int, int]

@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig.analysis.sockets import normal
+from ebpf_mig.analysis.sockets import LEAST_BYTES, normal
+from ebpf_mig.analysis.wire import PEEKED_BYTES
 from ebpf_mig.errors import RecordingError
-from ebpf_mig.join.happens_before import PEEKED_BYTES, sent_bytes
+from ebpf_mig.join.happens_before import sent_bytes
 from ebpf_mig.recording.events import SEND, Socket, Transfer
 from ebpf_mig.text import printable, size
 
 MOST_SOCKETS = 256
 """Per recording, those with the most bytes: what is compared grows with the square."""
-LEAST_BYTES = 4096
-"""Where addresses tell nothing, a connection that carried less is not recognised by its bytes."""
 CLOSE = 100
 """Two counts of one stream differ by at most 1/100: one side's tracing may have ended earlier."""
 

@@ -18,7 +18,7 @@ from ebpf_mig.linux import kvm
 _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.ENXIO}
 """ENOENT: the directory is gone; ESRCH: the task, once the file was open; ENXIO: its network namespace."""
 _REFUSED = {errno.EPERM, errno.EACCES}
-MOST_BYTES = 1 << 20
+FILE_MOST_BYTES = 1 << 20
 """Of one file; command lines can be longer, and nothing that is read of them lies so far behind."""
 _PF_USER_WORKER = 0x4000
 """include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
@@ -31,7 +31,7 @@ def path(*parts: int | str) -> str:
     return "/".join(("/proc", *map(str, parts)))
 
 
-def read(*parts: int | str, limit: int = MOST_BYTES) -> bytes:
+def read(*parts: int | str, limit: int = FILE_MOST_BYTES) -> bytes:
     """The first `limit` bytes of a file below /proc. ProcessLookupError, PermissionError: see above."""
     with _translated():
         fd = os.open(path(*parts), os.O_RDONLY | os.O_CLOEXEC)
@@ -44,7 +44,7 @@ def read(*parts: int | str, limit: int = MOST_BYTES) -> bytes:
             os.close(fd)
 
 
-def text(*parts: int | str, limit: int = MOST_BYTES) -> str:
+def text(*parts: int | str, limit: int = FILE_MOST_BYTES) -> str:
     """As `read`, decoded; what is no UTF-8 is replaced."""
     return decoded(read(*parts, limit=limit))
 

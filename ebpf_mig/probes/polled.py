@@ -22,8 +22,8 @@ APART_AT_EDGES_NS = 2_000_000
 COST_APART_NS = 30_000_000
 """Our own cost, from the first fetch on: a window begins no longer than this after a reading."""
 PATIENCE_S = 0.2
-LEAST_BYTES = 65536
-"""A socket that sent less is no migration's."""
+TCP_READ_BYTES = 65536
+"""A socket that sent less is no migration's main one: its TCP account is not read."""
 
 
 class Polled:
@@ -81,7 +81,7 @@ class Polled:
         self._last_ns = time.monotonic_ns()
         cost = self._own_cost()
         for inode, socket in list(self._sockets.items()):
-            if self._tcp is not None and self._bytes.get(inode, 0) >= LEAST_BYTES:
+            if self._tcp is not None and self._bytes.get(inode, 0) >= TCP_READ_BYTES:
                 self._tcp.ask(socket)
         return cost
 

@@ -22,7 +22,7 @@ from ebpf_mig.recording.file import Recording, RecordingReader, read_recording
 from ebpf_mig.recording.format import FRAME, MAGIC, MAX_RAW
 from ebpf_mig.text import printable
 
-MOST_BYTES = 4 << 30
+RECORDING_MOST_BYTES = 4 << 30
 """Of a recording as it comes; what is more is not kept."""
 ARM_S = 120.0
 """Compiling and attaching takes seconds, on a busy host more."""
@@ -141,7 +141,7 @@ class Recorder:
         assert stdout is not None  # noqa: S101 - asked for above
         try:
             while data := stdout.read(1 << 20):
-                if self._size < MOST_BYTES:
+                if self._size < RECORDING_MOST_BYTES:
                     self._data.write(data)
                     self._size += len(data)
                 if len(self._head) <= _HEAD + MAX_RAW:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ebpf_mig.vmm.base import Elsewhere
 
-MOST_BYTES = 1 << 24
+LOG_MOST_BYTES = 1 << 24
 """Of the log's end: with -vv a line is written for each dirty range."""
 MOST_THERE_BYTES = 1 << 20
 """Of the log of a VMM elsewhere."""
@@ -60,8 +60,8 @@ class LogPlace:
             with Path(self.path).open("rb") as file:
                 end = file.seek(0, 2)
                 begin = self.offset if self.offset <= end else 0
-                file.seek(max(begin, end - MOST_BYTES))
-                return file.read(MOST_BYTES).decode(errors="replace").splitlines()
+                file.seek(max(begin, end - LOG_MOST_BYTES))
+                return file.read(LOG_MOST_BYTES).decode(errors="replace").splitlines()
         except OSError:
             return []
 
