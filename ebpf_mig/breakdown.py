@@ -116,6 +116,8 @@ class DirtyLogMode(StrEnum):
     """Dirty rings (KVM_CAP_DIRTY_LOG_RING)."""
     NONE = "none"
     """Nothing was logged."""
+    UNKNOWN = "unknown"
+    """The source was not traced."""
 
 
 class SwitchoverKind(StrEnum):
@@ -170,8 +172,8 @@ class Migration(Struct, frozen=True, kw_only=True):
     """When the memory moved."""
     transport: Transport
     """What carried the migration."""
-    connections: int
-    """Number of connections that carried it."""
+    connections: int | None
+    """Number of connections that carried it; null: not known."""
     result: Result
     """How it ended."""
     source: Endpoint | None
@@ -187,8 +189,8 @@ class Phase(Struct, frozen=True, kw_only=True):
     """Its name."""
     side: Side
     """Whose it is."""
-    duration_ns: int
-    """Sum of its spans, ns."""
+    duration_ns: int | None
+    """Sum of its spans, ns. 0: it took no time. Null: not measured; there is no window, or its side was not traced."""
     spans: list[Span]
     """Begin and end of each visit, ns from the window's begin."""
     bound_ns: int | None = 0
@@ -217,14 +219,14 @@ class Pausing(Struct, frozen=True, kw_only=True):
     """From the pause request to the last vCPU's stop, ns."""
     noticed_ns: int
     """From there to the next call of that thread, ns: only then does it go on."""
-    naps: int
-    """Number of times that it slept from its request until it went on."""
-    asleep_ns: int
-    """The part of `noticed_ns` that it slept, ns."""
-    polling: bool
-    """It slept on a timer: nobody wakes it when the vCPUs have stopped."""
-    kicked_late_ns: int
-    """How long it had lost the CPU right before its request, and so before the window, ns."""
+    naps: int | None
+    """Number of times that it slept from its request until it went on; null: not measured."""
+    asleep_ns: int | None
+    """The part of `noticed_ns` that it slept, ns; null: not measured."""
+    polling: bool | None
+    """It slept on a timer: nobody wakes it when the vCPUs have stopped; null: not measured."""
+    kicked_late_ns: int | None
+    """How long it had lost the CPU right before its request, and so before the window, ns; null: not measured."""
 
 
 class Served(Struct, frozen=True, kw_only=True):
@@ -359,8 +361,8 @@ class Logging(Struct, frozen=True, kw_only=True):
     """Inside the ioctls, ns."""
     slots: int
     """Number of slots."""
-    in_blackout_ns: int
-    """The part of `kernel_ns` that lies in the blackout, ns."""
+    in_blackout_ns: int | None
+    """The part of `kernel_ns` that lies in the blackout, ns; null: no stop was seen."""
 
 
 class Rearm(Struct, frozen=True, kw_only=True):
@@ -524,10 +526,10 @@ class Witness(Struct, frozen=True, kw_only=True):
 class Completeness(Struct, frozen=True, kw_only=True):
     verdict: Verdict
     """How far the result can be relied upon."""
-    lost: dict[str, int]
-    """Number of events lost in the kernel, by probe."""
-    unpaired: dict[str, int]
-    """Number of exits without entry and the like, by probe; harmless."""
+    lost: dict[str, int] | None
+    """Number of events lost in the kernel, by probe; null: the recording was cut off before it says."""
+    unpaired: dict[str, int] | None
+    """Number of exits without entry and the like, by probe; harmless. Null: as `lost`."""
     attach: dict[str, str]
     """By signal, how it was traced: `fentry`, `kprobe`, `tracepoint`, or `absent` and why."""
     observer_ns: int | None
@@ -620,6 +622,6 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     postcopy: Postcopy | None = None
     """What the destination fetched; null in another mode."""
 
-    def phase_ns(self, name: PhaseName | str) -> int:
-        """Duration of the phase called `name`, in ns; KeyError if there is no such phase."""
-        return next(p.duration_ns for p in self.phases if p.phase == name)
+    def phase_ns(self, name: PhaseName | str) -> int | None:
+        """Duration of a phase in ns, None if it was not measured; KeyError if there is no such phase."""
+        return {str(phase.phase): phase.duration_ns for phase in self.phases}[name]

@@ -70,7 +70,7 @@ def analyse(recording: Recording) -> Analysis:
     window = attribution.window
     origin = window[0] if window else traced.since
     wires = wire.observe(traced, window, attribution.work)
-    pausing = pause.observe(traced.source, traced.switchover)
+    pausing = pause.observe(traced.source, traced.switchover, traced.material.traced("off-cpu"))
     breakdown = Breakdown(
         migration=_migration(traced, window),
         window_ns=window[1] - window[0] if window else None,
@@ -113,12 +113,17 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
         vmm_version=target.vmm_version if target else "",
         mode=_mode(traced),
         transport=traced.channels.transport,
-        connections=traced.channels.connections,
+        connections=_connections(traced),
         result=completeness.result(traced.material, traced.switchover),
         source=_endpoint(traced, traced.source),
         destination=_endpoint(traced, traced.destination),
         total_ns=window[1] - traced.began if window and traced.began is not None else None,
     )
+
+
+def _connections(traced: TracedMigration) -> int | None:
+    found = traced.channels.connections
+    return found if found or traced.channels.transport == Transport.NONE else None
 
 
 def _endpoint(traced: TracedMigration, process: Process | None) -> Endpoint | None:
@@ -169,7 +174,7 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
     parts, work = attribution.phases, attribution.work
     bursts, found = traced.bursts, traced.switchover
     if traced.source is None:
-        return DirtyLog(mode=DirtyLogMode.NONE, slots=[], passes=[], final=None, fetches=[])
+        return DirtyLog(mode=DirtyLogMode.UNKNOWN, slots=[], passes=[], final=None, fetches=[])
     stop = found.stop if found else None
     until = found.first_start if found and found.first_start is not None else FOREVER
     rows = DirtyLogRows(
@@ -180,10 +185,10 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
         origin,
         page=traced.material.header.page_size or PAGE,
         since=traced.material.header.begin_ns,
-        brownout=traced.material.traced("brownout"),
+        brownout=_vcpus_accounted(traced),
     )
     last = rows.last(until)
-    took = {part.phase: part.duration_ns for part in parts}
+    took = {part.phase: part.duration_ns or 0 for part in parts}
     fetch = next(part for part in parts if part.phase == PhaseName.FETCH_USER)
     logging = dirty_log.switched_on(traced.source, stop) is not None
     final = None
@@ -208,6 +213,11 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
     )
 
 
+def _vcpus_accounted(traced: TracedMigration) -> bool:
+    """Were the source's vCPUs' times outside KVM_RUN recorded? Some recordings say so and hold none."""
+    return traced.material.traced("brownout") and traced.source is not None and bool(traced.source.spans)
+
+
 def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
     """Ring entries of the fetches in the blackout; None with a bitmap."""
     found = [rows.returned(b, rows.bursts[at - 1] if at else None) for at, b in enumerate(rows.bursts) if b in last]
@@ -221,9 +231,10 @@ def _witnesses(
     if traced.switchover is None:
         return []
     pids = (traced.source.pid if traced.source else None, traced.destination.pid if traced.destination else None)
+    late_ns = (pausing.kicked_late_ns or 0) if pausing else 0
     found = witnesses.gather(traced.material.marks, vmm.mark_names(), traced.switchover, pids)
     for adapter in vmm.adapters():
-        found = adapter.witness.rows(traced, attribution, found, wires, pausing.kicked_late_ns if pausing else 0)
+        found = adapter.witness.rows(traced, attribution, found, wires, late_ns)
     return found
 
 
@@ -253,6 +264,8 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
     if work is not None and work.folded:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
+    if traced.bursts and traced.material.traced("brownout") and not _vcpus_accounted(traced):
+        notes.append("the recording holds no account of the vCPUs' time outside KVM_RUN: the brownout is not known")
     notes += _unseen_sends(traced)
     notes += _spinning(traced)
     for side, process in ((Side.SOURCE, traced.source), (Side.DESTINATION, traced.destination)):

@@ -44,7 +44,7 @@ def attribute(traced: TracedMigration) -> Attribution:
         return Attribution(None, phases.unseen())
     activity = source_work.observe(source, found.stop, traced.bursts, traced.own_transfers)
     if found.kind == SwitchoverKind.ABORTED:
-        return _aborted(activity, source, found)
+        return _aborted(traced, activity, source, found)
     transfers = traced.own_transfers
     work = activity.work(found.first_start if found.first_start is not None else FOREVER)
     load = _loading(traced, found, work)
@@ -71,7 +71,7 @@ def attribute(traced: TracedMigration) -> Attribution:
         waits = phases.arrivals(receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, PhaseName.HANDOVER)
-    return Attribution((partition.begin, partition.end), partition.phases(), work)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.sides), work)
 
 
 def _loading(traced: TracedMigration, found: Switchover, work: Work) -> Loading | None:
@@ -106,7 +106,9 @@ def _state_sent(sends: Sequence[Transfer], work: Work, load: Loading) -> int:
     return min(max(ends, default=load.begin), load.begin)
 
 
-def _aborted(activity: source_work.Activity, source: Process, found: Switchover) -> Attribution:
+def _aborted(
+    traced: TracedMigration, activity: source_work.Activity, source: Process, found: Switchover
+) -> Attribution:
     """The source took the guest back: it owns everything up to the re-entry."""
     back = found.first_start if found.first_start is not None else found.stop
     partition = Partition(found.requested, max(back, found.last_start or back))
@@ -119,7 +121,7 @@ def _aborted(activity: source_work.Activity, source: Process, found: Switchover)
     resume = resuming[0].begin_ns if resuming else back
     phases.source(partition, found.stop, resume, activity.work(resume))
     partition.until(partition.end, PhaseName.RESUME)
-    return Attribution((partition.begin, partition.end), partition.phases(), work)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.sides), work)
 
 
 def _destination_alone(traced: TracedMigration) -> Attribution:
@@ -135,4 +137,4 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
         return Attribution(None, phases.unseen())
     partition = Partition(load.begin, max(starts))
     phases.destination(partition, load.begin, load, None, min(starts))
-    return Attribution((partition.begin, partition.end), partition.phases())
+    return Attribution((partition.begin, partition.end), partition.phases(traced.sides))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's slowdown while it still runs: time its vCPUs spent outside KVM_RUN, pass by pass, beside a baseline.
 
-In: a source process's `VcpuSpan` events. Out: stretches of the breakdown.
+In: a source process's `VcpuSpan` events. Out: stretches of the breakdown. Not to be called without such
+events: a recording that has none does not say that nothing was lost.
 
 Outside means outside the KVM_RUN call: in the VMM, or kept from it. An exit that the kernel handles by itself, a
 write-protect fault among them, is inside; of those only the waiting for locks is known. Seeing each would take a probe
@@ -15,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ebpf_mig.analysis.process import Process
-from ebpf_mig.breakdown import Stretch, VcpuShare
+from ebpf_mig.breakdown import Span, Stretch, VcpuShare
 from ebpf_mig.recording.events import VcpuSpan
 
 LONGEST_NS = 10_000_000_000
@@ -25,6 +26,7 @@ LONGEST_NS = 10_000_000_000
 def stretch(process: Process, begin: int, end: int, origin: int) -> Stretch:
     """What each vCPU lost in [begin, end). A span that reaches in from before counts with its share of time."""
     found: dict[int, list[VcpuSpan]] = defaultdict(list)
+    locks = all(span.lock_ns >= 0 for span in process.spans)
     first = bisect_left(process.spans, begin - LONGEST_NS, key=lambda span: span.since_ns)
     for span in process.spans[first:]:
         if span.since_ns >= end:
@@ -34,13 +36,14 @@ def stretch(process: Process, begin: int, end: int, origin: int) -> Stretch:
     return Stretch(
         begin=begin - origin,
         duration_ns=max(0, end - begin),
-        vcpus=[_share(index, found[line.tid], begin, end) for index, line in process.vcpus.items()],
+        vcpus=[_share(index, found[line.tid], (begin, end), locks) for index, line in process.vcpus.items()],
     )
 
 
-def _share(index: int, spans: Sequence[VcpuSpan], begin: int, end: int) -> VcpuShare:
+def _share(index: int, spans: Sequence[VcpuSpan], within: Span, known: bool) -> VcpuShare:
+    """`known`: the waiting for locks was traced."""
+    begin, end = within
     outside = longest = locks = 0
-    known = all(span.lock_ns >= 0 for span in spans)
     for span in spans:
         length = max(1, span.until_ns - span.since_ns)
         inside = min(span.until_ns, end) - max(span.since_ns, begin)

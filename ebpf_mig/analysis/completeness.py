@@ -48,8 +48,8 @@ def completeness(
     least, most = _cost(material, window)
     return Completeness(
         verdict=Verdict.INCOMPLETE if holes else Verdict.BOUNDED if bounds else Verdict.COMPLETE,
-        lost=lost,
-        unpaired=dict(sorted((ending.unpaired if ending else {}).items())),
+        lost=lost if ending else None,
+        unpaired=dict(sorted(ending.unpaired.items())) if ending else None,
         attach=dict(sorted(material.header.attach.items())),
         observer_ns=sum(observer.values()) if observer else None,
         reasons=holes + bounds,

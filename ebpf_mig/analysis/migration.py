@@ -17,7 +17,7 @@ from ebpf_mig.analysis.process import Material, Process, begun, key_of
 from ebpf_mig.analysis.sockets import Channels
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
-from ebpf_mig.breakdown import SwitchoverKind
+from ebpf_mig.breakdown import Side, SwitchoverKind
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
@@ -51,11 +51,19 @@ class TracedMigration:
         """As `began`; the recording's begin if that is not known."""
         return self.began if self.began is not None else self.material.header.begin_ns
 
+    @property
+    def sides(self) -> frozenset[Side]:
+        """Those that were traced."""
+        both = ((Side.SOURCE, self.source), (Side.DESTINATION, self.destination))
+        return frozenset(side for side, process in both if process is not None)
+
     def transfers(self, process: Process | None) -> list[Transfer]:
-        """A side's transfers on the migration's sockets, both directions. Not to be changed."""
+        """A side's transfers on the migration's sockets, both directions; none of a process that is no side."""
         if process is None:
             return []
-        return self.source_transfers if process is self.source else self.destination_transfers
+        if process is self.source:
+            return self.source_transfers
+        return self.destination_transfers if process is self.destination else []
 
     @cached_property
     def destination_transfers(self) -> list[Transfer]:

@@ -198,7 +198,7 @@ class DirtyLogRows:
             end=max(i.end_ns for i in ioctls) - self.origin,
             kernel_ns=total(calls),
             slots=len({i.slot for i in ioctls}),
-            in_blackout_ns=covered(calls, blackout) if blackout is not None else 0,
+            in_blackout_ns=covered(calls, blackout) if blackout is not None else None,
         )
 
 

@@ -21,7 +21,7 @@ def driver(source: Process, found: Switchover) -> int | None:
     return next((k.tid for k in source.kicks if found.requested <= k.at_ns <= found.stop), None)
 
 
-def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
+def observe(source: Process | None, found: Switchover | None, waits_traced: bool) -> Pausing | None:
     """None where no kick was seen, or nothing that the kicking thread did afterwards."""
     if source is None or found is None:
         return None
@@ -32,6 +32,15 @@ def observe(source: Process | None, found: Switchover | None) -> Pausing | None:
     if tid is None or not acts:
         return None
     noticed = min(acts)
+    if not waits_traced:
+        return Pausing(
+            stop_ns=found.stop - found.requested,
+            noticed_ns=noticed - found.stop,
+            naps=None,
+            asleep_ns=None,
+            polling=None,
+            kicked_late_ns=None,
+        )
     naps = [w for w in source.off_cpu if w.tid == tid and not w.preempted and w.end_ns > found.requested]
     naps = [w for w in naps if w.begin_ns < noticed]
     return Pausing(

@@ -12,14 +12,14 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig import breakdown
 from ebpf_mig.analysis import source_work
 from ebpf_mig.analysis.source_work import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
-from ebpf_mig.analysis.spans import any_in, covered
-from ebpf_mig.breakdown import PhaseName
+from ebpf_mig.analysis.spans import any_in, covered, total
+from ebpf_mig.breakdown import PhaseName, Side
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 
@@ -33,6 +33,14 @@ SETUP_GAP_NS = 20_000_000
 _CLOCK = frozenset({"SET_CLOCK", "GET_CLOCK", "KVMCLOCK_CTRL"})
 """Start the guest's clock; part of resuming."""
 _READS = ("GET_", "HAS_", "CHECK_")
+
+
+_SIDES = {
+    Side.SOURCE: {Side.SOURCE},
+    Side.DESTINATION: {Side.DESTINATION},
+    Side.BOTH: {Side.SOURCE, Side.DESTINATION},
+}
+"""What has to be traced so that the absence of a phase is known."""
 
 
 @dataclass
@@ -58,21 +66,25 @@ class Partition:
             self.spans.append((self.cursor, at, phase))
         self.cursor = at
 
-    def phases(self) -> list[breakdown.Phase]:
-        """Every phase, also unseen ones; instants relative to the begin."""
+    def phases(self, traced: Collection[Side] = (Side.SOURCE, Side.DESTINATION)) -> list[breakdown.Phase]:
+        """Every phase, instants relative to the begin. `traced`: the sides of which events were recorded.
+
+        A phase of another side has no duration, unless events of these sides show it.
+        """
         self.until(self.end, PhaseName.UNATTRIBUTED)
         result = []
         for name, side in breakdown.PHASES:
             spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
-            total = sum(e - b for b, e in spans)
-            result.append(breakdown.Phase(phase=name, side=side, duration_ns=total, spans=spans))
-        assert sum(phase.duration_ns for phase in result) == self.end - self.begin  # noqa: S101
+            known = bool(spans) or name == PhaseName.UNATTRIBUTED or _SIDES[side] <= set(traced)
+            took = total(spans) if known else None
+            result.append(breakdown.Phase(phase=name, side=side, duration_ns=took, spans=spans))
+        assert sum(phase.duration_ns or 0 for phase in result) == self.end - self.begin  # noqa: S101
         return result
 
 
 def unseen() -> list[breakdown.Phase]:
-    """Every phase, none of it seen."""
-    return [breakdown.Phase(phase=name, side=side, duration_ns=0, spans=[]) for name, side in breakdown.PHASES]
+    """Every phase where there is no window: none was measured."""
+    return [breakdown.Phase(phase=name, side=side, duration_ns=None, spans=[]) for name, side in breakdown.PHASES]
 
 
 _INSIDE = {

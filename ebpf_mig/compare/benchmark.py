@@ -74,7 +74,7 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
         raise KeyError(figure)
     if breakdown.migration.result != Result.COMPLETED or breakdown.window_ns is None:
         return None
-    took: dict[str, int] = {phase.phase: phase.duration_ns for phase in breakdown.phases}
+    took: dict[str, int | None] = {phase.phase: phase.duration_ns for phase in breakdown.phases}
     match figure:
         case "blackout":
             return breakdown.blackout_ns

@@ -156,7 +156,7 @@ class Metrics:
                     self._fetch.labels(stage, part).observe(ns / 1e9, exemplar)
         for state, ns in o.send.items():
             self._send.labels(o.vmm, state).observe(ns / 1e9, exemplar)
-        self._final_bytes.inc(o.final_bytes)
+        self._final_bytes.inc(o.final_bytes or 0)
         name = self.label_of(o.vm)
         if not name:
             return

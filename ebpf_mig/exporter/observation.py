@@ -39,7 +39,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     """Stage (precopy, blackout) to part (lock, off_cpu, kernel, user) to ns."""
     send: dict[str, int]
     """State (copy, blocked) to ns, migration sockets of the source in the window."""
-    final_bytes: int
+    final_bytes: int | None
+    """What was sent of memory in the blackout; None: the source was not seen here, or there was no fetch."""
     verdict: str
     reasons: list[str]
     lost: dict[str, int]
@@ -97,15 +98,13 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
         trigger=trigger,
         blackout_ns=b.blackout_ns,
         window_ns=b.window_ns,
-        phases={p.phase: p.duration_ns for p in b.phases if p.side in sides or p.side == Side.BOTH}
-        if b.window_ns is not None
-        else {},
+        phases={p.phase: p.duration_ns for p in b.phases if p.duration_ns is not None},
         fetch=_fetch(b),
         send=_send(b),
-        final_bytes=b.dirty_log.final.bytes if b.dirty_log.final else 0,
+        final_bytes=b.dirty_log.final.bytes if b.dirty_log.final else None,
         verdict=b.completeness.verdict,
         reasons=b.completeness.reasons,
-        lost=b.completeness.lost,
+        lost=b.completeness.lost or {},
         begin_seen=m.source is None or m.total_ns is not None or b.window_ns is None,
     )
 

@@ -96,8 +96,9 @@ def _attributes(b: Breakdown, seen: Observation, left_out: int) -> dict[str, Att
         "ebpf_mig.verdict": seen.verdict,
         "ebpf_mig.recording": seen.recording,
         "ebpf_mig.window_ns": b.window_ns or 0,
-        "ebpf_mig.final_memory_bytes": seen.final_bytes,
     }
+    if seen.final_bytes is not None:
+        found["ebpf_mig.final_memory_bytes"] = seen.final_bytes
     if seen.blackout_ns is not None:
         found["ebpf_mig.blackout_ns"] = seen.blackout_ns
     if left_out > 0:

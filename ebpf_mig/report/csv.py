@@ -21,7 +21,7 @@ def render(breakdown: Breakdown) -> str:
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(COLUMNS)
     window, verdict = breakdown.window_ns, breakdown.completeness.verdict
-    rows: list[tuple[str, Side, int, list[Span]]] = [
+    rows: list[tuple[str, Side, int | None, list[Span]]] = [
         (p.phase, p.side, p.duration_ns, p.spans) for p in breakdown.phases
     ]
     if breakdown.blackout is not None and breakdown.blackout_ns is not None:
@@ -29,7 +29,7 @@ def render(breakdown: Breakdown) -> str:
     if window is not None:
         rows.append(("window", Side.BOTH, window, [(0, window)]))
     for name, side, duration, spans in rows:
-        share = f"{duration / window:.6f}" if window else ""
+        share = f"{duration / window:.6f}" if window and duration is not None else ""
         ends = (spans[0][0], spans[-1][1]) if spans else ("", "")
-        writer.writerow([name, side, duration, share, len(spans), *ends, verdict])
+        writer.writerow([name, side, "" if duration is None else duration, share, len(spans), *ends, verdict])
     return out.getvalue()

@@ -64,12 +64,16 @@ def facts(b: Breakdown) -> Iterator[str]:
     m = b.migration
     vmm = " ".join(filter(None, (m.vmm, m.vmm_version))) or "unknown VMM"
     total = "" if m.total_ns is None else f" after {milliseconds(m.total_ns)} ms"
-    yield f"<p>{escaped(vmm)}, {escaped(m.mode)} over {escaped(m.transport)}, {m.connections} connection"
-    yield f"{'s' if m.connections != 1 else ''}, <b>{escaped(m.result)}</b>{total}</p>\n"
+    yield f"<p>{escaped(vmm)}, {escaped(m.mode)} over {escaped(m.transport)}, {_connections(m.connections)}"
+    yield f", <b>{escaped(m.result)}</b>{total}</p>\n"
     yield f"<p class='soft'>{_end('source', m.source)} &rarr; {_end('destination', m.destination)}</p>\n"
     verdict = escaped(b.completeness.verdict)
     why = "".join(f"; {escaped(reason)}" for reason in b.completeness.reasons)
     yield f"<p class='{verdict}'>{verdict}{why}</p>\n"
+
+
+def _connections(count: int | None) -> str:
+    return "connections not known" if count is None else f"{count} connection{'s' if count != 1 else ''}"
 
 
 def _end(side: str, end: Endpoint | None) -> str:
@@ -81,11 +85,8 @@ def waterfall(b: Breakdown) -> Iterator[str]:
     if not b.window_ns:
         return
     rows = [
-        (
-            f"<td class='w'>{p.phase}</td><td>{SIDES.get(p.side, p.side)}</td>"
-            f"<td class='n'>{bounds.limited(p.duration_ns, p.bound_ns, b.clock)}</td>"
-            f"<td class='n'>{100 * p.duration_ns / b.window_ns:.1f} %</td><td class='bars'>{_bar(p, b.window_ns)}</td>"
-        )
+        f"<td class='w'>{p.phase}</td><td>{SIDES.get(p.side, p.side)}</td>{_took(p, b)}"
+        f"<td class='bars'>{_bar(p, b.window_ns)}</td>"
         for p in b.phases
     ]
     rows.append(
@@ -93,6 +94,17 @@ def waterfall(b: Breakdown) -> Iterator[str]:
         f"<td class='n'>100.0 %</td><td></td>"
     )
     yield table("phases", ("phase", "side", "#ms", "#share", ""), rows)
+
+
+def _took(phase: Phase, b: Breakdown) -> str:
+    """Duration and share of the window; no number for what was not seen."""
+    if phase.duration_ns is None or not (phase.spans or phase.bound_ns or phase.phase == PhaseName.UNATTRIBUTED):
+        return "<td class='n'>not seen</td><td class='n'>-</td>"
+    took, share = (
+        bounds.limited(phase.duration_ns, phase.bound_ns, b.clock),
+        100 * phase.duration_ns / (b.window_ns or 1),
+    )
+    return f"<td class='n'>{took}</td><td class='n'>{share:.1f} %</td>"
 
 
 def _bar(phase: Phase, window: int) -> str:
@@ -285,8 +297,11 @@ def witnesses(b: Breakdown) -> Iterator[str]:
 def completeness(b: Breakdown) -> Iterator[str]:
     """Losses, how we traced, what it cost, clocks, notes."""
     state = b.completeness
-    rows = [f"<td>lost: {escaped(name)}</td><td>{count}</td>" for name, count in sorted(state.lost.items())]
-    rows += [f"<td>unpaired: {escaped(name)}</td><td>{count}</td>" for name, count in sorted(state.unpaired.items())]
+    rows = ["<td>lost</td><td>not known</td>"] if state.lost is None else []
+    rows += [f"<td>lost: {escaped(name)}</td><td>{count}</td>" for name, count in sorted((state.lost or {}).items())]
+    rows += [
+        f"<td>unpaired: {escaped(name)}</td><td>{count}</td>" for name, count in sorted((state.unpaired or {}).items())
+    ]
     rows += [
         f"<td>attached: {escaped(name)}</td><td>{escaped(tier)}</td>" for name, tier in sorted(state.attach.items())
     ]

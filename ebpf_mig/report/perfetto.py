@@ -115,7 +115,7 @@ class _Writer:
         if breakdown.blackout is not None:
             yield from self._simple(top, "blackout", [self._slice(*breakdown.blackout, "blackout")], 1)
         spans = [
-            self._slice(begin, end, phase.phase, {"side": phase.side, "phase_ns": phase.duration_ns})
+            self._slice(begin, end, phase.phase, {"side": phase.side, "phase_ns": phase.duration_ns or 0})
             for phase in breakdown.phases
             for begin, end in phase.spans
         ]

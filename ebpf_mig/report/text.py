@@ -138,7 +138,7 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     way = "" if facts.transport == Transport.NONE else f" over {printable(facts.transport)}"
     if facts.transport == Transport.UNKNOWN:
         way = " over an unknown transport"
-    elif facts.connections > 1:
+    elif facts.connections is not None and facts.connections > 1:
         way += f" ({facts.connections} connections)"
     result = {Result.UNKNOWN: "result unknown"}.get(facts.result, facts.result)
     after = "" if facts.total_ns is None else f" after {ms(facts.total_ns)} ms"
@@ -185,10 +185,11 @@ def _phase(phase: Phase, clock: Clock, window: int, width: int, unicode: bool) -
     name = "bold" if phase.phase.startswith("fetch.") else ""
     if phase.phase == PhaseName.UNATTRIBUTED:
         colour = name = "yellow"
-    share = f"{100 * phase.duration_ns / window:.1f}%"
+    took = phase.duration_ns or 0
+    share = f"{100 * took / window:.1f}%"
     return Text.assemble(
         (f"{phase.phase:14}", name),
-        f"{side:5}{bounds.limited(phase.duration_ns, phase.bound_ns, clock):>11}{share:>8} ",
+        f"{side:5}{bounds.limited(took, phase.bound_ns, clock):>11}{share:>8} ",
         (bar(phase.spans, window, width, unicode=unicode), colour),
     )
 
@@ -223,7 +224,9 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
             yield longest._replace(spare=1)
         yield from text_fetch.inside(breakdown)
     elif breakdown.window_ns is not None:
-        why = "none: no dirty logging" if log.mode == DirtyLogMode.NONE else "none seen after the last vCPU stopped"
+        why = {DirtyLogMode.NONE: "none: no dirty logging", DirtyLogMode.UNKNOWN: "the source was not traced"}.get(
+            log.mode, "none seen after the last vCPU stopped"
+        )
         yield remark("final dirty-log fetch", why, "bold")
     if passes := log.passes:
         kernel, user = sum(p.kernel_ns for p in passes), sum(p.user_ns for p in passes)
@@ -262,7 +265,8 @@ def _longest(breakdown: Breakdown) -> Row | None:
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
     """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
     state = breakdown.completeness
-    facts = [_counts("lost", state.lost) or "nothing lost", _counts("unpaired", state.unpaired)]
+    lost = "losses not known" if state.lost is None else _counts("lost", state.lost) or "nothing lost"
+    facts = [lost, _counts("unpaired", state.unpaired or {})]
     yield remark(state.verdict, "; ".join(filter(None, facts)), _VERDICTS.get(state.verdict, ""))
     cost = "cost not measured" if state.observer_ns is None else f"{ms(state.observer_ns)} ms in all"
     if state.observer_window_ns is not None:

@@ -21,7 +21,7 @@ _LATE_NS = 500_000
 
 def pausing(found: Pausing | None) -> Iterator[Row]:
     """What it cost to stop the vCPUs, if noticing that they had stopped is worth a line."""
-    if found is None or found.asleep_ns < max(_LATE_NS, found.noticed_ns // 2):
+    if found is None or found.asleep_ns is None or found.asleep_ns < max(_LATE_NS, found.noticed_ns // 2):
         return
     why = "polls" if found.polling else "asleep"
     text = f"stop {ms(found.stop_ns)}, noticed {ms(found.noticed_ns)} later ({why} {ms(found.asleep_ns)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ebpf_mig import breakdown as b
 from ebpf_mig.recording.events import RECURSION_MISSES, Ending
+from ebpf_mig.report.text import render
 from tests.unit import scripts
 from tests.unit.script import US, Script, Vm, at
 
@@ -32,7 +33,7 @@ def test_cancelled_while_the_guest_runs_has_no_window() -> None:
     found = script.result().breakdown
     assert found.migration.result == "cancelled"
     assert (found.window_ns, found.blackout_ns, found.blackout) == (None, None, None)
-    assert [(p.phase, p.duration_ns, p.spans) for p in found.phases] == [(name, 0, []) for name, _ in b.PHASES]
+    assert [(p.phase, p.duration_ns, p.spans) for p in found.phases] == [(name, None, []) for name, _ in b.PHASES]
     assert [(p.begin / US, p.bytes) for p in found.dirty_log.passes] == [(100, 10_000_000)]
     assert found.dirty_log.final is None and found.dirty_log.fetches == []
     assert found.sockets == [] and found.vcpus == [] and found.witnesses == []
@@ -244,7 +245,12 @@ def test_without_the_source_the_loading_is_known() -> None:
     assert found.migration.destination == b.Endpoint(host="alpha", pid=2000)
     assert found.vcpus == [b.Vcpu(vcpu=0, kick_ns=None, stop=None, start=3980 * US, blackout_ns=None)]
     assert found.completeness.verdict == "bounded"
-    assert found.dirty_log.mode == "none" and found.dirty_log.final is None
+    assert found.dirty_log.mode == "unknown" and found.dirty_log.final is None
+    unmeasured = [p.phase for p in found.phases if p.duration_ns is None]
+    source = [name for name, side in b.PHASES if side == "source"]
+    assert unmeasured == [*source, "handover"], "the others are known, also those that took no time"
+    shown = render(found)
+    assert "the source was not traced" in shown and "no dirty logging" not in shown
 
 
 def test_an_empty_recording() -> None:
@@ -253,7 +259,8 @@ def test_an_empty_recording() -> None:
     assert found.migration.source is None and found.migration.destination is None
     assert found.migration.mode == "unknown"
     assert found.completeness.verdict == "bounded"
-    assert sum(p.duration_ns for p in found.phases) == 0
+    assert [p.duration_ns for p in found.phases] == [None] * len(b.PHASES)
+    assert found.dirty_log.mode == "unknown" and found.migration.connections is None
 
 
 def test_losses_make_the_result_incomplete() -> None:

@@ -108,11 +108,12 @@ roles = st.lists(st.sampled_from(["source", "destination", "unknown"]), max_size
 def check(found: b.Breakdown) -> None:
     """The promises that every breakdown keeps."""
     assert [(p.phase, p.side) for p in found.phases] == list(b.PHASES)
-    assert all(p.duration_ns == sum(end - begin for begin, end in p.spans) for p in found.phases)
+    assert all((p.duration_ns or 0) == sum(end - begin for begin, end in p.spans) for p in found.phases)
+    assert all(p.duration_ns is None for p in found.phases) == (found.window_ns is None)
     spans = sorted(span for phase in found.phases for span in phase.spans)
     assert all(begin < end for begin, end in spans)
     assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
-    assert sum(p.duration_ns for p in found.phases) == (found.window_ns or 0)
+    assert sum(p.duration_ns or 0 for p in found.phases) == (found.window_ns or 0)
     if spans:
         assert (spans[0][0], spans[-1][1]) == (0, found.window_ns)
     if found.blackout is not None:

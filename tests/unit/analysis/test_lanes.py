@@ -15,6 +15,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, OffCpu, Segment, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import html, perfetto
+from tests.unit import scripts
 from tests.unit.analysis.test_collector_properties import event, header, roles
 from tests.unit.report.test_replay import COMPLETED
 
@@ -69,6 +70,13 @@ def test_segments_have_a_lane_a_socket() -> None:
     assert [(lane.name, [s.name for s in lane.slices]) for lane in lanes] == [
         ("segments on socket 70", ["100 bytes arrive", "an acknowledgement arrives"])
     ]
+
+
+def test_a_process_that_is_no_side_has_no_bytes_of_the_migration() -> None:
+    script = scripts.qemu_7_2()
+    stranger = script.vm(3000, "unknown")
+    stranger.receive(100, 200, 5000, socket=80)
+    assert {counter.pid for counter in view(analyse(script.recording)).counters} == {1000, 2000}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

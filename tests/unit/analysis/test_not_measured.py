@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A figure that was not measured is never shown as 0: it is null in the breakdown, and no number in a report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from ebpf_mig.analysis.lanes import view
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.exporter.observation import Observation, observe
+from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.report import csv, html, tables, text
+
+DATA = Path(__file__).parents[2] / "data"
+ONE_SIDE = [DATA / "hosts" / f"{side}.rec" for side in ("source", "destination")]
+
+
+def without(recording: Recording, *kinds: type) -> Recording:
+    return replace(recording, events=[e for e in recording.events if not isinstance(e, kinds)])
+
+
+def absent(recording: Recording, signal: str) -> Recording:
+    """As it would be where the kernel lacks what the signal needs."""
+    attach = recording.header.attach | {signal: "absent: not in this kernel"}
+    return replace(recording, header=replace(recording.header, attach=attach))
+
+
+def seen_by_a_node(b: Breakdown) -> Observation:
+    return observe(b, at=0, recording="x.rec", vmm="qemu", vm="vm", trigger="start")
+
+
+def test_a_recording_that_a_node_kept_without_the_vcpus_accounts_has_no_brownout() -> None:
+    """Earlier versions of `watch` and `exporter` dropped these events, and still said that they had been traced."""
+    whole = read_recording(ONE_SIDE[0])
+    b = analyse(whole).breakdown
+    assert b.dirty_log.passes[0].brownout is not None and not any("brownout" in note for note in b.notes)
+    kept = without(whole, ev.VcpuSpan, ev.Samples)
+    assert kept.header.attach["brownout"] == "tracepoint"
+    b = analyse(kept).breakdown
+    assert all(one.brownout is None and one.baseline is None for one in b.dirty_log.passes)
+    assert b.dirty_log.final is not None and b.dirty_log.final.split is None
+    assert [note for note in b.notes if "the brownout is not known" in note] != []
+    assert "brownout, worst" not in text.render(b)
+
+
+def test_waiting_for_locks_is_not_known_where_no_span_says_so() -> None:
+    """A vCPU without a span in a pass waited for nothing only if other spans of the process tell of locks."""
+    whole = read_recording(ONE_SIDE[0])
+    events = [replace(e, lock_ns=-1) if isinstance(e, ev.VcpuSpan) else e for e in whole.events]
+    for recording, known in ((whole, True), (replace(whole, events=events), False)):
+        shares = [
+            v.lock_wait_ns
+            for one in analyse(recording).breakdown.dirty_log.passes
+            for stretch in (one.brownout, one.baseline)
+            if stretch is not None
+            for v in stretch.vcpus
+        ]
+        assert shares and all((share is not None) == known for share in shares)
+
+
+def test_a_pause_is_not_said_to_be_without_naps_where_waits_were_not_traced() -> None:
+    whole = read_recording(DATA / "cloud-hypervisor-54-tcp.rec")
+    found = analyse(whole).breakdown.pausing
+    assert found is not None and found.naps
+    found = analyse(absent(without(whole, ev.OffCpu), "off-cpu")).breakdown.pausing
+    assert found is not None and found.noticed_ns > 0
+    assert (found.naps, found.asleep_ns, found.polling, found.kicked_late_ns) == (None, None, None, None)
+
+
+def test_losses_are_not_known_where_the_recording_was_cut_off() -> None:
+    whole = read_recording(DATA / "qemu-7.2-tcp.rec")
+    assert analyse(whole).breakdown.completeness.lost == {}
+    found = analyse(replace(without(whole, ev.Ending), truncated=True)).breakdown
+    assert found.completeness.lost is None and found.completeness.unpaired is None
+    assert "losses not known" in text.render(found) and "nothing lost" not in text.render(found)
+    assert tables.migration_row("x", whole.header, found)["lost"] is None
+
+
+@pytest.mark.parametrize("path", ONE_SIDE, ids=lambda path: path.stem)
+def test_the_other_side_has_no_durations(path: Path) -> None:
+    recording = read_recording(path)
+    found = analyse(recording)
+    b = found.breakdown
+    unmeasured = {p.phase for p in b.phases if p.duration_ns is None}
+    other = "destination" if path.stem == "source" else "source"
+    assert {p.phase for p in b.phases if p.side == other} <= unmeasured
+    assert b.window_ns == sum(p.duration_ns or 0 for p in b.phases)
+    rows = [line.split(",") for line in csv.render(b).splitlines()]
+    assert all(row[2] == row[3] == "" for row in rows if row[0] in unmeasured)
+    assert all(row["duration_ns"] is None for row in tables.phase_rows("x", b) if row["phase"] in unmeasured)
+    assert not unmeasured & seen_by_a_node(b).phases.keys()
+    page = html.render(b, view(found))
+    for phase in unmeasured:
+        assert re.search(f"<td class='w'>{phase}</td><td>[a-z]+</td><td class='n'>not seen</td>", page), phase
+
+
+def test_a_destination_alone_tells_nothing_of_the_sources_log() -> None:
+    recording = read_recording(ONE_SIDE[1])
+    b = analyse(recording).breakdown
+    row = tables.migration_row("x", recording.header, b)
+    assert (row["passes"], row["precopy_bytes"], row["final_bytes"]) == (None, None, None)
+    assert seen_by_a_node(b).final_bytes is None
