@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result of a benchmark: the breakdown of every run, as one JSON file, schema `ebpf-mig/bench/1`.
 
-In: breakdowns as they come. Out: the file, and from it samples: one list of durations a figure. Runs with losses
-and runs that failed stay in the file and say so; a figure that a run lacks is not in that figure's sample.
+In: the breakdown of each run. Out: the file, and samples read from it: one list of durations for each figure. Runs
+with losses and failed runs stay in the file and are marked. A figure that a run did not measure is not in the sample.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ SCHEMA = "ebpf-mig/bench/1"
 FETCH = "fetch"
 """fetch.kernel and fetch.user together: the final dirty-log fetch."""
 FIGURES: tuple[str, ...] = ("blackout", "window", "total", FETCH, *(phase for phase, _ in PHASES))
-"""What can be compared between runs, in the order in which tables show it."""
+"""The figures that can be compared, in the order of the tables."""
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One migration; `breakdown` is None if there is nothing to analyse, and `error` says why."""
+    """One migration; `breakdown` is None if there is nothing to analyse; `error` then says why."""
 
     breakdown: Breakdown | None
     """Null: there is nothing to analyse."""
@@ -38,7 +38,7 @@ class Benchmark(Struct, frozen=True, kw_only=True):
     scenario: str
     """Its name, or `command`."""
     settings: dict[str, int | str | bool | None] = field(default_factory=dict)
-    """What the scenario's name stood for: numbers with their unit in the name (bytes, ms, per s), and switches."""
+    """The scenario's settings: numbers with their unit in the name (bytes, ms, per s), and switches."""
     command: list[str] = field(default_factory=list)
     """What was run each time, where the scenario is `command`."""
     host: str = ""
@@ -48,7 +48,7 @@ class Benchmark(Struct, frozen=True, kw_only=True):
     tool: str = ""
     """Name and version of what made this file."""
     warm_up: int = 0
-    """Number of runs made before the first of `runs` and thrown away."""
+    """Number of warm-up runs, which are not in `runs`."""
     runs: list[Run] = field(default_factory=list)
     """In the order in which they were made."""
 
@@ -90,7 +90,7 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
 
 
 def encode(benchmark: Benchmark) -> str:
-    """The result file's text: one run a line, so that a version control system can show what changed."""
+    """The text of the result file: one run per line, so that a version control system can show changes."""
     whole = msgspec.json.encode(msgspec.structs.replace(benchmark, runs=[])).decode("utf-8")
     runs = ",\n".join(msgspec.json.encode(run).decode("utf-8") for run in benchmark.runs)
     head, _, tail = whole.rpartition('"runs":[]')

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two benchmarks differ, figure by figure, and whether the difference is one that a gate forbids.
+"""Whether two benchmarks differ, figure by figure, and whether a gate forbids the difference.
 
-In: two `Benchmark`s, conditions such as `blackout.p50>+5%`. Out: `Difference`s and `Ruling`s. A difference is
-called one only if a permutation test finds it (corrected for the number of figures) and it exceeds what two series
-like A would differ by. With fewer than four runs on a side nothing can be told, and that is said.
+In: two `Benchmark`s, conditions such as `blackout.p50>+5%`. Out: `Difference`s and `Ruling`s. A change
+counts as a difference only if a permutation test finds it (corrected for the number of figures) and it exceeds the
+noise: how far two series like A differ. With fewer than four runs on a side the verdict is "too few runs".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONDITION = re.compile(
 
 
 class Finding(StrEnum):
-    """What became of a figure from A to B."""
+    """How a figure changed from A to B."""
 
     SLOWER = "slower"
     """It is longer, beyond chance and noise."""
@@ -43,9 +43,9 @@ class Finding(StrEnum):
     NO_DIFFERENCE = "no difference"
     """Chance and noise can explain the change."""
     TOO_FEW_RUNS = "too few runs"
-    """No test can say anything."""
+    """Too few runs for a test."""
     NOT_MEASURED = "not measured"
-    """One side never measured it."""
+    """One side has no measurement of it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Condition:
     figure: str
     statistic: str
     relative: bool
-    """Of the change from A to B; else of B alone."""
+    """The limit is on the change from A to B; otherwise on B alone."""
     percent: bool
     limit: Fraction
     """Per cent or ns."""
@@ -80,7 +80,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What a condition came to."""
+    """The result of one condition."""
 
     condition: Condition
     failed: bool
@@ -162,7 +162,7 @@ def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], p: float | N
     if change <= limit:
         return Ruling(condition, False, why)
     if p >= SIGNIFICANT:
-        return Ruling(condition, False, f"{why}: no difference that can be told from chance")
+        return Ruling(condition, False, f"{why}: the difference may be chance")
     noise = stats.noise_floor(x, len(y), statistic)
     if change <= noise:
         return Ruling(condition, False, f"{why}: within the noise of {noise / 1e6:.3f} ms")

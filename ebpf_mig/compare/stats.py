@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of small samples of durations: no assumption on their distribution, the same answer every time.
+"""Statistics of small samples of durations, without assumptions on their distribution, and repeatable.
 
-In: lists of numbers. Out: numbers. Every method that draws is seeded from its data, so that a comparison can be
+In: lists of numbers. Out: numbers. Every method that resamples is seeded from its data, so that a comparison can be
 repeated to the digit. Latencies have outliers and long tails, hence medians, ranks and resampling, not means and t.
 """
 
@@ -20,13 +20,13 @@ __all__ += ["permutation_p", "quantile", "rank_p"]
 Statistic = Callable[[Sequence[float]], float]
 
 MIN_RUNS = 4
-"""Below, no permutation test can say anything at the 5 % level: 2 / C(6, 3) = 0.1, 2 / C(8, 4) = 0.03."""
+"""With fewer values, no permutation test can reach the 5 % level: 2 / C(6, 3) = 0.1, 2 / C(8, 4) = 0.03."""
 
 _EXACT = 10_000
-"""Up to so many ways of dealing the values out, all are tried."""
+"""Up to this number of permutations, all are tried."""
 _DRAWS = 4_999
 _LARGE, _DRAWS_LARGE = 400, 999
-"""Of large samples fewer draws are made, or a table takes minutes; p is then known to 0.001 only."""
+"""Large samples get fewer draws, since a table would take minutes; p is then accurate to 0.001 only."""
 _RESAMPLES = 2_000
 
 
@@ -42,7 +42,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def p95(values: Sequence[float]) -> float:
-    """The 95th percentile. Of fewer than 20 values it is little else than their maximum."""
+    """The 95th percentile. With fewer than 20 values it is close to their maximum."""
     return quantile(values, 0.95)
 
 
@@ -58,9 +58,10 @@ def bootstrap_interval(
 
 
 def rank_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Permutation test, two-sided, of whether one of the samples tends to larger values (Wilcoxon's rank sum).
+    """Two-sided permutation test of whether one sample tends to larger values (Wilcoxon's rank sum).
 
-    The probability of ranks at least as far apart if the labels `a` and `b` meant nothing. 1 if either is empty.
+    The probability of ranks at least this far apart if the labels `a` and `b` were assigned at random. 1 if either is
+    empty.
     """
     pooled = sorted([*a, *b])
     doubled = {value: bisect_left(pooled, value) + bisect_right(pooled, value) for value in set(pooled)}
@@ -68,9 +69,9 @@ def rank_p(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def permutation_p(a: Sequence[float], b: Sequence[float], statistic: Statistic) -> float:
-    """Permutation test, two-sided, of the difference between `statistic(a)` and `statistic(b)`.
+    """Two-sided permutation test of the difference between `statistic(a)` and `statistic(b)`.
 
-    Exact where all ways to deal the values out can be tried, else by seeded draws (never 0: the data themselves
+    Exact where all permutations can be tried, otherwise by seeded draws (never 0: the data themselves
     count as one draw). With `sum` the samples may differ in size: the sums are compared with their expectation.
     """
     if not a or not b:
@@ -97,7 +98,7 @@ def permutation_p(a: Sequence[float], b: Sequence[float], statistic: Statistic) 
 
 
 def effect_size(a: Sequence[float], b: Sequence[float]) -> float:
-    """Cliff's delta: how much likelier a value of `b` is to be above one of `a` than below. -1 to 1; 0 if empty."""
+    """Cliff's delta: how much more likely a value of `b` is above a value of `a` than below it. -1 to 1; 0 if empty."""
     if not a or not b:
         return 0.0
     ordered = sorted(a)
@@ -113,7 +114,7 @@ def effect_word(delta: float) -> str:
 
 
 def noise_floor(values: Sequence[float], other: int, statistic: Statistic = median) -> float:
-    """How far `statistic` differs by chance, 95 times in 100, between two samples of what `values` is a sample of.
+    """How far `statistic` differs by chance, 95 times in 100, between two samples of the population of `values`.
 
     One has the size of `values`, the `other` the size given. ValueError if either is empty.
     """
@@ -128,7 +129,7 @@ def noise_floor(values: Sequence[float], other: int, statistic: Statistic = medi
 
 
 def holm(probabilities: Sequence[float]) -> list[float]:
-    """The probabilities corrected for having asked so many questions at once (Holm's step-down), in their order."""
+    """The probabilities corrected for multiple tests (Holm's step-down), in the given order."""
     order = sorted(range(len(probabilities)), key=lambda i: probabilities[i])
     corrected = [1.0] * len(probabilities)
     highest = 0.0

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the clocks of two hosts are apart: hard bounds, from what was sent before it was received.
+"""Hard bounds on the clock offset of two hosts: every byte was sent before it was received.
 
-In: pairs of instants, one on each clock, of which the one is known to come before the other. Out: `Bounds` on the
-offset (the destination's clock minus the source's) at any instant. The model and its proof are in docs/clock.md: over a
-migration the offset is a line, but for a wander of the rate. Each pair says that the line passes below or above a
-point; of the points only the convex hull is kept. What is left is a convex region of lines, and at any instant
-the offset lies between the lowest and the highest of them. All arithmetic is exact.
+In: pairs of instants, one on each clock; the first is known to come before the second. Out: `Bounds` on the
+offset (the destination's clock minus the source's) at any instant. The model and its proof are in docs/clock.md: during
+a migration the offset is a line, apart from a small drift of the rate. Each pair says that the line passes below or
+above a point. Only the convex hull of the points is kept. The result is a convex region of lines; at any instant the
+offset lies between the lowest and the highest of them. All arithmetic is exact.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fractions import Fraction
 MAX_DRIFT = Fraction(1, 1000)
 """How much two clocks can differ in rate: adjtimex(2) takes 500 ppm to either side (MAXFREQ, include/linux/timex.h)."""
 WANDER = Fraction(1, 10**6)
-"""How much the rate can change meanwhile: a pair this far away from the instant of interest counts that much less."""
+"""How much the rate can change: the bound of a pair is loosened by this share of its distance in time."""
 MOST_CORNERS = 256
-"""Points of a hull that are used. Real hulls have a few dozen; without some the bound is wider, never wrong."""
+"""Points of a hull that are used. Real hulls have a few dozen. Leaving some out makes the bound wider, never wrong."""
 _FAR = Fraction(1 << 66)
 
 Point = tuple[int, int]
@@ -28,14 +28,14 @@ Point = tuple[int, int]
 
 @dataclass
 class Hull:
-    """The lower convex hull of points that come in the order of their instants. Lines lie below all of them."""
+    """The lower convex hull of points that arrive in order of time. The lines lie below all of them."""
 
     points: list[Point] = field(default_factory=list)
     count: int = 0
-    """How many points were given."""
+    """The number of points that were added."""
 
     def add(self, x: int, y: int) -> None:
-        """Takes the next point."""
+        """Adds the next point."""
         self.count += 1
         points = self.points
         while points and (x <= points[-1][0] and y <= points[-1][1]):
@@ -64,7 +64,7 @@ class Evidence:
         return sum(hull.count for hull in self.most), sum(hull.count for hull in self.least)
 
     def add(self, other: Evidence) -> None:
-        """Takes another connection's evidence in."""
+        """Adds the evidence of another connection."""
         self.most += other.most
         self.least += other.least
 
@@ -81,7 +81,7 @@ class Bounds:
     least: int | None
     most: int | None
     drift: tuple[Fraction, Fraction]
-    """The least and the most that the rates can differ."""
+    """The least and the greatest difference of the rates."""
 
     @property
     def offset(self) -> int:
@@ -99,7 +99,7 @@ class Bounds:
 
 
 class ContradictionError(ValueError):
-    """No two clocks can have given these pairs: something was received before it was sent."""
+    """No two clocks can produce these pairs: something was received before it was sent."""
 
 
 def bounds(evidence: Evidence, at: int) -> Bounds:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which figures of a breakdown span two hosts' clocks, and how far each can be off.
+"""The figures of a breakdown that span two clocks, and the error bound of each.
 
-In: a breakdown made of a joined recording, and what its header says of the clocks. Out: the same breakdown with its
-bounds. Figures within one host have none.
+In: a breakdown of a joined recording, and the clock bounds in its header. Out: the same breakdown with error bounds.
+Figures within one host have none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from ebpf_mig.recording.events import Remote
 
 
 def bound_at(remote: Remote, at_ns: int) -> int | None:
-    """How far an instant of the destination near `at_ns`, brought over, can be off; ns. None: no limit is known."""
+    """How far an instant of the destination near `at_ns` can be off after it was moved, in ns. None: no limit is
+    known.
+    """
     if remote.bound_ns is None:
         return None
     away = abs(at_ns - remote.at_ns)
@@ -23,7 +25,7 @@ def bound_at(remote: Remote, at_ns: int) -> int | None:
 
 
 def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
-    """The breakdown with the clock's bound at every figure that it touches. `origin`: its instant 0."""
+    """The breakdown with the clock bound at every figure that it concerns. `origin`: its instant 0."""
     start = breakdown.blackout[1] if breakdown.blackout else remote.at_ns - origin
     known = Clock(
         offset_ns=remote.offset_ns,
@@ -49,7 +51,9 @@ def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
 
 
 def _phases(phases: list[Phase], remote: Remote, origin: int) -> list[Phase]:
-    """What begins where the source's phases end has the bound: handover, and what comes within the bound of that."""
+    """The bound applies to what begins where the source's phases end: handover, and phases that start within the
+    bound.
+    """
     left = max((phase.spans[-1][1] for phase in phases if phase.side == Side.SOURCE and phase.spans), default=0)
     bound = bound_at(remote, origin + left)
     near = left + (bound or 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recording holds that tells whose it is, and what two of them say of their clocks.
+"""Indexes a recording for joining, and collects clock constraints from two recordings.
 
 In: a recording; then two, with a connection in common. Out: a `Survey`; `clock.Evidence`.
 """
@@ -20,12 +20,12 @@ from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import Recording
 
 _SYN_FIN = 2
-"""TCP counts these as acknowledged bytes, too (tcp_snd_una_update, net/ipv4/tcp_input.c)."""
+"""TCP counts these as acknowledged bytes too (tcp_snd_una_update, net/ipv4/tcp_input.c)."""
 
 
 @dataclass
 class Survey:
-    """What a recording holds that tells whose it is."""
+    """A recording indexed for joining."""
 
     name: str
     recording: Recording
@@ -44,7 +44,7 @@ class Survey:
         return next(reversed(self.kinds.get(ev.Ending, [])), None)
 
     def process(self, pid: int) -> Process:
-        """What its vCPUs did."""
+        """The process with the events of its vCPUs."""
         enters, exits, states = (
             [event for event in self.kinds.get(kind, ()) if event.pid == pid]
             for kind in (ev.VcpuEnter, ev.VcpuExit, ev.VcpuState)
@@ -53,7 +53,7 @@ class Survey:
 
 
 def survey(name: str, recording: Recording) -> Survey:
-    """One look at each event."""
+    """Indexes a recording in one pass. JoinError if it is a joined one."""
     if recording.header.remote is not None:
         raise JoinError(f"{name} is a joined recording already", "look at it with: ebpf-mig report")
     kinds: dict[type, list[Any]] = defaultdict(list)
@@ -67,7 +67,7 @@ def survey(name: str, recording: Recording) -> Survey:
 
 
 def gathered(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
-    """What one connection says."""
+    """The clock constraints from one connection."""
     found = Evidence()
     out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
     happens_before.follows(happens_before.Way(near.sends, far.receives, _from_start(source, near)), out, True)
@@ -90,14 +90,14 @@ def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
 
 
 def _from_start(side: Survey, end: End) -> bool:
-    """TCP has sent no more than was traced: so the first byte was traced, too."""
+    """Whether TCP sent no more than was traced: then the first byte was traced too."""
     readings = [reading.values for reading in _readings(side, end)]
     told = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
     return bool(told) and 0 < max(told) <= end.sent + _SYN_FIN
 
 
 def rough(evidence: Evidence) -> int | None:
-    """Some offset that is near the truth: to find the instant at which it is wanted."""
+    """An approximate offset, used to find the instant at which the exact one is needed."""
     most = [y for hull in evidence.most for _, y in hull.points]
     least = [-y for hull in evidence.least for _, y in hull.points]
     if most and least:
@@ -106,7 +106,7 @@ def rough(evidence: Evidence) -> int | None:
 
 
 def started(destination: Survey, match: Match) -> int:
-    """The destination's first run, on its clock; the last that it received, if it never ran."""
+    """The destination's first start, on its clock; its last receive if it never started."""
     lines = destination.process(match.far).vcpus.values()
     starts = [line.first_run for line in lines if line.first_run is not None]
     last = [t.end_ns for _, far in match.ends for t in (*far.receives, *far.sends)]

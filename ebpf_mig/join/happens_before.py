@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which instants of two hosts are known to follow each other: bytes are sent before they are received.
+"""Pairs of instants on two hosts whose order is known: bytes are sent before they are received.
 
-In: what one host sent on a connection and what the other received, as runs of calls with their place in the stream.
-Out: points of `clock.Hull`s. A run of many calls still says something of its first and its last byte: the first was
-received when the first call ended, which took no longer than the longest; the last was not sent before the last call
-began.
+In: what one host sent on a connection and what the other received, as batches of calls with their position in the
+stream. Out: points of `clock.Hull`s. A batch of many calls still bounds its first and its last byte. The first was
+received when the first call ended, and that call took no longer than the longest. The last was not sent before the
+last call began.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ebpf_mig.recording.events import Segment, Transfer
 _WRAP = 1 << 32
 
 Mark = tuple[int, int]
-"""A place in the stream and an instant: when it had not been left before, or had been reached."""
+"""A position in the stream and an instant: not sent before then, or received by then."""
 
 
 @dataclass
@@ -30,16 +30,16 @@ class Way:
     sends: Sequence[Transfer]
     receives: Sequence[Transfer]
     from_start: bool = False
-    """The sender is known to have been traced since the connection's first byte."""
+    """Whether the sender was traced since the first byte of the connection."""
 
 
 def sent_bytes(transfers: Iterable[Transfer]) -> int:
-    """How far the stream was followed."""
+    """The position up to which the stream was traced."""
     return max([t.position + t.bytes for t in transfers], default=0)
 
 
 def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
-    """Adds the pairs of one direction to a hull; False if the two ends' positions cannot be compared.
+    """Adds the pairs of one direction to a hull. False if the positions of the two ends cannot be compared.
 
     `receiver_is_other`: the receives are on the other clock (the source sends), which bounds the offset from above;
     else from below, and negated.
@@ -48,7 +48,7 @@ def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
     ahead = max(0, received - sent)
     if not sent or not received or (abs(received - sent) > PEEKED_BYTES and not way.from_start):
         return False
-    # Taking the receiver's positions for too small makes pairs looser, never false.
+    # Receiver positions that are too small make pairs looser, never wrong.
     receives = [(place - ahead, at) for place, at in _received(_blocks(way.receives))]
     index, sends, latest = 0, _sent(_blocks(way.sends)), None
     used: int | None = None
@@ -57,7 +57,7 @@ def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
             latest = sends[index][1]
             index += 1
         if latest is None or latest == used:
-            continue  # an earlier receive already said more
+            continue  # an earlier receive gave a tighter bound
         used = latest
         if receiver_is_other:
             hull.add(latest, arrived - latest)
@@ -67,14 +67,14 @@ def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
 
 
 Block = tuple[int, int, int, int, int]
-"""Place of the first byte, place after the last, begin, end, the longest call (or all of it)."""
+"""Position of the first byte, position after the last, begin, end, duration of the longest call (or of all)."""
 
 
 def _blocks(transfers: Sequence[Transfer]) -> list[Block]:
-    """Runs in the order of the stream. Threads that share a connection tell their places late: such runs are one."""
+    """Batches in stream order. Threads that share a connection report their positions late: such batches are merged."""
     blocks: list[Block] = []
     reached = ended = 0
-    """Of the last block: place after it, and its end."""
+    """The position after the last block, and its end."""
     for t in sorted(transfers, key=attrgetter("position", "end_ns")):
         size = t.bytes
         if size <= 0:
@@ -89,7 +89,7 @@ def _blocks(transfers: Sequence[Transfer]) -> list[Block]:
 
 
 def _as_one(blocks: list[Block], block: Block) -> Block:
-    """Takes from the end of `blocks` what is not known to come before `block`."""
+    """Removes blocks from the end of `blocks` that are not known to come before `block`."""
     while blocks and (block[0] < blocks[-1][1] or 0 < block[2] < blocks[-1][3]):
         last = blocks.pop()
         begin, end = min(last[2], block[2]), max(last[3], block[3])
@@ -99,7 +99,7 @@ def _as_one(blocks: list[Block], block: Block) -> Block:
 
 
 def _sent(blocks: Sequence[Block]) -> list[Mark]:
-    """From which place on bytes were not sent before which instant; both grow."""
+    """Positions, and the instant before which bytes from there on were not sent. Both grow."""
     marks: list[Mark] = []
     for first, after, begin, end, longest in blocks:
         if begin > 0:
@@ -110,7 +110,7 @@ def _sent(blocks: Sequence[Block]) -> list[Mark]:
 
 
 def _received(blocks: Sequence[Block]) -> list[Mark]:
-    """Up to which place bytes had been received at which instant; both grow."""
+    """Positions, and the instant by which all bytes up to there were received. Both grow."""
     marks: list[Mark] = []
     for first, after, begin, end, longest in blocks:
         if begin > 0 and after - 1 > first and begin + longest < end:
@@ -120,10 +120,11 @@ def _received(blocks: Sequence[Block]) -> list[Mark]:
 
 
 def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hull, receiver_is_other: bool) -> None:
-    """Adds pairs from TCP itself: what had not arrived yet was acknowledged later.
+    """Adds pairs from TCP: what had not arrived yet was acknowledged later.
 
-    `receiver` are segments as they came to one end, which tell what it had not received before; `acks` those that came
-    to the other, in order of time. `receiver_is_other`: its clock is the other, which bounds the offset from below.
+    `receiver` are the segments that arrived at one end; they show what it had not received before. `acks` are those
+    that arrived at the other, in order of time. `receiver_is_other`: the receiver has the other clock, which bounds the
+    offset from below.
     """
     lacking = [segment for segment in receiver if segment.received >= 0]
     if not lacking:
@@ -148,10 +149,11 @@ def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hul
 
 
 def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool) -> None:
-    """Adds pairs from TCP itself: what had not left when some segment came to the sender arrived later.
+    """Adds pairs from TCP: what had not been sent when a segment arrived at the sender arrived later.
 
-    `sender` are segments as they came to one end, which tell up to where it had sent; `data` those that came to the
-    other, in order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
+    `sender` are the segments that arrived at one end; they show up to where it had sent. `data` are those that arrived
+    at the other, in order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from
+    above.
     """
     known = [segment for segment in sender if segment.ack >= 0]
     if not known:
@@ -185,7 +187,7 @@ def arrived(
 ) -> None:
     """Adds pairs of what one end sent and the segments in which it arrived at the other.
 
-    `acks` are segments that arrived at the sender: they tie its places in the stream to sequence numbers. As `data`, in
+    `acks` are segments that arrived at the sender: they map its stream positions to sequence numbers. Like `data`, in
     order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
     """
     if not acks or not data:
@@ -213,9 +215,9 @@ def arrived(
 
 
 def _origin(blocks: Sequence[Block], acks: Sequence[Segment]) -> int | None:
-    """The sequence number of the stream's place 0, or one that is too large: places made with it are never too large.
+    """The sequence number of stream position 0, or a larger one: positions derived from it are never too large.
 
-    TCP says up to which number the process has written; what was written by calls that had ended is known.
+    TCP reports up to which number the process has written. What calls that had ended wrote is known.
     """
     found: int | None = None
     index = written = 0
@@ -232,5 +234,5 @@ def _origin(blocks: Sequence[Block], acks: Sequence[Segment]) -> int | None:
 
 
 def _after(near: int, number: int) -> int:
-    """The sequence number, counted on, that lies nearest to `near`."""
+    """The unwrapped sequence number that is nearest to `near`."""
     return near + (number - near + (_WRAP >> 1)) % _WRAP - (_WRAP >> 1)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which connections of two recordings are the same: by their addresses and ports, else by the bytes that crossed.
+"""Matches the connections of two recordings: by addresses and ports, otherwise by the bytes that were transferred.
 
-In: what was sent and received on each socket of each process, two hosts. Out: the pair of processes that a
-migration joins, with its connections; or a JoinError that says why there is none. NAT changes addresses and ports and a
-proxy changes both; the bytes of both directions stay what they were.
+In: what each process of two hosts sent and received on each socket. Out: the pair of processes of one migration, with
+its connections; or a JoinError that says why there is none. NAT and proxies change addresses and ports, but not the
+number of bytes in each direction.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ebpf_mig.recording.events import SEND, Socket, Transfer
 from ebpf_mig.text import printable, size
 
 MOST_SOCKETS = 256
-"""Per recording, those with the most bytes: what is compared grows with the square."""
+"""Sockets compared per recording, those with the most bytes: the work grows with the square."""
 CLOSE = 100
-"""Two counts of one stream differ by at most 1/100: one side's tracing may have ended earlier."""
+"""Two counts of one stream may differ by 1/100: tracing may have ended earlier on one side."""
 
 
 class JoinError(RecordingError):
@@ -30,7 +30,7 @@ class JoinError(RecordingError):
 
 @dataclass
 class End:
-    """One end of a connection as its host's recording has it."""
+    """One end of a connection, from the recording of its host."""
 
     pid: int
     inode: int
@@ -41,12 +41,12 @@ class End:
     received: int = 0
 
     def count(self) -> None:
-        """Sums up."""
+        """Adds the bytes of a transfer."""
         self.sent, self.received = sent_bytes(self.sends), sent_bytes(self.receives)
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         known = self.socket
         ends = f"{known.local} - {known.remote}" if known and known.local else f"socket {self.inode}"
         return f"{printable(ends)} ({size(self.sent)} out, {size(self.received)} in)"
@@ -65,12 +65,12 @@ class Match:
 
     @property
     def bytes(self) -> int:
-        """What crossed, both ways."""
+        """Bytes in both directions."""
         return sum(near.sent + near.received for near, _ in self.ends)
 
     @property
     def outward(self) -> int:
-        """How much more went from the first recording's process than came back."""
+        """Bytes that the first recording's process sent minus those it received."""
         return sum(near.sent - near.received for near, _ in self.ends)
 
 
@@ -93,7 +93,7 @@ def ends_of(transfers: Sequence[Transfer], told: Sequence[Socket]) -> list[End]:
 
 
 def matches(near: Sequence[End], far: Sequence[End], names: tuple[str, str]) -> list[Match]:
-    """Pairs of processes with connections in common, that with the most bytes first. JoinError if there is none."""
+    """Pairs of processes with common connections, the pair with the most bytes first. JoinError if there is none."""
     pairs = sorted(
         (-score, -near[i].sent - near[i].received, i, j)
         for i, j in _candidates(near, far)
@@ -115,7 +115,7 @@ def matches(near: Sequence[End], far: Sequence[End], names: tuple[str, str]) -> 
 
 
 def _candidates(near: Sequence[End], far: Sequence[End]) -> set[tuple[int, int]]:
-    """All whose addresses mirror each other; of the others those with the most bytes."""
+    """All connections whose addresses mirror each other; of the others, those with the most bytes."""
     by_ends = {ends: j for j, end in enumerate(far) if (ends := _ends(end.socket)) is not None}
     mirrored = {
         (i, by_ends[ends[::-1]]) for i, a in enumerate(near) if (ends := _ends(a.socket)) and ends[::-1] in by_ends
@@ -135,7 +135,7 @@ _SAME = 3
 
 
 def _score(near: End, far: End) -> int:
-    """0: not the same connection."""
+    """How well two ends match; 0: not the same connection."""
     known = _addresses(near, far)
     if not (_agree(near.sent, far.received) and _agree(near.received, far.sent)):
         return 0
@@ -169,7 +169,7 @@ def _agree(sent: int, received: int) -> bool:
 
 
 def _why_none(near: Sequence[End], far: Sequence[End], names: tuple[str, str]) -> str:
-    """Why no connection is in both, in the words that fit best."""
+    """A message that says why no connection matches."""
     for i, j in sorted(_candidates(near, far)):
         if _addresses(near[i], far[j]) == _SAME:
             both = f"{names[0]} and {names[1]} have {near[i].name} in common"
@@ -192,7 +192,7 @@ def _busiest(ends: Sequence[End]) -> End | None:
 
 
 def matches_within(ends: Sequence[End]) -> bool:
-    """Whether two of a recording's own processes are the two ends of a connection that carried much."""
+    """Whether two processes of one recording are the two ends of a connection with much data."""
     by_ends = {known: end for end in ends if (known := _ends(end.socket)) is not None}
     for end in ends:
         known = _ends(end.socket)

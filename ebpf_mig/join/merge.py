@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joins the recordings of a migration's two hosts into one, on the source's clock.
 
-In: two recordings, in any order. Out: one recording that every report can be made of; its header's `remote` says how
-the clocks were brought together. JoinError says why two recordings do not belong together. The recordings can come
-from anybody: nothing in them is a path or a command, what they can make us compute is bounded.
+In: two recordings, in any order. Out: one recording that every report can be made of; `remote` in its header
+says how the clocks were aligned. JoinError says why two recordings do not belong together. Recordings are untrusted:
+nothing in them is used as a path or a command, and the work that they can cause is bounded.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS
 from ebpf_mig.text import printable
 
 LATEST = 1 << 62
-"""No clock shows more, ns; instants beyond are cut to it."""
+"""The latest instant, ns; later ones are set to it."""
 _OTHER_PID = 1 << 32
-"""Added to the destination's pid where both have the same: no kernel gives such a number."""
+"""Added to the destination's pid if both are the same. No kernel assigns such a number."""
 _SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
 
 
 @dataclass(frozen=True)
 class Hint:
-    """What PTP or chrony say: how far the destination's wall clock is ahead of the source's."""
+    """A hint from PTP or chrony: how far the destination's wall clock is ahead of the source's."""
 
     ahead_ns: int
     doubt_ns: int
@@ -47,7 +47,7 @@ class Hint:
 def read_both(
     first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
 ) -> Recording:
-    """Reads two files and joins them; see `joined`. RecordingError if one is no recording."""
+    """Reads two files and joins them; see `joined`. RecordingError if one is not a recording."""
     both = read_folded(first), read_folded(second)
     return joined(*both, names or (printable(first), printable(second)), hint, pid)
 
@@ -61,7 +61,7 @@ def joined(
 ) -> Recording:
     """One recording of both sides; the events of `first` and `second` are changed and must not be used again.
 
-    `pid` chooses among several migrations: the source's or the destination's. Raises JoinError, UsageError.
+    `pid` (of the source or the destination) selects one of several migrations. Raises JoinError, UsageError.
     """
     near, far = survey(names[0], first), survey(names[1], second)
     _refuse_same(near, far)
@@ -201,7 +201,7 @@ def _target(header: ev.Header, own: int, role: str, pid: int) -> ev.Target:
 
 
 def _attach(source: dict[str, str], destination: dict[str, str]) -> dict[str, str]:
-    """Tiers of both hosts; of a signal that both need, the absence on either counts."""
+    """Attach tiers of both hosts. If both hosts need a signal and one lacks it, it is absent."""
     tiers: dict[str, str] = {}
     for signal in sorted(source.keys() | destination.keys()):
         here, there = source.get(signal, "absent: not known"), destination.get(signal, "absent: not known")
@@ -223,7 +223,7 @@ def _of(side: Survey, pid: int) -> dict[type, list[Any]]:
 
 
 def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
-    """Moves instants in place: a copy of a million events takes seconds. 0 is "not seen"."""
+    """Shifts instants in place, since copying a million events takes seconds. 0 means "not seen" and stays."""
     for kind, events in kinds.items():
         for name in BY_TYPE[kind].instants:
             for event, at in zip(events, map(attrgetter(name), events), strict=True):
@@ -233,7 +233,7 @@ def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
 
 
 def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
-    """Our own cost on one host, with its last reading: two hosts' run times must not be mixed."""
+    """Our own cost on one host, including its last reading. Run times of two hosts are kept apart."""
     found: list[ev.AnyEvent] = [
         replace(event, at_ns=event.at_ns - offset, remote=remote) for event in side.kinds.get(ev.OwnCost, ())
     ]
@@ -243,7 +243,7 @@ def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
 
 
 _WORDS = ("cancelled", "failed", "migrated")
-"""Reasons that say how the migration ended, the most certain last."""
+"""Ending reasons that state the result, the most certain last."""
 
 
 def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int) -> ev.Ending | None:

@@ -7,7 +7,7 @@ milliseconds with no firmware, initrd or disk. Every vCPU increments one word a 
 
 The boot processor enters in 32-bit protected mode without paging, stack or interrupts (Xen's PVH ABI). It wakes the
 others by INIT and SIPI to a real-mode trampoline at 0x8000. The pace is kept with the TSC, so that it is the same
-on hardware and where KVM emulates the guest; a guest that fell behind, or was stopped, does not catch up.
+on hardware and where KVM emulates the guest. A guest that fell behind, or was stopped, does not catch up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PHYS32_ENTRY = 18
 
 @dataclass
 class _Code:
-    """An assembler of two ideas: bytes, and labels that are filled in at the end."""
+    """A minimal assembler: bytes, and labels that are resolved at the end."""
 
     base: int
     data: bytearray = field(default_factory=bytearray)
@@ -97,9 +97,9 @@ def _trampoline(c: _Code) -> None:
 
 
 def _wait_for_turn(c: _Code, cycles: int) -> None:
-    """Spins on the TSC until `esp:edi`, then sets the next turn; more than a page late means starting anew.
+    """Spins on the TSC until `esp:edi`, then sets the next deadline. More than a page late restarts the schedule.
 
-    There is no stack, so `esp` is free. Both halves count: the low one alone wraps in about a second.
+    There is no stack, so `esp` is free. Both halves are needed: the low one alone wraps in about a second.
     """
     c.label("spin")
     c.op("0f31")  # rdtsc
@@ -116,7 +116,7 @@ def _wait_for_turn(c: _Code, cycles: int) -> None:
 
 
 def _work(c: _Code, pages: int, cycles: int | None) -> None:
-    """Each processor's endless loop; `counter` hands out the indices."""
+    """The endless loop of each processor. `counter` assigns the indices."""
     c.label("work")
     c.op("b8", 1)  # mov eax, 1
     c.op("f00fc105", "counter")  # lock xadd [counter], eax
@@ -159,8 +159,8 @@ def build_guest(
 ) -> bytes:
     """The ELF of a guest whose vCPUs each dirty `working_set_bytes`, at most `pages_per_s` pages a second each.
 
-    `pages_per_s` None: as fast as it goes; else `tsc_khz` must be the TSC frequency that the guest will see. The
-    guest needs `FIRST_BYTE + vcpus * working_set_bytes` of memory. ValueError if the numbers make no guest.
+    `pages_per_s` None: as fast as possible; otherwise `tsc_khz` must be the TSC frequency that the guest will see. The
+    guest needs `FIRST_BYTE + vcpus * working_set_bytes` of memory. ValueError if the numbers are out of range.
     """
     pages = working_set_bytes // PAGE
     if not 1 <= vcpus <= 26:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's serial port, each byte stamped on the host: a witness of which vCPU ran when, on which side.
+"""The guest's serial port, with a host timestamp for each byte: a witness of which vCPU ran when, and on which side.
 
 In: the read end of a VMM's serial output. Out: (CLOCK_MONOTONIC ns, letter) pairs, collected by a thread.
 """
@@ -27,7 +27,7 @@ class Heartbeat:
                 self.beats.extend((now, chr(byte)) for byte in data)
 
     def letters(self) -> set[str]:
-        """Which vCPUs have been heard."""
+        """The vCPUs whose beats were received."""
         return {letter for _, letter in list(self.beats)}
 
     def join(self) -> None:

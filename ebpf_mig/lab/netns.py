@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts in small: two network namespaces, and a link between them whose bandwidth `tc` limits (tbf).
+"""Two hosts on one machine: two network namespaces, and a link between them whose bandwidth `tc` limits (tbf).
 
-In: a rate. Out: a `Link`; what is started inside a side of it sees that side's network only. The namespaces have no
-name: they live as long as we hold them or something runs in them, so nothing is left behind, however we end. Needs
+In: a rate. Out: a `Link`. A process started in one of its sides sees the network of that side only. The namespaces
+have no name: they exist while we hold them or something runs in them, so nothing is left, however we end. Needs
 root and the kernel's veth, and sch_tbf for a rate.
 """
 
@@ -29,7 +29,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Link:
-    """Two sides, `source` and `destination`; use as a context manager. `rate_bytes` a second each way, 0: unlimited."""
+    """Two sides, `source` and `destination`; use as a context manager. `rate_bytes` per second each way; 0:
+    unlimited.
+    """
 
     def __init__(self, rate_bytes: int = 0) -> None:
         self.rate_bytes = rate_bytes
@@ -55,7 +57,7 @@ class Link:
 
     @contextlib.contextmanager
     def inside(self, role: str) -> Iterator[None]:
-        """The calling thread, and what it starts meanwhile, is on that side."""
+        """Moves the calling thread, and what it starts meanwhile, to that side."""
         home = os.open(_OWN, os.O_RDONLY)
         try:
             _enter(self._sides[role])

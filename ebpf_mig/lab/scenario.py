@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a demo or a benchmark runs: the guest, its pace and the migration's settings. Plain values, checked once."""
+"""What a demo or a benchmark runs: the guest, its pace and the settings of the migration. Plain values, checked
+once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from ebpf_mig.linux import kvm
 
 MIB = 1 << 20
 _UNPACED = 10_000
-"""Pages/s that even a vCPU that shares a core with three others and is emulated by KVM reaches."""
+"""Pages/s that an emulated vCPU reaches even when it shares a core with three others."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Scenario:
     working_set_bytes: int = 16 * MIB
     """Per vCPU."""
     pages_per_s: int | None = 10_000
-    """Per vCPU; None: as fast as it goes."""
+    """Per vCPU; None: as fast as possible."""
     vcpus: int = 1
     transport: str = "tcp"
     multifd_channels: int | None = None
@@ -36,7 +38,7 @@ class Scenario:
     auto_converge: bool = False
 
     def round_s(self) -> float:
-        """About how long a vCPU takes to dirty its working set once, and so from beat to beat."""
+        """The approximate time in which a vCPU dirties its working set once: the period of its beat."""
         pace = min(self.pages_per_s or _UNPACED, _UNPACED)
         return self.working_set_bytes / 4096 / pace
 

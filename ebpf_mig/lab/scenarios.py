@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready scenarios by name, after the dimensions of QEMU's own guestperf (tests/migration/guestperf/comparison.py).
+"""Built-in scenarios by name, modelled on the dimensions of QEMU's own guestperf
+(tests/migration/guestperf/comparison.py).
 
-In: a name. Out: a `Scenario`. Names and their numbers are stable: results of different days are compared.
+In: a name. Out: a `Scenario`. Names and numbers are stable, because results of different days are compared.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CATALOGUE: dict[str, tuple[str, Scenario]] = {
     "postcopy": ("switches to postcopy", Scenario(postcopy=True)),
     "unix": ("over a UNIX socket", Scenario(transport="unix")),
 }
-"""Name: what is special about it, and all of it. The others are like `slow-dirty`."""
+"""By name: a description, and the scenario. Settings not given are those of `slow-dirty`."""
 
 
 def named(name: str) -> Scenario:
