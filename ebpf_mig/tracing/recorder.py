@@ -45,7 +45,7 @@ class Recorder:
         """Why it ended before it was told to; empty if it did not."""
         self._data = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`; it has no name
         self._size = 0
-        self._head = b""
+        self._head = bytearray()
         self._changed = threading.Condition()
         self._ended = False
         self._said = bytearray()
@@ -72,10 +72,10 @@ class Recorder:
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended or self._complete(), timeout_s):
                 raise RemoteError(f"{self.name} does not begin to trace within {timeout_s:.0f} s: {self.complaint()}")
-        if not self._complete() and (not self._head or MAGIC.startswith(self._head[: len(MAGIC)])):
+        if not self._complete() and (not self._head or MAGIC.startswith(bytes(self._head[: len(MAGIC)]))):
             raise RemoteError(f"{self.name} cannot trace: {self.complaint()}", self._remedy())
         try:
-            return RecordingReader(io.BytesIO(self._head)).header
+            return RecordingReader(io.BytesIO(bytes(self._head))).header
         except RecordingError as error:
             raise RemoteError(f"{self.name} sends no recording that can be read: {error}", self._remedy()) from error
 

@@ -8,10 +8,14 @@ Facts: vmm/src/api/http/mod.rs (v53), docs/api.md.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
-from typing import Any
+import threading
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
@@ -28,15 +32,47 @@ class RefusedError(VmmError):
     """The VMM answered, and the answer was no."""
 
 
+class _Ping(msgspec.Struct):
+    """`VmmPingResponse` of vmm/src/api/mod.rs, as far as it is of use."""
+
+    version: Annotated[str, msgspec.Meta(min_length=1)]
+    pid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)] = 0
+
+
+class _Info(msgspec.Struct):
+    state: str = ""
+
+
+_Answer = TypeVar("_Answer", bound=msgspec.Struct)
+
+
 class _UnixConnection(http.client.HTTPConnection):
+    """One call, which has so long in all: a peer that sends a byte a second would be within any time-out of a read."""
+
     def __init__(self, path: str, timeout_s: float | None) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._path = path
+        self.late = False
+        self._clock = threading.Timer(timeout_s or 0, self._end) if timeout_s is not None else None
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+        self._peer = self.sock
+        if self._clock is not None:
+            self._clock.daemon = True
+            self._clock.start()
+
+    def _end(self) -> None:
+        self.late = True
+        with contextlib.suppress(OSError):
+            self._peer.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+        super().close()
 
 
 class Api:
@@ -49,49 +85,72 @@ class Api:
         self, method: str, name: str, body: dict[str, Any] | None = None, timeout_s: float | None = _QUICK_S
     ) -> Any:
         """The decoded answer, None if it is empty; VmmError if there is none or it is a refusal."""
+        data = self._exchange(method, name, body, timeout_s)
+        try:
+            return json.loads(data) if data else None
+        except (ValueError, RecursionError) as error:
+            raise self._nonsense() from error
+
+    def _exchange(self, method: str, name: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
+        """The answer's body; at most ANSWER_BYTES, within `timeout_s` in all."""
         connection = _UnixConnection(self.path, timeout_s)
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
             connection.request(method, f"/api/v1/{name}", None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
-            data = answer.read(ANSWER_BYTES)
-        except TimeoutError as error:
-            raise VmmError(f"the {self.role} at {self.path} does not answer {name}") from error
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise VmmError(f"cannot use {self.path} as the {self.role}'s API socket: {why}", _REMEDY) from error
-        except http.client.HTTPException as error:
-            why = (
-                "it closed the connection"
-                if isinstance(error, http.client.RemoteDisconnected)
-                else "it does not speak HTTP"
-            )
-            raise VmmError(f"cannot use {self.path} as the {self.role}'s API socket: {why}", _REMEDY) from error
+            data = answer.read(ANSWER_BYTES + 1)
+            if connection.late:
+                raise TimeoutError
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # ValueError: a chunk's or a body's length of thousands of digits, a NUL in the path.
+            raise self._unusable(name, connection, error) from error
         finally:
             connection.close()
+        if len(data) > ANSWER_BYTES:
+            raise self._nonsense()
         if answer.status >= 300:
             raise RefusedError(f"the {self.role} refuses {name}: {_refusal(data) or f'status {answer.status}'}")
-        return _decoded(data, self.path) if data else None
+        return data
+
+    def _typed(self, method: str, name: str, kind: type[_Answer]) -> _Answer:
+        """The answer of a call that returns an object of that kind."""
+        data = self._exchange(method, name, None, _QUICK_S)
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise self._nonsense() from error
+
+    def _unusable(self, name: str, connection: _UnixConnection, error: Exception) -> VmmError:
+        if connection.late or isinstance(error, TimeoutError):
+            return VmmError(f"the {self.role} at {self.path} does not answer {name}")
+        why = "it does not speak HTTP"
+        if isinstance(error, http.client.RemoteDisconnected):
+            why = "it closed the connection"
+        elif isinstance(error, OSError):
+            why = error.strerror or type(error).__name__
+        return VmmError(f"cannot use {self.path} as the {self.role}'s API socket: {why}", _REMEDY)
+
+    def _nonsense(self) -> VmmError:
+        return VmmError(f"{self.path} does not answer like Cloud Hypervisor", _REMEDY)
 
     def ping(self) -> tuple[int, str]:
         """(pid as this host sees it, version). The peer's credentials win over the pid in the VMM's own namespace."""
-        answer = self.call("GET", "vmm.ping")
-        version = str(answer.get("version", "")) if isinstance(answer, dict) else ""
-        if not version:
-            raise VmmError(f"{self.path} does not answer like Cloud Hypervisor", _REMEDY)
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(self.path)
-            peer = peer_pid(probe)
-        own = int(answer.get("pid", 0))
-        return (peer if procfs.holds_kvm(peer) or not own else own), version
+        answer = self._typed("GET", "vmm.ping", _Ping)
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(_QUICK_S)
+                probe.connect(self.path)
+                peer = peer_pid(probe)
+        except OSError as error:
+            raise VmmError(f"cannot use {self.path} as the {self.role}'s API socket: {error.strerror}") from error
+        return (peer if procfs.holds_kvm(peer) or not answer.pid else answer.pid), answer.version[:64]
 
     def state(self) -> str:
         """The VM's state (`Running`, `Paused`, ...), empty if there is no VM."""
         try:
-            answer = self.call("GET", "vm.info")
+            return self._typed("GET", "vm.info", _Info).state[:64]
         except RefusedError:
             return ""
-        return str(answer.get("state", "")) if isinstance(answer, dict) else ""
 
     def knows(self, name: str, field: str) -> bool | None:
         """Whether a call that takes JSON knows a field; None if its answer does not tell.
@@ -117,10 +176,3 @@ def _refusal(data: bytes) -> str:
     except (ValueError, RecursionError):
         return text[:500]
     return ": ".join(str(part) for part in parts)[:500] if isinstance(parts, list) else text[:500]
-
-
-def _decoded(data: bytes, path: str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise VmmError(f"{path} does not answer like Cloud Hypervisor", _REMEDY) from error

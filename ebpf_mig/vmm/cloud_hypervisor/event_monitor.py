@@ -14,11 +14,13 @@ import ctypes
 import json
 import os
 import select
+import stat
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.recording.events import Mark
@@ -26,6 +28,10 @@ from ebpf_mig.recording.events import Mark
 _IN_MODIFY = 2
 _MOST = 4096
 """Events kept: a migration has some twenty."""
+_MOST_REST = 1 << 16
+"""Bytes of one event: it has some hundred."""
+_MOST_BYTES = 64 << 20
+"""Bytes of the file that are looked at."""
 RECEIVE_ASKED, SEND_ASKED = 0, 1
 FOLLOWS = {
     "migration-receive-ready": RECEIVE_ASKED,
@@ -63,12 +69,22 @@ def decode(text: str) -> tuple[list[tuple[str, int]], str]:
     return found, rest
 
 
+class _Stamp(msgspec.Struct):
+    secs: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    nanos: Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
+
+
+class _Event(msgspec.Struct):
+    event: str
+    timestamp: _Stamp
+
+
 def _event(value: Any) -> tuple[str, int] | None:
     try:
-        stamp = value["timestamp"]
-        return str(value["event"]), int(stamp["secs"]) * 10**9 + int(stamp["nanos"])
-    except (KeyError, TypeError, ValueError):
+        event = msgspec.convert(value, _Event)
+    except (msgspec.ValidationError, RecursionError, OverflowError):
         return None
+    return event.event[:64], event.timestamp.secs * 10**9 + event.timestamp.nanos
 
 
 def marks(pid: int, told: list[Told], asked_ns: tuple[int, int]) -> list[Mark]:
@@ -96,18 +112,22 @@ class EventFile:
         self.path = path
         self._told: list[Told] = []
         self._rest = ""
+        self._size = 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """From now on; VmmError if there is no such file."""
+        remedy = f"start Cloud Hypervisor with --event-monitor path={self.path}"
         try:
-            self._file = Path(self.path).open("rb")  # noqa: SIM115 - closed by stop
-        except OSError as error:
-            raise VmmError(
-                f"cannot read events from {self.path}: {error.strerror}",
-                f"start Cloud Hypervisor with --event-monitor path={self.path}",
-            ) from error
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would make us wait
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise VmmError(f"cannot read events from {self.path}: {why}", remedy) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise VmmError(f"cannot read events from {self.path}: not a regular file", remedy)
+        self._file = os.fdopen(descriptor, "rb", buffering=0)
         self._file.seek(0, os.SEEK_END)
         libc = ctypes.CDLL(None, use_errno=True)
         self._notify = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -140,7 +160,14 @@ class EventFile:
             self._take()
 
     def _take(self) -> None:
-        text = self._rest + self._file.read().decode(errors="replace")
-        now = time.monotonic_ns()
-        found, self._rest = decode(text)
-        self._told = (self._told + [Told(name, stamp, now) for name, stamp in found])[:_MOST]
+        for _ in range(_MOST_BYTES // _MOST_REST):  # whoever writes on without end is not waited for
+            data = self._file.read(_MOST_REST)
+            if not data:
+                break
+            now = time.monotonic_ns()
+            self._size += len(data)
+            if self._size > _MOST_BYTES or len(self._told) >= _MOST:
+                continue  # no Cloud Hypervisor says so much: it is read, and left
+            found, rest = decode(self._rest + data.decode(errors="replace"))
+            self._rest = rest if len(rest) <= _MOST_REST else ""
+            self._told += [Told(name, stamp, now) for name, stamp in found][: _MOST - len(self._told)]

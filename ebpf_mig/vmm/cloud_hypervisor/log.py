@@ -19,10 +19,10 @@ LOG_MOST_BYTES = 1 << 24
 MOST_THERE_BYTES = 1 << 20
 """Of the log of a VMM elsewhere."""
 
-_TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d+)ms")
-_STATE_TO_RESUME = re.compile(r"Receiving final state and resuming the VM took (\d+)ms")
-_FAILED = re.compile(r"Migration failed: (.+)")
-_PART = re.compile(r"\b([a-z_]+)[:=](\d+)ms")
+_TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d{1,12})ms", re.ASCII)
+_STATE_TO_RESUME = re.compile(r"Receiving final state and resuming the VM took (\d{1,12})ms", re.ASCII)
+_FAILED = re.compile(r"Migration failed: (.{1,500})")
+_PART = re.compile(r"\b([a-z_]+)[:=](\d{1,12})ms", re.ASCII)
 _PARTS = {
     "Downtime breakdown:": ("final_iter", "state", "send_state", "complete"),
     "Migration (incoming):": ("recv_snapshot", "restore", "resume"),
@@ -90,4 +90,4 @@ class LogPlace:
 
 def _size_there(there: Elsewhere, path: str) -> int:
     size = there.said("wc", "-c", path).split()
-    return int(size[0]) if size and size[0].isdecimal() else 0
+    return int(size[0]) if size and re.fullmatch(r"\d{1,18}", size[0], re.ASCII) else 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
-from ebpf_mig.recording.events import AnyEvent, Mark
+from ebpf_mig.recording.events import LATEST, AnyEvent, Mark
 from ebpf_mig.vmm.base import Elsewhere, mark
 from ebpf_mig.vmm.qemu.monitor import Monitor
 
@@ -69,9 +69,9 @@ class Side:
     async def ask_status(self) -> None:
         """For when no event came for long: one may have been missed."""
         with contextlib.suppress(VmmError):
-            status = (await self.monitor.query("query-migrate")).get("status")
+            status = await self.monitor.status("query-migrate")
             if status in ENDED:
-                self.status = str(status)
+                self.status = status
 
     async def figures(self) -> tuple[list[AnyEvent], str]:
         """Marks of `query-migrate` after the end, and the error it tells; nothing if the monitor is gone.
@@ -95,7 +95,8 @@ class Side:
             value = _count(values.get(key))
             if value is not None:
                 found += self._marks(f"qmp.{name.replace('-', '_')}", value=value)
-        error = str(answer.get("error-desc") or "")[:1000]
+        told = answer.get("error-desc")
+        error = told[:1000] if isinstance(told, str) else ""
         if error:
             found += self._marks("qmp.error", error)
         return found, error
@@ -107,10 +108,10 @@ class Side:
             self._pidfd = -1
 
     def _note(self, event: dict[str, Any]) -> None:
-        name, data, stamp = str(event.get("event", ""))[:64], event.get("data"), event.get("timestamp")
+        name, data, stamp = _word(event.get("event")), event.get("data"), event.get("timestamp")
         label, value = f"qmp.{name}", 0
         if name == "MIGRATION" and isinstance(data, dict):
-            self.status = str(data.get("status", ""))[:64]
+            self.status = _word(data.get("status"))
             label += f".{self.status}"
         elif name == "MIGRATION_PASS" and isinstance(data, dict):
             self.passes = value = _count(data.get("pass")) or 0
@@ -146,8 +147,13 @@ class Side:
 
 
 def _count(value: object) -> int | None:
-    """A number as QEMU gives them, or None; the other end may be anything."""
-    return value if isinstance(value, int) and 0 <= value < 1 << 63 else None
+    """A number as QEMU gives them, and a recording can hold; None for what is none: the other end may be anything."""
+    return value if type(value) is int and 0 <= value <= LATEST else None
+
+
+def _word(value: object) -> str:
+    """A name as QEMU gives them; empty for what is none."""
+    return value[:64] if isinstance(value, str) else ""
 
 
 def _wall_ns(stamp: object) -> int | None:

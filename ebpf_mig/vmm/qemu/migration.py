@@ -170,11 +170,11 @@ class QemuMigration:
             await self._dst.monitor.execute("migrate-incoming", {"uri": self.uri})
 
     async def _check_states(self) -> None:
-        state = (await self._source.monitor.query("query-status")).get("status")
+        state = await self._source.monitor.status("query-status")
         if state in {"postmigrate", "inmigrate"}:
             raise VmmError(f"the source VM is in state {state}: it has no guest to migrate")
         if self._dst is not None:
-            state = (await self._dst.monitor.query("query-status")).get("status")
+            state = await self._dst.monitor.status("query-status")
             if state != "inmigrate":
                 raise VmmError(
                     f"the destination VM is in state {state}, not waiting for a migration",
@@ -185,7 +185,7 @@ class QemuMigration:
     async def _is_listening(monitor: Monitor) -> bool:
         """A destination started with -incoming URI, not defer, is in status `setup` or tells its address."""
         answer = await monitor.query("query-migrate")
-        return bool(answer.get("socket-address")) or answer.get("status") in {"setup", "active"}
+        return bool(answer.get("socket-address")) or str(answer.get("status")) in {"setup", "active"}
 
     async def _run(self, timeout_s: float) -> Outcome:
         if self._cancelled:

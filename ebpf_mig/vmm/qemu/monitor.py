@@ -15,7 +15,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
@@ -30,6 +30,20 @@ _BUSY_REMEDY = "give QEMU a second -qmp socket for ebpf-mig"
 logging.getLogger("qemu").setLevel(logging.CRITICAL + 1)  # its complaints reach the user as our errors
 
 
+MOST_EVENTS = 4096
+"""Events that wait to be taken; a migration has some dozens. Those beyond are dropped, whoever sends them."""
+_MOST_TID = 1 << 30
+
+
+class _Events(EventListener):
+    """A queue of events that does not grow without end, and keeps none that was taken."""
+
+    async def put(self, event: Message) -> None:
+        """Takes an event, or drops it."""
+        if self._queue.qsize() < MOST_EVENTS:
+            await self._queue.put(event)
+
+
 class UnansweredError(VmmError):
     """A command was sent and no reply came in time; QEMU may still carry it out."""
 
@@ -42,6 +56,9 @@ class Monitor:
         self.role = role
         self.version = ""
         self._client = QMPClient(f"ebpf-mig-{role}")
+        self._events = _Events()
+        self._client.events.event_filter = lambda _event: False  # the client's own queue has no end
+        self._client.register_listener(self._events)
         self._socket: socket.socket | None = None
         self._peer = 0
 
@@ -87,9 +104,16 @@ class Monitor:
             raise self._nonsense(command)
         return answer
 
+    async def status(self, command: str) -> str:
+        """What `query-status` or `query-migrate` calls the state; empty if it says none. As `execute`."""
+        status = (await self.query(command)).get("status", "")
+        if not isinstance(status, str):
+            raise self._nonsense(command)
+        return status[:64]
+
     async def next_event(self) -> dict[str, Any] | None:
         """The next event, or None once the connection is gone and no event is left."""
-        getter = asyncio.ensure_future(self._client.events.get())
+        getter = asyncio.ensure_future(self._events.get())
         gone = asyncio.ensure_future(self._gone())
         try:
             await asyncio.wait({getter, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -107,11 +131,11 @@ class Monitor:
         candidates = []
         cpus = await self.execute("query-cpus-fast")
         for cpu in cpus if isinstance(cpus, list) else ():
-            try:
-                candidates.append(procfs.process_of(int(cpu["thread-id"])))
-                break
-            except (OSError, KeyError, TypeError, ValueError):
-                continue
+            tid = cpu.get("thread-id") if isinstance(cpu, dict) else None
+            if type(tid) is int and 0 < tid < _MOST_TID:
+                with contextlib.suppress(OSError):
+                    candidates.append(procfs.process_of(tid))
+                    break
         if self._peer > 0:  # 0: a process of a pid namespace that we cannot see
             candidates.append(self._peer)
         if not candidates:
@@ -156,10 +180,11 @@ class Monitor:
 
     async def _version(self) -> str:
         answer = await self.query("query-version")
-        try:
-            return ".".join(str(int(answer["qemu"][part])) for part in ("major", "minor", "micro"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._nonsense("query-version") from error
+        qemu = answer.get("qemu")
+        parts = [qemu.get(part) for part in ("major", "minor", "micro")] if isinstance(qemu, dict) else [None]
+        if not all(type(part) is int and 0 <= part < 10**6 for part in parts):
+            raise self._nonsense("query-version")
+        return ".".join(map(str, parts))
 
     def _nonsense(self, command: str) -> VmmError:
         return VmmError(f"what listens at {self.path} does not answer {command} as a QEMU does", _REMEDY)
