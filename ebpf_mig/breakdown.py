@@ -72,11 +72,13 @@ class Result(StrEnum):
     COMPLETED = "completed"
     """The guest runs on the destination."""
     FAILED = "failed"
-    """It did not; the guest runs on the source again, or nowhere."""
+    """It did not, as the VMM or its driver reported, or as a process ended; the source has the guest again."""
     CANCELLED = "cancelled"
-    """Somebody called it off."""
+    """Somebody called it off, as the VMM or its driver reported."""
+    SAVED = "saved"
+    """The state went to a file or a pipe, and nobody was seen to take over."""
     UNKNOWN = "unknown"
-    """The recording does not say."""
+    """The recording does not say. See `analysis.outcome` for what says the others."""
 
 
 class Mode(StrEnum):
@@ -144,7 +146,15 @@ PHASES: tuple[tuple[PhaseName, Side], ...] = (
     (PhaseName.RESUME, Side.DESTINATION),
     (PhaseName.UNATTRIBUTED, Side.BOTH),
 )
-"""Every phase and its side, in the order in which reports print them."""
+"""Every phase and its side, in the order in which reports print them. In an aborted blackout, `resume` is the source's:
+see `sides_of`."""
+
+
+def sides_of(aborted: bool) -> tuple[tuple[PhaseName, Side], ...]:
+    """`PHASES` of a migration: where the source took its guest back, it is the source that resumes."""
+    back = aborted and PhaseName.RESUME
+    return tuple((name, Side.SOURCE if name == back else side) for name, side in PHASES)
+
 
 IMMEDIATE = ": taken not to have run the guest"
 """How a note on KVM_RUN calls that returned at once ends."""
@@ -182,6 +192,10 @@ class Migration(Struct, frozen=True, kw_only=True):
     """Null: not traced."""
     total_ns: int | None
     """From dirty logging switched on (or the trigger) to the window's end, ns; null: the begin was not seen."""
+    paused_before: bool | None = None
+    """Whether the guest was paused when the migration began; null: not known."""
+    paused_after: bool | None = None
+    """Whether no vCPU ran on either side when tracing ended; null: not known, for lack of the other side."""
 
 
 class Phase(Struct, frozen=True, kw_only=True):
@@ -621,6 +635,12 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """How the vCPUs were stopped; null: not seen."""
     postcopy: Postcopy | None = None
     """What the destination fetched; null in another mode."""
+
+    @property
+    def came_back(self) -> bool:
+        """The blackout ended on the source: it resumed its guest."""
+        resumed = (PhaseName.RESUME, Side.SOURCE)
+        return self.blackout_ns is not None and resumed in ((p.phase, p.side) for p in self.phases)
 
     def phase_ns(self, name: PhaseName | str) -> int | None:
         """Duration of a phase in ns, None if it was not measured; KeyError if there is no such phase."""

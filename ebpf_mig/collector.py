@@ -18,6 +18,7 @@ from ebpf_mig.analysis import (
     completeness,
     dirty_log,
     fetch_split,
+    outcome,
     pause,
     phases,
     postcopy,
@@ -114,7 +115,9 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
         mode=_mode(traced),
         transport=traced.channels.transport,
         connections=_connections(traced),
-        result=completeness.result(traced.material, traced.switchover),
+        result=outcome.result(traced),
+        paused_before=outcome.paused_before(traced),
+        paused_after=outcome.paused_after(traced),
         source=_endpoint(traced, traced.source),
         destination=_endpoint(traced, traced.destination),
         total_ns=window[1] - traced.began if window and traced.began is not None else None,
@@ -246,7 +249,7 @@ def _waits(traced: TracedMigration, attribution: Attribution) -> list[Wait] | No
     parties: list[Party] = []
     if traced.source is not None:
         senders = frozenset(map(_tid, traced.sends))
-        drivers = traced.source.fetchers & senders or senders
+        drivers = traced.source.fetchers & senders or senders or traced.source.fetchers
         aborted = traced.switchover is not None and traced.switchover.kind == SwitchoverKind.ABORTED
         parties.append(Party(traced.source, Side.BOTH if aborted else Side.SOURCE, drivers, senders))
     if traced.destination is not None:

@@ -119,9 +119,12 @@ def _aborted(
     last = max(worked, default=found.stop)
     resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
     resume = resuming[0].begin_ns if resuming else back
+    labels = {label for _, _, label in work.intervals}
+    if source_work.SAVE in labels and not labels & {source_work.MEMORY, source_work.STATE}:
+        resume = last  # saved to where nobody answers: what is left is the wait for the word to go on
     phases.source(partition, found.stop, resume, activity.work(resume))
     partition.until(partition.end, PhaseName.RESUME)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.sides), work)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.sides, aborted=True), work)
 
 
 def _destination_alone(traced: TracedMigration) -> Attribution:

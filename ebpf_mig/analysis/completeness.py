@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The completeness verdict and the migration's result.
+"""The completeness verdict.
 
-In: the ending, the header, the marks, what was found. Out: the `Completeness` and the result's word.
+In: the ending, the header, the marks, what was found. Out: the `Completeness`.
 """
 
 from __future__ import annotations
 
 from ebpf_mig.analysis.process import Material, Process
-from ebpf_mig.analysis.switchover import Switchover
-from ebpf_mig.breakdown import Completeness, Result, SwitchoverKind, Verdict
-from ebpf_mig.recording.events import RECURSION_MISSES, Mark
+from ebpf_mig.breakdown import Completeness, Verdict
+from ebpf_mig.recording.events import RECURSION_MISSES
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals without which phases have holes; the others only add detail."""
-_REASONS = {
-    "migrated": Result.COMPLETED,
-    "failed": Result.FAILED,
-    "cancelled": Result.CANCELLED,
-    "target-died": Result.FAILED,
-}
 
 
 def completeness(
@@ -87,24 +80,3 @@ def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[
     within = [run for at, run in readings if window[0] <= at <= window[1]]
     least = max(within) - min(within) if within else 0
     return least, max(least, min(after) - max(before)) if before and after else None
-
-
-def result(material: Material, switchover: Switchover | None) -> Result:
-    """How the migration ended. Seen vCPUs outweigh what anybody said."""
-    if switchover is not None and switchover.kind == SwitchoverKind.COMPLETED:
-        return Result.COMPLETED
-    driven = _REASONS.get(material.ending.reason if material.ending else "", Result.UNKNOWN)
-    # Who drove the migration knows that it was cancelled, also where the VMM then calls it failed (QEMU 7.2, 10.0).
-    said = driven if driven == Result.CANCELLED else _reported(material.marks) or driven
-    if switchover is not None and switchover.kind == SwitchoverKind.ABORTED:
-        return said if said in (Result.FAILED, Result.CANCELLED) else Result.FAILED
-    return said
-
-
-def _reported(marks: list[Mark]) -> Result | None:
-    """The last outcome that a VMM reported."""
-    for mark in reversed(marks):
-        _, _, word = mark.name.rpartition(".")
-        if ".MIGRATION." in f".{mark.name}" and word in (Result.COMPLETED, Result.FAILED, Result.CANCELLED):
-            return Result(word)
-    return None

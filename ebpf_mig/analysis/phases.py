@@ -66,14 +66,16 @@ class Partition:
             self.spans.append((self.cursor, at, phase))
         self.cursor = at
 
-    def phases(self, traced: Collection[Side] = (Side.SOURCE, Side.DESTINATION)) -> list[breakdown.Phase]:
+    def phases(
+        self, traced: Collection[Side] = (Side.SOURCE, Side.DESTINATION), *, aborted: bool = False
+    ) -> list[breakdown.Phase]:
         """Every phase, instants relative to the begin. `traced`: the sides of which events were recorded.
 
-        A phase of another side has no duration, unless events of these sides show it.
+        A phase of another side has no duration, unless events of these sides show it. `aborted`: the source resumed.
         """
         self.until(self.end, PhaseName.UNATTRIBUTED)
         result = []
-        for name, side in breakdown.PHASES:
+        for name, side in breakdown.sides_of(aborted):
             spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
             known = bool(spans) or name == PhaseName.UNATTRIBUTED or _SIDES[side] <= set(traced)
             took = total(spans) if known else None

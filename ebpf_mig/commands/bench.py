@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import os
 import platform
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ import msgspec
 from ebpf_mig import __version__
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run as tracing
+from ebpf_mig.commands.child import Child
 from ebpf_mig.commands.options import DURATION, examples, write_result
 from ebpf_mig.compare.benchmark import Benchmark, Run, encode
 from ebpf_mig.errors import RecordingError, UsageError, VmmError
@@ -38,6 +38,7 @@ from ebpf_mig.vmm.adapter import Adapter
 
 PLACEHOLDER = "{recording}"
 _WARM_UP_S = 0.3
+_POLL_S = 0.01
 
 _SCENARIOS = "\b\nScenarios:\n" + "\n".join(f"  {name:14} {what}" for name, (what, _) in CATALOGUE.items())
 _EXAMPLES = examples(
@@ -163,14 +164,20 @@ def _run_scenario(scenario: Scenario, vmm: Adapter, binary: str | None, timeout_
 
 def _run_command(words: Sequence[str], timeout_s: float, path: Path) -> None:
     command = [word.replace(PLACEHOLDER, str(path)) for word in words]
-    try:
-        done = subprocess.run(command, stdout=sys.stderr, timeout=timeout_s, check=False)
-    except OSError as error:
-        raise UsageError(f"cannot run {words[0]}: {error.strerror}") from error
-    except subprocess.TimeoutExpired as error:
-        raise VmmError(f"the command took longer than {timeout_s:.0f} s") from error
-    if done.returncode:
-        raise VmmError(f"the command exited with {done.returncode}")
+    begin, late = time.monotonic(), False
+    with Child(command, stdout=2) as child:
+        while child.code is None and not child.abandoned():
+            time.sleep(_POLL_S)
+            if not late and time.monotonic() - begin >= timeout_s:
+                late = True
+                tracing.say(f"{words[0]} takes longer than {timeout_s:.0f} s; waiting for its end")
+        child.wait()
+    if child.interrupted is not None:
+        signal.raise_signal(child.interrupted)
+    if late:
+        raise VmmError(f"the command took longer than {timeout_s:.0f} s")
+    if child.code:
+        raise VmmError(f"the command exited with {child.code}")
 
 
 def _outcome(run: Run) -> str:

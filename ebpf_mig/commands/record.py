@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import subprocess
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import click
 
 from ebpf_mig.commands import run
+from ebpf_mig.commands.child import Child
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.session import Session
+from ebpf_mig.tracing.witness import Witness
 from ebpf_mig.vmm.identify import process_behind
 
 _AFTER_COMMAND_NS = 1_000_000_000
@@ -48,7 +50,10 @@ def command(
     tier: str,
     command: Sequence[str],
 ) -> None:
-    """Trace running VMMs until the migration ended, the COMMAND and what it began ended, or Ctrl-C."""
+    """Trace running VMMs until the migration has ended, or COMMAND and what it began, or Ctrl-C.
+
+    COMMAND is never ended: only your own interruption is passed on to it. Its exit code becomes ours.
+    """
     if bool(pids) == (api_socket is not None):
         raise UsageError("record needs to know whom to trace", "give --pid, or --api-socket")
     if api_socket is not None:
@@ -59,32 +64,33 @@ def command(
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=True)]
     with Session(targets, tier) as session:
         header = session.arm()
-        with run.open_recording(output, "record", header, force) as (writer, where):
-            child = _start(command)
+        to = 2 if output == "-" else 1
+        with (
+            run.open_recording(output, "record", header, force) as (writer, where),
+            Child(command, stdout=to) if command else nullcontext() as child,
+        ):
             run.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
             reason = "interrupted"
+            witness = Witness(pids)
             try:
-                reason = session.pump(writer, _until(pids, duration, child, until_eof))
+                reason = session.pump(writer, _until(pids, duration, child, until_eof, witness))
             finally:
-                session.finish(writer, reason)
-                _stop(child)
-                run.say(f"{reason}; look at it with: ebpf-mig report {where}")
+                try:
+                    session.finish(writer, reason, witness.marks(time.monotonic_ns()))
+                    run.say(f"{reason}; look at it with: ebpf-mig report {where}")
+                finally:
+                    if child is not None:
+                        child.wait()
+    if child is not None:
+        _pass_on(child)
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
-    if not command:
-        return None
-    try:
-        return subprocess.Popen(command)
-    except OSError as error:
-        raise UsageError(f"cannot run {command[0]}: {error.strerror}") from error
-
-
-def _stop(child: subprocess.Popen[bytes] | None) -> None:
-    if child is not None and child.poll() is None:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5)
+def _pass_on(child: Child) -> None:
+    """Ends as the user's command did, or as the user wished."""
+    if child.interrupted is not None:
+        signal.raise_signal(child.interrupted)
+    if child.code:
+        click.get_current_context().exit(child.code)
 
 
 def _input_ended() -> bool:
@@ -99,8 +105,9 @@ def _input_ended() -> bool:
 
 
 def _until(
-    pids: Sequence[int], duration_ns: int | None, child: subprocess.Popen[bytes] | None, until_eof: bool
+    pids: Sequence[int], duration_ns: int | None, child: Child | None, until_eof: bool, witness: Witness
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
+    """When tracing ends. While COMMAND runs, nothing that is seen of a migration ends it."""
     watch = MigrationWatch(pids)
     begin = time.monotonic_ns()
     ended = 0
@@ -109,17 +116,22 @@ def _until(
         nonlocal ended
         watch.saw(events)
         now = time.monotonic_ns()
-        verdict = watch.verdict(now, [pid for pid in pids if procfs.is_alive(pid)])
-        if verdict is not None:
-            return verdict
+        witness.look(watch, now)
         if duration_ns is not None and now - begin >= duration_ns:
             return "duration"
         if until_eof and _input_ended():
             return "command-ended"
-        if child is not None and child.poll() is not None:
+        if child is not None:
+            if child.abandoned():
+                return "interrupted"
+            if child.code is None:
+                return None
+            if child.interrupted is not None:
+                return "interrupted"
             ended = ended or now
-            if now - ended >= _AFTER_COMMAND_NS:
-                return "command-ended"
-        return None
+        verdict = watch.verdict(now, [pid for pid in pids if procfs.is_alive(pid)])
+        if verdict is None and ended and not watch.under_way and now - ended >= _AFTER_COMMAND_NS:
+            return "command-ended"
+        return verdict
 
     return until

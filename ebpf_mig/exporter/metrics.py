@@ -147,7 +147,7 @@ class Metrics:
         exemplar = {"recording": o.recording[:100]} if o.recording else None
         if o.blackout_ns is not None and o.result == "completed":
             self._blackout.labels(o.vmm, o.role).observe(o.blackout_ns / 1e9, exemplar)
-        for phase, ns in o.phases.items():
+        for phase, ns in o.phases.items() if o.result != "saved" else ():
             if phase in _PHASES:
                 self._phase.labels(o.vmm, phase).observe(ns / 1e9, exemplar)
         for stage, parts in o.fetch.items():

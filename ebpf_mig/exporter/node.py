@@ -33,7 +33,9 @@ from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
 from ebpf_mig.recording.events import AnyEvent, Ending, Target
+from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.session import header_for
+from ebpf_mig.tracing.witness import Witness
 
 IDLE_MS = 1000
 ARMED_MS = 20
@@ -89,7 +91,7 @@ class NodeWatch:
         self._analysis = Analysis(store, tell, self._troubles)  # starts while the other compiles
         self._probe, self._tracer = load_apart()
         self._analysis.verify()
-        self._tracks = Tracks()
+        self._tracks = Tracks(Witness)
         self._vms: dict[int, _Known] = {}
         self._checks: list[tuple[float, int]] = []
         self._armed = False
@@ -177,7 +179,7 @@ class NodeWatch:
 
     def close(self) -> None:
         """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
-        for ended in self._tracks.abandon():
+        for ended in self._tracks.abandon(time.monotonic_ns()):
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
                 self._end(ended)
         self._analysis.close()
@@ -302,9 +304,10 @@ class NodeWatch:
         rest: list[AnyEvent] = []
         for pid in ended.pids:
             with self._troubles.of("vm", f"the end of tracing process {pid}"):
-                rest += self._tracer.remove(pid)
+                rest += self._tracer.names(pid) if pid in self._tracks else self._tracer.remove(pid)
         late = self._tracer.poll(0)
-        rest += [event for event in late if getattr(event, "pid", None) in ended.pids]
+        gone = [pid for pid in ended.pids if pid not in self._tracks]
+        rest += [event for event in late if pid_of(event) in gone]
         self._saw(late)
         lost, unpaired, run_ns = self._account()
         self._rest()

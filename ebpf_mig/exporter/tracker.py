@@ -2,10 +2,11 @@
 """Sorts the events of all VMs that are being traced into migrations, and says when each is over.
 
 In: pids that showed a sign, batches of events, the time. Out: `Ended`: the processes of one migration, their events
-and why it ended; or that a sign meant nothing. Pure: it opens nothing.
+and why it ended; or that a sign meant nothing. Pure: what is read from /proc, a `Witness` reads.
 
 A process is on probation at first. It is kept while it logs dirty memory, or waits and receives. Two
-processes are one migration once a socket of one is the other end of a socket of the other.
+processes are one migration once a socket of one is the other end of a socket of the other. A process that begins to
+migrate again, or on, begins another track, and the one before is over at that instant.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from dataclasses import dataclass, field
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
-from ebpf_mig.tracing.lifecycle import LARGE_BYTES, MigrationWatch
+from ebpf_mig.tracing.lifecycle import LARGE_BYTES, SILENCE_NS, MigrationWatch
+from ebpf_mig.tracing.witness import Witness
 
 PROBATION_NS = 2_000_000_000
 """How long a sign is given the benefit of the doubt; a destination may wait this long between two bursts."""
-SILENCE_NS = 60_000_000_000
-"""A migration that does nothing at all for this long is not awaited any more."""
 LOADED_BYTES = 16 << 10
 """A VM that was loaded received at least its device state; one that boots receives its monitor's commands."""
 FILLED_BYTES = 1 << 20
@@ -33,8 +33,6 @@ BURST_BYTES = 64 << 10
 """A VM that moves this much at a time may be migrating."""
 SLOTS = 3
 """Dirty logs fetched of this many memslots are a migration's, though its beginning was missed; a display has fewer."""
-STATE_BYTES = 4096
-"""A source that sent this much after its vCPUs stopped, and then died, has handed over."""
 KEPT_EVENTS = 300_000
 """Events held of one migration; beyond, the earliest transfers go first: they only make the totals of pre-copy."""
 
@@ -49,6 +47,7 @@ class Track:
     until_ns: int
     fresh: set[int]
     watch: MigrationWatch
+    witness: Witness | None = None
     events: list[AnyEvent] = field(default_factory=list)
     logging: set[int] = field(default_factory=set)
     fetched: set[tuple[int, int]] = field(default_factory=set)
@@ -60,7 +59,6 @@ class Track:
     fetchers: set[tuple[int, int]] = field(default_factory=set)
     handed: dict[int, int] = field(default_factory=dict)
     """Bytes sent by the threads that fetch dirty logs, while the VM was stopped; by pid."""
-    sent_stopped: int = 0
     last_ns: int = 0
     thinned: int = 0
 
@@ -93,8 +91,12 @@ class Ended:
 class Tracks:
     """All that is being traced now."""
 
-    def __init__(self) -> None:
+    def __init__(self, witness: Callable[[Sequence[int]], Witness] | None = None) -> None:
+        """`witness` makes one for the pids of a track; without, closed connections and ends are not marked."""
+        self._witness = witness
         self._by_pid: dict[int, Track] = {}
+        self._passed: list[tuple[Track, str]] = []
+        """Tracks that were over when one of their processes began to migrate again."""
         self._ends: dict[tuple[str, str], int] = {}
         self._inodes: dict[int, int] = {}
 
@@ -102,7 +104,7 @@ class Tracks:
         return pid in self._by_pid
 
     def __bool__(self) -> bool:
-        return bool(self._by_pid)
+        return bool(self._by_pid or self._passed)
 
     @property
     def pids(self) -> list[int]:
@@ -113,10 +115,14 @@ class Tracks:
         """`pid` is traced from now on; again: it gets another probation. `fresh`: its guest has not run yet."""
         track = self._by_pid.get(pid)
         if track is None:
-            news, until = {pid} if fresh else set(), now_ns + PROBATION_NS
-            self._by_pid[pid] = Track([pid], trigger, now_ns, until, news, MigrationWatch([pid]), last_ns=now_ns)
+            self._by_pid[pid] = self._new(pid, trigger, now_ns, fresh=fresh)
         else:
             track.until_ns = max(track.until_ns, now_ns + PROBATION_NS)
+
+    def _new(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> Track:
+        news, witness = {pid} if fresh else set(), self._witness([pid]) if self._witness else None
+        watch, until = MigrationWatch([pid]), now_ns + PROBATION_NS
+        return Track([pid], trigger, now_ns, until, news, watch, witness, last_ns=now_ns)
 
     def saw(self, events: Iterable[AnyEvent], now_ns: int) -> None:
         """Takes the next events."""
@@ -128,31 +134,63 @@ class Tracks:
                 if isinstance(event, Socket):
                     self._link(event)
         for pid, batch in batches.items():
-            self._take(self._by_pid[pid], batch, now_ns)
+            if pid in self._by_pid:
+                self._take_in_turns(pid, batch, now_ns)
+            else:  # the other side of its migration has just begun another one
+                next(track for track, _ in reversed(self._passed) if pid in track.pids).events.extend(batch)
 
     def over(self, now_ns: int, is_alive: Callable[[int], bool]) -> list[Ended]:
         """The tracks that ended; their processes are traced no more."""
-        ended = []
+        ended = [self._ended(track, reason, now_ns) for track, reason in self._passed]
+        self._passed.clear()
         for track in {id(track): track for track in self._by_pid.values()}.values():
+            if track.witness is not None and track.proven:
+                track.witness.look(track.watch, now_ns)
             alive = [pid for pid in track.pids if is_alive(pid)]
             reason = self._verdict(track, now_ns, alive)
             if reason is not None:
-                ended.append(_ended(track, reason))
+                ended.append(self._ended(track, reason, now_ns))
                 self._forget(track)
         return ended
 
-    def abandon(self) -> list[Ended]:
+    def abandon(self, now_ns: int = 0) -> list[Ended]:
         """All tracks, ended because we are: `interrupted` where a migration was under way."""
+        ended = [self._ended(track, reason, now_ns) for track, reason in self._passed]
+        self._passed.clear()
         tracks = list({id(track): track for track in self._by_pid.values()}.values())
         for track in tracks:
             self._forget(track)
-        return [_ended(track, "interrupted" if track.proven else "nothing") for track in tracks]
+        return ended + [self._ended(track, "interrupted" if track.proven else "nothing", now_ns) for track in tracks]
+
+    def _take_in_turns(self, pid: int, batch: list[AnyEvent], now_ns: int) -> None:
+        """Takes a process's events; where it begins another migration, the earlier ones end the track before."""
+        begin = 0
+        for at, event in enumerate(batch):
+            if isinstance(event, Ioctl) and _switches_on(event):
+                self._take(self._by_pid[pid], batch[begin:at], now_ns)
+                begin = at
+                reason = self._by_pid[pid].watch.passed(pid)
+                if reason is not None:
+                    self._begin_again(pid, reason, event.begin_ns, now_ns)
+        self._take(self._by_pid[pid], batch[begin:], now_ns)
+
+    def _begin_again(self, pid: int, reason: str, at_ns: int, now_ns: int) -> None:
+        """A track of its own for `pid`, and those that may be its destination; the one before is over."""
+        track = self._by_pid[pid]
+        self._passed.append((track, reason))
+        waiting = [other for other in track.pids if other != pid and other in track.fresh - track.ran]
+        for again in (pid, *waiting):
+            self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
+            self._by_pid[again].begin_ns = at_ns
+        for other in [other for other in track.pids if self._by_pid.get(other) is track]:
+            del self._by_pid[other]
+        self._forget_ends({pid, *track.pids})
 
     def _verdict(self, track: Track, now_ns: int, alive: Sequence[int]) -> str | None:
         if not track.proven:
             return "nothing" if not alive or now_ns >= track.until_ns else None
         if not alive:
-            return "migrated" if track.sent_stopped >= STATE_BYTES else "target-died"
+            return "target-died"
         reason = track.watch.verdict(now_ns, alive)
         if reason is None and now_ns - track.last_ns >= SILENCE_NS:
             return "lost-sight"
@@ -171,7 +209,6 @@ class Tracks:
                 track.stopped.discard(event.pid)
                 track.saved.discard(event.pid)
                 track.handed.pop(event.pid, None)
-                track.sent_stopped = 0
             elif isinstance(event, VcpuExit):
                 track.stopped.add(event.pid)
             elif isinstance(event, Transfer):
@@ -234,7 +271,8 @@ class Tracks:
         first.received |= second.received
         first.fetchers |= second.fetchers
         first.handed |= second.handed
-        first.sent_stopped += second.sent_stopped
+        if first.witness is not None and second.witness is not None:
+            first.witness.merge(second.witness)
         first.thinned += second.thinned
         first.until_ns = max(first.until_ns, second.until_ns)
         for pid in second.pids:
@@ -243,18 +281,26 @@ class Tracks:
     def _forget(self, track: Track) -> None:
         for pid in track.pids:
             del self._by_pid[pid]
-        gone = set(track.pids)
+        self._forget_ends(set(track.pids))
+
+    def _forget_ends(self, gone: set[int]) -> None:
         self._ends = {ends: pid for ends, pid in self._ends.items() if pid not in gone}
         self._inodes = {inode: pid for inode, pid in self._inodes.items() if pid not in gone}
 
+    @staticmethod
+    def _ended(track: Track, reason: str, now_ns: int) -> Ended:
+        marks = track.witness.marks(now_ns) if track.witness is not None else ()
+        events = [*track.events, *marks]
+        return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned)
 
-def _ended(track: Track, reason: str) -> Ended:
-    return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, track.events, track.thinned)
+
+def _switches_on(event: Ioctl) -> bool:
+    """Logging is also switched on for a display's memory: that is one small slot, a migration's are all slots."""
+    return event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and bool(event.flags & kvm.MEM_LOG_DIRTY_PAGES)
 
 
 def _ioctl(track: Track, event: Ioctl) -> None:
-    """Logging is also switched on for a display's memory: that is one small slot, a migration's are all slots."""
-    if event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and event.flags & kvm.MEM_LOG_DIRTY_PAGES:
+    if _switches_on(event):
         track.logging.add(event.pid)
     if event.cmd in kvm.DIRTY_LOG:
         track.fetched.add((event.pid, event.slot))
@@ -268,10 +314,8 @@ def _ioctl(track: Track, event: Ioctl) -> None:
 def _transfer(track: Track, event: Transfer) -> None:
     if event.direction == 1:
         track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
-    elif event.pid in track.stopped - track.fresh:
-        track.sent_stopped += event.bytes
-        if (event.pid, event.tid) in track.fetchers:
-            track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
+    elif event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
+        track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
 
 
 def _found_out(track: Track) -> set[int]:

@@ -20,6 +20,8 @@ _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.ENXIO}
 _REFUSED = {errno.EPERM, errno.EACCES}
 FILE_MOST_BYTES = 1 << 20
 """Of one file; command lines can be longer, and nothing that is read of them lies so far behind."""
+_PF_EXITING = 0x4
+"""include/linux/sched.h: getting shut down."""
 _PF_USER_WORKER = 0x4000
 """include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
 _VM, _VCPU = "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:"
@@ -127,6 +129,15 @@ def is_alive(pid: int) -> bool:
     return start_time(pid) is not None
 
 
+def is_ending(pid: int) -> bool:
+    """Whether a process is gone, a zombie, or about to be one: its first thread has begun to exit."""
+    try:
+        found = numbers(pid)
+        return found[0] in "ZX" or bool(int(found[6]) & _PF_EXITING)
+    except OSError:
+        return True
+
+
 def start_time(pid: int) -> int | None:
     """When the process began, in ticks since boot; None if it is gone or a zombie."""
     try:
@@ -194,6 +205,29 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
     for name in found:
         with contextlib.suppress(OSError):
             yield int(name), link(pid, "fd", name)
+
+
+def socket_descriptor(pid: int, inode: int) -> int | None:
+    """The descriptor by which a process has a socket open; None if it has closed it, -1 if that cannot be seen."""
+    try:
+        found = names(pid, "fd")
+        for name in found:
+            with contextlib.suppress(ProcessLookupError):
+                if link(pid, "fd", name) == f"socket:[{inode}]":
+                    return int(name)
+    except OSError:
+        return -1
+    return None
+
+
+def bytes_written(pid: int) -> int | None:
+    """Bytes that a process has passed to write(2) and its like (`wchar` of /proc/PID/io): to files, to pipes, and to
+    sockets other than by sendmsg. None if that cannot be read."""
+    try:
+        rows = dict(row.split(": ", 1) for row in text(pid, "io").splitlines() if ": " in row)
+        return int(rows["wchar"])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def holds_vm(pid: int) -> bool:

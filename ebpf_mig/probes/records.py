@@ -118,8 +118,11 @@ def decode(record: bytes) -> AnyEvent:
 
 
 def vcpu_state(at_ns: int, tid: int, thread: Any) -> VcpuState | None:
-    """The account of a vCPU in a `struct thread_state`, None if the thread never touched KVM_RUN."""
-    if not thread.run_enter_ns and not thread.run_exit_ns:
+    """The account of a vCPU in a `struct thread_state`, None if the thread never touched KVM_RUN.
+
+    Without any instant: it was inside when tracing began, and never left.
+    """
+    if not thread.run_enter_ns and not thread.run_exit_ns and not thread.vcpu_fd:
         return None
     return VcpuState(
         at_ns,

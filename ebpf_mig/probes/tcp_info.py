@@ -8,6 +8,7 @@ would hold back its FIN. Sockets of another network namespace are not found, and
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from queue import Empty, SimpleQueue
@@ -80,6 +81,7 @@ class TcpReader:
 
     def _work(self, ready: threading.Event) -> None:
         """A figure to set beside ours: whatever pyroute2 raises on some kernel must not end the tracing."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
         with contextlib.suppress(Exception):
             from pyroute2 import DiagSocket  # here: a process that never traces does not pay its 30 MiB
 

@@ -135,6 +135,11 @@ class Tracer:
         self._sockets.forget(pid)
         return rest
 
+    def names(self, pid: int) -> list[AnyEvent]:
+        """The names of the threads of a process that is traced on."""
+        self._accounts(time.monotonic_ns(), pid)  # they tell which thread runs which vCPU
+        return list(self._threads.events(pid))
+
     def disarm(self) -> None:
         """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
         self._sampler.close()

@@ -381,6 +381,9 @@ class Retransmit(Event, frozen=True, tag=18):
     """The how-manieth it is on this socket since tracing began; earlier ones may have no event."""
 
 
+CLOSED, ENDED, WRITTEN = "session.closed", "session.ended", "session.written"
+"""Marks of a passive tracer, by /proc. A VMM that lives on closed its migration's connection: `value` is the socket's
+inode. A traced process ended. A process wrote `value` bytes with write(2) and its like since tracing began."""
 RECURSION_MISSES = "recursion-misses"
 """In `Ending.lost`: how often the kernel did not run a program of ours, whatever event it would have made."""
 

@@ -55,7 +55,7 @@ def headline(b: Breakdown) -> str:
         if b.window_ns is None and b.migration.result in (Result.FAILED, Result.CANCELLED):
             return "no blackout: the migration ended before the vCPUs stopped"
         return "blackout not measured"
-    word = "aborted blackout" if b.migration.result in (Result.FAILED, Result.CANCELLED) else "blackout"
+    word = "aborted blackout" if b.came_back and b.migration.result != Result.SAVED else "blackout"
     return f"{word} {bounds.blackout(b)}"
 
 
@@ -64,6 +64,8 @@ def facts(b: Breakdown) -> Iterator[str]:
     m = b.migration
     vmm = " ".join(filter(None, (m.vmm, m.vmm_version))) or "unknown VMM"
     total = "" if m.total_ns is None else f" after {milliseconds(m.total_ns)} ms"
+    paused = [when for when, was in (("before", m.paused_before), ("after", m.paused_after)) if was]
+    total += f"; the guest was paused {' and '.join(paused)}" if paused else ""
     yield f"<p>{escaped(vmm)}, {escaped(m.mode)} over {escaped(m.transport)}, {_connections(m.connections)}"
     yield f", <b>{escaped(m.result)}</b>{total}</p>\n"
     yield f"<p class='soft'>{_end('source', m.source)} &rarr; {_end('destination', m.destination)}</p>\n"

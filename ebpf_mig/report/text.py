@@ -125,7 +125,8 @@ def _headline_text(breakdown: Breakdown) -> str:
 
 
 def _blackout_word(breakdown: Breakdown) -> str:
-    return "aborted blackout" if breakdown.migration.result in (Result.FAILED, Result.CANCELLED) else "blackout"
+    aborted = breakdown.came_back and breakdown.migration.result != Result.SAVED
+    return "aborted blackout" if aborted else "blackout"
 
 
 def _migration(breakdown: Breakdown) -> Iterator[Row]:
@@ -143,6 +144,8 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     result = {Result.UNKNOWN: "result unknown"}.get(facts.result, facts.result)
     after = "" if facts.total_ns is None else f" after {ms(facts.total_ns)} ms"
     style = {Result.COMPLETED: "green", Result.FAILED: "bold red", Result.CANCELLED: "yellow"}.get(facts.result, "")
+    paused = [when for when, was in (("before", facts.paused_before), ("after", facts.paused_after)) if was]
+    after += f"; the guest was paused {' and '.join(paused)}" if paused else ""
     yield Row(Text.assemble(f"{vmm}, {printable(mode)}{way}, ", (printable(result), style), after))
     ends = [_endpoint("source", facts.source), _endpoint("destination", facts.destination)]
     yield Row(Text(" -> ".join(ends)))

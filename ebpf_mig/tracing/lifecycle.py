@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tells from the events alone when a migration is over, for tracing that does not drive the VMM.
 
-In: batches of events and the time. Out: the reason to stop, once one holds. Pure: it opens nothing.
+In: batches of events, which connections were closed, the time. Out: the reason to stop, once one holds. Pure: it opens
+nothing.
+
+Silence is no ending. A source that is traced alone has handed over once the other end answered its last bytes, or
+once its VMM closed the connection, and its guest stays stopped. Else its end, or its guest's return, is awaited.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ebpf_mig.linux import kvm
@@ -14,13 +19,22 @@ from ebpf_mig.recording.events import AnyEvent, Ioctl, Transfer, VcpuEnter, Vcpu
 QUIET_NS = 300_000_000
 """How long the last act must lie back: the destination starts after the source is done, and its late work counts."""
 STOPPED_NS = 2_000_000_000
-"""A source alone shows its end only by staying stopped this long, with nothing sent."""
+"""A source that has handed over is given this long to take its guest back: the destination may have refused it."""
+SILENCE_NS = 60_000_000_000
+"""A migration that does nothing at all for this long is not awaited any more."""
 LARGE_BYTES = 1 << 20
 """Logging is switched on for the VGA slot without any migration; RAM slots are larger."""
+COMPANION_SHARE = 4
+"""Sockets with less than this part of the busiest one's bytes are monitors or consoles, no connection of the
+migration; multifd channels have about the same."""
+
+
+CARRIER_BYTES = 64 << 10
+"""Less than the page headers of a tiny VM's memory: a socket over which less was sent is not taken for the carrier."""
 
 
 class MigrationWatch:
-    """Feed it with `saw`, ask it with `verdict`."""
+    """Feed it with `saw` and `closed`, ask it with `verdict`."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = tuple(pids)
@@ -29,7 +43,14 @@ class MigrationWatch:
         self._missed: set[int] = set()
         self._loaded: set[int] = set()
         self._stopped_at: dict[int, int] = {}
+        self._ran: set[int] = set()
         self._started: dict[int, int] = {}
+        self._paused: set[int] = set()
+        """Sources whose guest did not run when their migration began."""
+        self._sent: dict[int, Counter[int]] = {}
+        self._sent_at: dict[int, int] = {}
+        self._answered_at: dict[int, int] = {}
+        self._closed_at: dict[int, int] = {}
         self._unlogged_at = 0
         self._last_ns = 0
 
@@ -39,22 +60,44 @@ class MigrationWatch:
             if isinstance(event, Ioctl):
                 self._ioctl(event)
             elif isinstance(event, VcpuEnter):
-                if not self._runs_again(event.pid):
-                    self._last_ns = max(self._last_ns, event.at_ns)
-                self._stopped_at.pop(event.pid, None)
-                if event.pid in self._loaded and event.pid not in self._fetched:
-                    self._started.setdefault(event.pid, event.at_ns)
+                self._enter(event)
             elif isinstance(event, VcpuExit):
+                self._ran.add(event.pid)
+                self._paused.discard(event.pid)
                 if not self._runs_again(event.pid):
                     self._last_ns = max(self._last_ns, event.at_ns)
                 self._stopped_at[event.pid] = event.at_ns
-            elif isinstance(event, Transfer) and event.direction == 0 and event.pid in self._fetched:
-                self._last_ns = max(self._last_ns, event.end_ns)
+            elif isinstance(event, Transfer):
+                self._transfer(event)
 
     def missed_beginning(self, pid: int) -> None:
         """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
         self._fetched.add(pid)
         self._missed.add(pid)
+
+    def closed(self, pid: int, at_ns: int) -> None:
+        """The VMM `pid` lives and has closed the connection that `connections` named."""
+        self._closed_at.setdefault(pid, at_ns)
+
+    @property
+    def connections(self) -> dict[int, int]:
+        """The sources whose guest may have stopped for good, with the inode of the socket that carries most."""
+        sources = [pid for pid in self._fetched if pid in self._sent and pid not in self._closed_at]
+        stopped = [pid for pid in sources if pid not in self._ran or not self._runs(pid)]
+        return {pid: socket for pid in stopped if (socket := self._busiest(pid))}
+
+    def passed(self, pid: int) -> str | None:
+        """Why the migration is over for `pid`, which begins another one just now; None if it is not over."""
+        if pid in self._started and pid not in self._fetched:
+            return "migrated"
+        if pid in self._fetched and self._unlogged_at:
+            return "logging-ended"
+        return None
+
+    @property
+    def under_way(self) -> bool:
+        """A source has begun to migrate, and the end was not seen."""
+        return bool(self._fetched) and not self._unlogged_at and not self._destination_started()
 
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
@@ -66,24 +109,49 @@ class MigrationWatch:
             return "logging-ended"
         if self._destination_started():
             return "migrated"
-        if len(self._pids) == 1 and self._stopped_for_good(now_ns):
-            return "migrated"
+        if self._handed_over(now_ns):
+            return "handed-over"
+        if self.under_way and now_ns - self._last_ns >= SILENCE_NS:
+            return "lost-sight"
         return None
+
+    def _runs(self, pid: int) -> bool:
+        """Its guest runs, as far as is known of a process that was seen to run it."""
+        return pid not in self._stopped_at
 
     def _runs_again(self, pid: int) -> bool:
         """Its guest runs as any guest does: the interruptions of a busy one are no acts of the migration."""
         return pid in self._started or (bool(self._unlogged_at) and pid in self._fetched)
 
+    def _enter(self, event: VcpuEnter) -> None:
+        self._ran.add(event.pid)
+        self._paused.discard(event.pid)
+        if not self._runs_again(event.pid):
+            self._last_ns = max(self._last_ns, event.at_ns)
+        for known in (self._stopped_at, self._answered_at, self._closed_at):
+            known.pop(event.pid, None)
+        if event.pid in self._loaded and event.pid not in self._fetched:
+            self._started.setdefault(event.pid, event.at_ns)
+
     def _ioctl(self, event: Ioctl) -> None:
-        self._last_ns = max(self._last_ns, event.end_ns)
-        if event.cmd == kvm.GET_DIRTY_LOG and self._logged:
+        if not self._runs_again(event.pid):
+            self._last_ns = max(self._last_ns, event.end_ns)
+        name = kvm.name_of(event.cmd)
+        if event.cmd == kvm.GET_DIRTY_LOG and any(pid == event.pid for pid, _ in self._logged):
             self._fetched.add(event.pid)
-        if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
+        if name in kvm.VCPU_STATE_SET:
             self._loaded.add(event.pid)
+        if name in kvm.VCPU_STATE_GET and event.pid in self._fetched:
+            self._stopped_at.setdefault(event.pid, event.begin_ns)
         if event.cmd not in kvm.MEMSLOT or event.size < LARGE_BYTES:
             return
         key = (event.pid, event.slot)
         if event.flags & kvm.MEM_LOG_DIRTY_PAGES:
+            if event.pid not in self._fetched or self._unlogged_at:
+                for known in (self._sent, self._answered_at, self._closed_at):
+                    known.pop(event.pid, None)
+                running = event.pid in self._ran and self._runs(event.pid)
+                (self._paused.discard if running else self._paused.add)(event.pid)
             self._logged.add(key)
             self._fetched.add(event.pid)
             self._unlogged_at = 0
@@ -92,10 +160,40 @@ class MigrationWatch:
             if not self._logged:
                 self._unlogged_at = event.end_ns
 
+    def _transfer(self, event: Transfer) -> None:
+        """Only what goes over the migration's connection is its activity: a monitor answers at any time."""
+        sent = self._sent.setdefault(event.pid, Counter())
+        if event.direction == 0:
+            sent[event.socket] += event.bytes
+            if sent[event.socket] * COMPANION_SHARE >= max(sent.values()):
+                if event.pid in self._fetched:
+                    self._last_ns = max(self._last_ns, event.end_ns)
+                self._sent_at[event.pid] = max(self._sent_at.get(event.pid, 0), event.end_ns)
+        elif event.bytes and event.socket in sent and event.socket == self._busiest(event.pid):
+            self._answered_at[event.pid] = max(self._answered_at.get(event.pid, 0), event.end_ns)
+
+    def _busiest(self, pid: int) -> int:
+        sent = self._sent[pid]
+        most = max(sent, key=lambda socket: (sent[socket], socket), default=0)
+        return most if sent[most] >= CARRIER_BYTES else 0
+
     def _destination_started(self) -> bool:
         """A process whose vCPU state was loaded, and that fetched nothing, entered KVM_RUN."""
         return any(pid not in self._fetched for pid in self._started)
 
-    def _stopped_for_good(self, now_ns: int) -> bool:
-        stops = [self._stopped_at[pid] for pid in self._fetched if pid in self._stopped_at]
-        return bool(stops) and now_ns - max(*stops, self._last_ns) >= STOPPED_NS
+    def _handed_over(self, now_ns: int) -> bool:
+        """A source's last bytes were answered, or its VMM closed the connection; and its guest did not come back.
+
+        Where the destination is traced too, its start is awaited, unless the guest was paused all the time.
+        """
+        for pid in self._fetched:
+            if len(self._pids) > 1 and pid in self._ran and pid not in self._paused:
+                continue
+            if pid in self._ran and self._runs(pid):
+                continue
+            answered = self._answered_at.get(pid, 0)
+            known = [answered] if answered > self._sent_at.get(pid, 0) else []
+            known += [self._closed_at[pid]] if pid in self._closed_at else []
+            if known and now_ns - max(min(known), self._last_ns) >= STOPPED_NS:
+                return True
+        return False

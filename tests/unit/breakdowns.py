@@ -13,7 +13,7 @@ from ebpf_mig import breakdown as b
 ORDER = [name for name, _ in b.PHASES]
 
 
-def phases(**spans: list[b.Span]) -> list[b.Phase]:
+def phases(aborted: bool = False, **spans: list[b.Span]) -> list[b.Phase]:
     """Every phase in order, with the spans given (`fetch__kernel` for `fetch.kernel`)."""
     given = {name.replace("__", "."): list(value) for name, value in spans.items()}
     assert set(given) <= set(ORDER)
@@ -24,7 +24,7 @@ def phases(**spans: list[b.Span]) -> list[b.Phase]:
             spans=given.get(name, []),
             duration_ns=sum(end - begin for begin, end in given.get(name, [])),
         )
-        for name, side in b.PHASES
+        for name, side in b.sides_of(aborted)
     ]
 
 
@@ -170,6 +170,7 @@ def aborted() -> b.Breakdown:
         blackout_ns=12_000_000,
         blackout=(412_000, 12_412_000),
         phases=phases(
+            aborted=True,
             pause=[(0, 412_000)],
             fetch__kernel=[(412_000, 1_412_000)],
             memory__send=[(1_412_000, 9_412_000)],

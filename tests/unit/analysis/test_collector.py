@@ -49,6 +49,8 @@ def test_qemu_7_2_migration() -> None:
         source=b.Endpoint(host="alpha", pid=1000),
         destination=b.Endpoint(host="alpha", pid=2000),
         total_ns=445_780 * US,
+        paused_before=False,
+        paused_after=False,
     )
 
 

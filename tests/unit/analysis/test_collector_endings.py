@@ -166,7 +166,7 @@ def test_a_source_that_dies_after_the_stop() -> None:
     source.send(400, 1400, 500_000)
     ending(script, "target-died")
     result = script.result()
-    assert (result.breakdown.migration.result, result.blackout) == ("failed", None)
+    assert (result.breakdown.migration.result, result.blackout) == ("unknown", None), "it may have handed over"
     assert result.window == 1400
     assert result.phases == {
         "pause": 100,

@@ -68,13 +68,16 @@ def test_a_sign_without_consequence_means_nothing() -> None:
     assert end.reason == "nothing" and end.pids == (SOURCE,) and not tracks
 
 
-def test_a_source_alone_ends_when_it_stays_stopped() -> None:
+def test_a_source_alone_ends_when_its_last_bytes_were_answered_and_it_stays_stopped() -> None:
     tracks = begun(pids=[SOURCE])
     tracks.saw([logging(SOURCE, MS)], MS)
     assert ended(tracks, 5 * PROBATION_NS) == []
-    tracks.saw([stop(SOURCE, 20 * S), move(SOURCE, 20 * S + MS, 0, 50_000)], 20 * S)
-    (end,) = ended(tracks, 23 * S)
-    assert end.reason == "migrated" and len(end.events) == 3
+    tracks.saw([stop(SOURCE, 20 * S), move(SOURCE, 20 * S + MS, 0, 500_000)], 20 * S)
+    assert ended(tracks, 30 * S) == [], "silence is no success"
+    tracks.saw([move(SOURCE, 30 * S, 1, 8)], 30 * S)
+    assert ended(tracks, 31 * S) == []
+    (end,) = ended(tracks, 33 * S)
+    assert end.reason == "handed-over" and len(end.events) == 4
 
 
 def save(pid: int, at: int) -> Ioctl:
@@ -83,20 +86,67 @@ def save(pid: int, at: int) -> Ioctl:
 
 def test_a_source_of_few_slots_whose_beginning_was_missed_shows_itself_when_it_hands_over() -> None:
     acts: list[AnyEvent] = [fetch(SOURCE, MS, 0), stop(SOURCE, 3 * MS), save(SOURCE, 4 * MS)]
-    acts.append(move(SOURCE, 5 * MS, 0, 50_000))
+    acts += [move(SOURCE, 5 * MS, 0, 500_000), move(SOURCE, 6 * MS, 1, 8)]
     for left_out in (None, *acts):
         tracks = begun(pids=[SOURCE])
         tracks.saw([event for event in acts if event is not left_out], 6 * MS)
-        (end,) = ended(tracks, 4 * S)
-        assert end.reason == ("migrated" if left_out is None else "nothing"), left_out
+        found = [end.reason for end in ended(tracks, 4 * S)]
+        expected = {None: ["handed-over"], acts[-1]: []}.get(left_out, ["nothing"])
+        assert found == expected, left_out
 
 
-def test_a_source_that_its_manager_ends_after_handing_over_has_migrated() -> None:
-    for sent, reason in ((50_000, "migrated"), (0, "target-died")):
+def test_a_source_that_ends_is_just_that() -> None:
+    """Its manager ends it once it has handed over, and anybody may before: what it came to, its events say."""
+    for sent in (500_000, 0):
         tracks = begun(pids=[SOURCE])
         events: list[AnyEvent] = [logging(SOURCE, MS), stop(SOURCE, 2 * MS)]
         tracks.saw(events + ([move(SOURCE, 3 * MS, 0, sent)] if sent else []), 4 * MS)
-        assert [end.reason for end in ended(tracks, 5 * MS, alive=())] == [reason]
+        assert [end.reason for end in ended(tracks, 5 * MS, alive=())] == ["target-died"]
+
+
+def test_replies_of_a_monitor_are_no_act_of_the_migration() -> None:
+    tracks = begun(pids=[SOURCE])
+    tracks.saw([logging(SOURCE, MS), stop(SOURCE, S), move(SOURCE, S, 0, 500_000), move(SOURCE, S + MS, 1, 8)], S)
+    for tenth in range(11, 40):
+        reply = Transfer(tenth * S // 10, tenth * S // 10 + 1, SOURCE, SOURCE, 9, 0, 77, 1, 300, 1, 1, 0, 0)
+        tracks.saw([reply], tenth * S // 10)
+        done = ended(tracks, tenth * S // 10)
+        if done:
+            break
+    assert [end.reason for end in done] == ["handed-over"] and tenth == 31
+
+
+def test_a_destination_that_migrates_on_at_once_begins_another_migration() -> None:
+    """A to B to C: B's guest runs for a moment, then B logs dirty memory itself."""
+    tracks = begun(pids=[SOURCE, DESTINATION, OTHER], fresh=[DESTINATION, OTHER])
+    link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
+    tracks.saw([logging(SOURCE, MS), *link], MS)
+    first = [stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS), run(DESTINATION, 4 * MS)]
+    tracks.saw([*first, logging(DESTINATION, 5 * MS), stop(SOURCE, 5 * MS)], 5 * MS)
+    (end,) = ended(tracks, 5 * MS)
+    assert set(end.pids) == {SOURCE, DESTINATION} and end.reason == "migrated"
+    assert logging(DESTINATION, 5 * MS) not in end.events and stop(SOURCE, 5 * MS) in end.events
+    assert SOURCE not in tracks and DESTINATION in tracks
+    onward = [
+        Socket(6 * MS, DESTINATION, 8, 2001, 2, "1.1.1.1:3", "1.1.1.1:4"),
+        tcp(OTHER, "1.1.1.1:4", "1.1.1.1:3"),
+    ]
+    tracks.saw([*onward, stop(DESTINATION, 7 * MS), restore(OTHER, 8 * MS), run(OTHER, 9 * MS)], 9 * MS)
+    (end,) = ended(tracks, S)
+    assert set(end.pids) == {DESTINATION, OTHER} and end.reason == "migrated"
+    assert end.events[0] == logging(DESTINATION, 5 * MS)
+
+
+def test_each_try_of_a_migration_is_there() -> None:
+    tracks = begun(pids=[SOURCE])
+    tries = [logging(SOURCE, MS), logging(SOURCE, 2 * MS, on=False), logging(SOURCE, 3 * MS)]
+    tracks.saw([*tries, logging(SOURCE, 4 * MS, on=False), logging(SOURCE, 5 * MS)], 5 * MS)
+    found = ended(tracks, 5 * MS)
+    assert [(end.reason, len(end.events), end.begin_ns) for end in found] == [
+        ("logging-ended", 2, 0),
+        ("logging-ended", 2, 3 * MS),
+    ]
+    assert SOURCE in tracks
 
 
 def test_a_destination_alone_is_one_that_was_loaded_and_received() -> None:
@@ -134,7 +184,8 @@ def test_both_ends_of_a_connection_are_one_migration_and_a_bystander_is_not() ->
 
 def test_two_migrations_at_a_time_stay_apart() -> None:
     tracks = begun(pids=[SOURCE, OTHER], fresh=[])
-    tracks.saw([logging(SOURCE, MS), logging(OTHER, MS), stop(OTHER, 2 * MS)], 2 * MS)
+    handed = [stop(OTHER, 2 * MS), move(OTHER, 2 * MS, 0, 1 << 20), move(OTHER, 3 * MS, 1, 9)]
+    tracks.saw([logging(SOURCE, MS), logging(OTHER, MS), *handed], 2 * MS)
     (end,) = ended(tracks, 5 * S)
     assert end.pids == (OTHER,) and SOURCE in tracks and OTHER not in tracks
     assert {getattr(event, "pid", None) for event in end.events} == {OTHER}
@@ -176,11 +227,12 @@ def test_memory_is_bounded_and_what_was_left_out_is_counted() -> None:
     tracks.saw([logging(SOURCE, MS)], MS)
     for _ in range(7):
         tracks.saw([move(SOURCE, MS, 0, 10)] * (module.KEPT_EVENTS // 6), MS)
-    tracks.saw([stop(SOURCE, S), move(SOURCE, 2 * S, 0, 1)], S)
+    tracks.saw([stop(SOURCE, S), move(SOURCE, S, 1, 1), move(SOURCE, 2 * S, 0, 1)], S)
+    tracks.saw([logging(SOURCE, 3 * S, on=False)], 3 * S)
     (end,) = ended(tracks, 10 * S)
     assert len(end.events) <= module.KEPT_EVENTS and end.thinned > 0
-    assert end.events[0] == logging(SOURCE, MS) and end.events[-1].begin_ns == 2 * S
-    assert len(end.events) + end.thinned == 1 + 7 * (module.KEPT_EVENTS // 6) + 2
+    assert end.events[0] == logging(SOURCE, MS) and end.events[-2].begin_ns == 2 * S
+    assert len(end.events) + end.thinned == 1 + 7 * (module.KEPT_EVENTS // 6) + 4
 
 
 def test_every_kind_of_event_of_a_process_is_kept() -> None:

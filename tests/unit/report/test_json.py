@@ -36,6 +36,8 @@ def test_names_and_order_of_the_schema() -> None:
                 "source": {"host": None, "pid": None},
                 "destination": {"host": None, "pid": None},
                 "total_ns": None,
+                "paused_before": None,
+                "paused_after": None,
             },
             "window_ns": None,
             "blackout_ns": None,

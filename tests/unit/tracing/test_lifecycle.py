@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
-from ebpf_mig.tracing.lifecycle import QUIET_NS, STOPPED_NS, MigrationWatch
+from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, STOPPED_NS, MigrationWatch
 
 SRC, DST = 10, 20
 SET_REGS = 0x4090AE82
@@ -55,11 +55,35 @@ def test_the_vga_slot_is_no_migration() -> None:
     assert verdict(list(small), 10_000 * MS) is None
 
 
-def test_a_source_alone_ends_when_it_stays_stopped() -> None:
-    sent = Transfer(4 * MS, 6 * MS, SRC, SRC, 9, 0, 77, 3, 4096, MS, MS, 0, 0)
-    events = [logging(1, True), fetch(2 * MS), stop(3 * MS), sent]
-    assert verdict(events, 5 * MS + STOPPED_NS, (SRC,)) is None
-    assert verdict(events, 6 * MS + STOPPED_NS, (SRC,)) == "migrated"
+def moved(at: int, direction: int, size: int = 1 << 20, socket: int = 77) -> Transfer:
+    return Transfer(at - MS, at, SRC, SRC, 9, direction, socket, 3, size, MS, MS, 0, 0)
+
+
+HANDED: list[AnyEvent] = [logging(1, True), fetch(2 * MS), stop(3 * MS), moved(6 * MS, 0)]
+
+
+def test_a_source_alone_is_not_done_because_it_is_silent() -> None:
+    assert verdict(HANDED, 10 * STOPPED_NS, (SRC,)) is None
+    assert verdict(HANDED, 6 * MS + SILENCE_NS, (SRC,)) == "lost-sight"
+
+
+def test_a_source_alone_ends_when_it_was_answered_and_stays_stopped() -> None:
+    events = [*HANDED, moved(7 * MS, 1, 8)]
+    assert verdict(events, 6 * MS + STOPPED_NS, (SRC,)) is None
+    assert verdict(events, 7 * MS + STOPPED_NS, (SRC,)) == "handed-over"
+    assert verdict([*HANDED, moved(7 * MS, 1, 8, socket=78)], 9 * STOPPED_NS, (SRC,)) is None, "another socket's"
+    back = VcpuEnter(8 * MS, SRC, 11, 7, 3 * MS, -4, 2)
+    assert verdict([*events, back], 9 * STOPPED_NS, (SRC,)) is None, "its guest came back"
+
+
+def test_a_source_alone_ends_when_its_vmm_closed_the_connection() -> None:
+    watch = MigrationWatch([SRC])
+    watch.saw(HANDED)
+    assert watch.connections == {SRC: 77}
+    watch.closed(SRC, 50 * MS)
+    assert watch.connections == {}
+    assert watch.verdict(49 * MS + STOPPED_NS, [SRC]) is None
+    assert watch.verdict(50 * MS + STOPPED_NS, [SRC]) == "handed-over"
 
 
 def test_a_destination_alone_ends_when_it_started() -> None:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the migration ended, by what was seen; and whether its guest was paused before and after.
+
+In: a `TracedMigration`. Out: a word, and two facts. Silence is never a success, and a guest that runs on the source
+again is no failure by itself: savevm, a migration to a file and a pause all stop and resume a guest.
+
+    completed   the destination's guest ran; or the VMM, or who drove it, said so; or the source's last bytes were
+                answered, or its VMM closed the connection and lived on, and its guest did not come back
+    failed      the VMM, or who drove it, said so; or the destination's process ended, and the source has its guest; or
+                the source's process ended while its guest ran
+    cancelled   the VMM, or who drove it, said so
+    saved       the state went to a file or a pipe, and nobody was seen to take over
+    unknown     all else
+"""
+
+from __future__ import annotations
+
+from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis.migration import TracedMigration
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.breakdown import Result, SwitchoverKind
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import CLOSED, ENDED, RECEIVE, WRITTEN, Mark
+
+_REPORTED = (Result.COMPLETED, Result.FAILED, Result.CANCELLED)
+_DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": Result.CANCELLED}
+"""Reasons of an ending that say what the driver of the migration heard. `migrated` of a recording that nobody drove
+only says that a destination was seen to start, or, in old ones, that a source alone was silent for 2 s."""
+SAVED_BYTES = 64 << 10
+"""A state that was saved has more, a log has less."""
+SAVED_SHARE = 4
+"""What was written must be this many times what went over sockets: monitors are answered also while a VM is saved."""
+
+
+def result(case: TracedMigration) -> Result:
+    """One of the words above. Seen vCPUs outweigh what anybody said."""
+    found = case.switchover
+    if found is not None and found.kind == SwitchoverKind.COMPLETED:
+        return Result.COMPLETED
+    reported = _reported(case)
+    if found is not None and found.kind == SwitchoverKind.ABORTED:
+        if reported in (Result.FAILED, Result.CANCELLED):
+            return reported
+        if _saved(case):
+            return Result.SAVED
+        return Result.FAILED if _destination_ended(case) else Result.UNKNOWN
+    if reported:
+        return reported
+    if case.source is None:
+        return Result.COMPLETED if _started(case.destination) else Result.UNKNOWN
+    if _saved(case):
+        return Result.SAVED
+    if found is not None and _handed_over(case, found.stop):
+        return Result.COMPLETED
+    if found is None and (_destination_ended(case) or _died_running(case)):
+        return Result.FAILED
+    return Result.UNKNOWN
+
+
+def paused_before(case: TracedMigration) -> bool | None:
+    """Whether no vCPU of the source ran when the migration began; None: not known."""
+    source = case.source
+    if source is None or _absent(case, "vcpu"):
+        return None
+    began = case.began if case.began is not None else dirty_log.switched_on(source, None)
+    if began is None:
+        return None
+    if not source.vcpus:
+        return not source.states
+    return all(begin < began and (end is None or end > began) for begin, end in _around(source, began))
+
+
+def _around(source: Process, at: int) -> list[tuple[int, int | None]]:
+    """For each vCPU that ever ran: the gap around the instant; an empty one if it ran then."""
+    found = []
+    for line in source.vcpus.values():
+        gap = line.covering(at)
+        found.append((gap.begin or 0, gap.end) if gap else (at, at))
+    return found
+
+
+def paused_after(case: TracedMigration) -> bool | None:
+    """Whether no vCPU ran, on either side, when tracing ended; None: not known, or nobody has a guest any more."""
+    if _absent(case, "vcpu"):
+        return None
+    source, destination, found = case.source, case.destination, case.switchover
+    if _started(destination) or (found is not None and found.kind != SwitchoverKind.STOPPED):
+        return False
+    ended = result(case)
+    if ended not in (Result.COMPLETED, Result.SAVED) or (destination is None and ended != Result.SAVED):
+        return None
+    known = source is not None and bool(source.vcpus or source.states)
+    runs = known and not (source and source.gaps and source.gaps[-1][1] is None)
+    return not runs
+
+
+def _absent(case: TracedMigration, signal: str) -> bool:
+    return case.material.header.attach.get(signal, "absent").startswith("absent")
+
+
+def _started(destination: Process | None) -> bool:
+    """Its vCPU state was loaded, and then its guest ran for the first time."""
+    if destination is None:
+        return False
+    firsts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
+    return bool(firsts)
+
+
+def _reported(case: TracedMigration) -> Result | None:
+    """The VMM's last word, or that of who drove the migration; None if neither was heard."""
+    ending, marks = case.material.ending, case.material.marks
+    driven = _DRIVERS.get(ending.reason if ending else "")
+    # Who drove the migration knows that it was cancelled, also where the VMM then calls it failed (QEMU 7.2, 10.0).
+    if driven == Result.CANCELLED:
+        return driven
+    heard = _heard(marks)
+    if heard:
+        return heard
+    was_driven = any(not mark.name.startswith("session.") or mark.name == "session.trigger" for mark in marks)
+    return driven if was_driven or driven == Result.FAILED else None
+
+
+def _heard(marks: list[Mark]) -> Result | None:
+    """The last outcome that a VMM reported."""
+    for mark in reversed(marks):
+        _, _, word = mark.name.rpartition(".")
+        if ".MIGRATION." in f".{mark.name}" and word in _REPORTED:
+            return Result(word)
+    return None
+
+
+def _handed_over(case: TracedMigration, stop: int) -> bool:
+    """The other end answered after the source's last bytes; or its VMM closed the connection and lived on.
+
+    QEMU's destination says that it is done on the return path (`migrate_send_rp_shut`, migration/migration.c), Cloud
+    Hypervisor's answers the request to complete. Without a return path, QEMU closes what it migrated over once it is
+    content, and leaves the guest stopped.
+    """
+    last = max((t.end_ns for t in case.sends), default=None)
+    if last is None:
+        return False
+    answers = [t for t in case.source_transfers if t.direction == RECEIVE and t.bytes and t.end_ns > max(last, stop)]
+    closed = [mark for mark in case.material.marks if mark.name == CLOSED and mark.value in case.channels.source]
+    return bool(answers or closed)
+
+
+def _saved(case: TracedMigration) -> bool:
+    """The source's state was read, and more was written to files or pipes than went over any connection."""
+    source = case.source
+    if source is None or _started(case.destination):
+        return False
+    if not any(kvm.name_of(i.cmd) in kvm.VCPU_STATE_GET for i in source.other_ioctls):
+        return False
+    written = sum(m.value for m in case.material.marks if m.name == WRITTEN and m.pid == source.pid)
+    sent = sum(t.bytes for t in case.sends)
+    return written >= max(SAVED_BYTES, SAVED_SHARE * sent)
+
+
+def _died_running(case: TracedMigration) -> bool:
+    """Tracing ended because the source's process did, and its guest had not stopped before."""
+    ending, source = case.material.ending, case.source
+    return ending is not None and ending.reason == "target-died" and source is not None and bool(source.vcpus)
+
+
+def _destination_ended(case: TracedMigration) -> bool:
+    """The traced destination's process ended before its guest ran."""
+    gone = {mark.pid for mark in case.material.marks if mark.name == ENDED}
+    others = gone - ({case.source.pid} if case.source else set())
+    return bool(others) and (case.source is None or case.source.pid not in gone)

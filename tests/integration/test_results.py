@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `record` says of a migration that somebody else drives, ending by ending. The witness is QMP itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.conftest import TRACING, requires
+from tests.integration.migrations import QUICK
+
+pytestmark = requires(*TRACING)
+
+
+class Qmp:
+    """A monitor without any code of ours."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._file = self._socket.makefile("rw")
+        self._file.readline()
+        self("qmp_capabilities")
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        request = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
+        self._file.write(json.dumps(request) + "\n")
+        self._file.flush()
+        while True:
+            answer = json.loads(self._file.readline())
+            if "return" in answer or "error" in answer:
+                return answer.get("return", answer)
+
+    def capability(self, *names: str) -> None:
+        self("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
+
+    def status(self) -> str:
+        return str(self("query-migrate").get("status"))
+
+    def reaches(self, *statuses: str) -> str:
+        deadline = time.monotonic() + 30
+        while (status := self.status()) not in statuses:
+            assert time.monotonic() < deadline, status
+            time.sleep(0.02)
+        return status
+
+    def runs(self) -> bool:
+        return bool(self("query-status")["status"] == "running")
+
+
+Act = Callable[[QemuPair, Qmp, Qmp], None]
+
+
+def record(directory: Path, act: Act, *, both: bool = False) -> tuple[Breakdown, str]:
+    """(breakdown, why the recording ended) of what `act` does to a source, traced alone or with its destination."""
+    with QemuPair(QUICK) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        pids = ["--pid", str(pair.source.pid), *(["--pid", str(pair.destination.pid)] if both else [])]
+        command = [sys.executable, "-m", "ebpf_mig", "record", *pids, "-o", str(directory / "seen.rec")]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None and "tracing" in process.stderr.readline()
+            act(pair, source, destination)
+            said = process.communicate(timeout=30)[1]
+        assert process.returncode == 0, said
+    recording = read_recording(directory / "seen.rec")
+    return analyse(recording).breakdown, said.split(": ")[1].split(";")[0] if said.startswith("ebpf-mig") else said
+
+
+def migrate(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    destination("migrate-incoming", uri=pair.uri)
+    source("migrate", uri=pair.uri)
+
+
+def complete(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    migrate(pair, source, destination)
+    assert source.reaches("completed", "failed") == "completed"
+
+
+def complete_with_return_path(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source.capability("return-path")
+    destination.capability("return-path")
+    complete(pair, source, destination)
+    until = time.monotonic() + 3
+    while time.monotonic() < until:  # as libvirt and others poll it
+        source.status()
+
+
+@pytest.mark.parametrize("act", [complete, complete_with_return_path])
+def test_a_source_alone_completes_by_the_answer_or_by_closing_the_connection(act: Act, tmp_path: Path) -> None:
+    seen, reason = record(tmp_path, act)
+    assert (seen.migration.result, seen.blackout_ns) == ("completed", None)
+    assert "handed-over" in reason
+
+
+def stall(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    """The destination stops before the switchover, and so answers nothing."""
+    source.capability("pause-before-switchover", "return-path")
+    destination.capability("return-path")
+    migrate(pair, source, destination)
+    source.reaches("pre-switchover")
+    os.kill(pair.destination.pid, signal.SIGSTOP)
+    source("migrate-continue", state="pre-switchover")
+
+
+def stall_and_kill_the_destination(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    stall(pair, source, destination)
+    time.sleep(5)
+    os.kill(pair.destination.pid, signal.SIGKILL)
+    assert source.reaches("failed", "completed") == "failed"
+    assert source.runs()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_destination_that_stalls_for_5_s_is_no_success(both: bool, tmp_path: Path) -> None:
+    seen, reason = record(tmp_path, stall_and_kill_the_destination, both=both)
+    assert seen.migration.result == ("failed" if both else "unknown"), "a source alone cannot know why"
+    assert "logging-ended" in reason and seen.blackout_ns is not None and seen.blackout_ns > 5 * 10**9
+    assert next(p.side for p in seen.phases if p.phase == "resume") == "source"
+    assert seen.migration.paused_after is False
+
+
+def stall_and_kill_the_source(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    stall(pair, source, destination)
+    time.sleep(1)
+    os.kill(pair.source.pid, signal.SIGKILL)
+
+
+def test_a_source_that_is_killed_while_its_destination_stalls_is_no_success(tmp_path: Path) -> None:
+    seen, reason = record(tmp_path, stall_and_kill_the_source)
+    assert seen.migration.result == "unknown" and "target-died" in reason
+
+
+def to_a_file_and_cont(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source("migrate", uri="exec:cat > /dev/null")
+    assert source.reaches("completed", "failed") == "completed"
+    time.sleep(0.3)
+    source("cont")
+    assert source.runs()
+
+
+def to_a_file(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source("migrate", uri="exec:cat > /dev/null")
+    assert source.reaches("completed", "failed") == "completed"
+    time.sleep(0.5)
+    source("quit")
+
+
+@pytest.mark.parametrize("act", [to_a_file_and_cont, to_a_file])
+def test_a_state_that_went_to_a_file_was_saved(act: Act, tmp_path: Path) -> None:
+    seen, _ = record(tmp_path, act)
+    assert seen.migration.result == "saved"
+    if act is to_a_file_and_cont:
+        assert seen.migration.paused_after is False
+        parts = {p.phase: (p.side, p.duration_ns) for p in seen.phases}
+        assert parts["resume"][0] == "source" and parts["resume"][1] > 250 * 10**6
+        assert seen.window_ns is not None and parts["unattributed"][1] < 0.02 * seen.window_ns
+
+
+def paused(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source("stop")
+    complete_with_return_path(pair, source, destination)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_paused_guest(both: bool, tmp_path: Path) -> None:
+    seen, reason = record(tmp_path, paused, both=both)
+    assert seen.migration.paused_before is True and "handed-over" in reason
+    assert seen.migration.paused_after is (True if both else None)
+
+
+def kill_the_destination(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
+    migrate(pair, source, destination)
+    time.sleep(0.5)
+    os.kill(pair.destination.pid, signal.SIGKILL)
+    assert source.reaches("failed", "completed") == "failed"
+
+
+def test_a_destination_that_dies_before_the_stop(tmp_path: Path) -> None:
+    seen, _ = record(tmp_path, kill_the_destination, both=True)
+    assert (seen.migration.result, seen.window_ns) == ("failed", None)
+
+
+LOUD = 'for s in INT TERM HUP; do trap "echo $s" $s; done; echo ready; while ! test -e end; do sleep 0.1; done; exit 7'
+
+
+def with_command(directory: Path, pids: Sequence[int], *command: str) -> subprocess.Popen[str]:
+    named = [word for pid in pids for word in ("--pid", str(pid))]
+    line = [sys.executable, "-m", "ebpf_mig", "record", *named, "-o", "seen.rec", "--force", "--", *command]
+    return subprocess.Popen(line, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_command_is_waited_for_and_never_signalled(tmp_path: Path) -> None:
+    """The migration is over for seconds, and COMMAND still has to do with it."""
+    with QemuPair(QUICK) as pair:
+        process = with_command(tmp_path, [pair.source.pid, pair.destination.pid], "sh", "-c", LOUD)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        complete(pair, source, destination)
+        time.sleep(3)
+        assert process.poll() is None
+        (tmp_path / "end").touch()
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (7, ""), err
+    assert analyse(read_recording(tmp_path / "seen.rec")).breakdown.migration.result == "completed"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interruption_is_passed_on_once(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    with QemuPair(QUICK) as pair:
+        process = with_command(tmp_path, [pair.source.pid], "sh", "-c", LOUD)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{number.name[3:]}\n"
+        time.sleep(0.5)
+        assert process.poll() is None, "COMMAND still runs"
+        process.send_signal(number)
+        assert process.wait(20) == code
+        (tmp_path / "end").touch()
+        assert process.stdout.read() == "", "the second one only ends the recording"
+        assert process.stderr is not None and "left alone" in process.stderr.read()
+    assert not read_recording(tmp_path / "seen.rec").truncated
