@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.lifecycle import LARGE_BYTES, SILENCE_NS, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
@@ -312,7 +312,7 @@ def _ioctl(track: Track, event: Ioctl) -> None:
 
 
 def _transfer(track: Track, event: Transfer) -> None:
-    if event.direction == 1:
+    if event.direction == RECEIVE:
         track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
     elif event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
         track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.probes.tcp_info import TcpReader
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
+from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
 
 APART_NS = 100_000_000
 APART_IN_STOP_NS = 20_000_000
@@ -50,7 +50,7 @@ class Polled:
         worth = edge = False
         for event in events:
             if isinstance(event, Transfer):
-                if event.direction == 0:
+                if event.direction == SEND:
                     self._bytes[event.socket] = self._bytes.get(event.socket, 0) + event.bytes
                 worth = worth or event.pid in self._stopped
             elif isinstance(event, Socket):

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ebpf_mig.probes.contract import Contract
-from ebpf_mig.recording.events import AnyEvent, OffCpu, Samples, Socket, Transfer, VcpuState
+from ebpf_mig.recording.events import RECEIVE, SEND, AnyEvent, OffCpu, Samples, Socket, Transfer, VcpuState
 from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
 from ebpf_mig.recording.layout import WORD, Layout
 
 _AF_INET, _AF_INET6 = 2, 10
 NO_STACK = 0xFFFFFFFF
 """Instead of an id in the kernel's stack map."""
-SEND, RECEIVE, UNTRACKED = range(3)
-"""The batches that a thread has, one each. Untracked sends are those that no followed call makes."""
+UNTRACKED = 2
+"""A thread has a batch for each direction, and one for sends that no followed call makes."""
 MANY_FAILED = 1000
 """So many calls in a row that moved nothing are worth an event."""
 

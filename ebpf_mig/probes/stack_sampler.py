@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.linux.perf import ThreadClock
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Kick, Samples, Transfer, VcpuEnter
+from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Kick, Samples, Transfer, VcpuEnter
 from ebpf_mig.recording.thresholds import FETCH_GAP_NS
 
 FASTEST_NS = 100_000
@@ -120,7 +120,7 @@ class Sampler:
                 self._process(event.pid).vcpus.add(event.tid)
                 if (process := self._process(event.pid)).kicked_ns and event.at_ns > process.kicked_ns:
                     process.kicked_ns, process.done = 0, False
-            elif isinstance(event, Transfer) and event.direction == 0:
+            elif isinstance(event, Transfer) and event.direction == SEND:
                 self._sent(event)
         self._set_pace()
 

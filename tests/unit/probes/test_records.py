@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ebpf_mig.probes import leaf_types
-from ebpf_mig.probes.records import MANY_FAILED, NO_STACK, RECEIVE, SEND, UNTRACKED, decode, open_batches, vcpu_state
+from ebpf_mig.probes.records import MANY_FAILED, NO_STACK, UNTRACKED, decode, open_batches, vcpu_state
 from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.events import RECEIVE, SEND
 from ebpf_mig.recording.kinds import KINDS, Record
 from ebpf_mig.recording.layout import Layout
 

@@ -13,9 +13,9 @@ from ebpf_mig.probes.inherited import InheritedProgram
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.program import BpfProgram
-from ebpf_mig.probes.records import CONTRACT, RECEIVE
+from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
-from ebpf_mig.recording.events import Socket, Transfer, VcpuState
+from ebpf_mig.recording.events import RECEIVE, Socket, Transfer, VcpuState
 from tests.conftest import requires
 
 pytestmark = requires("root", "bcc", "kernel BTF")
