@@ -13,8 +13,8 @@
 #include "arch.h"
 
 /*
- * Flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h. To wake the reader is an interrupt and a switch amid what we
- * measure, so it comes by the clock, and is woken only by what it has to act upon at once.
+ * Flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h. Waking the reader costs an interrupt and a context switch
+ * amid what we measure. So the reader polls by the clock, and only records that it must act upon at once wake it.
  */
 #define RB_NO_WAKEUP 1ULL
 #define RB_FORCE_WAKEUP 2ULL
@@ -56,16 +56,16 @@ struct thread_state {
 	s64 run_ret;
 	u64 runs, in_ns, out_ns, max_gap_ns, counted;
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
-	u64 off_call;				/* off the CPU within the call in flight */
-	u64 off_all, off_before;		/* ever, and what that was when the call in flight began */
+	u64 off_call;				/* ns off the CPU within the call in flight */
+	u64 off_all, off_before;		/* ns off the CPU ever; the same when the call in flight began */
 	u64 kept_since_ns, kept_until_ns, kept_preempted;	/* the last long wait without a record */
 	u64 kicked;				/* when this thread last kicked another */
-	u64 lock, lock_since, lock_off;		/* the lock being waited for; off_call when that began */
+	u64 lock, lock_since, lock_off;		/* the lock that it waits for; off_call when the wait began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
 	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since its last record */
 	u64 samples;				/* taken in the ioctl in flight */
-	u64 part, part_since, part_idle, flushing;	/* the part of it that is going on (SPLIT_* + 1): see fetch_split.h */
+	u64 part, part_since, part_idle, flushing;	/* its current part (SPLIT_* + 1): see fetch_split.h */
 	struct transfer_batch batch[3];		/* SEND, RECEIVE, UNTRACKED */
 };
 
@@ -78,8 +78,8 @@ struct thread_state {
 #define SPLIT_COPY 2			/* copying the bitmap to or from user space */
 
 struct process_state {
-	s64 running;				/* vCPUs known to be inside KVM_RUN; begins with those /proc shows */
-	u64 epoch, last_fetch;			/* epoch: this process's dirty-log fetches so far */
+	s64 running;				/* vCPUs known to be inside KVM_RUN; at first those that /proc shows */
+	u64 epoch, last_fetch;			/* epoch: number of this process's dirty-log fetches so far */
 	s64 budget;
 	u64 granted, refilled;
 };
@@ -111,7 +111,7 @@ static __always_inline void count(u32 kind, bool is_lost)
 		(*n)++;
 }
 
-/* The state of the current thread, made on first sight; 0 if the table is full (counted). */
+/* The state of the current thread, made when it is first seen; 0 if the table is full (counted). */
 static __always_inline struct thread_state *this_thread(u64 pid_tgid)
 {
 	u32 tid = pid_tgid, zero = 0;
@@ -180,7 +180,7 @@ static __always_inline bool in_detail(struct process_state *p, u64 now)
 	u32 zero = 0;
 	u64 *all = fetches.lookup(&zero), ms;
 
-	/* Another CPU may have refilled it after `now` was read, or this one, preempted before it came here. */
+	/* Another program may have refilled it after `now` was read: on another CPU, or here while we were preempted. */
 	ms = now > p->refilled ? (now - p->refilled) / 1000000 : 0;
 
 	if (p->running > 0)

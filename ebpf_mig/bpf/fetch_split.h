@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What a dirty-log ioctl spends its time on, by the functions it passes: nothing is hooked that runs for each page, or
- * for each word of the bitmap.
+ * What a dirty-log ioctl spends its time on, by the functions that it calls. No function is hooked that runs for each
+ * page, or for each word of the bitmap.
  *
- * kvm_get_dirty_log_protect and kvm_clear_dirty_log_protect (virt/kvm/kvm_main.c, Linux 5.10 to 7.2) first have
- * kvm_arch_sync_dirty_log return, then walk the bitmap under mmu_lock, then flush if anything was protected; a GET
- * copies the bitmap out last. So the walk lies between sync and flush, scanning the bitmap included, the copy between
- * flush and return. With manual protection a GET only copies. A GET that flushes nothing scanned and copied a clean
- * log: where the one ended and the other began is not known, and neither is booked. Waits are left out of all parts.
+ * kvm_get_dirty_log_protect and kvm_clear_dirty_log_protect (virt/kvm/kvm_main.c, Linux 5.10 to 7.2) call
+ * kvm_arch_sync_dirty_log, walk the bitmap under mmu_lock, and flush if anything was protected. A GET copies the bitmap
+ * out last. So the walk, with the scan of the bitmap, lies between sync and flush, and the copy between flush and
+ * return. With manual protection a GET only copies. A GET that flushes nothing scanned and copied a clean log: the
+ * boundary between the two is not known, and neither is booked. Waits are left out of all parts.
  */
 #pragma once
 

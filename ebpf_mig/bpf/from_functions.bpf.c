@@ -30,7 +30,7 @@ static __always_inline const void *user_regs(void)
 }
 
 /*
- * A word of the context, read so that the verifier sees a number: what fentry hands over are pointers with types.
+ * A word of the context, read so that the verifier sees a number: fentry's arguments are typed pointers.
  * fentry: the arguments, one u64 each; fexit: the value returned behind them; kprobe and kretprobe: the registers.
  */
 static __always_inline u64 context_word(void *ctx, u32 offset)
@@ -51,7 +51,7 @@ static __always_inline u64 returned(void *ctx, u32 how, u32 arguments)
 	return context_word(ctx, how == FENTRY ? 8 * arguments : REG_RETURNED);
 }
 
-/* What is still in flight as a call begins: its return was missed, as kretprobes can when many calls sleep. */
+/* A call that is still in flight when another begins: its exit was missed, as kretprobes do when many calls sleep. */
 static __always_inline void forget_call(struct thread_state *s)
 {
 	if (s->nr == NR_ioctl + 1 && (u32)s->a1 == KVM_RUN)
@@ -113,7 +113,7 @@ int on_kvm_ioctl_fexit(void *ctx)
 	return kvm_ioctl_return(ctx, FENTRY);
 }
 
-/* Also on the functions that a vCPU's ioctls but KVM_RUN end in: a return probe on their caller would sleep with it. */
+/* Also on the functions that end a vCPU's ioctls, KVM_RUN excepted: a return probe on their caller sleeps with it. */
 int on_kvm_ioctl_kretprobe(void *ctx)
 {
 	return kvm_ioctl_return(ctx, KPROBE);

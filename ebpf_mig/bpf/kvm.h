@@ -64,7 +64,7 @@ static __always_inline bool is_dirty_log(u32 cmd)
 	return cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS;
 }
 
-/* A call that changes nothing of its process saves a lookup. */
+/* A call that does not change its process's state saves a lookup. */
 static __always_inline bool needs_process(u64 nr, u32 cmd)
 {
 	return nr == NR_ioctl && (cmd == KVM_RUN || cmd == KVM_GET_DIRTY_LOG);
@@ -178,7 +178,7 @@ static __always_inline void vcpu_exit(struct thread_state *s, struct process_sta
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
-/* Keeps of a memory ioctl's argument what the report needs; `arg` points to user memory. */
+/* Keeps what the report needs of a memory ioctl's argument; `arg` points to user memory. */
 static __always_inline void read_memory_argument(struct thread_state *s, u32 cmd, const void *arg)
 {
 	struct {
@@ -204,7 +204,7 @@ static __always_inline void read_memory_argument(struct thread_state *s, u32 cmd
 	}
 }
 
-/* `p` may be missing, but for GET_DIRTY_LOG. */
+/* `p` may be 0, except for GET_DIRTY_LOG. */
 static __always_inline void ioctl_enter(struct thread_state *s, struct process_state *p, u64 now, u32 cmd,
 					const void *arg)
 {

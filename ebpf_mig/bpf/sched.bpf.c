@@ -21,7 +21,7 @@ struct off_cpu_record {
 
 BPF_STACK_TRACE(stacks, 1024);
 
-/* The current task is still the one that leaves; one that leaves runnable has lost the CPU, it does not sleep. */
+/* The current task is still the one that leaves. If it is runnable, it lost the CPU and does not sleep. */
 static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 {
 	struct thread_state *s = known_thread(pid_tgid);
@@ -86,8 +86,8 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 }
 
 /*
- * The first kick opens the window while vCPUs still run. A thread that lost the CPU between its decision to stop and
- * that kick would leave no trace of why the VMM's own stamp is so much earlier.
+ * The first kick opens the window while vCPUs still run. A thread may lose the CPU between its decision to stop and
+ * that kick. Without this record nothing would explain why the VMM's own time stamp is so much earlier.
  */
 static __always_inline void emit_wait_before_kick(u64 pid_tgid, u64 now)
 {

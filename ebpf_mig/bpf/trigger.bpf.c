@@ -118,7 +118,7 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* A VM's memory is logged from now on: no sign that a migration may begin, but its beginning. */
+/* A VM's memory is logged from now on: this is the beginning of a migration, not only a sign of one. */
 static __always_inline int memslot(u64 region)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32, flags = 0;
@@ -126,7 +126,7 @@ static __always_inline int memslot(u64 region)
 
 	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(region + 4));
 	bpf_probe_read_kernel(&size, sizeof(size), (void *)(region + 16));
-	if (!(flags & KVM_MEM_LOG_DIRTY_PAGES) || !size)	/* without a size it is taken away */
+	if (!(flags & KVM_MEM_LOG_DIRTY_PAGES) || !size)	/* size 0 removes the memslot */
 		return 0;
 	now = bpf_ktime_get_ns();
 	last = logging.lookup(&tgid);

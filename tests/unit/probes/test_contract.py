@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ebpf_mig.probes import source, trigger
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.records import CONTRACT
+from ebpf_mig.recording.thresholds import SHARED
 from tests.conftest import requires
 
 pytestmark = requires("root", "bcc", "kernel BTF")
@@ -117,3 +119,13 @@ def test_the_order_of_a_table_s_members_is_free(bpf: Path) -> None:
     leaf = program.table("threads").Leaf(runs=7, in_ns=8, max_gap_ns=9)
     assert (leaf.runs, leaf.in_ns, leaf.max_gap_ns, leaf.counted) == (7, 8, 9, 0)
     program.close()
+
+
+def test_each_shared_threshold_has_one_value() -> None:
+    """C uses each, and gives none a value of its own, which would silently take its place."""
+    text = "\n".join(path.read_text() for path in source.BPF_DIR.glob("*.[ch]"))
+    for name in SHARED:
+        assert re.search(rf"\b{name}\b", text), f"C does not use {name}"
+        assert not re.search(rf"#define\s+{name}\b", text), f"C defines {name}"
+    macros = defines([1], set())
+    assert {name: macros[name] for name in SHARED} == {name: f"{value}ULL" for name, value in SHARED.items()}
