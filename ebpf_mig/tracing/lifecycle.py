@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
 
 QUIET_NS = 300_000_000
 """How long the last act must lie back: the destination starts after the source is done, and its late work counts."""
@@ -163,7 +163,7 @@ class MigrationWatch:
     def _transfer(self, event: Transfer) -> None:
         """Only what goes over the migration's connection is its activity: a monitor answers at any time."""
         sent = self._sent.setdefault(event.pid, Counter())
-        if event.direction == 0:
+        if event.direction == SEND:
             sent[event.socket] += event.bytes
             if sent[event.socket] * COMPANION_SHARE >= max(sent.values()):
                 if event.pid in self._fetched:
