@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.join.merge import joined
+from ebpf_mig.joining.merge import joined
 from ebpf_mig.recording.events import AnyEvent, Ending, OwnCost, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.recording.kinds import BY_TYPE

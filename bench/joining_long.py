@@ -26,7 +26,7 @@ from bench.reading import MILLION, SEED, begin_of, peak_bytes, precopy_of, stret
 from ebpf_mig.analysis.process import split
 from ebpf_mig.analysis.sockets import mirrors
 from ebpf_mig.collector import analyse
-from ebpf_mig.join.merge import read_both
+from ebpf_mig.joining.merge import read_both
 from ebpf_mig.recording.coalesce import run_of
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Segment, Transfer
 from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording

@@ -58,7 +58,7 @@ from ebpf_mig.breakdown import (
     Wire,
     Witness,
 )
-from ebpf_mig.join import error_bounds
+from ebpf_mig.joining import error_bounds
 from ebpf_mig.recording.file import Recording
 
 _tid = attrgetter("tid")

@@ -19,7 +19,7 @@ from ebpf_mig.commands.options import (
 )
 from ebpf_mig.commands.report import FORMATS, require_complete, warn
 from ebpf_mig.errors import UsageError
-from ebpf_mig.join.merge import Hint
+from ebpf_mig.joining.merge import Hint
 
 _EXAMPLES = examples(
     "ebpf-mig join source.rec destination.rec",
@@ -83,7 +83,7 @@ def command(
     FIRST and SECOND are recordings that `record` made on the two hosts of one migration, in any order.
     """
     from ebpf_mig.collector import analyse
-    from ebpf_mig.join.merge import joined
+    from ebpf_mig.joining.merge import joined
     from ebpf_mig.recording.coalesce import read_folded
     from ebpf_mig.recording.file import RecordingWriter
     from ebpf_mig.text import printable

@@ -15,7 +15,7 @@ import click
 
 from ebpf_mig.commands import run, two_hosts
 from ebpf_mig.commands.options import DURATION, RATE, color_option, examples, format_option, strict_option
-from ebpf_mig.join.merge import Hint
+from ebpf_mig.joining.merge import Hint
 from ebpf_mig.vmm import adapter as adapter_of
 from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.adapter import Adapter, Kind, Option, Values

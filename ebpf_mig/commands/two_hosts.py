@@ -25,8 +25,8 @@ from ebpf_mig.commands.join import clock_offset_option
 from ebpf_mig.commands.options import say, write_result
 from ebpf_mig.commands.report import rendered, warn
 from ebpf_mig.errors import PreflightError, RecordingError, UsageError
-from ebpf_mig.join.match import JoinError
-from ebpf_mig.join.merge import Hint, joined
+from ebpf_mig.joining.match import JoinError
+from ebpf_mig.joining.merge import Hint, joined
 from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, default_name, read_recording
 from ebpf_mig.tracing.recorder import Recorder

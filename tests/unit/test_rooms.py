@@ -28,16 +28,17 @@ _BELOW = {
     "linux": "base",
     "recording": "base linux",
     "analysis": "base breakdown linux recording",
-    "join": "base breakdown linux recording analysis",
+    "joining": "base breakdown linux recording analysis",
     "lab": "base linux",
     "vmm": "base breakdown linux recording analysis lab",
-    "collector": "base breakdown linux recording analysis join vmm",
+    "collector": "base breakdown linux recording analysis joining vmm",
     "compare": "base breakdown",
     "report": "base breakdown linux recording analysis vmm collector compare",
     "probes": "base linux recording",
     "tracing": "base linux recording vmm probes",
     "exporter": "base breakdown linux recording analysis vmm collector report probes tracing",
-    "commands": "base breakdown linux recording analysis join lab vmm collector compare report probes tracing exporter",
+    "commands": "base breakdown linux recording analysis joining lab vmm collector compare report probes tracing"
+    " exporter",
 }  # fmt: skip
 ROOMS = {name: frozenset(below.split()) for name, below in _BELOW.items()} | {"face": frozenset(_BELOW)}
 """Each room, the lowest first, and those that it may import."""

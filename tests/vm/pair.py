@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.join.merge import read_both
+from ebpf_mig.joining.merge import read_both
 from tests.vm.catalogue import KERNELS, USERLANDS, cache
 from tests.vm.chroot import BuildError, tree
 from tests.vm.images import ROOT, kernel_image, root_image

@@ -23,7 +23,7 @@ from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.man import page
 from ebpf_mig.compare.benchmark import Benchmark
-from ebpf_mig.join.merge import read_both
+from ebpf_mig.joining.merge import read_both
 from ebpf_mig.recording.events import Mark, Socket, Target, Thread
 from ebpf_mig.recording.file import RecordingWriter, read_recording
 from ebpf_mig.recording.redact import Names, redacted

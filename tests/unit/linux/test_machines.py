@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.collector import analyse
-from ebpf_mig.join.merge import read_both
+from ebpf_mig.joining.merge import read_both
 from tests.vm.pair import DATA, Ear, Heard, agree, listened
 
 MS = 1_000_000

@@ -13,7 +13,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.recording.coalesce import folded, read_folded, run_of
 from ebpf_mig.recording.events import Ending, OffCpu, Transfer
 from ebpf_mig.recording.file import RecordingWriter, read_recording
-from tests.unit.join.test_happens_before import send
+from tests.unit.joining.test_happens_before import send
 
 
 def bytes_by_socket(events: list[object]) -> Counter[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from ebpf_mig.analysis.wire import PEEKED_BYTES
-from ebpf_mig.join.clock import Hull
+from ebpf_mig.joining.clock import Hull
 from ebpf_mig.recording.events import Segment, Transfer
 
 _WRAP = 1 << 32

@@ -12,10 +12,10 @@ from operator import attrgetter
 from typing import Any
 
 from ebpf_mig.analysis.process import Process
-from ebpf_mig.join import happens_before
-from ebpf_mig.join import match as matching
-from ebpf_mig.join.clock import Evidence, Hull
-from ebpf_mig.join.match import End, JoinError, Match
+from ebpf_mig.joining import happens_before
+from ebpf_mig.joining import match as matching
+from ebpf_mig.joining.clock import Evidence, Hull
+from ebpf_mig.joining.match import End, JoinError, Match
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import Recording
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ebpf_mig.analysis.sockets import LEAST_BYTES, normal
 from ebpf_mig.analysis.wire import PEEKED_BYTES
 from ebpf_mig.errors import RecordingError
-from ebpf_mig.join.happens_before import sent_bytes
+from ebpf_mig.joining.happens_before import sent_bytes
 from ebpf_mig.recording.events import SEND, Socket, Transfer
 from ebpf_mig.text import printable, size
 

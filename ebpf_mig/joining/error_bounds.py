@@ -10,7 +10,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from ebpf_mig.breakdown import Breakdown, Clock, Phase, PhaseName, Side
-from ebpf_mig.join.clock import WANDER
+from ebpf_mig.joining.clock import WANDER
 from ebpf_mig.recording.events import Remote
 
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from ebpf_mig.join import clock
-from ebpf_mig.join.clock import ContradictionError, Evidence, Hull, bounds
+from ebpf_mig.joining import clock
+from ebpf_mig.joining.clock import ContradictionError, Evidence, Hull, bounds
 
 S = 10**9
 

@@ -15,8 +15,8 @@ from bench.joining import DATA, Skew, random_joins, seeds_of, side_of, skewed
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.join import Offset
 from ebpf_mig.errors import UsageError
-from ebpf_mig.join.match import JoinError
-from ebpf_mig.join.merge import Hint, joined
+from ebpf_mig.joining.match import JoinError
+from ebpf_mig.joining.merge import Hint, joined
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Segment, Socket, TcpInfo, Transfer
 from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
 from ebpf_mig.report import text

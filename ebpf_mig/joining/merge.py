@@ -18,11 +18,11 @@ from msgspec.structs import force_setattr, replace
 
 from ebpf_mig.breakdown import Side
 from ebpf_mig.errors import UsageError
-from ebpf_mig.join import clock
-from ebpf_mig.join import match as matching
-from ebpf_mig.join.clock import Bounds, ContradictionError, Evidence
-from ebpf_mig.join.evidence import Survey, gathered, rough, started, survey
-from ebpf_mig.join.match import JoinError, Match
+from ebpf_mig.joining import clock
+from ebpf_mig.joining import match as matching
+from ebpf_mig.joining.clock import Bounds, ContradictionError, Evidence
+from ebpf_mig.joining.evidence import Survey, gathered, rough, started, survey
+from ebpf_mig.joining.match import JoinError, Match
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.coalesce import read_folded
 from ebpf_mig.recording.file import Recording

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from ebpf_mig.join import happens_before
-from ebpf_mig.join.clock import Hull
+from ebpf_mig.joining import happens_before
+from ebpf_mig.joining.clock import Hull
 from ebpf_mig.recording.events import Segment, Transfer
 
 AHEAD = 5_000_000_000
