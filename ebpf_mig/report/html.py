@@ -39,6 +39,21 @@ def render(breakdown: Breakdown, view: View) -> str:
     return "".join(_page(breakdown, view))
 
 
+_SUMMARY_STYLE = """.ebpf-mig table { border-collapse: collapse; width: 100%; max-width: 60rem }
+.ebpf-mig td.n, .ebpf-mig th.n { text-align: right } .ebpf-mig td.bars { width: 45% }
+.ebpf-mig svg.bar { display: block; width: 100%; height: 1.1em }
+.ebpf-mig .source { fill: #0a66c2 } .ebpf-mig .destination { fill: #8a3ffc } .ebpf-mig .both { fill: #5f6b7a }
+.ebpf-mig .unattributed { fill: #b35900 }
+"""
+
+
+def summary(breakdown: Breakdown) -> str:
+    """The headline, the facts and the waterfall as a fragment, for pages that others make (a notebook)."""
+    parts = (*tables.facts(breakdown), *tables.waterfall(breakdown))
+    head = f"<div class='ebpf-mig'>\n<style>{_SUMMARY_STYLE}</style>\n<h3>{escaped(tables.headline(breakdown))}</h3>\n"
+    return f"{head}{''.join(parts)}</div>"
+
+
 def _page(b: Breakdown, view: View) -> Iterator[str]:
     title = escaped(tables.headline(b))
     yield "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"

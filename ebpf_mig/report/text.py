@@ -51,6 +51,7 @@ def render(breakdown: Breakdown, canvas: Canvas = PLAIN) -> str:
     canvas = canvas.bounded()
     out = io.StringIO()
     console = Console(
+        force_jupyter=False,
         file=out,
         width=canvas.width,
         force_terminal=canvas.colour,

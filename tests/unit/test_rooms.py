@@ -34,6 +34,7 @@ _BELOW = {
     "collector": "base breakdown linux recording analysis joining vmm",
     "compare": "base breakdown",
     "report": "base breakdown linux recording analysis vmm collector compare",
+    "library": "base breakdown linux recording analysis joining vmm collector compare report",
     "probes": "base linux recording",
     "tracing": "base linux recording vmm probes",
     "exporter": "base breakdown linux recording analysis vmm collector report probes tracing",

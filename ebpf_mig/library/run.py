@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load` and `join`: recordings as a `Run`, the object that users of the library hold.
+
+In: paths, bytes or binary streams. Out: a `Run` with the breakdown and tables. RecordingError if it is no recording.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.errors import UsageError
+from ebpf_mig.library import tables
+from ebpf_mig.library.table import Table
+from ebpf_mig.recording.events import Header
+from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.text import printable
+
+if TYPE_CHECKING:
+    from ebpf_mig.analysis.result import Analysis
+
+Source = str | Path | bytes | BinaryIO
+FORMS = ("text", "json", "csv", "html")
+
+
+class Run:
+    """One recorded migration. Nothing in it changes; tables are made when they are first asked for."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._analysis: Analysis = analyse(recording)
+
+    @property
+    def breakdown(self) -> Breakdown:
+        """The result: what `ebpf-mig report --format json` prints, as an object."""
+        return self._analysis.breakdown
+
+    @property
+    def header(self) -> Header:
+        """Whose recording it is and how it was made."""
+        return self._recording.header
+
+    @property
+    def origin_ns(self) -> int:
+        """The instant that all tables call 0, on CLOCK_MONOTONIC of the recording's host."""
+        return self._analysis.origin_ns
+
+    @cached_property
+    def phases(self) -> Table:
+        """A row for each phase, in the order of reports."""
+        return tables.phases(self.breakdown)
+
+    @cached_property
+    def vcpus(self) -> Table:
+        """A row for each vCPU: when it stopped and started."""
+        return tables.vcpus(self.breakdown)
+
+    @cached_property
+    def passes(self) -> Table:
+        """A row for each pre-copy pass."""
+        return tables.passes(self.breakdown)
+
+    @cached_property
+    def sockets(self) -> Table:
+        """A row for each migration socket, side and direction that was used in the window."""
+        return tables.sockets(self.breakdown)
+
+    @cached_property
+    def ioctls(self) -> Table:
+        """A row for each KVM ioctl that is not KVM_RUN, in order of time."""
+        return tables.ioctls(self._analysis)
+
+    @cached_property
+    def waits(self) -> Table:
+        """A row for each recorded wait off the CPU, in order of time."""
+        return tables.waits(self._analysis)
+
+    @cached_property
+    def events(self) -> tables.Events:
+        """A row for each event, in order of time; `events.of("Transfer")` has all fields of one kind."""
+        return tables.Events(self._analysis, self._recording.events)
+
+    def report(self, form: str = "text") -> str:
+        """The report of `ebpf-mig report` as a string: text, json, csv or html. UsageError for another form."""
+        match form:
+            case "text":
+                from ebpf_mig.report import text
+
+                return text.render(self.breakdown)
+            case "json":
+                from ebpf_mig.report import json
+
+                return json.render(self.breakdown)
+            case "csv":
+                from ebpf_mig.report import csv
+
+                return csv.render(self.breakdown)
+            case "html":
+                from ebpf_mig.analysis import lanes
+                from ebpf_mig.report import html
+
+                return html.render(self.breakdown, lanes.view(self._analysis))
+        raise UsageError(f"there is no report {form!r}", f"choose one of {', '.join(FORMS)}")
+
+    def __repr__(self) -> str:
+        from ebpf_mig.report.html_tables import headline
+
+        m = self.breakdown.migration
+        return f"<Run: {headline(self.breakdown)}; {m.result}, {m.mode}, {self.breakdown.completeness.verdict}>"
+
+    def _repr_html_(self) -> str:
+        """The blackout and the waterfall, for notebooks."""
+        from ebpf_mig.report.html import summary
+
+        return summary(self.breakdown)
+
+
+def load(source: Source) -> Run:
+    """Reads and analyses a recording of one host, or a joined one. RecordingError if it is none.
+
+    `source`: a path, the bytes themselves, or an open binary stream. A recording that was cut off is read as far as it
+    goes; `run.breakdown.completeness` says so.
+    """
+    return Run(read_recording(source))
+
+
+def join(
+    source: Source,
+    destination: Source,
+    *,
+    clock_ahead_ns: int | None = None,
+    clock_doubt_ns: int = 0,
+    pid: int | None = None,
+) -> Run:
+    """Joins the recordings of a migration's two hosts, in any order, as `ebpf-mig join` does.
+
+    `clock_ahead_ns`: how far the destination's wall clock is ahead of the source's, by PTP or chrony, and
+    `clock_doubt_ns` how far that may be off. `pid` chooses among several migrations. JoinError (a RecordingError) if
+    they do not belong together.
+    """
+    from ebpf_mig.joining.merge import Hint, joined
+
+    hint = None if clock_ahead_ns is None else Hint(clock_ahead_ns, clock_doubt_ns)
+    names = _name(source, "the first recording"), _name(destination, "the second recording")
+    return Run(joined(read_recording(source), read_recording(destination), names, hint, pid))
+
+
+def _name(source: Source, otherwise: str) -> str:
+    return printable(str(source)) if isinstance(source, str | Path) else otherwise
