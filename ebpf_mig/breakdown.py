@@ -119,7 +119,7 @@ class DirtyLogMode(StrEnum):
     NONE = "none"
     """Nothing was logged."""
     UNKNOWN = "unknown"
-    """The source was not traced."""
+    """The source, or what it does with its log, was not traced."""
 
 
 class SwitchoverKind(StrEnum):
@@ -407,10 +407,10 @@ class Pass(Struct, frozen=True, kw_only=True):
     """Between them, and up to the first send, ns."""
     pages: int | None
     """Number of dirty pages, by the ring; null with a bitmap."""
-    bytes: int
-    """What was sent up to the next fetch, bytes."""
-    send_ns: int
-    """Inside these send calls, ns."""
+    bytes: int | None
+    """What was sent up to the next fetch, bytes; null: sends were not traced."""
+    send_ns: int | None
+    """Inside these send calls, ns; null: sends were not traced."""
     blocked_ns: int | None
     """The part of `send_ns` off the CPU, ns; null: not measured, or nothing was sent."""
     dirty_pages_per_s: int | None
@@ -430,17 +430,17 @@ class Pass(Struct, frozen=True, kw_only=True):
 
 
 class FinalFetch(Struct, frozen=True, kw_only=True):
-    kernel_ns: int
-    """Phase fetch.kernel, ns."""
-    user_ns: int
-    """Phase fetch.user, ns."""
+    kernel_ns: int | None
+    """Phase fetch.kernel, ns; null: fetches were not traced."""
+    user_ns: int | None
+    """Phase fetch.user, ns; null: fetches were not traced."""
     pages: int | None
     """Number of ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before; null with a bitmap, whose
     bits are not counted."""
-    bytes: int
-    """What was sent of memory after the stop, bytes."""
-    send_ns: int
-    """Phase memory.send, ns."""
+    bytes: int | None
+    """What was sent of memory after the stop, bytes; null: sends were not traced."""
+    send_ns: int | None
+    """Phase memory.send, ns; null: sends were not traced."""
     user_off_cpu_ns: int | None = None
     """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
     split: Split | None = None

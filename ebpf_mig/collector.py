@@ -189,25 +189,29 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
         page=traced.material.header.page_size or PAGE,
         since=traced.material.header.begin_ns,
         brownout=_vcpus_accounted(traced),
+        sends_known=bool(traced.sends) or not traced.material.absent("socket"),
     )
     last = rows.last(until)
-    took = {part.phase: part.duration_ns or 0 for part in parts}
-    fetch = next(part for part in parts if part.phase == PhaseName.FETCH_USER)
+    of = {part.phase: part for part in parts}
     logging = dirty_log.switched_on(traced.source, stop) is not None
     final = None
     if work is not None and (last or work.memory):
         final = FinalFetch(
-            kernel_ns=took[PhaseName.FETCH_KERNEL],
-            user_ns=took[PhaseName.FETCH_USER],
+            kernel_ns=of[PhaseName.FETCH_KERNEL].duration_ns,
+            user_ns=of[PhaseName.FETCH_USER].duration_ns,
             pages=_pages(rows, last),
-            bytes=sum(t.bytes for t in work.memory if stop is not None and t.begin_ns >= stop),
-            send_ns=took[PhaseName.MEMORY_SEND],
-            user_off_cpu_ns=rows.user_off_cpu(fetch.spans),
+            bytes=sum(t.bytes for t in work.memory if stop is not None and t.begin_ns >= stop)
+            if rows.sends_known
+            else None,
+            send_ns=of[PhaseName.MEMORY_SEND].duration_ns,
+            user_off_cpu_ns=rows.user_off_cpu(of[PhaseName.FETCH_USER].spans),
             split=fetch_split.split([i for burst in last for i in burst.ioctls], rows.samples),
             rearm=rows.rearm(until),
         )
     return DirtyLog(
-        mode=dirty_log.mode(bursts, logging, stop),
+        mode=DirtyLogMode.UNKNOWN
+        if traced.material.absent("dirty-log") and not bursts
+        else dirty_log.mode(bursts, logging, stop),
         slots=dirty_log.slots(traced.source, bursts),
         passes=rows.passes(),
         final=final,

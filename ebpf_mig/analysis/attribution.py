@@ -71,7 +71,7 @@ def attribute(traced: TracedMigration) -> Attribution:
         waits = phases.arrivals(receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, PhaseName.HANDOVER)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.sides), work)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), work)
 
 
 def _loading(traced: TracedMigration, found: Switchover, work: Work) -> Loading | None:
@@ -124,7 +124,7 @@ def _aborted(
         resume = last  # saved to where nobody answers: what is left is the wait for the word to go on
     phases.source(partition, found.stop, resume, activity.work(resume))
     partition.until(partition.end, PhaseName.RESUME)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.sides, aborted=True), work)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured, aborted=True), work)
 
 
 def _destination_alone(traced: TracedMigration) -> Attribution:
@@ -140,4 +140,4 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
         return Attribution(None, phases.unseen())
     partition = Partition(load.begin, max(starts))
     phases.destination(partition, load.begin, load, None, min(starts))
-    return Attribution((partition.begin, partition.end), partition.phases(traced.sides))
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured))

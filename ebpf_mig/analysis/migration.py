@@ -17,11 +17,24 @@ from ebpf_mig.analysis.process import Material, Process, begun, key_of
 from ebpf_mig.analysis.sockets import Channels
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
-from ebpf_mig.breakdown import Side, SwitchoverKind
+from ebpf_mig.breakdown import PHASES, PhaseName, Side, SwitchoverKind
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
 """A source that sends more than this after the destination's start is still sending memory: postcopy."""
+
+
+_SHOWN_BY = {
+    PhaseName.PAUSE: "kick",
+    PhaseName.FETCH_KERNEL: "dirty-log",
+    PhaseName.FETCH_USER: "dirty-log",
+    PhaseName.MEMORY_SEND: "socket",
+    PhaseName.STATE_SAVE: "state",
+    PhaseName.STATE_SEND: "socket",
+    PhaseName.HANDOVER: "socket",
+    PhaseName.STATE_LOAD: "state",
+}
+"""The signal without which a phase is not seen."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,21 @@ class TracedMigration:
         """As `began`; the recording's begin if that is not known."""
         return self.began if self.began is not None else self.material.header.begin_ns
 
-    @property
-    def sides(self) -> frozenset[Side]:
-        """Those that were traced."""
-        both = ((Side.SOURCE, self.source), (Side.DESTINATION, self.destination))
-        return frozenset(side for side, process in both if process is not None)
+    @cached_property
+    def unmeasured(self) -> frozenset[PhaseName]:
+        """Phases that nothing in the recording would show: of a side, or by a signal, that was not traced."""
+        missing = {
+            side
+            for side, process in ((Side.SOURCE, self.source), (Side.DESTINATION, self.destination))
+            if process is None
+        }
+        if missing:
+            missing.add(Side.BOTH)
+        return frozenset(
+            name
+            for name, side in PHASES
+            if name != PhaseName.UNATTRIBUTED and (side in missing or self.material.absent(_SHOWN_BY.get(name, "")))
+        )
 
     def transfers(self, process: Process | None) -> list[Transfer]:
         """A side's transfers on the migration's sockets, both directions; none of a process that is no side."""

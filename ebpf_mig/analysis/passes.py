@@ -40,6 +40,8 @@ class DirtyLogRows:
     """When tracing began."""
     brownout: bool = False
     """Were the vCPUs' times outside KVM_RUN recorded?"""
+    sends_known: bool = True
+    """False: no send was seen, and none could be."""
     _begins: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,8 @@ class DirtyLogRows:
         ready = sent[0].begin_ns if sent else burst.end
         end = max([s.end_ns for s in sent], default=burst.begin)
         size = sum([s.bytes for s in sent])
-        pages, most = self.returned(burst, before), size // self.page
+        pages, most = self.returned(burst, before), size // self.page if self.sends_known else None
+        dirtied = most if pages is None else pages
         took = burst.begin - before.begin if before else 0
         user = uncovered([(i.begin_ns, i.end_ns) for i in burst.ioctls], (burst.begin, ready))
         stretch = (burst.begin, following if following is not None else max(end, burst.end))
@@ -88,10 +91,10 @@ class DirtyLogRows:
             kernel_ns=burst.kernel_ns,
             user_ns=total(user),
             pages=pages,
-            bytes=size,
-            send_ns=sum([min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent]),
+            bytes=size if self.sends_known else None,
+            send_ns=sum([min(s.in_call_ns, s.end_ns - s.begin_ns) for s in sent]) if self.sends_known else None,
             blocked_ns=off_cpu_within(sent, (burst.begin, end)) if sent else None,
-            dirty_pages_per_s=(most if pages is None else pages) * 1_000_000_000 // took if took > 0 else None,
+            dirty_pages_per_s=dirtied * 1_000_000_000 // took if took > 0 and dirtied is not None else None,
             pages_at_most=most,
             user_off_cpu_ns=self._off_cpu.within(user),
             split=fetch_split.split(burst.ioctls, self.samples),

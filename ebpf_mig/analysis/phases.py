@@ -19,7 +19,7 @@ from ebpf_mig import breakdown
 from ebpf_mig.analysis import source_work
 from ebpf_mig.analysis.source_work import CLEAR, FETCH, MEMORY, REPLY, SAVE, STATE, Work
 from ebpf_mig.analysis.spans import any_in, covered, total
-from ebpf_mig.breakdown import PhaseName, Side
+from ebpf_mig.breakdown import PhaseName
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 
@@ -33,14 +33,6 @@ SETUP_GAP_NS = 20_000_000
 _CLOCK = frozenset({"SET_CLOCK", "GET_CLOCK", "KVMCLOCK_CTRL"})
 """Start the guest's clock; part of resuming."""
 _READS = ("GET_", "HAS_", "CHECK_")
-
-
-_SIDES = {
-    Side.SOURCE: {Side.SOURCE},
-    Side.DESTINATION: {Side.DESTINATION},
-    Side.BOTH: {Side.SOURCE, Side.DESTINATION},
-}
-"""What has to be traced so that the absence of a phase is known."""
 
 
 @dataclass
@@ -66,19 +58,16 @@ class Partition:
             self.spans.append((self.cursor, at, phase))
         self.cursor = at
 
-    def phases(
-        self, traced: Collection[Side] = (Side.SOURCE, Side.DESTINATION), *, aborted: bool = False
-    ) -> list[breakdown.Phase]:
-        """Every phase, instants relative to the begin. `traced`: the sides of which events were recorded.
+    def phases(self, unmeasured: Collection[PhaseName] = (), *, aborted: bool = False) -> list[breakdown.Phase]:
+        """Every phase, instants relative to the begin. `aborted`: the source resumed.
 
-        A phase of another side has no duration, unless events of these sides show it. `aborted`: the source resumed.
+        Those that were not visited took no time, but the `unmeasured`, of which that is not known.
         """
         self.until(self.end, PhaseName.UNATTRIBUTED)
         result = []
         for name, side in breakdown.sides_of(aborted):
             spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
-            known = bool(spans) or name == PhaseName.UNATTRIBUTED or _SIDES[side] <= set(traced)
-            took = total(spans) if known else None
+            took = total(spans) if spans or name not in unmeasured else None
             result.append(breakdown.Phase(phase=name, side=side, duration_ns=took, spans=spans))
         assert sum(phase.duration_ns or 0 for phase in result) == self.end - self.begin  # noqa: S101
         return result

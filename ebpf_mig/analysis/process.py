@@ -210,6 +210,10 @@ class Material:
     unknown: int
     """How many of its events this version cannot read."""
 
+    def absent(self, signal: str) -> bool:
+        """Does the recording say that the signal could not be traced?"""
+        return self.header.attach.get(signal, "").startswith("absent")
+
     def traced(self, signal: str) -> bool:
         """Was the signal traced? Recordings that say nothing about it did not."""
         return not self.header.attach.get(signal, "absent").startswith("absent")

@@ -120,10 +120,12 @@ def _fetch(b: Breakdown) -> dict[str, dict[str, int]]:
     if final is None:
         return found
     ioctls = [ioctl for fetch in b.dirty_log.fetches for ioctl in fetch.ioctls]
-    lock = sum(sum((ioctl.lock_wait_ns or {}).values()) for ioctl in ioctls)
-    asleep = max(0, sum(ioctl.off_cpu_ns or 0 for ioctl in ioctls) - lock)
-    rest = max(0, final.kernel_ns - lock - asleep)
-    found["blackout"] = {"lock": lock, "off_cpu": asleep, "kernel": rest, "user": final.user_ns}
+    locks = [sum(ioctl.lock_wait_ns.values()) for ioctl in ioctls if ioctl.lock_wait_ns is not None]
+    idle = [ioctl.off_cpu_ns for ioctl in ioctls if ioctl.off_cpu_ns is not None]
+    lock, asleep = sum(locks), max(0, sum(idle) - sum(locks))
+    parts = {"lock": lock if locks else None, "off_cpu": asleep if idle else None, "user": final.user_ns}
+    parts["kernel"] = None if final.kernel_ns is None else max(0, final.kernel_ns - lock - asleep)
+    found["blackout"] = {part: ns for part, ns in parts.items() if ns is not None}
     return found
 
 

@@ -18,20 +18,21 @@ _WIDTH, _HEIGHT = 1000, 100
 def convergence(b: Breakdown) -> Iterator[str]:
     """The passes as bars on a time axis, as wide as they took and as high as what they sent; last the blackout."""
     passes = b.dirty_log.passes
-    if not passes:
+    sent = [p.bytes for p in passes if p.bytes is not None]
+    if not passes or len(sent) < len(passes):
         return
     begins = [p.begin for p in passes]
     stop = b.blackout[0] if b.blackout else None
-    end = b.blackout[1] if b.blackout else max(p.begin + p.kernel_ns + p.user_ns + p.send_ns for p in passes)
+    end = b.blackout[1] if b.blackout else max(p.begin + p.kernel_ns + p.user_ns + (p.send_ns or 0) for p in passes)
     bars = [
-        (begin, following, p.bytes, "source", f"pass {number}")
-        for number, (p, begin, following) in enumerate(
-            zip(passes, begins, [*begins[1:], end if stop is None else stop], strict=True), 1
+        (begin, following, size, "source", f"pass {number}")
+        for number, (size, begin, following) in enumerate(
+            zip(sent, begins, [*begins[1:], end if stop is None else stop], strict=True), 1
         )
     ]
     final = b.dirty_log.final
     if final is not None and stop is not None:
-        bars.append((stop, end, final.bytes, "unattributed", "in the blackout"))
+        bars.append((stop, end, final.bytes or 0, "unattributed", "in the blackout"))
     first, span = begins[0], max(1, end - begins[0])
     most = max(size for _, _, size, _, _ in bars) or 1
     yield f"<svg class='chart' viewBox='0 0 {_WIDTH} {_HEIGHT}' preserveAspectRatio='none' role='img' "
@@ -43,8 +44,8 @@ def convergence(b: Breakdown) -> Iterator[str]:
         yield f"<title>{label}: {tables.size(size)}</title></rect>"
     yield "</svg>\n<p class='soft'>Bars are as wide as a pass took and as high as what it sent"
     if final is not None and stop is not None:
-        yield f"; the last is the blackout. {tables.size(passes[0].bytes)} in the first pass, "
-        yield f"{tables.size(passes[-1].bytes)} in the last, {tables.size(final.bytes)} left for the blackout"
+        yield f"; the last is the blackout. {tables.size(sent[0])} in the first pass, "
+        yield f"{tables.size(sent[-1])} in the last, {tables.size(final.bytes)} left for the blackout"
     yield ".</p>\n"
 
 

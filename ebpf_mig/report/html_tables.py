@@ -145,7 +145,8 @@ def fetch(b: Breakdown) -> Iterator[str]:
     if final is None:
         return
     pages = "pages not known" if final.pages is None else f"{final.pages} pages"
-    yield f"<p><b>{milliseconds(final.kernel_ns + final.user_ns)} ms</b>: "
+    both = None if final.kernel_ns is None or final.user_ns is None else final.kernel_ns + final.user_ns
+    yield f"<p><b>{milliseconds(both)} ms</b>: "
     yield f"in the kernel {milliseconds(final.kernel_ns)}, in the VMM {milliseconds(final.user_ns)}. "
     yield f"It caused {milliseconds(final.send_ns)} ms of sending: {pages}, "
     yield f"{size(final.bytes)}.</p>\n"
@@ -200,14 +201,14 @@ def _split(split: Split | None) -> str:
 
 def passes(b: Breakdown) -> Iterator[str]:
     """The passes in order; the bar is what was sent, so that convergence can be seen."""
-    most = max((p.bytes for p in b.dirty_log.passes), default=0) or 1
+    most = max((p.bytes or 0 for p in b.dirty_log.passes), default=0) or 1
     rows = [
         f"<td>{at}</td>{_ns(p.begin)}{_ns(p.kernel_ns)}{_ns(p.user_ns)}{_ns(p.user_off_cpu_ns)}"
         f"{_count(p.pages)}{_count(p.pages_at_most)}<td class='n'>{size(p.bytes)}</td>{_ns(p.send_ns)}"
         f"{_ns(p.blocked_ns)}{_count(p.dirty_pages_per_s)}{_stretch(p.brownout)}{_stretch(p.baseline)}"
         f"<td>{_tcp(p.tcp_info)}</td><td class='bars'>"
         "<svg class='bar' viewBox='0 0 1000 10' preserveAspectRatio='none' aria-hidden='true'>"
-        f"<rect class='source' x='0' y='0' height='10' width='{1000 * p.bytes / most:.1f}'/></svg></td>"
+        f"<rect class='source' x='0' y='0' height='10' width='{1000 * (p.bytes or 0) / most:.1f}'/></svg></td>"
         for at, p in enumerate(b.dirty_log.passes, 1)
     ]
     head = (

@@ -123,7 +123,10 @@ class _Writer:
         passes = breakdown.dirty_log.passes
         fetched = [
             self._slice(
-                p.begin, p.begin + p.kernel_ns + p.user_ns, f"pass {at}", {"bytes": p.bytes, "kernel_ns": p.kernel_ns}
+                p.begin,
+                p.begin + p.kernel_ns + p.user_ns,
+                f"pass {at}",
+                ({"bytes": p.bytes} if p.bytes is not None else {}) | {"kernel_ns": p.kernel_ns},
             )
             for at, p in enumerate(passes, 1)
         ]

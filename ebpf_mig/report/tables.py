@@ -87,7 +87,7 @@ def migration_row(name: str, header: Header, b: Breakdown) -> Row:
         "final_pages": final.pages if final else None,
         "final_send_ns": final.send_ns if final else None,
         "passes": len(b.dirty_log.passes) if m.source else None,
-        "precopy_bytes": sum(p.bytes for p in b.dirty_log.passes) if m.source else None,
+        "precopy_bytes": _together([p.bytes for p in b.dirty_log.passes]) if m.source else None,
         "vcpus": len(b.vcpus),
         "dirty_log_mode": b.dirty_log.mode,
         "mode": m.mode,
@@ -105,6 +105,11 @@ def migration_row(name: str, header: Header, b: Breakdown) -> Row:
         "observer_ns": b.completeness.observer_ns,
         "clock_bound_ns": b.clock.bound_ns,
     }
+
+
+def _together(known: Sequence[int | None]) -> int | None:
+    """A sum, null if one of its parts is."""
+    return sum(one or 0 for one in known) if None not in known else None
 
 
 def fits(rows: Iterable[Row]) -> bool:

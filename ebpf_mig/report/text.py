@@ -221,9 +221,15 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
     final = log.final
     if final is not None:
         off = f", {ms(final.user_off_cpu_ns)} of it off CPU" if final.user_off_cpu_ns else ""
-        yield _fetch("final dirty-log fetch", final.kernel_ns, final.user_ns, off, "bold")
+        if final.kernel_ns is None or final.user_ns is None:
+            yield remark("final dirty-log fetch", "not seen: fetches were not traced", "bold")
+        else:
+            yield _fetch("final dirty-log fetch", final.kernel_ns, final.user_ns, off, "bold")
         pages = "pages not known" if final.pages is None else f"{final.pages} pages"
-        yield figure("  what it caused", final.send_ns, f"memory.send: {pages}, {size(final.bytes)}")
+        if final.send_ns is None or final.bytes is None:
+            yield remark("  what it caused", f"{pages}; sends were not traced")
+        else:
+            yield figure("  what it caused", final.send_ns, f"memory.send: {pages}, {size(final.bytes)}")
         if (longest := _longest(breakdown)) is not None:
             yield longest._replace(spare=1)
         yield from text_fetch.inside(breakdown)
@@ -234,8 +240,9 @@ def _dirty_log(breakdown: Breakdown) -> Iterator[Row]:
         yield remark("final dirty-log fetch", why, "bold")
     if passes := log.passes:
         kernel, user = sum(p.kernel_ns for p in passes), sum(p.user_ns for p in passes)
-        sent = f"; {size(sum(p.bytes for p in passes))} sent"
-        if not passes[-1].bytes:
+        known = [p.bytes for p in passes if p.bytes is not None]
+        sent = f"; {size(sum(known))} sent" if known else "; sends were not traced"
+        if passes[-1].bytes == 0:
             sent += ", the last one's kept for the final one" if len(passes) > 1 else ": kept for the final one"
         yield _fetch(f"{len(passes)} pre-copy pass{'es' if len(passes) > 1 else ''}", kernel, user, sent)
         yield from text_fetch.brownout(passes)

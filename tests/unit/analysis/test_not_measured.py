@@ -13,6 +13,7 @@ from ebpf_mig.analysis.lanes import view
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.exporter.observation import Observation, observe
+from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import csv, html, tables, text
@@ -106,3 +107,52 @@ def test_a_destination_alone_tells_nothing_of_the_sources_log() -> None:
     row = tables.migration_row("x", recording.header, b)
     assert (row["passes"], row["precopy_bytes"], row["final_bytes"]) == (None, None, None)
     assert seen_by_a_node(b).final_bytes is None
+
+
+def kept(event: ev.AnyEvent, signal: str) -> bool:
+    """Whether an event would also be there without the signal."""
+    if isinstance(event, ev.Ioctl):
+        log, memslot = kvm.is_dirty_log(event.cmd), kvm.is_memslot(event.cmd)
+        return not (log if signal == "dirty-log" else not log and not memslot if signal == "state" else False)
+    return not isinstance(event, {"kick": ev.Kick, "socket": (ev.Transfer, ev.Socket)}.get(signal, ()))
+
+
+@pytest.mark.parametrize(
+    ("signal", "unmeasured"),  # those that other events do not show, either
+    [
+        ("kick", {"pause"}),
+        ("dirty-log", {"fetch.kernel", "fetch.user"}),
+        ("state", {"state.save", "state.load"}),
+        ("socket", {"memory.send", "state.send", "handover"}),
+    ],
+)
+def test_a_phase_whose_signal_was_not_traced_has_no_duration(signal: str, unmeasured: set[str]) -> None:
+    whole = read_recording(DATA / "qemu-7.2-tcp.rec")
+    assert all(p.duration_ns is not None for p in analyse(whole).breakdown.phases)
+    blind = absent(replace(whole, events=[e for e in whole.events if kept(e, signal)]), signal)
+    found = analyse(blind)
+    b = found.breakdown
+    assert b.window_ns is not None and b.completeness.verdict == "bounded"
+    unmeasured = {p.phase for p in b.phases if p.phase in unmeasured and not p.spans}
+    assert {p.phase for p in b.phases if p.duration_ns is None} == unmeasured != set()
+    assert not unmeasured & seen_by_a_node(b).phases.keys()
+    for shown in (text.render(b), html.render(b, view(found)), csv.render(b)):
+        assert shown
+    if signal == "socket":
+        assert b.migration.connections is None and b.dirty_log.passes
+        assert all((p.bytes, p.send_ns, p.pages_at_most) == (None, None, None) for p in b.dirty_log.passes)
+        assert tables.migration_row("x", whole.header, b)["precopy_bytes"] is None
+        assert "sends were not traced" in text.render(b) and " 0 B" not in text.render(b)
+    if signal == "dirty-log":
+        assert b.dirty_log.mode == "unknown" and "no dirty logging" not in text.render(b)
+
+
+def test_a_nodes_histograms_do_not_count_locks_that_were_not_traced() -> None:
+    b = analyse(read_recording(DATA / "qemu-7.2-tcp.rec")).breakdown
+    fetches = [
+        replace(fetch, ioctls=[replace(i, lock_wait_ns=None, off_cpu_ns=None) for i in fetch.ioctls])
+        for fetch in b.dirty_log.fetches
+    ]
+    blind = replace(b, dirty_log=replace(b.dirty_log, fetches=fetches))
+    assert set(seen_by_a_node(b).fetch["blackout"]) == {"lock", "off_cpu", "kernel", "user"}
+    assert set(seen_by_a_node(blind).fetch["blackout"]) == {"kernel", "user"}
