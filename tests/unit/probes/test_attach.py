@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of functions and the table that is told of it, as far as it needs no kernel that has kprobes."""
+"""The choice of functions and the table of tiers that it leads to, as far as no kernel with kprobes is needed."""
 
 from __future__ import annotations
 
