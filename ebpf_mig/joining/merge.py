@@ -25,12 +25,11 @@ from ebpf_mig.joining.evidence import Survey, gathered, rough, started, survey
 from ebpf_mig.joining.match import JoinError, Match
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.coalesce import read_folded
+from ebpf_mig.recording.events import LATEST
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS
 from ebpf_mig.text import printable
 
-LATEST = 1 << 62
-"""The latest instant, ns; later ones are set to it."""
 _OTHER_PID = 1 << 32
 """Added to the destination's pid if both are the same. No kernel assigns such a number."""
 _SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
@@ -154,11 +153,11 @@ def _merged(
         boot_id=b.boot_id,
         kernel=b.kernel,
         machine=b.machine,
-        offset_ns=offset,
-        bound_ns=bounds.bound,
+        offset_ns=max(-LATEST, min(offset, LATEST)),
+        bound_ns=None if bounds.bound is None else _most(bounds.bound),
         open="least" if bounds.least is None else "most" if bounds.most is None else "",
-        at_ns=bounds.at,
-        drift_ppb=-int(-max(map(abs, bounds.drift)) * 10**9 // 1),
+        at_ns=_within(bounds.at),
+        drift_ppb=_most(-int(-max(map(abs, bounds.drift)) * 10**9 // 1)),
         pairs=evidence.pairs,
     )
     if match.nat:
@@ -223,22 +222,35 @@ def _of(side: Survey, pid: int) -> dict[type, list[Any]]:
 
 
 def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
-    """Shifts instants in place, since copying a million events takes seconds. 0 means "not seen" and stays."""
+    """Moves instants in place: a copy of a million events takes seconds. 0 is "not seen" and stays so.
+
+    What would lie before this host's clock began, or after any clock's end, is cut to it.
+    """
     for kind, events in kinds.items():
         for name in BY_TYPE[kind].instants:
             for event, at in zip(events, map(attrgetter(name), events), strict=True):
                 if at:
-                    at += by_ns  # noqa: PLW2901
-                    force_setattr(event, name, at if -LATEST < at < LATEST else LATEST)
+                    force_setattr(event, name, _within(at + by_ns))
+
+
+def _most(count: int) -> int:
+    """A sum of what two recordings claim, as far as one can hold it."""
+    return min(count, LATEST)
+
+
+def _within(at: int) -> int:
+    return min(max(at, 1), LATEST)
 
 
 def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
     """Our own cost on one host, including its last reading. Run times of two hosts are kept apart."""
     found: list[ev.AnyEvent] = [
-        replace(event, at_ns=event.at_ns - offset, remote=remote) for event in side.kinds.get(ev.OwnCost, ())
+        replace(event, at_ns=_within(event.at_ns - offset), remote=remote) for event in side.kinds.get(ev.OwnCost, ())
     ]
     if side.ending and side.ending.observer_ns:
-        found.append(ev.OwnCost(side.ending.at_ns - offset, sum(side.ending.observer_ns.values()), 0, remote))
+        found.append(
+            ev.OwnCost(_within(side.ending.at_ns - offset), _most(sum(side.ending.observer_ns.values())), 0, remote)
+        )
     return found
 
 
@@ -252,10 +264,11 @@ def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int
     said = max((source, destination), key=lambda e: _WORDS.index(e.reason) if e.reason in _WORDS else -1)
 
     def both(name: str) -> dict[str, int]:
-        return dict(Counter(getattr(source, name)) + Counter(getattr(destination, name)))
+        sums = Counter(getattr(source, name)) + Counter(getattr(destination, name))
+        return {key: _most(count) for key, count in sums.items()}
 
     return ev.Ending(
-        max(source.at_ns, destination.at_ns - offset),
+        _within(max(source.at_ns, destination.at_ns - offset)),
         said.reason,
         both("lost"),
         both("unpaired"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 
 from ebpf_mig.linux import kvm
@@ -107,7 +108,10 @@ def fields(pid: int | str, tid: int | None = None) -> dict[str, str]:
 
 def process_of(tid: int) -> int:
     """The process (tgid) that a thread belongs to; raises as `read`."""
-    return int(fields(tid)["Tgid"])
+    tgid = fields(tid).get("Tgid", "")
+    if not re.fullmatch(r"\d{1,10}", tgid, re.ASCII):
+        raise ProcessLookupError(errno.ESRCH, "its status names no process", path(tid, "status"))
+    return int(tgid)
 
 
 def numbers(pid: int, tid: int | None = None) -> list[str]:
@@ -143,7 +147,7 @@ def start_time(pid: int) -> int | None:
     try:
         found = numbers(pid)
         return None if found[0] in "ZX" else int(found[19])
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
@@ -151,7 +155,7 @@ def processes() -> list[int]:
     """All process ids that can be seen."""
     try:
         return [int(name) for name in names() if name.isdecimal()]
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -159,7 +163,7 @@ def threads_of(pid: int) -> list[int]:
     """The thread ids of a process, none if it is gone."""
     try:
         return [int(name) for name in names(pid, "task")]
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -167,7 +171,7 @@ def comm(pid: int, tid: int | None = None) -> str:
     """The name of a process or of a thread, empty if it is gone."""
     try:
         return text(pid, *(() if tid is None else ("task", tid)), "comm").strip()
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
@@ -175,7 +179,7 @@ def command_line(pid: int) -> list[str]:
     """Its arguments, as far as they lie in the first 64 KiB; none if it is gone or a zombie."""
     try:
         return text(pid, "cmdline", limit=1 << 16).split("\0")
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -184,7 +188,7 @@ def cpu_ticks(pid: int, tid: int) -> int:
     try:
         found = numbers(pid, tid)
         return int(found[11]) + int(found[12])
-    except OSError:
+    except (OSError, ValueError):
         return 0
 
 
@@ -192,7 +196,7 @@ def resident_bytes(pid: int) -> int:
     """Resident memory, 0 if the process is gone."""
     try:
         return int(read(pid, "statm").split()[1]) * os.sysconf("SC_PAGESIZE")
-    except (OSError, IndexError):
+    except (OSError, IndexError, ValueError):
         return 0
 
 
@@ -200,10 +204,10 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
     """(number, what it leads to) of each open descriptor; none if the process is gone or may not be looked at."""
     try:
         found = names(pid, "fd")
-    except OSError:
+    except (OSError, ValueError):
         return
     for name in found:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             yield int(name), link(pid, "fd", name)
 
 
@@ -256,6 +260,6 @@ def in_kvm_run(pid: int, tid: int) -> int | None:
     try:
         call = text(pid, "task", tid, "syscall").split()
         worker = int(numbers(pid, tid)[6]) & _PF_USER_WORKER
-    except OSError:
+        return int(call[1], 16) if len(call) > 2 and call[2] == hex(kvm.RUN) and not worker else None
+    except (OSError, ValueError):
         return None
-    return int(call[1], 16) if len(call) > 2 and call[2] == hex(kvm.RUN) and not worker else None

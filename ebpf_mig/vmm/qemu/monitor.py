@@ -92,7 +92,7 @@ class Monitor:
             ) from error
         except ExecuteError as error:
             raise VmmError(f"the {self.role} QEMU refuses {command}: {str(error)[:1000]}") from error
-        except (QMPError, OSError, EOFError) as error:
+        except (QMPError, OSError, EOFError, ValueError) as error:
             if self._client.runstate is Runstate.RUNNING:
                 raise self._nonsense(command) from error
             raise VmmError(f"the {self.role} QEMU went away during {command}") from error
@@ -147,8 +147,8 @@ class Monitor:
     async def close(self) -> None:
         """Disconnects, quietly; idempotent."""
         try:
-            # Whatever ended the connection has been told by now.
-            with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+            # Whatever ended the connection has been told by now. ValueError: what came was no UTF-8.
+            with contextlib.suppress(QMPError, OSError, EOFError, ValueError, TimeoutError):
                 await asyncio.wait_for(self._client.disconnect(), 2)
         finally:
             if self._socket is not None:
