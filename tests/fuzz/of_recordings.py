@@ -18,7 +18,7 @@ from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.report import parse_wishes
 from ebpf_mig.errors import EbpfMigError, RecordingError
-from ebpf_mig.join.merge import joined
+from ebpf_mig.joining.merge import joined
 from ebpf_mig.recording.events import AnyEvent
 from ebpf_mig.recording.file import RecordingReader, RecordingWriter, read_recording
 from ebpf_mig.recording.redact import redacted
