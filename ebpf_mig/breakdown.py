@@ -243,6 +243,18 @@ class Pausing(Struct, frozen=True, kw_only=True):
     """How long it had lost the CPU right before its request, and so before the window, ns; null: not measured."""
 
 
+class Throttled(Struct, frozen=True, kw_only=True):
+    """Stretches before the pause request in which no vCPU ran because the VMM kept them out, to slow the guest down
+    (auto-converge, dirty limit). The guest was dark, but this is no part of the switchover, nor of the blackout."""
+
+    dark_ns: int
+    """All stretches of a millisecond or more together."""
+    stretches: int
+    longest_ns: int
+    before_request_ns: int
+    """The part that the pause request ended: from the last vCPU's stop to the request; 0 if one was running then."""
+
+
 class Served(Struct, frozen=True, kw_only=True):
     """What a destination received in postcopy in a while; where calls were recorded as runs, nearly."""
 
@@ -635,6 +647,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """How the vCPUs were stopped; null: not seen."""
     postcopy: Postcopy | None = None
     """What the destination fetched; null in another mode."""
+    throttled: Throttled | None = None
+    """None if no throttling was seen."""
 
     @property
     def came_back(self) -> bool:

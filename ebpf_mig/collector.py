@@ -23,6 +23,7 @@ from ebpf_mig.analysis import (
     phases,
     postcopy,
     sockets,
+    throttle,
     waits,
     wire,
     witnesses,
@@ -52,6 +53,7 @@ from ebpf_mig.breakdown import (
     Side,
     Span,
     SwitchoverKind,
+    Throttled,
     Transport,
     Vcpu,
     Wait,
@@ -89,6 +91,7 @@ def analyse(recording: Recording) -> Analysis:
         notes=_notes(traced, window, attribution.work),
         pausing=pausing,
         postcopy=postcopy.observe(traced),
+        throttled=_throttled(traced),
     )
     if recording.header.remote is not None:
         breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)
@@ -127,6 +130,11 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
 def _connections(traced: TracedMigration) -> int | None:
     found = traced.channels.connections
     return found if found or traced.channels.transport == Transport.NONE else None
+
+
+def _throttled(traced: TracedMigration) -> Throttled | None:
+    found = traced.switchover
+    return throttle.observe(traced.source, traced.since, found.requested, found.stopper) if found else None
 
 
 def _endpoint(traced: TracedMigration, process: Process | None) -> Endpoint | None:

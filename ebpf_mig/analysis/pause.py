@@ -18,7 +18,8 @@ BEFORE_NS = 1_000_000
 
 def driver(source: Process, found: Switchover) -> int | None:
     """The thread that asked for the stop."""
-    return next((k.tid for k in source.kicks if found.requested <= k.at_ns <= found.stop), None)
+    asked = any(k.tid == found.stopper for k in source.kicks if found.requested <= k.at_ns <= found.stop)
+    return found.stopper if asked else None
 
 
 def observe(source: Process | None, found: Switchover | None, waits_traced: bool) -> Pausing | None:

@@ -81,6 +81,15 @@ class Process:
         return [ioctl for ioctl in self.ioctls if not kvm.is_dirty_log(ioctl.cmd)]
 
     @cached_property
+    def ring_resets(self) -> dict[int, list[ev.Ioctl]]:
+        """Resets of dirty rings by the thread that made them."""
+        result: dict[int, list[ev.Ioctl]] = defaultdict(list)
+        for ioctl in self.dirty_log:
+            if ioctl.cmd == kvm.RESET_DIRTY_RINGS:
+                result[ioctl.tid].append(ioctl)
+        return dict(result)
+
+    @cached_property
     def memslots(self) -> list[ev.Ioctl]:
         """The ioctls that set memslots."""
         return [ioctl for ioctl in self.other_ioctls if kvm.is_memslot(ioctl.cmd)]

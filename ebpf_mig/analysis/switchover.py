@@ -5,18 +5,21 @@ In: the two processes and what tells a switchover from other gaps. Out: a `Switc
 
 A completed migration's source never runs again. If it runs again, the migration failed or was cancelled and
 its blackout was the gap around the attempt: not simply the longest one, because throttling makes gaps too.
+
+Throttling can keep all vCPUs out of KVM_RUN when the stop is asked for. The switchover then begins with the
+request, and not when the throttle took the last vCPU out: see `throttle.py`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebpf_mig.analysis import source_work
+from ebpf_mig.analysis import source_work, throttle
+from ebpf_mig.analysis import stopper as stoppers
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import any_in
-from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.analysis.stopper import Workers
 from ebpf_mig.breakdown import SwitchoverKind
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Transfer
@@ -35,13 +38,18 @@ class Switchover:
     requested: int
     """The pause request."""
     stop: int
-    """The last vCPU's stop."""
+    """The last vCPU's stop; the request, if throttling kept all vCPUs out when it came."""
     first_start: int | None
     last_start: int | None
     stops: dict[int, int]
     """By vCPU index."""
     starts: dict[int, int]
     kicks: dict[int, int]
+    """The pause request's."""
+    stopper: int | None
+    """The thread that asked for the stop."""
+    dark: int
+    """When the last vCPU left the guest; before `requested` only if throttling kept all out."""
 
 
 def find(
@@ -51,6 +59,7 @@ def find(
     gaps = source.gaps
     if not gaps:
         return None
+    workers = Workers(source.fetchers, frozenset(send.tid for send in sends))
     started = _first_start(destination)
     if started is not None:
         for begin, end in gaps:
@@ -60,10 +69,10 @@ def find(
                     for index, line in (destination.vcpus if destination else {}).items()
                     if (at := line.start_after(begin)) is not None
                 }
-                return _at(source, SwitchoverKind.COMPLETED, begin, starts)
+                return _at(source, SwitchoverKind.COMPLETED, begin, starts, workers)
     begin, end = gaps[-1]
     if end is None:
-        return _at(source, SwitchoverKind.STOPPED, begin, {}) if _active_after(source, begin, sends) else None
+        return _at(source, SwitchoverKind.STOPPED, begin, {}, workers) if _active_after(source, begin, sends) else None
     chosen = _attempt(source, gaps, sends, stop_marks)
     if chosen is None:
         return None
@@ -73,7 +82,7 @@ def find(
         for index, line in source.vcpus.items()
         if (gap := line.covering(begin)) is not None and gap.end is not None
     }
-    return _at(source, SwitchoverKind.ABORTED, begin, starts)
+    return _at(source, SwitchoverKind.ABORTED, begin, starts, workers)
 
 
 def _first_start(destination: Process | None) -> int | None:
@@ -81,35 +90,26 @@ def _first_start(destination: Process | None) -> int | None:
     return min((line.first_run for line in lines if line.first_run is not None), default=None)
 
 
-def _at(source: Process, kind: SwitchoverKind, stop: int, starts: dict[int, int]) -> Switchover:
-    stops = {
-        index: gap.begin
-        for index, line in source.vcpus.items()
-        if (gap := line.covering(stop)) is not None and gap.begin is not None
-    }
-    kicks = {index: at for index, line in source.vcpus.items() if (at := _kick(source, line, stop)) is not None}
+def _at(source: Process, kind: SwitchoverKind, dark: int, starts: dict[int, int], workers: Workers) -> Switchover:
+    gaps = {index: gap for index, line in source.vcpus.items() if (gap := line.covering(dark)) is not None}
+    stops = {index: gap.begin for index, gap in gaps.items() if gap.begin is not None}
+    stopper = stoppers.find(source, dark, workers)
+    requested = _requested(dark, stops, stopper.kicks)
+    asked = min(stopper.kicks.values(), default=dark)
+    if requested == dark < asked and (dark, asked) in throttle.stretches(source, asked, stopper.tid):
+        requested = asked
     return Switchover(
         kind=kind,
-        requested=_requested(stop, stops, kicks),
-        stop=stop,
+        requested=requested,
+        stop=max(dark, requested),
         first_start=min(starts.values(), default=None),
         last_start=max(starts.values(), default=None),
         stops=stops,
         starts=starts,
-        kicks=kicks,
+        kicks=stopper.kicks,
+        stopper=stopper.tid,
+        dark=dark,
     )
-
-
-def _kick(source: Process, line: Timeline, stop: int) -> int | None:
-    """The first kick after which the vCPU did not re-enter before `stop`."""
-    gap = line.covering(stop)
-    if gap is None:
-        return None
-    kicks = source.kicks_by_tid.get(line.tid, [])
-    at = bisect_left(kicks, gap.entry or 0, key=lambda kick: kick.at_ns)
-    if at == len(kicks) or (gap.end is not None and kicks[at].at_ns >= gap.end):
-        return None
-    return kicks[at].at_ns
 
 
 def _requested(stop: int, stops: dict[int, int], kicks: dict[int, int]) -> int:

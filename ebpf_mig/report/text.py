@@ -76,6 +76,7 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [*_waterfall(breakdown, canvas)],
         [*_vcpus(breakdown)],
         [
+            *text_vmm.throttled(breakdown.throttled),
             *text_vmm.pausing(breakdown.pausing),
             *text_vmm.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),

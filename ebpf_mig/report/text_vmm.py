@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig import vmm
-from ebpf_mig.breakdown import Pausing, Postcopy, Served, Witness
+from ebpf_mig.breakdown import Pausing, Postcopy, Served, Throttled, Witness
 from ebpf_mig.report.rows import Row, figure, ms
 from ebpf_mig.text import printable, size
 
@@ -17,6 +17,15 @@ _PART_SPARE = {name: spare for one in vmm.adapters() for name, spare in one.witn
 """Rows of the VMMs' own figures: how much they can be spared."""
 _LATE_NS = 500_000
 """Sleep after the stop that is not worth a line."""
+
+
+def throttled(found: Throttled | None) -> Iterator[Row]:
+    """How long the guest was dark before the switchover because the VMM slowed it down."""
+    if found is None:
+        return
+    last = f", {ms(found.before_request_ns)} right before the pause request" if found.before_request_ns else ""
+    times = f"in {found.stretches} stretches" if found.stretches > 1 else "in 1 stretch"
+    yield figure("throttled", found.dark_ns, f"dark before the switchover, {times}{last}")
 
 
 def pausing(found: Pausing | None) -> Iterator[Row]:

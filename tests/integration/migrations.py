@@ -29,6 +29,13 @@ QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=
 """A guest that beats every 26 ms."""
 LASTING = Scenario(memory_bytes=128 * MIB, working_set_bytes=16 * MIB, pages_per_s=1000, bandwidth_bytes=16 << 20)
 """Takes a second or more: however busy the machine, no watch is so late that its probes are armed after it."""
+CONVERGING = Scenario(
+    memory_bytes=128 * MIB, working_set_bytes=48 * MIB, pages_per_s=None, bandwidth_bytes=64 * MIB, downtime_ms=100,
+    auto_converge=True,
+)  # fmt: skip
+"""Dirties faster than the link carries until QEMU slows the guest down."""
+THROTTLE_AT_ONCE = ("-global", "migration.x-cpu-throttle-initial=95")
+"""The vCPU runs 10 of 200 ms: the switchover most likely begins while it is held."""
 
 _OLD_LINE = re.compile(r"^\d+@(\d+)\.(\d{6}):(\w+) ?(.*)$")
 _NEW_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:]+(?:\.\d+)?Z) (\w+) ?(.*)$")
@@ -50,6 +57,8 @@ class Traced:
     outcome: Outcome
     recording: Recording
     breakdown: Breakdown
+    origin_ns: int
+    """The breakdown's instant 0."""
     path: Path
     source_trace: list[TraceLine] = field(default_factory=list)
     destination_trace: list[TraceLine] = field(default_factory=list)
@@ -83,15 +92,20 @@ def migrate(
     timeout_s: float = 60,
     uri: str | None = None,
     capabilities: dict[str, bool] | None = None,
+    extra: Sequence[str] = (),
 ) -> Traced:
-    """One migration with QEMU's trace on; `meddle` is called in a thread's stead right after the trigger was set."""
+    """One migration with QEMU's trace on; `meddle` is called in a thread's stead right after the trigger was set.
+
+    `extra`: more of both QEMUs' command lines.
+    """
     path = directory / "migration.rec"
     patterns = [part for name in TRACED for part in ("-trace", name)]
-    pair = QemuPair(scenario, binary, [*patterns, "-D", f"{directory}/{{role}}.trace"])
+    pair = QemuPair(scenario, binary, [*patterns, "-D", f"{directory}/{{role}}.trace", *extra])
     with pair:
         time.sleep(0.3)
         offset = time.time_ns() - time.monotonic_ns()
-        options = replace(pair.options(), capabilities=capabilities or {})
+        options = pair.options()
+        options = replace(options, capabilities=options.capabilities | (capabilities or {}))
         migration = QemuMigration(pair.source.qmp, pair.destination.qmp, uri or pair.uri, options)
         with contextlib.closing(migration):
             writer = functools.partial(run.open_recording, str(path), "test", force=True)
@@ -99,10 +113,12 @@ def migrate(
             outcome, _ = run.trace_migration(driven, timeout_s, writer)
         time.sleep(0.3)
     recording = read_recording(str(path))
+    analysis = analyse(recording)
     return Traced(
         outcome,
         recording,
-        analyse(recording).breakdown,
+        analysis.breakdown,
+        analysis.origin_ns,
         path,
         parse_trace(directory / "source.trace", offset),
         parse_trace(directory / "destination.trace", offset),

@@ -147,6 +147,7 @@ def test_names_and_order_of_the_schema() -> None:
             "what_if": None,
             "pausing": None,
             "postcopy": None,
+            "throttled": None,
         }
     )
 

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well the begin of the switchover is told from QEMU's throttling: many auto-converge migrations beside QMP's STOP.
+
+In: a number of runs. Out: a Markdown table on stdout, and the worst run; exit code 1 if a window begins more than 1 ms
+from STOP. QEMU sends STOP when all vCPUs have stopped and its devices know (system/cpus.c, `do_vm_stop`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ebpf_mig.recording.events import Mark
+from tests.integration.migrations import CONVERGING, THROTTLE_AT_ONCE, Traced, migrate
+
+BOUND_NS = 1_000_000
+
+
+def stop_after_request(run: Traced) -> int:
+    """QMP's STOP minus the begin of our window, in ns."""
+    stop = next(e for e in run.recording.events if isinstance(e, Mark) and e.name == "qmp.STOP")
+    return stop.at_ns - run.origin_ns
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--vmm-binary")
+    options = parser.parse_args()
+    print("| run | STOP after the request ms | window ms | throttled ms | of it right before ms |")
+    print("|--:|--:|--:|--:|--:|")
+    found = []
+    for number in range(1, options.runs + 1):
+        with tempfile.TemporaryDirectory() as directory:
+            run = migrate(Path(directory), CONVERGING, binary=options.vmm_binary, extra=THROTTLE_AT_ONCE)
+        found.append(stop_after_request(run))
+        throttled = run.breakdown.throttled
+        dark = (throttled.dark_ns, throttled.before_request_ns) if throttled else (0, 0)
+        figures = (found[-1], run.breakdown.window_ns or 0, *dark)
+        print(f"| {number} | " + " | ".join(f"{ns / 1e6:.3f}" for ns in figures) + " |", flush=True)
+    worst = max(found, key=abs)
+    print(f"\nworst: {worst / 1e6:.3f} ms; {sum(abs(ns) <= BOUND_NS for ns in found)} of {len(found)} within 1 ms")
+    return 0 if abs(worst) <= BOUND_NS else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
