@@ -248,11 +248,13 @@ class Throttled(Struct, frozen=True, kw_only=True):
     (auto-converge, dirty limit). The guest was dark, but this is no part of the switchover, nor of the blackout."""
 
     dark_ns: int
-    """All stretches of a millisecond or more together."""
+    """All stretches of a millisecond or more together, ns."""
     stretches: int
+    """Number of those stretches."""
     longest_ns: int
+    """The longest of them, ns."""
     before_request_ns: int
-    """The part that the pause request ended: from the last vCPU's stop to the request; 0 if one was running then."""
+    """The part from the last vCPU's stop to the pause request, ns; 0 if a vCPU was running then."""
 
 
 class Served(Struct, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ from ebpf_mig.breakdown import (
     IMMEDIATE,
     Breakdown,
     Clock,
+    Completeness,
     DirtyLog,
     DirtyLogMode,
     Endpoint,
@@ -86,7 +87,7 @@ def analyse(recording: Recording) -> Analysis:
         wire=wires,
         waits=_waits(traced, attribution),
         witnesses=_witnesses(traced, attribution, wires, pausing),
-        completeness=completeness.completeness(traced.material, traced.source, traced.destination, window),
+        completeness=_completeness(traced, window),
         clock=Clock(),
         notes=_notes(traced, window, attribution.work),
         pausing=pausing,
@@ -130,6 +131,10 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
 def _connections(traced: TracedMigration) -> int | None:
     found = traced.channels.connections
     return found if found or traced.channels.transport == Transport.NONE else None
+
+
+def _completeness(traced: TracedMigration, window: Span | None) -> Completeness:
+    return completeness.completeness(traced.material, traced.source, traced.destination, window, traced.sends)
 
 
 def _throttled(traced: TracedMigration) -> Throttled | None:

@@ -6,12 +6,19 @@ In: the ending, the header, the marks, what was found. Out: the `Completeness`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ebpf_mig.analysis.process import Material, Process
 from ebpf_mig.breakdown import Completeness, Verdict
-from ebpf_mig.recording.events import RECURSION_MISSES
+from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals without which phases have holes; the others only add detail."""
+
+_NO_CARRIER = (
+    "no send of the migration was recognised: what carries it (a pipe, a file, RDMA) is not known, and phases in which "
+    "the source sends have no time"
+)
 
 
 def completeness(
@@ -19,8 +26,9 @@ def completeness(
     source: Process | None,
     destination: Process | None,
     window: tuple[int, int] | None,
+    sends: Sequence[Transfer],
 ) -> Completeness:
-    """How far the result can be relied upon."""
+    """How far the result can be relied upon. `sends`: what the source sent for the migration."""
     ending = material.ending
     lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
     holes: list[str] = []
@@ -37,6 +45,8 @@ def completeness(
     for signal, tier in sorted(material.header.attach.items()):
         if tier.startswith("absent") and signal in ESSENTIAL:
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
+    if source is not None and window is not None and not sends:
+        bounds.append(_NO_CARRIER)
     observer = ending.observer_ns if ending else {}
     least, most = _cost(material, window)
     return Completeness(

@@ -5,8 +5,10 @@ In: the two processes and the threads that fetch the dirty log. Out: the set of 
 rows of the report.
 
 A VMM's threads also write to monitors, consoles, backends and displays; QEMU's migration thread itself writes
-QMP events in the middle of the blackout. So a socket is chosen by what it connects, then by who uses it, then
-by how much went through, and never by a thread's name.
+QMP events in the middle of the blackout. So a socket has to be proven: by its other end, which the other process
+holds; else by the thread that fetches the dirty log and sends there; else by the shape of what goes through: large
+calls, and if a fetching thread is known, all in one direction. A thread's name proves nothing, nor do many bytes.
+Where nothing is proven, the carrier is unknown.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from ebpf_mig.breakdown import Side, SocketUse, Transport
 from ebpf_mig.recording.events import RECEIVE, SEND, Socket, Transfer
 
 AF_UNIX = 1
+STREAM_BYTES = 1024
+"""Calls of the migration's stream move more than this on average: pages and state are flushed from large buffers.
+Replies and events of a monitor are smaller, and QEMU reads its monitor byte by byte."""
 LEAST_BYTES = 4096
 """Where nothing else tells, a socket that carried less is not taken for the migration's; nor is it recognised by its
 bytes in another host's recording."""
@@ -69,17 +74,22 @@ def _busiest(
         return frozenset()
     total: Counter[int] = Counter()
     by_tids: Counter[int] = Counter()
+    calls: Counter[int] = Counter()
     for (way, key), transfers in process.streams.items():
         late = [t for t in transfers if t.end_ns >= since] if way == direction else ()
         if late:
             total[key] = sum([t.bytes for t in late])
+            calls[key] = sum([t.calls for t in late])
             by_tids[key] = sum([t.bytes for t in late if t.tid in tids])
     crossing = {key: total[key] for key in total if key in mirrors}
-    candidates = crossing or {key: size for key, size in total.items() if size >= LEAST_BYTES}
-    if not candidates:
-        return frozenset()
+    candidates = crossing or {k: size for k, size in total.items() if size >= max(LEAST_BYTES, STREAM_BYTES * calls[k])}
     # Multifd: the bulk leaves through further sockets, but the fetching thread keeps the main one.
     fetching = {key: by_tids[key] for key in candidates if by_tids[key] >= LEAST_BYTES}
+    if tids and not crossing and not fetching:
+        # The fetching thread was not seen to send. A stream that nobody answers can be nothing else.
+        candidates = {key: size for key, size in candidates.items() if _one_way(process, direction, key)}
+    if not candidates:
+        return frozenset()
     main = max(fetching or candidates, key=lambda key: (fetching.get(key, 0), total[key], -key))
     return frozenset({main}) | _company(process, direction, main, candidates, crossing)
 
@@ -96,7 +106,8 @@ def _company(
         return frozenset(
             key
             for key, size in candidates.items()
-            if _family(process, key) == AF_UNIX and (key in crossing or (not crossing and size >= enough))
+            if _family(process, key) == AF_UNIX
+            and (key in crossing or (not crossing and size >= enough and not _answered(process, direction, key)))
         )
     # The side that listened has the one well-known port: the destination's.
     address = _end(known, direction)
@@ -105,6 +116,19 @@ def _company(
         for key in candidates
         if (s := process.sockets.get(key)) and s.family != AF_UNIX and _end(s, direction) == address
     )
+
+
+def _one_way(process: Process, direction: int, key: int) -> bool:
+    """Did the threads that send there never receive there? Those of disks, displays and networks do both."""
+    other = SEND if direction == RECEIVE else RECEIVE
+    here = {t.tid for t in process.streams[direction, key]}
+    return not any(t.tid in here and t.bytes for t in process.streams.get((other, key), ()))
+
+
+def _answered(process: Process, direction: int, key: int) -> bool:
+    """Did bytes go the other way? A further connection of a migration carries pages one way (QEMU's multifd)."""
+    other = SEND if direction == RECEIVE else RECEIVE
+    return sum(t.bytes for t in process.streams.get((other, key), ())) >= LEAST_BYTES
 
 
 def _end(socket: Socket, direction: int) -> str:

@@ -25,5 +25,10 @@ def test_the_window_begins_with_the_pause_request(tmp_path: Path, number: int) -
     assert run.breakdown.throttled is not None and run.breakdown.throttled.dark_ns > 100_000_000
     changed = first(run.source_trace, "runstate_set", "finish-migrate")
     assert abs(run.origin_ns - changed.at_ns) < BOUND_NS
-    assert abs(stop_after_request(run)) < BOUND_NS
+    # QEMU sends STOP after its devices have stopped: that is `quiesce`, and takes longer on a busy machine.
+    assert (
+        0
+        <= stop_after_request(run)
+        < (run.breakdown.phase_ns("pause") or 0) + (run.breakdown.phase_ns("quiesce") or 0) + BOUND_NS
+    )
     assert all(fetch.begin >= 0 for fetch in run.breakdown.dirty_log.fetches)

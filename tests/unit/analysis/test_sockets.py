@@ -7,7 +7,7 @@ import pytest
 
 from ebpf_mig.analysis.process import Process, split
 from ebpf_mig.analysis.sockets import Channels, choose, normal
-from tests.unit.script import BASE, UNIX, Script
+from tests.unit.script import BASE, UNIX, Script, Vm
 
 FETCHER = frozenset({1001})
 
@@ -144,3 +144,58 @@ def test_no_transfers_at_all() -> None:
     script = Script()
     script.pair()
     assert chosen(script) == Channels()
+
+
+def monitor_polled(vm: Vm, inode: int, times: int) -> None:
+    """The main thread answers query-migrate, and the fetching thread sends events there."""
+    for at in range(times):
+        for byte in range(3):
+            vm.receive(at * 100 + byte, at * 100 + byte + 1, 1, socket=inode, tid=9)
+        vm.send(at * 100 + 10, at * 100 + 20, 900, socket=inode, tid=9)
+        vm.send(at * 100 + 30, at * 100 + 40, 90, socket=inode, tid=1)
+
+
+def test_a_polled_monitor_beside_a_carrier_that_is_not_seen() -> None:
+    """exec:, a pipe, a file: the replies are many bytes, and yet no migration."""
+    script = Script()
+    source = script.vm(1000, "source")
+    source.socket(71, family=UNIX)
+    monitor_polled(source, 71, 500)
+    assert chosen(script, alone=True).source == frozenset()
+
+
+def test_a_polled_monitor_is_no_further_connection() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    for inode in (70, 71):
+        source.socket(inode, family=UNIX)
+    source.gets(10, tid=1)
+    source.send(100, 200, 400_000, socket=70, tid=1)
+    monitor_polled(source, 71, 500)
+    assert chosen(script, alone=True).source == {70}
+
+
+def test_a_disk_over_nbd_beside_a_carrier_that_is_not_seen() -> None:
+    """Its requests are large, and each is answered to the thread that sent it."""
+    script = Script()
+    source = script.vm(1000, "source")
+    source.socket(72, "10.0.0.1:50000", "10.0.0.2:10809")
+    for at in range(50):
+        source.send(at * 100, at * 100 + 50, 1 << 20, socket=72, tid=9)
+        source.receive(at * 100 + 50, at * 100 + 60, 16, socket=72, tid=9)
+    assert chosen(script, alone=True).source == frozenset()
+
+
+def test_without_a_send_of_the_migration_the_verdict_is_bounded() -> None:
+    script = Script()
+    source, destination = script.pair()
+    source.logging(1000)
+    source.gets(2000)
+    source.interrupted(10_000)
+    source.gets(11_000)
+    source.ioctls("GET_REGS GET_SREGS", 11_100, 11_200)
+    destination.ioctls("SET_SREGS SET_REGS", 12_000, 12_400)
+    destination.entered(13_000)
+    state = script.result().breakdown.completeness
+    assert state.verdict == "bounded"
+    assert any("no send of the migration was recognised" in reason for reason in state.reasons)
