@@ -273,11 +273,17 @@ def is_resume(ioctl: Ioctl) -> bool:
 
 
 def last_loading(ioctls: Sequence[Ioctl], start: int) -> Loading | None:
-    """The last stretch of restore work before `start`, without the set-up of the VM before the migration."""
+    """The stretch of restore work that loaded the vCPUs, without the set-up of the VM before the migration.
+
+    A VM that was started with `-S` waits after that for its manager, as long as that takes; setting the clock and
+    devices going again then is no loading. So it is the last stretch that sets vCPU state before the clock is set.
+    """
     work = [i for i in ioctls if is_restore(i) and i.begin_ns < start]
     if not work:
         return None
-    first = len(work) - 1
+    clock = max((i.begin_ns for i in ioctls if i.begin_ns < start and kvm.name_of(i.cmd) == "SET_CLOCK"), default=start)
+    setters = [at for at, i in enumerate(work) if i.begin_ns < clock and kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
+    first = max(setters, default=len(work) - 1)
     while first > 0 and work[first].begin_ns - work[first - 1].end_ns < SETUP_GAP_NS:
         first -= 1
     return loading(ioctls, work[first].begin_ns, start, ())

@@ -429,3 +429,34 @@ def test_the_partition_is_exact(make: type) -> None:
     assert [(p.phase, p.side) for p in found.phases] == list(b.PHASES)
     assert found.phase_ns("unattributed") == 0
     json.loads(msgspec.json.encode(found))
+
+
+@pytest.mark.parametrize("wait_us", [500, 15_000, 30_000, 3_000_000])
+def test_a_destination_alone_that_waits_for_its_manager_after_the_load(wait_us: int) -> None:
+    """`-S` and `cont`: loading is what set the vCPUs, also where devices are set going again long after it."""
+    figures = []
+    for alone in (False, True):
+        script = Script()
+        source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+        script.join(70, 80)
+        destination.ioctls("CREATE_VCPU SET_SREGS SET_REGS", 100, 400)
+        source.logging(100_000)
+        source.gets(101_000)
+        source.send(102_000, 103_000, 1 << 20)
+        source.kick(200_000)
+        source.interrupted(200_050)
+        source.gets(201_000)
+        source.send(202_000, 203_000, 65536)
+        source.ioctls("GET_REGS GET_SREGS", 203_100, 203_200)
+        source.send(203_300, 203_400, 4000)
+        destination.receive(102_000, 203_410, (1 << 20) + 69536, socket=80)
+        destination.ioctls("SET_USER_MEMORY_REGION SET_IRQCHIP SET_SREGS SET_REGS", 204_000, 204_900)
+        cont = 204_900 + wait_us
+        destination.ioctls("SET_CLOCK KVMCLOCK_CTRL SET_PIT2 IOEVENTFD", cont, cont + 200)
+        destination.ioctl("SET_MSRS", cont + 250)
+        destination.entered(cont + 400)
+        if alone:
+            script.vms.remove(source)
+        result = script.result()
+        figures.append((result.phases["state.load"], result.phases["resume"]))
+    assert figures[0] == figures[1] == (900, wait_us + 400)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A destination started with `-S` that its manager sets going long after the load, as libvirt does.
+
+Seen alone it has the same loading and resuming as beside the source; the wait is our own, so that its length is known.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import Recording
+from ebpf_mig.recording.kinds import pid_of
+from ebpf_mig.vmm.base import Migration
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.conftest import TRACING, requires
+from tests.integration import migrations
+
+pytestmark = requires(*TRACING)
+
+SLACK_NS = 200_000
+
+
+class WaitingPair(QemuPair):
+    """The destination waits for `cont`, and has a second monitor for it."""
+
+    def _command(self, role: str, qmp: Path) -> list[str]:
+        more = ["-S", "-qmp", f"unix:{qmp}.second,server=on,wait=off"] if role == "destination" else []
+        return super()._command(role, qmp) + more
+
+
+class Manager:
+    """A monitor's client of a few lines: a witness must not be our own adapter."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile()
+        self._lines.readline()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str) -> Any:
+        self._socket.sendall(json.dumps({"execute": command}).encode())
+        while "return" not in (answer := json.loads(self._lines.readline())):
+            pass
+        return answer["return"]
+
+    def wait_for(self, event: str) -> None:
+        while json.loads(self._lines.readline()).get("event") != event:
+            pass
+
+    def wait_loaded(self) -> None:
+        while self.execute("query-migrate").get("status") != "completed":
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+
+def alone(recording: Recording, pid: int) -> Breakdown:
+    """What a recorder of that process alone would have told."""
+    header = structs.replace(recording.header, targets=[t for t in recording.header.targets if t.pid == pid])
+    events = [e for e in recording.events if pid_of(e) in (None, pid) and getattr(e, "pid", pid) == pid]
+    return analyse(replace(recording, header=header, events=events)).breakdown
+
+
+@pytest.mark.parametrize("wait_s", [0.05, 0.5])
+def test_alone_as_beside_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float) -> None:
+    def let_go(pair: QemuPair, _: Migration) -> None:
+        manager = Manager(f"{pair.destination.qmp}.second")
+        manager.wait_loaded()
+        time.sleep(wait_s)
+        manager.execute("cont")
+        time.sleep(0.2)
+        manager.close()
+
+    monkeypatch.setattr(migrations, "QemuPair", WaitingPair)
+    run = migrations.migrate(tmp_path, meddle=let_go)
+    both = run.breakdown
+    assert both.blackout_ns is not None
+    one = alone(run.recording, run.recording.header.targets[1].pid)
+    for phase in ("state.load", "resume"):
+        seen, expected = one.phase_ns(phase), both.phase_ns(phase)
+        assert seen is not None and expected is not None
+        assert abs(seen - expected) <= max(SLACK_NS, expected // 20), phase
+    assert (one.phase_ns("resume") or 0) >= wait_s * 1e9
