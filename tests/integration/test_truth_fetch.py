@@ -122,10 +122,10 @@ def test_tcp_says_that_a_slow_reader_held_it_up() -> None:
     stretch = (readings[0].at_ns, readings[-1].at_ns)
     found = tcp_info.verdict(process, said["socket"], stretch, 0)
     assert found is not None
-    assert found.rwnd_limited_us >= 0.8 * found.busy_us
-    assert found.busy_us * 1000 >= 0.7 * said["ns"]
-    assert found.sndbuf_limited_us <= 0.1 * found.busy_us
-    assert found.resolution_us >= 1000 and found.busy_us % found.resolution_us == 0
+    assert found["rwnd_limited_us"] >= 0.8 * found["busy_us"]
+    assert found["busy_us"] * 1000 >= 0.7 * said["ns"]
+    assert found["sndbuf_limited_us"] <= 0.1 * found["busy_us"]
+    assert found["resolution_us"] >= 1000 and found["busy_us"] % found["resolution_us"] == 0
     assert readings[-1].values["bytes_acked"] - said["bytes"] in (0, 1), "the witness of the bytes: the FIN's or SYN's"
 
 
