@@ -56,7 +56,7 @@ def test_re_arming_a_dirty_log_is_walking() -> None:
     """A log that begins all dirty, on memory that is not there: every page is looked up and protected."""
     if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
         pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
-    said, events = work("clear-all", 64)
+    said, events = work("clear-all", 128)
     found, ioctls, samples = together(events, kvm.CLEAR_DIRTY_LOG)
     assert len(ioctls) == said["calls"]
     assert share(found, "walk") > 0.9
