@@ -42,6 +42,7 @@ def completeness(
         bounds.append("the source was not traced: pause, fetch and sending are unknown")
     if destination is None:
         bounds.append("the destination was not traced: the blackout's end is unknown")
+    bounds += [_silent(process) for process in material.processes.values() if process.target and not process.was_seen]
     for signal, tier in sorted(material.header.attach.items()):
         if tier.startswith("absent") and signal in ESSENTIAL:
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
@@ -59,6 +60,11 @@ def completeness(
         observer_window_ns=most,
         observer_window_least_ns=least,
     )
+
+
+def _silent(process: Process) -> str:
+    assert process.target is not None  # noqa: S101 - asked before
+    return f"no event of process {process.pid} ({process.target.role}) was seen: has it a KVM VM, on this host?"
 
 
 def _loss(name: str, count: int) -> str:

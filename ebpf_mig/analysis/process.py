@@ -70,6 +70,12 @@ class Process:
         """The role the user gave it: a `Side`."""
         return self.target.role if self.target else Side.UNKNOWN
 
+    @property
+    def was_seen(self) -> bool:
+        """Whether the kernel reported any event of it. Its threads' names are no events: they are from /proc."""
+        calls = self.ioctls or self.enters or self.exits or self.states or self.kicks or self.transfers or self.told
+        return bool(calls or self.off_cpu or self.spans)
+
     @cached_property
     def dirty_log(self) -> list[ev.Ioctl]:
         """The ioctls that fetch or clear the dirty log."""

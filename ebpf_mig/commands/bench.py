@@ -30,6 +30,7 @@ from ebpf_mig.errors import RecordingError, UsageError, VmmError
 from ebpf_mig.lab.scenario import Scenario
 from ebpf_mig.lab.scenarios import CATALOGUE, named
 from ebpf_mig.linux import procfs
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.process import private_directory
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.report.compare import bench_table
@@ -77,6 +78,7 @@ def command(
         raise UsageError("the table goes to stdout, so the result cannot", "give it a file name with --output")
     if not force and os.path.lexists(name):
         raise UsageError(f"{name} exists already", "name another file, or overwrite it with --force")
+    require_tracing()
     kept: list[Run] = []
     try:
         _repeat(once, runs, warm_up, kept)

@@ -18,6 +18,7 @@ from ebpf_mig.commands.options import DURATION, RATE, SIZE, color_option, exampl
 from ebpf_mig.errors import RecordingError, UsageError
 from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import Scenario
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.process import python_environment
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.tracing.recorder import Recorder
@@ -85,6 +86,7 @@ def command(
 ) -> None:
     """Start two VMs, migrate one to the other, and print where its downtime went."""
     tracing.check_output(output, force)
+    require_tracing()
     scenario = Scenario(
         memory, working_set, dirty_rate or None, vcpus, transport, multifd,
         None if downtime_limit is None else downtime_limit // 10**6, bandwidth, postcopy, dirty_ring,

@@ -11,15 +11,17 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import btf, procfs
+from ebpf_mig.linux import btf
 from ebpf_mig.linux.capabilities import capabilities, require_privilege
 from ebpf_mig.linux.check import MISSING, OK, WARN, Check
+from ebpf_mig.linux.namespaces import require_host_pids
 from ebpf_mig.linux.process import python_environment
 from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.vmm import adapters
@@ -30,19 +32,33 @@ _PROBE_BCC = "import bcc; from bcc import libbcc; print(getattr(bcc, '__version_
 
 def checks() -> Iterator[Check]:
     """All answers, the required ones first."""
-    questions: list[Callable[[], Check]] = [
-        _privilege, _bcc, _kernel_btf, _kvm, _loads, _extras, _lockdown, _tracefs, _statistics, _clock,
+    questions: list[tuple[str, bool, Callable[[], Check]]] = [
+        ("privilege", True, _privilege), ("bcc", True, _bcc), ("kernel BTF", True, _kernel_btf),
+        ("/dev/kvm", False, _kvm), ("probes", True, _loads), ("tracepoints", False, _extras),
+        ("lockdown", False, _lockdown), ("tracefs", False, _tracefs), ("BPF statistics", False, _statistics),
+        ("clocksource", False, _clock),
     ]  # fmt: skip
-    for question in questions:
-        yield question()
+    for name, required, question in questions:
+        yield from _answers(name, required, lambda ask=question: [ask()])  # type: ignore[misc]
     for adapter in adapters():
-        yield from adapter.checks()
-    yield _namespace()
+        yield from _answers(adapter.name, False, adapter.checks)
+    yield from _answers("pid namespace", True, lambda: [_namespace()])
+
+
+def _answers(name: str, required: bool, ask: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    """What a question yields. Whatever goes wrong in it is its answer: doctor has no failure of its own."""
+    try:
+        yield from ask()
+    except subprocess.TimeoutExpired as error:
+        yield Check(name, MISSING if required else WARN, f"no answer within {error.timeout:.0f} s", required=required)
+    except Exception as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        yield Check(name, MISSING if required else WARN, f"cannot be asked: {why}", "run as root", required)
 
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(errors="replace").strip()
     except OSError:
         return ""
 
@@ -142,8 +158,13 @@ def _lockdown() -> Check:
 
 def _tracefs() -> Check:
     for path in ("/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events"):
-        if Path(path).is_dir():
-            return Check("tracefs", OK, path)
+        try:
+            if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - is_dir hides a refusal, or raises it, by version
+                return Check("tracefs", OK, path)
+        except PermissionError:
+            return Check("tracefs", OK, f"{path} is root's; only needed by other tools")
+        except OSError:
+            continue
     return Check(
         "tracefs", WARN, "not mounted; only needed by other tools", "mount -t tracefs nodev /sys/kernel/tracing"
     )
@@ -170,6 +191,8 @@ def _clock() -> Check:
 
 
 def _namespace() -> Check:
-    if len(procfs.fields("self").get("NSpid", "").split()) > 1:
-        return Check("pid namespace", WARN, "not the host's: pids will not match", "use the host's: --pid=host")
-    return Check("pid namespace", OK, "the host's")
+    try:
+        require_host_pids()
+    except PreflightError as error:
+        return Check("pid namespace", MISSING, str(error), error.remedy or "", required=True)
+    return Check("pid namespace", OK, "the host's", required=True)

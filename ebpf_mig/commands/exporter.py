@@ -66,6 +66,7 @@ def command(
     """Watch this node and serve the downtime of every migration to Prometheus."""
     reloads: list[int] = []
     signal.signal(signal.SIGHUP, lambda signum, _frame: reloads.append(signum))
+    capabilities.require_tracing()
     with _listen(address) as listener:
         store = Store(state_directory, keep, keep_size)
         with _server(listener, vm_label, web_config, otlp) as (server, pipe):

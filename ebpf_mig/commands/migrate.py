@@ -16,6 +16,7 @@ import click
 from ebpf_mig.commands import run, two_hosts
 from ebpf_mig.commands.options import DURATION, RATE, color_option, examples, format_option, strict_option
 from ebpf_mig.joining.merge import Hint
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.vmm import adapter as adapter_of
 from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.adapter import Adapter, Kind, Option, Values
@@ -111,6 +112,7 @@ def _migrate(
         met = two_hosts.across(way, adapter, values, timeout / 10**9, names, tier=tier, force=force)
         two_hosts.conclude(met, names, form, color, hint, strict=strict)
         return
+    require_tracing()
     open_writer = functools.partial(run.open_recording, output, "migrate", force=force)
     with contextlib.closing(adapter.connect(values)) as migration:
         outcome, name = run.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)

@@ -144,13 +144,17 @@ def write_result(result: str | bytes, output: str = "-", *, force: bool = False)
         raise UsageError(f"cannot write {output}: {error.strerror}") from error
 
 
+def encoded(text: str) -> bytes:
+    """Text for standard output: what its encoding lacks is escaped. A VM may have any name."""
+    return text.encode(sys.stdout.encoding or "ascii", "backslashreplace")
+
+
 def _write_stdout(result: str | bytes) -> None:
     stream = sys.stdout
     if isinstance(result, bytes) and stream.isatty():
         raise UsageError("this report is binary and stdout is a terminal", "use -o FILE, or redirect stdout")
     try:
-        data = result if isinstance(result, bytes) else result.encode(stream.encoding or "ascii", "backslashreplace")
-        stream.buffer.write(data)
+        stream.buffer.write(result if isinstance(result, bytes) else encoded(result))
         stream.flush()
     except BrokenPipeError:
         raise

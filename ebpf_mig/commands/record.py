@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -16,7 +15,7 @@ from ebpf_mig.commands import run
 from ebpf_mig.commands.child import Child
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import clock, procfs
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.session import Session
@@ -76,7 +75,7 @@ def command(
                 reason = session.pump(writer, _until(pids, duration, child, until_eof, witness))
             finally:
                 try:
-                    session.finish(writer, reason, witness.marks(time.monotonic_ns()))
+                    session.finish(writer, reason, witness.marks(clock.monotonic_ns()))
                     run.say(f"{reason}; look at it with: ebpf-mig report {where}")
                 finally:
                     if child is not None:
@@ -109,13 +108,13 @@ def _until(
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
     """When tracing ends. While COMMAND runs, nothing that is seen of a migration ends it."""
     watch = MigrationWatch(pids)
-    begin = time.monotonic_ns()
+    begin = clock.monotonic_ns()
     ended = 0
 
     def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal ended
         watch.saw(events)
-        now = time.monotonic_ns()
+        now = clock.monotonic_ns()
         witness.look(watch, now)
         if duration_ns is not None and now - begin >= duration_ns:
             return "duration"

@@ -23,6 +23,7 @@ from ebpf_mig.commands.options import say as say  # noqa: PLC0414 - others take 
 from ebpf_mig.commands.options import write_result
 from ebpf_mig.commands.report import rendered, require_complete
 from ebpf_mig.errors import UsageError, VmmError
+from ebpf_mig.linux import clock
 from ebpf_mig.probes.tiers import AUTO, NAMES
 from ebpf_mig.recording.events import AnyEvent, Header, Mark
 from ebpf_mig.recording.file import RecordingWriter, default_name, read_recording
@@ -133,7 +134,7 @@ def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
         run.outcome = Outcome("cancelled", "interrupted before it began") if off else migration.run(timeout_s)
     except BaseException as error:
         run.error = error
-    run.ended_ns = time.monotonic_ns()
+    run.ended_ns = clock.monotonic_ns()
 
 
 def _pump_until_done(
@@ -146,7 +147,7 @@ def _pump_until_done(
         nonlocal count
         count += len(events)
         progress(count)
-        return "done" if run.ended_ns and time.monotonic_ns() - run.ended_ns >= LATE_CALLS_NS else None
+        return "done" if run.ended_ns and clock.monotonic_ns() - run.ended_ns >= LATE_CALLS_NS else None
 
     interrupted: BaseException | None = None
     while True:

@@ -9,11 +9,12 @@ import time
 import click
 import msgspec
 
-from ebpf_mig.commands.options import SIZE, examples, format_option, say
+from ebpf_mig.commands.options import SIZE, encoded, examples, format_option, say
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Observation
 from ebpf_mig.exporter.store import Store
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.text import printable
 
 DIRECTORY = "/var/lib/ebpf-mig"
@@ -33,6 +34,7 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
 
     Costly probes are armed only while a VM shows signs of a migration.
     """
+    require_tracing()
     store = Store(state_directory, keep, keep_size)
     seen, gone = 0, False
 
@@ -41,9 +43,9 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         observation = answer.observation
         assert observation is not None  # noqa: S101 - none is told as an error
         seen += 1
-        text = msgspec.json.encode(observation).decode() if form == "json" else line(observation)
+        text = msgspec.json.encode(observation) if form == "json" else encoded(line(observation))
         try:
-            sys.stdout.write(text + "\n")
+            sys.stdout.buffer.write(text + b"\n")
             sys.stdout.flush()
         except OSError:
             gone = True  # nobody reads any more

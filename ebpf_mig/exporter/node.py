@@ -28,7 +28,7 @@ from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.tracker import Ended, Tracks
 from ebpf_mig.exporter.troubles import Troubles
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
@@ -146,7 +146,7 @@ class NodeWatch:
             self._tick()
         over: list[Ended] = []
         with self._troubles.of("events", "the migrations that are over"):
-            over = self._tracks.over(time.monotonic_ns(), self._alive)
+            over = self._tracks.over(clock.monotonic_ns(), self._alive)
         for ended in over:
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
                 self._end(ended)
@@ -154,7 +154,7 @@ class NodeWatch:
 
     def _saw(self, events: list[AnyEvent]) -> None:
         with self._troubles.of("events", f"{len(events)} events"):
-            self._tracks.saw(events, time.monotonic_ns())
+            self._tracks.saw(events, clock.monotonic_ns())
 
     def status(self) -> Status:
         """The watch's own state."""
@@ -179,7 +179,7 @@ class NodeWatch:
 
     def close(self) -> None:
         """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
-        for ended in self._tracks.abandon(time.monotonic_ns()):
+        for ended in self._tracks.abandon(clock.monotonic_ns()):
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
                 self._end(ended)
         self._analysis.close()
@@ -204,7 +204,7 @@ class NodeWatch:
             known = sign.pid in self._tracks
             self._suspect(sign.pid, sign.kind)
             if not known and sign.pid in self._tracks:
-                delay = (time.monotonic_ns() - sign.at_ns) / 1e9
+                delay = (clock.monotonic_ns() - sign.at_ns) / 1e9
                 self._delays[bisect.bisect_left(DELAYS_S, delay)] += 1
                 self._delay_s += delay
 
@@ -291,7 +291,7 @@ class NodeWatch:
                 with contextlib.suppress(Exception):
                     self._tracer.remove(pid)
                 raise
-        self._tracks.begin(pid, kind, time.monotonic_ns(), fresh=self._vms[pid].fresh)
+        self._tracks.begin(pid, kind, clock.monotonic_ns(), fresh=self._vms[pid].fresh)
 
     def _rest(self) -> None:
         """Disarms once nothing is traced."""
@@ -319,7 +319,7 @@ class NodeWatch:
         for pid in ended.pids:
             self._vms[pid].fresh = False
             self._vms[pid].credit = BURST
-        ending = Ending(time.monotonic_ns(), ended.reason, lost, unpaired, run_ns)
+        ending = Ending(clock.monotonic_ns(), ended.reason, lost, unpaired, run_ns)
         targets = [Target(pid=vm.pid, role="unknown", vmm="" if vm.vmm == "unknown" else vm.vmm) for vm in vms]
         notes = [f"{ended.thinned} early transfers were left out"] if ended.thinned else []
         header = header_for(targets, self._tracer.attached, notes)

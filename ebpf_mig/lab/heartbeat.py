@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+
+from ebpf_mig.linux import clock
 
 
 class Heartbeat:
@@ -23,7 +24,7 @@ class Heartbeat:
     def _read(self) -> None:
         with os.fdopen(self._fd, "rb", buffering=0) as pipe:
             while data := pipe.read(256):
-                now = time.monotonic_ns()
+                now = clock.monotonic_ns()
                 self.beats.extend((now, chr(byte)) for byte in data)
 
     def letters(self) -> set[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import bpf, procfs
+from ebpf_mig.linux.namespaces import require_host_pids
 
 NUMBERS = {
     "CAP_DAC_READ_SEARCH": 2,
@@ -49,6 +50,12 @@ def capabilities() -> set[str]:
 def seccomp_forbids() -> bool:
     """Whether a seccomp filter keeps bpf(2) from us."""
     return procfs.fields("self").get("Seccomp") == "2" and bpf.is_forbidden()
+
+
+def require_tracing() -> None:
+    """PreflightError at once where tracing cannot work, before anything is started for it."""
+    require_host_pids()
+    require_privilege()
 
 
 def require_privilege() -> None:

@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clocks that stamps are made with, one against the other.
+"""The clock of every stamp: the host's CLOCK_MONOTONIC, as BPF programs read it (bpf_ktime_get_ns).
 
-In: nothing. Out: instants in ns, and how far two readings can lie apart.
+In: nothing. Out: instants in ns, also where this process has a time namespace of its own, and the same instant on the
+wall clock. Only waiting for something uses Python's clock.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+
+from ebpf_mig.linux import namespaces
+
+_ahead_ns = functools.cache(namespaces.clock_ahead_ns)
+
+
+def monotonic_ns() -> int:
+    """Now, on the host's clock."""
+    return time.monotonic_ns() - _ahead_ns()
 
 
 def bracket(tries: int = 5) -> tuple[int, int, int]:
@@ -16,9 +27,9 @@ def bracket(tries: int = 5) -> tuple[int, int, int]:
     """
     best: tuple[int, int, int] | None = None
     for _ in range(tries):
-        before = time.monotonic_ns()
+        before = monotonic_ns()
         real = time.time_ns()
-        after = time.monotonic_ns()
+        after = monotonic_ns()
         doubt = (after - before + 1) // 2
         if best is None or doubt < best[2]:
             best = (before + after) // 2, real, doubt

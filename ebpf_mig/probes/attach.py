@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
-from ebpf_mig.linux.capabilities import require_privilege
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.probes import selftest
 from ebpf_mig.probes.hook import TRACEPOINT, Hook
 from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
@@ -36,7 +36,7 @@ def load(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> Plan:
     Without pids it is loaded for a node: whom to trace is said later, and it will be armed more than once.
     PreflightError without privilege, or if a tier that was asked for by name cannot be had.
     """
-    require_privilege()
+    require_tracing()
     try:
         tracepoints = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.hooks])
         require_bcc()

@@ -7,10 +7,9 @@ Out: `TcpInfo` and `OwnCost` events, seldom, in most cases `APART_NS` apart.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
-from ebpf_mig.linux import kvm
+from ebpf_mig.linux import clock, kvm
 from ebpf_mig.probes.tcp_info import TcpReader
 from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
 
@@ -66,7 +65,7 @@ class Polled:
                 worth = self._fetching = True
         apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
         answers: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
-        now = time.monotonic_ns()
+        now = clock.monotonic_ns()
         if (worth or edge) and now - self._last_ns > apart:
             return answers + self.take()
         return answers + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
@@ -78,7 +77,7 @@ class Polled:
 
     def take(self) -> list[AnyEvent]:
         """Our own cost, now; what TCP says comes later, with the events of `due`."""
-        self._last_ns = time.monotonic_ns()
+        self._last_ns = clock.monotonic_ns()
         cost = self._own_cost()
         for inode, socket in list(self._sockets.items()):
             if self._tcp is not None and self._bytes.get(inode, 0) >= TCP_READ_BYTES:
@@ -86,7 +85,7 @@ class Polled:
         return cost
 
     def _own_cost(self) -> list[AnyEvent]:
-        self._last_cost_ns = time.monotonic_ns()
+        self._last_cost_ns = clock.monotonic_ns()
         cost = self._cost()
         return [] if cost is None else [OwnCost(self._last_cost_ns, *cost)]
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig.linux import kvm
+from ebpf_mig.linux import clock, kvm
 from ebpf_mig.linux.perf import ThreadClock
 from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Kick, Samples, Transfer, VcpuEnter
 from ebpf_mig.recording.thresholds import FETCH_GAP_NS
@@ -42,11 +42,11 @@ _TRIAL_NS, _TRIES = 20_000, 12
 
 def cost_ns(program_fd: int) -> int:
     """What one sample costs here, measured on our own thread in a few ms. OSError where it cannot be sampled."""
-    clock = ThreadClock(threading.get_native_id(), program_fd, SLOW_NS)
+    sampling = ThreadClock(threading.get_native_id(), program_fd, SLOW_NS)
     plain = min(_spin() for _ in range(_TRIES))
-    clock.pace(_TRIAL_NS)
+    sampling.pace(_TRIAL_NS)
     sampled = min(_spin() for _ in range(_TRIES))
-    clock.close()
+    sampling.close()
     return max(0, sampled - plain) * _TRIAL_NS // sampled
 
 
@@ -127,8 +127,8 @@ class Sampler:
     def forget(self, pid: int) -> None:
         """A process is traced no more."""
         process = self._processes.pop(pid, None)
-        for tid, clock in process.clocks.items() if process else ():
-            clock.close()
+        for tid, sampling in process.clocks.items() if process else ():
+            sampling.close()
             self._opened.pop(tid, None)
         self._set_pace()
 
@@ -151,12 +151,12 @@ class Sampler:
 
     def _watch(self, process: _Process, tid: int) -> None:
         try:
-            process.clocks[tid] = clock = ThreadClock(tid, self._program_fd, SLOW_NS)
-            clock.pace(self.period_ns)
+            process.clocks[tid] = sampling = ThreadClock(tid, self._program_fd, SLOW_NS)
+            sampling.pace(self.period_ns)
         except OSError as error:
             self.refusal = error.strerror or str(error)
             return
-        self._opened[tid] = time.monotonic_ns()
+        self._opened[tid] = clock.monotonic_ns()
 
     def _kicked(self, kick: Kick) -> None:
         process = self._process(kick.pid)
@@ -171,7 +171,7 @@ class Sampler:
     def _wanted(self, process: _Process) -> int:
         if not process.clocks or process.done:
             return 0
-        if process.kicked_ns and time.monotonic_ns() - max(process.kicked_ns, process.until_ns) < GIVE_UP_NS:
+        if process.kicked_ns and clock.monotonic_ns() - max(process.kicked_ns, process.until_ns) < GIVE_UP_NS:
             longest = max(process.fetched_ns.values(), default=0)
             return max(min(max(longest // WANTED, FASTEST_NS), SLOW_NS), self._least_ns)
         return max(SLOW_NS, self._least_ns)
@@ -185,6 +185,6 @@ class Sampler:
         self._set_period(period or self.period_ns)
         self.period_ns = period
         for process in self._processes.values():
-            for clock in process.clocks.values():
+            for sampling in process.clocks.values():
                 with contextlib.suppress(OSError):  # the thread is gone
-                    clock.pace(period)
+                    sampling.pace(period)

@@ -14,6 +14,7 @@ import time
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from ebpf_mig.linux import clock
 from ebpf_mig.recording.events import Socket, TcpInfo
 
 AF_INET, AF_INET6 = 2, 10
@@ -36,7 +37,7 @@ def read(diag: Any, socket: Socket) -> TcpInfo | None:
     sport, dport = (int(end.rpartition(":")[2] or 0) for end in (socket.local, socket.remote))
     if socket.family not in (AF_INET, AF_INET6) or not sport or not dport:
         return None
-    at = time.monotonic_ns()
+    at = clock.monotonic_ns()
     for row in diag.get_sock_stats(socket.family, extensions=_INET_DIAG_INFO, sport=sport, dport=dport):
         if row["idiag_inode"] == socket.socket and (info := row.get_attr("INET_DIAG_INFO")):
             values = {name: int(info[f"tcpi_{name}"]) for name in FIELDS if f"tcpi_{name}" in info}

@@ -11,9 +11,11 @@ nothing is compiled again.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Sequence
 
+import msgspec
+
+from ebpf_mig.linux import clock
 from ebpf_mig.probes import attach
 from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.probes.plan import SAMPLER, Plan, PlanDescription
@@ -25,7 +27,7 @@ from ebpf_mig.probes.stacks import Stacks
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
 from ebpf_mig.probes.thread_names import ThreadNames
 from ebpf_mig.probes.tiers import AUTO
-from ebpf_mig.recording.events import RECURSION_MISSES, AnyEvent, Ioctl, OffCpu, Samples, Socket, VcpuState
+from ebpf_mig.recording.events import RECURSION_MISSES, AnyEvent, Ioctl, Kick, OffCpu, Samples, Socket, VcpuState
 
 _DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.hooks)}
 """Programs that an interrupt may meet again, as in a lock wait of its handler: their misses cost no call."""
@@ -100,6 +102,8 @@ class Tracer:
             self._threads.seen(event.pid, tid)  # type: ignore[union-attr]
         if isinstance(event, Socket):
             self._sockets.seen(event)
+        if isinstance(event, Kick):
+            return msgspec.structs.replace(event, target_tid=self._threads.host_tid(event.pid, event.target_tid))
         return self._stacks.named_wait(event) if isinstance(event, OffCpu) else event
 
     def describe(self, fds: list[int]) -> PlanDescription:
@@ -108,7 +112,7 @@ class Tracer:
 
     def finish(self) -> list[AnyEvent]:
         """Detaches and hands over the rest: buffered records, open batches, each vCPU's account, thread names."""
-        now = time.monotonic_ns()
+        now = clock.monotonic_ns()
         self._sampler.close()
         last = self._polled.last()
         attach.disarm(self._plan)
@@ -127,7 +131,7 @@ class Tracer:
         self._late = self.poll(0)
         self._sampler.forget(pid)
         self._polled.forget(pid)
-        rest = self._accounts(time.monotonic_ns(), pid)
+        rest = self._accounts(clock.monotonic_ns(), pid)
         rest += self._threads.events(pid)
         self._processes.forget(pid)
         self.pids = tuple(other for other in self.pids if other != pid)
@@ -137,7 +141,7 @@ class Tracer:
 
     def names(self, pid: int) -> list[AnyEvent]:
         """The names of the threads of a process that is traced on."""
-        self._accounts(time.monotonic_ns(), pid)  # they tell which thread runs which vCPU
+        self._accounts(clock.monotonic_ns(), pid)  # they tell which thread runs which vCPU
         return list(self._threads.events(pid))
 
     def disarm(self) -> None:

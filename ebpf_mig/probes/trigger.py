@@ -16,7 +16,7 @@ import msgspec
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
-from ebpf_mig.linux.capabilities import require_privilege
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.probes.contract import Contract
 from ebpf_mig.probes.hook import TRACEPOINT, Hook
 from ebpf_mig.probes.hook_points import MEMSLOTS
@@ -107,7 +107,7 @@ class NodeProbe:
 
 
 def _load() -> tuple[Program, Sequence[Hook]]:
-    require_privilege()
+    require_tracing()
     require_bcc()
     member = ("sock_common", "skc_num")
     offset = btf.offsets(btf.VMLINUX, [member])[member]

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from msgspec.structs import replace
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import UsageError
-from ebpf_mig.linux import clock, procfs
+from ebpf_mig.linux import clock, namespaces, procfs
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
@@ -74,7 +73,7 @@ def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Seque
         kernel=platform.release(),
         machine=platform.machine(),
         page_size=os.sysconf("SC_PAGESIZE"),
-        begin_ns=time.monotonic_ns(),
+        begin_ns=clock.monotonic_ns(),
         clock=clock_pair(),
         targets=[_with_comm(target) for target in targets],
         attach=attached,
@@ -92,6 +91,7 @@ class Session:
 
     def __init__(self, targets: Sequence[Target], tier: str = AUTO) -> None:
         """`tier`: of what kind the probes are to be, one of `probes.functions.NAMES`."""
+        namespaces.require_host_pids()
         require_alive(targets)
         self.targets = tuple(targets)
         self._tracer = Tracer([target.pid for target in targets], tier=tier)
@@ -125,7 +125,7 @@ class Session:
         sink.write_many(extra)
         lost, unpaired = self._tracer.losses()
         self._tracer.close()
-        sink.write_many([Ending(time.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
+        sink.write_many([Ending(clock.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
         sink.flush()
 
 

@@ -7,7 +7,6 @@ what the VMM itself says about the migration, to be set beside the kernel's figu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -89,6 +88,6 @@ def wall_to_monotonic(wall_ns: int) -> tuple[int, int]:
 def mark(pid: int, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None, grain_ns: int = 0) -> Mark:
     """A mark of now, or of the VMM's own wall-clock stamp, which it cut to a multiple of `grain_ns`."""
     if wall_ns is None:
-        return Mark(time.monotonic_ns(), pid, name, detail, value, 0)
+        return Mark(clock.monotonic_ns(), pid, name, detail, value, 0)
     at, doubt = wall_to_monotonic(wall_ns)
     return Mark(at + grain_ns // 2, pid, name, detail, value, doubt + -(-grain_ns // 2))

@@ -16,13 +16,13 @@ import os
 import select
 import stat
 import threading
-import time
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import clock
 from ebpf_mig.recording.events import Mark
 
 _IN_MODIFY = 2
@@ -164,7 +164,7 @@ class EventFile:
             data = self._file.read(_MOST_REST)
             if not data:
                 break
-            now = time.monotonic_ns()
+            now = clock.monotonic_ns()
             self._size += len(data)
             if self._size > _MOST_BYTES or len(self._told) >= _MOST:
                 continue  # no Cloud Hypervisor says so much: it is read, and left

@@ -18,6 +18,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ebpf_mig.errors import UsageError, VmmError
+from ebpf_mig.linux import clock
 from ebpf_mig.linux.listening import listens
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
@@ -148,7 +149,7 @@ class ChMigration:
             if path:
                 self._watched[pid] = event_monitor.EventFile(path)
                 self._watched[pid].start()
-        self._asked[event_monitor.RECEIVE_ASKED] = time.monotonic_ns()
+        self._asked[event_monitor.RECEIVE_ASKED] = clock.monotonic_ns()
         self._receive.start(_RECEIVE, lambda: self._dst.call("PUT", _RECEIVE, receive, None))
         deadline = time.monotonic() + _LISTEN_S
         while not self._listens():
@@ -185,7 +186,7 @@ class ChMigration:
                     stack.callback(os.close, pidfds[target.role])
             except OSError:
                 return Outcome("failed", "a VMM ended before the migration began", tuple(triggers))
-            self._asked[event_monitor.SEND_ASKED] = time.monotonic_ns()
+            self._asked[event_monitor.SEND_ASKED] = clock.monotonic_ns()
             body = self.options.send(self.url)
             self._send.start(_SEND, lambda: self._src.call("PUT", _SEND, body, None))
             result, error = Ending(

@@ -43,7 +43,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.reader = 1000 * MS, Reader()
         monkeypatch.setattr(polled, "TcpReader", lambda: self.reader)
-        monkeypatch.setattr(polled.time, "monotonic_ns", lambda: self.now)
+        monkeypatch.setattr(polled.clock, "monotonic_ns", lambda: self.now)
         self.polled = Polled(lambda: (self.now // 1000, 5))
         self.polled.open()
 

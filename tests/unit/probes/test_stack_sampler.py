@@ -31,7 +31,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.told, self.clocks = 0, list[int](), list[Clock]()
         monkeypatch.setattr(stack_sampler, "ThreadClock", self.open)
-        monkeypatch.setattr(stack_sampler.time, "monotonic_ns", lambda: self.now)
+        monkeypatch.setattr(stack_sampler.clock, "monotonic_ns", lambda: self.now)
         self.sampler = Sampler(5, self.told.append)
 
     def open(self, tid: int, program_fd: int, _period_ns: int) -> Clock:

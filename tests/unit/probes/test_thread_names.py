@@ -1,61 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of this process's own threads, as the kernel has them."""
+"""vCPUs by the VMM's own index, where KVM's ids have holes."""
 
 from __future__ import annotations
 
-import os
-import threading
-from pathlib import Path
-
-from ebpf_mig.probes.thread_names import ThreadNames
+from ebpf_mig.probes.thread_names import indices
 from ebpf_mig.recording.events import Thread
 
-OURS = os.getpid()
+APIC_IDS = [0, 1, 2, 4, 5, 6]
+"""Of `-smp 6,sockets=2,cores=3`."""
 
 
-class Named(threading.Thread):
-    """A thread whose kernel name is `name`, until it is released."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(daemon=True)
-        self._ready, self._over, self._called = threading.Event(), threading.Event(), name
-        self.start()
-        self._ready.wait()
-
-    def run(self) -> None:
-        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(self._called)
-        self._ready.set()
-        self._over.wait()
-
-    def end(self) -> int:
-        tid = self.native_id
-        assert tid is not None
-        self._over.set()
-        self.join()
-        return tid
+def threads(form: str) -> dict[int, Thread]:
+    return {100 + n: Thread(1, 100 + n, form.format(n), number) for n, number in enumerate(APIC_IDS)}
 
 
-def test_a_thread_that_is_gone_keeps_its_name() -> None:
-    names, thread = ThreadNames(), Named("migration")
-    names.read([OURS])
-    tid = thread.end()
-    names.read([OURS])
-    names.seen(OURS, tid)
-    assert Thread(OURS, tid, "migration") in names.events(OURS)
+def test_names_number_the_vcpus() -> None:
+    for form in ("CPU {}/KVM", "vcpu{}", "fc_vcpu {}"):
+        assert indices(threads(form), APIC_IDS, "vmm") == {100 + n: n for n in range(6)}
+    last = {105: threads("CPU {}/KVM")[105]}
+    assert indices(last, [], "vmm") == {105: 5}, "also where the others were not seen to run"
 
 
-def test_a_thread_that_is_seen_before_we_read() -> None:
-    names, thread = ThreadNames(), Named("send_0")
-    assert thread.native_id is not None
-    names.seen(OURS, thread.native_id)
-    names.ran_vcpu(OURS, thread.native_id, 12)
-    tid = thread.end()
-    assert names.events() == [Thread(OURS, tid, "send_0", -1)]
-
-
-def test_a_process_that_is_forgotten() -> None:
-    names = ThreadNames()
-    names.read([OURS])
-    names.seen(1, 1)
-    names.forget(OURS)
-    assert [thread.pid for thread in names.events()] == [1]
+def test_without_such_names_the_rank_does() -> None:
+    inherited = threads("qemu-system-x86")
+    assert indices(inherited, APIC_IDS, "qemu-system-x86") == {100 + n: n for n in range(6)}
+    assert indices({105: inherited[105]}, APIC_IDS, "qemu-system-x86") == {105: 5}, "86 is no index"
+    assert indices(threads("worker"), APIC_IDS, "vmm") == {100 + n: n for n in range(6)}

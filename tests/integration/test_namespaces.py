@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tool and VMMs in pid and time namespaces. The witness is the kernel's own signal_generate, read by bpftrace."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.events import Kick, Thread
+from ebpf_mig.recording.file import Recording, read_recording
+from tests.conftest import TRACING, requires
+
+pytestmark = requires(*TRACING)
+
+TOOL = [sys.executable, "-m", "ebpf_mig"]
+PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
+TIME_NAMESPACE = ["unshare", "--time", "--fork", "--kill-child", "--monotonic", "86400", "--boottime", "86400"]
+_SIGNALS = r'tracepoint:signal:signal_generate { printf("%llu %d %d\n", nsecs, args->pid, args->sig); }'
+_WITNESS = [
+    "unshare", "--mount", "sh", "-c", 'mount -t tracefs nodev /sys/kernel/tracing; exec bpftrace -e "$1"', "sh",
+]  # fmt: skip
+QUICK = ["--memory", "128M", "--working-set", "2M", "--force"]
+
+
+def demo(*arguments: str, inside: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*(inside or []), *TOOL, "demo", *QUICK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def wrapped(path: Path, line: str) -> str:
+    """A program that starts QEMU another way; `line` has its arguments in "$@"."""
+    path.write_text(f"#!/bin/bash\n{line}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["record", "--pid", "1"],
+        ["demo"],
+        ["migrate", "qemu", "--source", "a", "--destination", "b", "--uri", "tcp:127.0.0.1:1"],
+        ["watch"],
+        ["exporter", "--web.listen-address", "127.0.0.1:0"],
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
+@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own proc", "the host's proc"])
+def test_the_tool_in_a_pid_namespace_says_what_to_do(arguments: list[str], mount: list[str], tmp_path: Path) -> None:
+    state = ["--state-directory", str(tmp_path / "state")] if arguments[0] in {"watch", "exporter"} else []
+    command = [*PID_NAMESPACE, *mount, *TOOL, *arguments, *state]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert "--pid=host" in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_tool_in_a_time_namespace_stamps_by_the_hosts_clock(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    done = demo("--output", str(path), inside=TIME_NAMESPACE)
+    assert done.returncode == 0, done.stderr
+    recording = read_recording(path)
+    assert abs(recording.header.begin_ns - time.monotonic_ns()) < 120 * 10**9
+    marks = {mark.name: mark.at_ns for mark in recording.events if hasattr(mark, "detail")}
+    breakdown = analyse(recording).breakdown
+    assert breakdown.window_ns is not None
+    assert abs(marks["qmp.STOP"] - recording.header.begin_ns) < 60 * 10**9
+    stop = next(witness for witness in breakdown.witnesses if witness.name == "qmp.STOP..RESUME")
+    assert abs(stop.value_ns) < 60 * 10**9
+
+
+@requires("bpftrace", "private mount namespaces")
+def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tmp_path: Path) -> None:
+    """Each QEMU is process 1 of its namespace, a day ahead; its threads' ids there are kernel threads' on the host."""
+    inside = f'exec {" ".join(PID_NAMESPACE)} {" ".join(TIME_NAMESPACE)} qemu-system-x86_64 "$@"'
+    path, told = tmp_path / "a.rec", tmp_path / "signals"
+    with told.open("w") as sink, subprocess.Popen([*_WITNESS, _SIGNALS], stdout=sink) as witness:
+        try:
+            time.sleep(3)
+            done = demo("--vmm-binary", wrapped(tmp_path / "qemu", inside), "--output", str(path))
+        finally:
+            witness.terminate()
+    assert done.returncode == 0, done.stderr
+    recording = read_recording(path)
+    rows = [tuple(map(int, row.split())) for row in told.read_text().splitlines() if re.fullmatch(r"\d+ \d+ \d+", row)]
+    _kicks_are_the_kernels(recording, rows)
+    breakdown = analyse(recording).breakdown
+    assert breakdown.phase_ns("pause") > 0
+    assert breakdown.completeness.verdict == "complete", breakdown.completeness.reasons
+    stop = next(witness for witness in breakdown.witnesses if witness.name == "qmp.STOP..RESUME")
+    assert stop.difference_ns is not None and abs(stop.difference_ns) < 10**9
+
+
+def _kicks_are_the_kernels(recording: Recording, rows: list[tuple[int, ...]]) -> None:
+    """Every kick hit the thread that the kernel says, a moment later; and it is a thread that we name."""
+    kicks = [event for event in recording.events if isinstance(event, Kick)]
+    threads = {event.tid: event for event in recording.events if isinstance(event, Thread)}
+    assert kicks
+    for kick in kicks:
+        assert kick.target_tid in threads, "an id of the host's"
+        hits = [at - kick.at_ns for at, pid, signal in rows if pid == kick.target_tid and signal == kick.signal]
+        assert any(0 <= after < 5_000_000 for after in hits), (kick, hits)
+    assert {threads[kick.target_tid].vcpu for kick in kicks} <= {0, 1}
+
+
+def test_vcpus_have_the_vmms_own_index(tmp_path: Path) -> None:
+    """With three cores a socket the second socket's APIC ids begin at 4."""
+    inside = 'args=(); for a in "$@"; do [ "$before" = -smp ] && a=6,sockets=2,cores=3; before=$a; args+=("$a"); done\n'
+    path = tmp_path / "a.rec"
+    wrapper = wrapped(tmp_path / "qemu", inside + 'exec qemu-system-x86_64 "${args[@]}"')
+    done = demo("--vcpus", "6", "--vmm-binary", wrapper, "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    breakdown = analyse(read_recording(path)).breakdown
+    assert {vcpu.vcpu for vcpu in breakdown.vcpus} <= set(range(6))
+    assert max(vcpu.vcpu for vcpu in breakdown.vcpus) == 5
