@@ -532,7 +532,8 @@ class Wait(Struct, frozen=True, kw_only=True):
     duration_ns: int
     """The part in that phase, ns."""
     stack: list[str]
-    """Kernel functions that it slept in, innermost first; `(preempted)` if it had lost the CPU."""
+    """Kernel functions that it slept in, innermost first. If it could run and did not: `(CPU quota)` or `(preempted)`
+    where that is proven, else `(runnable, not running)`."""
 
 
 class Witness(Struct, frozen=True, kw_only=True):

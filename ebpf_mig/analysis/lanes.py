@@ -152,7 +152,7 @@ def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
         )
     for wait in process.off_cpu:
         if wait.begin_ns > 0:
-            name = "preempted" if wait.preempted else (_deepest(wait.stack) or "sleeps")
+            name = "runnable, not running" if wait.preempted else (_deepest(wait.stack) or "sleeps")
             args: Args = {"stack": " < ".join(wait.stack)} if wait.stack else {}
             lane(wait.tid, 2, "wait", "off the CPU").append(Slice(wait.begin_ns, wait.end_ns, name, args))
     for key in sorted(lanes):

@@ -64,6 +64,7 @@ class Process:
     spans: list[ev.VcpuSpan] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
+    quotas: list[ev.CpuQuota] = field(default_factory=list)
 
     @property
     def hint(self) -> str:

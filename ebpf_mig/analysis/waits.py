@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import Cover
 from ebpf_mig.breakdown import PHASES, Phase, PhaseName, Side, Span, Wait
+from ebpf_mig.recording.events import OffCpu
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
 MOST_WAITS = 10
@@ -28,6 +29,14 @@ _DESTINATION = (PhaseName.HANDOVER, PhaseName.STATE_LOAD, PhaseName.RESUME)
 _OWN = {Side.SOURCE: _SOURCE, Side.DESTINATION: _DESTINATION, Side.BOTH: _SOURCE + _DESTINATION}
 """The phases in which a side's waits hold the migration up."""
 _VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)
+PREEMPTED = "(preempted)"
+"""It could run, no quota held it back meanwhile: another thread had the CPU."""
+CPU_QUOTA = "(CPU quota)"
+"""It could run, and its control group had used up its quota for nearly as long."""
+RUNNABLE = "(runnable, not running)"
+"""It could run and did not; what kept it is not known."""
+QUOTA_SHARE = 0.9
+"""The part of a wait that the control groups must have been held back, for the quota to be its reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +70,24 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
             duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
             if duration < LONG_WAIT_NS:
                 continue
-            stack = ["(preempted)"] if event.preempted else list(event.stack)
+            stack = [_not_running(party.process, event)] if event.preempted else list(event.stack)
             thread = party.process.threads.get(event.tid)
             name = f"{thread.name if thread else ''} {event.tid}".strip()
             found.append((duration, event.begin_ns, Wait(phase=phase, thread=name, duration_ns=duration, stack=stack)))
     found.sort(key=lambda item: (-item[0], item[1], item[2].thread, item[2].stack))
     return [wait for _, _, wait in found[:MOST_WAITS]]
+
+
+def _not_running(process: Process, wait: OffCpu) -> str:
+    """Why a thread that could run did not, as far as that is proven: the control groups' time around the wait tells."""
+    before = [reading for reading in process.quotas if reading.at_ns <= wait.begin_ns]
+    after = [reading for reading in process.quotas if reading.at_ns >= wait.end_ns]
+    if not before or not after:
+        return RUNNABLE
+    held = after[0].held_ns - before[-1].held_ns
+    if not held:
+        return PREEMPTED
+    return CPU_QUOTA if held >= QUOTA_SHARE * (wait.end_ns - wait.begin_ns) else RUNNABLE
 
 
 def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that must be polled: TCP's account of the sockets, and the run time of our own programs.
+"""Values that must be polled: TCP's account of the sockets, how long CPU quotas held the VMMs back, our own cost.
 
 In: the events as they arrive, which say when a reading is worth its cost: at a fetch, a kick, an entry into KVM_RUN.
-Out: `TcpInfo` and `OwnCost` events, seldom, in most cases `APART_NS` apart.
+Out: `TcpInfo`, `OwnCost` and `CpuQuota` events, seldom, in most cases `APART_NS` apart.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ebpf_mig.linux import clock, kvm
+from ebpf_mig.linux.cgroup import Quota
 from ebpf_mig.probes.tcp_info import TcpReader
-from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
+from ebpf_mig.recording.events import SEND, AnyEvent, CpuQuota, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
 
 APART_NS = 100_000_000
 APART_IN_STOP_NS = 20_000_000
@@ -36,6 +37,7 @@ class Polled:
         self._sockets: dict[int, Socket] = {}
         self._bytes: dict[int, int] = {}
         self._stopped: set[int] = set()
+        self._quotas: dict[int, Quota] = {}
         self._last_ns = self._last_cost_ns = 0
         self._fetching = False
 
@@ -76,13 +78,21 @@ class Polled:
         return readings + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
-        """Our own cost, now; what TCP says comes later, with the events of `due`."""
+        """Our own cost and the quotas, now; what TCP says comes later, with the events of `due`."""
         self._last_ns = clock.monotonic_ns()
-        cost = self._own_cost()
+        cost = self._own_cost() + self._held()
         for inode, socket in list(self._sockets.items()):
             if self._tcp is not None and self._bytes.get(inode, 0) >= TCP_READ_BYTES:
                 self._tcp.ask(socket)
         return cost
+
+    def follow(self, pid: int) -> None:
+        """A process is traced from now on."""
+        self._quotas[pid] = Quota(pid)
+
+    def _held(self) -> list[AnyEvent]:
+        readings = [(pid, quota.held_ns(), clock.monotonic_ns()) for pid, quota in self._quotas.items()]
+        return [CpuQuota(at, pid, held) for pid, held, at in readings if held is not None]
 
     def _own_cost(self) -> list[AnyEvent]:
         self._last_cost_ns = clock.monotonic_ns()
@@ -92,6 +102,7 @@ class Polled:
     def forget(self, pid: int) -> None:
         """A process is traced no more."""
         self._stopped.discard(pid)
+        self._quotas.pop(pid, None)
         for inode in [inode for inode, socket in self._sockets.items() if socket.pid == pid]:
             del self._sockets[inode]
             self._bytes.pop(inode, None)

@@ -73,6 +73,8 @@ class Tracer:
         self._program.open_ring("events")
         self._stacks.prepare()
         self._polled.open()
+        for pid in self.pids:
+            self._polled.follow(pid)
         self._threads.read(self.pids)
         self._processes.add(self.pids)
         self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
@@ -124,6 +126,7 @@ class Tracer:
         self.pids = (*self.pids, pid)
         self._processes.add([pid])  # first: a migration under way does not wait for us to know its threads' names
         self._threads.read([pid])
+        self._polled.follow(pid)
 
     def remove(self, pid: int) -> list[AnyEvent]:
         """Traces a process no more; hands over what the kernel and we still hold about it. Call `poll` after it."""

@@ -384,6 +384,17 @@ class Retransmit(Event, frozen=True, tag=18):
 CLOSED, ENDED, WRITTEN = "session.closed", "session.ended", "session.written"
 """Marks of a passive tracer, by /proc. A VMM that lives on closed its migration's connection: `value` is the socket's
 inode. A traced process ended. A process wrote `value` bytes with write(2) and its like since tracing began."""
+
+
+class CpuQuota(Event, frozen=True, tag=19):
+    """How long a CPU quota had held back a traced process's threads, by all their control groups together."""
+
+    at_ns: Instant
+    pid: Pid
+    held_ns: Duration
+    """Since the groups were made (`cpu.stat`: throttled_time, throttled_usec)."""
+
+
 RECURSION_MISSES = "recursion-misses"
 """In `Ending.lost`: how often the kernel did not run a program of ours, whatever event it would have made."""
 
@@ -422,6 +433,7 @@ AnyEvent = (
     | Samples
     | TcpInfo
     | OwnCost
+    | CpuQuota
 )
 
 

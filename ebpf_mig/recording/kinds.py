@@ -103,6 +103,7 @@ KINDS = (
         "sample_record", "u64 kind, at_ns, pid, tid, begin_ns, period_ns, frames[24]"))),
     Kind(ev.TcpInfo, "tcp"),
     Kind(ev.OwnCost),
+    Kind(ev.CpuQuota, "quotas"),
     Kind(ev.Retransmit, "retransmits", Record(12, "retransmit", Layout(
         "retransmit_record", "u64 kind, at_ns, pid, socket, bytes, seq, number"))),
 )  # fmt: skip

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ebpf_mig.breakdown import Wait
 from ebpf_mig.recording import events as ev
 from tests.unit import scripts
@@ -51,7 +53,27 @@ def test_short_waits_are_left_out_and_losing_the_cpu_is_named() -> None:
     script = scripts.qemu_7_2()
     sleep(script.vms[0], 3000, 3099, "f")
     sleep(script.vms[0], 4000, 4100, preempted=True)
-    assert waits(script) == [("quiesce", "1001", 100, ["(preempted)"])]
+    assert waits(script) == [("quiesce", "1001", 100, ["(runnable, not running)"])]
+
+
+@pytest.mark.parametrize(
+    ("readings", "word"),
+    [
+        ([(3000, 5), (6000, 5)], "(preempted)"),
+        ([(3000, 5), (6000, 95)], "(CPU quota)"),
+        ([(3000, 5), (6000, 94)], "(runnable, not running)"),
+        ([(3000, 0), (4050, 0), (6000, 900)], "(CPU quota)"),
+        ([(4050, 5), (6000, 5)], "(runnable, not running)"),
+        ([(3000, 5), (4050, 5)], "(runnable, not running)"),
+    ],
+)
+def test_why_a_thread_that_could_run_did_not(readings: list[tuple[int, int]], word: str) -> None:
+    """The quota's time counts if it was read before and after the wait, of 100 us here."""
+    script = scripts.qemu_7_2()
+    source = script.vms[0]
+    sleep(source, 4000, 4100, preempted=True)
+    source.events += [ev.CpuQuota(at(us), source.pid, held * 1000) for us, held in readings]
+    assert waits(script) == [("quiesce", "1001", 100, [word])]
 
 
 def test_multifd_senders_count_while_memory_is_sent() -> None:

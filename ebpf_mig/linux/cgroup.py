@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a process's threads were held back by a CPU quota, as their control groups tell.
+
+In: a pid. Out: nanoseconds since the groups were made. Each thread can have a group of its own (libvirt gives vCPUs
+and the emulator theirs), and a quota holds for all groups below it, so all of them count. `cpu.stat` has
+`throttled_time` in ns (version 1) or `throttled_usec` (version 2): kernel/sched/core.c, `cpu_cfs_stat_show` and
+`cpu_extra_stat_show`, Linux 6.12. A group's time goes up when its threads may run again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+_VERSION_1 = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
+
+
+class Quota:
+    """The groups of a process's threads as they are now; `held_ns` can be asked again and again."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc"), root: Path = _ROOT) -> None:
+        self._files = tuple(sorted({file for path in _groups(pid, proc) for file in _statistics(path, root)}))
+
+    def held_ns(self) -> int | None:
+        """The time of all groups together; None if no group tells."""
+        found = [held for file in self._files if (held := _throttled_ns(file)) is not None]
+        return sum(found) if found else None
+
+
+def _groups(pid: int, proc: Path) -> set[tuple[str, str]]:
+    """(controllers, path) of the groups in which the threads can have a quota; version 2 has no controllers there."""
+    found: set[tuple[str, str]] = set()
+    for task in (proc / str(pid) / "task").glob("[0-9]*"):
+        for line in _text(task / "cgroup").splitlines():
+            _, controllers, path = [*line.split(":", 2), "", ""][:3]
+            if not controllers or "cpu" in controllers.split(","):
+                found.add((controllers, path))
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _statistics(group: tuple[str, str], root: Path) -> list[Path]:
+    """`cpu.stat` of a group and of those above it."""
+    controllers, path = group
+    tops = [root / name for name in _VERSION_1] if controllers else [root, root / "unified"]
+    top = next((top for top in tops if (top / path.lstrip("/") / "cpu.stat").is_file()), None)
+    if top is None:
+        return []
+    here = top / path.lstrip("/")
+    return [directory / "cpu.stat" for directory in (here, *here.parents) if directory.is_relative_to(top)]
+
+
+def _throttled_ns(file: Path) -> int | None:
+    for line in _text(file).splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("throttled_time", "throttled_usec") and value.isdigit():
+            return int(value) * (1000 if name == "throttled_usec" else 1)
+    return None
