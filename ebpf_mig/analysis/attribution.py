@@ -17,7 +17,7 @@ from ebpf_mig.analysis.source_work import Work
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.breakdown import Phase, PhaseName, Span, SwitchoverKind
-from ebpf_mig.recording.events import SEND, Transfer
+from ebpf_mig.recording.events import SEND, Ioctl, Transfer
 
 PAGES_BYTES = 65536
 """A send call of more than this carries pages: QEMU flushes state every 32 KiB."""
@@ -127,6 +127,16 @@ def _aborted(
     return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured, aborted=True), work)
 
 
+def _by_loaders(receives: list[Transfer], restores: list[Ioctl], until: int) -> list[Transfer]:
+    """What the threads that restore received before `until`; what all did, if those did not receive.
+
+    Other threads may go on receiving memory meanwhile; they hold nobody up.
+    """
+    early = [t for t in receives if t.end_ns <= until]
+    loaders = {i.tid for i in restores}
+    return [t for t in early if t.tid in loaders] or early
+
+
 def _destination_alone(traced: TracedMigration) -> Attribution:
     """Only the destination was traced: what it did from its first restore work after the memory on."""
     destination = traced.destination
@@ -139,5 +149,7 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     if load is None:
         return Attribution(None, phases.unseen())
     partition = Partition(load.begin, max(starts))
-    phases.destination(partition, load.begin, load, None, min(starts))
+    restores = [i for i in destination.ioctls if phases.is_restore(i)]
+    waits = phases.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, load.begin, min(starts))
+    phases.destination(partition, load.begin, load, None, min(starts), waits)
     return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured))

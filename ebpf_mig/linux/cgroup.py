@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a process's threads were held back by a CPU quota, as their control groups tell.
 
-In: a pid. Out: nanoseconds since the groups were made. Each thread can have a group of its own (libvirt gives vCPUs
-and the emulator theirs), and a quota holds for all groups below it, so all of them count. `cpu.stat` has
-`throttled_time` in ns (version 1) or `throttled_usec` (version 2): kernel/sched/core.c, `cpu_cfs_stat_show` and
-`cpu_extra_stat_show`, Linux 6.12. A group's time goes up when its threads may run again.
+In: the lines of its threads' /proc/PID/task/TID/cgroup. Out: nanoseconds since the groups were made. Each thread can
+have a group of its own (libvirt gives vCPUs and the emulator theirs), and a quota holds for all groups below it, so all
+of them count. `cpu.stat` has `throttled_time` in ns (version 1) or `throttled_usec` (version 2): kernel/sched/core.c,
+`cpu_cfs_stat_show` and `cpu_extra_stat_show`, Linux 6.12. A group's time goes up when its threads may run again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -18,8 +19,9 @@ _VERSION_1 = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 class Quota:
     """The groups of a process's threads as they are now; `held_ns` can be asked again and again."""
 
-    def __init__(self, pid: int, proc: Path = Path("/proc"), root: Path = _ROOT) -> None:
-        self._files = tuple(sorted({file for path in _groups(pid, proc) for file in _statistics(path, root)}))
+    def __init__(self, lines: Collection[str], root: Path = _ROOT) -> None:
+        """`lines`: see `procfs.control_groups`."""
+        self._files = tuple(sorted({file for path in _groups(lines) for file in _statistics(path, root)}))
 
     def held_ns(self) -> int | None:
         """The time of all groups together; None if no group tells."""
@@ -27,14 +29,13 @@ class Quota:
         return sum(found) if found else None
 
 
-def _groups(pid: int, proc: Path) -> set[tuple[str, str]]:
+def _groups(lines: Collection[str]) -> set[tuple[str, str]]:
     """(controllers, path) of the groups in which the threads can have a quota; version 2 has no controllers there."""
     found: set[tuple[str, str]] = set()
-    for task in (proc / str(pid) / "task").glob("[0-9]*"):
-        for line in _text(task / "cgroup").splitlines():
-            _, controllers, path = [*line.split(":", 2), "", ""][:3]
-            if not controllers or "cpu" in controllers.split(","):
-                found.add((controllers, path))
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers or "cpu" in controllers.split(","):
+            found.add((controllers, path))
     return found
 
 

@@ -167,6 +167,15 @@ def threads_of(pid: int) -> list[int]:
         return []
 
 
+def control_groups(pid: int) -> set[str]:
+    """The lines of /proc/PID/task/TID/cgroup of all threads, each once; none if it is gone."""
+    found: set[str] = set()
+    for tid in threads_of(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            found.update(text(pid, "task", tid, "cgroup").splitlines())
+    return found
+
+
 def comm(pid: int, tid: int | None = None) -> str:
     """The name of a process or of a thread, empty if it is gone."""
     try:

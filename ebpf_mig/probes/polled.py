@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ebpf_mig.linux import clock, kvm
+from ebpf_mig.linux import clock, kvm, procfs
 from ebpf_mig.linux.cgroup import Quota
 from ebpf_mig.probes.tcp_info import TcpReader
 from ebpf_mig.recording.events import SEND, AnyEvent, CpuQuota, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
@@ -88,7 +88,7 @@ class Polled:
 
     def follow(self, pid: int) -> None:
         """A process is traced from now on."""
-        self._quotas[pid] = Quota(pid)
+        self._quotas[pid] = Quota(procfs.control_groups(pid))
 
     def _held(self) -> list[AnyEvent]:
         readings = [(pid, quota.held_ns(), clock.monotonic_ns()) for pid, quota in self._quotas.items()]

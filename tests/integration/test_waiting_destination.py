@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def alone(recording: Recording, pid: int) -> Breakdown:
     """What a recorder of that process alone would have told."""
     header = structs.replace(recording.header, targets=[t for t in recording.header.targets if t.pid == pid])
     events = [e for e in recording.events if pid_of(e) in (None, pid) and getattr(e, "pid", pid) == pid]
-    return analyse(replace(recording, header=header, events=events)).breakdown
+    return analyse(structs.replace(recording, header=header, events=events)).breakdown
 
 
 @pytest.mark.parametrize("wait_s", [0.05, 0.5])

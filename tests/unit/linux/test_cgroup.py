@@ -13,25 +13,22 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.linux import procfs
 from ebpf_mig.linux.cgroup import Quota
 
 
-def tree(tmp_path: Path, groups: dict[int, str], files: dict[str, str]) -> Quota:
-    """Thread ids with their /proc/.../cgroup, and files below the root of the control groups."""
-    for tid, text in groups.items():
-        task = tmp_path / "proc/7/task" / str(tid)
-        task.mkdir(parents=True)
-        (task / "cgroup").write_text(text)
+def tree(tmp_path: Path, groups: list[str], files: dict[str, str]) -> Quota:
+    """Lines of /proc/PID/task/TID/cgroup, and files below the root of the control groups."""
     for name, text in files.items():
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).write_text(text)
-    return Quota(7, tmp_path / "proc", tmp_path / "root")
+    return Quota(groups, tmp_path / "root")
 
 
 def test_version_2_counts_the_groups_above_once(tmp_path: Path) -> None:
     quota = tree(
         tmp_path,
-        {7: "0::/vm/emulator\n", 8: "0::/vm/vcpu0\n", 9: "0::/vm/vcpu0\n"},
+        ["0::/vm/emulator", "0::/vm/vcpu0", "0::/vm/vcpu0"],
         {
             "cpu.stat": "usage_usec 1\n",
             "vm/cpu.stat": "nr_throttled 1\nthrottled_usec 100\n",
@@ -45,15 +42,15 @@ def test_version_2_counts_the_groups_above_once(tmp_path: Path) -> None:
 def test_version_1_is_in_nanoseconds(tmp_path: Path) -> None:
     quota = tree(
         tmp_path,
-        {7: "9:name=systemd:/\n3:cpuset:/a\n1:cpu,cpuacct:/a\n0::/\n"},
+        ["9:name=systemd:/", "3:cpuset:/a", "1:cpu,cpuacct:/a", "0::/"],
         {"cpu,cpuacct/a/cpu.stat": "nr_periods 0\nthrottled_time 5\n", "cpuset/a/cpu.stat": "throttled_time 9\n"},
     )
     assert quota.held_ns() == 5
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "0::/gone\n", "1:cpu:/\xff\n", "0::/../../above\n"])
+@pytest.mark.parametrize("text", ["", "nonsense", "0::/gone", "1:cpu:/\xff", "0::/../../above", "0::/\0"])
 def test_nothing_to_be_had(tmp_path: Path, text: str) -> None:
-    assert tree(tmp_path, {7: text}, {"x/cpu.stat": "throttled_usec many\n"}).held_ns() is None
+    assert tree(tmp_path, [text], {"x/cpu.stat": "throttled_usec many\n"}).held_ns() is None
 
 
 @contextlib.contextmanager
@@ -84,7 +81,7 @@ def test_a_real_quota() -> None:
     with limited() as group, subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
             (group / "cgroup.procs").write_text(str(busy.pid))
-            quota = Quota(busy.pid)
+            quota = Quota(procfs.control_groups(busy.pid))
             before = quota.held_ns()
             time.sleep(0.6)
             after = quota.held_ns()
