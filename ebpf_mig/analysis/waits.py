@@ -32,11 +32,12 @@ _VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)
 PREEMPTED = "(preempted)"
 """It could run, no quota held it back meanwhile: another thread had the CPU."""
 CPU_QUOTA = "(CPU quota)"
-"""It could run, and its control group had used up its quota for nearly as long."""
+"""It could run, and its control groups were held back for about as long."""
 RUNNABLE = "(runnable, not running)"
 """It could run and did not; what kept it is not known."""
-QUOTA_SHARE = 0.9
-"""The part of a wait that the control groups must have been held back, for the quota to be its reason."""
+QUOTA_SHARE = 0.9, 2.0
+"""For the quota to be the reason of a wait, the control groups were held back for between these shares of it: a short
+wait beside a long throttling can have another reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ def _not_running(process: Process, wait: OffCpu) -> str:
     held = after[0].held_ns - before[-1].held_ns
     if not held:
         return PREEMPTED
-    return CPU_QUOTA if held >= QUOTA_SHARE * (wait.end_ns - wait.begin_ns) else RUNNABLE
+    share = held / max(1, wait.end_ns - wait.begin_ns)
+    return CPU_QUOTA if QUOTA_SHARE[0] <= share <= QUOTA_SHARE[1] else RUNNABLE
 
 
 def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName]:
