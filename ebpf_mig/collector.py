@@ -114,7 +114,7 @@ def _mode(traced: TracedMigration) -> Mode:
 def _migration(traced: TracedMigration, window: Span | None) -> Migration:
     target = next((p.target for p in (traced.source, traced.destination) if p and p.target), None)
     return Migration(
-        vmm=target.vmm if target else "",
+        vmm=target.vmm if target else _recognised(traced),
         vmm_version=target.vmm_version if target else "",
         mode=_mode(traced),
         transport=traced.channels.transport,
@@ -140,6 +140,13 @@ def _completeness(traced: TracedMigration, window: Span | None) -> Completeness:
 def _throttled(traced: TracedMigration) -> Throttled | None:
     found = traced.switchover
     return throttle.observe(traced.source, traced.since, found.requested, found.stopper) if found else None
+
+
+def _recognised(traced: TracedMigration) -> str:
+    """The VMM by the name of a process that came under trace after tracing had begun; empty if it is not known."""
+    sides = [process for process in (traced.source, traced.destination) if process is not None]
+    names = (process.threads[process.pid].name for process in sides if process.pid in process.threads)
+    return next(filter(None, map(vmm.vmm_named, names)), "")
 
 
 def _endpoint(traced: TracedMigration, process: Process | None) -> Endpoint | None:

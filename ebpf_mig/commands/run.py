@@ -103,7 +103,7 @@ def trace_migration(
 
     Ctrl-C cancels the migration, waits for its end, finishes the recording and is then raised again.
     """
-    with Session(migration.targets(), tier) as session:
+    with Session(migration.targets(), tier, grows=migration.grows) as session:
         migration.prepare()
         header = session.arm(notes)
         with open_writer(header) as (writer, name):
@@ -147,6 +147,8 @@ def _pump_until_done(
         nonlocal count
         count += len(events)
         progress(count)
+        for target in migration.appeared():
+            session.add(target)
         return "done" if run.ended_ns and clock.monotonic_ns() - run.ended_ns >= LATE_CALLS_NS else None
 
     interrupted: BaseException | None = None

@@ -6,14 +6,12 @@ In: /proc. Out: `Vm`s. A process that may not be read, or that dies meanwhile, o
 
 from __future__ import annotations
 
-import itertools
-import re
 from dataclasses import dataclass
 
 from ebpf_mig.linux import procfs
 from ebpf_mig.vmm import vmm_named
+from ebpf_mig.vmm.processes import name_in
 
-_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 BUSY_TICKS = 5
 """CPU time, in hundredths of a second, that no vCPU thread uses before its guest runs."""
 
@@ -43,19 +41,6 @@ def vm_of(pid: int) -> Vm | None:
         return None
     comm, arguments, started = procfs.comm(pid), procfs.command_line(pid), procfs.start_time(pid)
     return None if started is None else Vm(pid, started, vmm_named(comm) or "unknown", name_in(arguments))
-
-
-def name_in(arguments: list[str]) -> str:
-    """The VM's name in a command line: QEMU's last `-name` (libvirt writes `guest=NAME`), else a UUID, else nothing."""
-    arguments = arguments[::-1]
-    for value, option in itertools.pairwise(arguments):
-        if option in ("-name", "--name", "--id"):
-            guest = re.search(r"(?:^|,)guest=([^,]*)", value)
-            return guest[1] if guest else value.split(",", 1)[0]
-    for value, option in itertools.pairwise(arguments):
-        if option in ("-uuid", "--uuid") and _UUID.fullmatch(value):
-            return value
-    return ""
 
 
 def is_fresh(pid: int) -> bool:

@@ -89,12 +89,16 @@ def _with_comm(target: Target) -> Target:
 class Session:
     """A prepared run: programs compiled and loaded, nothing attached yet. Use as a context manager."""
 
-    def __init__(self, targets: Sequence[Target], tier: str = AUTO) -> None:
-        """`tier`: of what kind the probes are to be, one of `probes.functions.NAMES`."""
+    def __init__(self, targets: Sequence[Target], tier: str = AUTO, *, grows: bool = False) -> None:
+        """`tier`: of what kind the probes are to be, one of `probes.tiers.NAMES`. `grows`: `add` will be called."""
         namespaces.require_host_pids()
         require_alive(targets)
         self.targets = tuple(targets)
-        self._tracer = Tracer([target.pid for target in targets], tier=tier)
+        pids = [target.pid for target in targets]
+        self._tracer = Tracer(() if grows else pids, tier=tier)
+        if grows:
+            for pid in pids:
+                self._tracer.add(pid)
 
     def __enter__(self) -> Session:
         return self
@@ -106,6 +110,11 @@ class Session:
         """Attaches the probes; the header describes what was attached."""
         self._tracer.arm()
         return header_for(self.targets, self._tracer.attached, notes)
+
+    def add(self, target: Target) -> None:
+        """Traces one more process from now on; of a session that grows. The header does not name it."""
+        self._tracer.add(target.pid)
+        self.targets = (*self.targets, target)
 
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""

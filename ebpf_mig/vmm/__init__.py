@@ -21,6 +21,7 @@ ADAPTERS = {
     "qemu": "ebpf_mig.vmm.qemu.adapter",
     "cloud-hypervisor": "ebpf_mig.vmm.cloud_hypervisor.adapter",
     "firecracker": "ebpf_mig.vmm.firecracker.adapter",
+    "libvirt": "ebpf_mig.vmm.libvirt.adapter",
 }
 """Name and module. The first is the default. A module has its adapter as `ADAPTER`."""
 

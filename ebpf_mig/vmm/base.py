@@ -63,6 +63,13 @@ class Migration(Protocol):
     def targets(self) -> list[Target]:
         """The VMM processes, taken before anything blocks; VmmError if they cannot be found."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether more processes of it start while it runs."""
+
+    def appeared(self) -> list[Target]:
+        """Those that have started since this was last asked for; asked every few ms while it is traced."""
+
     def version(self, role: str) -> str:
         """The VMM's version at that end; empty if it is not known."""
 

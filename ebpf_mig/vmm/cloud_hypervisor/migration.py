@@ -123,6 +123,12 @@ class ChMigration:
             if role not in self._away
         ]
 
+    grows = False
+
+    def appeared(self) -> list[Target]:
+        """Both processes run already."""
+        return []
+
     def version(self, role: str) -> str:
         """What the API told of that end."""
         return self._src_version if role == "source" else self._dst_version

@@ -101,6 +101,12 @@ class QemuMigration:
             if side.remote is None
         ]
 
+    grows = False
+
+    def appeared(self) -> list[Target]:
+        """Both processes run already."""
+        return []
+
     def version(self, role: str) -> str:
         """What QMP told of that end."""
         side = self._src if role == "source" else self._dst

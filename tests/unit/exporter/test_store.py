@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.errors import UsageError
-from ebpf_mig.exporter.discovery import name_in, vm_of
+from ebpf_mig.exporter.discovery import vm_of
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.recording.events import Ending, Header, Mark
 from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.processes import name_in
 from tests.conftest import requires
 
 
@@ -122,6 +123,7 @@ import os, sys
 from ebpf_mig.errors import RecordingError
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.recording.events import Header, Mark
+from ebpf_mig.vmm.processes import name_in
 store = Store(sys.argv[1] + "/state")
 name, fd = store.keep(Header(), [Mark(1, 1, "x")], 1)
 try:

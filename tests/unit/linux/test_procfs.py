@@ -19,6 +19,7 @@ from ebpf_mig.exporter import discovery
 from ebpf_mig.linux import procfs
 from ebpf_mig.linux.kallsyms import UNKNOWN, Symbols
 from ebpf_mig.text import printable
+from ebpf_mig.vmm.processes import name_in
 from tests.conftest import requires
 
 PACKAGE = Path(ebpf_mig.__file__).parent
@@ -82,7 +83,7 @@ def test_a_command_line_may_be_any_bytes() -> None:
         assert child.stdin is not None and child.stdout is not None
         child.stdout.readline()  # before that it may not have its arguments yet
         found = procfs.command_line(child.pid)
-        assert discovery.name_in(found) == "\ufffd\x1b[31m\ufffd"
+        assert name_in(found) == "\ufffd\x1b[31m\ufffd"
         assert sum(map(len, found)) < 1 << 17
         child.stdin.close()
 
