@@ -112,6 +112,10 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "otelcol": lambda: shutil.which("otelcol") is not None,
     "sshd": lambda: shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin") is not None,
     "kubeconform": lambda: shutil.which("kubeconform") is not None,
+    "libvirtd and virsh": lambda: all(
+        shutil.which(name, path=f"{os.environ.get('PATH')}:/usr/sbin") for name in ("libvirtd", "virsh")
+    ),
+    "python3-libvirt": lambda: importlib.util.find_spec("libvirt") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")

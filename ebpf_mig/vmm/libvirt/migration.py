@@ -18,16 +18,13 @@ from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.vmm import processes
 from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
 from ebpf_mig.vmm.libvirt.client import CancelledError, Client, Request, Said, connect
+from ebpf_mig.vmm.libvirt.witness import FIGURES
 
 _MOST_EVENTS = 10_000
 _LATE_S = 1.0
 """How long events and the completed job's statistics may take to reach us after the call has returned."""
 _ABORT_S = 10.0
 _QMP_GRAIN_NS = 1000
-_MS = ("downtime", "downtime_net", "time_elapsed", "setup_time")
-_NUMBERS = ("data_processed", "memory_iteration", "memory_normal", "memory_postcopy_requests")
-_FIGURES = {name: f"libvirt.{name}_ms" for name in _MS} | {name: f"libvirt.{name}" for name in _NUMBERS}
-"""Figures of virDomainGetJobStats that are kept, and their marks' names."""
 
 
 @dataclass(frozen=True)
@@ -174,5 +171,5 @@ class LibvirtMigration:
                 found.append(Mark(heard.at_ns, pid, said.name, "", said.value, 0))
         figures = self._client.figures()
         if source := self._pids.get("source"):
-            found += [mark(source, _FIGURES[key], "", value) for key, value in figures.items() if key in _FIGURES]
+            found += [mark(source, FIGURES[key], "", value) for key, value in figures.items() if key in FIGURES]
         return found

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations through real libvirtds: the demo's two hosts, each way to migrate, and what is left afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ebpf_mig import vmm
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.linux import procfs
+from ebpf_mig.recording.events import Mark
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
+from tests.conftest import TRACING, requires
+from tests.unit.vmm.test_libvirt import HIDE
+
+pytestmark = requires(*TRACING, "libvirtd and virsh", "python3-libvirt", "private mount namespaces")
+TOOL = [sys.executable, "-m", "ebpf_mig"]
+
+
+def qemus() -> list[int]:
+    """The QEMUs of the lab's domain, wherever they run."""
+    return [pid for pid in procfs.processes() if any(NAME in word for word in procfs.command_line(pid)[:3])]
+
+
+@pytest.fixture
+def hosts() -> Iterator[LibvirtHosts]:
+    with LibvirtHosts(Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)) as both:
+        yield both
+
+
+def migrate(hosts: LibvirtHosts, path: Path, *options: str, to: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TOOL, "migrate", "libvirt", NAME, to or hosts.destination.uri_between, "--connect", hosts.source.uri,
+         "-o", path, "--format", "json", *options],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def result(done: subprocess.CompletedProcess[str]) -> Breakdown:
+    assert done.returncode == 0, done.stderr
+    return msgspec.json.decode(done.stdout, type=Breakdown)
+
+
+def complete(b: Breakdown) -> None:
+    """One whole migration between two processes of this machine."""
+    assert (b.migration.result, b.migration.vmm, b.completeness.verdict) == ("completed", "qemu", "complete")
+    assert b.migration.source and b.migration.destination
+    assert b.migration.source.pid != b.migration.destination.pid
+    assert b.blackout_ns and b.window_ns
+    assert sum(p.duration_ns for p in b.phases) == b.window_ns
+    left = next(p.duration_ns for p in b.phases if p.phase == "unattributed")
+    assert left <= b.window_ns * 2 // 100
+
+
+def witnesses(b: Breakdown) -> dict[str, int]:
+    return {w.name: w.value_ns for w in b.witnesses}
+
+
+def test_the_demo_has_both_ends_and_three_witnesses(tmp_path: Path) -> None:
+    path = tmp_path / "demo.rec"
+    done = subprocess.run(
+        [*TOOL, "demo", "--vmm", "libvirt", "--vcpus", "2", "--working-set", "4MiB", "-o", path, "--format", "json"],
+        capture_output=True, text=True, check=False, timeout=150,
+    )  # fmt: skip
+    b = result(done)
+    complete(b)
+    said = witnesses(b)
+    assert {"libvirt.downtime_ms", "libvirt.SUSPENDED..RESUMED", "qmp.STOP..RESUME"} <= said.keys()
+    assert b.blackout_ns and said["qmp.STOP..RESUME"] <= b.blackout_ns + 1_000_000
+    assert qemus() == []
+    names = {event.name for event in read_recording(path).events if isinstance(event, Mark)}
+    assert names - vmm.words() == {"session.trigger"}  # redaction lets the others pass
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "connections"),
+    [
+        ((), "precopy", 1),
+        (("--parallel", "2"), "precopy", 3),
+        (("--postcopy", "--bandwidth", "24MiB/s"), "postcopy", None),
+        (("--downtime-limit", "1s", "--migrate-uri", "tcp://10.77.0.2"), "precopy", 1),
+    ],
+    ids=["p2p", "parallel", "postcopy", "migrate-uri"],
+)
+def test_peer_to_peer(tmp_path: Path, options: tuple[str, ...], mode: str, connections: int | None) -> None:
+    scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=16 * MIB, pages_per_s=10_000)
+    with LibvirtHosts(scenario) as hosts:
+        b = result(migrate(hosts, tmp_path / "x.rec", *options))
+    complete(b)
+    assert (b.migration.mode, b.migration.transport) == (mode, "tcp")
+    assert connections is None or b.migration.connections == connections
+    assert "libvirt.downtime_ms" in witnesses(b)
+
+
+def test_direct_hears_both_ends(hosts: LibvirtHosts, tmp_path: Path) -> None:
+    options = ("--direct", "--migrate-uri", "tcp://10.77.0.2")
+    b = result(migrate(hosts, tmp_path / "x.rec", *options, to=hosts.destination.uri))
+    complete(b)
+    assert {"libvirt.SUSPENDED..RESUMED", "qmp.STOP..RESUME"} <= witnesses(b).keys()
+
+
+def test_by_virsh_where_there_is_no_binding(hosts: LibvirtHosts, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HIDE, "migrate", "libvirt", NAME, hosts.destination.uri_between, "--connect",
+         hosts.source.uri, "-o", tmp_path / "x.rec", "--format", "json"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    complete(result(done))
+
+
+def test_an_interruption_aborts_the_job(hosts: LibvirtHosts, tmp_path: Path) -> None:
+    [source] = qemus()
+    command = [*TOOL, "migrate", "libvirt", NAME, hosts.destination.uri_between, "--connect", hosts.source.uri]
+    with subprocess.Popen([*command, "--bandwidth", "1MiB/s", "-o", tmp_path / "x.rec"], stderr=subprocess.PIPE) as run:
+        until = time.monotonic() + 60
+        while len(qemus()) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+    assert qemus() == [source]
+    events = read_recording(tmp_path / "x.rec").events
+    assert any(isinstance(e, Mark) and e.name == "qmp.MIGRATION.cancelled" for e in events)
+    again = result(migrate(hosts, tmp_path / "again.rec"))  # libvirt has forgotten the aborted job
+    complete(again)
+
+
+def test_a_job_that_takes_too_long_is_aborted(hosts: LibvirtHosts, tmp_path: Path) -> None:
+    done = migrate(hosts, tmp_path / "x.rec", "--bandwidth", "1MiB/s", "--timeout", "1s")
+    assert (done.returncode, json.loads(done.stdout)["migration"]["result"]) == (4, "cancelled"), done.stderr
+    assert "the migration was cancelled: not done within 1 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("domain", "to", "why"),
+    [
+        ("nosuch", "", "no domain is called nosuch"),
+        (NAME, "qemu+tcp://10.77.0.9/system", "No route to host"),
+        (NAME, "qemu+tcp://10.77.0.1/system", "to the same host"),
+    ],
+)
+def test_what_libvirt_refuses_is_one_line(hosts: LibvirtHosts, tmp_path: Path, domain: str, to: str, why: str) -> None:
+    done = subprocess.run(
+        [*TOOL, "migrate", "libvirt", domain, to or hosts.destination.uri_between, "--connect", hosts.source.uri,
+         "-o", tmp_path / "x.rec"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert why in done.stderr.splitlines()[-1]
+    assert "libvirt: " not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_killed_at_any_moment_nothing_is_left(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*TOOL, "demo", "--vmm", "libvirt", "-o", tmp_path / "x.rec"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as run:
+        until = time.monotonic() + 60
+        while not qemus() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert qemus()
+        os.kill(run.pid, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while qemus() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert qemus() == []
+
+
+def test_a_benchmark_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    done = subprocess.run(
+        [*TOOL, "bench", "slow-dirty", "--vmm", "libvirt", "-n", "1", "--warm-up", "0", "-o", path],
+        capture_output=True, text=True, check=False, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"]
+    assert [run["breakdown"]["migration"]["result"] for run in runs] == ["completed"]

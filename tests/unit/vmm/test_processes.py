@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which process runs a named VM, on real processes that only look like VMMs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.vmm import processes
+
+UUID = "4dea22b3-1d52-4a3c-9d5f-0c2d5e6f7a8b"
+Start = Callable[..., int]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a shell under another name, with arguments that it ignores; gives its pid."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def begin(name: str, *arguments: str) -> int:
+        program = tmp_path / name
+        if not program.exists():
+            shutil.copy(shutil.which("bash") or "/bin/bash", program)
+        process = subprocess.Popen([program, "-c", "read", "x", *arguments], stdin=subprocess.PIPE)
+        running.append(process)
+        until = time.monotonic() + 5
+        while processes.procfs.comm(process.pid) != name[:15] and time.monotonic() < until:
+            time.sleep(0.005)
+        return process.pid
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+        assert process.stdin
+        process.stdin.close()
+
+
+def test_by_name_pattern_and_uuid(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    pid = start("qemu-system-x86_64", "-name", f"guest={name},debug-threads=on", "-uuid", UUID)
+    other = start("qemu-system-x86_64", "-name", f"{name}-b")
+    assert processes.find(name) == [pid]
+    assert processes.find(UUID.upper()) == [pid]
+    assert set(processes.find(f"{name}*")) == {pid, other}
+    assert processes.find(f"{name}-?") == [other]
+    assert processes.find("nobody") == []
+
+
+def test_a_process_that_only_mentions_the_name_is_no_vmm(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    start("virsh", "migrate", "--live", "-name", name, "-uuid", UUID)
+    assert processes.find(name) == []
+    assert processes.find(UUID) == []
+
+
+def test_two_of_a_name_are_found_oldest_first(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    first = start("qemu-kvm", "-name", name)
+    time.sleep(0.03)  # starts are counted in ticks of 10 ms
+    second = start("kvm", "-name", name)
+    assert processes.find(name) == [first, second]
+
+
+def test_a_later_one_arrives_once(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    start("qemu-system-x86_64", "-name", name)
+    arrivals = processes.Arrivals(name)
+    assert arrivals.new() == []
+    late = start("qemu-system-x86_64", "-name", name)
+    assert arrivals.new() == [late]
+    assert arrivals.new() == []
+
+
+def test_one_that_execs_after_it_was_seen_arrives(tmp_path: Path) -> None:
+    name = f"vm-{os.getpid()}"
+    program = tmp_path / "qemu-system-x86_64"
+    shutil.copy(shutil.which("bash") or "/bin/bash", program)
+    arrivals = processes.Arrivals(name)
+    script = f"read; exec {program} -c read x -name {name}"
+    with subprocess.Popen(["bash", "-c", script], stdin=subprocess.PIPE) as process:
+        assert process.stdin
+        assert arrivals.new() == []
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        until = time.monotonic() + 5
+        while not (found := arrivals.new()) and time.monotonic() < until:
+            time.sleep(0.005)
+        assert found == [process.pid]
+        process.kill()
