@@ -29,6 +29,7 @@ from ebpf_mig.joining.match import JoinError
 from ebpf_mig.joining.merge import Hint, joined
 from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, default_name, read_recording
+from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.recorder import Recorder
 from ebpf_mig.tracing.ssh import Remote, Way
 from ebpf_mig.vmm.adapter import Adapter, Values
@@ -85,14 +86,22 @@ def told(
     recording: Recording, targets: Sequence[Target], marks: Sequence[AnyEvent], key: int | None = None
 ) -> Recording:
     """A side's recording with what its VMM said of itself and of the migration. `key`: see `vmm.base.Elsewhere`."""
-    pids = {target.pid for target in recording.header.targets}
-    known = [target for target in targets if target.pid in pids]
+    pids = _traced(recording)
     own = next(iter(pids), 0)
+    known = [target for target in targets if target.pid in pids]
+    if not recording.header.targets and key is not None and own:  # it started after its recorder
+        known = [msgspec.structs.replace(target, pid=own) for target in targets]
     said = [mark for mark in marks if isinstance(mark, Mark) and mark.pid in (pids if key is None else {key})]
     if key is not None:
         said = [msgspec.structs.replace(mark, pid=own) for mark in said]
     header = msgspec.structs.replace(recording.header, targets=known or recording.header.targets)
     return msgspec.structs.replace(recording, header=header, events=[*recording.events, *said])
+
+
+def _traced(recording: Recording) -> set[int]:
+    """The processes of a recording: as its header says, else those that its events are of."""
+    targets = {target.pid for target in recording.header.targets}
+    return targets or {pid for event in recording.events if (pid := pid_of(event)) is not None}
 
 
 def keep(halves: dict[str, Recording], names: dict[str, str], force: bool) -> None:
@@ -188,7 +197,8 @@ def across(
         with contextlib.closing(adapter.connect(near, (role, remote.end))) as migration:
             open_writer = functools.partial(tracing.open_recording, names[here], "migrate", force=force)
             outcome, _ = tracing.trace_migration(migration, timeout_s, open_writer, tier=tier)
-            vmm = migration.targets()[0].vmm
+            here_is = migration.targets()
+            vmm = here_is[0].vmm if here_is else ""
             target = Target(pid=remote.end.pid, role=role, vmm=vmm, vmm_version=migration.version(role))
         halves = {here: read_recording(names[here])}
         other = taken(remote.recorder) if remote.recorder else None

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which process runs a VM that is known by a name, told by command lines in /proc.
 
-In: a VM's name, a pattern of names, or a UUID. Out: pids. `Arrivals` waits for a process that starts later.
+In: a VM's name, a pattern of names, or a UUID. Out: pids. A VM that migrates within this host has two processes, and
+the destination's starts only then: `Arrivals` and `Followed` wait for it.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import glob
 import itertools
 import re
 from collections.abc import Collection
 
+from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import procfs
+from ebpf_mig.text import printable
 from ebpf_mig.vmm import vmm_named
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -56,7 +60,7 @@ class Arrivals:
 
     def __init__(self, wanted: str, known: Collection[int] = ()) -> None:
         """`known`: pids that are not to be found. Processes that run already count as known, too."""
-        self._wanted = wanted
+        self.wanted = wanted
         self._known = {*procfs.processes(), *known}
 
     def new(self) -> list[int]:
@@ -66,6 +70,39 @@ class Arrivals:
         """
         here = procfs.processes()
         self._known.intersection_update(here)  # a pid can come again
-        found = [pid for pid in here if pid not in self._known and runs(pid, self._wanted)]
+        found = [pid for pid in here if pid not in self._known and runs(pid, self.wanted)]
         self._known.update(found)
         return found
+
+
+class Followed:
+    """The processes of one VM, the source's and the destination's, whenever each of them starts."""
+
+    def __init__(self, wanted: str) -> None:
+        """UsageError if several VMs, or more than two processes, have that name now."""
+        self.pids = find(wanted)
+        names = {name_in(procfs.command_line(pid)) for pid in self.pids}
+        if len(names) > 1:
+            several = ", ".join(sorted(printable(name, 40) for name in names)[:8])
+            raise UsageError(f"{printable(wanted)} fits several VMs: {several}", "name one of them")
+        if len(self.pids) > 2:
+            raise UsageError(
+                f"{printable(wanted)} is run by {len(self.pids)} processes", "choose two of them with --pid"
+            )
+        self._wanted = wanted
+        self._arrivals = Arrivals(wanted, self.pids)
+        self._name(names)
+
+    def new(self) -> list[int]:
+        """Those that have started since: at most two in all."""
+        found = self._arrivals.new()[: 2 - len(self.pids)] if len(self.pids) < 2 else []
+        if found and not self.pids:
+            self._name({name_in(procfs.command_line(found[0]))})
+        self.pids += found
+        return found
+
+    def _name(self, names: Collection[str]) -> None:
+        """Once it is known which VM a pattern means, another one that fits is not it."""
+        name = next(iter(names), "")
+        if name and self._wanted.lower() not in map(uuid_in, map(procfs.command_line, self.pids)):
+            self._arrivals.wanted = glob.escape(name)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.errors import UsageError
 from ebpf_mig.vmm import processes
 
 UUID = "4dea22b3-1d52-4a3c-9d5f-0c2d5e6f7a8b"
@@ -94,3 +95,43 @@ def test_one_that_execs_after_it_was_seen_arrives(tmp_path: Path) -> None:
             time.sleep(0.005)
         assert found == [process.pid]
         process.kill()
+
+
+def test_a_pattern_that_fits_several_vms_is_refused(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    start("qemu-system-x86_64", "-name", f"{name}-a")
+    start("qemu-system-x86_64", "-name", f"{name}-b")
+    with pytest.raises(UsageError, match=rf"fits several VMs: {name}-a, {name}-b"):
+        processes.Followed(f"{name}-*")
+    assert len(processes.Followed(f"{name}-a").pids) == 1
+
+
+def test_the_destination_is_followed_and_another_vm_that_fits_is_not(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    source = start("qemu-system-x86_64", "-name", f"{name}-[1]")
+    followed = processes.Followed(f"{name}-*")
+    assert followed.pids == [source]
+    start("qemu-system-x86_64", "-name", f"{name}-2")
+    assert followed.new() == []
+    destination = start("qemu-system-x86_64", "-name", f"{name}-[1]")
+    assert followed.new() == [destination]
+    start("qemu-system-x86_64", "-name", f"{name}-[1]")
+    assert followed.new() == []
+    assert followed.pids == [source, destination]
+
+
+@pytest.mark.parametrize("wanted", ["name", "uuid"])
+def test_a_vm_that_is_not_there_yet(start: Start, wanted: str) -> None:
+    name = f"vm-{os.getpid()}"
+    followed = processes.Followed(name if wanted == "name" else UUID)
+    assert followed.pids == [] == followed.new()
+    pids = [start("qemu-system-x86_64", "-name", name, "-uuid", UUID) for _ in range(2)]
+    assert sorted(followed.new()) == sorted(pids)
+
+
+def test_more_processes_than_a_migration_has_are_refused(start: Start) -> None:
+    name = f"vm-{os.getpid()}"
+    for _ in range(3):
+        start("qemu-system-x86_64", "-name", name)
+    with pytest.raises(UsageError, match="is run by 3 processes"):
+        processes.Followed(name)
