@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
@@ -17,10 +18,13 @@ from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import clock, procfs
 from ebpf_mig.recording.events import AnyEvent, Target
+from ebpf_mig.text import printable
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.session import Session
 from ebpf_mig.tracing.witness import Witness
+from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.identify import process_behind
+from ebpf_mig.vmm.processes import Followed
 
 _AFTER_COMMAND_NS = 1_000_000_000
 """The destination may start a little after the command that migrates has returned."""
@@ -28,11 +32,13 @@ _AFTER_COMMAND_NS = 1_000_000_000
 _EXAMPLES = examples(
     "ebpf-mig record --pid 4711 --pid 4712",
     "ebpf-mig record --pid 4711 -- ./migrate-vm1.sh",
+    *(line for one in adapters() for line in one.examples.get("record", ())),
 )
 
 
 @click.command("record", epilog=_EXAMPLES)
 @click.option("--pid", "pids", type=int, multiple=True, help="Source VMM; again: the destination's.")
+@click.option("--vm", metavar="NAME", help="Instead of --pid: the VM's name, a glob pattern or its UUID.")
 @click.option("--api-socket", metavar="PATH", help="Instead of --pid: the VMM's control socket, to find it by.")
 @click.option("--until-eof", is_flag=True, help="End when standard input does: with the ssh that started us.")
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
@@ -41,6 +47,7 @@ _EXAMPLES = examples(
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def command(
     pids: Sequence[int],
+    vm: str | None,
     api_socket: str | None,
     until_eof: bool,
     duration: int | None,
@@ -52,27 +59,34 @@ def command(
     """Trace running VMMs until the migration has ended, or COMMAND and what it began, or Ctrl-C.
 
     COMMAND is never ended: only your own interruption is passed on to it. Its exit code becomes ours.
+    With --vm, a process of the VM that starts later is traced from then on: on the destination too, where
+    there is none before the migration.
     """
-    if bool(pids) == (api_socket is not None):
-        raise UsageError("record needs to know whom to trace", "give --pid, or --api-socket")
-    if api_socket is not None:
+    if sum((bool(pids), vm is not None, api_socket is not None)) != 1:
+        raise UsageError("record needs to know whom to trace", "give --pid, --vm or --api-socket")
+    followed = Followed(vm) if vm is not None else None
+    if followed is not None:
+        pids = list(followed.pids)
+    elif api_socket is not None:
         pids = [process_behind(api_socket)]
     if len(set(pids)) != len(pids) or len(pids) > 2:
         raise UsageError("--pid takes the source and, if it runs on this host, one other process, the destination")
     roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
-    targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=True)]
-    with Session(targets, tier) as session:
+    targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=False)]
+    with Session(targets, tier, grows=followed is not None) as session:
         header = session.arm()
         to = 2 if output == "-" else 1
         with (
             run.open_recording(output, "record", header, force) as (writer, where),
             Child(command, stdout=to) if command else nullcontext() as child,
         ):
-            run.say(f"tracing {', '.join(map(str, pids))}; Ctrl-C ends it")
+            traced = ", ".join(map(str, pids)) or f"as soon as {printable(vm or '')} starts"
+            run.say(f"tracing {traced}; Ctrl-C ends it")
             reason = "interrupted"
             witness = Witness(pids)
+            arrive = functools.partial(_arrive, session, followed)
             try:
-                reason = session.pump(writer, _until(pids, duration, child, until_eof, witness))
+                reason = session.pump(writer, _until(pids, duration, child, until_eof, witness, arrive))
             finally:
                 try:
                     session.finish(writer, reason, witness.marks(clock.monotonic_ns()))
@@ -82,6 +96,15 @@ def command(
                         child.wait()
     if child is not None:
         _pass_on(child)
+
+
+def _arrive(session: Session, followed: Followed | None) -> list[int]:
+    """Takes on the processes that have started since."""
+    found = followed.new() if followed is not None else []
+    for pid in found:
+        session.add(Target(pid=pid, role="unknown"))
+        run.say(f"tracing {pid}, too")
+    return found
 
 
 def _pass_on(child: Child) -> None:
@@ -104,15 +127,25 @@ def _input_ended() -> bool:
 
 
 def _until(
-    pids: Sequence[int], duration_ns: int | None, child: Child | None, until_eof: bool, witness: Witness
+    pids: Sequence[int],
+    duration_ns: int | None,
+    child: Child | None,
+    until_eof: bool,
+    witness: Witness,
+    arrive: Callable[[], list[int]],
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
     """When tracing ends. While COMMAND runs, nothing that is seen of a migration ends it."""
     watch = MigrationWatch(pids)
+    known = list(pids)
     begin = clock.monotonic_ns()
     ended = 0
 
     def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal ended
+        for pid in arrive():
+            known.append(pid)
+            watch.joined(pid)
+            witness.joined(pid)
         watch.saw(events)
         now = clock.monotonic_ns()
         witness.look(watch, now)
@@ -128,7 +161,7 @@ def _until(
             if child.interrupted is not None:
                 return "interrupted"
             ended = ended or now
-        verdict = watch.verdict(now, [pid for pid in pids if procfs.is_alive(pid)])
+        verdict = watch.verdict(now, [pid for pid in known if procfs.is_alive(pid)]) if known else None
         if verdict is None and ended and not watch.under_way and now - ended >= _AFTER_COMMAND_NS:
             return "command-ended"
         return verdict

@@ -54,6 +54,10 @@ class MigrationWatch:
         self._unlogged_at = 0
         self._last_ns = 0
 
+    def joined(self, pid: int) -> None:
+        """One more process is traced from now on."""
+        self._pids = (*self._pids, pid)
+
     def saw(self, events: Iterable[AnyEvent]) -> None:
         """Takes the next events of the recording."""
         for event in events:

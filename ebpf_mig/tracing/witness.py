@@ -48,6 +48,11 @@ class Witness:
                 self._marks.append(Mark(since, pid, CLOSED, value=inode, doubt_ns=INTERVAL_NS))
                 watch.closed(pid, since)
 
+    def joined(self, pid: int) -> None:
+        """One more process is traced from now on."""
+        self._pids.add(pid)
+        self._before[pid] = bytes_written(pid)
+
     def merge(self, other: Witness) -> None:
         """Takes over what another saw."""
         self._pids |= other._pids

@@ -11,6 +11,7 @@ import fnmatch
 import glob
 import itertools
 import re
+import time
 from collections.abc import Collection
 
 from ebpf_mig.errors import UsageError
@@ -55,23 +56,34 @@ def find(wanted: str) -> list[int]:
     return sorted(found, key=lambda pid: (procfs.start_time(pid) or 0, pid))
 
 
+INTERVAL_NS = 10_000_000
+"""Between two looks at all processes. A QEMU needs some 100 ms before it loads anything."""
+_SHARE = 20
+"""A look takes at most this part of the time: a node can have thousands of processes."""
+
+
 class Arrivals:
-    """Processes of a VM that start from now on. Cheap enough to be asked every few ms."""
+    """Processes of a VM that start from now on. It can be asked all the time, and then looks now and then."""
 
     def __init__(self, wanted: str, known: Collection[int] = ()) -> None:
         """`known`: pids that are not to be found. Processes that run already count as known, too."""
         self.wanted = wanted
         self._known = {*procfs.processes(), *known}
+        self._due_ns = 0
 
     def new(self) -> list[int]:
         """Those that have started since they were last asked for.
 
         A process that is none of them is asked again each time: it may be about to call execve(2).
         """
+        begin = time.monotonic_ns()
+        if begin < self._due_ns:
+            return []
         here = procfs.processes()
         self._known.intersection_update(here)  # a pid can come again
         found = [pid for pid in here if pid not in self._known and runs(pid, self.wanted)]
         self._known.update(found)
+        self._due_ns = begin + max(INTERVAL_NS, _SHARE * (time.monotonic_ns() - begin))
         return found
 
 

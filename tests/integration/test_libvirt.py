@@ -18,6 +18,7 @@ import pytest
 
 from ebpf_mig import vmm
 from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import Mark
@@ -189,3 +190,56 @@ def test_a_benchmark_of_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"]
     assert [run["breakdown"]["migration"]["result"] for run in runs] == ["completed"]
+
+
+def record(path: Path, *options: str) -> subprocess.Popen[str]:
+    """A recorder that has begun to trace."""
+    run = subprocess.Popen([*TOOL, "record", *options, "-o", path], stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    line = run.stderr.readline()
+    assert line.startswith("tracing "), line
+    return run
+
+
+def migrated(hosts: LibvirtHosts) -> None:
+    command = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", NAME, hosts.destination.uri_between]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("wanted", [NAME, f"{NAME[:-2]}*", "uuid"])
+def test_record_finds_both_processes_by_the_vms_name(hosts: LibvirtHosts, tmp_path: Path, wanted: str) -> None:
+    if wanted == "uuid":
+        command = ["virsh", "-c", hosts.source.uri, "domuuid", NAME]
+        wanted = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    path = tmp_path / "x.rec"
+    with record(path, "--vm", wanted) as run:
+        migrated(hosts)
+        assert run.wait(30) == 0
+    complete(analyse(read_recording(path)).breakdown)
+
+
+def test_record_waits_for_a_vm_that_is_not_there(tmp_path: Path) -> None:
+    """As on the destination: it was traced before its first dirty page, so its guest's first run is seen."""
+    path = tmp_path / "x.rec"
+    scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)
+    with record(path, "--vm", NAME) as run, LibvirtHosts(scenario) as hosts:
+        migrated(hosts)
+        assert run.wait(30) == 0
+        assert run.stderr and run.stderr.read().count(", too\n") == 2
+    b = analyse(read_recording(path)).breakdown
+    complete(b)
+
+
+def test_record_with_a_command_as_people_use_it(hosts: LibvirtHosts, tmp_path: Path) -> None:
+    path = tmp_path / "x.rec"
+    virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", NAME, hosts.destination.uri_between]
+    done = subprocess.run(
+        [*TOOL, "record", "--vm", NAME, "-o", path, "--", *virsh],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    complete(analyse(read_recording(path)).breakdown)

@@ -19,6 +19,13 @@ UUID = "4dea22b3-1d52-4a3c-9d5f-0c2d5e6f7a8b"
 Start = Callable[..., int]
 
 
+@pytest.fixture(autouse=True)
+def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question is a look at the processes; when one is due has a test of its own."""
+    monkeypatch.setattr(processes, "INTERVAL_NS", 0)
+    monkeypatch.setattr(processes, "_SHARE", 0)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a shell under another name, with arguments that it ignores; gives its pid."""
@@ -135,3 +142,23 @@ def test_more_processes_than_a_migration_has_are_refused(start: Start) -> None:
         start("qemu-system-x86_64", "-name", name)
     with pytest.raises(UsageError, match="is run by 3 processes"):
         processes.Followed(name)
+
+
+def test_looks_take_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "INTERVAL_NS", 1_000_000)
+    monkeypatch.setattr(processes, "_SHARE", 20)
+    looked = 0
+    real = processes.procfs.processes
+
+    def counted() -> list[int]:
+        nonlocal looked
+        looked += 1
+        time.sleep(0.002)  # as with thousands of processes
+        return real()
+
+    arrivals = processes.Arrivals("nobody")
+    monkeypatch.setattr(processes.procfs, "processes", counted)
+    until = time.monotonic() + 0.4
+    while time.monotonic() < until:
+        arrivals.new()
+    assert 2 <= looked <= 10
