@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import Mark
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
 from tests.unit.vmm.test_libvirt import HIDE
 
@@ -220,15 +223,23 @@ def test_record_finds_both_processes_by_the_vms_name(hosts: LibvirtHosts, tmp_pa
 
 
 def test_record_waits_for_a_vm_that_is_not_there(tmp_path: Path) -> None:
-    """As on the destination: it was traced before its first dirty page, so its guest's first run is seen."""
+    """As on a destination, whose source is on another host."""
     path = tmp_path / "x.rec"
     scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)
-    with record(path, "--vm", NAME) as run, LibvirtHosts(scenario) as hosts:
-        migrated(hosts)
+    with record(path, "--vm", "ebpf-mig-destination") as run, QemuPair(scenario) as pair:
+        options = pair.options()
+        with closing(QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, options)) as migration:
+            migration.prepare()
+            assert migration.run(60).result == "completed"
         assert run.wait(30) == 0
-        assert run.stderr and run.stderr.read().count(", too\n") == 2
+        destination = pair.destination.pid
     b = analyse(read_recording(path)).breakdown
-    complete(b)
+    assert b.migration.source is None
+    assert b.migration.destination and b.migration.destination.pid == destination
+    assert (b.migration.vmm, b.completeness.verdict) == ("qemu", "bounded")
+    assert [v.start is not None for v in b.vcpus] == [True]
+    received = sum(s.bytes for s in b.sockets if s.role == "destination migration")
+    assert received > 16 << 10  # of the window; most of the memory came before
 
 
 def test_record_with_a_command_as_people_use_it(hosts: LibvirtHosts, tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ class Virsh:
         """See `Client.domain`."""
         if self._run("domstate", "--", name).strip() not in {"running", "paused"}:
             raise _not_running(name)
-        return Domain(self._run("domname", "--", name).strip(), self._run("domuuid", "--", name).strip())
+        uuid = self._run("domuuid", "--", name).strip()
+        return Domain(self._run("domname", uuid).strip(), uuid)
 
     def listen(self, domain: Domain, other: str | None, listener: Listener) -> None:
         """virsh's events have no use: their stamps are of the time when virsh prints."""

@@ -117,10 +117,17 @@ class LibvirtMigration:
         finally:
             over.set()
         guard.join()
-        deadline = time.monotonic() + _LATE_S
-        while result == "completed" and not self._client.figures() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        self._wait_for_the_last(result)
         return Outcome(result, error, (*triggers, *self._marks()))
+
+    def _wait_for_the_last(self, result: str) -> None:
+        """Events and figures reach us a little after the call has returned. virsh passes no events on."""
+        deadline = time.monotonic() + _LATE_S
+        while time.monotonic() < deadline:
+            heard = any(one.said.name == f"qmp.MIGRATION.{result}" for one in self._heard)
+            if self._client.figures() if result == "completed" else heard or not self._heard:
+                return
+            time.sleep(0.02)
 
     def cancel(self) -> None:
         """Aborts the job, or, if `run` comes later, prevents it."""
