@@ -11,11 +11,10 @@ import fnmatch
 import glob
 import itertools
 import re
-import time
 from collections.abc import Collection
 
 from ebpf_mig.errors import UsageError
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import clock, procfs
 from ebpf_mig.text import printable
 from ebpf_mig.vmm import vmm_named
 
@@ -76,14 +75,14 @@ class Arrivals:
 
         A process that is none of them is asked again each time: it may be about to call execve(2).
         """
-        begin = time.monotonic_ns()
+        begin = clock.monotonic_ns()
         if begin < self._due_ns:
             return []
         here = procfs.processes()
         self._known.intersection_update(here)  # a pid can come again
         found = [pid for pid in here if pid not in self._known and runs(pid, self.wanted)]
         self._known.update(found)
-        self._due_ns = begin + max(INTERVAL_NS, _SHARE * (time.monotonic_ns() - begin))
+        self._due_ns = begin + max(INTERVAL_NS, _SHARE * (clock.monotonic_ns() - begin))
         return found
 
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import clock
 from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.vmm import processes
 from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
@@ -158,7 +159,7 @@ class LibvirtMigration:
     def _hear(self, role: str, said: Said) -> None:
         """In libvirt's event thread."""
         if len(self._heard) < _MOST_EVENTS:
-            self._heard.append(_Heard(role, said, time.monotonic_ns()))
+            self._heard.append(_Heard(role, said, clock.monotonic_ns()))
         if said.name in ("libvirt.MIGRATION_ITERATION", "qmp.MIGRATION_PASS") and role == "source" and said.value >= 2:
             self._passes.set()
 
