@@ -18,6 +18,7 @@ import msgspec
 from ebpf_mig.commands.options import SIZE, examples, say
 from ebpf_mig.commands.watch import DIRECTORY
 from ebpf_mig.errors import PreflightError, UsageError
+from ebpf_mig.exporter.leash import Leash, is_stopped
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Message, Reload
@@ -83,12 +84,14 @@ def command(
                     if reloads:
                         reloads.clear()
                         pipe.put(Reload())
-                    return bool(asked) or server.poll() is not None
+                    return bool(asked) or server.poll() is not None or is_stopped(server.pid)
 
                 node.run(over, pipe.put)
                 if asked:
                     say("draining")
                     return
+            if server.poll() is None:
+                raise PreflightError("the process that listens was stopped")
             raise PreflightError(f"the process that listens has ended with status {server.returncode}")
 
 
@@ -148,15 +151,18 @@ def _server(
         otlp=otlp,
     )
     told = msgspec.json.encode(options).decode()
-    server = start("ebpf_mig.exporter.serve", told, fds=[listener.fileno(), read_end])
+    leash = Leash()
+    server = start("ebpf_mig.exporter.serve", told, fds=[listener.fileno(), read_end, leash.theirs])
+    leash.tie(server.pid)
     os.close(read_end)
     pipe = Pipe(write_end)
     try:
         yield server, pipe
     finally:
         pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it then dies with us: nobody's processes we may not kill
-            server.wait(_DRAIN_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0 if is_stopped(server.pid) else _DRAIN_S)
+        leash.let_go()
 
 
 def _listen(address: str) -> socket.socket:

@@ -20,6 +20,7 @@ import msgspec
 from ebpf_mig.errors import EbpfMigError, PreflightError
 from ebpf_mig.exporter.analysis_worker import READY
 from ebpf_mig.exporter.discovery import Vm
+from ebpf_mig.exporter.leash import Leash, is_stopped
 from ebpf_mig.exporter.messages import Answer, Task
 from ebpf_mig.exporter.spawn import give_back, start
 from ebpf_mig.exporter.store import Store
@@ -57,7 +58,10 @@ class Analysis:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channel.settimeout(ANSWER_S)
         place = theirs.fileno()
-        self._process = start("ebpf_mig.exporter.analysis_worker", str(place), str(os.getpid()), fds=[place])
+        self._leash = Leash()
+        given = [place, self._leash.theirs]
+        self._process = start("ebpf_mig.exporter.analysis_worker", str(place), str(os.getpid()), fds=given)
+        self._leash.tie(self._process.pid)
         theirs.close()
         self._answers = self._channel.makefile("rb")
 
@@ -69,6 +73,18 @@ class Analysis:
             raise PreflightError(f"the process that analyses does not start: {error}") from error
         if said != READY:
             raise PreflightError(f"the process that analyses ended with status {self._process.wait()}")
+
+    def check(self) -> None:
+        """Once a second: PreflightError if the process that analyses has ended, or was stopped and so had to be ended.
+
+        This process may not start another: it has given up what that takes. It ends, and whoever runs it starts it
+        again; until then nobody is told that all is well.
+        """
+        if self._process.poll() is None and is_stopped(self._process.pid):
+            self._leash.let_go()
+            raise PreflightError("the process that analyses was stopped")
+        if self._process.poll() is not None:
+            raise PreflightError(f"the process that analyses ended with status {self._process.returncode}")
 
     def put(self, case: Case) -> None:
         """Takes over an ended migration. The thread begins here: one that began earlier would keep capabilities."""

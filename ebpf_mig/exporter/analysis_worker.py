@@ -36,12 +36,17 @@ MEMORY_BYTES = 2 << 30
 
 def main(channel: socket.socket) -> None:
     """Forks a child whenever there is work, until the other end is closed."""
+    parent = os.getpid()
     while _awaits(channel):
         child = os.fork()
         if child == 0:
+            capabilities.die_with_parent(parent)
             _work(channel)
             os._exit(0)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(child, os.WUNTRACED)
+        if os.WIFSTOPPED(status):  # whoever waits for its answer would wait for ever
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
         if status:
             channel.sendall(b'{"error": "the process that analyses ended with status %d"}\n' % status)
 

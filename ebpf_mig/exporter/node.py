@@ -222,6 +222,7 @@ class NodeWatch:
 
     def _tick(self) -> None:
         """Once a second: who is gone, who began to run, who is being loaded; seldom: who was missed."""
+        self._analysis.check()
         with self._troubles.of("state", "the state directory"):
             self._kept = self._store.size()
         for pid, known in list(self._vms.items()):
