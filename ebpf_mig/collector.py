@@ -247,7 +247,10 @@ def _vcpus_accounted(traced: TracedMigration) -> bool:
 
 def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
     """Ring entries of the fetches in the blackout; None with a bitmap."""
-    found = [rows.returned(b, rows.bursts[at - 1] if at else None) for at, b in enumerate(rows.bursts) if b in last]
+    wanted = set(map(id, last))
+    found = [
+        rows.returned(b, rows.bursts[at - 1] if at else None) for at, b in enumerate(rows.bursts) if id(b) in wanted
+    ]
     known = [count for count in found if count is not None]
     return sum(known) if known and len(known) == len(found) else None
 

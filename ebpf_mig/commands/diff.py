@@ -76,7 +76,7 @@ def load(name: str) -> Benchmark:
     from ebpf_mig.collector import analyse
     from ebpf_mig.recording.file import read_recording
 
-    recording = read_recording(data)
+    recording = read_recording(data, within_budget=True)
     if recording.truncated:
         print(f"ebpf-mig: {printable(name)} is cut off: {printable(recording.reason)}", file=sys.stderr)  # noqa: T201
     breakdown = analyse(recording).breakdown

@@ -91,7 +91,7 @@ def command(
     if recording is not None and recording == output:
         raise UsageError("the report and the joined recording cannot be one file", "give them two names")
     names = printable(first), printable(second)
-    both = [read_folded(file) for file in (first, second)]
+    both = [read_folded(file, with_axis=form in ("html", "perfetto"), share=2) for file in (first, second)]
     for name, one in zip(names, both, strict=True):
         warn(name, one)
     whole = joined(both[0], both[1], names, hint, pid)

@@ -83,6 +83,7 @@ FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "csv": _csv,
 }
 """By name: from the analysis, the output's name and the choice of colour to the report. Each imports what it needs."""
+_WITH_AXIS = ("html", "perfetto")
 _PREDICTING = ("text", "json", "html")
 
 
@@ -119,7 +120,7 @@ def command(
     if wishes and form not in _PREDICTING:
         raise UsageError(f"no prediction goes into {form}", f"use --format {', '.join(_PREDICTING)}")
     wanted = parse_wishes(wishes)
-    analysis = _analysis(file, redact)
+    analysis = _analysis(file, redact, form in _WITH_AXIS)
     if wishes:
         from ebpf_mig.analysis import whatif
 
@@ -184,13 +185,17 @@ def _share(value: str, text: str) -> Fraction:
     return Fraction(match[1] or 0) / 100
 
 
-def _analysis(file: str, redact: bool) -> Analysis:
+def _analysis(file: str, redact: bool, with_axis: bool) -> Analysis:
     from ebpf_mig.collector import analyse
+    from ebpf_mig.recording.coalesce import read_whole_or_folded
     from ebpf_mig.recording.file import read_recording
     from ebpf_mig.recording.redact import Names, redacted
     from ebpf_mig.vmm import words
 
-    recording = read_recording(sys.stdin.buffer if file == "-" else file)
+    if file == "-":
+        recording = read_recording(sys.stdin.buffer, within_budget=True, with_axis=with_axis)
+    else:
+        recording = read_whole_or_folded(file, with_axis=with_axis)
     warn(file, recording)
     if redact:
         recording = redacted(recording, Names(words()))

@@ -34,6 +34,8 @@ class Survey:
     ends: list[End]
     segments: dict[tuple[int, int], list[ev.Segment]]
     """By process and socket, in order of time."""
+    readings: dict[tuple[int, int], list[ev.TcpInfo]]
+    """By process and socket."""
 
     @property
     def header(self) -> ev.Header:
@@ -62,8 +64,11 @@ def survey(name: str, recording: Recording) -> Survey:
     segments: dict[tuple[int, int], list[ev.Segment]] = defaultdict(list)
     for segment in sorted(kinds.get(ev.Segment, ()), key=attrgetter("at_ns")):
         segments[segment.pid, segment.socket].append(segment)
+    readings: dict[tuple[int, int], list[ev.TcpInfo]] = defaultdict(list)
+    for reading in kinds.get(ev.TcpInfo, ()):
+        readings[reading.pid, reading.socket].append(reading)
     ends = matching.ends_of(kinds.get(ev.Transfer, ()), kinds.get(ev.Socket, ()))
-    return Survey(name, recording, dict(kinds), ends, segments)
+    return Survey(name, recording, dict(kinds), ends, segments, readings)
 
 
 def gathered(source: Survey, destination: Survey, near: End, far: End) -> Evidence:
@@ -85,8 +90,7 @@ def gathered(source: Survey, destination: Survey, near: End, far: End) -> Eviden
 
 
 def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
-    told = side.kinds.get(ev.TcpInfo, ())
-    return [reading for reading in told if (reading.pid, reading.socket) == (end.pid, end.inode)]
+    return side.readings.get((end.pid, end.inode), [])
 
 
 def _from_start(side: Survey, end: End) -> bool:

@@ -47,7 +47,7 @@ def read_both(
     first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
 ) -> Recording:
     """Reads two files and joins them; see `joined`. RecordingError if one is not a recording."""
-    both = read_folded(first), read_folded(second)
+    both = read_folded(first, share=2), read_folded(second, share=2)
     return joined(*both, names or (printable(first), printable(second)), hint, pid)
 
 

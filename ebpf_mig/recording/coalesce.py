@@ -8,6 +8,7 @@ thousand events. Whatever is near vCPU state being read or written, which is wha
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,9 @@ from itertools import chain, pairwise
 from operator import attrgetter
 
 from ebpf_mig.linux import kvm
+from ebpf_mig.recording.budget import Budget, TooLargeError
 from ebpf_mig.recording.events import AnyEvent, Ioctl, OffCpu, Transfer
-from ebpf_mig.recording.file import MAX_EVENTS, Recording, RecordingReader
+from ebpf_mig.recording.file import MAX_EVENTS, Recording, RecordingReader, read_recording
 
 NEAR = 16
 """Blocks (of up to 4096 events each) before and after a switchover's sign that are left as they are."""
@@ -25,10 +27,10 @@ RUN_NS = 1_000_000_000
 """A run still bounds the clocks at its first and its last byte: over a long pre-copy a second is close enough."""
 
 
-def read_folded(path: str) -> Recording:
-    """Reads a whole recording. RecordingError if it is none or its header is bad."""
+def read_folded(path: str, *, with_axis: bool = False, share: int = 1) -> Recording:
+    """Reads a whole recording; `with_axis` and `share` as for `Budget`. Raises as `read_recording`."""
     with RecordingReader(path) as reader:
-        folder = _Folder()
+        folder = _Folder(reader, Budget(reader.name, with_axis=with_axis, share=share))
         for block in reader.blocks():
             if len(folder.kept) > MAX_EVENTS:
                 reader.cut(f"it holds more than {MAX_EVENTS} events")
@@ -43,10 +45,18 @@ def read_folded(path: str) -> Recording:
         )
 
 
+def read_whole_or_folded(path: str, *, with_axis: bool = False) -> Recording:
+    """Reads a recording as it is, or folded where it is too large for that. Raises as `read_recording`."""
+    with contextlib.suppress(TooLargeError):
+        return read_recording(path, within_budget=True, with_axis=with_axis)
+    return read_folded(path, with_axis=with_axis)  # out here, where nothing holds what was read in vain
+
+
 class _Folder:
     """Takes blocks in order; folds each once it lies NEAR blocks back, unless a switchover is near."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: RecordingReader, budget: Budget) -> None:
+        self._reader, self._budget = reader, budget
         self.kept: list[AnyEvent] = []
         self._recent: deque[list[AnyEvent]] = deque()
         self._spared = 0
@@ -62,15 +72,20 @@ class _Folder:
 
     def finish(self) -> list[AnyEvent]:
         """Everything; what is near the end is as it was."""
-        self.kept += chain.from_iterable(self._recent)
+        for block in self._recent:
+            self._keep(block)
         return self.kept
+
+    def _keep(self, block: list[AnyEvent]) -> None:
+        self._budget.spend(block, self._reader.stored)
+        self.kept += block
 
     def _leave(self, block: list[AnyEvent]) -> None:
         if self._spared > 0:
             self._spared -= 1
-            self.kept += block
+            self._keep(block)
         else:
-            self.kept += folded(block)
+            self._keep(list(folded(block)))
 
 
 _MOST = (1 << 63) - 1

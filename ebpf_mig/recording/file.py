@@ -22,6 +22,7 @@ import msgspec
 
 from ebpf_mig.errors import RecordingError
 from ebpf_mig.files import open_new
+from ebpf_mig.recording.budget import Budget, check_content
 from ebpf_mig.recording.events import AnyEvent, Ending, Header
 from ebpf_mig.recording.format import (
     COMPRESSED,
@@ -188,15 +189,18 @@ class RecordingReader:
         self._damage = ""
         """What was wrong with the first event that was left out."""
         self._damaged = 0
+        self.stored = 0
+        """Bytes of the file that were read."""
+        self._content = 0
         self._own = isinstance(source, (str, Path, bytes))
-        self._name = printable(str(source)) if isinstance(source, (str, Path)) else "the recording"
+        self.name = printable(str(source)) if isinstance(source, (str, Path)) else "the recording"
         self._file = self._open(source)
         try:
             self.header = self._read_header()
         except (DamageError, OSError) as error:
             self.close()
             why = error.strerror if isinstance(error, OSError) else error
-            raise RecordingError(f"{self._name}: {why}") from error
+            raise RecordingError(f"{self.name}: {why}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -241,7 +245,7 @@ class RecordingReader:
             return Path(source).open("rb")
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise RecordingError(f"cannot read {self._name}: {why}") from error
+            raise RecordingError(f"cannot read {self.name}: {why}") from error
 
     def cut(self, reason: str) -> None:
         """Notes that later events are missing."""
@@ -284,9 +288,13 @@ class RecordingReader:
         if len(payload) < length:
             raise DamageError(f"the file ends inside {where}")
         try:
-            return kind & ~COMPRESSED, content_of(kind, crc, payload)
+            content = content_of(kind, crc, payload)
         except DamageError as damage:
             raise DamageError(f"{where} is damaged: {damage}") from damage
+        self.stored += FRAME.size + length
+        self._content += len(content)
+        check_content(self.name, self._content, self.stored)
+        return kind & ~COMPRESSED, content
 
     def _next_block(self) -> str:
         """Counts the block that is read next, and its name in messages."""
@@ -310,14 +318,22 @@ class RecordingReader:
         return found.events
 
 
-def read_recording(source: str | Path | bytes | BinaryIO) -> Recording:
-    """Read a whole recording. RecordingError if it is none or its header is bad."""
+def read_recording(
+    source: str | Path | bytes | BinaryIO, *, within_budget: bool = False, with_axis: bool = False
+) -> Recording:
+    """Reads a whole recording. RecordingError if it is none or its header is bad.
+
+    `within_budget`: also if a report of it would take more memory than its size justifies; `with_axis` as for `Budget`.
+    """
     events: list[AnyEvent] = []
     with RecordingReader(source) as reader:
+        budget = Budget(reader.name, with_axis=with_axis) if within_budget else None
         for block in reader.blocks():
             if len(events) + len(block) > MAX_EVENTS:
                 reader.cut(f"it holds more than {MAX_EVENTS} events")
                 break
+            if budget is not None:
+                budget.spend(block, reader.stored)
             events += block
         return Recording(
             header=reader.header,

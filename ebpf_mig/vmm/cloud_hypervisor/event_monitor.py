@@ -30,7 +30,7 @@ _MOST = 4096
 """Events kept: a migration has some twenty."""
 _MOST_REST = 1 << 16
 """Bytes of one event: it has some hundred."""
-_MOST_BYTES = 64 << 20
+_LOOKED_AT_BYTES = 64 << 20
 """Bytes of the file that are looked at."""
 RECEIVE_ASKED, SEND_ASKED = 0, 1
 FOLLOWS = {
@@ -160,13 +160,13 @@ class EventFile:
             self._take()
 
     def _take(self) -> None:
-        for _ in range(_MOST_BYTES // _MOST_REST):  # whoever writes on without end is not waited for
+        for _ in range(_LOOKED_AT_BYTES // _MOST_REST):  # whoever writes on without end is not waited for
             data = self._file.read(_MOST_REST)
             if not data:
                 break
             now = clock.monotonic_ns()
             self._size += len(data)
-            if self._size > _MOST_BYTES or len(self._told) >= _MOST:
+            if self._size > _LOOKED_AT_BYTES or len(self._told) >= _MOST:
                 continue  # no Cloud Hypervisor says so much: it is read, and left
             found, rest = decode(self._rest + data.decode(errors="replace"))
             self._rest = rest if len(rest) <= _MOST_REST else ""
