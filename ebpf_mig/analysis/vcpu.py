@@ -150,9 +150,11 @@ def common(timelines: Sequence[Timeline]) -> list[tuple[int, int | None]]:
     lists = [timeline.gaps for timeline in timelines if timeline.ran]
     if not lists:
         return []
-    current: list[tuple[int | None, int | None]] = [(gap.begin, gap.end) for gap in lists[0]]
-    for gaps in lists[1:]:
-        current = _intersect(current, [(gap.begin, gap.end) for gap in gaps])
+    rest: list[Sequence[tuple[int | None, int | None]]] = [[(gap.begin, gap.end) for gap in gaps] for gaps in lists]
+    while len(rest) > 1:  # in pairs: one after the other would take the square of the vCPUs
+        pairs = zip(rest[::2], rest[1::2], strict=False)
+        rest = [_intersect(left, right) for left, right in pairs] + rest[len(rest) & ~1 :]
+    current = rest[0]
     return [(begin, end) for begin, end in current if begin is not None]
 
 
