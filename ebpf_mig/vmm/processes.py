@@ -55,7 +55,7 @@ def find(wanted: str) -> list[int]:
     return sorted(found, key=lambda pid: (procfs.start_time(pid) or 0, pid))
 
 
-INTERVAL_NS = 10_000_000
+SEARCH_INTERVAL_NS = 10_000_000
 """Between two looks at all processes. A QEMU needs some 100 ms before it loads anything."""
 _SHARE = 20
 """A look takes at most this part of the time: a node can have thousands of processes."""
@@ -82,7 +82,7 @@ class Arrivals:
         self._known.intersection_update(here)  # a pid can come again
         found = [pid for pid in here if pid not in self._known and runs(pid, self.wanted)]
         self._known.update(found)
-        self._due_ns = begin + max(INTERVAL_NS, _SHARE * (clock.monotonic_ns() - begin))
+        self._due_ns = begin + max(SEARCH_INTERVAL_NS, _SHARE * (clock.monotonic_ns() - begin))
         return found
 
 
