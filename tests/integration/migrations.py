@@ -134,6 +134,7 @@ class Meddling:
         self._inner, self._pair, self._act = inner, pair, act
         self.targets, self.prepare = inner.targets, inner.prepare
         self.cancel, self.close = inner.cancel, inner.close
+        self.version, self.grows, self.appeared = inner.version, inner.grows, inner.appeared
 
     def run(self, timeout_s: float) -> Outcome:
         """As the real one, with the act going on in a thread beside it."""

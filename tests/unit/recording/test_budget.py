@@ -47,8 +47,7 @@ def test_what_unpacks_to_much_is_refused(bombs: list[Path], command: str) -> Non
         done = subprocess.run(
             [sys.executable, "-c", MEASURED, *line],
             cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             check=False,
         )
         status, peak, seconds = map(float, done.stdout.splitlines()[-1].split())

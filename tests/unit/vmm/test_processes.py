@@ -22,7 +22,7 @@ Start = Callable[..., int]
 @pytest.fixture(autouse=True)
 def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question is a look at the processes; when one is due has a test of its own."""
-    monkeypatch.setattr(processes, "INTERVAL_NS", 0)
+    monkeypatch.setattr(processes, "SEARCH_INTERVAL_NS", 0)
     monkeypatch.setattr(processes, "_SHARE", 0)
 
 
@@ -145,7 +145,7 @@ def test_more_processes_than_a_migration_has_are_refused(start: Start) -> None:
 
 
 def test_looks_take_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "INTERVAL_NS", 1_000_000)
+    monkeypatch.setattr(processes, "SEARCH_INTERVAL_NS", 1_000_000)
     monkeypatch.setattr(processes, "_SHARE", 20)
     looked = 0
     real = processes.procfs.processes
