@@ -24,6 +24,7 @@ from statistics import median
 
 from bench.observers import OTHERS, OURS, Observer, Watched
 from ebpf_mig.compare.stats import bootstrap_interval
+from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording.events import Mark
 from ebpf_mig.vmm.qemu.lab import QemuPair
@@ -207,10 +208,18 @@ def main() -> int:
     others = [] if options.ours else [observer for observer in OTHERS if observer.available()]
     for missing in () if options.ours else set(OTHERS) - set(others):
         print(f"{missing.name} is left out: {missing.needs} is not installed", file=sys.stderr)
-    observers = [OURS, *others]
-    good = print_calls(*measure_calls(observers, options.rounds)) if options.rounds else True
-    if options.pairs:
-        good &= print_blackouts(measure_blackouts(observers, options.pairs))
+    try:
+        return _measure([OURS, *others], options.rounds, options.pairs)
+    except (RuntimeError, EbpfMigError) as error:
+        print(f"bench.overhead: {error}", file=sys.stderr)
+        return 3
+
+
+def _measure(observers: Sequence[Observer], rounds: int, pairs: int) -> int:
+    """Measures and prints; the exit code."""
+    good = print_calls(*measure_calls(observers, rounds)) if rounds else True
+    if pairs:
+        good &= print_blackouts(measure_blackouts(observers, pairs))
     return 0 if good else 1
 
 

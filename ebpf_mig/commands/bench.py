@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -108,6 +109,11 @@ def _subject(words: Sequence[str], vmm: Adapter, vmm_binary: str | None, timeout
         raise UsageError(
             f"{words[0]} is given no place for its recording", f"write {PLACEHOLDER} where it takes the file's name"
         )
+    if words[0] not in CATALOGUE and (os.sep in words[0] or shutil.which(words[0])):
+        raise UsageError(
+            f"{words[0]} is no scenario, and as a command it is given no place for its recording",
+            f"write {PLACEHOLDER} where it takes the file's name",
+        )
     scenario = named(words[0])
     about = _about(words[0], settings=dataclasses.asdict(scenario))
     return about, functools.partial(_run_scenario, scenario, vmm, vmm_binary, timeout_ns / 10**9)
@@ -160,6 +166,8 @@ def _run_scenario(scenario: Scenario, vmm: Adapter, binary: str | None, timeout_
         time.sleep(_WARM_UP_S)
         writer = functools.partial(tracing.open_recording, str(path), "bench", force=False)
         outcome, _ = tracing.trace_migration(migration, timeout_s, writer, notes)
+    if outcome.remark:
+        tracing.say(outcome.remark)
     if outcome.result != "completed":
         raise VmmError(f"the migration {outcome.result}: {outcome.error}")
 

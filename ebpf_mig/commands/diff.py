@@ -15,7 +15,7 @@ import msgspec
 
 from ebpf_mig.commands.options import examples, format_option, write_result
 from ebpf_mig.compare.benchmark import Benchmark, decode, of_recording
-from ebpf_mig.compare.diff import Difference, Ruling, compare, parse_condition, rule
+from ebpf_mig.compare.diff import Difference, Ruling, agreed, compare, parse_condition, rule
 from ebpf_mig.errors import RegressionError, UsageError
 from ebpf_mig.recording.format import MAGIC
 from ebpf_mig.text import printable
@@ -47,8 +47,8 @@ def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     """
     wanted = [parse_condition(text) for text in conditions]
     before, after = load(a), load(b)
-    differences = compare(before, after)
     rulings = rule(wanted, before, after)
+    differences = agreed(compare(before, after), rulings)
     if form == "json":
         write_result(_json(differences, rulings))
     else:

@@ -7,6 +7,7 @@ import functools
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -17,6 +18,7 @@ from ebpf_mig.commands.child import Child
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import clock, procfs
+from ebpf_mig.linux.process import is_private
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.lifecycle import MigrationWatch
@@ -75,6 +77,8 @@ def command(
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=False)]
     with Session(targets, tier, grows=followed is not None) as session:
         header = session.arm()
+        if pids:
+            _say_if_paused(pids[0], alone=len(pids) == 1)
         to = 2 if output == "-" else 1
         with (
             run.open_recording(output, "record", header, force) as (writer, where),
@@ -90,7 +94,7 @@ def command(
             finally:
                 try:
                     session.finish(writer, reason, witness.marks(clock.monotonic_ns()))
-                    run.say(f"{reason}; look at it with: ebpf-mig report {where}")
+                    run.say(f"{reason}; look at it with: ebpf-mig report {where}" if not is_private(where) else reason)
                 finally:
                     if child is not None:
                         child.wait()
@@ -105,6 +109,16 @@ def _arrive(session: Session, followed: Followed | None) -> list[int]:
         session.add(Target(pid=pid, role="unknown"))
         run.say(f"tracing {pid}, too")
     return found
+
+
+def _say_if_paused(pid: int, *, alone: bool) -> None:
+    """One line if no vCPU of a VM runs, on several looks: its migration has no blackout."""
+    for _ in range(3):
+        if not procfs.vcpus_of(pid) or any(procfs.may_run_vcpu(pid, tid) for tid in procfs.threads_of(pid)):
+            return
+        time.sleep(0.02)
+    either = "paused, or waits for its migration" if alone else "paused"
+    run.say(f"the guest of process {pid} is {either}: no vCPU runs")
 
 
 def _pass_on(child: Child) -> None:

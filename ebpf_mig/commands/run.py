@@ -22,8 +22,9 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.commands.options import say as say  # noqa: PLC0414 - others take it from here
 from ebpf_mig.commands.options import write_result
 from ebpf_mig.commands.report import rendered, require_complete
-from ebpf_mig.errors import UsageError, VmmError
+from ebpf_mig.errors import IncompleteError, UsageError, VmmError
 from ebpf_mig.linux import clock
+from ebpf_mig.linux.process import is_private
 from ebpf_mig.probes.tiers import AUTO, NAMES
 from ebpf_mig.recording.events import AnyEvent, Header, Mark
 from ebpf_mig.recording.file import RecordingWriter, default_name, read_recording
@@ -32,6 +33,8 @@ from ebpf_mig.vmm.base import Migration, Outcome
 
 LATE_CALLS_NS = 200_000_000
 """Tracing goes on this long after both sides said they are done: late calls still arrive."""
+CANCEL_S = 20.0
+"""How long a VMM may take to cancel after an interruption. QEMU takes 10 ms, but one that is stopped never does."""
 BASELINE_S = 0.25
 """Tracing watches the guest this long before the migration begins: what it is like undisturbed."""
 
@@ -87,6 +90,8 @@ class _Run:
     outcome: Outcome | None = None
     error: BaseException | None = None
     ended_ns: int = 0
+    given_up: bool = False
+    """The VMM did not cancel in time: nobody waits for it any more."""
     called_off: threading.Event = field(default_factory=threading.Event)
     """Set by an interruption, which may come before anything was triggered."""
 
@@ -101,21 +106,23 @@ def trace_migration(
 ) -> tuple[Outcome, str]:
     """Arms, migrates, records. Returns the VMM's outcome and the recording's name.
 
-    Ctrl-C cancels the migration, waits for its end, finishes the recording and is then raised again.
+    Ctrl-C cancels the migration, waits for its end (`CANCEL_S` at most, then the VMM is left alone), finishes the
+    recording and is then raised again.
     """
     with Session(migration.targets(), tier, grows=migration.grows) as session:
         migration.prepare()
         header = session.arm(notes)
         with open_writer(header) as (writer, name):
             run = _Run()
-            thread = threading.Thread(target=_drive, args=(migration, timeout_s, run), name="migration")
+            thread = threading.Thread(target=_drive, args=(migration, timeout_s, run), name="migration", daemon=True)
             thread.start()
             try:
                 interrupted = _pump_until_done(session, writer, migration, run, progress_line())
             except Exception:
                 thread.join()  # tracing has failed; the migration must not
                 raise
-            thread.join()
+            if not run.given_up:
+                thread.join()
             if run.error is not None:
                 session.finish(writer, "failed")
                 raise run.error
@@ -141,7 +148,7 @@ def _pump_until_done(
     session: Session, writer: RecordingWriter, migration: Migration, run: _Run, progress: Callable[[int], None]
 ) -> BaseException | None:
     """Pumps until the migration's thread has ended and the quiet time is over; an interruption cancels it first."""
-    count = 0
+    count, give_up_ns = 0, 0
 
     def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal count
@@ -149,6 +156,10 @@ def _pump_until_done(
         progress(count)
         for target in migration.appeared():
             session.add(target)
+        if give_up_ns and not run.ended_ns and clock.monotonic_ns() >= give_up_ns:
+            say(f"the VMM has not cancelled the migration within {CANCEL_S:.0f} s; it is left alone, and may go on")
+            run.given_up = True
+            return "done"
         return "done" if run.ended_ns and clock.monotonic_ns() - run.ended_ns >= LATE_CALLS_NS else None
 
     interrupted: BaseException | None = None
@@ -162,6 +173,7 @@ def _pump_until_done(
             interrupted = error
             say("cancelling the migration")
             run.called_off.set()
+            give_up_ns = clock.monotonic_ns() + int(CANCEL_S * 10**9)
             threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
 
 
@@ -187,7 +199,8 @@ def show(name: str, form: str, color: str) -> Breakdown:
     recording = read_recording(name)
     breakdown = analyse(recording).breakdown
     write_result(rendered(breakdown, form, "-", color))
-    say(f"recording: {name}; see it again with: ebpf-mig report {name}")
+    if not is_private(name):
+        say(f"recording: {name}; see it again with: ebpf-mig report {name}")
     return breakdown
 
 
@@ -195,4 +208,8 @@ def conclude(outcome: Outcome, breakdown: Breakdown, strict: bool) -> None:
     """Raises what the exit code has to tell: a migration that did not complete, or losses under `--strict`."""
     if outcome.result != "completed":
         raise VmmError(f"the migration {_ENDED.get(outcome.result, 'ended unclearly')}: {outcome.error}")
+    if outcome.remark:
+        say(outcome.remark)
     require_complete(breakdown, strict)
+    if outcome.remark and strict:
+        raise IncompleteError(outcome.remark)

@@ -62,16 +62,17 @@ def driven(migration: Migration, timeout_s: float) -> Outcome:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="migration")
+    thread = threading.Thread(target=run, name="migration", daemon=True)
     thread.start()
     interrupted: KeyboardInterrupt | None = None
-    while thread.is_alive():
+    until = float("inf")
+    while thread.is_alive() and time.monotonic() < until:
         try:
-            thread.join()
+            thread.join(0.1)
         except KeyboardInterrupt as error:
             if interrupted is not None:
                 raise
-            interrupted = error
+            interrupted, until = error, time.monotonic() + tracing.CANCEL_S
             say("cancelling the migration")
             threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
     if interrupted is not None:

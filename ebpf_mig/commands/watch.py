@@ -40,6 +40,8 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
 
     def tell(answer: Answer) -> None:
         nonlocal seen, gone
+        if gone or (count is not None and seen >= count):
+            return  # what is still traced when we end is recorded, and nobody asked for it
         observation = answer.observation
         assert observation is not None  # noqa: S101 - none is told as an error
         seen += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 
@@ -85,6 +85,8 @@ class Ruling:
     condition: Condition
     failed: bool
     why: str
+    p: float | None = None
+    """Of the permutation test, corrected for the conditions alone; None: it judges B by itself."""
 
 
 def parse_condition(text: str) -> Condition:
@@ -166,7 +168,21 @@ def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], p: float | N
     noise = stats.noise_floor(x, len(y), statistic)
     if change <= noise:
         return Ruling(condition, False, f"{why}: within the noise of {noise / 1e6:.3f} ms")
-    return Ruling(condition, True, why)
+    return Ruling(condition, True, why, p)
+
+
+def agreed(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> list[Difference]:
+    """The differences, where a median that a condition forbids counts as slower.
+
+    Conditions are few and were named before, so less is to be corrected for than among all figures.
+    """
+    failed = {
+        r.condition.figure: r.p for r in rulings if r.failed and r.condition.statistic == "p50" and r.p is not None
+    }
+    return [
+        replace(d, verdict=Finding.SLOWER, p=min(d.p, failed[d.figure])) if d.figure in failed else d
+        for d in differences
+    ]
 
 
 def _enough(x: Sequence[int], y: Sequence[int]) -> bool:

@@ -182,9 +182,11 @@ class Tracks:
         for again in (pid, *waiting):
             self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
             self._by_pid[again].begin_ns = at_ns
+            # The kernel tells each socket once, and the next connection was opened before logging began.
+            self._by_pid[again].events += [e for e in track.events if isinstance(e, Socket) and e.pid == again]
         for other in [other for other in track.pids if self._by_pid.get(other) is track]:
             del self._by_pid[other]
-        self._forget_ends({pid, *track.pids})
+        self._forget_ends(set(track.pids) - {pid, *waiting})
 
     def _verdict(self, track: Track, now_ns: int, alive: Sequence[int]) -> str | None:
         if not track.proven:
@@ -217,6 +219,7 @@ class Tracks:
         if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
             track.last_ns = now_ns
             track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)
+        track.logging |= track.watch.sources & set(track.pids)
         for pid in _found_out(track):
             track.logging.add(pid)
             track.watch.missed_beginning(pid)

@@ -24,6 +24,7 @@ from typing import IO
 from ebpf_mig.errors import PreflightError
 
 _PREFIX = "ebpf-mig-lab-"
+_LONGEST_BASE = 107 - len("/ebpf-mig-lab-12345678/destination.events.sock")
 _LAUNCH = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
@@ -126,14 +127,25 @@ def private_directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def is_private(path: str) -> bool:
+    """Whether a file lies in a private directory, and so is gone in a moment."""
+    return Path(path).parent.name.startswith(_PREFIX)
+
+
+def _base() -> str:
+    """Where private directories lie: TMPDIR's, unless sockets below it could not be bound (unix(7): 108 bytes)."""
+    base = tempfile.gettempdir()
+    return base if len(os.fsencode(base)) <= _LONGEST_BASE else "/tmp"  # noqa: S108
+
+
 def _make_locked() -> tuple[Path, int]:
     """A new directory and the descriptor that locks it; tried again if a sweep took it between the two steps."""
     while True:
         try:
-            path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
         except OSError as error:
             raise PreflightError(
-                f"cannot make a directory in {tempfile.gettempdir()}: {error.strerror}", "set TMPDIR to a writable one"
+                f"cannot make a directory in {_base()}: {error.strerror}", "set TMPDIR to a writable one"
             ) from error
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -147,7 +159,7 @@ def _make_locked() -> tuple[Path, int]:
 
 def _sweep() -> None:
     """Removes our own directories whose lock nobody holds: their run was killed."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for path in Path(_base()).glob(f"{_PREFIX}*"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

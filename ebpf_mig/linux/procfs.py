@@ -259,6 +259,14 @@ def vcpus_of(pid: int) -> dict[int, int]:
     return {fd: int(number) for fd, number in pairs if number.isdecimal()}
 
 
+def may_run_vcpu(pid: int, tid: int) -> bool:
+    """Whether a thread is inside KVM_RUN, or on a CPU and so cannot be seen to be outside."""
+    try:
+        return text(pid, "task", tid, "syscall").startswith("running") or in_kvm_run(pid, tid) is not None
+    except OSError:
+        return False
+
+
 def in_kvm_run(pid: int, tid: int) -> int | None:
     """The vCPU's descriptor if a thread sleeps inside KVM_RUN, else None.
 

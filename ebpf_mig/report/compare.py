@@ -90,7 +90,7 @@ def _summary(differences: Sequence[Difference]) -> str:
         return "\n".join(f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms" for d in told)
     if all(d.verdict in (Finding.TOO_FEW_RUNS, Finding.NOT_MEASURED) for d in differences):
         return f"too few runs to tell: {stats.MIN_RUNS} completed ones are needed on each side"
-    return "no difference"
+    return "no median differs"
 
 
 def _ms(ns: float) -> str:

@@ -79,6 +79,11 @@ class MigrationWatch:
         self._fetched.add(pid)
         self._missed.add(pid)
 
+    @property
+    def sources(self) -> frozenset[int]:
+        """The processes that were seen to log dirty memory."""
+        return frozenset(self._fetched)
+
     def closed(self, pid: int, at_ns: int) -> None:
         """The VMM `pid` lives and has closed the connection that `connections` named."""
         self._closed_at.setdefault(pid, at_ns)
@@ -159,7 +164,10 @@ class MigrationWatch:
             self._logged.add(key)
             self._fetched.add(event.pid)
             self._unlogged_at = 0
-        elif key in self._logged or event.pid in self._missed:
+            return
+        if event.pid in self._sent and event.pid not in self._fetched and self._busiest(event.pid):
+            self.missed_beginning(event.pid)  # a slot that is there loses the flag, after much was sent
+        if key in self._logged or event.pid in self._missed:
             self._logged.discard(key)
             if not self._logged:
                 self._unlogged_at = event.end_ns

@@ -24,6 +24,7 @@ from ebpf_mig.linux import clock, namespaces, procfs
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
+from ebpf_mig.text import printable
 from ebpf_mig.vmm import vmm_named
 
 POLL_MS = 20
@@ -64,6 +65,21 @@ def require_alive(targets: Sequence[Target]) -> None:
             raise UsageError(f"{target.pid} is a thread of process {process}", f"use --pid {process}")
 
 
+def require_kvm(targets: Sequence[Target]) -> None:
+    """UsageError if a target is no VMM with KVM. One of a VMM that makes its VM later may have none yet."""
+    for target in targets:
+        try:
+            procfs.names(target.pid, "fd")
+        except OSError:
+            continue  # we may not look
+        comm = procfs.comm(target.pid)
+        if not procfs.holds_kvm(target.pid) and vmm_named(comm) in ("", "qemu"):
+            raise UsageError(
+                f"process {target.pid} ({printable(comm)}) has no KVM VM",
+                "check the pid of the VMM, e.g. with pgrep; a guest without KVM (TCG) cannot be traced",
+            )
+
+
 def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Sequence[str] = ()) -> Header:
     """What the first block of this host's recording says."""
     return Header(
@@ -99,6 +115,11 @@ class Session:
         if grows:
             for pid in pids:
                 self._tracer.add(pid)
+        try:
+            require_kvm(targets)
+        except BaseException:
+            self._tracer.close()
+            raise
 
     def __enter__(self) -> Session:
         return self

@@ -22,7 +22,10 @@ class Outcome:
     result: str
     """completed, failed, cancelled or unknown."""
     error: str = ""
+    """Why it did not complete."""
     marks: tuple[AnyEvent, ...] = field(default=())
+    remark: str = ""
+    """What was asked for and did not come about although it completed, one line; empty: nothing."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Qmp:
     """A monitor without any code of ours."""
 
     def __init__(self, path: str) -> None:
+        self._events: list[dict[str, Any]] = []
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
         self._file = self._socket.makefile("rw")
@@ -44,6 +45,13 @@ class Qmp:
             answer = json.loads(self._file.readline())
             if "return" in answer or "error" in answer:
                 return answer.get("return", answer)
+            self._events.append(answer)
+
+    def at(self, event: str) -> int:
+        """When QEMU says that the last such event was, ns of the wall clock."""
+        self("query-status")
+        stamp = next(e["timestamp"] for e in reversed(self._events) if e["event"] == event)
+        return int(stamp["seconds"] * 10**9 + stamp["microseconds"] * 1000)
 
     def capability(self, *names: str) -> None:
         self("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
@@ -235,3 +243,50 @@ def test_an_interruption_is_passed_on_once(number: signal.Signals, code: int, tm
         assert process.stdout.read() == "", "the second one only ends the recording"
         assert process.stderr is not None and "left alone" in process.stderr.read()
     assert not read_recording(tmp_path / "seen.rec").truncated
+
+
+def one_line(*arguments: str, code: int, word: str) -> None:
+    command = [sys.executable, "-m", "ebpf_mig", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == code and len(lines) == 1 and word in lines[0], done.stderr
+
+
+def test_a_process_without_kvm_is_refused_at_once() -> None:
+    tcg = ["qemu-system-x86_64", "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"]
+    for command in (["sleep", "60"], tcg):
+        with subprocess.Popen(command) as process:
+            try:
+                time.sleep(0.5)
+                one_line("record", "--pid", str(process.pid), code=2, word="has no KVM VM")
+            finally:
+                process.kill()
+
+
+def test_a_paused_guest_is_named_at_once(tmp_path: Path) -> None:
+    with QemuPair(QUICK) as pair:
+        Qmp(pair.source.qmp)("stop")
+        process = with_command(tmp_path, [pair.source.pid], "true")
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == 0 and "is paused" in said.splitlines()[0]
+
+
+def test_a_vmm_that_cannot_be_cancelled_does_not_keep_us(tmp_path: Path) -> None:
+    with QemuPair(QUICK) as pair:
+        Qmp(pair.source.qmp)("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
+        # The lab's monitor serves one client: ours is gone by now.
+        ends = ["--source", pair.source.qmp, "--destination", pair.destination.qmp, "--uri", pair.uri]
+        command = [sys.executable, "-m", "ebpf_mig", "migrate", "qemu", *ends, "-o", str(tmp_path / "cut.rec")]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while not (tmp_path / "cut.rec").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            time.sleep(1)
+            os.kill(pair.source.pid, signal.SIGSTOP)
+            process.send_signal(signal.SIGTERM)
+            begin = time.monotonic()
+            said = process.communicate(timeout=60)[1]
+            assert time.monotonic() - begin < 40 and process.returncode == 143
+            assert "left alone" in said
+        os.kill(pair.source.pid, signal.SIGCONT)
+    assert not read_recording(tmp_path / "cut.rec").truncated

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux.check import OK, WARN, Check
+from ebpf_mig.text import printable
 from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ebpf_mig.vmm.witness import VmmWitness
 
 DEFAULT_BINARY = "qemu-system-x86_64"
+_SCHEMES = ("tcp", "unix", "vsock", "rdma")
+"""Transports whose URI means the same to both ends. `exec:` and `file:` have no other end, `fd:` has two."""
 
 
 class QemuAdapter(Adapter):
@@ -65,6 +68,12 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         """See `Adapter.connect`."""
         from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 
+        scheme, colon, _ = values["uri"].partition(":")
+        if not colon or scheme not in _SCHEMES:
+            why = f"{printable(values['uri'], 80)} leads from no QEMU to another one"
+            raise UsageError(
+                why, f"give --uri as one of {', '.join(f'{s}:' for s in _SCHEMES)}; watch others with record"
+            )
         limit = values["downtime_limit"]
         options = QemuOptions(
             values["bandwidth"], None if limit is None else limit // 10**6, values["multifd"], values["postcopy"]

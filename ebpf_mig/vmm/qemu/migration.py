@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.recording.events import Target
+from ebpf_mig.recording.events import Mark, Target
 from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
 from ebpf_mig.vmm.qemu.endpoint import ENDED, Side
 from ebpf_mig.vmm.qemu.monitor import Monitor, UnansweredError
@@ -208,7 +208,13 @@ class QemuMigration:
         await asyncio.gather(*listeners, return_exceptions=True)
         result, error = self._judge(problem, said)
         marks = [*triggers, *(event for side in self._sides for event in side.marks), *figures]
-        return Outcome(result, error, tuple(marks))
+        return Outcome(result, error, tuple(marks), self._remark(result))
+
+    def _remark(self, result: str) -> str:
+        switched = any(isinstance(m, Mark) and m.name == "qmp.MIGRATION.postcopy-active" for m in self._source.marks)
+        if result != "completed" or not self.options.postcopy or switched:
+            return ""
+        return "--postcopy was without effect: the pre-copy converged before the switch"
 
     async def _migrate(self, timeout_s: float) -> str:
         """Until the source is done, or what we could do to end it is done; returns what went wrong on our side."""

@@ -11,7 +11,7 @@ import pytest
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.compare.benchmark import FIGURES, Benchmark, Run, decode, encode, value_of
-from ebpf_mig.compare.diff import compare, parse_condition, rule
+from ebpf_mig.compare.diff import agreed, compare, parse_condition, rule
 from ebpf_mig.errors import UsageError
 from ebpf_mig.report.compare import bench_table, diff_table
 from tests.unit import breakdowns
@@ -54,6 +54,18 @@ def test_injected_delay_is_found_where_it_is_and_nowhere_else() -> None:
 def test_equals_do_not_differ() -> None:
     alarms = sum("slower" in verdicts(bench(8, 2 * i), bench(8, 2 * i + 1)).values() for i in range(20))
     assert alarms <= 2
+
+
+def test_a_median_that_fails_its_condition_is_not_called_the_same() -> None:
+    """Of four runs each, one planned comparison can tell what a table of all figures cannot."""
+    a, b = bench(4, 1), bench(4, 2, by_ms=9)
+    assert verdicts(a, b)["blackout"] == "no difference"
+    rulings = rule([parse_condition("blackout.p50>+5%")], a, b)
+    assert rulings[0].failed
+    found = agreed(compare(a, b), rulings)
+    assert {d.figure: d.verdict for d in found}["blackout"] == "slower"
+    assert "blackout is slower by" in diff_table(("a", "b"), (a, b), found)
+    assert [d for d in agreed(compare(a, b), []) if d.verdict == "slower"] == []
 
 
 def test_too_few_runs_say_so() -> None:
@@ -138,7 +150,7 @@ def test_command_exit_codes_and_output(tmp_path: Path) -> None:
     a.write_text(encode(bench(8, 1)))
     b.write_text(encode(bench(8, 2, by_ms=5)))
     same = run("diff", str(a), str(a), "--fail-if", "blackout.p50>+5%")
-    assert same.returncode == 0 and "\nno difference\n" in same.stdout and "pass  blackout.p50>+5%" in same.stdout
+    assert same.returncode == 0 and "\nno median differs\n" in same.stdout and "pass  blackout.p50>+5%" in same.stdout
     worse = run("diff", str(a), str(b), "--fail-if", "blackout.p50>+5%", "--fail-if", "fetch.p50>+5%")
     assert worse.returncode == 6 and "FAIL  blackout.p50>+5%" in worse.stdout and "pass  fetch" in worse.stdout
     assert worse.stderr.startswith("ebpf-mig: regression: blackout.p50>+5% (") and worse.stderr.count("\n") == 1

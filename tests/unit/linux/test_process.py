@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -129,8 +130,18 @@ def test_no_such_program(tmp_path: Path) -> None:
         spawn(["/nonexistent/qemu"], log, log)
 
 
-def test_no_place_for_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+def test_no_place_for_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no-such-directory")
     with pytest.raises(PreflightError, match="No such file") as caught, private_directory():
         pass
     assert "TMPDIR" in str(caught.value.remedy)
+
+
+def test_a_long_tmpdir_leaves_room_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UNIX socket's path has 107 bytes at most: the lab's lie elsewhere then."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with private_directory() as place, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place / "destination.events.sock"))
+        assert place.parent == Path("/tmp")

@@ -50,6 +50,11 @@ def test_logging_switched_off_again_is_an_ending() -> None:
     assert verdict(events, 2 * MS + QUIET_NS + 1) == "logging-ended"
 
 
+def test_a_switch_off_after_much_was_sent_ends_what_began_unseen() -> None:
+    for sent, reason in ((1 << 20, "logging-ended"), (4096, None)):
+        assert verdict([moved(MS, 0, sent), logging(2 * MS, False)], 10_000 * MS, (SRC,)) == reason
+
+
 def test_the_vga_slot_is_no_migration() -> None:
     small = [logging(1, True, size=65536), logging(2, False, size=65536)]
     assert verdict(list(small), 10_000 * MS) is None
