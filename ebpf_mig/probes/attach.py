@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of attach points: for each signal the best tier that was *seen* to work.
+"""Chooses the attach points: for each signal, the best tier that was *seen* to work.
 
-In: the processes to trace, the tier asked for. Out: a loaded `Plan`; attached, a table signal -> tier for the report. A
-tier counts as working when a call that we provoke ran its program, not when attaching returned success: fentry on some
-kernels attaches and never fires. Functions are tried before anything is compiled (`tiers`), and all that was attached
-is looked at again.
+In: the processes to trace, the tier asked for. Out: a loaded `Plan`; once attached, a table of signal -> tier for the
+report. A tier works only if a call that we provoke runs its program. A successful attach is not enough: on some kernels
+fentry attaches and never fires. Functions are tried before anything is compiled (`tiers`), and every program is checked
+again after it was attached.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit"
 
 
 def load(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> Plan:
-    """Compiles and loads, without attaching, the best that the kernel accepts of the tier asked for (`NAMES`).
+    """Compiles and loads the best programs that the kernel accepts for the requested tier (`NAMES`); attaches nothing.
 
-    Without pids it is loaded for a node: whom to trace is said later, and it will be armed more than once.
-    PreflightError without privilege, or if a tier that was asked for by name cannot be had.
+    Without pids the plan is for a node: processes are added later, and it is armed more than once. PreflightError if
+    privileges are missing, or if a tier that was requested by name does not work.
     """
     require_tracing()
     try:
@@ -49,13 +49,13 @@ def load(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> Plan:
     finally:
         btf.forget()
     tiers, sampler_fd = _tiers(choice, tracepoints), -1
-    if "split" not in choice.groups:  # where no functions inside the ioctl can be hooked, samples show what it did
+    if "split" not in choice.groups:  # where no function inside the ioctl can be hooked, samples show what it did
         tiers["split"], sampler_fd = _load_sampler(program)
     return Plan(hooks, program, tiers, sampler_fd)
 
 
 def _load_sampler(program: Program) -> tuple[str, int]:
-    """(tier of the signal `split`, descriptor or -1)."""
+    """(tier of the signal `split`, program descriptor or -1)."""
     try:
         return "samples", program.load(SAMPLER, sampling=True)
     except PreflightError as error:
@@ -101,7 +101,7 @@ def _has(extra: Extra, tracepoints: set[str]) -> bool:
 
 
 def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
-    """The table signal -> tier. Return probes count as what is at the entry."""
+    """The table of signal -> tier. A return probe has the tier of the probe at the entry."""
     table = {extra.signal: TRACEPOINT if _has(extra, tracepoints) else "absent: no such tracepoint" for extra in EXTRAS}
     table |= dict.fromkeys((*KVM_SIGNALS, "socket"), TRACEPOINT)
     entries = {"fexit": "fentry", "kretprobe": "kprobe"}
@@ -115,7 +115,7 @@ def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
 def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
     """Attaches everything and returns the table signal -> tier; PreflightError if a hook that must fire is silent.
 
-    `seen`: they were seen to fire before, so nothing is provoked.
+    `seen`: the hooks were seen to fire before, so nothing is provoked.
     """
     for hook in plan.hooks:
         plan.program.attach(hook)
@@ -126,7 +126,7 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
         return plan.tiers | doubtful
     selftest.fire_all()
     ran = plan.program.run_statistics()
-    # A function that only somebody else's VM came through as it was tried is silent now; another of its kind is not.
+    # A function that fired only because of another VM during the trial is silent now; another of its name fires.
     alive = {(hook.one_of, hook.program) for hook in plan.hooks if hook.one_of and ran[hook.key][1]}
     silent = [
         hook.key
@@ -145,6 +145,6 @@ def disarm(plan: Plan) -> None:
 
 
 def describe(plan: Plan, attached: dict[str, str], fds: list[int]) -> PlanDescription:
-    """A plan that was loaded and armed in this process, for another; its descriptors are added to `fds`."""
+    """Describes an armed plan of this process for another process. Adds its descriptors to `fds`."""
     assert isinstance(plan.program, Program)  # noqa: S101
     return PlanDescription(list(plan.hooks), attached, plan.program.describe(fds))

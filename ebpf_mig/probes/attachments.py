@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of loaded programs is attached, and how it is detached again.
+"""Attaches loaded programs to their hooks, and detaches them.
 
-In: hooks and the descriptors of their programs. Out: nothing; raw tracepoints, fentry and fexit hang on links, kprobes
-on perf events, all of them descriptors of this process. Needs neither bcc nor libbpf.
+In: hooks and the descriptors of their programs. Out: nothing. Raw tracepoints, fentry and fexit are attached through
+BPF links, kprobes through perf events; both are descriptors of this process. Needs neither bcc nor libbpf.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ebpf_mig.probes.hook import TRACEPOINT, Hook
 
 
 class Attachments:
-    """Attaches and detaches, again and again."""
+    """The attached programs of one BPF object. They can be attached and detached repeatedly."""
 
     def __init__(self) -> None:
         self._links: dict[Hook, int] = {}
@@ -24,12 +24,12 @@ class Attachments:
         self._attached: list[Hook] = []
 
     def prepare(self, hook: Hook, fd: int = -1) -> None:
-        """Opens a kprobe's event, or takes over `fd`, without running anything yet. OSError if refused."""
+        """Opens a kprobe's perf event, or takes over `fd`; no program runs yet. OSError if the kernel refuses."""
         if hook.how in (KPROBE, KRETPROBE):
             self._events[hook.key] = KprobeEvent(hook.target, hook.how, fd)
 
     def events(self) -> dict[str, int]:
-        """Descriptors of the events, all open."""
+        """Descriptors of the open kprobe events."""
         return {key: event.open() for key, event in self._events.items()}
 
     def attach(self, hook: Hook, program: int) -> None:
@@ -45,7 +45,7 @@ class Attachments:
         self._attached.append(hook)
 
     def detach(self, hook: Hook) -> None:
-        """Detaches it again; the kprobe event stays open."""
+        """Detaches a program; its kprobe event stays open."""
         self._attached.remove(hook)
         if hook.key in self._events:
             self._events[hook.key].detach()
@@ -53,7 +53,7 @@ class Attachments:
             os.close(self._links.pop(hook))
 
     def close(self) -> None:
-        """Takes everything down; idempotent."""
+        """Detaches everything and closes all events; idempotent."""
         for hook in list(self._attached):
             self.detach(hook)
         for event in self._events.values():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What C and Python must agree on, as static assertions that are compiled with each program.
+"""What C and Python must agree on, as static assertions that are compiled into each program.
 
-In: the layouts of records, the members of tables that Python uses, numbers that both halves have. Out: C, appended to
-a program's source. A program whose struct or number differs does not compile; the message names what differs.
+In: the layouts of records, the table members that Python uses, and shared constants. Out: C code that is appended to a
+program's source. If a struct or a constant differs, the program does not compile and the message names the difference.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ebpf_mig.recording.layout import WORD, Field, Layout
 
 @dataclass(frozen=True)
 class Contract:
-    """Of one program."""
+    """The contract of one BPF program."""
 
     records: tuple[Layout, ...]
-    """Structs that are equal in both halves, from the first field to the last."""
+    """Structs that must be identical in C and Python, from the first field to the last."""
     members: tuple[Layout, ...] = ()
-    """Members that C must have with these types; their order is free and there may be more."""
+    """Members that the C structs must have, with their types. Order is free, and other members are allowed."""
     numbers: Mapping[str, int] = field(default_factory=dict)
-    """Constants by their name in C."""
+    """Constants, by their C name."""
 
     def assertions(self) -> str:
-        """The static assertions, one a line."""
+        """The static assertions, one per line."""
         lines = [line for layout in self.records for line in _record(layout)]
         lines += [_type(layout.struct, member) for layout in self.members for member in layout.fields]
         lines += [_assert(f"{name} == {value}", f"{name} is not {value}") for name, value in self.numbers.items()]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where programs can be attached, and for which signal: tracepoints of every tier, functions of the better ones.
+"""Where programs can be attached, and for which signal: tracepoints for every tier, functions for the better ones.
 
-In: nothing. Out: tables of `Extra` and `Function`. `tiers.py` finds out which functions can be hooked here, and by
-which kind of probe; what is left comes from system calls. Functions by Linux 5.10 to 7.2; the programs are in
-`bpf/from_functions.bpf.c` and `bpf/trigger.bpf.c`.
+In: nothing. Out: tables of `Extra` and `Function`. `tiers.py` finds out which functions can be hooked on this kernel,
+and by which kind of probe. All other signals come from system calls. Functions are those of Linux 5.10 to 7.2; the
+programs are in `bpf/from_functions.bpf.c` and `bpf/trigger.bpf.c`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
 
 RETURN_OF = {FENTRY: FEXIT, KPROBE: KRETPROBE}
-"""The kind of probe at a function's exit that goes with the kind at its entry."""
+"""Kind of probe at a function's entry -> kind of probe at its exit."""
 _SYSCALL = {"x86_64": "__x64_sys_", "aarch64": "__arm64_sys_"}.get(os.uname().machine, "sys_")
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A signal that every tier can have besides its own, where the kernel has the tracepoints."""
+    """An additional signal for every tier, where the kernel has the tracepoints."""
 
     signal: str
     hooks: tuple[tuple[str, str], ...]
-    """(raw tracepoint, function)."""
+    """(raw tracepoint, BPF function)."""
 
 
 HIDDEN_SENDS = Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),))
-"""Needless where functions of the sockets are hooked, which all sends pass."""
+"""Not needed where socket functions are hooked, since all sends pass through them."""
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
@@ -40,22 +40,22 @@ EXTRAS = (
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """A function to hook: which program runs at its entry and at its exit, by kind of probe."""
+    """A kernel function to hook, with the programs for its entry and its exit."""
 
     names: tuple[str, ...]
-    """The same thing in different kernels; the first that is there."""
+    """Names of the function in different kernels; the first that exists is used."""
     group: str
-    """`kvm`, `socket` or `split`: had together or not at all."""
+    """`kvm`, `socket` or `split`. The functions of a group are hooked together or not at all."""
     signals: tuple[str, ...]
     entry: dict[str, str] = field(default_factory=dict)
     exit: dict[str, str] = field(default_factory=dict)
     arguments: int = 0
-    """How many it must have: fexit reads the returned value behind them. 0: any number."""
+    """The number of arguments it must have, since fexit finds the return value behind them. 0: any number."""
     required: bool = True
     one_of: str = ""
-    """Functions of one name of which at least one is required."""
+    """A set of functions of which at least one is required."""
     provoked: bool = True
-    """Whether `selftest` makes it fire on every machine; if not, a silent kprobe is trusted, a silent fentry never."""
+    """Whether `selftest` makes it fire on every machine. If not, a silent kprobe is accepted, but no silent fentry."""
 
 
 def _both(program: str) -> dict[str, str]:
@@ -82,8 +82,9 @@ FLUSHES = (
     "kvm_flush_remote_tlbs_memslot", "kvm_arch_flush_remote_tlbs_memslot", "kvm_flush_remote_tlbs_range",
     "kvm_arch_flush_remote_tlbs_range", "kvm_flush_remote_tlbs",
 )  # fmt: skip
-"""One calls the next, the outermost counts; compilers inline some into others, so that what is there need not fire.
-On arm64 the fourth is the one that is left (Linux 6.12)."""
+"""Each calls the next, and the outermost counts. Compilers inline some of them, so a function that exists need not
+fire. On arm64 only the fourth remains (Linux 6.12).
+"""
 
 FUNCTIONS = (
     _ioctls("kvm_vm_ioctl", ("dirty-log", "state")),
@@ -113,12 +114,14 @@ VCPU_RETURNS = tuple(
         "kvm_arch_vcpu_ioctl_set_mpstate", "kvm_arch_vcpu_ioctl_get_fpu", "kvm_arch_vcpu_ioctl_set_fpu",
     )
 )  # fmt: skip
-"""Where a vCPU's ioctls return by kprobes: a return probe on kvm_vcpu_ioctl would be held as long as a guest runs, and
-the kernel has few of them."""
+"""Where kprobes see a vCPU's ioctls return. A return probe on kvm_vcpu_ioctl would be occupied while the guest runs,
+and the kernel has few of them.
+"""
 
 MEMSLOTS = tuple(
     Function((name,), "node", ("logging",), {FENTRY: "on_memslot_fentry", KPROBE: "on_memslot_kprobe"}, arguments=2)
     for name in ("kvm_set_memory_region", "__kvm_set_memory_region")
 )
-"""Where a VM's memory begins to be logged, the standing trigger of `watch` and `exporter`: the one calls the other, and
-may be inlined into its caller (as in Linux 6.12)."""
+"""Where KVM starts to log a VM's memory: the trigger of `watch` and `exporter`. The first function calls the second,
+which may be inlined into it (as in Linux 6.12).
+"""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A BPF object that another process compiled and loaded: attached, polled and read through file descriptors alone.
+"""A BPF object that another process compiled and loaded, used through file descriptors only.
 
 In: a `ProgramDescription` and the descriptors that belong to it. Out: an `InheritedProgram`, a `BpfProgram` like
-`loader.Program`, but with libbpf instead of bcc: no LLVM, a third of the memory. Our process's descriptors are all that
-keeps the programs alive.
+`loader.Program`, but with libbpf instead of bcc: no LLVM, a third of the memory. The programs live only as long as the
+descriptors of this process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, cty
 _PER_CPU = {5, 6, 10}
 """include/uapi/linux/bpf.h: BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH."""
 _MAX_STACK = 127
-"""PERF_MAX_STACK_DEPTH: what bcc's BPF_STACK_TRACE keeps of each stack."""
+"""PERF_MAX_STACK_DEPTH: the number of frames per stack in bcc's BPF_STACK_TRACE."""
 
 
 class MapDescription(msgspec.Struct, frozen=True):
-    """One map: its descriptor's place among those received, and what its entries look like."""
+    """One map: the index of its descriptor among those received, and the types of its entries."""
 
     fd: int
     kind: int
@@ -42,13 +42,13 @@ class MapDescription(msgspec.Struct, frozen=True):
 
 
 class ProgramDescription(msgspec.Struct, frozen=True):
-    """One loaded object."""
+    """Describes one loaded object."""
 
     functions: dict[str, int]
-    """Loaded programs, by name; the descriptor's place among those received."""
+    """Loaded programs by name: the index of the descriptor among those received."""
     maps: dict[str, MapDescription]
     events: dict[str, int] = {}
-    """Open kprobe events by the key of their hook, likewise."""
+    """Open kprobe events by the key of their hook: the index of the descriptor."""
 
 
 def _libbpf() -> ctypes.CDLL:
@@ -69,7 +69,9 @@ def _libbpf() -> ctypes.CDLL:
 
 
 class Table:
-    """A map as bcc's tables look: `table[key] = leaf`, `del table[key]`, `items()`, `clear()`, with ctypes objects."""
+    """A map with the interface of a bcc table: `table[key] = leaf`, `del table[key]`, `items()`, `clear()`, with ctypes
+    objects.
+    """
 
     def __init__(self, lib: ctypes.CDLL, fd: int, described: MapDescription) -> None:
         self._lib, self._fd, self.described = lib, fd, described
@@ -87,14 +89,14 @@ class Table:
             raise KeyError(os.strerror(ctypes.get_errno()))
 
     def raw(self, key: Any, size: int) -> bytes:
-        """The `size` bytes that the kernel has for `key`; KeyError if it has none."""
+        """The `size` bytes that the kernel stores for `key`. KeyError if there is no entry."""
         leaf = ctypes.create_string_buffer(size)
         if self._lib.bpf_map_lookup_elem(self._fd, ctypes.byref(key), leaf) < 0:
             raise KeyError(os.strerror(ctypes.get_errno()))
         return leaf.raw
 
     def keys(self) -> Iterator[Any]:
-        """Every key; one that is deleted meanwhile may start the walk again, one is never returned twice in a row."""
+        """Every key. A key deleted during the walk may restart it; no key is returned twice in a row."""
         key = None
         while True:
             following = self.Key()
@@ -120,7 +122,7 @@ class Table:
 
 
 class InheritedProgram:
-    """A `BpfProgram` that is already loaded. `close()` detaches and lets go of everything."""
+    """A `BpfProgram` that is already loaded. `close()` detaches and closes everything."""
 
     def __init__(self, description: ProgramDescription, fds: Sequence[int]) -> None:
         self._lib = _libbpf()
@@ -150,13 +152,13 @@ class InheritedProgram:
         return self._tables[name]
 
     def open_ring(self, name: str) -> None:
-        """Maps a ring buffer, twice its size, and collects its records; fetch them with `poll`."""
+        """Maps a ring buffer (twice its size) and collects its records; fetch them with `poll`."""
         self._ring = self._lib.ring_buffer__new(self._map_fds[list(self._tables).index(name)], self._take, None, None)
         if not self._ring:
             raise PreflightError(f"the ring buffer {name} cannot be mapped: {os.strerror(ctypes.get_errno())}")
 
     def close_ring(self) -> None:
-        """Unmaps it: a node where nobody migrates does without."""
+        """Unmaps the ring buffer, to save memory while no VM migrates."""
         if self._ring:
             self._lib.ring_buffer__free(self._ring)
         self._ring = None
@@ -166,11 +168,11 @@ class InheritedProgram:
         return 0
 
     def poll(self, timeout_ms: int) -> list[bytes]:
-        """Records that arrived, waiting at most `timeout_ms` for the first; a signal ends the waiting."""
+        """The records that arrived. Waits at most `timeout_ms` for the first; a signal ends the wait."""
         if not self._ring:
             return []
         self._lib.ring_buffer__poll(self._ring, timeout_ms)
-        self._lib.ring_buffer__consume(self._ring)  # records that wake nobody, and those behind them
+        self._lib.ring_buffer__consume(self._ring)  # records that do not wake the reader, and records behind them
         taken = self._records[:]
         self._records.clear()
         return taken
@@ -197,15 +199,15 @@ class InheritedProgram:
         return Symbols.of_kernel().name(address)
 
     def descriptor(self, function: str) -> int:
-        """Of a loaded function; -1 if it was not loaded."""
+        """The descriptor of a loaded function; -1 if it was not loaded."""
         return self._functions.get(function, -1)
 
     def run_statistics(self) -> dict[str, tuple[int, int, int]]:
-        """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
+        """(run time in ns, runs, recursion misses) of each loaded function. The first two need `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._functions.items()}
 
     def close(self) -> None:
-        """Detaches everything and closes what was received; idempotent."""
+        """Detaches everything and closes the received descriptors; idempotent."""
         if self._closed:
             return
         self._closed = True

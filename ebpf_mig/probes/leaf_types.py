@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of a table's keys and leaves in words, so that a process without bcc can make them again.
+"""Descriptions of the key and leaf types of a table, so that a process without bcc can rebuild them.
 
-In: a ctypes type, as bcc makes it from the C. Out: a `LeafType`, and from it an equal ctypes type: the same members by
-the same names, signed as in C, structs in structs and arrays included.
+In: a ctypes type that bcc made from the C code. Out: a `LeafType`, and from it an equal ctypes type: the same member
+names and signedness, with nested structs and arrays.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _INTEGERS: dict[tuple[int, bool], Any] = {
 
 
 class LeafType(msgspec.Struct, frozen=True):
-    """An integer, an array, a struct; anything else is its bytes."""
+    """An integer, an array or a struct. Any other type is treated as bytes."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     signed: bool = False
     element: LeafType | None = None
-    """What an array consists of."""
+    """The element type of an array."""
     members: list[tuple[str, int, LeafType]] = []
-    """(name, offset, type) of a struct's members."""
+    """(name, offset, type) of each member of a struct."""
 
     def ctype(self) -> Any:
-        """The ctypes type."""
+        """Builds the ctypes type."""
         if self.element is not None:
             return self.element.ctype() * (self.size // self.element.size)
         if not self.members:
@@ -51,7 +51,7 @@ class LeafType(msgspec.Struct, frozen=True):
 
 
 def describe(ctype: Any) -> LeafType:
-    """A ctypes type in words."""
+    """Describes a ctypes type."""
     size = ctypes.sizeof(ctype)
     if issubclass(ctype, ctypes.Structure):
         members = [(name, getattr(ctype, name).offset, describe(kind)) for name, kind, *_ in ctype._fields_]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="import-untyped, import-not-found"
-# bcc is the distribution's, has no types, and may not be there.
-"""Compiles, loads and attaches our BPF programs; the only module that imports bcc.
+# bcc is a distribution package without types, and may be missing.
+"""Compiles, loads and attaches the BPF programs. This is the only module that imports bcc.
 
-In: names of `.bpf.c` files and -D constants. Out: a `Program` whose functions can be attached, whose ring buffer can
-be polled and whose maps can be read. Nothing is pinned: when the process ends, however it ends, the kernel
-drops everything. No kernel headers are needed (`bpf/headers` is a tree of our own).
+In: names of `.bpf.c` files and -D constants. Out: a `Program` whose functions can be attached, whose ring buffer can be
+polled and whose maps can be read. Nothing is pinned: the kernel removes everything when the process ends, also after
+SIGKILL. No kernel headers are needed (`bpf/headers` replaces them).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def require_bcc() -> Any:
 
 @contextlib.contextmanager
 def _safe_directory() -> Iterator[None]:
-    """bcc puts the current directory first on the include path: compile where only root can put files."""
+    """Changes to a directory that only root can write: bcc puts the current directory first on the include path."""
     before = Path.cwd()
     os.chdir("/")
     try:
@@ -58,7 +58,7 @@ def _safe_directory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_to(sink: list[str]) -> Iterator[None]:
-    """Catches what libbcc prints on file descriptor 2, so that one line of it can become an error."""
+    """Captures the output of libbcc on file descriptor 2, so that one line of it can become the error message."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     saved = os.dup(2)
     os.dup2(write_end, 2)
@@ -74,16 +74,16 @@ def _stderr_to(sink: list[str]) -> Iterator[None]:
 
 
 class Program:
-    """One compiled BPF object. Detaches and frees on `close()`; the kernel does the same if we die."""
+    """One compiled BPF object. `close()` detaches and frees it; the kernel does the same if this process dies."""
 
     def __init__(self, family: str, defines: Mapping[str, str | int], contract: Contract) -> None:
-        """Compiles a family of programs. PreflightError if it does not compile, or breaks its contract with Python."""
+        """Compiles a family of programs. PreflightError if it does not compile or violates its contract with Python."""
         bcc = require_bcc()
         os.environ["BCC_KERNEL_SOURCE"] = str(source.HEADERS)
         flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
         flags += [f"-D{name}={value}" for name, value in defines.items()]
         try:
-            # LLVM ends the process on some errors, so what it prints must not be held back.
+            # LLVM ends the process on some errors, so its output must not be captured.
             with _safe_directory():
                 self._bpf = bcc.BPF(text=source.source_text(family, contract).encode(), cflags=flags)
         except Exception as error:
@@ -93,11 +93,11 @@ class Program:
         self._rings: set[str] = set()
         self._functions: dict[str, Any] = {}
         self._fds: dict[str, int] = {}
-        """Of loaded programs, by the key of their hook."""
+        """Descriptors of loaded programs, by the key of their hook."""
         self._attachments = Attachments()
 
     def load(self, function: str, *, sampling: bool = False) -> int:
-        """Hands one function to the kernel's verifier as a raw tracepoint or perf event program; its descriptor.
+        """Loads one function as a raw tracepoint or perf event program and returns its descriptor.
 
         PreflightError if refused.
         """
@@ -113,7 +113,7 @@ class Program:
         return self._fds[function]
 
     def load_hook(self, hook: Hook, module_fd: int = -1) -> None:
-        """Hands a hook's function to the verifier, for that way of attaching; `module_fd` is kvm.ko's BTF.
+        """Loads the function of a hook for its way of attaching. `module_fd` is the BTF of kvm.ko.
 
         PreflightError if refused.
         """
@@ -142,7 +142,7 @@ class Program:
         return self._bpf[name.encode()]
 
     def open_ring(self, name: str) -> None:
-        """Begins to collect the records of a ring buffer; fetch them with `poll`. Once is enough."""
+        """Starts to collect the records of a ring buffer; fetch them with `poll`. Idempotent."""
         if name in self._rings:
             return
         self._rings.add(name)
@@ -154,12 +154,12 @@ class Program:
         self._bpf[name.encode()].open_ring_buffer(take)
 
     def close_ring(self) -> None:
-        """bcc keeps it mapped; a program that is given to another process does without."""
+        """Does nothing: bcc keeps the ring buffer mapped. An inherited program unmaps it."""
 
     def poll(self, timeout_ms: int) -> list[bytes]:
-        """Records that arrived. Waits `timeout_ms`, or for one that wakes us, as most do not."""
+        """The records that arrived. Waits at most `timeout_ms` for a record that wakes the reader; most do not."""
         self._bpf.ring_buffer_poll(timeout_ms)
-        self._bpf.ring_buffer_consume()  # records that wake nobody, and those behind them
+        self._bpf.ring_buffer_consume()  # records that do not wake the reader, and records behind them
         taken = self._records[:]
         self._records.clear()
         return taken
@@ -181,11 +181,11 @@ class Program:
         return procfs.decoded(self._bpf.ksym(address))
 
     def run_statistics(self) -> dict[str, tuple[int, int, int]]:
-        """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
+        """(run time in ns, runs, recursion misses) of each loaded function. The first two need `BpfStatistics`."""
         return {name: run_statistics(fd) for name, fd in self._fds.items()}
 
     def describe(self, fds: list[int]) -> ProgramDescription:
-        """What was loaded, for another process; the descriptors of programs and maps are added to `fds`."""
+        """Describes the loaded object for another process. Adds the descriptors of programs and maps to `fds`."""
         from bcc.libbcc import lib
 
         def place(fd: int) -> int:

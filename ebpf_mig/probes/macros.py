@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the BPF programs are compiled with: whom to trace, what the kernel has, and where its structures keep things.
+"""The macros that the BPF programs are compiled with: pids, tiers, and the offsets of the kernel's structs.
 
-In: the pids (none for a node), the tracepoints that exist, the choice of tiers. Out: the macros of bpf/trace.bpf.c.
-Offsets come from the running kernel's BTF, so no kernel headers are needed.
+In: the pids (none for a node), the available tracepoints, the chosen tiers. Out: the macros of bpf/trace.bpf.c. Offsets
+come from the running kernel's BTF, so no kernel headers are needed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from ebpf_mig.recording.thresholds import SHARED
 RING_BYTES = 8 << 20
 _FENTRY, _KPROBE = 1, 2
 _PROGRAMS_FOR = {FENTRY: _FENTRY, FEXIT: _FENTRY, KPROBE: _KPROBE, KRETPROBE: _KPROBE}
-"""Which programs for sockets are compiled: those that nothing would attach cost time."""
+"""The socket programs to compile. Programs that are never attached would only cost compile time."""
 _KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
-"""The offset of a member that the kernel lacks."""
+"""Stands for the offset of a member that the kernel does not have."""
 _USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
-"""From the end of a task's kernel stack, where its registers are, for kernels before 5.15: THREAD_SIZE without KASAN,
-`struct pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10)."""
+"""Where a task's registers are on its kernel stack, for kernels before 5.15: THREAD_SIZE without KASAN, `struct
+pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10).
+"""
 _NOWHERE = 0x7FFFFFF0
-"""An offset that no lock has: its waits are then booked as those of other locks."""
+"""An offset that no lock has. Waits for a lock with this offset count as waits for other locks."""
 OFFSETS = {
     "OFF_task_pid": ("task_struct", "pid"),
     "OFF_task_tgid": ("task_struct", "tgid"),
@@ -71,7 +72,7 @@ def defines(
     tracepoints: set[str],
     choice: Choice = Choice(),  # noqa: B008 - it is frozen
 ) -> dict[str, str | int]:
-    """Macro by name. PreflightError if the kernel's BTF lacks a structure or a member."""
+    """The value of each macro, by name. PreflightError if the kernel's BTF lacks a struct or a member."""
     test = "||".join(f"(t)=={pid}" for pid in pids)
     macros: dict[str, str | int] = {name: f"{value}ULL" for name, value in SHARED.items()}
     macros |= {"FENTRY": _FENTRY, "KPROBE": _KPROBE, "OFF_NONE": _NONE}
@@ -97,7 +98,7 @@ def defines(
 
 
 def _kvm_offsets() -> dict[str, int]:
-    """Where `struct kvm` keeps its locks, by vmlinux's BTF or that of kvm.ko; far off where neither has it."""
+    """The offsets of the locks in `struct kvm`, from the BTF of vmlinux or kvm.ko; `_NOWHERE` if neither has it."""
     members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
     manual = ("kvm", "manual_dirty_log_protect")
     offsets = btf.offsets(btf.VMLINUX, [*members.values(), manual])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was loaded and is ready to be attached; and the same in words, for another process.
+"""A loaded program with its hooks, ready to be attached, and its description for another process.
 
-In: a loaded program and its hooks. Out: a `Plan`, a `PlanDescription`. Descriptors travel beside the description.
+In: a loaded program and its hooks. Out: a `Plan`, a `PlanDescription`. File descriptors are sent separately from the
+description.
 """
 
 from __future__ import annotations
@@ -21,28 +22,29 @@ SAMPLER = "on_sample"
 
 @dataclass(frozen=True)
 class Plan:
-    """What was loaded, ready to be attached."""
+    """A loaded program, ready to be attached."""
 
     hooks: tuple[Hook, ...]
-    """Extras first, so that what the others' records carry is known from the first record on; exits before entries,
-    so that no call is taken for one whose exit was missed. The last is detached first."""
+    """In the order of attaching; detached in reverse order. Extras come first, so that the first records of the others
+    are complete. Exits come before entries, so that no call seems to lack its exit.
+    """
     program: BpfProgram
     tiers: dict[str, str]
-    """By signal."""
+    """Attach tier by signal."""
     sampler_fd: int = -1
-    """The loaded program behind samples inside dirty-log ioctls; -1 where it is not wanted or was refused."""
+    """The program that samples stacks inside dirty-log ioctls; -1 if it is not wanted or the kernel refused it."""
 
 
 class PlanDescription(msgspec.Struct, frozen=True):
-    """A `Plan` for another process: the descriptors go beside it."""
+    """Describes a `Plan` for another process; the descriptors are sent separately."""
 
     hooks: list[Hook]
     tiers: dict[str, str]
-    """As they were after arming, doubts included."""
+    """Attach tier by signal, as it was after arming."""
     program: ProgramDescription
 
 
 def receive_plan(description: PlanDescription, fds: Sequence[int]) -> Plan:
-    """The plan again, in the process that got `fds`."""
+    """Rebuilds the plan in the process that received `fds`."""
     program = InheritedProgram(description.program, fds)
     return Plan(tuple(description.hooks), program, description.tiers, program.descriptor(SAMPLER))

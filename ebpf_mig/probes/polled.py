@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that must be polled: TCP's account of the sockets, how long CPU quotas held the VMMs back, our own cost.
+"""Values that must be polled: tcp_info of the sockets, CPU time withheld by quotas, and our own overhead.
 
-In: the events as they arrive, which say when a reading is worth its cost: at a fetch, a kick, an entry into KVM_RUN.
-Out: `TcpInfo`, `OwnCost` and `CpuQuota` events, seldom, in most cases `APART_NS` apart.
+In: the events as they arrive. They trigger a reading: a fetch, a kick, an entry into KVM_RUN. Out: `TcpInfo`, `OwnCost`
+and `CpuQuota` events, usually at least `APART_NS` apart, since each reading has a cost.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from ebpf_mig.recording.events import SEND, AnyEvent, CpuQuota, Ioctl, Kick, Own
 
 APART_NS = 100_000_000
 APART_IN_STOP_NS = 20_000_000
-"""From a kick until a vCPU runs again."""
+"""The state from a kick until a vCPU runs again."""
 APART_AT_EDGES_NS = 2_000_000
-"""Where a window may begin or end."""
+"""The events at which a window may begin or end."""
 COST_APART_NS = 30_000_000
-"""Our own cost, from the first fetch on: a window begins no longer than this after a reading."""
+"""Longest time between two readings of our own cost, from the first fetch on. So a window begins at most this long
+after a reading.
+"""
 PATIENCE_S = 0.2
 TCP_READ_BYTES = 65536
-"""A socket that sent less is no migration's main one: its TCP account is not read."""
+"""A socket that sent less than this is not the main migration socket; its tcp_info is not read."""
 
 
 class Polled:
-    """Decides when and reads. `cost` gives (ns, runs) of our programs so far, None where the kernel does not count."""
+    """Decides when to read, and reads. `cost`: (ns, runs) of our programs so far, None if the kernel does not count."""
 
     def __init__(self, cost: Callable[[], tuple[int, int] | None], *, tcp: bool = True) -> None:
-        """`tcp`: also read TCP's account, which takes a thread and 15 MB."""
+        """`tcp`: also read tcp_info, which takes a thread and 15 MB."""
         self._cost = cost
         self._with_tcp = tcp
         self._tcp: TcpReader | None = None
@@ -42,12 +44,12 @@ class Polled:
         self._fetching = False
 
     def open(self) -> None:
-        """Gets ready to read; idempotent."""
+        """Prepares to read; idempotent."""
         if self._with_tcp:
             self._tcp = self._tcp or TcpReader()
 
     def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
-        """The readings that are due with these events, or with none."""
+        """The readings that are due after these events; `events` may be empty."""
         worth = edge = False
         for event in events:
             if isinstance(event, Transfer):
@@ -73,12 +75,12 @@ class Polled:
         return answers + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
 
     def last(self) -> list[AnyEvent]:
-        """A last reading and all answers that are still to come, which may take `PATIENCE_S`."""
+        """A last reading and all outstanding answers. Takes up to `PATIENCE_S`."""
         readings = self.take()
         return readings + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
-        """Our own cost and the quotas, now; what TCP says comes later, with the events of `due`."""
+        """Reads our own cost and the quotas now. tcp_info arrives later, through `due`."""
         self._last_ns = clock.monotonic_ns()
         cost = self._own_cost() + self._held()
         for inode, socket in list(self._sockets.items()):
@@ -87,7 +89,7 @@ class Polled:
         return cost
 
     def follow(self, pid: int) -> None:
-        """A process is traced from now on."""
+        """Starts to read the values of a process."""
         self._quotas[pid] = Quota(procfs.control_groups(pid))
 
     def _held(self) -> list[AnyEvent]:
@@ -100,7 +102,7 @@ class Polled:
         return [] if cost is None else [OwnCost(self._last_cost_ns, *cost)]
 
     def forget(self, pid: int) -> None:
-        """A process is traced no more."""
+        """Stops reading the values of a process."""
         self._stopped.discard(pid)
         self._quotas.pop(pid, None)
         for inode in [inode for inode, socket in self._sockets.items() if socket.pid == pid]:
@@ -108,7 +110,7 @@ class Polled:
             self._bytes.pop(inode, None)
 
     def close(self) -> None:
-        """Reads no more; idempotent."""
+        """Stops all reading; idempotent."""
         if self._tcp is not None:
             self._tcp.close()
         self._tcp = None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rest of the probes needs of a loaded BPF object, whoever loaded it.
+"""The interface of a loaded BPF object, whichever process loaded it.
 
-In: nothing. Out: `BpfProgram`, which `loader.Program` (bcc) and `inherited.InheritedProgram` (libbpf) both are.
+In: nothing. Out: `BpfProgram`, implemented by `loader.Program` (bcc) and `inherited.InheritedProgram` (libbpf).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ class BpfProgram(Protocol):
         """Detaches what `attach` attached."""
 
     def table(self, name: str) -> Any:
-        """The map of that name, as bcc's tables are: `table[key] = leaf`, `del table[key]`, `items()`, `clear()`.
+        """The map of that name, with the interface of bcc's tables: `table[key] = leaf`, `del table[key]`, `items()`,
+        `clear()`.
 
-        Keys and leaves are ctypes objects; a leaf's members have the names of the C struct's.
+        Keys and leaves are ctypes objects; a leaf's members have the names of the C struct's members.
         """
 
     def open_ring(self, name: str) -> None:
-        """Begins to collect the records of a ring buffer."""
+        """Starts to collect the records of a ring buffer."""
 
     def close_ring(self) -> None:
-        """Lets go of its memory, where that is possible."""
+        """Frees the memory of the ring buffer, if that is possible."""
 
     def poll(self, timeout_ms: int) -> list[bytes]:
-        """Records that arrived. Waits at most `timeout_ms` for one that wakes the reader, as most do not."""
+        """The records that arrived. Waits at most `timeout_ms` for a record that wakes the reader; most do not."""
 
     def per_cpu_sums(self, name: str) -> list[int]:
         """A per-CPU array's entries, each summed over the CPUs."""
@@ -45,7 +46,7 @@ class BpfProgram(Protocol):
         """Name of the kernel function at an address."""
 
     def run_statistics(self) -> dict[str, tuple[int, int, int]]:
-        """(run time in ns, runs, recursion misses) of each loaded function; the former need a `BpfStatistics`."""
+        """(run time in ns, runs, recursion misses) of each loaded function. The first two need `BpfStatistics`."""
 
     def close(self) -> None:
         """Detaches everything; idempotent."""

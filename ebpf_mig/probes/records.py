@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel half writes, as events: ring buffer records, and the accounts that it keeps of each thread.
+"""Decodes the output of the BPF programs into events: ring buffer records and per-thread accounts.
 
-In: a record's bytes, an entry of the kernel half's tables. Out: events. Records are unpacked by the layouts in
-`recording/kinds.py`, tables by the names of their struct's members; `contract.py` compares both with the C.
+In: the bytes of a record, or an entry of a BPF table. Out: events. Records are unpacked by the layouts in
+`recording/kinds.py`, table entries by member name; `contract.py` checks both against the C code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ebpf_mig.recording.layout import WORD, Layout
 
 _AF_INET, _AF_INET6 = 2, 10
 NO_STACK = 0xFFFFFFFF
-"""Instead of an id in the kernel's stack map."""
+"""Stands for a missing id in the kernel's stack map."""
 UNTRACKED = 2
-"""A thread has a batch for each direction, and one for sends that no followed call makes."""
+"""A thread has one batch for each direction, and one for sends outside of the traced system calls."""
 MANY_FAILED = 1000
-"""So many calls in a row that moved nothing are worth an event."""
+"""Number of consecutive calls without data that is worth an event."""
 
 _TABLE_MEMBERS = (
     Layout("thread_state", "u64 tgid, vcpu_fd, run_enter_ns, run_exit_ns; s64 run_ret;"
@@ -35,7 +35,7 @@ _TABLE_MEMBERS = (
     Layout("owner", "u64 pid"),
     Layout("process_state", "s64 running"),
 )  # fmt: skip
-"""Members of tables' structs that Python uses by name; the structs have others, too."""
+"""Members of table structs that Python reads by name. The structs have more members."""
 CONTRACT = Contract(
     records=tuple(record.layout for record in RECORDS),
     members=_TABLE_MEMBERS,
@@ -43,7 +43,7 @@ CONTRACT = Contract(
     | {"KIND_MAX": max(RECORD_NAMES) + 1, "NO_STACK": NO_STACK}
     | {"SEND": SEND, "RECEIVE": RECEIVE, "UNTRACKED": UNTRACKED},
 )
-"""Of `bpf/trace.bpf.c`."""
+"""The contract of `bpf/trace.bpf.c`."""
 
 
 def _endpoint(family: int, address: tuple[int, ...], port: int) -> str:
@@ -71,7 +71,7 @@ def _socket(layout: Layout) -> Callable[[bytes], Socket]:
 
 
 def _off_cpu(layout: Layout) -> Callable[[bytes], OffCpu]:
-    """The stack is still an id in the kernel's stack map; the tracer turns it into names."""
+    """The stack is an id in the kernel's stack map; the tracer replaces it with names."""
     read = layout.reader("begin_ns", "end_ns", "pid", "tid", "stack_id", "preempted")
 
     def decode(record: bytes) -> OffCpu:
@@ -83,7 +83,7 @@ def _off_cpu(layout: Layout) -> Callable[[bytes], OffCpu]:
 
 
 def _sample(layout: Layout) -> Callable[[bytes], Samples]:
-    """One sample; its stack is still addresses, the tracer turns them into names and adds up equal ones."""
+    """One sample. Its stack holds addresses; the tracer replaces them with names and adds up equal stacks."""
     read = layout.reader("begin_ns", "pid", "tid", "period_ns", "frames")
 
     def decode(record: bytes) -> Samples:
@@ -98,7 +98,7 @@ _DECODERS: dict[type, Callable[[Layout], Callable[[bytes], AnyEvent]]] = {
     OffCpu: _off_cpu,
     Samples: _sample,
 }
-"""Of the events that are not just their record's fields by the same names."""
+"""Decoders of the kinds whose event has other fields than the record."""
 
 
 def _decoder(kind: Kind, layout: Layout) -> Callable[[bytes], AnyEvent]:
@@ -113,14 +113,14 @@ _DECODER_OF = {kind.record.number: _decoder(kind, kind.record.layout) for kind i
 
 
 def decode(record: bytes) -> AnyEvent:
-    """One ring buffer record as an event; KeyError for a kind this version does not know (a bug)."""
+    """Decodes one ring buffer record. KeyError for an unknown kind (a bug)."""
     return _DECODER_OF[int.from_bytes(record[:WORD], sys.byteorder)](record)
 
 
 def vcpu_state(at_ns: int, tid: int, thread: Any) -> VcpuState | None:
     """The account of a vCPU in a `struct thread_state`, None if the thread never touched KVM_RUN.
 
-    Without any instant: it was inside when tracing began, and never left.
+    If no instant was seen, the thread was inside KVM_RUN when tracing began and never left it.
     """
     if not thread.run_enter_ns and not thread.run_exit_ns and not thread.vcpu_fd:
         return None
@@ -140,16 +140,16 @@ def vcpu_state(at_ns: int, tid: int, thread: Any) -> VcpuState | None:
 
 
 def open_batches(tid: int, thread: Any, streams: Mapping[int, Any]) -> list[Transfer]:
-    """The batches in a `struct thread_state` to which calls were still being added.
+    """The open batches in a `struct thread_state`, to which calls were still being added.
 
-    `streams` has the bytes sent and received on each socket before them (`struct stream`), by socket inode.
+    `streams` holds, by socket inode, the bytes sent and received on each socket before them (`struct stream`).
     """
     batches = []
     for which, batch in enumerate(thread.batch):
         if not batch.calls and batch.failed < MANY_FAILED:
             continue
         direction, stream = RECEIVE if which == RECEIVE else SEND, streams.get(batch.socket)
-        # Without calls the rest is that of the last batch, which has its event.
+        # Without calls, the other members belong to the last batch, which already has its event.
         timed = batch.calls and which != UNTRACKED
         batches.append(
             Transfer(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the kernel ran our BPF programs, and how long that took.
+"""Run counts and run time of our BPF programs.
 
-In: descriptors of loaded programs. Out: figures of the kernel's own, counted while a `BpfStatistics` is open.
+In: descriptors of loaded programs. Out: the kernel's own figures, which it counts while a `BpfStatistics` is open.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ebpf_mig.linux import bpf, procfs
 def run_statistics(fd: int) -> tuple[int, int, int]:
     """(run time in ns, runs, recursion misses) of the program behind a descriptor, from the kernel's fdinfo.
 
-    A recursion miss: the kernel runs no fentry or raw tracepoint program twice at once on a CPU, and no kprobe's amid
-    another's or amid a bpf(2) call on a map; a preemptible kernel can get there. Counted since Linux 5.12
-    (bpf_prog_show_fdinfo), of kprobes since 6.7 (trace_call_bpf).
+    Recursion misses are skipped runs. The kernel does not run an fentry or raw tracepoint program twice at once on a
+    CPU. It does not run a kprobe program during another one or during a bpf(2) call on a map. Both can happen on a
+    preemptible kernel. Counted since Linux 5.12 (bpf_prog_show_fdinfo), for kprobes since 6.7 (trace_call_bpf).
     """
     rows = (line.partition(":") for line in procfs.text("self", "fdinfo", fd).splitlines())
     fields = {name: value for name, _, value in rows}
@@ -26,9 +26,9 @@ def run_statistics(fd: int) -> tuple[int, int, int]:
 
 
 class BpfStatistics:
-    """Has the kernel count run time of BPF programs while open (bpf(2) BPF_ENABLE_STATS, since Linux 5.8).
+    """Makes the kernel count the run time of BPF programs while it is open (bpf(2) BPF_ENABLE_STATS, since Linux 5.8).
 
-    Tied to a file descriptor, so nothing is left switched on when we die. `enabled` is False where refused.
+    The setting is tied to a file descriptor, so it ends with this process. `enabled` is False if the kernel refused it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class BpfStatistics:
 
     @property
     def enabled(self) -> bool:
-        """Whether the kernel counts for us."""
+        """Whether the kernel counts."""
         return self._fd >= 0
 
     def open(self) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that make every probe fire once: a VM of our own that never runs, sockets that talk to each other, a signal 0.
+"""Calls that make every probe fire once: ioctls on a test VM that never runs, messages between sockets, and signal 0.
 
-In: nothing. Out: nothing; what the kernel or the machine lacks is left out, and its probes then stay unseen. No guest
-code is run, so that it works on every architecture.
+In: nothing. Out: nothing. Calls that the kernel or the machine does not support are skipped, and their probes do not
+fire. No guest code runs, so this works on every architecture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
 def fire_all() -> None:
-    """All of it; takes some milliseconds."""
+    """Makes all calls; takes a few milliseconds."""
     os.getppid()
     kick()
     sockets()
@@ -46,14 +46,14 @@ def fire_all() -> None:
 
 
 def kick() -> None:
-    """tgkill(2) of ourselves with signal 0, which only asks whether we are there."""
+    """tgkill(2) of this thread with signal 0, which only checks that it exists."""
     number = _TGKILL.get(os.uname().machine)
     if number is not None:
         _libc.syscall(number, os.getpid(), threading.get_native_id(), 0)
 
 
 def sockets() -> None:
-    """One message each by IPv4, by IPv6 and by a UNIX stream."""
+    """One message each over IPv4, IPv6 and a UNIX stream socket."""
     left, right = socket.socketpair()
     _talk(left, right)
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
@@ -72,7 +72,7 @@ def _talk(left: socket.socket, right: socket.socket) -> None:
 
 
 def _ioctl(fd: int, cmd: int, argument: bytes | int = 0) -> int:
-    """ioctl(2) with a number or a copied structure; OSError if refused."""
+    """ioctl(2) with a number or a copied structure. OSError if the kernel refuses."""
     buffer = ctypes.create_string_buffer(argument, len(argument)) if isinstance(argument, bytes) else None
     given = argument if buffer is None else ctypes.addressof(buffer)
     result = int(_libc.ioctl(fd, cmd, given))
@@ -118,7 +118,7 @@ def _enable(machine: int, capability: int, argument: int) -> None:
 
 
 def _enable_ring(machine: int) -> None:
-    """arm64 has the second kind only (Linux 6.2)."""
+    """arm64 has only the second kind of dirty ring (Linux 6.2)."""
     try:
         _enable(machine, _DIRTY_RING, _RING_ENTRIES * 16)
     except OSError:
@@ -126,7 +126,7 @@ def _enable_ring(machine: int) -> None:
 
 
 def _initialise(machine: int, vcpu: int) -> None:
-    """On arm64 KVM_RUN refuses a vCPU before this, and never comes to kvm:kvm_userspace_exit."""
+    """On arm64, KVM_RUN refuses an uninitialized vCPU and never reaches kvm:kvm_userspace_exit."""
     if os.uname().machine == "aarch64":
         target = ctypes.create_string_buffer(_ARM_VCPU_INIT_BYTES)
         _libc.ioctl(machine, _ARM_PREFERRED_TARGET, ctypes.addressof(target))
@@ -134,7 +134,9 @@ def _initialise(machine: int, vcpu: int) -> None:
 
 
 def _run_nothing(system: int, vcpu: int) -> None:
-    """A vCPU's state to and fro, then KVM_RUN with `immediate_exit` (offset 1 of struct kvm_run): -EINTR at once."""
+    """Reads and writes a vCPU's state, then calls KVM_RUN with `immediate_exit` (offset 1 of struct kvm_run): -EINTR at
+    once.
+    """
     with mmap.mmap(vcpu, _ioctl(system, _VCPU_MMAP_SIZE)) as shared:
         shared[1] = 1
         with contextlib.suppress(OSError):
@@ -145,7 +147,7 @@ def _run_nothing(system: int, vcpu: int) -> None:
 
 
 def _dirty_log(machine: int) -> None:
-    """A memslot is logged, read and cleared; with everything dirty from the start the clearing has to flush."""
+    """Logs, reads and clears a memslot. All pages are dirty initially, so clearing has to flush."""
     with mmap.mmap(-1, PAGES * _PAGE) as memory:
         place = ctypes.c_char.from_buffer(memory)
         bitmap = ctypes.create_string_buffer(PAGES // 8)
@@ -163,7 +165,7 @@ def _dirty_log(machine: int) -> None:
 
 
 def _device(machine: int) -> None:
-    """An ioctl of a KVM device; the one that all architectures may have is VFIO's."""
+    """An ioctl of a KVM device. VFIO is the only device that all architectures can have."""
     with (
         contextlib.suppress(OSError),
         _held(_ioctl(machine, _CREATE_DEVICE, struct.pack("=III", _VFIO_DEVICE, 0, 0))) as fd,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C of our BPF programs as one text, as bcc wants it.
+"""The C source of a BPF program as one text, which bcc requires.
 
-In: the name of a `.bpf.c` file, what it must agree on with Python. Out: its text, headers and assertions included.
+In: the name of a `.bpf.c` file and its contract with Python. Out: its text, with headers and assertions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from ebpf_mig.probes.contract import Contract
 
 BPF_DIR = Path(__file__).resolve().parent.parent / "bpf"
 HEADERS = BPF_DIR / "headers"
-"""Stands for a kernel tree, so that no kernel headers are needed."""
+"""Used in place of a kernel source tree, so that no kernel headers are needed."""
 _INCLUDE = re.compile(r'^#include "([a-z_.]+)"$', re.MULTILINE)
 
 
 def source_text(name: str, contract: Contract = Contract(())) -> str:  # noqa: B008 - it is frozen
-    """The C of one program family with our own files inlined once each, and the assertions of its contract.
+    """The C source of one program family: each of our files inlined once, and the assertions of its contract.
 
-    bcc rewrites map calls in the main file only, so files that make such calls must be part of it.
+    bcc rewrites map calls in the main file only, so files with such calls must be inlined into it.
     """
     seen: set[str] = set()
 

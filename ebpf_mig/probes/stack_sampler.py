@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of kernel stacks inside dirty-log ioctls: when to take them, on which threads, how often.
 
-In: the events as they arrive. Out: CPU clock events (perf_event_open(2)) on the threads that fetch, with our BPF
-program behind them, and `Samples` events: equal stacks of one ioctl added up.
+In: the events as they arrive. Out: CPU clock events (perf_event_open(2)) that run our BPF program on the fetching
+threads; and `Samples` events, which add up the equal stacks of one ioctl.
 
-A sample is a timer interrupt, some 1 us on bare metal and 12 us were measured in a virtual machine. So none is taken
-where it would show nothing: only threads whose fetches take long are sampled, slowly while the guest runs, and fast
-from the first kick to the first send after the final fetch; and never so often that it takes more than a hundredth of
-a fetch.
+A sample is a timer interrupt: about 1 us on bare metal, and 12 us as measured in a virtual machine. So only threads
+with long fetches are sampled. Sampling is slow while the guest runs, and fast from the first kick to the first send
+after the final fetch. It never takes more than a hundredth of a fetch.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Kick, Samples, Tran
 from ebpf_mig.recording.thresholds import FETCH_GAP_NS
 
 FASTEST_NS = 100_000
-"""10 kHz."""
+"""The fast period: 10 kHz."""
 SLOW_NS = 1_000_000
-"""While the guest runs."""
+"""The period while the guest runs."""
 WORTH_NS = 1_000_000
-"""A fetch that spends less in the kernel would get too few samples to show anything."""
+"""A fetch with less kernel time than this would get too few samples."""
 WANTED = 200
-"""Samples of the final fetch that are enough: 3.5 points of standard error at worst."""
+"""Enough samples of the final fetch: the standard error is at most 3.5 percentage points."""
 MOST_SHARE = 100
-"""Sampling takes at most one part in so many of a thread's time."""
+"""Sampling takes at most 1/MOST_SHARE of a thread's time."""
 GIVE_UP_NS = 2_000_000_000
-"""A kick that no fetch follows within this was no stop for a migration."""
+"""A kick without a fetch within this time was not the stop of a migration."""
 
 _TRIAL_NS, _TRIES = 20_000, 12
 
 
 def cost_ns(program_fd: int) -> int:
-    """What one sample costs here, measured on our own thread in a few ms. OSError where it cannot be sampled."""
+    """The cost of one sample in ns, measured on this thread in a few ms. OSError if sampling is impossible."""
     sampling = ThreadClock(threading.get_native_id(), program_fd, SLOW_NS)
     plain = min(_spin() for _ in range(_TRIES))
     sampling.pace(_TRIAL_NS)
@@ -51,7 +50,7 @@ def cost_ns(program_fd: int) -> int:
 
 
 def _spin() -> int:
-    """How long a fixed piece of work takes, some 0.3 ms."""
+    """The duration of a fixed piece of work, about 0.3 ms."""
     begin = time.perf_counter_ns()
     for _ in range(10_000):
         pass
@@ -60,24 +59,25 @@ def _spin() -> int:
 
 @dataclass
 class _Process:
-    """What one traced process is doing, as far as its samples go."""
+    """The sampling state of one traced process."""
 
     fetched_ns: dict[int, int] = field(default_factory=dict)
-    """By thread: kernel time of its latest fetch."""
+    """Kernel time of the latest fetch, by thread."""
     until_ns: int = 0
     """End of the latest dirty-log ioctl."""
     kicked_ns: int = 0
-    """When the stop that we believe to be in began; 0: the guest runs."""
+    """When the current stop began, as far as known; 0: the guest runs."""
     done: bool = False
-    """The final fetch is over."""
+    """Whether the final fetch is over."""
     clocks: dict[int, ThreadClock] = field(default_factory=dict)
     vcpus: set[int] = field(default_factory=set)
 
 
 class Sampler:
-    """Decides and does it. `program_fd` is the loaded BPF program; `set_period` hands it the period now in force.
+    """Decides when to sample, and samples. `program_fd` is the loaded BPF program; `set_period` passes it the current
+    period.
 
-    `cost` is what one sample takes, in ns, by `cost_ns`.
+    `cost` is the cost of one sample in ns, from `cost_ns`.
     """
 
     def __init__(self, program_fd: int, set_period: Callable[[int], None], cost: int = 0) -> None:
@@ -95,7 +95,9 @@ class Sampler:
         same[sample.period_ns, sample.stack] += 1
 
     def of(self, ioctl: Ioctl) -> list[Samples]:
-        """The samples of an ioctl that is over; none if sampling began in its midst, which would favour its end."""
+        """The samples of a finished ioctl. None if sampling began during the ioctl, since they would overrepresent its
+        end.
+        """
         if not self._samples:
             return []
         counts = self._samples.pop((ioctl.tid, ioctl.begin_ns), None)
@@ -109,7 +111,7 @@ class Sampler:
         ]
 
     def follow(self, events: Sequence[AnyEvent]) -> None:
-        """Learns from events in order and sets the pace accordingly."""
+        """Processes events in order and adjusts the sampling period."""
         for event in events:
             if isinstance(event, Ioctl):
                 if event.cmd in kvm.DIRTY_LOG:
@@ -125,7 +127,7 @@ class Sampler:
         self._set_pace()
 
     def forget(self, pid: int) -> None:
-        """A process is traced no more."""
+        """Stops sampling a process."""
         process = self._processes.pop(pid, None)
         for tid, sampling in process.clocks.items() if process else ():
             sampling.close()
@@ -133,7 +135,7 @@ class Sampler:
         self._set_pace()
 
     def close(self) -> None:
-        """Ends all sampling; idempotent."""
+        """Stops all sampling; idempotent."""
         for pid in list(self._processes):
             self.forget(pid)
 
@@ -177,7 +179,7 @@ class Sampler:
         return max(SLOW_NS, self._least_ns)
 
     def _set_pace(self) -> None:
-        """One period for all: several migrations of one host at once share the fastest that one of them needs."""
+        """Sets one period for all: concurrent migrations on a host share the shortest period that one of them needs."""
         wanted = [period for process in self._processes.values() if (period := self._wanted(process))]
         period = min(wanted, default=0)
         if period == self.period_ns:

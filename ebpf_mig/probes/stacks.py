@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel stacks as names of functions.
+"""Converts kernel stacks to function names.
 
-In: events as they are decoded, with ids or addresses. Out: the same with names; each is looked up once.
+In: decoded events with stack ids or addresses. Out: the same events with names. Each name is looked up once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MAX_FRAMES = 12
 
 
 class Stacks:
-    """Looks names up and remembers them."""
+    """Looks up names and caches them."""
 
     def __init__(self, program: BpfProgram) -> None:
         self._program = program
@@ -24,11 +24,11 @@ class Stacks:
         self._names: dict[str, str] = {}
 
     def prepare(self) -> None:
-        """Reads all of /proc/kallsyms, which must not happen amid a migration."""
+        """Reads all of /proc/kallsyms. Do not call it during a migration."""
         self._program.symbol(0)
 
     def named_wait(self, wait: OffCpu) -> OffCpu:
-        """A wait, its stack an id in the kernel's stack map; the scheduler's own functions are left out."""
+        """A wait whose stack is an id in the kernel's stack map. The scheduler's own functions are left out."""
         if not wait.stack:
             return wait
         (stack_id,) = wait.stack
@@ -39,13 +39,13 @@ class Stacks:
         return msgspec.structs.replace(wait, stack=self._of_ids[stack_id])
 
     def named_sample(self, sample: Samples) -> Samples:
-        """A sample, its stack addresses."""
+        """A sample whose stack is a list of addresses."""
         for address in sample.stack:
             if address not in self._names:
                 self._names[address] = self._program.symbol(int(address))
         return msgspec.structs.replace(sample, stack=tuple(self._names[address] for address in sample.stack))
 
     def clear(self) -> None:
-        """Empties the kernel's map, which gives its ids again; functions keep their addresses."""
+        """Clears the kernel's map, which then reuses its ids. The names of addresses stay cached."""
         self._program.table("stacks").clear()
         self._of_ids.clear()

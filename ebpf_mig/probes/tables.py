@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel half's tables of a tracing program: who is traced, what each thread is doing, which sockets were seen.
+"""The BPF tables of a tracing program: traced processes, the state of their threads, and known sockets.
 
-In: a `BpfProgram` of `bpf/trace.bpf.c`, pids. Out: events made of what the tables hold. Members are read by name.
+In: a `BpfProgram` of `bpf/trace.bpf.c`, pids. Out: events made from the entries. Members are read by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ProcessTable:
         self._program = program
 
     def add(self, pids: Iterable[int]) -> None:
-        """Traces these from now on. A vCPU that is inside KVM_RUN already (halted, say) is known from the start."""
+        """Starts to trace these processes. A vCPU already inside KVM_RUN (halted, say) is counted at once."""
         processes, threads = self._program.table("processes"), self._program.table("threads")
         for pid in pids:
             inside = {tid: fd for tid in threads_of(pid) if (fd := in_kvm_run(pid, tid)) is not None}
@@ -33,7 +33,7 @@ class ProcessTable:
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
 
     def remove(self, pid: int) -> None:
-        """Traces it no more; its threads' accounts stay."""
+        """Stops tracing a process; the accounts of its threads stay."""
         processes = self._program.table("processes")
         with contextlib.suppress(KeyError):
             del processes[ctypes.c_uint32(pid)]
@@ -51,7 +51,7 @@ class ProcessTable:
         return events
 
     def forget(self, pid: int) -> None:
-        """Makes room in the table of threads."""
+        """Frees entries in the table of threads."""
         threads = self._program.table("threads")
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):
@@ -59,19 +59,19 @@ class ProcessTable:
 
 
 class SocketTable:
-    """The sockets that the kernel half has reported: it reports each once."""
+    """The sockets that the BPF programs have reported; each is reported once."""
 
     def __init__(self, program: BpfProgram) -> None:
         self._program = program
         self._inodes: dict[int, set[int]] = {}
-        """By pid."""
+        """Socket inodes by pid."""
 
     def seen(self, socket: Socket) -> None:
-        """The kernel half reported it."""
+        """Notes a socket that the BPF programs reported."""
         self._inodes.setdefault(socket.pid, set()).add(socket.socket)
 
     def forget(self, pid: int) -> None:
-        """Makes room; should the process be traced again, its sockets are reported again."""
+        """Frees the entries of a process. If it is traced again, its sockets are reported again."""
         streams, owners = self._program.table("streams"), self._program.table("tcp_owners")
         for inode in self._inodes.pop(pid, ()):
             with contextlib.suppress(KeyError):
@@ -81,13 +81,13 @@ class SocketTable:
                 del owners[sock]
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Frees all entries."""
         self._program.table("streams").clear()
         self._program.table("tcp_owners").clear()
         self._inodes.clear()
 
 
 def counts(program: BpfProgram, table: str) -> dict[str, int]:
-    """A table of counts by kind of event (`lost`, `unpaired`), zeros left out."""
+    """The counts by kind of event in a table (`lost` or `unpaired`), without zeros."""
     sums = program.per_cpu_sums(table)
     return {RECORD_NAMES.get(kind, str(kind)): n for kind, n in enumerate(sums) if n}

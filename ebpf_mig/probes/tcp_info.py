@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP's own account of a connection, through sock_diag.
+"""Reads `struct tcp_info` of a connection through sock_diag.
 
 In: sockets as the tracer reports them. Out: `TcpInfo` events. The VMM's socket is not touched: a second reference to it
-would hold back its FIN. Sockets of another network namespace are not found, and have no events.
+would delay its FIN. Sockets in another network namespace are not found and have no events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ebpf_mig.recording.events import Socket, TcpInfo
 
 AF_INET, AF_INET6 = 2, 10
 MOST_OPEN = 64
-"""Questions without an answer, beyond which no more are asked."""
+"""Most outstanding requests; beyond this no more are sent."""
 FIELDS = (
     "busy_time", "rwnd_limited", "sndbuf_limited", "total_retrans", "bytes_retrans", "bytes_acked", "bytes_sent",
     "notsent_bytes", "rtt", "min_rtt", "snd_cwnd", "snd_mss", "snd_wnd", "delivery_rate",
@@ -29,11 +29,11 @@ _INET_DIAG_INFO = 1 << 1
 _MONOTONIC_COARSE = 6
 """CLOCK_MONOTONIC_COARSE of include/uapi/linux/time.h; the time module has no name for it."""
 JIFFY_US = round(time.clock_getres(_MONOTONIC_COARSE) * 1e6)
-"""The coarse clock moves once a jiffy, and so do the times in `struct tcp_info`."""
+"""The length of a jiffy. The coarse clock and the times in `struct tcp_info` advance once per jiffy."""
 
 
 def read(diag: Any, socket: Socket) -> TcpInfo | None:
-    """One connection's account; None if it is none of TCP's, is gone, or is in another network namespace."""
+    """The tcp_info of one connection. None if it is not TCP, is gone, or is in another network namespace."""
     sport, dport = (int(end.rpartition(":")[2] or 0) for end in (socket.local, socket.remote))
     if socket.family not in (AF_INET, AF_INET6) or not sport or not dport:
         return None
@@ -47,7 +47,7 @@ def read(diag: Any, socket: Socket) -> TcpInfo | None:
 
 
 class TcpReader:
-    """Reads in a thread of its own: whatever netlink does, whoever drains the ring buffer does not wait for it."""
+    """Reads in its own thread, so that draining the ring buffer never waits for netlink."""
 
     def __init__(self) -> None:
         self._wanted: SimpleQueue[Socket | None] = SimpleQueue()
@@ -58,13 +58,13 @@ class TcpReader:
         ready.wait(5)
 
     def ask(self, socket: Socket) -> None:
-        """Has a connection read."""
+        """Requests a reading of a connection."""
         if self._open < MOST_OPEN:
             self._open += 1
             self._wanted.put(socket)
 
     def answers(self, timeout_s: float = 0.0) -> list[TcpInfo]:
-        """What was read meanwhile; waits that long for what was asked and is not yet answered."""
+        """The readings so far. Waits up to `timeout_s` for outstanding requests."""
         until = time.monotonic() + timeout_s
         found: list[TcpInfo] = []
         with contextlib.suppress(Empty):
@@ -77,14 +77,14 @@ class TcpReader:
         return found
 
     def close(self) -> None:
-        """Lets the thread go."""
+        """Stops the thread."""
         self._wanted.put(None)
 
     def _work(self, ready: threading.Event) -> None:
-        """A figure to set beside ours: whatever pyroute2 raises on some kernel must not end the tracing."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
+        """This is only a witness: an exception of pyroute2 on some kernel must not end the tracing."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are for the main thread
         with contextlib.suppress(Exception):
-            from pyroute2 import DiagSocket  # here: a process that never traces does not pay its 30 MiB
+            from pyroute2 import DiagSocket  # imported here to save 30 MiB in a process that never traces
 
             with DiagSocket() as diag:
                 diag.bind()

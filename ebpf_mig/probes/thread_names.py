@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names and ids of traced threads and the numbers of their vCPUs, noted while the processes live.
+"""Names and ids of traced threads and the indices of their vCPUs, read while the processes live.
 
-In: pids, threads as their events arrive. Out: `Thread` events, and the host's ids of threads that a process knows by
-ids of its own pid namespace. A thread that is gone keeps what was noted.
+In: pids, threads as their events arrive. Out: `Thread` events, and the host's ids of threads in another pid namespace.
+A thread that has exited keeps the values that were read before.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from ebpf_mig.recording.events import Thread
 
 
 class ThreadNames:
-    """Reads /proc, seldom: once for each thread as it is seen first, and when asked to look again."""
+    """Reads /proc only when a thread is seen for the first time, and on request."""
 
     def __init__(self) -> None:
         self._threads: dict[tuple[int, int], Thread] = {}
         self._vcpus: dict[tuple[int, int], int] = {}
-        """KVM's id of a vCPU by process and descriptor."""
+        """KVM's id of a vCPU, by process and descriptor."""
         self._host_tids: dict[int, dict[int, int]] = {}
-        """By process that has a pid namespace, the host's thread ids by those of that namespace; 0: no such thread."""
+        """For each process with its own pid namespace: the host's thread id by the namespace's thread id; 0: no such
+        thread.
+        """
 
     def read(self, pids: Iterable[int]) -> None:
-        """Notes the threads and vCPU descriptors that these processes have now."""
+        """Reads the current threads and vCPU descriptors of these processes."""
         for pid in pids:
             for tid in threads_of(pid):
                 self._note(pid, tid, comm(pid, tid))
@@ -35,25 +37,25 @@ class ThreadNames:
                 self._host_tids[pid] = self._host_tids.get(pid, {}) | found
 
     def seen(self, pid: int, tid: int) -> None:
-        """An event of a thread arrived: it was born after we read, and may be gone before we read again."""
+        """An event of a thread arrived. It may be newer than the last reading, and may exit before the next one."""
         if (pid, tid) not in self._threads:
             self._note(pid, tid, comm(pid, tid))
 
     def ran_vcpu(self, pid: int, tid: int, fd: int) -> None:
-        """A thread called KVM_RUN on that descriptor."""
+        """Notes that a thread called KVM_RUN on that descriptor."""
         self._note(pid, tid, vcpu=self._vcpus.get((pid, fd), -1))
 
     def host_tid(self, pid: int, own: int) -> int:
-        """The host's id of the thread that the process calls `own`, as in its tgkill(2); 0 if it is not known."""
+        """The host's id of the thread with id `own` in the process's namespace (as in its tgkill(2)); 0 if unknown."""
         if pid not in self._host_tids:
             return own
         known = self._host_tids[pid]
-        if own not in known:  # born since
+        if own not in known:  # created since
             known |= {own: 0} | (host_tids(pid) or {})
         return known[own]
 
     def events(self, pid: int | None = None) -> list[Thread]:
-        """All that was noted, or that of one process; vCPUs by the numbers that the VMM gives them."""
+        """All `Thread` events, or those of one process. vCPUs have the indices that the VMM uses."""
         threads = [thread for thread in self._threads.values() if pid is None or thread.pid == pid]
         own: dict[tuple[int, int], int] = {}
         for one in {thread.pid for thread in threads}:
@@ -64,7 +66,7 @@ class ThreadNames:
         return [Thread(t.pid, t.tid, t.name, own.get((t.pid, t.tid), t.vcpu)) for t in threads]
 
     def forget(self, pid: int) -> None:
-        """A process is traced no more."""
+        """Forgets a process that is no longer traced."""
         self._threads = {key: thread for key, thread in self._threads.items() if key[0] != pid}
         self._vcpus = {key: number for key, number in self._vcpus.items() if key[0] != pid}
         self._host_tids.pop(pid, None)
@@ -75,11 +77,11 @@ class ThreadNames:
 
 
 def indices(threads: Mapping[int, Thread], numbers: Iterable[int], process: str) -> dict[int, int]:
-    """The VMM's own index of the vCPU of each thread, by tid. `numbers`: KVM's ids of all vCPUs of the process.
+    """The VMM's vCPU index of each vCPU thread, by tid. `numbers`: KVM's ids of all vCPUs of the process.
 
-    KVM's id is the APIC id on x86, which has holes where a socket's cores are no power of two. VMMs put their index in
-    the thread's name (`CPU 3/KVM`, `vcpu3`, `fc_vcpu 3`). Where the names do not number the threads, or are inherited
-    from the `process`, it is the rank among the ids: VMMs number their vCPUs in that order.
+    On x86, KVM's id is the APIC id, which has gaps if the number of cores per socket is not a power of two. VMMs put
+    their index in the thread's name (`CPU 3/KVM`, `vcpu3`, `fc_vcpu 3`). If the names have no index, or are inherited
+    from the `process`, the index is the rank of the id: VMMs number their vCPUs in that order.
     """
     named = {tid: re.findall(r"\d+", thread.name) for tid, thread in threads.items()}
     found = {tid: int(words[0]) for tid, words in named.items() if len(words) == 1 and threads[tid].name != process}

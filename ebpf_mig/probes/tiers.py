@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach tiers: which kernel functions can be hooked here, and by which kind of probe.
 
-In: the tier asked for. Out: a `Choice`: hooks on functions, each of a kind that was *seen* to fire with a probe that
-does nothing, before anything is compiled. fentry and fexit are best, kprobe and kretprobe next. What cannot be had
-that way is left to tracepoints on system calls.
+In: the tier asked for. Out: a `Choice`: hooks on functions. Each kind of probe was *seen* to fire with an empty program
+before anything is compiled. fentry and fexit are best, kprobe and kretprobe next. All other signals come from
+tracepoints on system calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ebpf_mig.probes.run_statistics import run_statistics
 
 AUTO = "auto"
 NAMES = (AUTO, FENTRY, KPROBE, TRACEPOINT)
-"""What can be asked for."""
+"""The tiers that a user can request."""
 
 _KVM_BTF = Path("/sys/kernel/btf/kvm")
 _NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
@@ -35,21 +35,21 @@ _TASK_REGS = bytes.fromhex("850000009e000000 bf01000000000000 85000000af000000 b
 
 @dataclass(frozen=True)
 class Choice:
-    """What functions can be hooked for, and why not more."""
+    """The hooks on functions, and why there are not more."""
 
     hooks: tuple[Hook, ...] = ()
     groups: frozenset[str] = frozenset()
     refusals: dict[str, str] = field(default_factory=dict)
-    """By group."""
+    """Hooks by group."""
     task_regs: bool = True
-    """Whether the kernel has the helper that finds the registers of the current task."""
+    """Whether the kernel has the helper that returns the registers of the current task."""
 
 
 class _Trial:
-    """A probe that does nothing, attached to see whether it fires."""
+    """An empty probe, attached to see whether it fires."""
 
     def __init__(self, hook: Hook, module_fd: int, *, again: bool) -> None:
-        """`again`: also whether it can be attached a second time."""
+        """`again`: also try whether it can be attached a second time."""
         self.hook = hook
         self._event: KprobeEvent | None = None
         self._link = -1
@@ -80,10 +80,10 @@ class _Trial:
 
 
 class Chooser:
-    """Tries functions; use once. Run statistics of BPF programs must be on."""
+    """Tries functions. Use it once; the run statistics of BPF programs must be on."""
 
     def __init__(self, wanted: str, functions: tuple[Function, ...] = FUNCTIONS, *, again: bool = False) -> None:
-        """`again`: only what can be attached a second time, as an exporter does."""
+        """`again`: accept only probes that can be attached a second time, as the exporter does."""
         self._wanted = wanted
         self._again = again
         self._functions = functions
@@ -91,7 +91,7 @@ class Chooser:
         self.module_fd = bpf.module_btf("kvm") if any(t.module for t in self._types.values()) else -1
 
     def close(self) -> None:
-        """Lets go of the module's type information; programs that were loaded with it keep it."""
+        """Closes the module's BTF; programs that were loaded with it keep it."""
         if self.module_fd >= 0:
             os.close(self.module_fd)
         self.module_fd = -1
@@ -104,7 +104,7 @@ class Chooser:
         return types
 
     def fired(self) -> tuple[dict[Function, tuple[str, str]], dict[str, str]]:
-        """(kind of probe and name by function that can be hooked, reasons by the name of one that cannot)."""
+        """(kind of probe and name for each function that can be hooked, reason for each one that cannot)."""
         chosen: dict[Function, tuple[str, str]] = {}
         why: dict[str, str] = {}
         for how in (FENTRY, KPROBE):
@@ -114,7 +114,7 @@ class Chooser:
         return chosen, why
 
     def choose(self) -> Choice:
-        """Hooks by the best kind of probe that fires, for each group of functions that can be had whole."""
+        """Hooks with the best kind of probe that fires, for each group whose functions can all be hooked."""
         chosen, why = self.fired()
         open_ones = [function for function in self._functions if function not in chosen]
         groups, refusals = set(), {}
@@ -126,7 +126,7 @@ class Chooser:
                 refusals[group] = "; ".join(why.get(name, f"{name}: no {self._wanted} probe") for name in lacking)
             else:
                 groups.add(group)
-        if "kvm" not in groups:  # system calls are traced then, which show sends and receives at no further cost
+        if "kvm" not in groups:  # system calls are traced then, and they show sends and receives at no extra cost
             refusals |= dict.fromkeys(groups, refusals["kvm"])
             groups = set()
         hooks = [hook for f, (how, name) in chosen.items() if f.group in groups for hook in self.hooks(f, name, how)]
@@ -135,7 +135,7 @@ class Chooser:
         return Choice(tuple(hooks), frozenset(groups), refusals, _has_task_regs())
 
     def _may(self, function: Function, how: str) -> bool:
-        """Return probes of kprobes are few and receives sleep long, so that sockets have none unless asked for."""
+        """kretprobe instances are limited and receives sleep long, so sockets use them only on request."""
         return how == FENTRY or function.group != "socket" or self._wanted == KPROBE
 
     def _seen(self, functions: Iterable[Function], how: str, why: dict[str, str]) -> Iterator[tuple[Function, str]]:
@@ -159,7 +159,7 @@ class Chooser:
             trial.close()
 
     def _hook(self, function: Function, name: str, how: str) -> Hook:
-        """A hook at the function's entry; OSError if fentry cannot be had for want of type information."""
+        """A hook at the function's entry. OSError if fentry is impossible because BTF is missing."""
         number, module = 0, False
         if how == FENTRY:
             known = self._types.get(name)
@@ -171,7 +171,9 @@ class Chooser:
         return Hook(how, name, "", function.signals, number, module, function.provoked, function.one_of)
 
     def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
-        """A function's hooks by one kind of probe, the exit first: no call is seen at its entry alone."""
+        """The hooks of a function with one kind of probe. The exit comes first, so that no call is seen at its entry
+        only.
+        """
         at_entry = self._hook(function, name, how)
         for programs, kind in ((function.exit, RETURN_OF[how]), (function.entry, how)):
             if how in programs:

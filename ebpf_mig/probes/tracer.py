@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracing as the rest of the program sees it: pids in, events out.
+"""The tracing interface for the rest of the program: pids in, events out.
 
-`Tracer(pids)` compiles and loads (privilege, LLVM, half a second), `arm()` attaches (milliseconds), `poll()` hands
-over events, `finish()` detaches and reads what the kernel still holds. All of it ends with the process.
+`Tracer(pids)` compiles and loads (needs privileges and LLVM, half a second). `arm()` attaches (milliseconds). `poll()`
+returns events. `finish()` detaches and reads what the kernel still holds. Everything ends with the process.
 
-A tracer made without pids is one for a node: `add` and `remove` say whom to trace, `arm` and `disarm` alternate, and
+A tracer without pids is for a node: `add` and `remove` select the traced processes, `arm` and `disarm` alternate, and
 nothing is compiled again.
 """
 
@@ -30,17 +30,17 @@ from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.recording.events import RECURSION_MISSES, AnyEvent, Ioctl, Kick, OffCpu, Samples, Socket, VcpuState
 
 _DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.hooks)}
-"""Programs that an interrupt may meet again, as in a lock wait of its handler: their misses cost no call."""
+"""Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
 
 
 class Tracer:
-    """Traces the given processes, or those that are added later; use as a context manager."""
+    """Traces the given processes, or those added later. Use it as a context manager."""
 
     def __init__(self, pids: Sequence[int] = (), plan: Plan | None = None, tier: str = AUTO) -> None:
-        """`plan`: what another process loaded, without pids; else it is loaded here, with LLVM, from that tier.
+        """`plan`: a plan without pids that another process loaded. Otherwise the programs are loaded here, with LLVM,
+        for `tier`.
 
-        With such a plan, on a node for long, TCP's own account of the connections is not read: it costs memory and a
-        slower arm.
+        With such a plan, on a node, tcp_info is not read: it costs memory and makes arming slower.
         """
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
@@ -55,7 +55,7 @@ class Tracer:
         self._late: list[AnyEvent] = []
 
     def _make_sampler(self, program_fd: int) -> tuple[Sampler, str]:
-        """A sampler, and why it takes no samples although its program was loaded."""
+        """A sampler, and the reason if it takes no samples although its program was loaded."""
         try:
             return Sampler(program_fd, self._set_period, cost_ns(program_fd) if program_fd >= 0 else 0), ""
         except OSError as error:
@@ -68,7 +68,7 @@ class Tracer:
         self.close()
 
     def arm(self) -> None:
-        """Attaches; from here on, with the tracepoint tier, every system call of the host pays a little."""
+        """Attaches. From now on, with the tracepoint tier, every system call on the host is slightly slower."""
         self._statistics.open()
         self._program.open_ring("events")
         self._stacks.prepare()
@@ -83,7 +83,7 @@ class Tracer:
             self.attached["split"] = f"absent: {self._no_samples}"
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
-        """Events that arrived until `timeout_ms` from now, or until one came that is not to wait."""
+        """The events that arrive within `timeout_ms`. Returns earlier if an urgent event arrives."""
         late, self._late = self._late, []
         events: list[AnyEvent] = []
         for record in self._program.poll(0 if late else timeout_ms):
@@ -109,11 +109,13 @@ class Tracer:
         return self._stacks.named_wait(event) if isinstance(event, OffCpu) else event
 
     def describe(self, fds: list[int]) -> PlanDescription:
-        """For another process: what was loaded, its descriptors added to `fds`."""
+        """Describes the loaded programs for another process. Adds their descriptors to `fds`."""
         return attach.describe(self._plan, self.attached, fds)
 
     def finish(self) -> list[AnyEvent]:
-        """Detaches and hands over the rest: buffered records, open batches, each vCPU's account, thread names."""
+        """Detaches and returns the remaining events: buffered records, open batches, each vCPU's account, thread
+        names.
+        """
         now = clock.monotonic_ns()
         self._sampler.close()
         last = self._polled.last()
@@ -122,14 +124,14 @@ class Tracer:
         return rest + self._accounts(now) + self._threads.events()
 
     def add(self, pid: int) -> None:
-        """Traces one more process, at once if armed; for a tracer made without pids."""
+        """Traces one more process, at once if armed. Only for a tracer without pids."""
         self.pids = (*self.pids, pid)
-        self._processes.add([pid])  # first: a migration under way does not wait for us to know its threads' names
+        self._processes.add([pid])  # first: a running migration does not wait until we know the names of its threads
         self._threads.read([pid])
         self._polled.follow(pid)
 
     def remove(self, pid: int) -> list[AnyEvent]:
-        """Traces a process no more; hands over what the kernel and we still hold about it. Call `poll` after it."""
+        """Stops tracing a process and returns its remaining events. Call `poll` afterwards."""
         self._processes.remove(pid)
         self._late = self.poll(0)
         self._sampler.forget(pid)
@@ -143,12 +145,12 @@ class Tracer:
         return rest
 
     def names(self, pid: int) -> list[AnyEvent]:
-        """The names of the threads of a process that is traced on."""
-        self._accounts(clock.monotonic_ns(), pid)  # they tell which thread runs which vCPU
+        """The thread names of a process that remains traced."""
+        self._accounts(clock.monotonic_ns(), pid)  # they show which thread runs which vCPU
         return list(self._threads.events(pid))
 
     def disarm(self) -> None:
-        """Detaches; `arm` attaches again. What was known of sockets and stacks is forgotten."""
+        """Detaches; `arm` attaches again. Forgets all sockets and stacks."""
         self._sampler.close()
         self._polled.close()
         attach.disarm(self._plan)
@@ -167,14 +169,14 @@ class Tracer:
         return events
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(lost, unpaired) by kind of event, zeros left out; recursion misses are those of programs that see calls."""
+        """(lost, unpaired) by kind of event, without zeros. Recursion misses are those of programs that see calls."""
         ran = self._program.run_statistics()
         missed = sum(misses for name, (_, _, misses) in ran.items() if name not in _DETAIL)
         lost = counts(self._program, "lost") | ({RECURSION_MISSES: missed} if missed else {})
         return lost, counts(self._program, "unpaired")
 
     def own_cost(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(run time in ns, runs) of our programs so far; empty where the kernel does not count."""
+        """(run time in ns, runs) of each of our programs so far; empty if the kernel does not count."""
         if not self._statistics.enabled:
             return {}, {}
         statistics = self._program.run_statistics()

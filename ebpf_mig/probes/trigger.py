@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standing watch over a node's VMs: cheap signs that a migration may begin, at no cost to any system call.
+"""Watches a node's VMs for signs that a migration may begin, without overhead for system calls.
 
-In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. Thread births come from the tracepoint
-`task:task_newtask`, connections from `sock:inet_sock_set_state` (both of Linux 4.16 or older); where a function of KVM
-can be hooked, logging itself is a sign.
+In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. New threads are seen by the tracepoint
+`task:task_newtask`, connections by `sock:inet_sock_set_state` (both exist since Linux 4.16 or earlier). Where a
+function of KVM can be hooked, the start of dirty logging is a sign, too.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from ebpf_mig.probes.tiers import AUTO, Chooser
 from ebpf_mig.recording.layout import Layout
 
 KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
-"""`stranger` is a thread born in a process that is not known to own a VM, `logging` a VM of any process whose memory is
-logged from now on; the others are of known owners."""
+"""`stranger`: a new thread in a process that is not known to own a VM. `logging`: dirty logging of a VM starts, in any
+process. The other signs come from known owners.
+"""
 
 _HOOKS = (Hook(TRACEPOINT, "task_newtask", "on_newtask"), Hook(TRACEPOINT, "inet_sock_set_state", "on_state"))
 SIGNS, LOGGING = "signs", "logging"
-"""What the trigger relies on: thread births and TCP connections of a VM's process, which can be missed; or also on the
-function in which KVM begins to log a VM's memory, which no migration passes by."""
+"""What the trigger relies on: new threads and TCP connections of a VM's process, which can be missed; or also the
+function in which KVM starts to log a VM's memory, which every migration calls.
+"""
 
 _RECORD = Layout("node_record", "u64 at_ns, pid, sign")
 _READ = _RECORD.reader("at_ns", "pid", "sign")
 CONTRACT = Contract((_RECORD,), numbers={f"SIGN_{name.upper()}": number for number, name in KINDS.items()})
-"""Of `bpf/trigger.bpf.c`."""
+"""The contract of `bpf/trigger.bpf.c`."""
 
 
 class Sign(msgspec.Struct, frozen=True):
-    """Something that happened in a process."""
+    """A sign, and the process in which it was seen."""
 
     at_ns: int
     pid: int
@@ -51,10 +53,14 @@ class Sign(msgspec.Struct, frozen=True):
 
 
 class NodeProbe:
-    """Compiled, loaded and attached from the start; use as a context manager. PreflightError without privilege."""
+    """Compiles, loads and attaches on creation. Use it as a context manager. PreflightError if privileges are
+    missing.
+    """
 
     def __init__(self, loaded: tuple[BpfProgram, Sequence[Hook]] | None = None) -> None:
-        """`loaded`: what another process loaded, and where to attach it; else it is loaded here, with LLVM."""
+        """`loaded`: the programs that another process loaded, and their hooks. Otherwise they are loaded here, with
+        LLVM.
+        """
         self._program: BpfProgram
         self.hooks: Sequence[Hook]
         self._program, self.hooks = loaded or _load()
@@ -71,21 +77,21 @@ class NodeProbe:
         self.close()
 
     def add(self, pid: int) -> None:
-        """`pid` owns a VM from now on. Does not hear ports it listens on already."""
+        """Adds `pid` as the owner of a VM. Ports on which it already listens are not seen."""
         table = self._program.table("vms")
         table[ctypes.c_uint32(pid)] = ctypes.c_uint64(0)
 
     def remove(self, pid: int) -> None:
-        """`pid` is gone; the kernel closed its ports, which the program saw."""
+        """Removes `pid`, which is gone. The program has already seen that the kernel closed its ports."""
         with contextlib.suppress(KeyError):
             del self._program.table("vms")[ctypes.c_uint32(pid)]
 
     def listens(self, pid: int, port: int) -> None:
-        """A port on which `pid` was found listening, because it began before we looked."""
+        """Adds a port on which `pid` was already listening before it was added."""
         self._program.table("ports")[ctypes.c_int(port)] = ctypes.c_uint32(pid)
 
     def poll(self, timeout_ms: int) -> list[Sign]:
-        """Signs that arrived, waiting at most `timeout_ms` for the first."""
+        """The signs that arrived. Waits at most `timeout_ms` for the first."""
         signs = []
         for record in self._program.poll(timeout_ms):
             at, pid, kind = _READ(record)
@@ -93,11 +99,11 @@ class NodeProbe:
         return signs
 
     def lost(self) -> int:
-        """Signs for which the ring buffer had no room."""
+        """Number of signs that did not fit into the ring buffer."""
         return sum(self._program.per_cpu_sums("lost"))
 
     def describe(self, fds: list[int]) -> ProgramDescription:
-        """For another process: the loaded object, its descriptors added to `fds`."""
+        """Describes the loaded object for another process. Adds its descriptors to `fds`."""
         assert isinstance(self._program, Program)  # noqa: S101
         return self._program.describe(fds)
 
@@ -120,7 +126,7 @@ def _load() -> tuple[Program, Sequence[Hook]]:
 
 
 def _memslot_hooks(program: Program) -> list[Hook]:
-    """The function in which logging begins, loaded, if it was seen to fire; which takes run statistics."""
+    """Loads the hook on the function in which logging starts, if it was seen to fire. Needs run statistics."""
     with contextlib.closing(BpfStatistics()) as statistics:
         if not statistics.enabled:
             return []
