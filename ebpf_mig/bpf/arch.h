@@ -27,7 +27,7 @@ struct call_args {
 #define REG_SECOND_ARGUMENT 104
 #define REG_RETURNED 80
 
-/* dx, si, di and orig_ax stand side by side from offset 96 on; a return changes ax only. */
+/* dx, si, di and orig_ax are adjacent from offset 96 on; a return changes ax only. */
 static __always_inline void read_args(const void *regs, struct call_args *out)
 {
 	u64 w[4];
@@ -53,7 +53,7 @@ static __always_inline void read_args(const void *regs, struct call_args *out)
 #define NR_sendmsg 211
 #define NR_recvmsg 212
 
-#define REG_FIRST_ARGUMENT 0		/* struct pt_regs: regs[0], regs[1]; x0 is also what is returned */
+#define REG_FIRST_ARGUMENT 0		/* struct pt_regs: regs[0], regs[1]; x0 is also the return value */
 #define REG_SECOND_ARGUMENT 8
 #define REG_RETURNED 0
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What all programs share: whom to trace, the per-thread and per-process state, the ring buffer and its losses.
+ * Shared by all programs: the traced processes, the state per thread and process, the ring buffer and its losses.
  *
- * From the loader (-D, see probes/macros.py): EBPF_MIG_TARGETS(tgid) tests a tgid against literals, and is left out
- * where targets come and go: then whoever is in `processes` is traced. OFF_* are struct offsets from BTF, OFF_NONE
- * where the kernel has no such member. Thresholds are those of recording/thresholds.py. The loader also appends
- * assertions that compare every record and every kind with the Python half (probes/contract.py).
+ * The loader sets macros with -D (probes/macros.py). EBPF_MIG_TARGETS(tgid) compares a tgid with literals. It is not
+ * defined if targets change; then the processes in the map `processes` are traced. OFF_* are struct offsets from
+ * BTF, or OFF_NONE if the kernel has no such member. Thresholds are those of recording/thresholds.py. The loader
+ * also appends assertions that compare every record and every kind with the Python half (probes/contract.py).
  */
 #pragma once
 
@@ -14,7 +14,7 @@
 
 /*
  * Flags of bpf_ringbuf_submit, include/uapi/linux/bpf.h. Waking the reader costs an interrupt and a context switch
- * amid what we measure. So the reader polls by the clock, and only records that it must act upon at once wake it.
+ * during the measurement. So the reader polls periodically, and only urgent records wake it.
  */
 #define RB_NO_WAKEUP 1ULL
 #define RB_FORCE_WAKEUP 2ULL
@@ -35,7 +35,7 @@ enum kind {
 	KIND_MAX = 16,
 };
 
-/* Every record is a struct of u64 and s64, the kind first; recording/kinds.py has its fields. */
+/* Every record is a struct of u64 and s64 that starts with the kind; recording/kinds.py lists its fields. */
 BPF_RINGBUF_OUTPUT(events, EBPF_MIG_RING_PAGES);
 BPF_PERCPU_ARRAY(lost, u64, KIND_MAX);
 BPF_PERCPU_ARRAY(unpaired, u64, KIND_MAX);
@@ -50,20 +50,20 @@ struct thread_state {
 	u64 tgid;
 	u64 nr, enter;				/* the tracked call in flight; nr is stored + 1, 0: none */
 	u64 a0, a1, a2;
-	u64 slot, flags, addr, size;		/* what the argument of a memory ioctl says */
+	u64 slot, flags, addr, size;		/* from the argument of a memory ioctl */
 	u64 seen;				/* an entry was seen, so an exit without one is not KVM_RUN */
 	u64 vcpu_fd, run_enter_ns, run_exit_ns;
 	s64 run_ret;
 	u64 runs, in_ns, out_ns, max_gap_ns, counted;
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
 	u64 off_call;				/* ns off the CPU within the call in flight */
-	u64 off_all, off_before;		/* ns off the CPU ever; the same when the call in flight began */
-	u64 kept_since_ns, kept_until_ns, kept_preempted;	/* the last long wait without a record */
+	u64 off_all, off_before;		/* ns off the CPU in total; the same when the call in flight began */
+	u64 kept_since_ns, kept_until_ns, kept_preempted;	/* the last long wait that has no record */
 	u64 kicked;				/* when this thread last kicked another */
-	u64 lock, lock_since, lock_off;		/* the lock that it waits for; off_call when the wait began */
+	u64 lock, lock_since, lock_off;		/* the lock it waits for; off_call when the wait began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
-	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* a vCPU since its last record */
+	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* of a vCPU since its last record */
 	u64 samples;				/* taken in the ioctl in flight */
 	u64 part, part_since, part_idle, flushing;	/* its current part (SPLIT_* + 1): see fetch_split.h */
 	struct transfer_batch batch[3];		/* SEND, RECEIVE, UNTRACKED */
@@ -78,7 +78,7 @@ struct thread_state {
 #define SPLIT_COPY 2			/* copying the bitmap to or from user space */
 
 struct process_state {
-	s64 running;				/* vCPUs known to be inside KVM_RUN; at first those that /proc shows */
+	s64 running;				/* vCPUs known to be inside KVM_RUN; initially those seen in /proc */
 	u64 epoch, last_fetch;			/* epoch: number of this process's dirty-log fetches so far */
 	s64 budget;
 	u64 granted, refilled;
@@ -111,7 +111,7 @@ static __always_inline void count(u32 kind, bool is_lost)
 		(*n)++;
 }
 
-/* The state of the current thread, made when it is first seen; 0 if the table is full (counted). */
+/* The state of the current thread, created when it is first seen; 0 if the table is full (counted). */
 static __always_inline struct thread_state *this_thread(u64 pid_tgid)
 {
 	u32 tid = pid_tgid, zero = 0;
@@ -172,15 +172,15 @@ static __always_inline struct process_state *this_process(u64 pid_tgid)
 }
 
 /*
- * Calls are kept one by one while no vCPU of the process is inside KVM_RUN, which covers the blackout on both
- * sides (and, on a destination, all of pre-copy); the budget keeps that from flooding the buffer.
+ * Single calls are kept while no vCPU of the process is inside KVM_RUN. That covers the blackout on both sides and,
+ * on a destination, all of pre-copy. The budget prevents a flood of records.
  */
 static __always_inline bool in_detail(struct process_state *p, u64 now)
 {
 	u32 zero = 0;
 	u64 *all = fetches.lookup(&zero), ms;
 
-	/* Another program may have refilled it after `now` was read: on another CPU, or here while we were preempted. */
+	/* Another program may have refilled it after `now` was read: on another CPU, or here after a preemption. */
 	ms = now > p->refilled ? (now - p->refilled) / 1000000 : 0;
 
 	if (p->running > 0)

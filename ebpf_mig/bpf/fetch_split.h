@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What a dirty-log ioctl spends its time on, by the functions that it calls. No function is hooked that runs for each
- * page, or for each word of the bitmap.
+ * Splits the time of a dirty-log ioctl by the functions that it calls. No hooked function runs per page or per word
+ * of the bitmap.
  *
  * kvm_get_dirty_log_protect and kvm_clear_dirty_log_protect (virt/kvm/kvm_main.c, Linux 5.10 to 7.2) call
- * kvm_arch_sync_dirty_log, walk the bitmap under mmu_lock, and flush if anything was protected. A GET copies the bitmap
- * out last. So the walk, with the scan of the bitmap, lies between sync and flush, and the copy between flush and
- * return. With manual protection a GET only copies. A GET that flushes nothing scanned and copied a clean log: the
- * boundary between the two is not known, and neither is booked. Waits are left out of all parts.
+ * kvm_arch_sync_dirty_log, walk the bitmap under mmu_lock, and flush if anything was protected. A GET copies the
+ * bitmap out last. So the walk (with the scan of the bitmap) is the time from sync to flush, and the copy is the
+ * time from flush to return. With manual protection a GET only copies. A GET without a flush scanned and copied a
+ * clean log. The boundary between the two is then unknown, so neither is counted. Waits are excluded from all parts.
  */
 #pragma once
 
 #include "common.h"
 
-#define SPLIT_UNSURE 3			/* a walk if a flush follows, else nothing that we know */
+#define SPLIT_UNSURE 3			/* a walk if a flush follows, otherwise unknown */
 
 static __always_inline u64 idle_in_call(struct thread_state *s)
 {
@@ -43,7 +43,7 @@ static __always_inline void end_part(struct thread_state *s, u64 now)
 		s->split_ns[SPLIT_COPY] += took;
 }
 
-/* Whether a GET of this VM leaves its pages as they are; `manual_dirty_log_protect` of struct kvm. */
+/* Whether a GET of this VM does not write-protect pages: `manual_dirty_log_protect` of struct kvm. */
 static __always_inline bool only_copies(struct thread_state *s)
 {
 	u32 manual = 0;

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The function tiers: the same signals from the kernel functions that only a VM or a socket comes through, so that
- * the calls of others cost nothing.
+ * The function tiers: the same signals from kernel functions that only VMs or sockets use, without overhead for
+ * other calls.
  *
- * In: entries and returns of the functions named in probes/hook_points.py, by fentry and fexit or by kprobe and
- * kretprobe, whichever was seen to fire; the return of KVM_RUN by kvm:kvm_userspace_exit, which also shows the vCPU
- * that sat in KVM_RUN before tracing began, and holds no return probe while a vCPU sleeps. SOCKET_FUNCTIONS is a set of
- * FENTRY and KPROBE. Out: as from_syscalls.bpf.c.
- * What the caller asked for is read from the registers with which it entered the kernel: functions' own arguments
- * differ.
+ * In: entries and returns of the functions named in probes/hook_points.py, by fentry and fexit, or by kprobe and
+ * kretprobe, whichever was seen to fire. The return of KVM_RUN comes from kvm:kvm_userspace_exit: it also fires for
+ * a vCPU that was in KVM_RUN when tracing began, and needs no return probe while a vCPU sleeps. SOCKET_FUNCTIONS is
+ * a set of FENTRY and KPROBE. Out: as from_syscalls.bpf.c. The arguments of the system call are read from the
+ * registers at kernel entry, since the arguments of the functions differ.
  */
 #pragma once
 
@@ -16,7 +15,7 @@
 #include "sockets.h"
 #include "sched.bpf.c"
 
-/* The registers of the current task as it entered the kernel. Helpers of Linux 5.11 and 5.15. */
+/* The registers of the current task at kernel entry. The helpers exist since Linux 5.11 and 5.15. */
 static __always_inline const void *user_regs(void)
 {
 #if TASK_REGS_HELPER
@@ -30,8 +29,9 @@ static __always_inline const void *user_regs(void)
 }
 
 /*
- * A word of the context, read so that the verifier sees a number: fentry's arguments are typed pointers.
- * fentry: the arguments, one u64 each; fexit: the value returned behind them; kprobe and kretprobe: the registers.
+ * Reads a word of the context as a plain number, since the verifier treats fentry's arguments as typed pointers.
+ * fentry: the arguments, one u64 each. fexit: the arguments, then the return value. kprobe and kretprobe: the
+ * registers.
  */
 static __always_inline u64 context_word(void *ctx, u32 offset)
 {
@@ -51,7 +51,7 @@ static __always_inline u64 returned(void *ctx, u32 how, u32 arguments)
 	return context_word(ctx, how == FENTRY ? 8 * arguments : REG_RETURNED);
 }
 
-/* A call that is still in flight when another begins: its exit was missed, as kretprobes do when many calls sleep. */
+/* A call is still in flight when another begins: its exit was missed. kretprobes miss exits when many calls sleep. */
 static __always_inline void forget_call(struct thread_state *s)
 {
 	if (s->nr == NR_ioctl + 1 && (u32)s->a1 == KVM_RUN)
@@ -103,7 +103,7 @@ static __always_inline int kvm_ioctl_return(void *ctx, u32 how)
 	p = needs_process(NR_ioctl, s->a1) ? this_process(pid_tgid) : 0;
 	if ((u32)s->a1 != KVM_RUN)
 		ioctl_exit(s, p, pid_tgid, now, ret);
-	else if (p)			/* refused before it came to kvm_userspace_exit */
+	else if (p)			/* refused before it reached kvm_userspace_exit */
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
 	return 0;
 }
@@ -113,7 +113,10 @@ int on_kvm_ioctl_fexit(void *ctx)
 	return kvm_ioctl_return(ctx, FENTRY);
 }
 
-/* Also on the functions that end a vCPU's ioctls, KVM_RUN excepted: a return probe on their caller sleeps with it. */
+/*
+ * Also attached to the functions that end a vCPU's ioctls other than KVM_RUN: a return probe on their caller would
+ * be occupied while the vCPU sleeps.
+ */
 int on_kvm_ioctl_kretprobe(void *ctx)
 {
 	return kvm_ioctl_return(ctx, KPROBE);
@@ -222,7 +225,7 @@ int on_ring_was_reset(void *ctx)
 
 #if SOCKET_FUNCTIONS
 
-/* A send from within a KVM ioctl is the kernel's own, say to fetch guest memory from afar. */
+/* A send inside a KVM ioctl is made by the kernel itself, for example to fetch remote guest memory. */
 static __always_inline int transfer_entry(void *ctx, u32 how, u32 nr)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid();

@@ -2,9 +2,9 @@
 /*
  * The tracepoint tier: raw_syscalls sys_enter and sys_exit carry every signal, on every kernel since 4.17.
  *
- * They tax each system call of the host, so they are attached for a migration only. Seccomp denies a call before
- * sys_enter fires, and threads may already be inside a call when tracing begins: an exit without an entry is normal.
- * Where KVM's signals come from its functions, only sends and receives are left here.
+ * They add overhead to every system call of the host, so they are attached only during a migration. Seccomp denies a
+ * call before sys_enter fires, and threads may already be inside a call when tracing begins: an exit without an
+ * entry is normal. If KVM's signals come from its functions, this file handles sends and receives only.
  */
 #pragma once
 
@@ -31,8 +31,8 @@ static __always_inline int direction_of(u64 nr)
 }
 
 /*
- * Most calls are not ours: their number, then the request, sort them out before anything is looked up.
- * No call leaves `nr` behind: the exit that follows the entry resets it.
+ * Most calls are irrelevant: they are rejected by number, then by request, before any lookup. `nr` is never stale:
+ * the exit after an entry resets it.
  */
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -65,7 +65,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* A thread that is first seen at an exit was inside the call when tracing began: KVM_RUN is worth a record. */
+/* A thread that is first seen at an exit was inside the call when tracing began. For KVM_RUN this makes a record. */
 static __always_inline void first_exit(u64 pid_tgid, const void *regs, s64 ret)
 {
 	struct thread_state *s = this_thread(pid_tgid);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * KVM ioctls: KVM_RUN is accounted in place and emitted only where it matters, the others are records.
+ * KVM ioctls. KVM_RUN is accounted in place and emitted only where it matters; each other ioctl is a record.
  *
- * In: entries and returns from whichever attach tier is in use. Out: IOCTL, VCPU_ENTER, VCPU_EXIT and KICK records.
+ * In: entries and returns, from the attach tier in use. Out: IOCTL, VCPU_ENTER, VCPU_EXIT and KICK records.
  */
 #pragma once
 
@@ -47,7 +47,7 @@ struct kick_record {
 	u64 kind, at_ns, pid, tid, target_tid, signal;
 };
 
-/* Interrupt injection happens at guest speed and says nothing about a migration. */
+/* Interrupt injection is frequent, caused by the guest, and unrelated to a migration. */
 static __always_inline bool is_noise(u32 cmd)
 {
 	return cmd == KVM_IRQ_LINE || cmd == KVM_IRQ_LINE_STATUS || cmd == KVM_INTERRUPT ||
@@ -64,7 +64,7 @@ static __always_inline bool is_dirty_log(u32 cmd)
 	return cmd == KVM_GET_DIRTY_LOG || cmd == KVM_CLEAR_DIRTY_LOG || cmd == KVM_RESET_DIRTY_RINGS;
 }
 
-/* A call that does not change its process's state saves a lookup. */
+/* Skips the lookup for calls that do not change the state of the process. */
 static __always_inline bool needs_process(u64 nr, u32 cmd)
 {
 	return nr == NR_ioctl && (cmd == KVM_RUN || cmd == KVM_GET_DIRTY_LOG);
@@ -108,12 +108,12 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	r->last_exit_ns = s->run_exit_ns;
 	r->last_ret = s->run_ret;
 	r->runs = s->runs;
-	events.ringbuf_submit(r, s->runs > 1 ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);	/* a destination that starts */
+	events.ringbuf_submit(r, s->runs > 1 ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);	/* a destination starts */
 }
 
 /*
- * Time outside KVM_RUN since the last record. Emitted at the first exit after a fetch, so that every gap counts in the
- * stretch in which it began. A vCPU that never leaves KVM_RUN has no such record.
+ * Time outside KVM_RUN since the last record. Emitted at the first exit after a fetch, so that every gap counts in
+ * the interval in which it began. A vCPU that never leaves KVM_RUN has no such record.
  */
 static __always_inline void emit_vcpu_span(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now)
 {
@@ -143,7 +143,7 @@ static __always_inline void emit_vcpu_span(struct thread_state *s, struct proces
 	s->span_out = s->span_max = s->span_gaps = s->span_lock = 0;
 }
 
-/* `enter` is 0 where the thread was inside before tracing began. */
+/* `enter` is 0 if the thread was inside before tracing began. */
 static __always_inline void vcpu_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid,
 				      u64 now, u64 enter, u64 fd, s64 ret)
 {
@@ -178,7 +178,7 @@ static __always_inline void vcpu_exit(struct thread_state *s, struct process_sta
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
-/* Keeps what the report needs of a memory ioctl's argument; `arg` points to user memory. */
+/* Saves the parts of a memory ioctl's argument that the report needs; `arg` points to user memory. */
 static __always_inline void read_memory_argument(struct thread_state *s, u32 cmd, const void *arg)
 {
 	struct {
@@ -290,5 +290,5 @@ static __always_inline void emit_kick(u64 pid_tgid, u64 now, u64 target, u64 sig
 	r->tid = (u32)pid_tgid;
 	r->target_tid = (u32)target;
 	r->signal = (u32)signal;
-	events.ringbuf_submit(r, RB_FORCE_WAKEUP);	/* a source that stops */
+	events.ringbuf_submit(r, RB_FORCE_WAKEUP);	/* a source stops */
 }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Which lock a traced thread waits for inside a KVM ioctl.
+ * Records which lock a traced thread waits for inside a KVM ioctl.
  *
- * In: the raw tracepoints of the lock slow paths, which fire for the whole host, so the test for our threads comes
- * first. Out: sums in the thread's state, which the call's record carries.
+ * In: the raw tracepoints of the lock slow paths, which fire for the whole host, so the check for traced threads
+ * comes first. Out: sums in the state of the thread, which become part of the record of the call.
  */
 #pragma once
 
 #include "kvm.h"
 
 /*
- * contention_begin: lock, flags. Only the outermost wait counts (a rwlock's slow path waits for a spinlock of its
- * own), and a mutex may report its wait twice, once spinning and once asleep.
+ * contention_begin: lock, flags. Only the outermost wait counts: the slow path of a rwlock waits for an internal
+ * spinlock. A mutex may report its wait twice: once spinning, once asleep.
  */
 int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -29,7 +29,10 @@ int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* contention_end: lock, ret. The lock's distance from struct kvm, private data of the VM's file, gives its name. */
+/*
+ * contention_end: lock, ret. The lock is identified by its offset in struct kvm, which is the private data of the
+ * VM's file.
+ */
 int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), kvm, waited, slept;

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Where a traced thread is off the CPU.
+ * Records when and where a traced thread is off the CPU.
  *
- * In: the raw tracepoint sched_switch, which fires for the whole host, so the test for our threads comes first. Out:
- * sums in the thread's state, which the call's record carries, and OFF_CPU records of long waits while no vCPU runs,
- * with the kernel stack of the sleep, and of the wait before a kick. A thread that kicks vCPUs begins to sleep while
- * they still run, until they have stopped: that sleep has its stack, too.
+ * In: the raw tracepoint sched_switch, which fires for the whole host, so the check for traced threads comes first.
+ * Out: sums in the state of the thread, which become part of the record of the call; and OFF_CPU records, with the
+ * kernel stack, of long waits while no vCPU runs and of the wait before a kick. A thread that kicks vCPUs starts to
+ * sleep while they still run; this sleep is recorded with its stack, too.
  */
 #pragma once
 
 #include "common.h"
 
-#define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick has nothing to do with it */
-#define KICKED_NS 20000000ULL		/* nor one that begins this long after; Cloud Hypervisor kicks again after 10 ms */
+#define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick is unrelated to it */
+#define KICKED_NS 20000000ULL		/* so is one that begins this long after; Cloud Hypervisor re-kicks after 10 ms */
 #define NO_STACK 0xffffffffULL
 
 struct off_cpu_record {
@@ -21,7 +21,7 @@ struct off_cpu_record {
 
 BPF_STACK_TRACE(stacks, 1024);
 
-/* The current task is still the one that leaves. If it is runnable, it lost the CPU and does not sleep. */
+/* The current task is still the previous one. If it is runnable, it was preempted and does not sleep. */
 static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 {
 	struct thread_state *s = known_thread(pid_tgid);
@@ -87,7 +87,7 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 
 /*
  * The first kick opens the window while vCPUs still run. A thread may lose the CPU between its decision to stop and
- * that kick. Without this record nothing would explain why the VMM's own time stamp is so much earlier.
+ * that kick. This record explains why the VMM's own time stamp is much earlier.
  */
 static __always_inline void emit_wait_before_kick(u64 pid_tgid, u64 now)
 {

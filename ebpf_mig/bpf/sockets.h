@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Sends and receives. Calls of one thread on one socket are coalesced into batches; while no vCPU runs each is kept.
+ * Sends and receives. Calls of one thread on one socket are coalesced into batches. While no vCPU runs, each call is
+ * kept.
  *
- * In: completed calls. Out: TRANSFER records, and one SOCKET record for each socket inode on first use.
- * A file is recognised as a socket by its inode's mode; pipes, eventfds and log files are left out here.
+ * In: completed calls. Out: TRANSFER records, and one SOCKET record for each socket inode on first use. The mode of
+ * the inode shows whether a file is a socket; pipes, eventfds and log files are ignored.
  */
 #pragma once
 
@@ -11,7 +12,7 @@
 
 #define SEND 0
 #define RECEIVE 1
-#define UNTRACKED 2			/* sent, but by no system call that we follow: see untracked_sends.bpf.c */
+#define UNTRACKED 2			/* sent by a system call that is not traced: see untracked_sends.bpf.c */
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define AF_UNIX 1
@@ -36,7 +37,7 @@ struct stream {
 };
 BPF_HASH(streams, u64, struct stream, 4096);
 
-/* The inode number if the file is a socket, else 0. */
+/* The inode number if the file is a socket, otherwise 0. */
 static __always_inline u64 socket_of(u64 file)
 {
 	u64 inode = read_u64(file, OFF_file_inode);
@@ -56,7 +57,7 @@ static __always_inline u64 inode_of(u64 sk)
 	return sock ? read_u64(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino) : 0;
 }
 
-/* Inode number of the other end of a UNIX socket, 0 while it has none. */
+/* Inode number of the other end of a UNIX socket, 0 if there is none. */
 static __always_inline u64 unix_peer(u64 sk)
 {
 	u64 peer = read_u64(sk, OFF_unix_peer);
@@ -121,7 +122,7 @@ static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_batch 
 		}
 	}
 	before = direction == SEND ? st->bytes[0] : st->bytes[1];
-	if (direction == SEND)		/* the value that an atomic add returns needs a newer instruction set */
+	if (direction == SEND)		/* an atomic add that returns a value needs a newer instruction set */
 		__sync_fetch_and_add(&st->bytes[0], batch->bytes);
 	else
 		__sync_fetch_and_add(&st->bytes[1], batch->bytes);
@@ -164,7 +165,7 @@ static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgi
 	batch->calls = 0;
 }
 
-/* `fd` is -1 where a function of the socket was hooked, not a call of a descriptor. */
+/* `fd` is -1 if a socket function was hooked instead of a call on a descriptor. */
 static __always_inline void transfer_done(struct thread_state *s, struct process_state *p, u64 pid_tgid,
 					  u64 now, u32 direction, s64 ret, u64 file, u64 fd)
 {
@@ -177,7 +178,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		socket = socket_of(file);
 		if (!socket)
 			return;
-		if (ret <= 0) {			/* nothing moved: not worth ending or beginning a batch */
+		if (ret <= 0) {			/* no data moved: do not end or begin a batch */
 			batch->failed++;
 			return;
 		}

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Kernel stacks of a thread inside a dirty-log ioctl, on a timer: what the call spends its CPU time on, where no
+ * Samples kernel stacks inside a dirty-log ioctl with a timer. They show where the call spends its CPU time if no
  * function can be hooked.
  *
  * In: a CPU clock event on one thread, opened by probes/stack_sampler.py. Out: SAMPLE records. They do not wake the
- * reader, or each would cost a context switch. A record behind one that woke nobody wakes nobody either, so the record
- * of the ioctl itself forces it.
+ * reader, since each wakeup would cost a context switch. A record behind a record without wakeup does not wake the
+ * reader either, so the record of the ioctl forces the wakeup.
  */
 #pragma once
 
 #include "kvm.h"
 
 #define SAMPLE_FRAMES 24
-#define SAMPLES_A_WAKEUP 128		/* a call of seconds must not fill the buffer before anybody looks */
+#define SAMPLES_A_WAKEUP 128		/* a call of seconds must not fill the buffer before the reader wakes */
 
 struct sample_record {
 	u64 kind, at_ns, pid, tid, begin_ns, period_ns, frames[SAMPLE_FRAMES];
@@ -44,7 +44,7 @@ int on_sample(void *ctx)
 	r->tid = (u32)pid_tgid;
 	r->begin_ns = s->enter;
 	r->period_ns = *period;
-	bpf_get_stack(ctx, r->frames, sizeof(r->frames), 0);	/* clears what it does not fill, also where it fails */
+	bpf_get_stack(ctx, r->frames, sizeof(r->frames), 0);	/* clears the rest of the buffer, also if it fails */
 	s->samples++;
 	events.ringbuf_submit(r, s->samples % SAMPLES_A_WAKEUP ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);
 	return 0;

@@ -3,9 +3,9 @@
  * TCP segments of the traced sockets as they arrive, while no vCPU of their process runs.
  *
  * In: tcp:tcp_probe, which fires for each incoming segment of the host, before TCP has worked on it; sockets that no
- * traced call has used fail the first lookup. Out: SEGMENT records: what came, and what the socket itself has in
- * flight and has not been allowed to send. And tcp:tcp_retransmit_skb, which fires for each segment that is sent
- * again. Out: RETRANSMIT records.
+ * traced call has used fail the first lookup. Out: SEGMENT records: the segment, the bytes that the socket has in
+ * flight, and the bytes that it has not sent yet. Also in: tcp:tcp_retransmit_skb, which fires for each
+ * retransmitted segment. Out: RETRANSMIT records.
  */
 #pragma once
 
@@ -37,7 +37,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	u32 tgid, una, nxt, ack, length;
 	u8 offset = 0;
 
-	if (!o || inode_of(sk) != o->socket)	/* closed, and the memory may be another connection's by now */
+	if (!o || inode_of(sk) != o->socket)	/* closed; the memory may belong to another connection by now */
 		return 0;
 	tgid = o->pid;
 	p = processes.lookup(&tgid);
@@ -72,9 +72,9 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /*
- * tcp_retransmit_skb: sk, skb. skb->cb begins with the first sequence number and the one after the last
- * (struct tcp_skb_cb, include/net/tcp.h, Linux 5.8 to 6.18). Each is counted; while no vCPU runs each is a record, with
- * the count so far.
+ * tcp_retransmit_skb: sk, skb. skb->cb begins with the first sequence number and the sequence number after the last
+ * byte (struct tcp_skb_cb, include/net/tcp.h, Linux 5.8 to 6.18). Each retransmission is counted. While no vCPU
+ * runs, each is a record with the count so far.
  */
 int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
 {

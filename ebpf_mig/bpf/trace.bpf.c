@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * All that traces a migration. Where the signals come from is chosen before this is compiled: KVM_FUNCTIONS and
- * SOCKET_FUNCTIONS say which are taken from kernel functions (from_functions.bpf.c), the latter also by which probes;
- * the others come from system calls (from_syscalls.bpf.c).
+ * All programs that trace a migration. The source of each signal is chosen before compilation. KVM_FUNCTIONS and
+ * SOCKET_FUNCTIONS select the signals that come from kernel functions (from_functions.bpf.c); SOCKET_FUNCTIONS also
+ * selects the kinds of probes. The others come from system calls (from_syscalls.bpf.c).
  */
 #include "kvm.h"
 #include "sockets.h"

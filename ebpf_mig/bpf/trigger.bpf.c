@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The standing trigger of `watch` and `exporter`: what a node's VMs do that may be the beginning of a migration.
+ * The standing trigger of `watch` and `exporter`: detects activity of VMs that may be the start of a migration.
  *
- * It runs when a thread is born, when a TCP socket changes state and, where KVM's functions can be hooked, when a
- * memslot is set. It never runs on a system call: a node where nobody migrates pays for these alone.
- * In: `vms`, the processes known to own a KVM VM. Out: node records. Threads of other processes are reported, too, but
- * seldom: a VM that was just created shows itself by its vCPU threads.
+ * It runs when a thread is created, when a TCP socket changes state and, where KVM's functions can be hooked, when a
+ * memslot is set. It never runs on system calls, so a node without migrations has no other overhead.
+ * In: `vms`, the processes known to own a KVM VM. Out: node records. Threads of other processes are reported, too,
+ * but rarely: the vCPU threads of a new VM reveal it.
  */
 #include <linux/types.h>
 #include "arch.h"
@@ -21,7 +21,7 @@
 #define TCP_LISTEN 10
 
 #define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is reported at most this often */
-#define VM_PAUSE_NS 1000000ULL		/* threads born in a burst are one sign */
+#define VM_PAUSE_NS 1000000ULL		/* a burst of new threads is one sign */
 
 enum sign {
 	SIGN_STRANGER = 1,
@@ -37,10 +37,10 @@ struct node_record {
 
 BPF_RINGBUF_OUTPUT(signs, 16);
 BPF_PERCPU_ARRAY(lost, u64, 1);
-BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last thread birth was reported */
-BPF_ARRAY(ports, u32, 65536);		/* listening port -> tgid, or 0: however many one VM takes, there is room */
+BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last new thread was reported */
+BPF_ARRAY(ports, u32, 65536);		/* listening port -> tgid, or 0; has room for every port */
 BPF_TABLE("lru_hash", u32, u64, strangers, 4096);
-BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when its memory was last set to be logged */
+BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when dirty logging last started */
 
 static __always_inline void emit_sign(u64 now, u32 pid, u64 sign)
 {
@@ -85,7 +85,7 @@ int on_newtask(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* inet_sock_set_state(const struct sock *sk, int oldstate, int newstate); softirq when a connection is accepted */
+/* inet_sock_set_state(const struct sock *sk, int oldstate, int newstate); in softirq for an accepted connection */
 int on_state(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32, *owner;
@@ -98,7 +98,7 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 			emit_sign(now, tgid, SIGN_CONNECT);
 		return 0;
 	}
-	/* An accepted socket is a copy of its listener, and leaves LISTEN for SYN_RECV first. */
+	/* An accepted socket is a copy of its listener, and first changes from LISTEN to SYN_RECV. */
 	if (!(from == TCP_LISTEN && to == TCP_CLOSE) && to != TCP_LISTEN && !(from == TCP_SYN_RECV && to == TCP_ESTABLISHED))
 		return 0;
 	bpf_probe_read_kernel(&port, sizeof(port), (void *)(ctx->args[0] + OFF_skc_num));
@@ -118,7 +118,7 @@ int on_state(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* A VM's memory is logged from now on: this is the beginning of a migration, not only a sign of one. */
+/* Dirty logging of a VM starts: this is the beginning of a migration, not only a sign of one. */
 static __always_inline int memslot(u64 region)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32, flags = 0;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Sends that no system call of ours shows: io_uring, sendmmsg, splice and whatever comes next.
+ * Sends that the traced system calls do not show: io_uring, sendmmsg, splice and future ones.
  *
- * In: sock:sock_send_length (Linux 6.3 and later), which every path into a socket's sendmsg passes when it is done.
- * Out: TRANSFER records marked hidden. When such a send began is not known: they have an end and bytes, no duration.
+ * In: sock:sock_send_length (Linux 6.3 and later), which fires at the end of every path into a socket's sendmsg.
+ * Out: TRANSFER records marked hidden. The begin of such a send is unknown: the records have an end and bytes, but
+ * no duration.
  */
 #pragma once
 
@@ -23,7 +24,7 @@ int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	s = this_thread(pid_tgid);
 	p = this_process(pid_tgid);
-	if (!s || !p || (s->nr && s->nr != NR_ioctl + 1))	/* within a call whose exit makes the record */
+	if (!s || !p || (s->nr && s->nr != NR_ioctl + 1))	/* inside a call whose exit makes the record */
 		return 0;
 	sock = read_u64(ctx->args[0], OFF_sock_socket);
 	if (!sock)
