@@ -25,7 +25,7 @@ from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.text import printable
-from ebpf_mig.vmm import vmm_named
+from ebpf_mig.vmm import adapter, vmm_named
 
 POLL_MS = 20
 YIELD_NICE = 10
@@ -73,7 +73,8 @@ def require_kvm(targets: Sequence[Target]) -> None:
         except OSError:
             continue  # we may not look
         comm = procfs.comm(target.pid)
-        if not procfs.holds_kvm(target.pid) and vmm_named(comm) in ("", "qemu"):
+        vmm = vmm_named(comm)
+        if not procfs.holds_kvm(target.pid) and (not vmm or adapter(vmm).vm_from_start):
             raise UsageError(
                 f"process {target.pid} ({printable(comm)}) has no KVM VM",
                 "check the pid of the VMM, e.g. with pgrep; a guest without KVM (TCG) cannot be traced",

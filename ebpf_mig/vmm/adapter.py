@@ -84,6 +84,8 @@ class Adapter:
     examples: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Command lines for the help, by command: `migrate`, `demo`, `record`."""
     timeout_help = "Cancel the migration after this."
+    vm_from_start = False
+    """Whether each of its processes has a KVM VM from the start; others make it when they are asked to."""
     has_lab = False
     """Whether `lab` works."""
     hands_over = False

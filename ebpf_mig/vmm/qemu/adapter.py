@@ -55,6 +55,7 @@ class QemuAdapter(Adapter):
     }
     epilog = """The destination is a QEMU started like the source, plus -incoming defer. Each
 needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
+    vm_from_start = True
     has_lab = True
 
     @property
