@@ -24,6 +24,8 @@ from ebpf_mig.text import printable
 VMS = 256
 VM_SECONDS = 900.0
 VM_CHARACTERS = 64
+SILENT_S = 5.0
+"""The watch sends its state once a second. After this long without it, the watch is taken to be stopped."""
 
 BLACKOUT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
@@ -48,11 +50,18 @@ def vm_label(name: str, style: str) -> str:
 class Metrics:
     """What `/metrics` shows. Safe for threads. `vm_style` is that of `vm_label`."""
 
-    def __init__(self, vm_style: str = "name", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        vm_style: str = "name",
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` gives wall-clock time, in seconds since the epoch; `steady` seconds that nobody sets."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._vm_style = vm_style
         self._clock = clock
+        self._steady = steady
         self._lock = threading.RLock()
         self._vms: OrderedDict[str, Observation] = OrderedDict()
         self._status: Status | None = None
@@ -182,14 +191,14 @@ class Metrics:
     def status(self, status: Status) -> None:
         """Takes the watch's latest state."""
         with self._lock:
-            self._status, self._status_at = status, self._clock()
+            self._status, self._status_at = status, self._steady()
 
     @property
     def ready(self) -> bool:
-        """The watch has spoken not long ago, and all its probes are attached."""
+        """Whether the watch sent its state within the last `SILENT_S`, with all its probes attached."""
         with self._lock:
-            status, age = self._status, self._clock() - self._status_at
-        return status is not None and age < 30 and all(status.attached.values())
+            status, age = self._status, self._steady() - self._status_at
+        return status is not None and age < SILENT_S and all(status.attached.values())
 
     def collect(self) -> Iterator[Metric]:
         """The families that are not counted up here."""

@@ -16,7 +16,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from ebpf_mig.exporter.metrics import VM_CHARACTERS, VM_SECONDS, VMS, Metrics, vm_label
+from ebpf_mig.exporter.metrics import SILENT_S, VM_CHARACTERS, VM_SECONDS, VMS, Metrics, vm_label
 from ebpf_mig.exporter.observation import RESULTS, VMMS
 from tests.conftest import requires
 from tests.unit.exporter.observations import observation, status
@@ -146,11 +146,13 @@ def test_labels_are_short_and_printable(name: str) -> None:
 
 def test_ready_only_while_the_watch_speaks_and_is_attached() -> None:
     now = [1000.0]
-    metrics = Metrics(clock=lambda: now[0])
+    metrics = Metrics(steady=lambda: now[0])
     assert not metrics.ready
     metrics.status(status())
     assert metrics.ready and "ebpf_mig_up 1.0" in text(metrics)
-    now[0] += 31
+    now[0] += SILENT_S - 1
+    assert metrics.ready
+    now[0] += 1
     assert not metrics.ready and "ebpf_mig_up 0.0" in text(metrics)
     metrics.status(status(attached={"task_newtask": False}))
     assert not metrics.ready
