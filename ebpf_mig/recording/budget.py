@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recording may cost to read: a small file must not fill the memory, nor take minutes.
+"""Limits the memory and time for reading a recording: a small file must not fill the memory or take minutes.
 
-In: blocks of events as they are read, and how many bytes of the file they took. Out: nothing, or `TooLargeError`. The
-limits follow the size of the file, since compression makes a thousand equal events out of ten bytes. Real recordings
+In: blocks of events as they are read, and the bytes of the file that they took. Out: nothing, or `TooLargeError`. The
+limits depend on the size of the file, since ten compressed bytes can hold a thousand equal events. Real recordings
 unpack to 2.4 to 4 times their size.
 """
 
@@ -16,12 +16,12 @@ from ebpf_mig.errors import RecordingError
 from ebpf_mig.recording import events as ev
 
 MOST_TIMES = 40
-"""Bytes of memory for a byte of the file ..."""
+"""Bytes of memory allowed per byte of the file."""
 MOST_BYTES = 120 << 20
-"""... and these, whatever its size; the program itself takes some 40 MB more."""
+"""Bytes allowed in addition, for any size. The program itself takes about 40 MB more."""
 MOST_CONTENT_TIMES = 16
 MOST_CONTENT_BYTES = 32 << 20
-"""The same of what its blocks unpack to."""
+"""The same limits for the unpacked size of the blocks."""
 
 _PLAIN: dict[type, int] = {
     ev.Ioctl: 900, ev.VcpuEnter: 700, ev.VcpuExit: 750, ev.VcpuState: 950, ev.Transfer: 800, ev.TcpInfo: 500,
@@ -32,7 +32,7 @@ _WITH_AXIS: dict[type, int] = {
     ev.Segment: 1900, ev.Mark: 1700,
 }  # fmt: skip
 _ANY = 400
-"""Bytes that an event takes until the report is written: measured as the peak of whole reports, rounded up."""
+"""Bytes per event until the report is written: measured as the peak of whole reports, rounded up."""
 _ITEM = 60
 """Bytes of a string in a stack or of an entry of a map, without its characters."""
 _LISTS = {ev.OffCpu: attrgetter("stack"), ev.Samples: attrgetter("stack"), ev.TcpInfo: attrgetter("values")}
@@ -43,17 +43,17 @@ class TooLargeError(RecordingError):
 
 
 class Budget:
-    """Adds up what events take, held in memory."""
+    """Adds up the memory that events take."""
 
     def __init__(self, name: str, *, with_axis: bool = False, share: int = 1) -> None:
-        """`with_axis`: the report shows single events on a time axis. `share`: recordings held at once."""
+        """`with_axis`: the report shows single events on a time axis. `share`: number of recordings held at once."""
         self._name = name
         self._costs = _PLAIN | _WITH_AXIS if with_axis else _PLAIN
         self._most = MOST_BYTES // share
         self._spent = 0
 
     def spend(self, block: Sequence[ev.AnyEvent], stored: int) -> None:
-        """A block that is kept; `stored`: bytes of the file so far. Raises TooLargeError."""
+        """Counts a block that is kept. `stored`: bytes of the file read so far. Raises TooLargeError."""
         kinds = Counter(map(type, block))
         self._spent += sum(count * self._costs.get(kind, _ANY) for kind, count in kinds.items())
         for kind, items in _LISTS.items():
@@ -67,6 +67,6 @@ class Budget:
 
 
 def check_content(name: str, content: int, stored: int) -> None:
-    """Raises TooLargeError where blocks unpack to more than any recording of ours does."""
+    """Raises TooLargeError if blocks unpack to more than those of any real recording."""
     if content > MOST_CONTENT_BYTES + MOST_CONTENT_TIMES * stored:
         raise TooLargeError(f"{name}: its first {stored / 1e6:.1f} MB unpack to {content / 1e6:.0f} MB: not read")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long pre-copy in little memory: transfers that lie far from the switchover are folded into runs as they are read.
+"""Reads a long pre-copy in little memory: transfers far from the switchover are coalesced into batches.
 
-In: a recording's blocks. Out: a `Recording` in which calls of one thread on one socket are runs of at most a second, as
-the kernel half makes shorter ones outside a blackout, and which has no waits, where there are more than some ten
-thousand events. Whatever is near vCPU state being read or written, which is what a switchover does, is kept as it is.
+In: a recording's blocks. Out: a `Recording`. If it has more than about ten thousand events, the calls of one thread on
+one socket are coalesced into batches of at most a second (the BPF programs make shorter batches outside a blackout),
+and waits are left out. Blocks near a read or write of vCPU state, which marks a switchover, stay unchanged.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from ebpf_mig.recording.events import AnyEvent, Ioctl, OffCpu, Transfer
 from ebpf_mig.recording.file import MAX_EVENTS, Recording, RecordingReader, read_recording
 
 NEAR = 16
-"""Blocks (of up to 4096 events each) before and after a switchover's sign that are left as they are."""
+"""Blocks (of up to 4096 events each) before and after a sign of a switchover that stay unchanged."""
 RUN_NS = 1_000_000_000
-"""A run still bounds the clocks at its first and its last byte: over a long pre-copy a second is close enough."""
+"""Longest batch. Its first and last byte still bound the clock offset; a second is precise enough for a long
+pre-copy.
+"""
 
 
 def read_folded(path: str, *, with_axis: bool = False, share: int = 1) -> Recording:
     """Reads a whole recording; `with_axis` and `share` as for `Budget`. Raises as `read_recording`."""
     with RecordingReader(path) as reader:
-        folder = _Folder(reader, Budget(reader.name, with_axis=with_axis, share=share))
+        coalescer = _Coalescer(reader, Budget(reader.name, with_axis=with_axis, share=share))
         for block in reader.blocks():
-            if len(folder.kept) > MAX_EVENTS:
+            if len(coalescer.kept) > MAX_EVENTS:
                 reader.cut(f"it holds more than {MAX_EVENTS} events")
                 break
-            folder.take(block)
+            coalescer.take(block)
         return Recording(
             header=reader.header,
-            events=folder.finish(),
+            events=coalescer.finish(),
             truncated=reader.truncated,
             reason=reader.reason,
             unknown=reader.unknown,
@@ -46,24 +48,24 @@ def read_folded(path: str, *, with_axis: bool = False, share: int = 1) -> Record
 
 
 def read_whole_or_folded(path: str, *, with_axis: bool = False) -> Recording:
-    """Reads a recording as it is, or folded where it is too large for that. Raises as `read_recording`."""
+    """Reads a recording unchanged, or coalesced if it is too large for that. Raises as `read_recording`."""
     with contextlib.suppress(TooLargeError):
         return read_recording(path, within_budget=True, with_axis=with_axis)
-    return read_folded(path, with_axis=with_axis)  # out here, where nothing holds what was read in vain
+    return read_folded(path, with_axis=with_axis)  # here the first attempt holds no memory any more
 
 
-class _Folder:
-    """Takes blocks in order; folds each once it lies NEAR blocks back, unless a switchover is near."""
+class _Coalescer:
+    """Takes blocks in order. Coalesces a block once NEAR newer ones have arrived, unless a switchover is near."""
 
     def __init__(self, reader: RecordingReader, budget: Budget) -> None:
         self._reader, self._budget = reader, budget
         self.kept: list[AnyEvent] = []
         self._recent: deque[list[AnyEvent]] = deque()
         self._spared = 0
-        """How many of the oldest waiting blocks, and of those to come, are to be left alone."""
+        """Number of blocks, counted from the oldest waiting one, that must stay unchanged."""
 
     def take(self, block: list[AnyEvent]) -> None:
-        """The next block."""
+        """Takes the next block."""
         self._recent.append(block)
         if Ioctl in map(type, block) and any(map(_of_the_switchover, {e.cmd for e in block if type(e) is Ioctl})):
             self._spared = len(self._recent) + NEAR
@@ -71,7 +73,7 @@ class _Folder:
             self._leave(self._recent.popleft())
 
     def finish(self) -> list[AnyEvent]:
-        """Everything; what is near the end is as it was."""
+        """All events; the last blocks stay unchanged."""
         for block in self._recent:
             self._keep(block)
         return self.kept
@@ -96,9 +98,9 @@ _end, _in_call, _max_call, _off_cpu = map(attrgetter, ("end_ns", "in_call_ns", "
 
 
 def folded(block: list[AnyEvent]) -> Iterator[AnyEvent]:
-    """A block with runs in place of calls, and without waits, which matter in the window only.
+    """A block with batches instead of calls. Waits are left out, since they matter in the window only.
 
-    A fetch ends a pass, so no run goes on beyond an ioctl.
+    A fetch ends a pass, so no batch extends across an ioctl.
     """
     kinds = list(map(type, block))
     yield from (event for event, kind in zip(block, kinds, strict=True) if kind not in _LEFT_OUT)
@@ -109,11 +111,11 @@ def folded(block: list[AnyEvent]) -> Iterator[AnyEvent]:
             by_way: dict[tuple[int, ...], list[Transfer]] = defaultdict(list)
             for way, transfer in zip(map(_way, transfers), transfers, strict=True):
                 by_way[way].append(transfer)
-            yield from map(run_of, chain.from_iterable(map(_runs, by_way.values())))
+            yield from map(run_of, chain.from_iterable(map(_batches, by_way.values())))
 
 
-def _runs(calls: list[Transfer]) -> Iterable[list[Transfer]]:
-    """Calls of one thread on one socket, cut where bytes are missing and before a run gets too long."""
+def _batches(calls: list[Transfer]) -> Iterable[list[Transfer]]:
+    """Calls of one thread on one socket, split where bytes are missing and before a batch gets too long."""
     first, last = calls[0], calls[-1]
     whole = last.position + last.bytes - first.position == sum(map(_bytes, calls))
     if whole and 0 < last.end_ns - first.begin_ns <= RUN_NS:
@@ -135,7 +137,7 @@ def _of_the_switchover(cmd: int) -> bool:
 
 
 def run_of(calls: list[Transfer]) -> Transfer:
-    """Calls of one thread on one socket, one after the other, as one run."""
+    """Coalesces consecutive calls of one thread on one socket into one batch."""
     if len(calls) == 1:
         return calls[0]
     first, last = calls[0], calls[-1]
@@ -161,5 +163,5 @@ def run_of(calls: list[Transfer]) -> Transfer:
 
 
 def _total(field: Callable[[Transfer], int], calls: list[Transfer]) -> int:
-    """A sum that can be stored, whatever a recording claims."""
+    """A sum, limited to what can be stored, since a recording can contain any figures."""
     return max(-_MOST, min(sum(map(field, calls)), _MOST))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recording: the file one host's tracing produced, written block by block, read as untrusted input.
+"""Reads and writes recordings: the events traced on one host, written block by block, read as untrusted input.
 
-In: a header and events (`events.py`). Out: the same, from a file, a pipe or bytes, as far as they are whole.
-The format is described in docs/recording.md. A file that is cut off or damaged after its header is not an
-error: everything before the damage is returned and `truncated` and `reason` say the rest.
+In: a header and events (`events.py`). Out: the same, from a file, a pipe or bytes, as far as they are intact.
+docs/recording.md describes the format. A file that is cut off or damaged after its header is not an error: everything
+before the damage is returned, and `truncated` and `reason` describe the damage.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     header: Header
     events: list[AnyEvent]
     truncated: bool = False
-    """Cut off, damaged or without an orderly ending: later events are missing."""
+    """Whether the file is cut off, damaged or without an `Ending`: later events are missing."""
     reason: str = ""
-    """Why `truncated`, in words; empty otherwise."""
+    """The reason for `truncated`; empty otherwise."""
     unknown: int = 0
-    """Events and blocks of kinds that only a newer writer knows; skipped."""
+    """Number of skipped events and blocks, of kinds that only a newer version knows."""
 
 
 class RecordingWriter:
     """Writes a recording to a new file, or to an open binary stream such as `sys.stdout.buffer`.
 
-    What was written by `flush()`, or because a block was full, survives a kill. Not for several threads.
-    Raises UsageError if the file exists and `force` is not given, RecordingError if writing fails; then the
-    file still holds every whole block, and `events_kept` says how many events those are.
+    Events written by `flush()`, or because a block was full, survive a kill. Not thread-safe. Raises UsageError if the
+    file exists and `force` is not given, RecordingError if writing fails; then the file still holds every complete
+    block, and `events_kept` is the number of their events.
     """
 
     def __init__(self, target: str | Path | BinaryIO, header: Header, force: bool = False) -> None:
@@ -107,7 +107,7 @@ class RecordingWriter:
                 raise
 
     def write(self, event: AnyEvent) -> None:
-        """Add one event; it reaches the file with its block."""
+        """Add one event. It is written to the file with its block."""
         if self._broken:
             raise self._broken
         encode(event, self._buffer)
@@ -121,7 +121,7 @@ class RecordingWriter:
             self.write(event)
 
     def flush(self) -> None:
-        """End the block: what was written so far survives a kill."""
+        """Write the current block. All events so far then survive a kill."""
         if self._broken:
             raise self._broken
         if not self._count:
@@ -132,7 +132,7 @@ class RecordingWriter:
         self._count = 0
 
     def close(self) -> None:
-        """Flush, and close the file if it is ours. Idempotent; silent about an error already raised."""
+        """Flush, and close the file if we opened it. Idempotent. Does not repeat an error that was already raised."""
         if self._closed:
             return
         self._closed = True
@@ -143,7 +143,7 @@ class RecordingWriter:
             self._close_file()
 
     def _put(self, data: bytes) -> None:
-        """Write all of `data` or take back what was written of it, so that the next block can be found."""
+        """Write all of `data`, or remove the written part again, so that the next block can be found."""
         rest = memoryview(data)
         try:
             while rest:
@@ -174,11 +174,10 @@ class RecordingWriter:
 
 
 class RecordingReader:
-    """Reads a recording block by block: the header at once, the events by iterating, in constant memory.
+    """Reads a recording block by block in constant memory: the header at once, the events by iteration.
 
-    After the iteration `truncated`, `reason` and `unknown` mean what they mean in `Recording`. Takes a path,
-    the bytes themselves or an open binary stream (a pipe is fine). Raises RecordingError if magic or header
-    are bad.
+    After the iteration, `truncated`, `reason` and `unknown` have the same meaning as in `Recording`. Takes a path, the
+    bytes themselves or an open binary stream (a pipe is fine). Raises RecordingError if the magic or the header is bad.
     """
 
     def __init__(self, source: str | Path | bytes | BinaryIO) -> None:
@@ -187,10 +186,10 @@ class RecordingReader:
         self.unknown = 0
         self._block = 0
         self._damage = ""
-        """What was wrong with the first event that was left out."""
+        """Reason why the first invalid event was left out."""
         self._damaged = 0
         self.stored = 0
-        """Bytes of the file that were read."""
+        """Bytes of the file read so far."""
         self._content = 0
         self._own = isinstance(source, (str, Path, bytes))
         self.name = printable(str(source)) if isinstance(source, (str, Path)) else "the recording"
@@ -213,7 +212,7 @@ class RecordingReader:
             yield from block
 
     def blocks(self) -> Iterator[list[AnyEvent]]:
-        """The events, a block at a time; faster than one by one."""
+        """The events, one block at a time. Faster than iterating over single events."""
         ended = False
         try:
             while frame := self._read_frame():
@@ -276,7 +275,7 @@ class RecordingReader:
         return data
 
     def _read_frame(self) -> tuple[int, bytes] | None:
-        """The next block's kind and content, None at the orderly end of the file."""
+        """The kind and content of the next block; None at the regular end of the file."""
         head = self._read(FRAME.size)
         if not head:
             return None
@@ -297,12 +296,12 @@ class RecordingReader:
         return kind & ~COMPRESSED, content
 
     def _next_block(self) -> str:
-        """Counts the block that is read next, and its name in messages."""
+        """Counts the next block and returns its name for messages."""
         self._block += 1
         return f"block {self._block - 1}" if self._block > 1 else "its header"
 
     def _decode(self, kind: int, content: bytes) -> list[AnyEvent]:
-        """A block's events; blocks of a newer writer's kind have none."""
+        """The events of a block. Blocks of a kind that only a newer version knows have none."""
         if kind != KIND_EVENTS:
             self.unknown += 1
             return []
@@ -323,7 +322,8 @@ def read_recording(
 ) -> Recording:
     """Reads a whole recording. RecordingError if it is none or its header is bad.
 
-    `within_budget`: also if a report of it would take more memory than its size justifies; `with_axis` as for `Budget`.
+    `within_budget`: also a RecordingError if a report would take more memory than the size of the file justifies;
+    `with_axis` as for `Budget`.
     """
     events: list[AnyEvent] = []
     with RecordingReader(source) as reader:
@@ -345,12 +345,12 @@ def read_recording(
 
 
 def iter_events(source: str | Path | bytes | BinaryIO) -> Iterator[AnyEvent]:
-    """The events one by one in constant memory; use `RecordingReader` to learn whether some are missing."""
+    """The events one by one, in constant memory. Use `RecordingReader` to find out whether some are missing."""
     with RecordingReader(source) as reader:
         yield from reader
 
 
 def default_name(what: str, when: datetime | None = None) -> str:
-    """`ebpf-mig-<what>-<utc>.rec`: the file name of a recording that the user did not name."""
+    """The default file name of a recording: `ebpf-mig-<what>-<utc>.rec`."""
     stamp = (when or datetime.now(UTC)).astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
     return f"ebpf-mig-{re.sub(r'[^A-Za-z0-9._-]+', '_', what)[:64] or 'vm'}-{stamp}.rec"

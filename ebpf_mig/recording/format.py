@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The format of a recording: magic, frames, blocks and their limits (docs/recording.md).
 
-In: headers and events, or the bytes of a block from an untrusted file. Out: the bytes, or the structs.
-`recording.py` does the reading and writing of files around this.
+In: headers and events, or the bytes of a block from an untrusted file. Out: the bytes, or the structs. `file.py` reads
+and writes the files.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ COMPRESSED = 0x80
 MAX_RAW = 4 << 20
 """Bytes of one block's content, decompressed."""
 MAX_STORED = MAX_RAW + (64 << 10)
-"""Bytes of one block's payload as stored; zlib can grow what it cannot shrink."""
+"""Bytes of one block's payload as stored. zlib makes incompressible data larger."""
 MAX_BLOCK_EVENTS = 1 << 16
 MAX_TEXT = 4096
-"""Characters of one string of an event; longer ones are cut, when writing and when reading."""
+"""Characters of one string of an event. Longer strings are cut, both when writing and when reading."""
 MAX_ITEMS = 256
 """Entries of one dictionary or list of an event."""
 MAX_ITEM_TEXT = 512
 """Characters of a key or of a list's string; the kernel's symbol names have at most 511."""
 
 TEXTUAL = frozenset(event for event in get_args(AnyEvent) if not set(get_type_hints(event).values()) <= {int, bool})
-"""Events with fields of variable size, which `bounded` is for."""
+"""Events with fields of variable size; `bounded` limits these."""
 
 _VARIABLE = {
     event: tuple(name for name, kind in get_type_hints(event).items() if kind not in (int, bool)) for event in TEXTUAL
@@ -57,7 +57,7 @@ _raws_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
 class DamageError(Exception):
-    """What follows in the file cannot be used; the text says why."""
+    """The rest of the file cannot be used; the message gives the reason."""
 
 
 def header_block(header: Header) -> bytes:
@@ -103,15 +103,15 @@ def decode_header(content: bytes) -> Header:
 
 
 class Content(NamedTuple):
-    """What a block of events holds."""
+    """The content of a block of events."""
 
     events: list[AnyEvent]
     unknown: int = 0
-    """Events left out because only a newer writer knows them."""
+    """Number of events left out because only a newer version knows their kind."""
     damaged: int = 0
-    """Events left out because a field's type or range is not what this kind of event has."""
+    """Number of events left out because a field has a wrong type or is out of range."""
     why: str = ""
-    """What was wrong with the first of the damaged ones."""
+    """Reason why the first damaged event was left out."""
 
 
 def decode_events(content: bytes) -> Content:
@@ -153,7 +153,7 @@ def bounded(event: AnyEvent) -> AnyEvent:
 
 
 def _fits(value: object) -> bool:
-    """Whether it is surely within the limits, which nearly all are; `bounded` looks closer at the others."""
+    """Whether an event is certainly within the limits. Nearly all are; `bounded` checks the others in detail."""
     if isinstance(value, str):
         return len(value) <= MAX_TEXT and value.isascii()
     if isinstance(value, tuple):
@@ -164,7 +164,7 @@ def _fits(value: object) -> bool:
 
 
 def _fit_together(texts: Collection[str]) -> bool:
-    """As one text, which is quicker to look at than each; stacks are a good part of a long recording."""
+    """Checks the joined text, which is faster than checking each item. Long recordings contain many stacks."""
     together = "".join(texts)
     return together.isascii() and (len(together) <= MAX_ITEM_TEXT or max(map(len, texts)) <= MAX_ITEM_TEXT)
 
@@ -178,7 +178,7 @@ def _frame(kind: int, payload: bytes) -> bytes:
 
 
 def _decompress(payload: bytes) -> bytes:
-    """Stops just past MAX_RAW bytes: a small block cannot be made to fill the memory."""
+    """Stops just after MAX_RAW bytes, so that a small block cannot fill the memory."""
     stream = zlib.decompressobj()
     try:
         content = stream.decompress(payload, MAX_RAW + 1)
@@ -190,7 +190,7 @@ def _decompress(payload: bytes) -> bytes:
 
 
 def _array_length(content: bytes) -> int:
-    """The length that a msgpack array claims, 0 if `content` is none (the decoder will say so)."""
+    """The length that a msgpack array claims; 0 if `content` is not an array (the decoder reports that)."""
     match content[:1]:
         case b"\xdc":
             return int.from_bytes(content[1:3], "big")
@@ -201,7 +201,7 @@ def _array_length(content: bytes) -> int:
 
 
 def _decode_known(content: bytes) -> Content:
-    """One by one, without the events whose tag this version does not know, and without the damaged ones."""
+    """Decodes events one by one, without those that are damaged or have an unknown tag."""
     events: list[AnyEvent] = []
     unknown = damaged = 0
     why = ""

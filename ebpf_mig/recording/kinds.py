@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of event kinds: one row a kind, from which every list of kinds is derived.
+"""The registry of event kinds: one row per kind. Every list of kinds is derived from it.
 
-In: `events.py`, for the fields and their meaning. Out: `KINDS`, and what is derived from it. A new kind of event is a
-struct in `events.py`, a member of its `AnyEvent` and a row here; a test fails when a row is missing.
+In: the fields of `events.py` and their meaning. Out: `KINDS` and the lists derived from it. A new kind of event needs a
+struct in `events.py`, a member in `AnyEvent` and a row here. A test fails if the row is missing.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ebpf_mig.recording.meaning import Meaning
 
 
 class Range(NamedTuple):
-    """What an integer of a recording can be. A field with a value outside of it is damaged."""
+    """The range of an integer in a recording. A field with a value outside of it is damaged."""
 
     least: int
     most: int
-    """2^64 - 1, the largest that msgpack holds, where the type names no limit."""
+    """If the type names no limit, it is 2^64 - 1, the largest integer of msgpack."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The kernel's half of a kind: what its BPF programs put into the ring buffer."""
+    """The record of a kind, as the BPF programs write it into the ring buffer."""
 
     number: int
-    """The first word of each record."""
+    """The kind number: the first word of each record."""
     name: str
-    """What reports of losses call it; C has it in `enum kind` of `bpf/common.h`."""
+    """Its name in reports of losses. The C code has the number in `enum kind` of `bpf/common.h`."""
     layout: Layout
-    """Fields that have the name of one of the event's have its meaning, too."""
+    """The fields of the record. A field with the name of an event field has the same meaning."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Kind:
     event: type[ev.Event]
     """The Python type; its tag is the kind's number in files."""
     stream: str = ""
-    """The list of a process that holds these events; empty: an event of the recording, not of one process."""
+    """The list in a process that holds these events; empty: the event belongs to the recording, not to a process."""
     record: Record | None = None
-    """None: made in user space."""
+    """None: the event is made in user space."""
 
     @cached_property
     def meanings(self) -> dict[str, tuple[Meaning, ...]]:
-        """The meaning of each field that has one, by name; of a dictionary: its keys' and its values'."""
+        """The meaning of each field that has one, by name. For a dictionary: the meanings of keys and values."""
         return meanings(self.event)
 
     @cached_property
@@ -61,7 +61,7 @@ class Kind:
 
     @cached_property
     def ranges(self) -> dict[str, Range]:
-        """The range of each field that holds an integer, or integers, by name."""
+        """The range of each field that holds one or more integers, by name."""
         return ranges(self.event)
 
 
@@ -109,29 +109,29 @@ KINDS = (
 )  # fmt: skip
 
 THREAD_TABLE = (15, "thread-table")
-"""Number and name of a kind that has losses only: the kernel half's table of threads was full."""
+"""Number and name of a kind that only appears in losses: the BPF programs' table of threads was full."""
 RECORDS = tuple(kind.record for kind in KINDS if kind.record)
 RECORD_NAMES = dict([THREAD_TABLE, *((record.number, record.name) for record in RECORDS)])
-"""Names of the kernel half's kinds in reports of losses, by number."""
+"""Names of the record kinds in reports of losses, by number."""
 
 BY_TYPE: dict[type, Kind] = {kind.event: kind for kind in KINDS}
 OF_A_PROCESS = tuple(kind.event for kind in KINDS if kind.stream)
-"""The types of event that belong to one traced process: they have a `pid`."""
+"""The event types that belong to one traced process; they have a `pid`."""
 
 
 def pid_of(event: ev.AnyEvent) -> int | None:
-    """The traced process that an event belongs to; None if it belongs to none."""
+    """The pid of the process to which an event belongs; None if there is none."""
     return event.pid if BY_TYPE[type(event)].stream else None  # type: ignore[union-attr]
 
 
 def meanings(struct: type[msgspec.Struct]) -> dict[str, tuple[Meaning, ...]]:
-    """The meaning of each field of a struct that has one, by name; of a list's or dictionary's items likewise."""
+    """The meaning of each field of a struct that has one, by name, including items of lists and dictionaries."""
     hints = get_type_hints(struct, include_extras=True)
     return {name: found for name in struct.__struct_fields__ if (found := _meanings(hints[name]))}
 
 
 def ranges(struct: type[msgspec.Struct]) -> dict[str, Range]:
-    """The range of each integer of a struct, by name; of a list's or dictionary's integers likewise."""
+    """The range of each integer field of a struct, by name, including integers in lists and dictionaries."""
     hints = get_type_hints(struct, include_extras=True)
     return {name: found for name in struct.__struct_fields__ if (found := _range(hints[name])) is not None}
 

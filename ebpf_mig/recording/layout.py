@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of a struct that the kernel half writes and Python reads.
+"""The layout of a struct that the BPF programs write and Python reads.
 
-In: the struct's fields as C declares them. Out: a `Layout`, which unpacks the struct's bytes and hands out values by
-the names of fields. `probes/contract.py` compares each with the C struct when a program is built.
+In: the fields of the struct, declared as in C. Out: a `Layout`, which unpacks the bytes of the struct and returns
+values by field name. `probes/contract.py` compares each layout with the C struct when a program is compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Field:
     at: int
     """Index of its first word."""
     length: int | None = None
-    """Number of elements, None if it is no array."""
+    """Number of elements; None if it is not an array."""
 
     @property
     def words(self) -> int:
@@ -49,7 +49,7 @@ class Layout:
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        """The members in order. ValueError if the declaration is none."""
+        """The members in order. ValueError if the declaration is invalid."""
         fields: list[Field] = []
         at = 0
         for statement in self.declaration.split(";"):
@@ -71,7 +71,7 @@ class Layout:
     def reader(self, *names: str) -> Callable[[bytes], tuple[Any, ...]]:
         """A function from the struct's bytes to the values of these fields, at least two; arrays become tuples.
 
-        KeyError if there is no such field. The function raises struct.error where the bytes are of another size.
+        KeyError if there is no such field. The function raises struct.error if the bytes have a wrong size.
         """
         unpack = struct.Struct("=" + "".join(f"{f.words}{'q' if f.signed else 'Q'}" for f in self.fields)).unpack
         places = {f.name: f.at if f.length is None else slice(f.at, f.at + f.words) for f in self.fields}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a field of an event or of a recording's header means to code that treats all kinds alike.
+"""The meaning of a field of an event or a header, for code that treats all kinds alike.
 
-In: nothing. Out: `Meaning`, put on a field's type with `typing.Annotated`. A field without one is a plain number: a
-duration, a count, a size, a pid. Every field that holds text has one (a test compares).
+In: nothing. Out: `Meaning`, put on a field's type with `typing.Annotated`. A field without a meaning is a plain number:
+a duration, a count, a size, a pid. Every text field has a meaning (a test checks this).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class Meaning(Enum):
     HOST = "host"
     """A host's name."""
     MACHINE_ID = "machine-id"
-    """Tells one machine or one boot from all others."""
+    """Identifies one machine or one boot."""
     PROCESS = "process"
     """A process's name."""
     THREAD = "thread"
     """A thread's name."""
     TEXT = "text"
-    """Text that somebody else wrote."""
+    """Free text from another party."""
     SYMBOL = "symbol"
     """A kernel function."""
     VERSION = "version"
-    """A program's name and version, or the version alone."""
+    """The name and version of a program, or only the version."""
     PROBE = "probe"
-    """A BPF program, and the kernel function that it is attached to; or a kind of record."""
+    """A BPF program with the kernel function to which it is attached, or a kind of record."""
     TIER = "tier"
-    """A way of attaching, or `absent: ` and why."""
+    """An attach tier, or `absent: ` and the reason."""
     WORD = "word"
-    """A word of ours or of the VMM's protocol."""
+    """A word of ebpf-mig or of the VMM's protocol."""

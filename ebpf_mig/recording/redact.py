@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording without the names in it, so that it can be shown to others.
+"""Removes the names from a recording, so that it can be shared.
 
-In: a recording. Out: the same with hosts, addresses, thread names and free text replaced, the same name by the same
-stand-in, so that nothing is lost that a reader needs. Figures, pids and what `words.py` knows stay. What a text is, is
-a property of its field: see `meaning.py`.
+In: a recording. Out: the same recording with hosts, addresses, thread names and free text replaced. Equal names get
+equal stand-ins, so the relations stay visible. Figures, pids and the words in `words.py` stay. The field determines the
+kind of a text: see `meaning.py`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _PROBES = frozenset(kind.record.name for kind in KINDS if kind.record)
 
 
 class Names:
-    """Stand-ins, numbered in the order in which names turn up."""
+    """Stand-ins for names, numbered in order of appearance."""
 
     def __init__(self, words: frozenset[str] = frozenset()) -> None:
-        """`words`: those that name nobody, besides what `words.py` knows."""
+        """`words`: additional words that identify nobody, besides those of `words.py`."""
         self.words = words
         self._known: dict[tuple[str, str], str] = {}
         self._counts: Counter[str] = Counter()
         self.stacks: dict[tuple[str, ...], tuple[str, ...]] = {}
-        """Stacks as they were and as they are now: a recording has few, many times."""
+        """Redacted stack by original stack: a recording has few different ones."""
 
     def of(self, kind: str, name: str) -> str:
-        """`name`'s stand-in; the empty name stays empty."""
+        """The stand-in for `name`; the empty name stays empty."""
         if not name:
             return ""
         known = self._known.get((kind, name))
@@ -52,9 +52,9 @@ class Names:
 
 
 def redacted(recording: Recording, names: Names | None = None) -> Recording:
-    """The recording without names of hosts, VMs, threads, files, and without addresses.
+    """The recording without addresses and without names of hosts, VMs, threads and files.
 
-    Recordings that are to stay comparable share their `names`.
+    Pass the same `names` for recordings that must remain comparable.
     """
     names = names or Names()
     header = _struct(recording.header, names)
@@ -74,7 +74,7 @@ _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
 def _struct(struct: _Struct, names: Names) -> _Struct:
-    """The same with stand-ins for its names, and for those of the structs in it."""
+    """The same struct with stand-ins for its names, including nested structs."""
     changed: dict[str, Any] = {}
     known = _meanings(type(struct))
     for field in struct.__struct_fields__:
@@ -89,7 +89,7 @@ def _struct(struct: _Struct, names: Names) -> _Struct:
 
 
 def _value(meanings_: tuple[Meaning, ...], value: Any, names: Names) -> Any:
-    """A text, or the texts of a list or a dictionary; numbers stay."""
+    """Redacts a text, or the texts of a list or a dictionary; numbers stay."""
     stand_in = _STAND_IN.get(meanings_[0])
     if stand_in is None:
         return value
@@ -109,7 +109,7 @@ def _value(meanings_: tuple[Meaning, ...], value: Any, names: Names) -> Any:
 
 
 def _address(text: str, names: Names) -> str:
-    """The port stays: it tells connections apart and names nobody."""
+    """The port stays: it distinguishes connections and identifies nobody."""
     host, colon, port = text.rpartition(":")
     if not colon or not _PORT.fullmatch(port):
         return names.of("address", text)
@@ -128,7 +128,7 @@ def _known_word(meaning: Meaning, called: str) -> Callable[[str, Names], str]:
 
 
 def _version(text: str, names: Names) -> str:
-    """The numbers stay, also of a kernel that its builder gave a name."""
+    """The version numbers stay, even if the builder of the kernel added a name."""
     if safe(Meaning.VERSION, text, _PROBES, names.words):
         return text
     numbers = _NUMBERS.match(text)
@@ -136,7 +136,7 @@ def _version(text: str, names: Names) -> str:
 
 
 def _tier(text: str, names: Names) -> str:
-    """`absent` stays, why goes."""
+    """`absent` stays, the reason is removed."""
     if safe(Meaning.TIER, text, _PROBES, names.words):
         return text
     word, colon, why = text.partition(": ")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words that a recording of ours can hold, and that name nobody: what redaction lets pass.
+"""The words in a recording that identify nobody, and that redaction therefore keeps.
 
-In: a text and what its field says it is. Out: whether it is such a word. A recording can come from anybody, so each
-text is looked at, whatever its field says it is. What is not known here gets a stand-in: that costs a reader of the
-report one word.
+In: a text and the meaning of its field. Out: whether it is such a word. A recording is untrusted, so each text is
+checked, not just its field. An unknown text gets a stand-in, which costs the reader of a report one word.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _TCP_INFO = frozenset({
 _WORDS = _MACHINES | _ROLES | _REASONS | _SIGNALS | _TCP_INFO | {"session.trigger"}
 
 _FUNCTION = r"[a-z_][a-z0-9_]{0,126}(?:\.(?:isra|constprop|part|cold|llvm|\d+))*"
-"""As C programmers write one. Names with capitals are few, and listed."""
+"""A function name in the style of the kernel. Names with capitals are few and listed."""
 _CAPITALS = r"(?:entry_SYSCALL_64_after_hwframe|entry_SYSCALL_64|do_SYSCALL_64|do_IRQ|common_IRQ|ret_from_fork_asm)"
 _SYMBOL = re.compile(rf"{_FUNCTION}|{_CAPITALS}|\[unknown\]", re.ASCII)
 _PROBE = re.compile(rf"on_[a-z0-9_]{{1,60}}(?::(?:{_FUNCTION}))?|recursion-misses|thread-table", re.ASCII)
@@ -39,7 +38,7 @@ _PACKAGED = re.compile(
     r"|x86_64|aarch64|default|lts|aws|azure|gcp|kvm|pve|v\d+))*",
     re.ASCII,
 )
-"""What distributions add to a kernel's version; others add names of their own."""
+"""Version suffixes of distributions. Other builders add names of their own."""
 _WAY = r"(?:fentry|kprobe|tracepoint|samples)(?:\+(?:fentry|kprobe|tracepoint|samples))?"
 _TIER = re.compile(
     rf"{_WAY}(?: and {_WAY})?|absent(?:: on the (?:source|destination))?(?:: (?:no such tracepoint|not known))?"
@@ -47,9 +46,9 @@ _TIER = re.compile(
 
 
 def safe(meaning: Meaning, text: str, probes: frozenset[str], others: frozenset[str]) -> bool:
-    """Whether a text is a word of that meaning, and names nobody.
+    """Whether a text is a word of that meaning that identifies nobody.
 
-    `probes`: the kinds of records. `others`: words that the caller knows besides, as those of VMMs.
+    `probes`: the kinds of records. `others`: additional words from the caller, for example those of VMMs.
     """
     match meaning:
         case Meaning.WORD:
