@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`load_bench`: the result of `ebpf-mig bench` as an object.
 
-In: a path, bytes or a binary stream. Out: a `Bench` with a table of its runs. UsageError if it is no such result.
+In: a path, bytes or a binary stream. Out: a `Bench` with a table of its runs. UsageError if it is not such a result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DIFFERENCES = {
 
 
 class Bench:
-    """Many runs of one scenario."""
+    """The result of many runs of one scenario."""
 
     def __init__(self, result: Benchmark) -> None:
         self.result = result
@@ -42,12 +42,12 @@ class Bench:
 
     @property
     def breakdowns(self) -> Sequence[Breakdown | None]:
-        """The breakdown of each run; None where there was nothing to analyse."""
+        """The breakdown of each run; None if there was nothing to analyse."""
         return [run.breakdown for run in self.result.runs]
 
     @cached_property
     def runs(self) -> Table:
-        """A row for each run: how it ended, and each figure in ns."""
+        """One row per run: how it ended, and each figure in ns."""
         return Table(_RUNS, self._rows)
 
     def _rows(self) -> list[Row]:
@@ -62,7 +62,7 @@ class Bench:
         return rows
 
     def compare(self, after: Bench) -> Table:
-        """Whether each figure differs in `after`, as `ebpf-mig diff` tells it: medians, p-value, effect, verdict."""
+        """Compares each figure with `after`, as `ebpf-mig diff` does: medians, p-value, effect, verdict."""
         found = compare(self.result, after.result)
         return Table(
             _DIFFERENCES,
@@ -87,7 +87,7 @@ class Bench:
 
 
 def load_bench(source: str | Path | bytes | BinaryIO) -> Bench:
-    """Reads a result of `ebpf-mig bench`. UsageError if it is none."""
+    """Reads a result of `ebpf-mig bench`. UsageError if the file is not one."""
     name = printable(str(source)) if isinstance(source, str | Path) else "the result"
     if isinstance(source, bytes):
         data = source

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load` and `join`: recordings as a `Run`, the object that users of the library hold.
+"""`load` and `join`: read recordings into a `Run`, the main object of the library.
 
-In: paths, bytes or binary streams. Out: a `Run` with the breakdown and tables. RecordingError if it is no recording.
+In: paths, bytes or binary streams. Out: a `Run` with the breakdown and tables. RecordingError if the input is not a
+recording.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FORMS = ("text", "json", "csv", "html")
 
 
 class Run:
-    """One recorded migration. Nothing in it changes; tables are made when they are first asked for."""
+    """One recorded migration. It is immutable; tables are built on first use."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
@@ -35,56 +36,56 @@ class Run:
 
     @property
     def breakdown(self) -> Breakdown:
-        """The result: what `ebpf-mig report --format json` prints, as an object."""
+        """The result of the analysis: the output of `ebpf-mig report --format json` as an object."""
         return self._analysis.breakdown
 
     @property
     def header(self) -> Header:
-        """Whose recording it is and how it was made."""
+        """The host and processes of the recording, and how it was made."""
         return self._recording.header
 
     @property
     def origin_ns(self) -> int:
-        """The instant that all tables call 0, on CLOCK_MONOTONIC of the recording's host."""
+        """The zero point of all tables, on CLOCK_MONOTONIC of the recording's host."""
         return self._analysis.origin_ns
 
     @cached_property
     def phases(self) -> Table:
-        """A row for each phase, in the order of reports."""
+        """One row per phase, in the order of reports."""
         return tables.phases(self.breakdown)
 
     @cached_property
     def vcpus(self) -> Table:
-        """A row for each vCPU: when it stopped and started."""
+        """One row per vCPU: when it stopped and started."""
         return tables.vcpus(self.breakdown)
 
     @cached_property
     def passes(self) -> Table:
-        """A row for each pre-copy pass."""
+        """One row per pre-copy pass."""
         return tables.passes(self.breakdown)
 
     @cached_property
     def sockets(self) -> Table:
-        """A row for each migration socket, side and direction that was used in the window."""
+        """One row per migration socket, side and direction that was used in the window."""
         return tables.sockets(self.breakdown)
 
     @cached_property
     def ioctls(self) -> Table:
-        """A row for each KVM ioctl that is not KVM_RUN, in order of time."""
+        """One row per KVM ioctl other than KVM_RUN, in order of time."""
         return tables.ioctls(self._analysis)
 
     @cached_property
     def waits(self) -> Table:
-        """A row for each recorded wait off the CPU, in order of time."""
+        """One row per recorded wait off the CPU, in order of time."""
         return tables.waits(self._analysis)
 
     @cached_property
     def events(self) -> tables.Events:
-        """A row for each event, in order of time; `events.of("Transfer")` has all fields of one kind."""
+        """One row per event, in order of time. `events.of("Transfer")` has all fields of one kind."""
         return tables.Events(self._analysis, self._recording.events)
 
     def report(self, form: str = "text") -> str:
-        """The report of `ebpf-mig report` as a string: text, json, csv or html. UsageError for another form."""
+        """The report of `ebpf-mig report` as a string: text, json, csv or html. UsageError for any other form."""
         match form:
             case "text":
                 from ebpf_mig.report import text
@@ -119,10 +120,10 @@ class Run:
 
 
 def load(source: Source) -> Run:
-    """Reads and analyses a recording of one host, or a joined one. RecordingError if it is none.
+    """Reads and analyses a recording of one host, or a joined one. RecordingError if the source is not a recording.
 
-    `source`: a path, the bytes themselves, or an open binary stream. A recording that was cut off is read as far as it
-    goes; `run.breakdown.completeness` says so.
+    `source`: a path, the bytes themselves, or an open binary stream. A recording that was cut off is read up to the
+    cut; `run.breakdown.completeness` reports it.
     """
     return Run(read_recording(source))
 
@@ -137,8 +138,8 @@ def join(
 ) -> Run:
     """Joins the recordings of a migration's two hosts, in any order, as `ebpf-mig join` does.
 
-    `clock_ahead_ns`: how far the destination's wall clock is ahead of the source's, by PTP or chrony, and
-    `clock_doubt_ns` how far that may be off. `pid` chooses among several migrations. JoinError (a RecordingError) if
+    `clock_ahead_ns`: how far the destination's wall clock is ahead of the source's, from PTP or chrony.
+    `clock_doubt_ns`: the error bound of that. `pid` selects one of several migrations. JoinError (a RecordingError) if
     they do not belong together.
     """
     from ebpf_mig.joining.merge import Hint, joined

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of typed columns that pandas, polars and Arrow can take over.
+"""A table of typed columns that converts to pandas, polars and Arrow.
 
-In: rows, and the type of each column. Out: `Table`. Conversions go through Arrow where pyarrow is installed,
-else through a list of dicts; the result has the same columns and types. What was not measured is null, and
-integers stay integers.
+In: rows, and the type of each column. Out: `Table`. Conversions use Arrow if pyarrow is installed, otherwise a list of
+dicts; the result has the same columns and types. Values that were not measured are null, and integers stay integers.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ Cell = int | float | str | bool | list[str] | None
 Row = dict[str, Cell]
 
 STRINGS = list[str]
-"""The type of a column of lists of text."""
+"""The type of a column with lists of text."""
 
 
 class Unsigned(int):
-    """The type of a column of integers of which the largest do not fit 63 bits: addresses, inode numbers."""
+    """The type of a column with integers that may not fit into 63 bits: addresses, inode numbers."""
 
 
 _SHOWN = 20
-"""Rows that a notebook shows."""
+"""Number of rows that a notebook shows."""
 _PANDAS = {int: "Int64", Unsigned: "UInt64", float: "Float64", str: "string", bool: "boolean"}
-"""pandas' types with a null of their own: others turn integers with nulls into floats."""
+"""Nullable pandas types. The other types turn integers with nulls into floats."""
 
 
 class Table(Sequence[Row]):
-    """A sequence of rows, each a dict of plain Python values. Rows are made when they are first asked for."""
+    """A sequence of rows, each a dict of plain Python values. Rows are built on first use."""
 
     def __init__(self, columns: Mapping[str, Any], make: Callable[[], list[Row]]) -> None:
-        """`columns`: the type of each; `make`: returns the rows, each with a cell for every column."""
+        """`columns`: the type of each column. `make`: returns the rows, each with a cell for every column."""
         self.columns = dict(columns)
         self._make = make
 
@@ -54,7 +53,7 @@ class Table(Sequence[Row]):
         return len(self._rows)
 
     def __getitem__(self, at: Any) -> Any:
-        """One row; of a slice, a list of rows; of a column's name, a list of its cells."""
+        """An index returns one row, a slice a list of rows, and a column name the list of its cells."""
         if isinstance(at, str):
             if at not in self.columns:
                 raise KeyError(at)
@@ -112,7 +111,7 @@ class Table(Sequence[Row]):
         return polars.DataFrame(self._rows, schema=schema)
 
     def _arrow(self) -> Any:
-        """A pyarrow table, None without pyarrow."""
+        """A pyarrow table; None without pyarrow."""
         try:
             import pyarrow as pa
         except ImportError:
@@ -144,7 +143,7 @@ def _by_arrow(arrow: Any) -> dict[Any, type]:
 
 
 def _shown(cell: Cell) -> str:
-    """Text of others, made harmless."""
+    """Escapes text from a recording."""
     if cell is None:
         return ""
     return html.escape(printable(", ".join(cell) if isinstance(cell, list) else str(cell)))

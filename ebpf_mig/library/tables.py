@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of a `Run`.
 
-In: a breakdown, or an `Analysis` with the events behind it. Out: `Table`s. All instants are ns from the window's
-begin, as in the breakdown; columns with a unit in their name are that unit; what was not measured is null.
+In: a breakdown, or an `Analysis` with the events behind it. Out: `Table`s. All instants are ns from the begin of the
+window, as in the breakdown. Other units are in the column name. Values that were not measured are null.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ EVENTS = {"kind": str, "begin": int, "end": int, "side": str, "pid": int, "tid":
 
 
 def phases(b: Breakdown) -> Table:
-    """A row for each phase."""
+    """One row per phase."""
     return Table(
         PHASES,
         lambda: [
@@ -122,12 +122,12 @@ def phases(b: Breakdown) -> Table:
 
 
 def vcpus(b: Breakdown) -> Table:
-    """A row for each vCPU."""
+    """One row per vCPU."""
     return Table(VCPUS, lambda: [{name: getattr(v, name) for name in VCPUS} for v in b.vcpus])
 
 
 def passes(b: Breakdown) -> Table:
-    """A row for each pre-copy pass."""
+    """One row per pre-copy pass."""
 
     def rows() -> list[Row]:
         found: list[Row] = []
@@ -155,7 +155,7 @@ def _longest(stretch: Stretch | None) -> int | None:
 
 
 def sockets(b: Breakdown) -> Table:
-    """A row for each migration socket, side and direction."""
+    """One row per migration socket, side and direction."""
 
     def rows() -> list[Row]:
         found: list[Row] = []
@@ -170,7 +170,7 @@ def sockets(b: Breakdown) -> Table:
 
 
 def ioctls(analysis: Analysis) -> Table:
-    """A row for each KVM ioctl, in order of time."""
+    """One row per KVM ioctl, in order of time."""
 
     def row(side: Side, process: Process, call: Ioctl) -> Row:
         optional = ((name, getattr(call, name)) for name in _OPTIONAL)
@@ -186,7 +186,7 @@ def ioctls(analysis: Analysis) -> Table:
 
 
 def waits(analysis: Analysis) -> Table:
-    """A row for each recorded wait off the CPU, in order of time."""
+    """One row per recorded wait off the CPU, in order of time."""
 
     def row(side: Side, process: Process, wait: OffCpu) -> Row:
         return {
@@ -223,12 +223,12 @@ def _thread(side: Side, process: Process, tid: int) -> Row:
 
 
 def _in_order(rows: list[Row]) -> list[Row]:
-    """By begin; those whose begin was not seen come first."""
+    """Sorted by begin; rows whose begin was not seen come first."""
     return sorted(rows, key=lambda row: (row["begin"] is not None, row["begin"]))
 
 
 class Events(Table):
-    """All events: when, whose, and the fields as JSON; `of` has the fields of one kind as columns."""
+    """All events: time, process and the fields as JSON. `of` has the fields of one kind as columns."""
 
     def __init__(self, analysis: Analysis, events: Sequence[AnyEvent]) -> None:
         super().__init__(EVENTS, self._all)
@@ -237,7 +237,7 @@ class Events(Table):
         self._events = events
 
     def kinds(self) -> dict[str, int]:
-        """How many events there are of each kind, by its name in docs/recording.md."""
+        """Number of events of each kind, by its name in docs/recording.md."""
         found: dict[str, int] = {}
         for event in self._events:
             name = type(event).__name__
@@ -245,7 +245,9 @@ class Events(Table):
         return dict(sorted(found.items()))
 
     def of(self, kind: str) -> Table:
-        """The events of one kind, `Transfer` say, in order of time, a column for each field. UsageError for no kind."""
+        """The events of one kind, for example `Transfer`, in order of time, with one column per field. UsageError for
+        an unknown kind.
+        """
         known = next((one for one in KINDS if one.event.__name__ == kind), None)
         if known is None:
             names = ", ".join(sorted(one.event.__name__ for one in KINDS))
@@ -278,7 +280,7 @@ class Events(Table):
         return _in_order(rows)
 
     def _fields(self, kind: Kind, event: AnyEvent) -> Row:
-        """Its fields: instants from the window's begin, null what the kernel did not tell."""
+        """The fields of an event: instants relative to the begin of the window, null for unknown values."""
         row: Row = {}
         for name in kind.event.__struct_fields__:
             value: Any = getattr(event, name)
@@ -295,7 +297,7 @@ class Events(Table):
 
 
 def _column(kind: Kind, name: str) -> Any:
-    """The type of a field's column."""
+    """The column type of a field."""
     hint = next(field.type for field in msgspec.structs.fields(kind.event) if field.name == name)
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if plain is int:
