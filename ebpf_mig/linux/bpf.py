@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf(2) for what bcc does not do in all its versions: programs on kernel functions.
+"""bpf(2) calls that not every version of bcc makes: programs on kernel functions.
 
-In: instructions that bcc compiled, the name of a function. Out: file descriptors; closing them takes all of it down.
-bcc before 0.31 knows no fentry on functions of modules.
+In: instructions that bcc compiled, the name of a function. Out: file descriptors; closing them detaches and unloads
+everything.
+bcc before 0.31 does not support fentry on functions of modules.
 Layouts: include/uapi/linux/bpf.h (`union bpf_attr`), Linux 5.10 and later.
 """
 
@@ -49,7 +50,7 @@ def _bpf(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
 
 
 def _attributes(*parts: tuple[int, str, int]) -> ctypes.Array[ctypes.c_char]:
-    """A `union bpf_attr` of 128 bytes from (offset, format, value); none of it in use beyond."""
+    """A `union bpf_attr` of 128 bytes from (offset, format, value); later bytes are not used."""
     buffer = ctypes.create_string_buffer(128)
     for offset, form, value in parts:
         struct.pack_into("=" + form, buffer, offset, value)
@@ -57,11 +58,11 @@ def _attributes(*parts: tuple[int, str, int]) -> ctypes.Array[ctypes.c_char]:
 
 
 def load(code: bytes, how: str, btf_id: int = 0, btf_fd: int = 0) -> int:
-    """Loads instructions for one way of attaching; the descriptor. OSError with the verifier's last words.
+    """Loads instructions for one way of attaching; returns the descriptor. OSError with the verifier's last words.
 
-    `btf_id` names the function for fentry and fexit, in vmlinux's BTF or in that behind `btf_fd`.
+    `btf_id` identifies the function for fentry and fexit, in vmlinux's BTF or in the BTF of `btf_fd`.
     """
-    with contextlib.suppress(ValueError, OSError):  # before Linux 5.11 programs count as locked memory
+    with contextlib.suppress(ValueError, OSError):  # before Linux 5.11, programs count as locked memory
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     instructions, licence = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
     log = ctypes.create_string_buffer(_LOG_BYTES)
@@ -84,7 +85,7 @@ def load(code: bytes, how: str, btf_id: int = 0, btf_fd: int = 0) -> int:
 def attach_tracing(program: int, tracepoint: str = "") -> int:
     """Attaches a program to a raw tracepoint, or an fentry or fexit program to the function it was loaded for.
 
-    Closing the result detaches. OSError if the kernel has no such tracepoint.
+    Closing the result detaches the program. OSError if the kernel has no such tracepoint.
     """
     name = ctypes.create_string_buffer(tracepoint.encode())
     return _bpf(
@@ -98,7 +99,7 @@ def link_perf_event(program: int, event: int) -> int:
 
 
 def is_forbidden() -> bool:
-    """Whether bpf(2) is kept from us, as by a seccomp filter: the kernel says EINVAL to a command it lacks."""
+    """Whether bpf(2) is blocked (by a seccomp filter, say). The kernel returns EINVAL for an unknown command."""
     try:
         _bpf(_NO_COMMAND, _attributes())
     except OSError as error:
@@ -107,15 +108,15 @@ def is_forbidden() -> bool:
 
 
 def count_run_time() -> int:
-    """A descriptor that has the kernel count run time of BPF programs while it is open (BPF_ENABLE_STATS, Linux 5.8).
+    """A descriptor that makes the kernel count BPF run time while it is open (BPF_ENABLE_STATS, Linux 5.8).
 
-    OSError where refused: it takes CAP_SYS_ADMIN.
+    OSError without CAP_SYS_ADMIN.
     """
     return _bpf(_ENABLE_STATS, _attributes())
 
 
 def module_btf(name: str) -> int:
-    """A descriptor of a module's BTF; -1 where there is none or CAP_SYS_ADMIN is missing."""
+    """A descriptor of a module's BTF; -1 if there is none or CAP_SYS_ADMIN is missing."""
     number = 0
     while True:
         try:
@@ -131,7 +132,7 @@ def module_btf(name: str) -> int:
 
 
 def _name_of(fd: int) -> str:
-    """The module whose BTF is behind a descriptor: `struct bpf_btf_info`, name at offset 16, its length at 24."""
+    """The name of the module of a BTF descriptor: `struct bpf_btf_info`, name at offset 16, its length at 24."""
     text, info = ctypes.create_string_buffer(64), ctypes.create_string_buffer(32)
     struct.pack_into("=QI", info, 16, ctypes.addressof(text), len(text))
     try:

@@ -2,7 +2,7 @@
 """Offsets of kernel struct members, read from BTF, so that no kernel headers are needed.
 
 In: a BTF blob (`/sys/kernel/btf/vmlinux`, or a module's with its base) and (struct, member) pairs. Out: byte offsets,
-or None where this kernel has no such struct or member; members of anonymous inner structs are found.
+or None if this kernel has no such struct or member. Members of anonymous inner structs are found, too.
 Format: Documentation/bpf/btf.rst (Linux 6.12).
 """
 
@@ -32,7 +32,7 @@ _PER_ELEMENT = {_STRUCT: 12, _UNION: 12, 6: 8, 13: 8, 15: 12, 19: 12}
 
 
 class _Btf:
-    """One parsed blob: where each type's record is. `base` supplies the ids and strings before ours."""
+    """One parsed blob, with the position of each type record. `base` has the ids and strings that come first."""
 
     def __init__(self, blob: bytes, base: _Btf | None = None) -> None:
         magic, _, _, header, type_off, type_len, string_off, string_len = _HEADER.unpack_from(blob)
@@ -67,7 +67,7 @@ class _Btf:
         return self.strings[at : self.strings.index(b"\0", at)]
 
     def named(self, wanted: set[bytes], of_kind: int = _STRUCT) -> dict[bytes, int]:
-        """Ids of the types of one kind with these names, those of the base included."""
+        """Ids of the types of one kind with these names, including those of the base."""
         found = self.base.named(wanted, of_kind) if self.base else {}
         for number, at in enumerate(self.records, self.first_id):
             name, info, _ = _TYPE.unpack_from(self.types, at)
@@ -78,7 +78,7 @@ class _Btf:
         return found
 
     def arguments(self, number: int) -> int:
-        """How many arguments function `number` takes: its type is a prototype with one entry each."""
+        """Number of arguments of function `number`: its prototype has one entry per argument."""
         prototype = self._record(number)[1]
         info = self._record(prototype)[0]
         return info & 0xFFFF if (info >> 24) & 31 == _FUNC_PROTO else 0
@@ -113,19 +113,19 @@ class _Btf:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(path: str, base: str | None = None) -> _Btf:
-    """To parse vmlinux's takes a tenth of a second and some 10 MB: it is done once, see `forget`."""
+    """Parses once: vmlinux takes a tenth of a second and about 10 MB. `forget` frees it."""
     return _Btf(Path(path).read_bytes(), _parsed(base) if base else None)
 
 
 def forget() -> None:
-    """Frees what was parsed; the next question parses again."""
+    """Frees the parsed BTF; the next call parses it again."""
     _parsed.cache_clear()
 
 
 def offsets(path: str, members: Sequence[Member], base: str | None = None) -> dict[Member, int | None]:
-    """Byte offsets of `members` by the BTF at `path`; `base` is vmlinux's where `path` is a module's.
+    """Byte offsets of `members` from the BTF at `path`. `base`: vmlinux's BTF if `path` is a module's.
 
-    PreflightError if the file cannot be read or is no BTF.
+    PreflightError if the file cannot be read or is not BTF.
     """
     with _clear_errors(path):
         btf = _parsed(path, base)
@@ -138,7 +138,7 @@ def offsets(path: str, members: Sequence[Member], base: str | None = None) -> di
 
 @dataclass(frozen=True)
 class FunctionType:
-    """What BTF knows of a function: its id, for attaching to it, in vmlinux's BTF or in a module's own."""
+    """A function in BTF: its id, for attaching to it, in the BTF of vmlinux or of a module."""
 
     btf_id: int
     arguments: int
@@ -146,7 +146,7 @@ class FunctionType:
 
 
 def functions(path: str, names: Iterable[str], base: str | None = None) -> dict[str, FunctionType]:
-    """Those of the functions that the BTF at `path` has; of a module's, only its own."""
+    """The given functions that exist in the BTF at `path`. For a module, only its own functions count."""
     with _clear_errors(path):
         btf = _parsed(path, base)
         found = btf.named({name.encode() for name in names}, _FUNC)
@@ -158,7 +158,7 @@ def functions(path: str, names: Iterable[str], base: str | None = None) -> dict[
 
 
 def tracepoints(path: str, names: Iterable[str]) -> set[str]:
-    """Which of these tracepoints the kernel has: each leaves a typedef `btf_trace_NAME` in its BTF."""
+    """The given tracepoints that the kernel has. Each has a typedef `btf_trace_NAME` in BTF."""
     with _clear_errors(path):
         found = _parsed(path).named({b"btf_trace_" + name.encode() for name in names}, _TYPEDEF)
         return {name.decode().removeprefix("btf_trace_") for name in found}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capabilities of this process: which it holds, whether they are enough to trace, and giving them up for good.
+"""Capabilities of this process: which it holds, whether they suffice for tracing, and dropping them permanently.
 
-In: /proc, and the names to keep. Out: the capabilities held; a PreflightError that says how to get what is missing,
-before LLVM is started in vain; the calling process without all others (capabilities(7), prctl(2)). What a process does
-not need, it cannot be made to misuse.
+In: /proc, and the names to keep. Out: the capabilities held; a PreflightError with a remedy if some are missing, before
+LLVM is started; the calling process without all other capabilities (capabilities(7), prctl(2)). A process cannot be
+made to misuse a capability that it does not have.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ NUMBERS = {
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
-"""include/uapi/linux/capability.h: those that matter to us. Tracing takes BPF and PERFMON (Linux 5.8), or SYS_ADMIN."""
+"""include/uapi/linux/capability.h: the relevant ones. Tracing needs BPF and PERFMON (Linux 5.8), or SYS_ADMIN."""
 ENGINE = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYSLOG", "CAP_DAC_READ_SEARCH")
-"""What the watch needs while it runs: to arm, to read other users' /proc, to name kernel functions."""
+"""Needed by `watch` while it runs: to arm, to read /proc of other users, to name kernel functions."""
 LOADER = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE")
-"""What loading takes: the last two on old kernels, and to see that each program fires; where they are held."""
+"""Needed for loading. The last two are used only if held: old kernels need them, and so does the check that each
+program fires.
+"""
 
 NOBODY = 65534
 
@@ -42,18 +44,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def capabilities() -> set[str]:
-    """Those of the relevant capabilities that are effective."""
+    """The relevant capabilities that are effective."""
     effective = _held("CapEff")
     return {name for name, number in NUMBERS.items() if effective >> number & 1}
 
 
 def seccomp_forbids() -> bool:
-    """Whether a seccomp filter keeps bpf(2) from us."""
+    """Whether a seccomp filter blocks bpf(2)."""
     return procfs.fields("self").get("Seccomp") == "2" and bpf.is_forbidden()
 
 
 def require_tracing() -> None:
-    """PreflightError at once where tracing cannot work, before anything is started for it."""
+    """PreflightError if tracing cannot work. Call it before anything is started."""
     require_host_pids()
     require_privilege()
 
@@ -72,13 +74,13 @@ def require_privilege() -> None:
 
 
 def keep_only(names: Iterable[str]) -> None:
-    """Leaves of the capabilities held only these, in every set, and no way to gain others. OSError if refused."""
+    """Keeps only these of the held capabilities, in every set, and blocks gaining others. OSError if refused."""
     wanted = sum(1 << NUMBERS[name] for name in names)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for number in range(64):
         if not wanted >> number & 1:
-            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # fails beyond the last one, or without CAP_SETPCAP
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # fails after the last capability, or without CAP_SETPCAP
     held = permitted() & wanted
     header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
     low, high = held & 0xFFFFFFFF, held >> 32
@@ -88,7 +90,7 @@ def keep_only(names: Iterable[str]) -> None:
 
 
 def become_nobody() -> None:
-    """Gives up root's identity, if it is root's, and every capability. Modules can still be imported."""
+    """Drops every capability, and root's user id if the process has it. Modules can still be imported."""
     hidden = os.geteuid() == 0 and _open_hidden_places()
     if os.geteuid() == 0:
         os.setgroups([])
@@ -96,13 +98,13 @@ def become_nobody() -> None:
         for number in range(64):
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    if hidden:  # /proc/self/fd is ours again
+    if hidden:  # /proc/self/fd is readable again
         _prctl(_PR_SET_DUMPABLE, 1)
     keep_only(())
 
 
 def _open_hidden_places() -> bool:
-    """Where modules lie that only root may reach, say in a clone under /root: from now on by open descriptors."""
+    """Keeps import directories usable that only root can reach (a clone under /root), through open descriptors."""
     packages = [module for module in list(sys.modules.values()) if isinstance(getattr(module, "__path__", 0), list)]
     lists = [sys.path, *(package.__path__ for package in packages)]
     places = {place for places in lists for place in places}
@@ -125,7 +127,7 @@ def _all_may_enter(place: str) -> bool:
 
 
 def die_with_parent(parent: int) -> None:
-    """Has the kernel kill us when `parent` ends, however it ends."""
+    """Makes the kernel kill this process when `parent` ends, for any reason."""
     _prctl(_PR_SET_PDEATHSIG, 9)
     if os.getppid() != parent:
         os._exit(1)

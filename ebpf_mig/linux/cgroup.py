@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a process's threads were held back by a CPU quota, as their control groups tell.
+"""Time for which CPU quotas throttled the threads of a process, from their control groups.
 
-In: the lines of its threads' /proc/PID/task/TID/cgroup. Out: nanoseconds since the groups were made. Each thread can
-have a group of its own (libvirt gives vCPUs and the emulator theirs), and a quota holds for all groups below it, so all
-of them count. `cpu.stat` has `throttled_time` in ns (version 1) or `throttled_usec` (version 2): kernel/sched/core.c,
-`cpu_cfs_stat_show` and `cpu_extra_stat_show`, Linux 6.12. A group's time goes up when its threads may run again.
+In: the lines of its threads' /proc/PID/task/TID/cgroup. Out: nanoseconds since the creation of the groups. Each thread
+can have its own group (libvirt makes groups for vCPUs and the emulator), and a quota applies to all groups below it, so
+all of them count. `cpu.stat` has `throttled_time` in ns (version 1) or `throttled_usec` (version 2):
+kernel/sched/core.c, `cpu_cfs_stat_show` and `cpu_extra_stat_show`, Linux 6.12. The time of a group increases when its
+threads may run again.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ _VERSION_1 = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 
 
 class Quota:
-    """The groups of a process's threads as they are now; `held_ns` can be asked again and again."""
+    """The current control groups of the threads of a process. `held_ns` can be called repeatedly."""
 
     def __init__(self, lines: Collection[str], root: Path = _ROOT) -> None:
-        """`lines`: see `procfs.control_groups`."""
+        """`lines`: from `procfs.control_groups`."""
         self._files = tuple(sorted({file for path in _groups(lines) for file in _statistics(path, root)}))
 
     def held_ns(self) -> int | None:
-        """The time of all groups together; None if no group tells."""
+        """The throttled time of all groups together, in ns; None if no group reports it."""
         found = [held for file in self._files if (held := _throttled_ns(file)) is not None]
         return sum(found) if found else None
 
 
 def _groups(lines: Collection[str]) -> set[tuple[str, str]]:
-    """(controllers, path) of the groups in which the threads can have a quota; version 2 has no controllers there."""
+    """(controllers, path) of the groups in which the threads can have a quota. Version 2 lists no controllers."""
     found: set[tuple[str, str]] = set()
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -47,7 +48,7 @@ def _text(path: Path) -> str:
 
 
 def _statistics(group: tuple[str, str], root: Path) -> list[Path]:
-    """`cpu.stat` of a group and of those above it."""
+    """The `cpu.stat` files of a group and of its parents."""
     controllers, path = group
     tops = [root / name for name in _VERSION_1] if controllers else [root, root / "unified"]
     top = next((top for top in tops if (top / path.lstrip("/") / "cpu.stat").is_file()), None)

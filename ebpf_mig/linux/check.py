@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The answer to one question about this machine, as `ebpf-mig doctor` prints it.
+"""The result of one check of this machine, as `ebpf-mig doctor` prints it.
 
-In: what was found. Out: a `Check`. Questions about the machine are asked in commands/, those about a VMM in its folder.
+In: the findings. Out: a `Check`. Checks of the machine are in commands/, those of a VMM in its folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ OK, WARN, MISSING = "ok", "warn", "missing"
 
 @dataclass(frozen=True)
 class Check:
-    """One question's answer."""
+    """The result of one check."""
 
     name: str
     state: str
@@ -21,4 +21,4 @@ class Check:
     fact: str
     remedy: str = ""
     required: bool = False
-    """Whether tracing is impossible without it."""
+    """Whether tracing is impossible if the check fails."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clock of every stamp: the host's CLOCK_MONOTONIC, as BPF programs read it (bpf_ktime_get_ns).
+"""The clock of all time stamps: the host's CLOCK_MONOTONIC, as BPF programs read it (bpf_ktime_get_ns).
 
-In: nothing. Out: instants in ns, also where this process has a time namespace of its own, and the same instant on the
-wall clock. Only waiting for something uses Python's clock.
+In: nothing. Out: instants in ns, also if this process has its own time namespace; and the same instant on the wall
+clock. Timeouts use Python's clock instead.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _ahead_ns = functools.cache(namespaces.clock_ahead_ns)
 
 
 def monotonic_ns() -> int:
-    """Now, on the host's clock."""
+    """The current time on the host's clock, in ns."""
     return time.monotonic_ns() - _ahead_ns()
 
 
 def bracket(tries: int = 5) -> tuple[int, int, int]:
-    """(CLOCK_MONOTONIC, CLOCK_REALTIME, doubt) of one instant, in ns: the tightest of a few brackets.
+    """(CLOCK_MONOTONIC, CLOCK_REALTIME, doubt) of one instant, in ns: the most precise of a few readings.
 
     The wall clock was read within `doubt` of the monotonic instant.
     """

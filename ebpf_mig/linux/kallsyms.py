@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of kernel functions by address, from /proc/kallsyms, in a few MB.
 
-In: nothing. Out: a `Symbols`. Addresses are zeros without CAP_SYSLOG where `kptr_restrict` is set: then no address has
-a name. Addresses themselves never leave this module.
+In: nothing. Out: a `Symbols`. If `kptr_restrict` is set, all addresses read as zero without CAP_SYSLOG, so no address
+has a name. This module never returns addresses.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _TEXT = frozenset({b"t", b"T", b"w", b"W"})
 
 
 class Symbols:
-    """A snapshot; modules that are loaded later are not in it."""
+    """A snapshot of the symbols, without modules that are loaded later."""
 
     def __init__(self, lines: Iterable[bytes]) -> None:
-        """Lines as in /proc/kallsyms: address, type, name, and `[module]`."""
+        """`lines`: as in /proc/kallsyms: address, type, name, and `[module]`."""
         rows = []
         for line in lines:
             row = line.split(None, 3)
@@ -38,7 +38,7 @@ class Symbols:
         self._names = bytes(names)
 
     def name(self, address: int) -> str:
-        """The function that an address lies in."""
+        """The function that contains an address."""
         place = bisect_right(self._addresses, address) - 1
         if place < 0:
             return UNKNOWN
@@ -48,7 +48,7 @@ class Symbols:
     @staticmethod
     @cache
     def of_kernel() -> Symbols:
-        """Of the running kernel, read once a process. Takes a third of a second: not while anybody migrates."""
+        """The running kernel's symbols, read once per process. Takes a third of a second: not during a migration."""
         try:
             return Symbols(procfs.lines("kallsyms"))
         except OSError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KVM's ioctl numbers by name, as x86-64 and arm64 encode them (include/uapi/linux/kvm.h, Linux 6.12).
 
-The numbers hold direction, size, type 0xAE and number; other struct sizes on other architectures change the
-middle part, so `name_of` falls back to matching type and number only.
+A number consists of direction, size, type 0xAE and command number. Struct sizes differ on other architectures, so
+`name_of` falls back to matching type and command number only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _SHARED: dict[int, str] = {
     GET_PIT2: "GET_PIT2",
     SET_PIT2: "SET_PIT2",
 }
-"""Numbers that two ioctls share, told apart by direction and size."""
+"""Command numbers that two ioctls share; direction and size distinguish them."""
 
 
 def number(cmd: int) -> int:
@@ -72,7 +72,7 @@ def number(cmd: int) -> int:
 
 @lru_cache(maxsize=1024)
 def name_of(cmd: int) -> str:
-    """The kernel's name of a KVM ioctl without `KVM_`, or `0x...` if unknown."""
+    """The kernel's name of a KVM ioctl, without `KVM_`; `0x...` if unknown."""
     if cmd in _SHARED:
         return _SHARED[cmd]
     if (cmd >> 8) & 0xFF != KVM_TYPE:
@@ -86,13 +86,13 @@ _MEMSLOT_NAMES = frozenset(map(name_of, MEMSLOT))
 
 @lru_cache(maxsize=1024)
 def is_dirty_log(cmd: int) -> bool:
-    """One of the ioctls that fetch or clear the dirty log."""
+    """Whether an ioctl fetches or clears the dirty log."""
     return name_of(cmd) in _DIRTY_LOG_NAMES
 
 
 @lru_cache(maxsize=1024)
 def is_memslot(cmd: int) -> bool:
-    """One of the ioctls that set a memslot."""
+    """Whether an ioctl sets a memslot."""
     return name_of(cmd) in _MEMSLOT_NAMES
 
 
@@ -100,10 +100,10 @@ VCPU_STATE_GET = frozenset({
     "GET_REGS", "GET_SREGS", "GET_SREGS2", "GET_MP_STATE", "GET_VCPU_EVENTS", "GET_LAPIC", "GET_XSAVE",
     "GET_XSAVE2", "GET_XCRS", "GET_FPU", "GET_DEBUGREGS", "GET_NESTED_STATE", "GET_ONE_REG", "GET_CPUID2",
 })  # fmt: skip
-"""Reading these on a stopped VM means that vCPU state is being saved."""
+"""Reading these on a stopped VM means that the VMM saves vCPU state."""
 
 VCPU_STATE_SET = frozenset({
     "SET_REGS", "SET_SREGS", "SET_SREGS2", "SET_MP_STATE", "SET_VCPU_EVENTS", "SET_LAPIC", "SET_XSAVE",
     "SET_XCRS", "SET_FPU", "SET_DEBUGREGS", "SET_NESTED_STATE", "SET_ONE_REG", "SET_MSRS",
 })  # fmt: skip
-"""Writing these means that vCPU state is being loaded."""
+"""Writing these means that the VMM loads vCPU state."""

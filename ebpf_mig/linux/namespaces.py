@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids and clocks of namespaces. BPF programs see the initial ones: the host's thread ids and the host's clock.
+"""Ids and clocks of namespaces. BPF programs use the initial namespaces: the thread ids and the clock of the host.
 
-In: /proc. Out: whether this process shares the host's ids; ids of a process's own pid namespace as the host's; how far
-the clock of this process's time namespace is from the host's.
+In: /proc. Out: whether this process uses the host's ids; a mapping from the ids of another pid namespace to the host's;
+the offset between the clock of this process's time namespace and the host's.
 Facts: include/linux/proc_ns.h (inodes of the initial namespaces), fs/proc/array.c (`NSpid`), kernel/time/namespace.c
 (`timens_offsets`), Linux 6.12.
 """
@@ -24,18 +24,18 @@ def has_host_pids() -> bool:
 
 
 def require_host_pids() -> None:
-    """PreflightError in a pid namespace of our own: the kernel's thread ids would be none of those that we know."""
+    """PreflightError in another pid namespace: the kernel's thread ids would not match those in /proc."""
     if not has_host_pids():
         raise PreflightError(
-            "this process, or its /proc, is in a pid namespace whose ids are not those that the kernel traces by",
+            "this process or its /proc is not in the host's pid namespace, so its pids differ from the kernel's",
             "run it in the host's: --pid=host (docker, podman), hostPID: true (Kubernetes), or nsenter -t 1 -p -m",
         )
 
 
 def host_tids(pid: int) -> dict[int, int] | None:
-    """The host's thread ids by those that the process itself uses, in its pid namespace.
+    """The host's thread id of each thread, by its id in the pid namespace of the process.
 
-    None if the process uses the host's, or is gone.
+    None if the process uses the host's ids, or is gone.
     """
     try:
         if len(procfs.fields(pid).get("NSpid", "").split()) < 2:

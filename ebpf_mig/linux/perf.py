@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""perf_event_open(2): probes on kernel functions, and a clock that interrupts one thread.
+"""perf_event_open(2): probes on kernel functions, and a sampling clock on one thread.
 
-In: the name of a function, or a thread id, and a loaded BPF program. Out: events that run it; closing them takes all of
-it down, and so does our death. bcc's own kprobes leave entries in tracefs when we die.
+In: the name of a function, or a thread id, and a loaded BPF program. Out: perf events that run the program. Closing
+them, or the end of this process, removes everything. bcc's own kprobes would leave entries in tracefs if the process is
+killed.
 Layout: include/uapi/linux/perf_event.h (`struct perf_event_attr`), Linux 5.10 and later.
 """
 
@@ -31,7 +32,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _open(*parts: tuple[int, str, int], thread: int = -1, cpu: int = -1) -> int:
-    """An event from (offset, format, value) of its attributes; OSError where the kernel refuses it."""
+    """Opens an event from the (offset, format, value) of its attributes. OSError if the kernel refuses it."""
     attr = ctypes.create_string_buffer(_ATTR_BYTES)
     for offset, form, value in ((4, "I", _ATTR_BYTES), *parts):
         struct.pack_into("=" + form, attr, offset, value)
@@ -46,13 +47,13 @@ def _open(*parts: tuple[int, str, int], thread: int = -1, cpu: int = -1) -> int:
 
 
 class KprobeEvent:
-    """A kprobe or kretprobe on a function, as a perf event: it is gone when its descriptor is closed, or we die.
+    """A kprobe or kretprobe on a function, as a perf event: it ends with its descriptor or with this process.
 
-    `attach` and `detach` alternate. The probe itself stays while the event is open; without a program it does nothing.
+    `attach` and `detach` alternate. The probe exists while the event is open; without a program it does nothing.
     """
 
     def __init__(self, function: str, how: str, fd: int = -1) -> None:
-        """`fd`: an event that another process opened. OSError: no such function, or none that can be probed."""
+        """`fd`: an event that another process opened. OSError if there is no such function or it cannot be probed."""
         self.function, self.how = function, how
         self._handed = fd >= 0
         self.fd = fd
@@ -61,7 +62,7 @@ class KprobeEvent:
         self._kept = False
 
     def open(self) -> int:
-        """Its descriptor; opens it again where detaching had to close it."""
+        """The descriptor of the event. Opens it again if `detach` had to close it."""
         if self.fd < 0:
             self.fd = self._open()
         return self.fd
@@ -74,7 +75,7 @@ class KprobeEvent:
         return _open((0, "I", kind), (8, "Q", config), (40, "Q", _DISABLED), (56, "Q", ctypes.addressof(name)), cpu=0)
 
     def attach(self, program: int) -> None:
-        """Runs `program` at the probe from now on; by a link where the kernel has them (Linux 5.15)."""
+        """Starts to run `program` at the probe, through a link if the kernel has them (Linux 5.15)."""
         self.open()
         if self._kept:
             return
@@ -86,7 +87,7 @@ class KprobeEvent:
         fcntl.ioctl(self.fd, _ENABLE, 0)
 
     def _set(self, program: int) -> None:
-        """Without a link. An event that was handed over attached has the program already, for good."""
+        """Attaches without a link. An event that was received in attached state keeps its program."""
         try:
             fcntl.ioctl(self.fd, _SET_BPF, program)
         except FileExistsError:
@@ -94,7 +95,7 @@ class KprobeEvent:
                 raise
 
     def detach(self) -> None:
-        """Runs it no more; where there are no links only the event's end does that, so a handed one runs on."""
+        """Stops the program. Without links this takes closing the event, so a received event continues to run it."""
         with contextlib.suppress(OSError):
             fcntl.ioctl(self.fd, _DISABLE, 0)
         if self._link >= 0:
@@ -105,7 +106,7 @@ class KprobeEvent:
             self._kept = False
 
     def close(self) -> None:
-        """Takes the probe down; idempotent."""
+        """Removes the probe; idempotent."""
         for fd in (self._link, self.fd):
             if fd >= 0:
                 os.close(fd)
@@ -113,7 +114,7 @@ class KprobeEvent:
 
 
 class ThreadClock:
-    """A CPU clock event on one thread with a BPF program behind it; OSError where the kernel refuses it."""
+    """A CPU clock event on one thread that runs a BPF program. OSError if the kernel refuses it."""
 
     def __init__(self, tid: int, program_fd: int, period_ns: int) -> None:
         software, flags = (0, "I", _SOFTWARE), (40, "Q", _DISABLED | _EXCLUDE_USER)
@@ -125,7 +126,7 @@ class ThreadClock:
             raise
 
     def pace(self, period_ns: int) -> None:
-        """Samples every so many ns of the thread's CPU time; 0: none."""
+        """Sets the sampling period in ns of the thread's CPU time; 0: no samples."""
         if not period_ns:
             fcntl.ioctl(self.fd, _DISABLE, 0)
             return

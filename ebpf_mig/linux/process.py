@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes that cannot outlive us, and a private place for their files.
+"""Child processes that cannot outlive this process, and a private directory for their files.
 
-In: command lines. Out: running processes that the kernel kills when we die, even by SIGKILL, and a directory that is
-removed at the end; one left by a killed run is removed by the next.
+In: command lines. Out: running processes that the kernel kills when this process dies, even by SIGKILL; and a directory
+that is removed at the end. The next run removes a directory that a killed run left.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ try:
 except OSError as error:
     sys.exit(f"cannot run {sys.argv[2]}: {error.strerror}")
 """
-"""Runs as a program of its own, since code between fork and exec can deadlock in a process with threads."""
+"""Runs as a separate program, since code between fork and exec can deadlock in a process with threads."""
 
 
 def spawn(command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts a child that gets SIGKILL when the calling *thread* ends, and no Ctrl-C from our terminal.
+    """Starts a child that gets SIGKILL when the calling *thread* ends, and no Ctrl-C from the terminal.
 
-    Call it from the main thread, or from one that outlives the child (prctl(2), PR_SET_PDEATHSIG). PreflightError if
-    there is no such program.
+    Call it from the main thread, or from a thread that outlives the child (prctl(2), PR_SET_PDEATHSIG). PreflightError
+    if the program does not exist.
     """
     path = shutil.which(command[0])
     if path is None:
@@ -57,9 +57,10 @@ def spawn(command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes]) ->
 
 
 def python_environment() -> dict[str, str]:
-    """Our environment, for a `python -P` of our own: it imports from where we did, but not from the current directory.
+    """The environment for a child `python -P`: it imports from the same places as this process, except the current
+    directory.
 
-    An installed package is found without this; one that was found by PYTHONPATH, or in a clone, is not.
+    An installed package is found without this. A package from PYTHONPATH or from a clone is not.
     """
     own = str(Path(__file__).resolve().parents[2])
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
@@ -71,22 +72,22 @@ def python_environment() -> dict[str, str]:
 
 
 def _found_by_itself(path: str) -> bool:
-    """Whether every Python of this installation has a directory on its path: what PYTHONPATH names comes first."""
+    """Whether every Python of this installation has a directory on its path. Directories from PYTHONPATH come first."""
     places = [Path(place) for place in site.getsitepackages()]
     links = (link for place in places if place.is_dir() for link in place.glob("*.pth"))
     return Path(path) in places or any(path in link.read_text(errors="replace").splitlines() for link in links)
 
 
 def status_of(process: subprocess.Popen[bytes], timeout_s: float = 0) -> int | None:
-    """How a child ended, as `Popen.returncode`, after at most so long; None while it runs.
+    """The exit status of a child, as `Popen.returncode`, after waiting at most `timeout_s`; None while it runs.
 
-    It stays a zombie, so its process group's number cannot become another's before `end_group`.
+    It remains a zombie, so that the id of its process group cannot be reused before `end_group`.
     """
     until = time.monotonic() + timeout_s
     while process.returncode is None:
         try:
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # somebody else reaped it
+        except ChildProcessError:  # it was reaped elsewhere
             return process.poll()
         if ended is not None:
             return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
@@ -97,9 +98,9 @@ def status_of(process: subprocess.Popen[bytes], timeout_s: float = 0) -> int | N
 
 
 def end_group(process: subprocess.Popen[bytes], patience_s: float = 0) -> None:
-    """Gives a child (started with `process_group=0`) so long to end; then kills it and all that it began, and reaps it.
+    """Gives a child (started with `process_group=0`) time to end, then kills its process group and reaps it.
 
-    A shell between us and ssh, say, would leave ssh behind.
+    Otherwise a shell that started ssh would leave ssh running, for example.
     """
     if process.returncode is None:
         status_of(process, patience_s)
@@ -109,7 +110,7 @@ def end_group(process: subprocess.Popen[bytes], patience_s: float = 0) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kills and reaps; a lab VM has nothing to save."""
+    """Kills and reaps a child. A lab VM has nothing to save."""
     if process.poll() is None:
         process.kill()
     process.wait()
@@ -117,7 +118,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[Path]:
-    """A new 0700 directory, removed on leaving; directories of dead runs are removed first."""
+    """A new directory with mode 0700, removed at exit. Directories of dead runs are removed first."""
     _sweep()
     path, lock = _make_locked()
     try:
@@ -128,18 +129,18 @@ def private_directory() -> Iterator[Path]:
 
 
 def is_private(path: str) -> bool:
-    """Whether a file lies in a private directory, and so is gone in a moment."""
+    """Whether a file is in a private directory, so that it will soon be removed."""
     return Path(path).parent.name.startswith(_PREFIX)
 
 
 def _base() -> str:
-    """Where private directories lie: TMPDIR's, unless sockets below it could not be bound (unix(7): 108 bytes)."""
+    """The parent of private directories: TMPDIR, unless it makes socket paths too long (unix(7): 108 bytes)."""
     base = tempfile.gettempdir()
     return base if len(os.fsencode(base)) <= _LONGEST_BASE else "/tmp"  # noqa: S108
 
 
 def _make_locked() -> tuple[Path, int]:
-    """A new directory and the descriptor that locks it; tried again if a sweep took it between the two steps."""
+    """A new directory and the descriptor that locks it. Retries if a sweep removed it between the two steps."""
     while True:
         try:
             path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
@@ -158,14 +159,14 @@ def _make_locked() -> tuple[Path, int]:
 
 
 def _sweep() -> None:
-    """Removes our own directories whose lock nobody holds: their run was killed."""
+    """Removes private directories without a held lock: their run was killed."""
     for path in Path(_base()).glob(f"{_PREFIX}*"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
-            with contextlib.suppress(OSError):  # in use by a run that lives
+            with contextlib.suppress(OSError):  # in use by a live run
                 if os.fstat(fd).st_uid == os.getuid():
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path, ignore_errors=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All reads of /proc. What lies there was chosen by others, and is gone the next moment.
+"""All reads of /proc. Its contents are chosen by other processes and can disappear at any time.
 
 In: pids and thread ids. Out: bytes, text (malformed bytes replaced), or a fact. The functions of the first half raise
-`ProcessLookupError` where the process, the thread or the file is gone, whatever the kernel says of it and also amid a
-walk, and `PermissionError` where we may not look. The facts below them never raise: each says what it answers instead.
+`ProcessLookupError` if the process, the thread or the file is gone, for every errno of the kernel and also during a
+walk; and `PermissionError` if access is denied. The functions of the second half never raise: their docstrings give the
+value that they return instead.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.ENXIO}
 """ENOENT: the directory is gone; ESRCH: the task, once the file was open; ENXIO: its network namespace."""
 _REFUSED = {errno.EPERM, errno.EACCES}
 FILE_MOST_BYTES = 1 << 20
-"""Of one file; command lines can be longer, and nothing that is read of them lies so far behind."""
+"""Bytes read of one file. Command lines can be longer, but only their beginning is needed."""
 _PF_EXITING = 0x4
 """include/linux/sched.h: getting shut down."""
 _PF_USER_WORKER = 0x4000
@@ -30,12 +31,12 @@ _VM, _VCPU = "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:"
 
 
 def path(*parts: int | str) -> str:
-    """A path below /proc, for what is opened, or named to a command on another host, and not read here."""
+    """A path below /proc, for files that are opened elsewhere or passed to a command on another host."""
     return "/".join(("/proc", *map(str, parts)))
 
 
 def read(*parts: int | str, limit: int = FILE_MOST_BYTES) -> bytes:
-    """The first `limit` bytes of a file below /proc. ProcessLookupError, PermissionError: see above."""
+    """The first `limit` bytes of a file below /proc. Raises as the module docstring says."""
     with _translated():
         fd = os.open(path(*parts), os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -48,7 +49,7 @@ def read(*parts: int | str, limit: int = FILE_MOST_BYTES) -> bytes:
 
 
 def text(*parts: int | str, limit: int = FILE_MOST_BYTES) -> str:
-    """As `read`, decoded; what is no UTF-8 is replaced."""
+    """As `read`, decoded; invalid UTF-8 is replaced."""
     return decoded(read(*parts, limit=limit))
 
 
@@ -59,36 +60,36 @@ def names(*parts: int | str) -> list[str]:
 
 
 def link(*parts: int | str) -> str:
-    """Where a link below /proc points to; raises as `read`."""
+    """The target of a link below /proc; raises as `read`."""
     with _translated():
         return decoded(os.readlink(os.fsencode(path(*parts))))  # noqa: PTH115
 
 
 def inode(*parts: int | str) -> int:
-    """The inode number of what a path below /proc leads to; raises as `read`."""
+    """The inode number of the target of a path below /proc; raises as `read`."""
     with _translated():
         return os.stat(path(*parts)).st_ino  # noqa: PTH116
 
 
 def lines(*parts: int | str) -> Iterator[bytes]:
-    """Lines of a file of any length, such as kallsyms; raises as `read`, also amid the walk."""
+    """Lines of a file of any length, such as kallsyms; raises as `read`, also during the walk."""
     with _translated(), open(path(*parts), "rb") as file:  # noqa: PTH123
         yield from file
 
 
 def decoded(data: bytes) -> str:
-    """Text that others chose, malformed bytes replaced: the kernel cuts names also within a character."""
+    """Decodes untrusted text and replaces malformed bytes. The kernel can cut a name within a character."""
     return data.decode("utf-8", "replace")
 
 
 def host_name() -> str:
-    """This host's name, which whoever may set it chose."""
+    """The name of this host. Treat it as untrusted text."""
     return decoded(os.fsencode(os.uname().nodename))
 
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """One answer where something is gone, another where it is refused."""
+    """Replaces the exceptions with one value if something is gone and another if access is denied."""
     try:
         yield
     except OSError as error:
@@ -100,7 +101,7 @@ def _translated() -> Iterator[None]:
 
 
 def fields(pid: int | str, tid: int | None = None) -> dict[str, str]:
-    """The lines of a process's or thread's `status` by their names; raises as `read`."""
+    """The fields of the `status` file of a process or thread, by name; raises as `read`."""
     where = (pid, "status") if tid is None else (pid, "task", tid, "status")
     rows = (line.partition(":") for line in text(*where).splitlines())
     return {name: value.strip() for name, _, value in rows}
@@ -115,7 +116,7 @@ def process_of(tid: int) -> int:
 
 
 def numbers(pid: int, tid: int | None = None) -> list[str]:
-    """What follows the name in `stat`: the state first, then numbers (proc(5), from field 3 on); raises as `read`."""
+    """The fields of `stat` after the name: the state, then numbers (proc(5), from field 3 on); raises as `read`."""
     where = (pid, "stat") if tid is None else (pid, "task", tid, "stat")
     found = text(*where).rpartition(")")[2].split()
     if len(found) < 20:
@@ -124,17 +125,17 @@ def numbers(pid: int, tid: int | None = None) -> list[str]:
 
 
 def exists(pid: int, tid: int | None = None) -> bool:
-    """Whether there is such a process, or such a thread in it. A zombie is there."""
+    """Whether a process, or a thread in it, exists. A zombie exists."""
     return os.path.exists(path(pid) if tid is None else path(pid, "task", tid))  # noqa: PTH110
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     return start_time(pid) is not None
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is gone, a zombie, or about to be one: its first thread has begun to exit."""
+    """Whether a process is gone, a zombie, or about to become one: its first thread has begun to exit."""
     try:
         found = numbers(pid)
         return found[0] in "ZX" or bool(int(found[6]) & _PF_EXITING)
@@ -143,7 +144,7 @@ def is_ending(pid: int) -> bool:
 
 
 def start_time(pid: int) -> int | None:
-    """When the process began, in ticks since boot; None if it is gone or a zombie."""
+    """Start time of the process, in ticks since boot; None if it is gone or a zombie."""
     try:
         found = numbers(pid)
         return None if found[0] in "ZX" else int(found[19])
@@ -152,7 +153,7 @@ def start_time(pid: int) -> int | None:
 
 
 def processes() -> list[int]:
-    """All process ids that can be seen."""
+    """All visible process ids."""
     try:
         return [int(name) for name in names() if name.isdecimal()]
     except (OSError, ValueError):
@@ -160,7 +161,7 @@ def processes() -> list[int]:
 
 
 def threads_of(pid: int) -> list[int]:
-    """The thread ids of a process, none if it is gone."""
+    """The thread ids of a process; none if it is gone."""
     try:
         return [int(name) for name in names(pid, "task")]
     except (OSError, ValueError):
@@ -177,7 +178,7 @@ def control_groups(pid: int) -> set[str]:
 
 
 def comm(pid: int, tid: int | None = None) -> str:
-    """The name of a process or of a thread, empty if it is gone."""
+    """The name of a process or a thread; empty if it is gone."""
     try:
         return text(pid, *(() if tid is None else ("task", tid)), "comm").strip()
     except (OSError, ValueError):
@@ -185,7 +186,7 @@ def comm(pid: int, tid: int | None = None) -> str:
 
 
 def command_line(pid: int) -> list[str]:
-    """Its arguments, as far as they lie in the first 64 KiB; none if it is gone or a zombie."""
+    """The arguments of a process, from the first 64 KiB of its command line; none if it is gone or a zombie."""
     try:
         return text(pid, "cmdline", limit=1 << 16).split("\0")
     except (OSError, ValueError):
@@ -193,7 +194,7 @@ def command_line(pid: int) -> list[str]:
 
 
 def cpu_ticks(pid: int, tid: int) -> int:
-    """CPU time of a thread in clock ticks, 0 if it is gone."""
+    """CPU time of a thread in clock ticks; 0 if it is gone."""
     try:
         found = numbers(pid, tid)
         return int(found[11]) + int(found[12])
@@ -202,7 +203,7 @@ def cpu_ticks(pid: int, tid: int) -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory, 0 if the process is gone."""
+    """Resident memory; 0 if the process is gone."""
     try:
         return int(read(pid, "statm").split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, IndexError, ValueError):
@@ -210,7 +211,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def descriptors(pid: int) -> Iterator[tuple[int, str]]:
-    """(number, what it leads to) of each open descriptor; none if the process is gone or may not be looked at."""
+    """(number, link target) of each open descriptor; none if the process is gone or access is denied."""
     try:
         found = names(pid, "fd")
     except (OSError, ValueError):
@@ -221,7 +222,7 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
 
 
 def socket_descriptor(pid: int, inode: int) -> int | None:
-    """The descriptor by which a process has a socket open; None if it has closed it, -1 if that cannot be seen."""
+    """The descriptor of an open socket of a process; None if the process has closed it, -1 if that cannot be read."""
     try:
         found = names(pid, "fd")
         for name in found:
@@ -234,8 +235,9 @@ def socket_descriptor(pid: int, inode: int) -> int | None:
 
 
 def bytes_written(pid: int) -> int | None:
-    """Bytes that a process has passed to write(2) and its like (`wchar` of /proc/PID/io): to files, to pipes, and to
-    sockets other than by sendmsg. None if that cannot be read."""
+    """Bytes that a process has written with write(2) and similar calls (`wchar` of /proc/PID/io): to files, to pipes,
+    and to sockets other than with sendmsg. None if that cannot be read.
+    """
     try:
         rows = dict(row.split(": ", 1) for row in text(pid, "io").splitlines() if ": " in row)
         return int(rows["wchar"])
@@ -244,23 +246,23 @@ def bytes_written(pid: int) -> int | None:
 
 
 def holds_vm(pid: int) -> bool:
-    """Whether the process has a KVM machine open; False where we may not look."""
+    """Whether the process has a KVM VM open; False if access is denied."""
     return any(target == _VM for _, target in descriptors(pid))
 
 
 def holds_kvm(pid: int) -> bool:
-    """Whether it has a KVM machine or /dev/kvm open: a VMM that waits for its VM has the latter."""
+    """Whether the process has a KVM VM or /dev/kvm open. A VMM that waits for its VM has /dev/kvm open."""
     return any(target in (_VM, "/dev/kvm") for _, target in descriptors(pid))
 
 
 def vcpus_of(pid: int) -> dict[int, int]:
-    """The number that KVM knows a vCPU by (on x86 its APIC id), by descriptor."""
+    """KVM's id of each vCPU (on x86 its APIC id), by descriptor."""
     pairs = ((fd, target.removeprefix(_VCPU)) for fd, target in descriptors(pid) if target.startswith(_VCPU))
     return {fd: int(number) for fd, number in pairs if number.isdecimal()}
 
 
 def may_run_vcpu(pid: int, tid: int) -> bool:
-    """Whether a thread is inside KVM_RUN, or on a CPU and so cannot be seen to be outside."""
+    """Whether a thread is inside KVM_RUN, or on a CPU, where it may be inside KVM_RUN."""
     try:
         return text(pid, "task", tid, "syscall").startswith("running") or in_kvm_run(pid, tid) is not None
     except OSError:
@@ -268,11 +270,11 @@ def may_run_vcpu(pid: int, tid: int) -> bool:
 
 
 def in_kvm_run(pid: int, tid: int) -> int | None:
-    """The vCPU's descriptor if a thread sleeps inside KVM_RUN, else None.
+    """The descriptor of the vCPU if a thread sleeps inside KVM_RUN, otherwise None.
 
-    /proc/PID/task/TID/syscall begins with ioctl's number, fd, request.
-    Since Linux 6.13 a VM's `kvm-nx-lpage-recovery` is among its threads, born inside a vCPU's KVM_RUN and showing its
-    registers for ever; the flags in `stat` give it away.
+    /proc/PID/task/TID/syscall begins with ioctl's number, fd, request. Since Linux 6.13 the threads of a VMM include
+    `kvm-nx-lpage-recovery`. It is created inside KVM_RUN of a vCPU and permanently shows the registers of that call;
+    the flags in `stat` identify it.
     """
     try:
         call = text(pid, "task", tid, "syscall").split()

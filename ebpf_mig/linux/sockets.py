@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets of other processes: who listens where, and who is at the other end of a UNIX socket.
+"""Sockets of other processes: listening sockets, and the process at the other end of a UNIX socket.
 
-In: a pid, or a connected socket. Out: rows of the tables in the process's own network namespace, and pids. A table or a
-process that cannot be read has no rows.
+In: a pid, or a connected socket. Out: rows of the socket tables in the network namespace of the process, and pids. A
+table or a process that cannot be read has no rows.
 Tables: net/ipv4/tcp_ipv4.c (`get_tcp4_sock`), net/unix/af_unix.c (`unix_seq_show`), Linux 6.12.
 """
 
@@ -25,7 +25,7 @@ _UNIX_ROW = re.compile(
 
 
 def peer_pid(connection: socket.socket) -> int:
-    """Who made the socket at the other end (SO_PEERCRED); 0: a process of a pid namespace that we cannot see into."""
+    """The pid that created the socket at the other end (SO_PEERCRED); 0: in an invisible pid namespace."""
     return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
@@ -46,7 +46,8 @@ def tcp_listeners(table: bytes) -> Iterator[tuple[int, int]]:
 def unix_listeners(table: bytes) -> Iterator[tuple[bytes, int]]:
     """(path, inode) of the listening sockets in the text of a `net/unix`.
 
-    A path is any bytes, line feeds among them, written as they are; so rows that such a path imitates come out as well.
+    A path can contain any bytes, including line feeds, and the kernel does not escape them. So a path can imitate rows,
+    and these are returned, too.
     """
     for line in table.split(b"\n"):
         row = _UNIX_ROW.fullmatch(line)
@@ -61,7 +62,7 @@ def listening_ports(pid: int) -> set[int]:
 
 
 def listens_at(pid: int, where: str) -> bool:
-    """Whether the process listens on the UNIX socket of that path."""
+    """Whether the process listens on the UNIX socket at that path."""
     wanted = {
         inode for name, inode in unix_listeners(_table(pid, "unix")) if name == where.encode(errors="surrogateescape")
     }
@@ -69,7 +70,7 @@ def listens_at(pid: int, where: str) -> bool:
 
 
 def _table(pid: int, name: str) -> bytes:
-    """A node may have a hundred thousand sockets: some 20 MB."""
+    """A node may have a hundred thousand sockets, which is about 20 MB."""
     try:
         return b"".join(procfs.lines(pid, "net", name))
     except OSError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard streams that were closed by whoever started us (`>&-`): taken by /dev/null before anything else takes them.
+"""Opens standard streams that the parent process closed (`>&-`), before another file can take their descriptors.
 
-In: nothing. Out: descriptors 0, 1 and 2 that are open. Else the next file or socket gets such a number, and what is
-meant for a terminal is written into it. A closed stdin is empty. Writing to a closed stdout is an error; what is
-written to a closed stderr is lost.
+In: nothing. Out: open descriptors 0, 1 and 2. Otherwise the next file or socket would get one of these numbers, and
+output for the terminal would be written into it. A closed stdin reads as empty. Writing to a closed stdout is an error;
+output to a closed stderr is lost.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TextIO
 
 
 def reserve() -> None:
-    """To be called before the first file is opened."""
+    """Call this before the first file is opened."""
     for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            null = os.open(os.devnull, flags)  # the lowest free number: those below are open by now
+            null = os.open(os.devnull, flags)  # open() takes the lowest free number; the lower ones are open
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
