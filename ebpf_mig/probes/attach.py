@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the attach points: for each signal, the best tier that was *seen* to work.
 
-In: the processes to trace, the tier asked for. Out: a loaded `Plan`; once attached, a table of signal -> tier for the
+In: the processes to trace, the requested tier. Out: a loaded `Plan`; once attached, a table of signal -> tier for the
 report. A tier works only if a call that we provoke runs its program. A successful attach is not enough: on some kernels
 fentry attaches and never fires. Functions are tried before anything is compiled (`tiers`), and every program is checked
 again after it was attached.
@@ -68,7 +68,7 @@ def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tup
     if tier == TRACEPOINT:
         return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), "not asked for")), None
     if not statistics.enabled:
-        why = "the kernel does not count runs of BPF programs for us, so that nothing can be seen to fire"
+        why = "the kernel does not count the runs of BPF programs, so no probe can be seen to fire"
         if tier != AUTO:
             raise PreflightError(f"tier {tier}: {why}", "run with CAP_SYS_ADMIN, or without --tier")
         return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), why)), None
@@ -76,7 +76,9 @@ def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tup
     choice = chooser.choose()
     if tier != AUTO and not {"kvm", "socket"} <= choice.groups:
         why = "; ".join(sorted(set(choice.refusals.values())))
-        raise PreflightError(f"tier {tier} cannot be had: {why}", "leave --tier out, and the best that works is taken")
+        raise PreflightError(
+            f"tier {tier} does not work here: {why}", "leave --tier out to use the best tier that works"
+        )
     return choice, chooser
 
 
@@ -134,7 +136,9 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
         if hook.provoked and not ran[hook.key][1] and (hook.one_of, hook.program) not in alive
     ]
     if silent:
-        raise PreflightError(f"{', '.join(silent)} attached but never ran", "ebpf-mig doctor; or --tier tracepoint")
+        raise PreflightError(
+            f"{', '.join(silent)} attached but never ran", "run ebpf-mig doctor, or use --tier tracepoint"
+        )
     return dict(plan.tiers)
 
 

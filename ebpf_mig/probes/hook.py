@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One place in the kernel to which a program of ours is attached.
+"""A place in the kernel to which one of our BPF programs is attached.
 
 In: the choices of `tiers` and `attach`. Out: a `Hook`, which the loading and the attaching process both use.
 """

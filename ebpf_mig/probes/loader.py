@@ -126,7 +126,7 @@ class Program:
             self._attachments.prepare(hook)
         except OSError as error:
             why = f"the kernel refuses {hook.program} as {hook.how} of {hook.target}: {error.strerror}"
-            raise PreflightError(why, "ebpf-mig doctor; or --tier tracepoint") from error
+            raise PreflightError(why, "run ebpf-mig doctor, or use --tier tracepoint") from error
         self._fds[hook.key] = fd
 
     def attach(self, hook: Hook) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach tiers: which kernel functions can be hooked here, and by which kind of probe.
 
-In: the tier asked for. Out: a `Choice`: hooks on functions. Each kind of probe was *seen* to fire with an empty program
+In: the requested tier. Out: a `Choice`: hooks on functions. Each kind of probe was *seen* to fire with an empty program
 before anything is compiled. fentry and fexit are best, kprobe and kretprobe next. All other signals come from
 tracepoints on system calls.
 """
@@ -164,7 +164,7 @@ class Chooser:
         if how == FENTRY:
             known = self._types.get(name)
             if known is None or (known.module and self.module_fd < 0):
-                raise OSError(0, "no type information (BTF) of it")
+                raise OSError(0, "no type information (BTF) for it")
             if function.arguments and known.arguments != function.arguments:
                 raise OSError(0, f"{known.arguments} arguments, not {function.arguments}")
             number, module = known.btf_id, known.module
