@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the program begins: an interruption is one before the rest of it has been imported, too.
+"""Entry point. Handles Ctrl-C even during imports.
 
 In: the command line. Out: an exit code. Before anything else is imported, the current directory leaves the module and
 the program search path, since it may belong to somebody else.
@@ -11,7 +11,7 @@ import os
 import sys
 
 _INTERRUPTED = 130
-"""As in `errors.py`, which is part of what is still to be imported."""
+"""As in `errors.py`, which is not imported yet."""
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def settle() -> None:
-    """Makes the process safe to go on in, whoever's directory it was started in."""
+    """Makes the process safe if it was started in another user's directory."""
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - pathlib imports much
     here = _current_directory()
     elsewhere = [path for path in sys.path if os.path.isabs(path) and path not in (here, own)]  # noqa: PTH117

@@ -2,7 +2,7 @@
 """The command line: the group of commands, and the one place that turns errors into exit codes.
 
 In: arguments and signals. Out: an exit code (docs: 0 done, 1 bug, 2 usage, 3 preflight, 4 VMM, 5 incomplete,
-6 regression, 128 + N signal). Commands are imported when asked for, so none pays for another's libraries.
+6 regression, 128 + N signal). A command is imported only when it is used, so that it loads no libraries of others.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ COMMANDS = (
 )  # fmt: skip
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
 _HIDDEN = ("man",)
-"""Such modules, too, which `--help` leaves out."""
+"""Commands that `--help` does not list."""
 
 _VERBOSE = "ebpf_mig.verbose"
 _COMPLETE = "_EBPF_MIG_COMPLETE"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: whoever cleans up after Ctrl-C cleans up after these as well."""
+    """SIGTERM or SIGHUP. The clean-up is the same as for Ctrl-C."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Commands(click.Group):
-    """Imports a command when it is named."""
+    """Imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -62,7 +62,7 @@ class Commands(click.Group):
 
 
 def _talkative(command: click.Command) -> click.Command:
-    """The command with `-v`, and those below it likewise."""
+    """Adds `-v` to a command and its subcommands."""
     if _verbose not in command.params:
         command.params.append(_verbose)
         if isinstance(command, click.Group):
@@ -143,7 +143,7 @@ def _terminate(signum: int, _frame: FrameType | None) -> None:
 
 
 def _exit_code(error: BaseException, verbose: int) -> int:
-    """Say on stderr, in one line, what `error` means for the user; the code it exits with."""
+    """Prints one line on stderr that says what `error` means for the user. Returns the exit code."""
     match error:
         case click.exceptions.Exit():
             return error.exit_code
@@ -171,20 +171,20 @@ def _exit_code(error: BaseException, verbose: int) -> int:
 
 
 def _stdout_gone() -> bool:
-    """Whether it was our reader that went away, and not a VMM."""
+    """Whether the reader of our stdout closed it, and not a VMM its socket."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _while_printing(error: BaseException) -> bool:
-    """Whether click was at it: help and versions are printed by it."""
+    """Whether click was printing, which it does for help and versions."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("click.")
 
 
 def _settle_stdout() -> None:
-    """What cannot be written must not be tried again, loudly, when the interpreter ends."""
+    """Discards unwritten output, so that the interpreter does not report it again at its exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig bench`: the same migration many times, each with fresh VMs, and its cost in the middle and at the tail.
+"""`ebpf-mig bench`: runs the same migration many times, each with new VMs, and summarises its cost.
 
-In: a scenario of the lab, or a command of the user's that performs one traced migration. Out: a result file with
-every run's breakdown, and a table of them on stdout.
+In: a scenario of the lab, or a command of the user that performs one traced migration. Out: a result file with the
+breakdown of every run, and a table on stdout.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def command(
     vmm_binary: str | None,
     timeout: int,
 ) -> None:
-    """Migrate again and again, and print median, 95th percentile and confidence interval of every phase.
+    """Run many migrations, and print median, 95th percentile and confidence interval of every phase.
 
-    SCENARIO is one of those below. COMMAND performs one migration and leaves a recording of it, made with
-    `ebpf-mig migrate` or `record`, in the file that it is given in place of {recording}.
+    SCENARIO is one of those below. COMMAND performs one migration and writes a recording of it, made with
+    `ebpf-mig migrate` or `record`, to the file that replaces {recording}.
     """
     about, once = _subject(words, adapter(vmm), vmm_binary, timeout)
     name = output or f"ebpf-mig-bench-{about.scenario}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
@@ -95,11 +95,11 @@ def command(
 
 Settings = dict[str, int | str | bool | None]
 Once = Callable[[Path], None]
-"""Performs one migration and leaves its recording at the path."""
+"""Performs one migration and writes its recording to the path."""
 
 
 def _subject(words: Sequence[str], vmm: Adapter, vmm_binary: str | None, timeout_ns: int) -> tuple[Benchmark, Once]:
-    """What is to be repeated: a result without runs that describes it, and a function that does it once."""
+    """What to repeat: an empty result that describes it, and a function that runs it once."""
     if not words:
         raise UsageError("nothing to repeat", f"name a scenario: {', '.join(CATALOGUE)}; or -- COMMAND {PLACEHOLDER}")
     if any(PLACEHOLDER in word for word in words):
@@ -131,7 +131,7 @@ def _about(scenario: str, command: Sequence[str] = (), settings: Settings | None
 
 
 def _repeat(once: Once, runs: int, warm_up: int, kept: list[Run]) -> None:
-    """Fills `kept`. A run that fails is kept with its error; one that fails in the warm-up ends it all."""
+    """Adds runs to `kept`. A failed run is kept with its error. A failed warm-up run ends the benchmark."""
     with private_directory() as directory:
         for number in range(1 - warm_up, runs + 1):
             label = f"run {number} of {runs}" if number > 0 else "warm-up"
@@ -191,7 +191,7 @@ def _run_command(words: Sequence[str], timeout_s: float, path: Path) -> None:
 
 
 def _outcome(run: Run) -> str:
-    """What one run came to, in a few words."""
+    """The result of one run in a few words."""
     if run.error or run.breakdown is None:
         return f"failed: {run.error}"
     blackout, verdict = run.breakdown.blackout_ns, run.breakdown.completeness.verdict

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's COMMAND, beside which `record` traces: it is started here, and never ended from here.
+"""The user's COMMAND, which `record` starts and traces next to, and never ends.
 
-In: a command line. Out: its exit code. The one signal that it may get from us is the user's interruption, passed on
-once. It stays in our process group, so that it can read the terminal, and a Ctrl-C there reaches it by itself.
+In: a command line. Out: its exit code. The only signal that COMMAND gets from us is the user's interruption, once. It
+stays in our process group, so that it can read the terminal and receives Ctrl-C from there directly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INTERRUPTS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _SI_KERNEL = 0x80
 """siginfo's `si_code` of a signal that the terminal sent, to the whole process group (sigaction(2))."""
 PATIENCE_S = 10.0
-"""How long COMMAND may take to end after an interruption; then it is left alone."""
+"""How long we wait for COMMAND after an interruption. Then we leave it alone."""
 _POLL_S = 0.05
 
 
@@ -27,7 +27,7 @@ class Child:
     """COMMAND. Use as a context manager: SIGINT, SIGTERM and SIGHUP wait until `interruption` takes them."""
 
     def __init__(self, command: Sequence[str], *, stdout: int = 1) -> None:
-        """Starts it; its standard output is our descriptor `stdout`. UsageError if it cannot be run."""
+        """Starts COMMAND with our descriptor `stdout` as its standard output. UsageError if that fails."""
         self._name = command[0]
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
         try:
@@ -56,7 +56,7 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, 128 and the signal's number if a signal ended it; None while it runs."""
+        """Its exit code, or 128 plus the signal number if a signal ended it; None while it runs."""
         if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -81,7 +81,7 @@ class Child:
         return self._again or time.monotonic() - self._interrupted_s >= PATIENCE_S
 
     def wait(self) -> None:
-        """Waits for its end; the user can interrupt it, or us, as before."""
+        """Waits for its end. The user can still interrupt."""
         while self.code is None and not self.abandoned():
             time.sleep(_POLL_S)
         if self.code is None:
@@ -91,5 +91,5 @@ class Child:
         if self.code is not None:
             return
         if not (by_terminal and os.getpgid(self.pid) == os.getpgrp()):
-            os.kill(self.pid, number)  # our child, and not waited for: nobody else can have its pid
+            os.kill(self.pid, number)  # our child, not reaped yet: the pid cannot belong to another process
         say(f"{number.name}: waiting for {self._name} to end; once more leaves it alone")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig completion`: what a shell needs in order to complete our command lines."""
+"""`ebpf-mig completion`: a script with which a shell completes our command lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ebpf_mig.commands.options import examples, write_result
 from ebpf_mig.errors import UsageError
 
 VARIABLE = "_EBPF_MIG_COMPLETE"
-"""By this, the script asks us for completions; `cli.main` answers."""
+"""The variable by which the script asks for completions; `cli.main` answers."""
 
 _EXAMPLES = examples(
     "ebpf-mig completion bash > /etc/bash_completion.d/ebpf-mig",

@@ -113,9 +113,11 @@ def _two_hosts(
     timeout: int,
     tier: str,
 ) -> tuple[Outcome, dict[str, Recording]]:
-    """Each VM and its recorder in a network namespace of its own: the outcome, and each side's recording."""
+    """Runs each VM and its recorder in its own network namespace. Returns the outcome, and the recording of each
+    side.
+    """
     with contextlib.ExitStack() as stack:
-        # The link has the bandwidth and the VMM is not told, as between real hosts.
+        # The link limits the bandwidth and the VMM does not know the limit, as between real hosts.
         link = stack.enter_context(Link(scenario.bandwidth_bytes or 0))
         unlimited = dataclasses.replace(scenario, bandwidth_bytes=0)
         migration, _ = stack.enter_context(start(unlimited, link=link))

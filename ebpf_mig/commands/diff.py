@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig diff`: what changed between two benchmarks, and whether a gate must close.
+"""`ebpf-mig diff`: compares two benchmarks, and checks the conditions of a gate.
 
 In: two result files of `bench`, or recordings. Out: a table on stdout; exit code 6 on a regression.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig doctor`: what this machine allows, what is missing, and what would help."""
+"""`ebpf-mig doctor`: checks what this machine supports, what is missing, and what would help."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIGNS = {"ok": "ok     ", "warn": "warning", "missing": "MISSING"}
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON array instead of lines.")
 def command(as_json: bool) -> None:
-    """Say in a line each what this machine allows and what is missing. Exit code 3 if tracing cannot work."""
+    """Check what this machine supports, one line per feature. Exits with 3 if tracing cannot work."""
     found = list(checks())
     if as_json:
         write_result(json.dumps([asdict(check) for check in found], indent=2) + "\n")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine allows, asked of the machine: feature tests, never version tests.
+"""Checks of this machine: feature tests, never version tests.
 
-In: nothing. Out: one `Check` a question, each with the fact found and the exact remedy. bcc is looked at in a process
-of its own, so that asking costs no LLVM here and a broken installation cannot take us down.
+In: nothing. Out: a `Check` for each feature, with what was found and the exact remedy. bcc is checked in a separate
+process, so that LLVM is not loaded here and a broken installation cannot end this process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PROBE_BCC = "import bcc; from bcc import libbcc; print(getattr(bcc, '__version_
 
 
 def checks() -> Iterator[Check]:
-    """All answers, the required ones first."""
+    """All checks, the required ones first."""
     questions: list[tuple[str, bool, Callable[[], Check]]] = [
         ("privilege", True, _privilege), ("bcc", True, _bcc), ("kernel BTF", True, _kernel_btf),
         ("/dev/kvm", False, _kvm), ("probes", True, _loads), ("tracepoints", False, _extras),
@@ -46,7 +46,7 @@ def checks() -> Iterator[Check]:
 
 
 def _answers(name: str, required: bool, ask: Callable[[], Iterable[Check]]) -> Iterator[Check]:
-    """What a question yields. Whatever goes wrong in it is its answer: doctor has no failure of its own."""
+    """The result of one check. An error in it becomes its result, so that doctor itself cannot fail."""
     try:
         yield from ask()
     except subprocess.TimeoutExpired as error:
@@ -112,7 +112,7 @@ def _kvm() -> Check:
 
 
 def _loads() -> Check:
-    """Compiles, loads and fires the best that works, for a process of its own."""
+    """Compiles, loads and fires the best probes that work, in a separate process."""
     script = (
         "import json, os, ebpf_mig.probes.tracer as t\n"
         "tracer = t.Tracer([os.getpid()]); tracer.arm(); print(json.dumps(tracer.attached))"
@@ -162,7 +162,7 @@ def _tracefs() -> Check:
             if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - is_dir hides a refusal, or raises it, by version
                 return Check("tracefs", OK, path)
         except PermissionError:
-            return Check("tracefs", OK, f"{path} is root's; only needed by other tools")
+            return Check("tracefs", OK, f"{path} belongs to root; only other tools need it")
         except OSError:
             continue
     return Check(
@@ -187,7 +187,7 @@ def _clock() -> Check:
     source = _read("/sys/devices/system/clocksource/clocksource0/current_clocksource") or "unknown"
     if source in {"tsc", "kvm-clock", "arch_sys_counter"}:
         return Check("clocksource", OK, source)
-    return Check("clocksource", WARN, f"{source}: each time stamp is slow", "boot with tsc=reliable if the TSC is")
+    return Check("clocksource", WARN, f"{source}: each timestamp is slow", "boot with tsc=reliable if the TSC is")
 
 
 def _namespace() -> Check:

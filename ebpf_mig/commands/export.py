@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig export`: a directory of recordings as two tables, for DuckDB, a warehouse or a spreadsheet.
+"""`ebpf-mig export`: writes a directory of recordings as two tables, for DuckDB, a warehouse or a spreadsheet.
 
-In: recordings. Out: `migrations.FORMAT` and `phases.FORMAT`. A recording that cannot be read has a row that says so.
+In: recordings. Out: `migrations.FORMAT` and `phases.FORMAT`. A recording that cannot be read has a row with the reason.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ def command(
 
 
 def stopping() -> list[int]:
-    """Becomes true with the first SIGTERM or Ctrl-C; a second one ends the process where it is.
+    """Becomes true at the first SIGTERM or Ctrl-C. A second one ends the process at once.
 
-    No exception: one that is raised while the ring buffer calls us back would be lost.
+    No exception is raised: one raised in a ring buffer callback would be lost.
     """
     came: list[int] = []
 
@@ -112,20 +112,20 @@ def stopping() -> list[int]:
 
 
 class Pipe:
-    """Messages to the process that listens, one JSON line each; from several threads."""
+    """Messages to the listener, one JSON line each, from several threads."""
 
     def __init__(self, fd: int) -> None:
         self._file = os.fdopen(fd, "wb", buffering=0)
         self._lock = threading.Lock()
 
     def tell(self, answer: Answer) -> None:
-        """Passes on what is known of a migration."""
+        """Sends what is known of a migration."""
         for message in (answer.observation, answer.trace):
             if message is not None:
                 self.put(message)
 
     def put(self, message: Message | Trace) -> None:
-        """Writes one message; a listener that is gone is noticed elsewhere."""
+        """Writes one message. If the listener is gone, this is noticed elsewhere."""
         line = msgspec.json.encode(message) + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             view = memoryview(line)
@@ -133,7 +133,7 @@ class Pipe:
                 view = view[self._file.write(view) :]
 
     def close(self) -> None:
-        """The listener drains and ends."""
+        """Lets the listener finish and exit."""
         self._file.close()
 
 
@@ -166,7 +166,7 @@ def _server(
 
 
 def _listen(address: str) -> socket.socket:
-    """A listening socket on HOST:PORT; `:PORT` is every address, `[::1]:PORT` IPv6."""
+    """A listening socket on HOST:PORT. `:PORT` is every address, `[::1]:PORT` is IPv6."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{printable(address)!r} is not HOST:PORT", f"e.g. 127.0.0.1:{PORT}")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig join`: the recordings of a migration's two hosts as one breakdown, with the bound of their clocks."""
+"""`ebpf-mig join`: joins the recordings of a migration's two hosts into one breakdown, with the bound of their
+clocks.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig man`: the man page, made from the command line itself, so that the two cannot disagree.
+"""`ebpf-mig man`: prints the man page, generated from the command line definitions.
 
 In: the click group. Out: troff text of section 1 (man(7) macros). The command is hidden: packagers call it.
 """
@@ -98,6 +98,6 @@ def _short(command: click.Command) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Harmless to troff: backslashes, hyphens as they are typed, no control character at a line's begin."""
+    """Escapes text for troff: backslashes, hyphens, control characters at the begin of a line."""
     safe = text.replace("\\", "\\e").replace("-", "\\-").replace("\n", " ")
     return f"\\&{safe}" if safe[:1] in {".", "'"} else safe

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ebpf-mig migrate VMM`: triggers a migration of the user's own VMs through the VMM's API, and traces it.
 
-There is one command for each adapter that describes options. In: their values. Out: a recording, a report and an exit
+There is one subcommand for each adapter with options. In: their values. Out: a recording, a report and an exit
 code.
 """
 
@@ -23,7 +23,7 @@ from ebpf_mig.vmm.adapter import Adapter, Kind, Option, Values
 
 
 class _Vmms(click.Group):
-    """The VMMs that can be asked to migrate."""
+    """The VMMs that this tool can ask to migrate."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [one.name for one in adapters() if one.options]
@@ -37,7 +37,7 @@ _EXAMPLES = examples(*(f"ebpf-mig migrate {one.name} --help" for one in adapters
 
 @click.command("migrate", cls=_Vmms, epilog=_EXAMPLES)
 def command() -> None:
-    """Migrate VMs that run already, and print where the downtime went."""
+    """Migrate running VMs, and print where the downtime went."""
 
 
 def _command(adapter: Adapter) -> click.Command:
@@ -70,7 +70,7 @@ def _key(option: Option) -> str:
 
 
 def _click(option: Option) -> Any:
-    """The decorator that adds it."""
+    """The decorator that adds an option."""
     if option.argument:
         return click.argument(_key(option), metavar=option.name)
     if option.kind is Kind.FLAG:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands share: options, value types, and writing a result without overwriting anything.
+"""Shared by several commands: options, value types, and writing a result without overwriting a file.
 
-In: what the user typed. Out: bytes, nanoseconds, bytes per second; results on stdout or in a new file.
+In: user input. Out: bytes, nanoseconds, bytes per second; results on stdout or in a new file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Quantity(click.ParamType[int]):
         self._bare = bare
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """`value` in the base unit; fails if the unit is unknown or missing, or the result is no integer."""
+        """`value` in the base unit; fails if the unit is unknown or missing, or if the result is not an integer."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,18})?) ?([A-Za-z/]*)", str(value).strip(), re.ASCII)
@@ -145,7 +145,7 @@ def write_result(result: str | bytes, output: str = "-", *, force: bool = False)
 
 
 def encoded(text: str) -> bytes:
-    """Text for standard output: what its encoding lacks is escaped. A VM may have any name."""
+    """Text for standard output. Characters that its encoding lacks are escaped, since a VM may have any name."""
     return text.encode(sys.stdout.encoding or "ascii", "backslashreplace")
 
 
@@ -163,5 +163,5 @@ def _write_stdout(result: str | bytes) -> None:
 
 
 def say(message: str) -> None:
-    """One line to the user."""
+    """Prints one line for the user on stderr."""
     click.echo(message, err=True)

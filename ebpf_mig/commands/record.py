@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig record`: traces without touching the VMM, and leaves a recording."""
+"""`ebpf-mig record`: traces without controlling the VMM, and writes a recording."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ebpf_mig.vmm.identify import process_behind
 from ebpf_mig.vmm.processes import Followed
 
 _AFTER_COMMAND_NS = 1_000_000_000
-"""The destination may start a little after the command that migrates has returned."""
+"""How long tracing continues after COMMAND ended: the destination may start a little later."""
 
 _EXAMPLES = examples(
     "ebpf-mig record --pid 4711 --pid 4712",
@@ -58,11 +58,11 @@ def command(
     tier: str,
     command: Sequence[str],
 ) -> None:
-    """Trace running VMMs until the migration has ended, or COMMAND and what it began, or Ctrl-C.
+    """Trace running VMMs until the migration or COMMAND ends, or Ctrl-C.
 
-    COMMAND is never ended: only your own interruption is passed on to it. Its exit code becomes ours.
-    With --vm, a process of the VM that starts later is traced from then on: on the destination too, where
-    there is none before the migration.
+    COMMAND is never ended: only your interruption is passed on to it. Its exit code is the exit code of `record`.
+    With --vm, a process of the VM that starts later is traced from then on, as on a destination, where there is
+    none before the migration.
     """
     if sum((bool(pids), vm is not None, api_socket is not None)) != 1:
         raise UsageError("record needs to know whom to trace", "give --pid, --vm or --api-socket")
@@ -103,7 +103,7 @@ def command(
 
 
 def _arrive(session: Session, followed: Followed | None) -> list[int]:
-    """Takes on the processes that have started since."""
+    """Adds the processes that have started since."""
     found = followed.new() if followed is not None else []
     for pid in found:
         session.add(Target(pid=pid, role="unknown"))
@@ -112,7 +112,7 @@ def _arrive(session: Session, followed: Followed | None) -> list[int]:
 
 
 def _say_if_paused(pid: int, *, alone: bool) -> None:
-    """One line if no vCPU of a VM runs, on several looks: its migration has no blackout."""
+    """Prints a line if no vCPU of a VM runs in several checks: its migration then has no blackout."""
     for _ in range(3):
         if not procfs.vcpus_of(pid) or any(procfs.may_run_vcpu(pid, tid) for tid in procfs.threads_of(pid)):
             return
@@ -122,7 +122,7 @@ def _say_if_paused(pid: int, *, alone: bool) -> None:
 
 
 def _pass_on(child: Child) -> None:
-    """Ends as the user's command did, or as the user wished."""
+    """Exits with the status of COMMAND, or with that of the interruption."""
     if child.interrupted is not None:
         signal.raise_signal(child.interrupted)
     if child.code:
@@ -130,7 +130,7 @@ def _pass_on(child: Child) -> None:
 
 
 def _input_ended() -> bool:
-    """Whether whoever holds the other end of our standard input has let go of it; what it writes is dropped."""
+    """Whether the other end of standard input was closed. Input is discarded."""
     while select.select([0], [], [], 0)[0]:
         try:
             if not os.read(0, 4096):
@@ -148,7 +148,7 @@ def _until(
     witness: Witness,
     arrive: Callable[[], list[int]],
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
-    """When tracing ends. While COMMAND runs, nothing that is seen of a migration ends it."""
+    """The condition that ends tracing. While COMMAND runs, the end of a migration does not."""
     watch = MigrationWatch(pids)
     known = list(pids)
     begin = clock.monotonic_ns()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig relay`: a UNIX socket on standard input and output, for the other host of `migrate --remote-command`."""
+"""`ebpf-mig relay`: connects a UNIX socket to standard input and output, for the other host of `migrate
+--remote-command`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _CHUNK = 1 << 16
 @click.command("relay", epilog=examples("ebpf-mig relay /run/vm1.sock"))
 @click.argument("path")
 def command(path: str) -> None:
-    """Carry bytes between a VMM's socket and standard input and output, until either ends.
+    """Connect a VMM's socket to standard input and output, until either closes.
 
     `migrate --remote-command` runs this on the other host; nothing listens there.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig report`: what a recording says about the blackout.
+"""`ebpf-mig report`: shows the blackout of a recording.
 
-In: a recording. Out: a report on stdout or in a file. Needs neither bcc nor privilege. `FORMATS` is where a new kind
-of report is entered.
+In: a recording. Out: a report on stdout or in a file. Needs neither bcc nor privilege. A new kind of report is
+a row in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "perfetto": _perfetto,
     "csv": _csv,
 }
-"""By name: from the analysis, the output's name and the choice of colour to the report. Each imports what it needs."""
+"""By name: makes the report from the analysis, the name of the output and the colour choice. Each imports what it
+needs.
+"""
 _WITH_AXIS = ("html", "perfetto")
 _PREDICTING = ("text", "json", "html")
 
@@ -131,7 +133,7 @@ def command(
 
 
 def warn(name: str, recording: Recording) -> None:
-    """Says on stderr what of a recording is missing."""
+    """Prints on stderr what is missing in a recording."""
     if recording.truncated:
         click.echo(f"ebpf-mig: {printable(name)} is cut off: {printable(recording.reason)}", err=True)
     if recording.unknown:
@@ -143,7 +145,7 @@ def warn(name: str, recording: Recording) -> None:
 
 
 def rendered(breakdown: Breakdown, form: str, output: str, color: str) -> str:
-    """The report in the format asked for, fit for where it goes."""
+    """The report in the requested format, suited to its output."""
     if form == "json":
         from ebpf_mig.report import json
 
@@ -161,7 +163,7 @@ def require_complete(breakdown: Breakdown, strict: bool) -> None:
 
 
 def parse_wishes(texts: Sequence[str]) -> Wishes:
-    """`NAME=VALUE` each; UsageError if one cannot be read or is said twice."""
+    """Parses `NAME=VALUE` items; UsageError if one cannot be read or is given twice."""
     values: dict[str, tuple[str, str]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -178,7 +180,7 @@ def parse_wishes(texts: Sequence[str]) -> Wishes:
 
 
 def _share(value: str, text: str) -> Fraction:
-    """`0`, or what is left in per cent."""
+    """`0`, or the remaining share in per cent."""
     match = re.fullmatch(r"0|([0-9]{1,5}(?:\.[0-9]{1,6})?)%", value, re.ASCII)
     if match is None:
         raise UsageError(f"cannot read the wish {text!r}", f"write {text.partition('=')[0]}=0, or =50% for half of it")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `demo`, `migrate` and `record` share: options, where the recording goes, and driving a migration while tracing.
+"""Shared by `demo`, `migrate` and `record`: options, the recording's file, and running a migration while tracing.
 
 Messages go to stderr; standard output is for results.
 """
@@ -32,11 +32,11 @@ from ebpf_mig.tracing.session import Session
 from ebpf_mig.vmm.base import Migration, Outcome
 
 LATE_CALLS_NS = 200_000_000
-"""Tracing goes on this long after both sides said they are done: late calls still arrive."""
+"""Tracing continues this long after both sides reported the end, since late calls still arrive."""
 CANCEL_S = 20.0
-"""How long a VMM may take to cancel after an interruption. QEMU takes 10 ms, but one that is stopped never does."""
+"""How long we wait for a VMM to cancel after an interruption. QEMU takes 10 ms; a stopped process never cancels."""
 BASELINE_S = 0.25
-"""Tracing watches the guest this long before the migration begins: what it is like undisturbed."""
+"""How long the guest is traced before the migration begins: the baseline of the brownout."""
 
 _ENDED = {"failed": "failed", "cancelled": "was cancelled"}
 
@@ -63,7 +63,7 @@ tier_option = click.option(
 
 @contextlib.contextmanager
 def open_recording(output: str | None, what: str, header: Header, force: bool) -> Iterator[tuple[RecordingWriter, str]]:
-    """The writer and the name to show; with `-` the recording goes to standard output."""
+    """The writer, and the name to show. `-` writes the recording to standard output."""
     if output == "-":
         if sys.stdout.isatty():
             raise UsageError("a recording is binary and stdout is a terminal", "use -o FILE, or redirect stdout")
@@ -76,7 +76,7 @@ def open_recording(output: str | None, what: str, header: Header, force: bool) -
 
 
 def check_output(output: str | None, force: bool) -> None:
-    """Fails early, before anything is migrated, where `open_recording` would fail late."""
+    """Checks before the migration what would make `open_recording` fail after it."""
     if output == "-":
         raise UsageError("the breakdown goes to stdout, so the recording cannot", "give it a file name with --output")
     if output and not force and os.path.lexists(output):
@@ -85,15 +85,15 @@ def check_output(output: str | None, force: bool) -> None:
 
 @dataclass
 class _Run:
-    """A migration in its own thread: what it came to, and when."""
+    """A migration in its own thread: its outcome, and when it ended."""
 
     outcome: Outcome | None = None
     error: BaseException | None = None
     ended_ns: int = 0
     given_up: bool = False
-    """The VMM did not cancel in time: nobody waits for it any more."""
+    """The VMM did not cancel in time, and we do not wait any longer."""
     called_off: threading.Event = field(default_factory=threading.Event)
-    """Set by an interruption, which may come before anything was triggered."""
+    """Set by an interruption, which may come before the trigger."""
 
 
 def trace_migration(
@@ -178,7 +178,7 @@ def _pump_until_done(
 
 
 def progress_line() -> Callable[[int], None]:
-    """A line on stderr that counts while a migration runs, if stderr is a terminal; else nothing."""
+    """A progress line on stderr while a migration runs, if stderr is a terminal; otherwise nothing."""
     if not sys.stderr.isatty():
         return lambda _count: None
     begin = last = time.monotonic()
@@ -195,7 +195,7 @@ def progress_line() -> Callable[[int], None]:
 
 
 def show(name: str, form: str, color: str) -> Breakdown:
-    """Prints the breakdown of a recording just made, and how to see it again; returns it."""
+    """Prints the breakdown of a new recording, and how to show it again; returns it."""
     recording = read_recording(name)
     breakdown = analyse(recording).breakdown
     write_result(rendered(breakdown, form, "-", color))
@@ -205,7 +205,7 @@ def show(name: str, form: str, color: str) -> Breakdown:
 
 
 def conclude(outcome: Outcome, breakdown: Breakdown, strict: bool) -> None:
-    """Raises what the exit code has to tell: a migration that did not complete, or losses under `--strict`."""
+    """Raises the error for the exit code: a migration that did not complete, or losses under `--strict`."""
     if outcome.result != "completed":
         raise VmmError(f"the migration {_ENDED.get(outcome.result, 'ended unclearly')}: {outcome.error}")
     if outcome.remark:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig schema`: the JSON Schema of what the other commands print as JSON."""
+"""`ebpf-mig schema`: prints the JSON Schema of the JSON output of other commands."""
 
 from __future__ import annotations
 

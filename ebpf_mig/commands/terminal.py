@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the terminal can show: the one place that knows about colour, width and encoding.
+"""What the terminal supports. Only this module knows about colour, width and encoding.
 
 In: a stream, the `--color` choice, the environment. Out: a `Canvas`. Without a terminal the answer is always
 the same 80 columns without colour, so that the same recording gives the same report byte for byte.
@@ -26,7 +26,7 @@ def canvas_for(stream: TextIO | None, choice: str = "auto", environ: Mapping[str
 
 
 def use_colour(stream: TextIO, choice: str, environ: Mapping[str, str]) -> bool:
-    """What `--color` says; on `auto` NO_COLOR, FORCE_COLOR and TERM=dumb, in this order; else the terminal."""
+    """The `--color` option; with `auto`: NO_COLOR, FORCE_COLOR and TERM=dumb in this order, then the terminal."""
     if choice != "auto":
         return choice == "always"
     if environ.get("NO_COLOR"):
@@ -40,7 +40,7 @@ def _width(stream: TextIO) -> int:
     if not stream.isatty():
         return Canvas().width
     try:
-        # 0 is what a serial line without a known size answers.
+        # A serial line without a known size reports 0.
         return os.get_terminal_size(stream.fileno()).columns or Canvas().width
     except (OSError, ValueError):
         return Canvas().width

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `demo --two-hosts` and `migrate --..-host` share: two recorders around one migration, and one report of both.
+"""Shared by `demo --two-hosts` and `migrate --..-host`: two recorders around one migration, and one report of both.
 
-In: recorders, a migration. Out: two recordings in files and their joined breakdown; where the other host's is lost,
-that of the half that is left.
+In: recorders, a migration. Out: two recordings in files and their joined breakdown. If the other
+host's recording is lost, the breakdown of the remaining half.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def file_names(output: str | None, what: str, force: bool) -> dict[str, str]:
 
 
 def driven(migration: Migration, timeout_s: float) -> Outcome:
-    """Runs a migration that others trace. Ctrl-C cancels it, waits for its end and is then raised again."""
+    """Runs a migration that the recorders trace. Ctrl-C cancels it, waits for its end and is then raised again."""
     outcome: list[Outcome] = []
     errors: list[BaseException] = []
 
@@ -86,7 +86,7 @@ def driven(migration: Migration, timeout_s: float) -> Outcome:
 def told(
     recording: Recording, targets: Sequence[Target], marks: Sequence[AnyEvent], key: int | None = None
 ) -> Recording:
-    """A side's recording with what its VMM said of itself and of the migration. `key`: see `vmm.base.Elsewhere`."""
+    """The recording of a side, with the version and the marks of its VMM. `key`: see `vmm.base.Elsewhere`."""
     pids = _traced(recording)
     own = next(iter(pids), 0)
     known = [target for target in targets if target.pid in pids]
@@ -100,7 +100,7 @@ def told(
 
 
 def _traced(recording: Recording) -> set[int]:
-    """The processes of a recording: as its header says, else those that its events are of."""
+    """The processes of a recording, from its header or else from its events."""
     targets = {target.pid for target in recording.header.targets}
     return targets or {pid for event in recording.events if (pid := pid_of(event)) is not None}
 
@@ -115,7 +115,7 @@ def keep(halves: dict[str, Recording], names: dict[str, str], force: bool) -> No
 def show(
     halves: dict[str, Recording], names: dict[str, str], form: str, color: str, hint: Hint | None = None
 ) -> Breakdown:
-    """Prints the breakdown of both halves, or of the one there is; returns it."""
+    """Prints the breakdown of both halves, or of the only one; returns it."""
     for role, half in halves.items():
         warn(names[role], half)
     whole = next(iter(halves.values()))
@@ -134,7 +134,7 @@ def show(
 
 
 def taken(recorder: Recorder) -> Recording | None:
-    """What a recorder recorded; None, and one line that says why, if it is nothing."""
+    """The recording of a recorder. If there is none, None, and a line that says why."""
     try:
         recording = recorder.finish()
     except RecordingError as error:
@@ -146,7 +146,7 @@ def taken(recorder: Recorder) -> Recording | None:
 
 
 def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--source-host` and its like, for a command that migrates."""
+    """`--source-host` and the related options, for a command that migrates."""
     options = (
         click.option("--source-host", metavar="HOST", help="The source is on this host: ssh HOST reaches it."),
         click.option("--destination-host", metavar="HOST", help="The same of the destination."),
@@ -162,7 +162,7 @@ def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def way_of(
     source_host: str | None, destination_host: str | None, remote_command: str | None, tool: str
 ) -> tuple[str, Way] | None:
-    """(role of the end elsewhere, how to get there); None if both are here."""
+    """(role of the remote end, how to reach it); None if both ends are local."""
     if source_host and destination_host:
         raise UsageError("one of the two hosts has to be this one", "run ebpf-mig on the source's host")
     role, host = ("source", source_host) if source_host else ("destination", destination_host)
@@ -185,7 +185,7 @@ def across(
     tier: str,
     force: bool,
 ) -> tuple[Outcome, dict[str, Recording], str]:
-    """Migrates with one end elsewhere: the outcome, the halves that there are, and why one is missing.
+    """Migrates with a remote end. Returns the outcome, the recorded halves, and why one is missing.
 
     `values`: those of the adapter's options.
     """
@@ -219,7 +219,7 @@ def conclude(
     *,
     strict: bool,
 ) -> None:
-    """Prints what `across` came to, and exits by it: a half that is missing is told as what this machine lacks."""
+    """Prints the result of `across`, and raises the error for the exit code. A missing half is a preflight error."""
     outcome, halves, problem = met
     tracing.conclude(outcome, show(halves, names, form, color, hint), strict)
     if problem:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ebpf-mig --version`: the versions that matter in a bug report, on one line.
 
-In: nothing. Out: text. bcc is looked up, not loaded: loading it costs a second and all of LLVM.
+In: nothing. Out: text. bcc is looked up but not loaded, since that takes a second and loads LLVM.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def version_line() -> str:
 
 
 def bcc_version() -> str:
-    """`bcc 0.26.0`, or what is there in its place. PyPI's package called bcc has nothing to do with BPF."""
+    """`bcc 0.26.0`, or what is installed instead. PyPI's package called bcc has nothing to do with BPF."""
     spec = importlib.util.find_spec("bcc")
     if spec is None or spec.origin is None:
         return "no bcc"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig watch`: one line for each migration on this node as it ends, whoever started it."""
+"""`ebpf-mig watch`: prints one line for each migration on this node when it ends, no matter who started it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 |
 @click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
 @click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
 def command(form: str, count: int | None, only: str, state_directory: str, keep: int, keep_size: int) -> None:
-    """Say of each migration on this node, as it ends, how long its blackout was.
+    """Print the blackout of each migration on this node when it ends.
 
-    Costly probes are armed only while a VM shows signs of a migration.
+    Expensive probes are armed only while a VM shows signs of a migration.
     """
     require_tracing()
     store = Store(state_directory, keep, keep_size)
@@ -41,7 +41,7 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
     def tell(answer: Answer) -> None:
         nonlocal seen, gone
         if gone or (count is not None and seen >= count):
-            return  # what is still traced when we end is recorded, and nobody asked for it
+            return  # migrations still traced at the end are recorded but not printed
         observation = answer.observation
         assert observation is not None  # noqa: S101 - none is told as an error
         seen += 1
@@ -50,7 +50,7 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
             sys.stdout.buffer.write(text + b"\n")
             sys.stdout.flush()
         except OSError:
-            gone = True  # nobody reads any more
+            gone = True  # the reader is gone
 
     with NodeWatch(store, tell, only) as node:
         say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C ends it")
@@ -58,7 +58,7 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
 
 
 def line(o: Observation) -> str:
-    """One migration in one line; times in ms."""
+    """One migration on one line; times in ms."""
     blackout = "not known" if o.blackout_ns is None else f"{o.blackout_ns / 1e6:.3f} ms"
     final = sum(o.fetch.get("blackout", {}).values())
     figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
