@@ -8,162 +8,80 @@ integer nanoseconds; instants are nanoseconds from the window's begin (negative 
 
 from __future__ import annotations
 
-from enum import StrEnum
-
-import msgspec
-
-SCHEMA = "ebpf-mig/breakdown/1"
-
-
-class Side(StrEnum):
-    """Whose a phase, a process or a lane is."""
-
-    SOURCE = "source"
-    """The VM's old process."""
-    DESTINATION = "destination"
-    """The VM's new process."""
-    BOTH = "both"
-    """Of both processes, or of what lies between them."""
-    UNKNOWN = "unknown"
-    """Of a traced process that is neither; never that of a phase."""
-
-
-class PhaseName(StrEnum):
-    """The phases, in the order in which reports print them. Each instant of the window belongs to one."""
-
-    PAUSE = "pause"
-    """From the pause request to the last vCPU's stop."""
-    QUIESCE = "quiesce"
-    """What the source does next: device handlers, clock reads, draining of block devices."""
-    FETCH_KERNEL = "fetch.kernel"
-    """Inside the ioctls of the final dirty-log fetch."""
-    FETCH_USER = "fetch.user"
-    """Between these ioctls, and up to the first page sent."""
-    MEMORY_SEND = "memory.send"
-    """From the first send of the final pages to the last."""
-    STATE_SAVE = "state.save"
-    """Reading vCPU and device state."""
-    STATE_SEND = "state.send"
-    """Sending that state."""
-    HANDOVER = "handover"
-    """All has been sent, and the destination waits for it or for its turn."""
-    STATE_LOAD = "state.load"
-    """The destination writes vCPU and device state."""
-    RESUME = "resume"
-    """From there to the last vCPU's start."""
-    UNATTRIBUTED = "unattributed"
-    """What no rule explains."""
-
-
-class Verdict(StrEnum):
-    """How far a result can be relied upon."""
-
-    COMPLETE = "complete"
-    """Nothing is known to be missing."""
-    BOUNDED = "bounded"
-    """Something was not traced: what that is known of is a part."""
-    INCOMPLETE = "incomplete"
-    """Events were lost, or the recording was cut off."""
-
-
-class Result(StrEnum):
-    """How a migration ended."""
-
-    COMPLETED = "completed"
-    """The guest runs on the destination."""
-    FAILED = "failed"
-    """It did not, as the VMM or its driver reported, or as a process ended; the source has the guest again."""
-    CANCELLED = "cancelled"
-    """Somebody called it off, as the VMM or its driver reported."""
-    SAVED = "saved"
-    """The state went to a file or a pipe, and nobody was seen to take over."""
-    UNKNOWN = "unknown"
-    """The recording does not say. See `analysis.outcome` for what says the others."""
-
-
-class Mode(StrEnum):
-    """When the memory moves."""
-
-    PRECOPY = "precopy"
-    """While the guest runs on the source, and what is left in the blackout."""
-    POSTCOPY = "postcopy"
-    """Also after the guest's start on the destination."""
-    LOCAL = "local"
-    """Not at all: both processes share it."""
-    UNKNOWN = "unknown"
-    """The recording does not say."""
-
-
-class Transport(StrEnum):
-    """What carries the migration."""
-
-    TCP = "tcp"
-    """TCP, also with TLS."""
-    UNIX = "unix"
-    """A UNIX socket."""
-    NONE = "none"
-    """No socket was used."""
-    UNKNOWN = "unknown"
-    """The recording does not say."""
-
-
-class DirtyLogMode(StrEnum):
-    """How KVM tells which pages are dirty."""
-
-    MANUAL = "manual"
-    """A bitmap that KVM_CLEAR_DIRTY_LOG re-arms (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)."""
-    LEGACY = "legacy"
-    """A bitmap that KVM_GET_DIRTY_LOG re-arms by itself."""
-    RING = "ring"
-    """Dirty rings (KVM_CAP_DIRTY_LOG_RING)."""
-    NONE = "none"
-    """Nothing was logged."""
-    UNKNOWN = "unknown"
-    """The source, or what it does with its log, was not traced."""
-
-
-class SwitchoverKind(StrEnum):
-    """What became of the guest after its stop on the source."""
-
-    COMPLETED = "completed"
-    """The destination runs."""
-    STOPPED = "stopped"
-    """The source does not run; the rest is unknown."""
-    ABORTED = "aborted"
-    """The source runs again."""
-
-
-PHASES: tuple[tuple[PhaseName, Side], ...] = (
-    (PhaseName.PAUSE, Side.SOURCE),
-    (PhaseName.QUIESCE, Side.SOURCE),
-    (PhaseName.FETCH_KERNEL, Side.SOURCE),
-    (PhaseName.FETCH_USER, Side.SOURCE),
-    (PhaseName.MEMORY_SEND, Side.SOURCE),
-    (PhaseName.STATE_SAVE, Side.SOURCE),
-    (PhaseName.STATE_SEND, Side.SOURCE),
-    (PhaseName.HANDOVER, Side.BOTH),
-    (PhaseName.STATE_LOAD, Side.DESTINATION),
-    (PhaseName.RESUME, Side.DESTINATION),
-    (PhaseName.UNATTRIBUTED, Side.BOTH),
+from ebpf_mig.dirty_log import (
+    DirtyLog,
+    Fetch,
+    FetchIoctl,
+    FinalFetch,
+    Logging,
+    Pass,
+    Rearm,
+    Slot,
+    Split,
+    Stretch,
+    VcpuShare,
 )
-"""Every phase and its side, in the order in which reports print them. In an aborted blackout, `resume` is the source's:
-see `sides_of`."""
+from ebpf_mig.vocabulary import (
+    IMMEDIATE,
+    PHASES,
+    DirtyLogMode,
+    Mode,
+    PhaseName,
+    Result,
+    Side,
+    Span,
+    Struct,
+    SwitchoverKind,
+    Transport,
+    Verdict,
+    sides_of,
+)
 
-
-def sides_of(aborted: bool) -> tuple[tuple[PhaseName, Side], ...]:
-    """`PHASES` of a migration: where the source took its guest back, it is the source that resumes."""
-    back = aborted and PhaseName.RESUME
-    return tuple((name, Side.SOURCE if name == back else side) for name, side in PHASES)
-
-
-IMMEDIATE = ": taken not to have run the guest"
-"""How a note on KVM_RUN calls that returned at once ends."""
-
-Span = tuple[int, int]
-
-
-class Struct(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Base: immutable, built by name. It cannot be part of a cycle, so the garbage collector need not look at it."""
+__all__ = [
+    "IMMEDIATE",
+    "PHASES",
+    "SCHEMA",
+    "Breakdown",
+    "Change",
+    "Clock",
+    "Completeness",
+    "DirtyLog",
+    "DirtyLogMode",
+    "Endpoint",
+    "Fetch",
+    "FetchIoctl",
+    "FinalFetch",
+    "Logging",
+    "Migration",
+    "Mode",
+    "Pass",
+    "Pausing",
+    "Phase",
+    "PhaseName",
+    "Postcopy",
+    "Rearm",
+    "Result",
+    "Served",
+    "Side",
+    "Slot",
+    "SocketUse",
+    "Span",
+    "Split",
+    "Stretch",
+    "Struct",
+    "SwitchoverKind",
+    "Throttled",
+    "Transport",
+    "Vcpu",
+    "VcpuShare",
+    "Verdict",
+    "Wait",
+    "WhatIf",
+    "Wire",
+    "Witness",
+    "sides_of",
+]
+SCHEMA = "ebpf-mig/breakdown/1"
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):
@@ -275,207 +193,6 @@ class Postcopy(Struct, frozen=True, kw_only=True):
     """What it received after the start."""
     drained_ns: int
     """From the start to the last byte received, ns."""
-
-
-class Slot(Struct, frozen=True, kw_only=True):
-    slot: int
-    """Number of the memslot, address space in bits 16 and up."""
-    base: int
-    """Guest physical address, bytes."""
-    size_bytes: int
-    """Its size, bytes."""
-
-
-class Split(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What dirty-log ioctls did on the CPU, without spinning for locks. The errors are only there with samples."""
-
-    walk: int
-    """Write-protecting pages or clearing their dirty bits, ns."""
-    flush: int
-    """Flushing TLBs, with the wait for other CPUs, ns."""
-    copy: int
-    """Copying the bitmap to or from user space, ns."""
-    other: int
-    """The rest, ns."""
-    samples: int | str
-    """`exact`, or the number of samples that tell so."""
-    walk_error: int | None = None
-    """How far `walk` may be off at 95 %, ns."""
-    flush_error: int | None = None
-    """The same of `flush`, ns."""
-    copy_error: int | None = None
-    """The same of `copy`, ns."""
-    other_error: int | None = None
-    """The same of `other`, ns."""
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Time by part, ns."""
-        return {"walk": self.walk, "flush": self.flush, "copy": self.copy, "other": self.other}
-
-    @property
-    def errors(self) -> dict[str, int | None]:
-        """How far each part may be off at 95 %, ns; None: it is exact."""
-        return {
-            "walk": self.walk_error,
-            "flush": self.flush_error,
-            "copy": self.copy_error,
-            "other": self.other_error,
-        }
-
-
-class FetchIoctl(Struct, frozen=True, kw_only=True):
-    ioctl: str
-    """The request's name without its prefix, e.g. `GET_DIRTY_LOG`."""
-    slot: int
-    """Number of the memslot."""
-    begin: int
-    """When it was called, ns from the window's begin."""
-    duration_ns: int
-    """From call to return, ns."""
-    lock_wait_ns: dict[str, int] | None = None
-    """Waiting for locks, by lock (`slots_lock`, `mmu_lock`, `other`), ns; null: not measured."""
-    off_cpu_ns: int | None = None
-    """The part off the CPU, ns; null: not measured."""
-    split: Split | None = None
-    """What it did on the CPU; null: too short to be sampled, or not traced."""
-
-
-class Fetch(Struct, frozen=True, kw_only=True):
-    begin: int
-    """Begin of its first ioctl, ns from the window's begin."""
-    end: int
-    """End of its last ioctl, ns from the window's begin."""
-    kernel_ns: int
-    """Inside its ioctls, ns."""
-    ioctls: list[FetchIoctl]
-    """In order of time."""
-    split: Split | None = None
-    """All its ioctls together; null: as of an ioctl."""
-
-
-class VcpuShare(Struct, frozen=True, kw_only=True):
-    vcpu: int
-    """Index of the vCPU."""
-    outside_ns: int
-    """Time outside KVM_RUN, ns."""
-    longest_gap_ns: int
-    """The longest time outside at once, ns."""
-    lock_wait_ns: int | None
-    """Inside KVM_RUN, waiting for locks, ns; null: not measured."""
-
-
-class Stretch(Struct, frozen=True, kw_only=True):
-    """A while of the running guest, and what its vCPUs lost in it."""
-
-    begin: int
-    """When it began, ns from the window's begin."""
-    duration_ns: int
-    """How long it lasted, ns."""
-    vcpus: list[VcpuShare]
-    """One row for each vCPU."""
-
-
-class Logging(Struct, frozen=True, kw_only=True):
-    """Dirty logging switched on or off over some slots (KVM_SET_USER_MEMORY_REGION)."""
-
-    on: bool
-    """Switched on, or off."""
-    begin: int
-    """First ioctl's begin, ns from the window's begin."""
-    end: int
-    """Last ioctl's end, ns from the window's begin."""
-    kernel_ns: int
-    """Inside the ioctls, ns."""
-    slots: int
-    """Number of slots."""
-    in_blackout_ns: int | None
-    """The part of `kernel_ns` that lies in the blackout, ns; null: no stop was seen."""
-
-
-class Rearm(Struct, frozen=True, kw_only=True):
-    """Pages protected anew although no vCPU could write to them any more: work that is avoidable."""
-
-    ns: int
-    """What it took, ns."""
-    error_ns: int
-    """How far `ns` may be off at 95 %, where it comes from samples, ns."""
-    samples: int | str
-    """`exact`, or the number of samples."""
-    pages: int
-    """Number of pages of the slots, or parts of them, that were re-armed: dirty or not."""
-    ns_per_page: float
-    """`ns` by `pages`, ns a page."""
-    ms_per_gib: float
-    """The same by memory, ms/GiB."""
-
-
-class Pass(Struct, frozen=True, kw_only=True):
-    """One pre-copy pass: a fetch with the guest running, and the sending up to the next one."""
-
-    begin: int
-    """Begin of its fetch, ns from the window's begin."""
-    kernel_ns: int
-    """Inside the fetch's ioctls, ns."""
-    user_ns: int
-    """Between them, and up to the first send, ns."""
-    pages: int | None
-    """Number of dirty pages, by the ring; null with a bitmap."""
-    bytes: int | None
-    """What was sent up to the next fetch, bytes; null: sends were not traced."""
-    send_ns: int | None
-    """Inside these send calls, ns; null: sends were not traced."""
-    blocked_ns: int | None
-    """The part of `send_ns` off the CPU, ns; null: not measured, or nothing was sent."""
-    dirty_pages_per_s: int | None
-    """`pages`, or else `pages_at_most`, by the time since the fetch before, pages/s; null for the first."""
-    pages_at_most: int | None = None
-    """Number of whole pages that the bytes can hold; pages sent as a mere header (all zero) are not among them."""
-    user_off_cpu_ns: int | None = None
-    """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
-    split: Split | None = None
-    """What the ioctls did on the CPU; null: too short to be sampled, or not traced."""
-    brownout: Stretch | None = None
-    """What the vCPUs lost from this fetch to the next one, or to the stop; null: not measured."""
-    baseline: Stretch | None = None
-    """As long, or as long as was traced, before logging was switched on; null: not measured."""
-    tcp_info: dict[str, int] | None = None
-    """All migration sockets together, as `SocketUse.tcp_info`; us, bytes and numbers."""
-
-
-class FinalFetch(Struct, frozen=True, kw_only=True):
-    kernel_ns: int | None
-    """Phase fetch.kernel, ns; null: fetches were not traced."""
-    user_ns: int | None
-    """Phase fetch.user, ns; null: fetches were not traced."""
-    pages: int | None
-    """Number of ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before; null with a bitmap, whose
-    bits are not counted."""
-    bytes: int | None
-    """What was sent of memory after the stop, bytes; null: sends were not traced."""
-    send_ns: int | None
-    """Phase memory.send, ns; null: sends were not traced."""
-    user_off_cpu_ns: int | None = None
-    """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
-    split: Split | None = None
-    """All its ioctls together; null: as of an ioctl."""
-    rearm: Rearm | None = None
-    """Work for nothing in it; null: none, or not known."""
-
-
-class DirtyLog(Struct, frozen=True, kw_only=True):
-    mode: DirtyLogMode
-    """How dirty pages were logged."""
-    slots: list[Slot]
-    """The memslots that were fetched, as far as their place is known."""
-    passes: list[Pass]
-    """The pre-copy passes in order of time."""
-    final: FinalFetch | None
-    """The fetches after the stop, with what they caused; null: none."""
-    fetches: list[Fetch]
-    """The fetches that began after the last vCPU stopped."""
-    logging: list[Logging] = []
-    """Each time that dirty logging was switched."""
 
 
 class SocketUse(Struct, frozen=True, kw_only=True):

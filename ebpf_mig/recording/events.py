@@ -6,73 +6,76 @@ In: nothing. Out: the structs that `probes/` emits, `file.py` stores and `collec
 All times are integer nanoseconds of CLOCK_MONOTONIC of the recording's host (`bpf_ktime_get_ns`); 0 means "not seen",
 since a call can begin before tracing does. pids and tids are those of the initial pid namespace. The structs are stored
 as arrays: fields may be appended with a default, never removed or reordered.
-
-The type of a field gives its meaning, unless it is a plain number. `Instant`s are shifted when two recordings are
-joined; `HostName`, `Address` and similar fields are replaced when a recording is redacted. `kinds.py` reads these
-meanings.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
-from ebpf_mig.recording.meaning import Meaning
+from ebpf_mig.recording.fields import (
+    LATEST,
+    Address,
+    Bits32,
+    Bits64,
+    Count,
+    Duration,
+    Fd,
+    Flag,
+    FreeText,
+    Inode,
+    Instant,
+    MaybeBits32,
+    MaybeDuration,
+    Pid,
+    Probe,
+    Returned,
+    Size,
+    Symbol,
+    ThreadName,
+    Value,
+    VcpuIndex,
+    Way,
+    Word,
+)
+from ebpf_mig.recording.header import ClockPair, Header, Remote, Target
 
-LATEST = 1 << 62
-"""Upper limit of times (ns) and counts. A sum or difference of two such values still fits into 64 bits."""
-_MOST_PID = 1 << 33
-"""The kernel's limit is 2^22. In a joined recording 2^32 is added to ids that both hosts use."""
-
-Instant = Annotated[int, Meaning.INSTANT, Meta(ge=0, le=LATEST)]
-"""ns of CLOCK_MONOTONIC; 0: not seen."""
-WallClock = Annotated[int, Meta(ge=0, le=LATEST)]
-"""ns of CLOCK_REALTIME."""
-Duration = Annotated[int, Meta(ge=0, le=LATEST)]
-"""ns."""
-MaybeDuration = Annotated[int, Meta(ge=-1, le=LATEST)]
-"""ns; -1: unknown."""
-Count = Annotated[int, Meta(ge=0, le=LATEST)]
-Size = Annotated[int, Meta(ge=0, le=LATEST)]
-"""Bytes."""
-Value = Annotated[int, Meta(ge=-LATEST, le=LATEST)]
-"""A figure of the VMM in its own unit, or a difference of two clocks."""
-Bits64 = Annotated[int, Meta(ge=0)]
-"""An argument that a process passed to the kernel: any 64 bits, not validated."""
-Bits32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-MaybeBits32 = Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
-"""-1: unknown."""
-Returned = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-"""The return value of a system call."""
-Pid = Annotated[int, Meta(ge=0, le=_MOST_PID)]
-Fd = Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
-"""A file descriptor; -1: unknown."""
-Inode = Annotated[int, Meta(ge=0)]
-Way = Annotated[int, Meta(ge=0, le=1)]
-"""A `Direction`."""
-Flag = Annotated[int, Meta(ge=0, le=1)]
-VcpuIndex = Annotated[int, Meta(ge=-1, le=1 << 20)]
-"""-1: not a vCPU."""
-
-Address = Annotated[str, Meaning.ADDRESS]
-"""`ADDR:PORT`, or empty."""
-HostName = Annotated[str, Meaning.HOST]
-MachineId = Annotated[str, Meaning.MACHINE_ID]
-ProcessName = Annotated[str, Meaning.PROCESS]
-ThreadName = Annotated[str, Meaning.THREAD]
-FreeText = Annotated[str, Meaning.TEXT]
-Symbol = Annotated[str, Meaning.SYMBOL]
-"""A kernel function."""
-Version = Annotated[str, Meaning.VERSION]
-Probe = Annotated[str, Meaning.PROBE]
-"""One of our BPF programs, or a kind of record."""
-Tier = Annotated[str, Meaning.TIER]
-"""How a signal was attached, or `absent: ` and the reason."""
-Word = Annotated[str, Meaning.WORD]
-"""A word of ebpf-mig or of the VMM's protocol; it identifies nobody."""
+__all__ = [
+    "CLOSED",
+    "ENDED",
+    "LATEST",
+    "RECEIVE",
+    "RECURSION_MISSES",
+    "SEND",
+    "WRITTEN",
+    "AnyEvent",
+    "ClockPair",
+    "CpuQuota",
+    "Direction",
+    "Ending",
+    "Event",
+    "Header",
+    "Ioctl",
+    "Kick",
+    "Mark",
+    "OffCpu",
+    "OwnCost",
+    "Remote",
+    "Retransmit",
+    "Samples",
+    "Segment",
+    "Slot",
+    "Socket",
+    "Target",
+    "TcpInfo",
+    "Thread",
+    "Transfer",
+    "VcpuEnter",
+    "VcpuExit",
+    "VcpuSpan",
+    "VcpuState",
+]
 
 
 class Direction(IntEnum):
@@ -442,67 +445,3 @@ AnyEvent = (
     | OwnCost
     | CpuQuota
 )
-
-
-class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """One traced process."""
-
-    pid: Pid
-    role: Word
-    """`source`, `destination` or `unknown`, as given by the user; the collector checks it."""
-    comm: ProcessName = ""
-    vmm: Word = ""
-    vmm_version: Version = ""
-
-
-class ClockPair(msgspec.Struct, frozen=True, array_like=True):
-    """CLOCK_MONOTONIC and CLOCK_REALTIME, read at the same time."""
-
-    monotonic_ns: Instant
-    realtime_ns: WallClock
-    doubt_ns: Duration
-
-
-class Remote(msgspec.Struct, frozen=True, kw_only=True):
-    """The destination host's part of a joined recording. Its events are on the clock of the source host."""
-
-    host: HostName = ""
-    pid: Pid = 0
-    """Pid of the destination in this recording."""
-    own_pid: Pid = 0
-    """Pid of the destination on its host. It differs from `pid` only if the source host uses the same pid."""
-    boot_id: MachineId = ""
-    kernel: Version = ""
-    machine: Word = ""
-    offset_ns: Value = 0
-    """The destination's clock minus the source's; subtracted from each instant of the destination."""
-    bound_ns: Duration | None = 0
-    """Error bound of the offset at `at_ns`; None: unbounded on one side."""
-    open: Word = ""
-    """`least` or `most`: nothing bounds the offset from below, or from above."""
-    at_ns: Instant = 0
-    """The start of the destination, on the source's clock."""
-    drift_ppb: Count = 0
-    """Largest difference of the two clock rates."""
-    pairs: tuple[Count, Count] = (0, 0)
-    """Number of pairs of events that bound the offset from above and from below."""
-
-
-class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The first block of a recording: its host, its processes and how it was made."""
-
-    format: Count = 1
-    tool: Version = ""
-    host: HostName = ""
-    boot_id: MachineId = ""
-    kernel: Version = ""
-    machine: Word = ""
-    page_size: Size = 4096
-    begin_ns: Instant = 0
-    clock: ClockPair | None = None
-    targets: list[Target] = []
-    attach: dict[Word, Tier] = {}
-    """Attach tier by signal: `fentry`, `kprobe`, `tracepoint`, `absent: why`."""
-    notes: list[FreeText] = []
-    remote: Remote | None = None
-    """Only in a joined recording."""

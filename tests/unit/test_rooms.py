@@ -19,6 +19,8 @@ from tests.unit.commands.test_cli import ROOT
 PACKAGE = ROOT / "ebpf_mig"
 BASE = ("errors", "text", "files")
 """Modules of the package root that every room may use; as is the version in `__init__`."""
+RESULT = ("breakdown", "dirty_log", "vocabulary")
+"""Modules of the package root that make up the room `breakdown`."""
 FACE = ("__init__", "__main__", "cli")
 """Modules of the package root that may use every room."""
 
@@ -53,7 +55,8 @@ def room(module: str) -> str:
         return "face"
     if (PACKAGE / parts[1]).is_dir():
         return parts[1]
-    return "base" if parts[1] in BASE else "face" if parts[1] in FACE else parts[1]
+    of_root = {"base": BASE, "breakdown": RESULT, "face": FACE}
+    return next((name for name, modules in of_root.items() if parts[1] in modules), parts[1])
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

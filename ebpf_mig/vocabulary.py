@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of a breakdown: the values that its fields can have, and the base of its structs.
+
+In: nothing. Out: enums whose values are public names in the JSON form: add, never rename. `breakdown.py` exports them
+all.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Side(StrEnum):
+    """Whose a phase, a process or a lane is."""
+
+    SOURCE = "source"
+    """The VM's old process."""
+    DESTINATION = "destination"
+    """The VM's new process."""
+    BOTH = "both"
+    """Of both processes, or of what lies between them."""
+    UNKNOWN = "unknown"
+    """Of a traced process that is neither; never that of a phase."""
+
+
+class PhaseName(StrEnum):
+    """The phases, in the order in which reports print them. Each instant of the window belongs to one."""
+
+    PAUSE = "pause"
+    """From the pause request to the last vCPU's stop."""
+    QUIESCE = "quiesce"
+    """What the source does next: device handlers, clock reads, draining of block devices."""
+    FETCH_KERNEL = "fetch.kernel"
+    """Inside the ioctls of the final dirty-log fetch."""
+    FETCH_USER = "fetch.user"
+    """Between these ioctls, and up to the first page sent."""
+    MEMORY_SEND = "memory.send"
+    """From the first send of the final pages to the last."""
+    STATE_SAVE = "state.save"
+    """Reading vCPU and device state."""
+    STATE_SEND = "state.send"
+    """Sending that state."""
+    HANDOVER = "handover"
+    """All has been sent, and the destination waits for it or for its turn."""
+    STATE_LOAD = "state.load"
+    """The destination writes vCPU and device state."""
+    RESUME = "resume"
+    """From there to the last vCPU's start."""
+    UNATTRIBUTED = "unattributed"
+    """What no rule explains."""
+
+
+class Verdict(StrEnum):
+    """How far a result can be relied upon."""
+
+    COMPLETE = "complete"
+    """Nothing is known to be missing."""
+    BOUNDED = "bounded"
+    """Something was not traced: what that is known of is a part."""
+    INCOMPLETE = "incomplete"
+    """Events were lost, or the recording was cut off."""
+
+
+class Result(StrEnum):
+    """How a migration ended."""
+
+    COMPLETED = "completed"
+    """The guest runs on the destination."""
+    FAILED = "failed"
+    """It did not, as the VMM or its driver reported, or as a process ended; the source has the guest again."""
+    CANCELLED = "cancelled"
+    """Somebody called it off, as the VMM or its driver reported."""
+    SAVED = "saved"
+    """The state went to a file or a pipe, and nobody was seen to take over."""
+    UNKNOWN = "unknown"
+    """The recording does not say. See `analysis.outcome` for what says the others."""
+
+
+class Mode(StrEnum):
+    """When the memory moves."""
+
+    PRECOPY = "precopy"
+    """While the guest runs on the source, and what is left in the blackout."""
+    POSTCOPY = "postcopy"
+    """Also after the guest's start on the destination."""
+    LOCAL = "local"
+    """Not at all: both processes share it."""
+    UNKNOWN = "unknown"
+    """The recording does not say."""
+
+
+class Transport(StrEnum):
+    """What carries the migration."""
+
+    TCP = "tcp"
+    """TCP, also with TLS."""
+    UNIX = "unix"
+    """A UNIX socket."""
+    NONE = "none"
+    """No socket was used."""
+    UNKNOWN = "unknown"
+    """The recording does not say."""
+
+
+class DirtyLogMode(StrEnum):
+    """How KVM tells which pages are dirty."""
+
+    MANUAL = "manual"
+    """A bitmap that KVM_CLEAR_DIRTY_LOG re-arms (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)."""
+    LEGACY = "legacy"
+    """A bitmap that KVM_GET_DIRTY_LOG re-arms by itself."""
+    RING = "ring"
+    """Dirty rings (KVM_CAP_DIRTY_LOG_RING)."""
+    NONE = "none"
+    """Nothing was logged."""
+    UNKNOWN = "unknown"
+    """The source, or what it does with its log, was not traced."""
+
+
+class SwitchoverKind(StrEnum):
+    """What became of the guest after its stop on the source."""
+
+    COMPLETED = "completed"
+    """The destination runs."""
+    STOPPED = "stopped"
+    """The source does not run; the rest is unknown."""
+    ABORTED = "aborted"
+    """The source runs again."""
+
+
+PHASES: tuple[tuple[PhaseName, Side], ...] = (
+    (PhaseName.PAUSE, Side.SOURCE),
+    (PhaseName.QUIESCE, Side.SOURCE),
+    (PhaseName.FETCH_KERNEL, Side.SOURCE),
+    (PhaseName.FETCH_USER, Side.SOURCE),
+    (PhaseName.MEMORY_SEND, Side.SOURCE),
+    (PhaseName.STATE_SAVE, Side.SOURCE),
+    (PhaseName.STATE_SEND, Side.SOURCE),
+    (PhaseName.HANDOVER, Side.BOTH),
+    (PhaseName.STATE_LOAD, Side.DESTINATION),
+    (PhaseName.RESUME, Side.DESTINATION),
+    (PhaseName.UNATTRIBUTED, Side.BOTH),
+)
+"""Every phase and its side, in the order in which reports print them. In an aborted blackout, `resume` is the source's:
+see `sides_of`."""
+
+
+def sides_of(aborted: bool) -> tuple[tuple[PhaseName, Side], ...]:
+    """`PHASES` of a migration: where the source took its guest back, it is the source that resumes."""
+    back = aborted and PhaseName.RESUME
+    return tuple((name, Side.SOURCE if name == back else side) for name, side in PHASES)
+
+
+IMMEDIATE = ": taken not to have run the guest"
+"""How a note on KVM_RUN calls that returned at once ends."""
+
+Span = tuple[int, int]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Base: immutable, built by name. It cannot be part of a cycle, so the garbage collector need not look at it."""
