@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig exporter`: watches this node and serves what it finds to Prometheus."""
+"""`ebpf-mig exporter`: watches this node and serves its migrations' figures to Prometheus."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def command(
                     say("draining")
                     return
             if server.poll() is None:
-                raise PreflightError("the process that listens was stopped")
-            raise PreflightError(f"the process that listens has ended with status {server.returncode}")
+                raise PreflightError("the listener process was stopped")
+            raise PreflightError(f"the listener process ended with status {server.returncode}")
 
 
 def stopping() -> list[int]:
-    """Becomes true at the first SIGTERM or Ctrl-C. A second one ends the process at once.
+    """A list that becomes non-empty with the first SIGTERM or Ctrl-C. A second one ends the process at once.
 
-    No exception is raised: one raised in a ring buffer callback would be lost.
+    No exception is raised: during a callback of the ring buffer it would be lost.
     """
     came: list[int] = []
 
@@ -112,20 +112,20 @@ def stopping() -> list[int]:
 
 
 class Pipe:
-    """Messages to the listener, one JSON line each, from several threads."""
+    """Messages to the listener, one JSON line each. Thread-safe."""
 
     def __init__(self, fd: int) -> None:
         self._file = os.fdopen(fd, "wb", buffering=0)
         self._lock = threading.Lock()
 
     def tell(self, answer: Answer) -> None:
-        """Sends what is known of a migration."""
+        """Sends the results of a migration."""
         for message in (answer.observation, answer.trace):
             if message is not None:
                 self.put(message)
 
     def put(self, message: Message | Trace) -> None:
-        """Writes one message. If the listener is gone, this is noticed elsewhere."""
+        """Writes one message. If the listener is gone, `command` notices it."""
         line = msgspec.json.encode(message) + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             view = memoryview(line)
@@ -133,7 +133,7 @@ class Pipe:
                 view = view[self._file.write(view) :]
 
     def close(self) -> None:
-        """Lets the listener finish and exit."""
+        """Has the listener drain and end."""
         self._file.close()
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's watch over all its VMs, and the Prometheus exporter that serves what it finds."""
+"""Watches all VMs of a node, and serves each migration's figures to Prometheus."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps recordings and has breakdowns made of them, beside the loop, which must not wait while others migrate.
+"""Keeps recordings and has them analysed in a thread, because the watch's loop must not wait.
 
-In: ended migrations. Out: their recordings in the store, and an `Answer` for each, made by a process without privilege
-(`analysis_worker.py`).
+In: ended migrations. Out: their recordings in the store, and an `Answer` for each. The analyst, a process without
+privilege (`analysis_worker.py`), makes the answers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ebpf_mig.recording.events import AnyEvent, Header
 from ebpf_mig.recording.file import RecordingWriter
 
 ANSWER_S = 120.0
-"""A little more than the process that analyses has patience for."""
+"""A little more than the analyst's own time-out, `PATIENCE_S`."""
 QUEUED, QUEUED_EVENTS = 256, 1_000_000
-"""Migrations that wait for their analysis, and their events in all: some 300 MB. Those beyond are left out."""
+"""Migrations that wait for analysis, and the sum of their events (about 300 MB). More are left out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Case:
 
 
 class Analysis:
-    """Takes cases in the loop's thread, tells answers in one of its own. To be made before privilege is given up."""
+    """Takes cases in the loop's thread, and passes answers on in its own. Create it before privilege is given up."""
 
     def __init__(self, store: Store, tell: Callable[[Answer], None], troubles: Troubles) -> None:
         self._store = store
@@ -66,28 +66,28 @@ class Analysis:
         self._answers = self._channel.makefile("rb")
 
     def verify(self) -> None:
-        """Waits until the process that analyses has given up its privilege; PreflightError if it cannot."""
+        """Waits until the analyst has given up its privilege. PreflightError if it cannot."""
         try:
             said = self._answers.readline()
-        except OSError as error:  # it did not say so in time
-            raise PreflightError(f"the process that analyses does not start: {error}") from error
+        except OSError as error:  # not in time
+            raise PreflightError(f"the analyst process does not start: {error}") from error
         if said != READY:
-            raise PreflightError(f"the process that analyses ended with status {self._process.wait()}")
+            raise PreflightError(f"the analyst process ended with status {self._process.wait()}")
 
     def check(self) -> None:
-        """Once a second: PreflightError if the process that analyses has ended, or was stopped and so had to be ended.
+        """Call it once a second. PreflightError if the analyst has ended, or was stopped and therefore killed.
 
-        This process may not start another: it has given up what that takes. It ends, and whoever runs it starts it
-        again; until then nobody is told that all is well.
+        The watch cannot start another one: it has given up the privilege for that. It ends, and the service manager
+        starts it again.
         """
         if self._process.poll() is None and is_stopped(self._process.pid):
             self._leash.let_go()
-            raise PreflightError("the process that analyses was stopped")
+            raise PreflightError("the analyst process was stopped")
         if self._process.poll() is not None:
-            raise PreflightError(f"the process that analyses ended with status {self._process.returncode}")
+            raise PreflightError(f"the analyst process ended with status {self._process.returncode}")
 
     def put(self, case: Case) -> None:
-        """Takes over an ended migration. The thread begins here: one that began earlier would keep capabilities."""
+        """Queues an ended migration. The thread starts here: a thread that started earlier would keep capabilities."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="analysis", daemon=True)
             self._thread.start()
@@ -100,7 +100,7 @@ class Analysis:
         self._queue.put(case)
 
     def close(self) -> None:
-        """Waits until everything that was put is done."""
+        """Waits until everything in the queue is done."""
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join()
@@ -128,14 +128,14 @@ class Analysis:
             os.close(fd)
         line = self._answers.readline()
         if not line:
-            raise EOFError("the process that analyses is gone")
+            raise EOFError("the analyst process is gone")
         answer = msgspec.json.decode(line, type=Answer)
         if answer.observation is None:
             raise ValueError(answer.error)
         self._tell(answer)
 
     def _keep(self, case: Case) -> tuple[str, int]:
-        """The recording's name, empty if the store has no room, and a descriptor to read it from."""
+        """The recording's name, empty if the store could not keep it, and a descriptor to read it from."""
         try:
             return self._store.keep(case.header, case.events, case.vms[0].pid)
         except (EbpfMigError, OSError) as error:

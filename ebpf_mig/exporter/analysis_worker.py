@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that reads recordings and makes breakdowns: nobody, without any capability.
+"""The analyst: a process of user nobody without capabilities, which reads recordings and makes breakdowns.
 
 In: a socket over which the watch sends `Task`s, each with the descriptor of a recording. Out: `READY`, then an `Answer`
-for each, as a line of JSON. Whatever a recording does to the code that parses it, it does in here.
+for each task, as a line of JSON. A recording that breaks its parser only affects this process.
 
-It is started while there still is the privilege to become nobody, and then sleeps, small: the work is done by a child
-that is forked for it and ends when there has been none for a while.
+It starts while the watch still has the privilege to make it nobody. Then it sleeps and stays small: it forks a child
+for the work, which ends after a while without any.
 Run as `python -m ebpf_mig.exporter.analysis_worker SOCKET PARENT`.
 """
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ebpf_mig.exporter.messages import Answer, Task
 
 IDLE_S = 10.0
-"""The child waits this long for the next migration: importing its modules takes a third of a second of CPU time."""
+"""How long the child waits for the next migration. Importing its modules takes a third of a second of CPU time."""
 PATIENCE_S = 100
-"""The largest recordings take a few seconds."""
+"""Time-out of one analysis, in seconds. The largest recordings take a few."""
 READY = b"ready\n"
-"""Said once, when every privilege is gone: nothing is analysed before."""
+"""Sent once, when all privilege is gone. Nothing is analysed before."""
 MEMORY_BYTES = 2 << 30
-"""Address space: `tracks.KEPT_EVENTS` of the largest events take a quarter of it."""
+"""Limit of the address space. `tracker.KEPT_EVENTS` of the largest events take a quarter of it."""
 
 
 def main(channel: socket.socket) -> None:
@@ -44,23 +44,23 @@ def main(channel: socket.socket) -> None:
             _work(channel)
             os._exit(0)
         _, status = os.waitpid(child, os.WUNTRACED)
-        if os.WIFSTOPPED(status):  # whoever waits for its answer would wait for ever
+        if os.WIFSTOPPED(status):  # the watch would wait for its answer for ever
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
         if status:
-            channel.sendall(b'{"error": "the process that analyses ended with status %d"}\n' % status)
+            channel.sendall(b'{"error": "the analysis ended with status %d"}\n' % status)
 
 
 def _awaits(channel: socket.socket) -> bool:
-    """Waits for work; False once the other end is gone."""
+    """Waits for work. False once the other end is closed."""
     try:
         return bool(channel.recv(1, socket.MSG_PEEK))
-    except ConnectionResetError:  # it has not even read that we are ready
+    except ConnectionResetError:  # the other end was closed before it read READY
         return False
 
 
 def _work(channel: socket.socket) -> None:
-    """Answers tasks until there are none for a while."""
+    """Answers tasks until none comes for `IDLE_S`."""
     import msgspec
 
     from ebpf_mig.exporter.messages import Answer, Task
@@ -74,14 +74,14 @@ def _work(channel: socket.socket) -> None:
         try:
             with os.fdopen(fds[0], "rb") as recording:
                 answer = examine(msgspec.json.decode(line, type=Task), recording)
-        except Exception as error:  # a bug in the analysis costs this migration, not the next
+        except Exception as error:  # a bug in the analysis only affects this migration
             answer = Answer(error=f"{type(error).__name__}: {error}"[:500])
         channel.sendall(msgspec.json.encode(answer) + b"\n")
         signal.alarm(0)
 
 
 def examine(task: Task, recording: BinaryIO) -> Answer:
-    """The breakdown in brief. RecordingError if it is no recording."""
+    """The summary of the breakdown. RecordingError if the file is no recording."""
     from ebpf_mig.collector import analyse
     from ebpf_mig.exporter.messages import Answer
     from ebpf_mig.exporter.observation import observe
@@ -98,7 +98,7 @@ def examine(task: Task, recording: BinaryIO) -> Answer:
 
 
 def _request(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """One line and the descriptor that came with it; nothing once the other end is closed."""
+    """One line and the descriptor sent with it; empty once the other end is closed."""
     line, fds, _, _ = socket.recv_fds(channel, 1 << 20, 1)
     while line and not line.endswith(b"\n"):
         more = channel.recv(1 << 20)
@@ -110,9 +110,9 @@ def _request(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 if __name__ == "__main__":
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # the watch waits for what has been begun
+        signal.signal(signum, signal.SIG_IGN)  # the watch waits for analyses under way
     capabilities.become_nobody()
-    capabilities.die_with_parent(int(sys.argv[2]))  # after it: a change of identity forgets this
+    capabilities.die_with_parent(int(sys.argv[2]))  # after becoming nobody: a change of identity clears this
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.sendall(READY)
     main(channel)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that the kernel kills when we end or let go of it, whatever user it runs as and even while it is stopped.
+"""Has the kernel kill a child when we end or release it, even if it is stopped or runs as another user.
 
-In: a running child. Out: a `Leash`. prctl(2)'s parent-death signal is forgotten when a process changes its identity,
-and does not arrive at another user's process without CAP_KILL. Instead the child holds one end of a pair of sockets
-that nobody writes to. The kernel is asked to send SIGKILL to the child once the other end, ours, is closed (fcntl(2),
-F_SETSIG, F_SETOWN; the permission is checked against who asked, see sigio_perm in fs/fcntl.c).
+In: a running child. Out: a `Leash`. prctl(2)'s parent-death signal is not enough: it is cleared when a process changes
+its identity, and does not reach another user's process without CAP_KILL. Instead the child holds one end of a socket
+pair that nobody writes to. When the other end, ours, is closed, the kernel sends SIGKILL to the child (fcntl(2),
+F_SETSIG, F_SETOWN). It checks permission against the process that asked for the signal (sigio_perm in fs/fcntl.c).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 
 
 class Leash:
-    """Give `theirs` to the child, then `tie` it. Our end is inherited by nobody."""
+    """Pass `theirs` to the child, then call `tie`. No other process inherits our end."""
 
     def __init__(self) -> None:
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -27,7 +27,7 @@ class Leash:
         return self._theirs.fileno()
 
     def tie(self, pid: int) -> None:
-        """From now on the child dies with us."""
+        """From now on, the child dies when we do."""
         fd = self._theirs.fileno()
         fcntl.fcntl(fd, fcntl.F_SETOWN, pid)
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
@@ -41,7 +41,7 @@ class Leash:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a child that runs is stopped, by SIGSTOP say."""
+    """Whether a child that has not ended is stopped, e.g. by SIGSTOP."""
     try:
         return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # it has ended

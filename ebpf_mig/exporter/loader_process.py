@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading apart from running: a short-lived process compiles, loads and tries the programs, hands over what the kernel
-gave for them, and is gone, with LLVM and all that it allocated.
+"""The loader: a short-lived process that compiles, loads and tries the programs. It passes their descriptors on, and
+ends. LLVM and its memory are gone with it.
 
-In: nothing. Out: a standing `NodeProbe` and an idle `Tracer` that hold file descriptors only. The process runs as
-`python -m ebpf_mig.exporter.loader_process FD`, with no capability but the two that loading takes.
+In: nothing. Out: an attached `NodeProbe` and an idle `Tracer`, which hold file descriptors only. The process runs as
+`python -m ebpf_mig.exporter.loader_process FD`, with only the capabilities that loading takes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.probes.trigger import NodeProbe
 
 TIMEOUT_S = 120.0
-"""Compiling takes a second or two; a node that is out of memory takes longer."""
+"""Compiling takes a second or two, and longer on a node that is out of memory."""
 _MAX_FDS = 253
-"""SCM_MAX_FD of the kernel."""
+"""The kernel's SCM_MAX_FD (include/net/scm.h)."""
 _MESSAGE_MOST_BYTES = 1 << 20
 
 
 class LoadedObjects(msgspec.Struct, frozen=True, kw_only=True):
-    """What the loader sends with the descriptors; or `error`, and nothing else."""
+    """What the loader sends with the descriptors, or only `error` and `remedy`."""
 
     error: str = ""
     remedy: str = ""
@@ -42,7 +42,7 @@ class LoadedObjects(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_apart() -> tuple[NodeProbe, Tracer]:
-    """Has a process of its own load everything; PreflightError as if it had been done here."""
+    """Loads everything in another process. Raises PreflightError as if it had loaded here."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MESSAGE_MOST_BYTES)
     loader = start("ebpf_mig.exporter.loader_process", str(theirs.fileno()), fds=[theirs.fileno()])
@@ -54,10 +54,10 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
         raise PreflightError(f"the BPF programs were not loaded within {TIMEOUT_S:.0f} s", "ebpf-mig doctor") from error
     finally:
         ours.close()
-        loader.kill()  # it has done its work, or will not
+        loader.kill()  # it has finished, or will not
         loader.wait()
     if not data:
-        raise PreflightError(f"the process that loads ended with status {loader.returncode}", "ebpf-mig doctor")
+        raise PreflightError(f"the loader process ended with status {loader.returncode}", "ebpf-mig doctor")
     loaded = msgspec.json.decode(data, type=LoadedObjects)
     if loaded.error or loaded.node is None or loaded.trace is None:
         raise PreflightError(loaded.error, loaded.remedy or None)
@@ -66,12 +66,12 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
 
 
 def _load(channel: socket.socket) -> None:
-    """The short life of the loader."""
+    """Main function of the loader."""
     fds: list[int] = []
     try:
         capabilities.keep_only(capabilities.LOADER)
         node, tracer = NodeProbe(), Tracer(tier=os.environ.get("EBPF_MIG_TIER", AUTO))
-        tracer.arm()  # what does not attach or never fires is an error now
+        tracer.arm()  # a program that does not attach or never fires is an error now
         tracer.disarm()
         loaded = LoadedObjects(node=node.describe(fds), node_hooks=list(node.hooks), trace=tracer.describe(fds))
     except PreflightError as error:
@@ -81,4 +81,4 @@ def _load(channel: socket.socket) -> None:
 
 if __name__ == "__main__":
     _load(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # nothing to tidy up: the descriptors live on where they went
+    os._exit(0)  # nothing to clean up: the watch holds the descriptors now

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the watch and the process that analyses say to each other.
+"""Messages between the watch and the analyst.
 
 In: nothing. Out: `Task`, sent with the descriptor of a recording, and its `Answer`.
 """
@@ -14,10 +14,10 @@ from ebpf_mig.exporter.otel_spans import Trace
 
 
 class Task(msgspec.Struct, frozen=True):
-    """One recording to be analysed; its descriptor comes with it."""
+    """A recording to analyse. Its descriptor is sent with the message."""
 
     recording: str
-    """Its name in the store; empty if it is not kept there."""
+    """Its name in the store; empty if it is not in the store."""
     vms: list[Vm]
     trigger: str
     at: float
@@ -25,7 +25,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What became of a `Task`: an observation, or an error."""
+    """The result of a `Task`: an observation, or an error."""
 
     observation: Observation | None = None
     trace: Trace | None = None

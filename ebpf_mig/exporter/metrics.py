@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics: observations and status in, Prometheus families out; a scrape reads this memory and nothing else.
+"""The metrics. In: observations and the watch's status. Out: Prometheus families. A scrape only reads this memory.
 
-Bounded whatever tenants do: every label but `vm` comes from a closed list, and `vm` names at most `VMS` VMs at a
-time, the least recently migrated leaving first, each for `VM_SECONDS` at most. All in all under 2,000 series.
+Tenants cannot make them grow: every label but `vm` comes from a closed list. `vm` names at most `VMS` VMs, each for at
+most `VM_SECONDS`; the VM whose last migration is oldest is dropped first. There are fewer than 2,000 series.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ VMS = 256
 VM_SECONDS = 900.0
 VM_CHARACTERS = 64
 SILENT_S = 5.0
-"""The watch sends its state once a second. After this long without it, the watch is taken to be stopped."""
+"""The watch sends its state once a second. After this long without it, the watch is considered stopped."""
 
 BLACKOUT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
-"""Phases, fetches and sending: from what a small VM takes to what an alert is about."""
+"""For phases, fetches and sending, in seconds: from a small VM's to those that an alert is about."""
 
 _PHASES = frozenset(phase for phase, _ in PHASES)
 _PARTS = ("lock", "off_cpu", "kernel", "user")
@@ -38,7 +38,7 @@ _OUTCOMES = ("migration", "nothing", "suppressed")
 
 
 def vm_label(name: str, style: str) -> str:
-    """A tenant's VM name as a label value: `name` (printable, short), `hash`, or `none`."""
+    """A VM's name as a label value. `style`: `name` (printable, short), `hash` or `none`."""
     if style == "none" or not name:
         return ""
     if style == "hash":
@@ -48,7 +48,7 @@ def vm_label(name: str, style: str) -> str:
 
 
 class Metrics:
-    """What `/metrics` shows. Safe for threads. `vm_style` is that of `vm_label`."""
+    """What `/metrics` shows. Thread-safe. `vm_style` is the `style` of `vm_label`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Metrics:
         clock: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives wall-clock time, in seconds since the epoch; `steady` seconds that nobody sets."""
+        """`clock`: wall-clock time, seconds since the epoch. `steady`: monotonic time, seconds."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._vm_style = vm_style
@@ -76,12 +76,12 @@ class Metrics:
         )
         self._begin_missed = Counter(
             "ebpf_mig_migrations_begin_missed",
-            "Migrations that were noticed after dirty logging was switched on: their total time is not known.",
+            "Migrations noticed after dirty logging was switched on; their total time is not known.",
             registry=registry,
         )
         self._blackout = Histogram(
             "ebpf_mig_blackout_seconds",
-            "From the last vCPU's stop to the first vCPU's start; of migrations of which both sides were seen.",
+            "From the last vCPU's stop to the first vCPU's start, of migrations with both sides on this node.",
             ["vmm", "role"],
             buckets=BLACKOUT_BUCKETS,
             registry=registry,
@@ -95,7 +95,7 @@ class Metrics:
         )
         self._fetch = Histogram(
             "ebpf_mig_dirty_log_fetch_seconds",
-            "Fetching the dirty log, a migration's calls summed up, by stage and part.",
+            "Time that a migration's dirty-log fetches took, by stage and part.",
             ["stage", "part"],
             buckets=PART_BUCKETS,
             registry=registry,
@@ -105,7 +105,7 @@ class Metrics:
         )
         self._send = Histogram(
             "ebpf_mig_send_seconds",
-            "Time in send calls of the migration's sockets in the switchover: copying or blocked.",
+            "Time in send calls on the migration's sockets in the switchover: copying or blocked.",
             ["vmm", "state"],
             buckets=PART_BUCKETS,
             registry=registry,
@@ -117,7 +117,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "ebpf_mig_exporter_connections_rejected",
-            "Connections refused, cut for being idle or slow, or that failed.",
+            "Connections that were refused, cut because idle or slow, or failed.",
             ["reason"],
             registry=registry,
         )
@@ -125,25 +125,25 @@ class Metrics:
             self.rejected.labels(reason)
         self._traces: Counter | None = None
         registry.register(_Gauges(self))
-        # A series that is born with its first migration would hide it from `increase` and `rate`.
+        # If a series began with its first migration, `increase` and `rate` would not see that one.
         for vmm, role in itertools.product(VMMS, ROLES):
             self._blackout.labels(vmm, role)
             for result in RESULTS:
                 self._migrations.labels(vmm, role, result)
 
     def build(self, version: str, kernel: str) -> None:
-        """Says who is speaking."""
+        """Adds `ebpf_mig_build_info`."""
         info = Gauge("ebpf_mig_build_info", "Version of ebpf-mig and of the kernel; always 1.", ["version", "kernel"],
                      registry=self.registry)  # fmt: skip
         info.labels(version, kernel).set(1)
 
     def text(self, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
-        """The exposition. A migration is in all of its families or in none."""
+        """The exposition. A migration is either in all of its families or in none."""
         with self._lock:
             return encode(self.registry)
 
     def migration(self, o: Observation) -> None:
-        """Counts one migration in."""
+        """Counts a migration."""
         with self._lock:
             self._count(o)
 
@@ -176,7 +176,7 @@ class Metrics:
             self._evicted += 1
 
     def traces(self, arrived: bool, spans: int) -> None:
-        """Counts spans that a tracing back end took, or did not. The family exists from the first call on."""
+        """Counts spans that arrived at a tracing back end, or did not. The family exists after the first call."""
         if self._traces is None:
             self._traces = Counter(
                 "ebpf_mig_exporter_spans", "Spans sent to the OTLP endpoint.", ["outcome"], registry=self.registry
@@ -189,7 +189,7 @@ class Metrics:
         return vm_label(name, self._vm_style)
 
     def status(self, status: Status) -> None:
-        """Takes the watch's latest state."""
+        """Stores the watch's latest state."""
         with self._lock:
             self._status, self._status_at = status, self._steady()
 
@@ -201,7 +201,7 @@ class Metrics:
         return status is not None and age < SILENT_S and all(status.attached.values())
 
     def collect(self) -> Iterator[Metric]:
-        """The families that are not counted up here."""
+        """The families that are made at each scrape."""
         with self._lock:
             oldest = self._clock() - VM_SECONDS
             for name in [name for name, o in self._vms.items() if o.at < oldest]:
@@ -221,7 +221,7 @@ class Metrics:
 
 
 class _Gauges:
-    """A collector for `Metrics.collect`; prometheus_client asks for its names when it is registered."""
+    """Collector for `Metrics.collect`. prometheus_client calls it when it is registered."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -257,8 +257,8 @@ def _watch(s: Status) -> Iterator[Metric]:
     armed.add_metric([], s.armed_seconds)
     yield armed
     for name, text, label, counts in (
-        ("ebpf_mig_errors", "What went wrong for one VM or migration; the watch goes on.", "kind", s.errors),
-        ("ebpf_mig_limit_exceeded", "What was left out because a limit was reached.", "limit", s.limits),
+        ("ebpf_mig_errors", "Errors with one VM or migration; the watch goes on.", "kind", s.errors),
+        ("ebpf_mig_limit_exceeded", "What was left out because of a limit.", "limit", s.limits),
     ):
         counter = CounterMetricFamily(name, text, labels=[label])
         for kind, number in counts.items():
@@ -266,7 +266,7 @@ def _watch(s: Status) -> Iterator[Metric]:
         yield counter
     trigger = GaugeMetricFamily(
         "ebpf_mig_trigger_info",
-        "How migrations are noticed; always 1. By signs, some can be missed: see the documentation.",
+        "How migrations are noticed; always 1. With signs alone, some are missed: see the documentation.",
         labels=["trigger"],
     )
     trigger.add_metric([s.trigger], 1)
@@ -277,7 +277,7 @@ def _watch(s: Status) -> Iterator[Metric]:
     yield attached
     signs = CounterMetricFamily(
         "ebpf_mig_triggers",
-        "Signs of a migration, by kind and by what they led to; suppressed ones may have hidden a migration.",
+        "Signs of a migration, by kind and outcome; suppressed ones may have hidden a migration.",
         labels=["sign", "outcome"],
     )
     for sign in _TRIGGERS:
@@ -286,7 +286,7 @@ def _watch(s: Status) -> Iterator[Metric]:
     yield signs
     delay = HistogramMetricFamily(
         "ebpf_mig_trigger_delay_seconds",
-        "From a sign to the VM being traced; a migration that takes less than that is missed, at least in part.",
+        "From a sign to the VM being traced; a shorter migration is missed, at least in part.",
     )
     ends = (*map(str, DELAYS_S), "+Inf")
     delay.add_metric([], list(zip(ends, itertools.accumulate(s.delays), strict=True)), s.delay_seconds)

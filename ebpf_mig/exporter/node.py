@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: every migration of any VM on this node, whoever started it.
+"""The engine of `watch` and `exporter`: it finds every migration of any VM on this node.
 
 In: nothing but the node. Out: an `Observation` for each migration, its recording in the store, and a `Status`.
-The loop, top to bottom: signs from the standing probe; VMs that came or went; the costly probes on those VMs that
-showed a sign; the end of each migration; back to idle. It never calls a VMM.
+One turn of the loop: read signs from the standing probe; note VMs that came or went; trace the VMs that showed a sign;
+end migrations that are over; disarm. It never calls a VMM.
 """
 
 from __future__ import annotations
@@ -40,37 +40,37 @@ from ebpf_mig.tracing.witness import Witness
 IDLE_MS = 1000
 ARMED_MS = 20
 RESCAN_S = 60.0
-"""A VM that was missed by its thread births is found this late."""
+"""A search of /proc finds VMs of which no new thread was seen, this often."""
 RECHECKS_S = (0.05, 0.25, 1.0, 3.0, 6.0)
-"""A process makes its VM a little after its first thread: looked at again after these."""
+"""A process creates its VM a little after its first thread. It is checked again after these times."""
 GROWTH_BYTES = 16 << 20
-"""A VM that has not run grew by this much within a second: it is being loaded."""
+"""A VM that has not run and grows by this much within a second is being loaded."""
 BURST, REFILL_S = 4, 30.0
-"""Signs that proved wrong, of one VM: this many at once, then one more each so many seconds."""
+"""Budget of a VM for signs that lead to nothing: `BURST` at once, then one every `REFILL_S`."""
 VMS = 4096
-"""VMs that are watched at a time: what the standing probe's table holds."""
+"""VMs watched at a time: the size of the standing probe's table."""
 TRACED, RESERVED = 256, 64
-"""VMs traced at a time, what the costly probes' table holds; of these, so many only for those that show it plainly."""
+"""VMs traced at a time, the size of the costly probes' table. `RESERVED` of them are for signs in `PLAIN` only."""
 PLAIN = frozenset({"logging", "connect", "accept"})
 CHECKS = 8192
-"""Looks at new processes that are still to come."""
+"""Pending checks of new processes."""
 
 _log = logging.getLogger("ebpf_mig.exporter")
 
 
 @dataclass
 class _Known:
-    """A VM and what we think of it."""
+    """A VM and its state."""
 
     vm: Vm
     fresh: bool
-    """Its guest has not run as far as we saw: it may be a destination."""
+    """Its guest has not been seen to run, so it may be a destination."""
     resident: int = 0
     credit: float = BURST
     credited: float = field(default_factory=time.monotonic)
 
     def may_try(self) -> bool:
-        """Takes one from the budget of signs that may prove wrong; False if it is spent."""
+        """Takes one sign from the budget; False if the budget is spent."""
         now = time.monotonic()
         self.credit = min(BURST, self.credit + (now - self.credited) / REFILL_S)
         self.credited = now
@@ -81,14 +81,14 @@ class _Known:
 
 
 class NodeWatch:
-    """Use as a context manager, then call `run`. PreflightError where probes cannot be loaded."""
+    """Use as a context manager, then call `run`. Raises PreflightError if probes cannot be loaded."""
 
     def __init__(self, store: Store, tell: Callable[[Answer], None], only: str = "*") -> None:
-        """`only`: a glob; VMs whose name does not match are left alone."""
+        """`only`: a glob. VMs whose name does not match are ignored."""
         self._store = store
         self._only = only
         self._troubles = Troubles()
-        self._analysis = Analysis(store, tell, self._troubles)  # starts while the other compiles
+        self._analysis = Analysis(store, tell, self._troubles)  # it starts while the loader compiles
         self._probe, self._tracer = load_apart()
         self._analysis.verify()
         self._tracks = Tracks(Witness)
@@ -113,23 +113,23 @@ class NodeWatch:
         self.close()
 
     def verify(self) -> None:
-        """Attaches the costly probes once, with the privilege that is left: PreflightError now, not later."""
+        """Attaches the costly probes once with the remaining privilege, so that a PreflightError comes now."""
         self._tracer.arm()
         self._tracer.disarm()
         Symbols.of_kernel()
         give_back()
 
     def run(self, stop: Callable[[], bool], tick: Callable[[Status], None] | None = None) -> None:
-        """Watches until `stop()`; it is asked once a second. `tick` is called about once a second with the state."""
+        """Watches until `stop()` is true; it is called every turn. `tick` gets the state about once a second."""
         while not stop():
             self.step()
             if tick is not None and self._ticked == self._now:
                 tick(self.status())
 
     def step(self) -> None:
-        """One turn of the loop: waits for signs or events, at most a second."""
+        """One turn of the loop. Waits for signs or events, at most a second."""
         if self._tracks:
-            signs = self._probe.poll(ARMED_MS)  # events wait better than a VM that begins to migrate meanwhile
+            signs = self._probe.poll(ARMED_MS)  # events can wait; a VM that begins to migrate cannot
             self._saw(self._tracer.poll(0))
         else:
             wait = IDLE_MS
@@ -157,7 +157,7 @@ class NodeWatch:
             self._tracks.saw(events, clock.monotonic_ns())
 
     def status(self) -> Status:
-        """The watch's own state."""
+        """The state of the watch."""
         armed_now = self._now - self._armed_at if self._armed else 0.0
         errors, limits = self._troubles.counts()
         return Status(
@@ -178,7 +178,7 @@ class NodeWatch:
         )
 
     def close(self) -> None:
-        """Ends what is being traced (its recordings are kept), waits for their analysis, detaches."""
+        """Ends tracing, keeps the recordings, waits for their analysis, and detaches."""
         for ended in self._tracks.abandon(clock.monotonic_ns()):
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
                 self._end(ended)
@@ -214,14 +214,14 @@ class NodeWatch:
             return
         self._checks = [(at, pid) for at, pid in self._checks if at > self._now]
         for pid in due - self._vms.keys():
-            with self._troubles.of("vm", f"process {pid}, which is new"):
+            with self._troubles.of("vm", f"new process {pid}"):
                 vm = discovery.vm_of(pid)
                 if vm is not None:
                     self._checks = [check for check in self._checks if check[1] != pid]
                     self._found(vm, new=True)
 
     def _tick(self) -> None:
-        """Once a second: who is gone, who began to run, who is being loaded; seldom: who was missed."""
+        """Once a second: finds VMs that ended, began to run, or are being loaded. Rarely: searches /proc."""
         self._analysis.check()
         with self._troubles.of("state", "the state directory"):
             self._kept = self._store.size()
@@ -234,7 +234,7 @@ class NodeWatch:
             with self._troubles.of("vm", "the search for VMs"):
                 for vm in discovery.find_vms().values():
                     if vm.pid not in self._vms:
-                        with self._troubles.of("vm", f"process {vm.pid}, which was found"):
+                        with self._troubles.of("vm", f"process {vm.pid}"):
                             self._found(vm, new=not first)
 
     def _look_at(self, pid: int, known: _Known) -> None:
@@ -249,7 +249,7 @@ class NodeWatch:
                 self._suspect(pid, "memory")
 
     def _found(self, vm: Vm, *, new: bool) -> None:
-        """A VM that was just made may be loaded at once; one that we find may be migrating already: both are signs."""
+        """Adds a VM. A new one may be loaded at once, one found later may already be migrating, so both are signs."""
         if not fnmatch.fnmatchcase(vm.name, self._only):
             return
         if len(self._vms) >= VMS:
@@ -263,7 +263,7 @@ class NodeWatch:
         self._suspect(vm.pid, "born" if new else "start")
 
     def _suspect(self, pid: int, kind: str) -> None:
-        """Traces a VM that showed a sign, and with it those that may be its destination."""
+        """Traces a VM that showed a sign, and the VMs that may be its destination."""
         known = self._vms[pid]
         known.fresh = known.fresh and discovery.is_fresh(pid)
         if pid not in self._tracks and not known.may_try() and kind != "logging":
@@ -295,7 +295,7 @@ class NodeWatch:
         self._tracks.begin(pid, kind, clock.monotonic_ns(), fresh=self._vms[pid].fresh)
 
     def _rest(self) -> None:
-        """Disarms once nothing is traced."""
+        """Disarms if nothing is traced."""
         if self._armed and not self._tracks:
             self._armed = False
             self._tracer.disarm()
@@ -328,7 +328,7 @@ class NodeWatch:
         self._analysis.put(Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
 
     def _account(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        """(lost, unpaired, run time in ns) since the last time. Of all that was traced: it cannot be told apart."""
+        """(lost, unpaired, run time in ns) since the last call, of all traced VMs together."""
         losses = self._tracer.losses()
         lost, unpaired = (_since(now, before) for now, before in zip(losses, self._losses, strict=True))
         self._losses = losses

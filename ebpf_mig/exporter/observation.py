@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told about one migration and about the watch itself: to the terminal, and over a pipe to the exporter.
+"""What the watch reports about a migration and about itself, to the terminal or over a pipe to the listener.
 
-In: a breakdown. Out: small structs that JSON carries, with everything a tenant chose in one field, `vm`.
+In: a breakdown. Out: small structs for JSON. The field `vm` has everything that a tenant chose.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ VMMS = (*migrating(), "other")
 ROLES = (Side.SOURCE, Side.DESTINATION, Side.BOTH)
 RESULTS = tuple(Result)
 DELAYS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
-"""Upper ends of `Status.delays`; a migration that takes less than such a delay may be missed."""
+"""Upper ends of the buckets of `Status.delays`. A migration shorter than its delay may be missed."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
-    """One migration as this node saw it. Times in ns; None: not measured."""
+    """One migration as this node saw it. Times are in ns; None is not measured."""
 
     at: float
     """Wall clock at the end, seconds since the epoch."""
@@ -28,7 +28,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     vmm: str
     vm: str
     role: str
-    """source, destination or both: what of it was on this node."""
+    """source, destination or both: the sides on this node."""
     result: str
     trigger: str
     blackout_ns: int | None
@@ -38,18 +38,18 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     fetch: dict[str, dict[str, int]]
     """Stage (precopy, blackout) to part (lock, off_cpu, kernel, user) to ns."""
     send: dict[str, int]
-    """State (copy, blocked) to ns, migration sockets of the source in the window."""
+    """State (copy, blocked) to ns, of the source's migration sockets in the window."""
     final_bytes: int | None
-    """What was sent of memory in the blackout; None: the source was not seen here, or there was no fetch."""
+    """Bytes of memory sent in the blackout; None: the source was not seen here, or there was no fetch."""
     verdict: str
     reasons: list[str]
     lost: dict[str, int]
     begin_seen: bool = True
-    """Dirty logging was seen to be switched on; of a source."""
+    """For a source: dirty logging was seen to be switched on."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The watch itself: counters since it began."""
+    """The state of the watch; counters since it started."""
 
     vms: int
     armed: bool
@@ -57,17 +57,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     triggers: dict[str, dict[str, int]]
     """Kind of sign to outcome (migration, nothing, suppressed) to number."""
     delays: list[int]
-    """Signs by the time from the sign to the VM being traced: one number for each of `DELAYS_S`, one for more."""
+    """Histogram of the time from a sign to the VM being traced: one count for each of `DELAYS_S`, one for longer."""
     delay_seconds: float
-    """Sum of those times."""
+    """Sum of these times, in seconds."""
     attached: dict[str, bool]
-    """Standing probes."""
+    """Whether each standing probe is attached."""
     trigger: str
-    """What tells that a migration may begin: see `probes.node.TRIGGER`."""
+    """How migrations are noticed, see `probes.trigger`."""
     lost: dict[str, int]
     """Events lost in the kernel, by probe."""
     run_seconds: dict[str, float]
-    """Run time of the costly programs, where the kernel counts."""
+    """Run time of the costly programs, if the kernel counts it."""
     errors: dict[str, int]
     """By kind, see `troubles.ERRORS`."""
     limits: dict[str, int]
@@ -77,14 +77,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class Reload(msgspec.Struct, frozen=True, tag="reload"):
-    """The web configuration is to be read again. No signal: nobody's processes the watch may not signal any more."""
+    """Asks the listener to read the web configuration again. The watch may no longer send it signals."""
 
 
 Message = Observation | Status | Reload
 
 
 def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigger: str) -> Observation:
-    """The breakdown in brief."""
+    """The summary of a breakdown."""
     m = b.migration
     sides = {side for side, end in ((Side.SOURCE, m.source), (Side.DESTINATION, m.destination)) if end is not None}
     role = Side.BOTH if len(sides) == 2 else next(iter(sides), Side.UNKNOWN)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A migration as a trace: what an OpenTelemetry back end shows, and an id that both hosts come to by themselves.
+"""A migration as an OpenTelemetry trace, with an id that both hosts derive independently.
 
 In: the analysis of one host's recording. Out: spans in wall-clock time. The trace id is derived from the migration's
-own TCP connection, whose two ends both hosts know; the source's span id is derived from the trace id, so that the
-destination can name it as its parent without having heard of it. Pure.
+TCP connection, of which both hosts know the two ends. The source's span id is derived from the trace id, so the
+destination can use it as the parent. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
 
 MOST_SPANS = 200
-"""Of one trace; the shortest visits to a phase are left out beyond."""
+"""Of one trace. Beyond it, the shortest visits to a phase are left out."""
 
 Attribute = str | int | float | bool
 
@@ -38,16 +38,16 @@ class Trace(msgspec.Struct, frozen=True, tag="trace"):
 
     trace_id: str
     span_id: str
-    """The root's; empty: any."""
+    """Of the root; empty: random."""
     parent_id: str
-    """The source's root, for a destination whose source is elsewhere; empty: none."""
+    """The source's root, for a destination whose source is on another host; empty: none."""
     root: Span
     spans: list[Span]
     vm: str
 
 
 def trace_of(analysis: Analysis, seen: Observation) -> Trace | None:
-    """None where no switchover was found, or the recording does not tell wall-clock time."""
+    """None if no switchover was found, or the recording has no wall-clock time."""
     b, header = analysis.breakdown, analysis.header
     if b.window_ns is None or header.clock is None:
         return None
@@ -82,7 +82,7 @@ def id_of(text: str) -> str:
 
 def digest(text: str, digits: int) -> str:
     """The first hexadecimal digits of the SHA-256."""
-    import hashlib  # here: the watch reads our structs only, and need not hold a crypto library
+    import hashlib  # here: the watch only uses the structs, and should not load a crypto library
 
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 

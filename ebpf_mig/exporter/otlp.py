@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--otlp-endpoint`: each migration as OpenTelemetry spans, sent by the process that listens.
+"""`--otlp-endpoint`: the listener sends each migration as OpenTelemetry spans.
 
-In: `Trace`s. Out: OTLP over HTTP, by OpenTelemetry's own SDK: batched, retried, dropped when nobody takes them.
+In: `Trace`s. Out: OTLP over HTTP. OpenTelemetry's SDK batches and retries, and drops spans that cannot be delivered.
 Needs the extra `ebpf-mig[otlp]`. Headers, certificates and time-outs are set by OpenTelemetry's environment variables,
 OTEL_EXPORTER_OTLP_*.
 """
@@ -29,12 +29,12 @@ except ImportError as error:
 
 PATH = "/v1/traces"
 TIMEOUT_S = 5
-QUIT_S = 3000
-"""In ms: how long spans that are still to be sent are given when we end."""
+QUIT_MS = 3000
+"""Milliseconds: how long queued spans may take to be sent when we end."""
 
 
 def url_of(endpoint: str) -> str:
-    """The traces' URL of an OTLP endpoint, as the specification has it for a base URL; UsageError if it is none."""
+    """The URL for traces of an OTLP endpoint, formed as the specification says. UsageError if it is no URL."""
     try:
         parts = urlsplit(endpoint)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -49,7 +49,7 @@ class Sender:
     """Sends traces in the background. For one thread."""
 
     def __init__(self, endpoint: str, count: Callable[[bool, int], None]) -> None:
-        """`count` is told whether spans arrived, and how many."""
+        """`count` is called with whether spans arrived, and how many."""
         self._ids = _Ids()
         resource = Resource.create(
             {"service.name": "ebpf-mig", "service.version": __version__, "host.name": host_name()}
@@ -80,31 +80,31 @@ class Sender:
         made.end(span.end_ns)
 
     def close(self) -> None:
-        """Gives what is queued a last chance."""
-        self._provider.force_flush(QUIT_S)
+        """Tries once more to send what is queued."""
+        self._provider.force_flush(QUIT_MS)
         self._provider.shutdown()
 
 
 class _Ids(IdGenerator):
-    """Random ids, unless the next one is laid down."""
+    """Random ids, unless the next one is set."""
 
     def __init__(self) -> None:
         self.next_trace = self.next_span = 0
         self._random = RandomIdGenerator()
 
     def generate_trace_id(self) -> int:
-        """The id laid down for the next trace."""
+        """The id set for the next trace, else a random one."""
         taken, self.next_trace = self.next_trace, 0
         return taken or self._random.generate_trace_id()
 
     def generate_span_id(self) -> int:
-        """The id laid down for the next span, else a random one."""
+        """The id set for the next span, else a random one."""
         taken, self.next_span = self.next_span, 0
         return taken or self._random.generate_span_id()
 
 
 class _Counted(SpanExporter):
-    """Tells how many spans arrived and how many did not."""
+    """Counts spans that arrived, and spans that did not."""
 
     def __init__(self, inner: SpanExporter, count: Callable[[bool, int], None]) -> None:
         self._inner = inner

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that listens: no capability, not root, no BPF, no LLVM; it knows only what the watch tells it.
+"""The listener: a process of user nobody without capabilities, BPF or LLVM. It only knows what the watch sends.
 
-In: a listening socket and a pipe of JSON lines, as file descriptors. Out: HTTP responses. It ends with the pipe:
-when the watch dies, however it dies, the socket closes and a scrape fails, which is the truth.
+In: a listening socket and a pipe of JSON lines, as file descriptors. Out: HTTP responses. It ends when the pipe is
+closed. When the watch dies, the socket closes and scrapes fail, as they should.
 Run as `python -m ebpf_mig.exporter.serve OPTIONS`.
 """
 
@@ -37,13 +37,11 @@ _log = logging.getLogger("ebpf_mig.exporter")
 
 
 def main(arguments: list[str]) -> int:
-    """Serves until the pipe ends."""
+    """Serves until the pipe is closed."""
     logging.basicConfig(format="ebpf-mig: %(message)s", stream=sys.stderr)
     options = msgspec.json.decode(arguments[0], type=Options)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(
-            signum, signal.SIG_IGN
-        )  # the watch drains first, and then closes the pipe; it says when to reload
+        signal.signal(signum, signal.SIG_IGN)  # the watch closes the pipe after draining, and says when to reload
     metrics = Metrics(options.vm_label)
     metrics.build(__version__, platform.release())
     web = Web(socket.socket(fileno=options.listener), metrics)
@@ -55,7 +53,7 @@ def main(arguments: list[str]) -> int:
         _log.error("%s", "; ".join(filter(None, (str(error), error.remedy))))
         return error.exit_code
     capabilities.become_nobody()
-    capabilities.die_with_parent(options.parent)  # after it: a change of identity forgets this
+    capabilities.die_with_parent(options.parent)  # after becoming nobody: a change of identity clears this
     threading.Thread(target=web.serve_forever, args=(0.5,), name="http", daemon=True).start()
     trace = sender() if sender else None
     with os.fdopen(options.pipe, "rb") as pipe:
@@ -68,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _sender(options: Options, metrics: Metrics) -> Callable[[], Sender] | None:
-    """Imports what sending takes, which nobody may not be able to read; its threads must not keep privilege."""
+    """Imports OpenTelemetry now: user nobody may be unable to read it. Its threads start later, unprivileged."""
     if not options.otlp:
         return None
     from ebpf_mig.exporter.otlp import Sender
@@ -78,7 +76,7 @@ def _sender(options: Options, metrics: Metrics) -> Callable[[], Sender] | None:
 
 
 def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None, reload: Callable[[], None]) -> None:
-    """Takes messages until the pipe ends."""
+    """Handles messages until the pipe is closed."""
     decoder = msgspec.json.Decoder(Message | Trace)
     for line in pipe:
         message = decoder.decode(line)
@@ -94,7 +92,7 @@ def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None, reload: Cal
 
 
 def load_access(web: Web, path: str) -> None:
-    """Takes the web configuration over; UsageError leaves the one in use as it was."""
+    """Loads and applies the web configuration. On UsageError the one in use stays."""
     from ebpf_mig.exporter.webconfig import load
 
     config = load(path)
@@ -102,12 +100,12 @@ def load_access(web: Web, path: str) -> None:
 
 
 def reload(web: Web, config: str) -> None:
-    """Reads the web configuration again; what is wrong with it leaves the old one, and is said in one line."""
+    """Reads the web configuration again. If it is wrong, the old one stays, and one line is logged."""
     if not config:
         return
     try:
         load_access(web, config)
-    except Exception as error:  # the old restriction stays in force, whatever is wrong with the new one
+    except Exception as error:  # the old restrictions stay in force on any error
         _log.error("the web configuration stays as it was: %s", printable(str(error) or type(error).__name__, 500))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the processes that the exporter is made of: fresh ones, which inherit only what they are given.
+"""Starts the exporter's processes. They are new Pythons, and inherit only what they are given.
 
-In: a module and its arguments. Out: the running process. `give_back` keeps each of them small.
+In: a module and its arguments. Out: the running process. `give_back` keeps their memory small.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PASSED = ("PATH", "EBPF_MIG_TIER")
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process that listens is told on its command line, as JSON."""
+    """Options of the listener, passed on its command line as JSON."""
 
     listener: int
     pipe: int
@@ -31,7 +31,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:
-    """`python -Pm MODULE ARGUMENTS`, importing from where we did, in `/`, with the environment it may need."""
+    """Starts `python -Pm MODULE ARGUMENTS` in `/`, with our import path and the environment variables it may need."""
     wanted = (*_PASSED, "PYTHONPATH")
     return subprocess.Popen(
         [sys.executable, "-Pm", module, *arguments],
@@ -43,6 +43,6 @@ def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Pope
 
 
 def give_back() -> None:
-    """Gives memory back that a migration's events or a start took, which glibc keeps otherwise. Never fails."""
+    """Returns freed memory to the kernel, which glibc would keep. Never fails."""
     with contextlib.suppress(AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that is ours alone, held by a descriptor: what others do to the path that led to it changes nothing.
+"""A directory that only we can write to, held by a descriptor. Later changes to its path do not redirect us.
 
-In: a path, as root often, maybe through directories that others can write. Out: files that are made, read, listed and
-removed relative to the descriptor, no link ever followed. UsageError where the directory cannot be trusted.
+In: a path, which may lead through directories that others can write to. Out: files that are created, read, listed and
+removed relative to the descriptor, without following links. UsageError if the directory cannot be trusted.
 
-The path is walked component by component. A symbolic link on it is followed only if it belongs to root or to us; the
-last component may be no link at all, must belong to us, and nobody else may write to it. Who can write a parent can
-still move the directory away: then it cannot be used until one that can be trusted lies there again.
+The path is walked component by component. A symbolic link on it is followed only if it belongs to root or to us. The
+last component must not be a link, must belong to us, and nobody else may have write permission. Someone who can write
+to a parent can still move the directory away. It is then unusable until a trusted directory is at the path again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LINKS = 40
 
 
 class StateDirectory:
-    """Made if need be, mode 0700. Safe for threads."""
+    """Created if missing, with mode 0700. Thread-safe."""
 
     def __init__(self, path: str) -> None:
-        self.path = os.path.abspath(path)  # noqa: PTH100 - no link may be resolved here
+        self.path = os.path.abspath(path)  # noqa: PTH100 - links must not be resolved
         self._fd = _walk(self.path, make=True)
         try:
             self._identity = _trusted(self._fd, self.path)
@@ -37,7 +37,7 @@ class StateDirectory:
             raise
 
     def check(self) -> None:
-        """Whether the path still leads to what we hold; if another lies there that can be trusted, takes that one."""
+        """Checks that the path leads to the directory we hold. If another trusted one is there now, switches to it."""
         fd = _walk(self.path, make=False)
         try:
             identity = _trusted(fd, self.path)
@@ -52,12 +52,12 @@ class StateDirectory:
         self._identity = identity
 
     def create(self, name: str) -> int:
-        """A new file, 0600, open for writing. FileExistsError if there is something of that name."""
+        """A new file, mode 0600, open for writing. FileExistsError if the name is taken."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, 0o600, dir_fd=self._fd)
 
     def open(self, name: str) -> int:
-        """A regular file of ours, open for reading."""
+        """A regular file, open for reading."""
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -65,9 +65,9 @@ class StateDirectory:
         return fd
 
     def entries(self) -> dict[str, int]:
-        """Regular files that belong to us, and their sizes in bytes."""
+        """Our regular files, and their sizes in bytes."""
         found = {}
-        listing = os.open(".", _OPEN, dir_fd=self._fd)  # with a position of its own: other threads list as well
+        listing = os.open(".", _OPEN, dir_fd=self._fd)  # its own file position: other threads list as well
         try:
             with os.scandir(listing) as entries:
                 for entry in entries:
@@ -80,17 +80,17 @@ class StateDirectory:
         return found
 
     def remove(self, name: str) -> None:
-        """Removes an entry; silent if it is gone."""
+        """Removes an entry. Does nothing if it is gone."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Closes the descriptor."""
         os.close(self._fd)
 
 
 def _walk(path: str, *, make: bool) -> int:
-    """A descriptor of the directory at an absolute path; UsageError where a step cannot be trusted."""
+    """A descriptor of the directory at an absolute path. UsageError if a component cannot be trusted."""
     try:
         return _steps(path, make=make)
     except OSError as error:
@@ -112,7 +112,9 @@ def _steps(path: str, *, make: bool) -> int:
             if stat.S_ISLNK(status.st_mode) and parts:
                 links += 1
                 if links > _LINKS or status.st_uid not in (0, os.geteuid()):
-                    raise UsageError(f"cannot use {printable(path)}: {printable(name)} is a link that others made")
+                    raise UsageError(
+                        f"cannot use {printable(path)}: {printable(name)} is a link that another user made"
+                    )
                 target = PurePosixPath(os.readlink(name, dir_fd=here))
                 parts = [*(target.parts[1:] if target.is_absolute() else target.parts), *parts]
                 following = os.open("/", _OPEN) if target.is_absolute() else os.dup(here)
@@ -127,12 +129,12 @@ def _steps(path: str, *, make: bool) -> int:
 
 
 def _trusted(fd: int, path: str) -> tuple[int, int]:
-    """The identity of a directory that belongs to us alone."""
+    """The identity (device, inode) of a directory that only we can write to. UsageError otherwise."""
     status = os.fstat(fd)
     if status.st_uid != os.geteuid():
         raise UsageError(f"{printable(path)} belongs to user {status.st_uid}", "give a --state-directory of your own")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UsageError(f"{printable(path)} is writable for others", f"chmod go-w {printable(path)}")
+        raise UsageError(f"{printable(path)} is writable by others", f"chmod go-w {printable(path)}")
     if not status.st_nlink:
         raise UsageError(f"{printable(path)} was removed")
     return status.st_dev, status.st_ino

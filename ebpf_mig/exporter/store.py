@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recordings that are kept: the last ones, within limits of number and size.
+"""Keeps the latest recordings, within limits of number and size.
 
-In: a header and events. Out: a file in the state directory and its name; older files of ours go.
+In: a header and events. Out: a file in the state directory and its name. Older recordings are removed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ebpf_mig.recording.events import AnyEvent, Header
 from ebpf_mig.recording.file import RecordingWriter
 
 _OURS = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9]+\.rec")
-"""Only files with such names are ever removed."""
+"""Only files with such names are removed."""
 
 
 class Store:
-    """A directory that nobody else can write to. UsageError if it cannot be had."""
+    """A state directory. UsageError if it cannot be used."""
 
     def __init__(self, directory: str | Path, keep: int = 100, keep_bytes: int = 1 << 30) -> None:
         self._directory = StateDirectory(str(directory))
@@ -30,7 +30,7 @@ class Store:
         self._keep_bytes = keep_bytes
 
     def keep(self, header: Header, events: Sequence[AnyEvent], pid: int) -> tuple[str, int]:
-        """Writes a recording; its name, and a descriptor to read it from. UsageError, RecordingError or OSError."""
+        """Writes a recording. Returns its name and a descriptor to read it. UsageError, RecordingError or OSError."""
         self._directory.check()
         name, fd = self._new(pid)
         try:
@@ -53,10 +53,10 @@ class Store:
                 return name, self._directory.create(name)
             except FileExistsError:
                 continue
-        raise RecordingError("no name is free for a recording")
+        raise RecordingError("no file name is free for a recording")
 
     def prune(self) -> None:
-        """Removes the oldest recordings beyond the limits; the newest always stays."""
+        """Removes the oldest recordings beyond the limits. The newest always stays."""
         total = 0
         for number, (name, size) in enumerate(sorted(self._files().items(), reverse=True)):
             total += size
@@ -64,7 +64,7 @@ class Store:
                 self._directory.remove(name)
 
     def size(self) -> tuple[int, int]:
-        """(recordings, bytes) held now. UsageError if the directory is gone, or another lies there."""
+        """(recordings, bytes) held now. UsageError if the directory is gone or cannot be trusted."""
         self._directory.check()
         sizes = self._files().values()
         return len(sizes), sum(sizes)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sorts the events of all VMs that are being traced into migrations, and says when each is over.
+"""Sorts the events of all traced VMs into migrations, and decides when each is over.
 
 In: pids that showed a sign, batches of events, the time. Out: `Ended`: the processes of one migration, their events
-and why it ended; or that a sign meant nothing. Pure: what is read from /proc, a `Witness` reads.
+and why it ended, or that a sign led to nothing. Pure: only a `Witness` reads /proc.
 
-A process is on probation at first. It is kept while it logs dirty memory, or waits and receives. Two
-processes are one migration once a socket of one is the other end of a socket of the other. A process that begins to
-migrate again, or on, begins another track, and the one before is over at that instant.
+A process is on probation at first. It stays traced while it logs dirty memory, or waits and receives. Two processes
+belong to one migration once a socket of one is the other end of a socket of the other. A process that begins to
+migrate again, or migrates on, starts a new track. The track before ends at that instant.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ebpf_mig.tracing.lifecycle import LARGE_BYTES, SILENCE_NS, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
 
 PROBATION_NS = 2_000_000_000
-"""How long a sign is given the benefit of the doubt; a destination may wait this long between two bursts."""
+"""How long a VM is traced after a sign. A destination may wait this long between two bursts."""
 LOADED_BYTES = 16 << 10
-"""A VM that was loaded received at least its device state; one that boots receives its monitor's commands."""
+"""A VM that was loaded received at least this much (its device state). One that boots only receives commands."""
 FILLED_BYTES = 1 << 20
-"""A VM that was sent this much by another VM is its destination."""
+"""A VM that received this much from another VM is its destination."""
 UNPROVEN_NS = 600_000_000_000
-"""A VM that sends in bursts is kept this long at most: its first pass may be long, or it merely has a busy disk."""
+"""A VM that sends in bursts is traced at most this long: its first pass may be long, or its disk is busy."""
 BURST_BYTES = 64 << 10
 """A VM that moves this much at a time may be migrating."""
 SLOTS = 3
-"""Dirty logs fetched of this many memslots are a migration's, though its beginning was missed; a display has fewer."""
+"""A VM that fetches the dirty logs of this many memslots is migrating. A display fetches fewer."""
 KEPT_EVENTS = 300_000
-"""Events held of one migration; beyond, the earliest transfers go first: they only make the totals of pre-copy."""
+"""Events held of one migration. Beyond it, the earliest transfers are dropped: they only add to pre-copy totals."""
 
 
 @dataclass
 class Track:
-    """What one migration, or one suspicion, has shown so far."""
+    """The state of one migration, or of one sign that may be a migration."""
 
     pids: list[int]
     trigger: str
@@ -58,13 +58,13 @@ class Track:
     received: dict[int, int] = field(default_factory=dict)
     fetchers: set[tuple[int, int]] = field(default_factory=set)
     handed: dict[int, int] = field(default_factory=dict)
-    """Bytes sent by the threads that fetch dirty logs, while the VM was stopped; by pid."""
+    """By pid: bytes sent by the threads that fetch dirty logs, while the VM was stopped."""
     last_ns: int = 0
     thinned: int = 0
 
     @property
     def proven(self) -> bool:
-        """Dirty logging of RAM, or a VM that was loaded and then ran: this is a migration."""
+        """Whether this is a migration: RAM is logged, or a VM was loaded and then ran."""
         if self.logging or self.between_vms:
             return True
         loaded = self.fresh & self.restored & self.ran
@@ -72,13 +72,13 @@ class Track:
 
     @property
     def between_vms(self) -> bool:
-        """One VM fills another that has not run: that is so even where the beginning was missed."""
+        """Whether one VM fills another that has not run. This holds even if the beginning was missed."""
         return len(self.pids) > 1 and any(self.received.get(pid, 0) >= FILLED_BYTES for pid in self.fresh)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A track that is over. `reason` is one of `Ending.reason`, or `nothing` for a sign that meant nothing."""
+    """A track that is over. `reason` is one of `Ending.reason`, or `nothing` if the sign led to nothing."""
 
     pids: tuple[int, ...]
     trigger: str
@@ -89,14 +89,14 @@ class Ended:
 
 
 class Tracks:
-    """All that is being traced now."""
+    """All tracks that are open now."""
 
     def __init__(self, witness: Callable[[Sequence[int]], Witness] | None = None) -> None:
-        """`witness` makes one for the pids of a track; without, closed connections and ends are not marked."""
+        """`witness` makes one for the pids of a track. Without it, closed connections and ends are not marked."""
         self._witness = witness
         self._by_pid: dict[int, Track] = {}
         self._passed: list[tuple[Track, str]] = []
-        """Tracks that were over when one of their processes began to migrate again."""
+        """Tracks that ended because one of their processes began to migrate again."""
         self._ends: dict[tuple[str, str], int] = {}
         self._inodes: dict[int, int] = {}
 
@@ -108,11 +108,11 @@ class Tracks:
 
     @property
     def pids(self) -> list[int]:
-        """Every process that is being traced."""
+        """All traced processes."""
         return list(self._by_pid)
 
     def begin(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> None:
-        """`pid` is traced from now on; again: it gets another probation. `fresh`: its guest has not run yet."""
+        """Traces `pid` from now on, or extends its probation. `fresh`: its guest has not run yet."""
         track = self._by_pid.get(pid)
         if track is None:
             self._by_pid[pid] = self._new(pid, trigger, now_ns, fresh=fresh)
@@ -125,7 +125,7 @@ class Tracks:
         return Track([pid], trigger, now_ns, until, news, watch, witness, last_ns=now_ns)
 
     def saw(self, events: Iterable[AnyEvent], now_ns: int) -> None:
-        """Takes the next events."""
+        """Sorts the next events."""
         batches: dict[int, list[AnyEvent]] = {}
         for event in events:
             pid = pid_of(event)
@@ -136,11 +136,11 @@ class Tracks:
         for pid, batch in batches.items():
             if pid in self._by_pid:
                 self._take_in_turns(pid, batch, now_ns)
-            else:  # the other side of its migration has just begun another one
+            else:  # the other side of its migration has just begun a new one
                 next(track for track, _ in reversed(self._passed) if pid in track.pids).events.extend(batch)
 
     def over(self, now_ns: int, is_alive: Callable[[int], bool]) -> list[Ended]:
-        """The tracks that ended; their processes are traced no more."""
+        """The tracks that ended. Their processes are no longer traced."""
         ended = [self._ended(track, reason, now_ns) for track, reason in self._passed]
         self._passed.clear()
         for track in {id(track): track for track in self._by_pid.values()}.values():
@@ -154,7 +154,7 @@ class Tracks:
         return ended
 
     def abandon(self, now_ns: int = 0) -> list[Ended]:
-        """All tracks, ended because we are: `interrupted` where a migration was under way."""
+        """Ends all tracks because the watch ends: `interrupted` if a migration was under way."""
         ended = [self._ended(track, reason, now_ns) for track, reason in self._passed]
         self._passed.clear()
         tracks = list({id(track): track for track in self._by_pid.values()}.values())
@@ -163,7 +163,7 @@ class Tracks:
         return ended + [self._ended(track, "interrupted" if track.proven else "nothing", now_ns) for track in tracks]
 
     def _take_in_turns(self, pid: int, batch: list[AnyEvent], now_ns: int) -> None:
-        """Takes a process's events; where it begins another migration, the earlier ones end the track before."""
+        """Sorts a process's events. If it begins another migration, the events before that belong to the old track."""
         begin = 0
         for at, event in enumerate(batch):
             if isinstance(event, Ioctl) and _switches_on(event):
@@ -175,7 +175,7 @@ class Tracks:
         self._take(self._by_pid[pid], batch[begin:], now_ns)
 
     def _begin_again(self, pid: int, reason: str, at_ns: int, now_ns: int) -> None:
-        """A track of its own for `pid`, and those that may be its destination; the one before is over."""
+        """Ends the track of `pid`. Starts a new one for it, and one for each possible destination."""
         track = self._by_pid[pid]
         self._passed.append((track, reason))
         waiting = [other for other in track.pids if other != pid and other in track.fresh - track.ran]
@@ -244,7 +244,7 @@ class Tracks:
         track.events = kept
 
     def _link(self, event: Socket) -> None:
-        """Joins two tracks of which each has one end of a connection."""
+        """Merges two tracks that have one end of a connection each."""
         other = self._inodes.get(event.peer) if event.peer else None
         self._inodes[event.socket] = event.pid
         if event.local and event.remote:
@@ -298,7 +298,7 @@ class Tracks:
 
 
 def _switches_on(event: Ioctl) -> bool:
-    """Logging is also switched on for a display's memory: that is one small slot, a migration's are all slots."""
+    """Whether RAM is logged from now on. A display logs one small slot only, a migration all slots."""
     return event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and bool(event.flags & kvm.MEM_LOG_DIRTY_PAGES)
 
 
@@ -322,10 +322,10 @@ def _transfer(track: Track, event: Transfer) -> None:
 
 
 def _found_out(track: Track) -> set[int]:
-    """Sources of which the beginning was missed.
+    """Sources whose beginning was missed.
 
-    They fetch more dirty logs than a display does; or, however few their slots, they are stopped, their registers are
-    read, and the thread that fetches dirty logs sends.
+    They fetch more dirty logs than a display does. Or, with fewer slots, they are stopped, their registers are read,
+    and the thread that fetches dirty logs sends.
     """
     fetched = Counter(pid for pid, _ in track.fetched if pid not in track.logging)
     handed = {pid for pid in track.saved if track.handed.get(pid, 0) >= LOADED_BYTES}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong for one VM, one file or one migration: counted by kind, said once, never the end of the watch.
+"""Counts errors of one VM, file or migration by kind, and logs the first of each. They do not end the watch.
 
-In: exceptions, and limits that were met. Out: counters for the metrics. Safe for threads.
+In: exceptions, and limits that were reached. Out: counters for the metrics. Thread-safe.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ ERRORS = ("vm", "events", "recording", "state", "analysis")
 """`vm`: a VM could not be looked at or traced; `events`: a batch of events could not be sorted; `recording`: one could
 not be kept; `state`: the state directory cannot be read; `analysis`: no breakdown could be made."""
 LIMITS = ("vms", "traced", "new-processes", "queue")
-"""What exceeded a limit of `node` or `analysis_queue` and was left out."""
+"""Limits of `node` and `analysis_queue`. What exceeds one is left out."""
 _SAID = 64
-"""Different messages in the log, at most; then only the counters go on."""
+"""At most this many different messages are logged. Then errors are only counted."""
 
 _log = logging.getLogger("ebpf_mig.exporter")
 
 
 class Troubles:
-    """Counters since the start, one for each of `ERRORS` and `LIMITS`."""
+    """Counters since the start, for each of `ERRORS` and `LIMITS`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,16 +36,16 @@ class Troubles:
 
     @contextlib.contextmanager
     def of(self, kind: str, what: str) -> Iterator[None]:
-        """An error in here costs what is done in here and nothing else. PreflightError, the whole node's, passes."""
+        """Counts an error in the body and goes on. PreflightError concerns the whole node, and passes."""
         try:
             yield
         except PreflightError:
             raise
-        except Exception as error:  # whatever it is: the other VMs are still to be watched
+        except Exception as error:  # any error: the other VMs must still be watched
             self.error(kind, what, error)
 
     def error(self, kind: str, what: str, error: BaseException) -> None:
-        """Counts an error and says it, the first of its kind and type."""
+        """Counts an error, and logs it if it is the first of its kind and type."""
         text = printable(f"{what}: {type(error).__name__}: {error}", 500)
         with self._lock:
             self._errors[kind] += 1
@@ -54,14 +54,14 @@ class Troubles:
         _log.debug("%s", text, exc_info=error)
 
     def exceeded(self, limit: str, most: int) -> None:
-        """Counts one that was left out because there were `most` already."""
+        """Counts something that was left out because there were `most` already."""
         with self._lock:
             self._limits[limit] += 1
         if self._first(limit, "limit"):
-            _log.warning("the limit of %d %s is reached; what exceeds it is left out and counted", most, limit)
+            _log.warning("the limit of %d %s is reached; more are left out and counted", most, limit)
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(errors, limits) up to now."""
+        """(errors, limits) so far."""
         with self._lock:
             return dict(self._errors), dict(self._limits)
 

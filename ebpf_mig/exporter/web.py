@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP side: `/`, `/metrics`, `/-/healthy`, `/-/ready`, and nothing that a client could use up.
+"""The HTTP server: `/`, `/metrics`, `/-/healthy`, `/-/ready`. What clients can use is bounded.
 
-In: a listening socket, `Metrics`, the access rules. Out: responses. One connection is one request; at most
-`CONNECTIONS` at a time, none for longer than `SECONDS`, whatever the client does. When all are taken, the oldest one
-that has not asked for anything yet makes room: idle clients, however many, keep no scraper out.
+In: a listening socket, `Metrics`, the access rules. Out: responses. A connection carries one request. At most
+`CONNECTIONS` are open at a time, each for at most `SECONDS`. When all are taken, the oldest connection without a
+request makes room, so idle clients cannot keep scrapers out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ebpf_mig.exporter.metrics import Metrics
 
 CONNECTIONS = 40
 SECONDS = 10.0
-"""Also in the text of the 503: a scraper's own time-out is 10 s unless configured."""
+"""Also the Retry-After of the 503. Prometheus's default scrape time-out is 10 s."""
 
 _PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>ebpf-mig exporter</title></head>
@@ -40,18 +40,18 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Lengt
 
 @dataclass
 class _Connection:
-    """One that is open: since when, and whether its request has been read."""
+    """An open connection: since when (monotonic, seconds), and whether its request has been read."""
 
     since: float
     asked: bool = False
 
 
 Authorise = Callable[[str | None], bool]
-"""Given the Authorization header, whether the client may read."""
+"""Takes the Authorization header. Returns whether the client may read."""
 
 
 class Web(TCPServer):
-    """Serves from an already bound, listening socket until `shutdown()`."""
+    """Serves from a socket that already listens, until `shutdown()`."""
 
     daemon_threads = True
 
@@ -66,7 +66,7 @@ class Web(TCPServer):
         self._lock = threading.Lock()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for each connection, if there is room."""
+        """Starts a thread for the connection if there is room."""
         with self._lock:
             idle = self._room()
             full = len(self._open) >= CONNECTIONS
@@ -85,7 +85,7 @@ class Web(TCPServer):
         threading.Thread(target=self._serve, args=(request, client_address), daemon=True).start()
 
     def _room(self) -> socket.socket | None:
-        """Where all places are taken: the oldest connection without a request, whose place is free now."""
+        """If all places are taken, frees that of the oldest connection without a request, and returns it."""
         if len(self._open) < CONNECTIONS:
             return None
         waiting = next((request for request, connection in self._open.items() if not connection.asked), None)
@@ -99,13 +99,13 @@ class Web(TCPServer):
             request.shutdown(socket.SHUT_RDWR)
 
     def asked(self, request: socket.socket) -> None:
-        """The connection's request has been read: it is not idle."""
+        """Marks the connection as not idle: its request has been read."""
         with self._lock:
             if request in self._open:
                 self._open[request].asked = True
 
     def service_actions(self) -> None:
-        """Cuts connections that have lasted too long, however busy they look."""
+        """Cuts connections that have lasted too long, even busy ones."""
         now = time.monotonic()
         with self._lock:
             late = [request for request, connection in self._open.items() if now - connection.since > SECONDS]
@@ -115,16 +115,16 @@ class Web(TCPServer):
             self._cut(request, "too-slow")
 
     def drain(self, seconds: float = 5.0) -> None:
-        """Waits until the requests under way are answered, at most so long."""
+        """Waits until open requests are answered, at most `seconds`."""
         deadline = time.monotonic() + seconds
         while self._open and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
-        """Answers one connection; the client's misbehaviour ends with it."""
+        """Answers one connection. A client's misbehaviour affects only its own."""
         wrapped: socket.socket = request
         try:
-            # The client may go away, speak no TLS, or be cut.
+            # The client may go away, not speak TLS, or be cut.
             with contextlib.suppress(OSError, ValueError):
                 request.settimeout(SECONDS)
                 if self.tls is not None:
@@ -132,11 +132,11 @@ class Web(TCPServer):
                     with self._lock:
                         connection = self._open.pop(request, None)
                         if connection is None:
-                            return  # cut meanwhile
+                            return  # it was cut meanwhile
                         self._open[wrapped] = connection
                     wrapped.do_handshake()
                 self.finish_request(wrapped, client_address)
-        except Exception:  # a bug costs this request, and is counted
+        except Exception:  # a bug only fails this request, and is counted
             self.metrics.rejected.labels("failed").inc()
         finally:
             with self._lock:
@@ -146,10 +146,10 @@ class Web(TCPServer):
 
 
 def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """The exposition format that a client asks for; plain text where its wish cannot be understood."""
+    """The exposition format that the client asks for; plain text if the header cannot be parsed."""
     try:
         return choose_encoder(accept[:1000])
-    except Exception:  # the header is parsed by a library that trusts it
+    except Exception:  # the library that parses the header trusts it
         return choose_encoder("")
 
 
@@ -210,11 +210,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(text)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
-        """Plain text; an unknown method is 405. Nothing of the request is echoed."""
+        """Answers in plain text, 405 for an unknown method. Does not echo the request."""
         if code == 501:
             self._send(405, "text/plain", b"method not allowed\n", True, {"Allow": "GET, HEAD"})
         else:
             self._send(code, "text/plain", b"bad request\n", True)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: request lines are not ours to keep."""
+        """Does not log request lines."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--web.config.file`: TLS, client certificates and users, in the YAML that Prometheus's exporter-toolkit reads.
 
-In: a file. Out: an SSL context and a function that judges Authorization headers. Needs PyYAML, and bcrypt for users:
-the extra `ebpf-mig[web]`. A key that is not known is refused: a misspelt restriction must not be none. Whatever is
-wrong with a file, `load` says it in one UsageError, and it never waits: only regular files of a bounded size are read.
+In: a file. Out: an SSL context and a function that checks Authorization headers. Needs PyYAML, and bcrypt for users
+(the extra `ebpf-mig[web]`). Unknown keys are refused: a misspelt restriction must not be ignored. Any error in a file
+is one UsageError. Only regular files of a bounded size are read, so `load` does not block.
 Format: https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md
 """
 
@@ -38,22 +38,22 @@ _CLIENT_AUTH = {
 }
 _REMEMBERED = 100
 MAX_BYTES = 64 << 10
-"""Of a configuration; its parser takes a second for this much."""
+"""Of a configuration. Parsing this much takes a second."""
 MAX_COST = 15
-"""Of a bcrypt hash: each step doubles the time, and this one takes about two seconds a guess."""
+"""Of a bcrypt hash. Each step doubles the time; at this one a guess takes about two seconds."""
 _COST = re.compile(r"\$2[abxy]?\$([0-9]{2})\$")
 
 
 @dataclass(frozen=True)
 class WebConfig:
-    """What the file asks for; None: not restricted."""
+    """What the file asks for; None is no restriction."""
 
     tls: ssl.SSLContext | None
     authorise: Authorise | None
 
 
 def load(path: str) -> WebConfig:
-    """Reads the file and those it names. UsageError where it cannot be carried out in full."""
+    """Reads the file and the files it names. UsageError if any of it cannot be applied."""
     try:
         import yaml
     except ImportError as error:
@@ -67,7 +67,7 @@ def load(path: str) -> WebConfig:
         return _understood(content, path)
     except EbpfMigError:
         raise
-    except Exception as error:  # PyYAML raises whatever the constructor of a type does: ValueError, RecursionError, ...
+    except Exception as error:  # PyYAML passes on any error of a type's constructor: ValueError, RecursionError, ...
         why = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"cannot read {printable(path)}: {printable(why, 300)}") from error
 
@@ -83,7 +83,7 @@ def _understood(content: Any, path: str) -> WebConfig:
 
 
 def _regular(path: str | Path) -> BinaryIO:
-    """The file, open for reading; OSError if it is no regular file. Opening never waits, as it does for a FIFO."""
+    """The file, open for reading. OSError if it is not a regular file. Opening a FIFO does not block."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -108,7 +108,9 @@ def _context(tls: dict[str, Any], directory: Path) -> ssl.SSLContext:
         wanted = "RequireAndVerifyClientCert" if "client_ca_file" in tls else "NoClientCert"
         mode = _CLIENT_AUTH[tls.get("client_auth_type", wanted)]
         with _regular(directory / tls["cert_file"]) as cert, _regular(directory / tls["key_file"]) as key:
-            context.load_cert_chain(_again(cert), _again(key), password="")  # none, instead of asking at a terminal
+            context.load_cert_chain(
+                _again(cert), _again(key), password=""
+            )  # otherwise OpenSSL asks for it at the terminal
         if mode != ssl.CERT_NONE:
             with _regular(directory / tls["client_ca_file"]) as authority:
                 context.load_verify_locations(_again(authority))
@@ -119,12 +121,12 @@ def _context(tls: dict[str, Any], directory: Path) -> ssl.SSLContext:
 
 
 def _again(file: BinaryIO) -> str:
-    """A path to a file that is open, for libraries that take paths only: it leads to no other file by now."""
+    """A path to an open file, for libraries that only take paths. It cannot lead to another file."""
     return procfs.path("self", "fd", file.fileno())
 
 
 class _Users:
-    """bcrypt takes tens of milliseconds by design, so a password that was right is remembered, as a keyed hash."""
+    """Checks passwords. bcrypt is slow by design, so a right password is remembered as a keyed hash."""
 
     def __init__(self, users: dict[str, str]) -> None:
         try:
@@ -155,12 +157,12 @@ class _Users:
         except (binascii.Error, ValueError):
             return False
         mark = hmac.digest(self._key, hashlib.sha256(name).digest() + password, "sha256")
-        with self._lock:  # one at a time: guessing must not take all CPUs
+        with self._lock:  # one at a time: guessing must not use all CPUs
             if mark in self._right:
                 return True
             secret = self._users.get(name)
             try:
-                # For an unknown user somebody else's hash is tried, so that the time taken does not tell.
+                # For an unknown user another hash is checked, so that the time does not reveal which names exist.
                 right = self._check(password[:72], secret or next(iter(self._users.values())))
             except ValueError:
                 return False

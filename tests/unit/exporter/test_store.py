@@ -47,9 +47,9 @@ def test_recordings_are_for_their_owner_only(tmp_path: Path) -> None:
 def test_a_directory_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     tmp_path.chmod(0o777)
-    with pytest.raises(UsageError, match="writable for others"):
+    with pytest.raises(UsageError, match="writable by others"):
         Store(tmp_path)
-    with pytest.raises(UsageError, match="writable for others"):
+    with pytest.raises(UsageError, match="writable by others"):
         store.keep(Header(), [], 1)
 
 
@@ -62,7 +62,7 @@ def test_a_directory_or_a_link_on_the_way_to_it_that_others_own_is_refused(tmp_p
     (tmp_path / "link").symlink_to(tmp_path)
     assert kept(Store(tmp_path / "link" / "mine"))
     os.chown(tmp_path / "link", 65534, 65534, follow_symlinks=False)
-    with pytest.raises(UsageError, match="a link that others made"):
+    with pytest.raises(UsageError, match="a link that another user made"):
         Store(tmp_path / "link" / "mine")
 
 
