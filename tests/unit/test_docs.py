@@ -82,6 +82,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, target
 
 
+WRAPPED = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"))]
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=lambda page: page.stem)
+def test_lines_wrap_at_100_columns(page: Path) -> None:
+    """Tables, links and code may be longer: they cannot wrap. So may the list that a run of the matrix writes."""
+    prose = re.sub(r"^```.*?^```$|<!-- table:.*?<!-- end", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    free = re.compile(r"\|| {4}|!\[")
+    assert not [line for line in prose.splitlines() if len(line) > 100 and not free.match(line) and " " in line.strip()]
+
+
 def test_the_contents_name_every_page() -> None:
     named = set(LINK.findall((ROOT / "docs" / "README.md").read_text()))
     assert {page.name for page in PAGES[1:]} - {"README.md"} <= named
