@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The breakdown: the result of the analysis, and what every report, the gate and the exporter live on.
+"""The breakdown: the result of the analysis. Every report, the gate and the exporter are made from it.
 
 In: nothing. Out: frozen structs whose JSON form is the public schema `ebpf-mig/breakdown/1`. Durations are
 integer nanoseconds; instants are nanoseconds from the window's begin (negative before it). `None` means
@@ -86,14 +86,14 @@ SCHEMA = "ebpf-mig/breakdown/1"
 
 class Endpoint(Struct, frozen=True, kw_only=True):
     host: str
-    """Name of its host, as that host tells it; a placeholder if it was redacted."""
+    """Host name, as the host reports it; a placeholder if it was redacted."""
     pid: int
     """Process id on its host."""
 
 
 class Migration(Struct, frozen=True, kw_only=True):
     vmm: str
-    """The VMM, as the one who traced called it; empty: unknown."""
+    """Name of the VMM, as given when tracing started; empty: unknown."""
     vmm_version: str
     """Its version; empty: unknown."""
     mode: Mode
@@ -113,7 +113,7 @@ class Migration(Struct, frozen=True, kw_only=True):
     paused_before: bool | None = None
     """Whether the guest was paused when the migration began; null: not known."""
     paused_after: bool | None = None
-    """Whether no vCPU ran on either side when tracing ended; null: not known, for lack of the other side."""
+    """Whether no vCPU ran on either side when tracing ended; null: not known, because the other side was not traced."""
 
 
 class Phase(Struct, frozen=True, kw_only=True):
@@ -141,7 +141,7 @@ class Vcpu(Struct, frozen=True, kw_only=True):
     blackout_ns: int | None
     """From its stop to its start, ns; null: one of them was not seen."""
     bound_ns: int | None = 0
-    """As that of a phase, of `blackout_ns` and `start`, ns."""
+    """Error bound of `blackout_ns` and `start`, as `Phase.bound_ns`, ns."""
 
 
 class Pausing(Struct, frozen=True, kw_only=True):
@@ -152,11 +152,11 @@ class Pausing(Struct, frozen=True, kw_only=True):
     noticed_ns: int
     """From there to the next call of that thread, ns: only then does it go on."""
     naps: int | None
-    """Number of times that it slept from its request until it went on; null: not measured."""
+    """Number of times that it slept between its request and that call; null: not measured."""
     asleep_ns: int | None
     """The part of `noticed_ns` that it slept, ns; null: not measured."""
     polling: bool | None
-    """It slept on a timer: nobody wakes it when the vCPUs have stopped; null: not measured."""
+    """Whether it slept on a timer, so that nothing wakes it when the vCPUs have stopped; null: not measured."""
     kicked_late_ns: int | None
     """How long it had lost the CPU right before its request, and so before the window, ns; null: not measured."""
 
@@ -176,19 +176,19 @@ class Throttled(Struct, frozen=True, kw_only=True):
 
 
 class Served(Struct, frozen=True, kw_only=True):
-    """What a destination received in postcopy in a while; where calls were recorded as runs, nearly."""
+    """What a destination received in postcopy during a span of time; approximate where calls were coalesced."""
 
     bytes: int
-    """What arrived, bytes."""
+    """Amount received, bytes."""
     asked: int
-    """Number of send calls with which it asked."""
+    """Number of send calls that requested pages."""
     waited_ns: int | None
-    """Of its threads together, off the CPU in receive calls, ns; null: not measured."""
+    """Time that its threads were off the CPU in receive calls, sum over all threads, ns; null: not measured."""
 
 
 class Postcopy(Struct, frozen=True, kw_only=True):
     while_dark: Served | None
-    """What it needed to restore the VM, before the start; null: pages have no connection of their own."""
+    """Pages that it needed to restore the VM before the start; null: pages have no connection of their own."""
     after: Served
     """What it received after the start."""
     drained_ns: int
@@ -199,7 +199,7 @@ class SocketUse(Struct, frozen=True, kw_only=True):
     role: str
     """migration or control, with the side: `source migration`."""
     bytes: int
-    """What went through in the window, bytes."""
+    """Amount moved in the window, bytes."""
     calls: int
     """Number of calls."""
     copy_ns: int | None
@@ -209,7 +209,7 @@ class SocketUse(Struct, frozen=True, kw_only=True):
     between_ns: int
     """Between the calls, ns."""
     in_call_ns: int
-    """copy + blocked, ns; known even where the two cannot be told apart."""
+    """copy + blocked, ns; known even where the two cannot be separated."""
     local: str = ""
     """Own address and port; empty: unknown, or a UNIX socket."""
     remote: str = ""
@@ -223,7 +223,7 @@ class SocketUse(Struct, frozen=True, kw_only=True):
 
 class Wire(Struct, frozen=True, kw_only=True):
     bytes: int
-    """How much, bytes."""
+    """Number of bytes."""
     sent: int
     """When it had been sent, ns from the window's begin."""
     received: int
@@ -233,9 +233,9 @@ class Wire(Struct, frozen=True, kw_only=True):
     reason: str
     """Why it took so long, by the kernel's events."""
     evidence: str
-    """What tells so."""
+    """The events that show the reason."""
     bound_ns: int | None = 0
-    """As that of a phase, of `in_flight_ns`, ns."""
+    """Error bound of `in_flight_ns`, as `Phase.bound_ns`, ns."""
     message: str = ""
     """What they belonged to: `pages`, `state`, or `state and pages` where pages follow on the same connection
     (postcopy); empty if the source's work is unknown."""
@@ -243,7 +243,7 @@ class Wire(Struct, frozen=True, kw_only=True):
 
 class Wait(Struct, frozen=True, kw_only=True):
     phase: PhaseName
-    """The phase that it overlaps most."""
+    """The phase that the wait overlaps most."""
     thread: str
     """Name and tid."""
     duration_ns: int
@@ -257,11 +257,11 @@ class Witness(Struct, frozen=True, kw_only=True):
     name: str
     """What measured it, e.g. `qmp.downtime_ms`."""
     value_ns: int
-    """What it says, ns."""
+    """Its value, ns."""
     difference_ns: int
     """`value_ns` minus our figure, ns."""
     explanation: str
-    """Why the two differ, or what it covers."""
+    """Why the two values differ, or what the witness covers."""
     span: Span | None = None
     """Where the kernel's events show the very thing that it measured, ns from the window's begin; null if they do not.
     It is our figure, except of downtimes: those are compared with the blackout."""
@@ -273,9 +273,9 @@ class Completeness(Struct, frozen=True, kw_only=True):
     verdict: Verdict
     """How far the result can be relied upon."""
     lost: dict[str, int] | None
-    """Number of events lost in the kernel, by probe; null: the recording was cut off before it says."""
+    """Number of events lost in the kernel, by probe; null: the recording was cut off before the counts."""
     unpaired: dict[str, int] | None
-    """Number of exits without entry and the like, by probe; harmless. Null: as `lost`."""
+    """Number of unpaired events, e.g. exits without an entry, by probe; harmless. Null: as `lost`."""
     attach: dict[str, str]
     """By signal, how it was traced: `fentry`, `kprobe`, `tracepoint`, or `absent` and why."""
     observer_ns: int | None
@@ -306,25 +306,25 @@ class Clock(Struct, frozen=True, kw_only=True):
 
 
 class Change(Struct, frozen=True, kw_only=True):
-    """What one wish would change in the blackout."""
+    """The effect of one what-if wish on the blackout."""
 
     wish: str
     """As the user wrote it: `fetch=0`."""
     change_ns: int | None
-    """By how much the blackout would be longer, ns; negative: shorter. Null: cannot be told."""
+    """By how much the blackout would be longer, ns; negative: shorter. Null: cannot be predicted."""
     why: str
-    """What that is worked out from."""
+    """What the prediction is computed from."""
 
 
 class WhatIf(Struct, frozen=True, kw_only=True):
-    """A prediction: the same migration, were something else. Never a measurement."""
+    """A prediction for the same migration under other conditions. Never a measurement."""
 
     blackout_ns: int | None
-    """The predicted blackout, ns; null: one of the changes cannot be told."""
+    """The predicted blackout, ns; null: one of the changes cannot be predicted."""
     changes: list[Change]
     """One row for each wish."""
     assumptions: list[str]
-    """What has to hold for it, one line each."""
+    """Assumptions of the prediction, one line each."""
 
 
 class Breakdown(Struct, frozen=True, kw_only=True):
@@ -344,7 +344,7 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     vcpus: list[Vcpu]
     """One row for each vCPU that was seen to stop or to start."""
     dirty_log: DirtyLog
-    """What was done to find the dirty pages."""
+    """How the dirty pages were found, and at what cost."""
     sockets: list[SocketUse]
     """The migration's sockets in the window."""
     wire: list[Wire] | None
@@ -352,23 +352,23 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     waits: list[Wait] | None
     """The longest waits in the window; null: not traced."""
     witnesses: list[Witness]
-    """What others measured."""
+    """Downtime figures from other sources."""
     completeness: Completeness
-    """What is missing."""
+    """What the recording lacks."""
     clock: Clock
-    """How two hosts' clocks were brought together."""
+    """How two hosts' clocks were aligned."""
     notes: list[str]
     """Doubts about single figures, one line each."""
     window_bound_ns: int | None = 0
     """How far `window_ns` can be off, as `Clock.bound_ns` for `blackout_ns`, ns."""
     what_if: WhatIf | None = None
-    """A prediction; only where it was asked for (`report --what-if`)."""
+    """A prediction; only if requested (`report --what-if`)."""
     pausing: Pausing | None = None
     """How the vCPUs were stopped; null: not seen."""
     postcopy: Postcopy | None = None
     """What the destination fetched; null in another mode."""
     throttled: Throttled | None = None
-    """None if no throttling was seen."""
+    """Null: no throttling was seen."""
 
     @property
     def came_back(self) -> bool:

@@ -32,15 +32,15 @@ class Split(Struct, frozen=True, kw_only=True, omit_defaults=True):
     other: int
     """The rest, ns."""
     samples: int | str
-    """`exact`, or the number of samples that tell so."""
+    """`exact`, or the number of samples that the estimate is made from."""
     walk_error: int | None = None
-    """How far `walk` may be off at 95 %, ns."""
+    """Error of `walk` at 95 % confidence, ns."""
     flush_error: int | None = None
-    """The same of `flush`, ns."""
+    """Error of `flush` at 95 % confidence, ns."""
     copy_error: int | None = None
-    """The same of `copy`, ns."""
+    """Error of `copy` at 95 % confidence, ns."""
     other_error: int | None = None
-    """The same of `other`, ns."""
+    """Error of `other` at 95 % confidence, ns."""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -49,7 +49,7 @@ class Split(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def errors(self) -> dict[str, int | None]:
-        """How far each part may be off at 95 %, ns; None: it is exact."""
+        """Error of each part at 95 % confidence, ns; None: it is exact."""
         return {
             "walk": self.walk_error,
             "flush": self.flush_error,
@@ -100,7 +100,7 @@ class VcpuShare(Struct, frozen=True, kw_only=True):
 
 
 class Stretch(Struct, frozen=True, kw_only=True):
-    """A while of the running guest, and what its vCPUs lost in it."""
+    """A span of time with the guest running, and the time that its vCPUs lost in it."""
 
     begin: int
     """When it began, ns from the window's begin."""
@@ -128,20 +128,20 @@ class Logging(Struct, frozen=True, kw_only=True):
 
 
 class Rearm(Struct, frozen=True, kw_only=True):
-    """Pages protected anew although no vCPU could write to them any more: work that is avoidable."""
+    """Pages write-protected again although no vCPU could write to them any more: avoidable work."""
 
     ns: int
-    """What it took, ns."""
+    """Duration, ns."""
     error_ns: int
-    """How far `ns` may be off at 95 %, where it comes from samples, ns."""
+    """Error of `ns` at 95 % confidence, where it comes from samples, ns."""
     samples: int | str
     """`exact`, or the number of samples."""
     pages: int
     """Number of pages of the slots, or parts of them, that were re-armed: dirty or not."""
     ns_per_page: float
-    """`ns` by `pages`, ns a page."""
+    """`ns` divided by `pages`, ns/page."""
     ms_per_gib: float
-    """The same by memory, ms/GiB."""
+    """Duration per memory, ms/GiB."""
 
 
 class Pass(Struct, frozen=True, kw_only=True):
@@ -154,9 +154,9 @@ class Pass(Struct, frozen=True, kw_only=True):
     user_ns: int
     """Between them, and up to the first send, ns."""
     pages: int | None
-    """Number of dirty pages, by the ring; null with a bitmap."""
+    """Number of dirty pages, from the ring; null with a bitmap."""
     bytes: int | None
-    """What was sent up to the next fetch, bytes; null: sends were not traced."""
+    """Amount sent up to the next fetch, bytes; null: sends were not traced."""
     send_ns: int | None
     """Inside these send calls, ns; null: sends were not traced."""
     blocked_ns: int | None
@@ -170,9 +170,9 @@ class Pass(Struct, frozen=True, kw_only=True):
     split: Split | None = None
     """What the ioctls did on the CPU; null: too short to be sampled, or not traced."""
     brownout: Stretch | None = None
-    """What the vCPUs lost from this fetch to the next one, or to the stop; null: not measured."""
+    """Time that the vCPUs lost from this fetch to the next one, or to the stop; null: not measured."""
     baseline: Stretch | None = None
-    """As long, or as long as was traced, before logging was switched on; null: not measured."""
+    """A span of the same length, or as long as was traced, before logging was switched on; null: not measured."""
     tcp_info: dict[str, int] | None = None
     """All migration sockets together, as `SocketUse.tcp_info`; us, bytes and numbers."""
 
@@ -186,7 +186,7 @@ class FinalFetch(Struct, frozen=True, kw_only=True):
     """Number of ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before; null with a bitmap, whose
     bits are not counted."""
     bytes: int | None
-    """What was sent of memory after the stop, bytes; null: sends were not traced."""
+    """Memory sent after the stop, bytes; null: sends were not traced."""
     send_ns: int | None
     """Phase memory.send, ns; null: sends were not traced."""
     user_off_cpu_ns: int | None = None
@@ -194,7 +194,7 @@ class FinalFetch(Struct, frozen=True, kw_only=True):
     split: Split | None = None
     """All its ioctls together; null: as of an ioctl."""
     rearm: Rearm | None = None
-    """Work for nothing in it; null: none, or not known."""
+    """Avoidable work in it; null: none, or not known."""
 
 
 class DirtyLog(Struct, frozen=True, kw_only=True):
@@ -205,7 +205,7 @@ class DirtyLog(Struct, frozen=True, kw_only=True):
     passes: list[Pass]
     """The pre-copy passes in order of time."""
     final: FinalFetch | None
-    """The fetches after the stop, with what they caused; null: none."""
+    """The fetches after the stop and the sending that they caused; null: none."""
     fetches: list[Fetch]
     """The fetches that began after the last vCPU stopped."""
     logging: list[Logging] = msgspec.field(default_factory=list)

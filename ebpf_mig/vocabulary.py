@@ -13,16 +13,16 @@ import msgspec
 
 
 class Side(StrEnum):
-    """Whose a phase, a process or a lane is."""
+    """The side that a phase, a process or a lane belongs to."""
 
     SOURCE = "source"
     """The VM's old process."""
     DESTINATION = "destination"
     """The VM's new process."""
     BOTH = "both"
-    """Of both processes, or of what lies between them."""
+    """Both processes, or the network between them."""
     UNKNOWN = "unknown"
-    """Of a traced process that is neither; never that of a phase."""
+    """A traced process that is neither; no phase has this side."""
 
 
 class PhaseName(StrEnum):
@@ -31,7 +31,7 @@ class PhaseName(StrEnum):
     PAUSE = "pause"
     """From the pause request to the last vCPU's stop."""
     QUIESCE = "quiesce"
-    """What the source does next: device handlers, clock reads, draining of block devices."""
+    """The source's next steps: device handlers, clock reads, draining of block devices."""
     FETCH_KERNEL = "fetch.kernel"
     """Inside the ioctls of the final dirty-log fetch."""
     FETCH_USER = "fetch.user"
@@ -43,22 +43,22 @@ class PhaseName(StrEnum):
     STATE_SEND = "state.send"
     """Sending that state."""
     HANDOVER = "handover"
-    """All has been sent, and the destination waits for it or for its turn."""
+    """Everything has been sent, and the destination waits for data or for its turn."""
     STATE_LOAD = "state.load"
     """The destination writes vCPU and device state."""
     RESUME = "resume"
-    """From there to the last vCPU's start."""
+    """From the end of `state.load` to the last vCPU's start."""
     UNATTRIBUTED = "unattributed"
-    """What no rule explains."""
+    """Time that no rule explains."""
 
 
 class Verdict(StrEnum):
-    """How far a result can be relied upon."""
+    """How reliable a result is."""
 
     COMPLETE = "complete"
     """Nothing is known to be missing."""
     BOUNDED = "bounded"
-    """Something was not traced: what that is known of is a part."""
+    """Something was not traced, so the result covers only a part."""
     INCOMPLETE = "incomplete"
     """Events were lost, or the recording was cut off."""
 
@@ -69,24 +69,24 @@ class Result(StrEnum):
     COMPLETED = "completed"
     """The guest runs on the destination."""
     FAILED = "failed"
-    """It did not, as the VMM or its driver reported, or as a process ended; the source has the guest again."""
+    """The VMM or its driver reported a failure, or a process ended; the source has the guest again."""
     CANCELLED = "cancelled"
-    """Somebody called it off, as the VMM or its driver reported."""
+    """The VMM or its driver reported that it was cancelled."""
     SAVED = "saved"
-    """The state went to a file or a pipe, and nobody was seen to take over."""
+    """The state went to a file or a pipe, and no process was seen to take over."""
     UNKNOWN = "unknown"
-    """The recording does not say. See `analysis.outcome` for what says the others."""
+    """The recording does not say. `analysis.outcome` has the rules for the other values."""
 
 
 class Mode(StrEnum):
     """When the memory moves."""
 
     PRECOPY = "precopy"
-    """While the guest runs on the source, and what is left in the blackout."""
+    """While the guest runs on the source; the rest in the blackout."""
     POSTCOPY = "postcopy"
     """Also after the guest's start on the destination."""
     LOCAL = "local"
-    """Not at all: both processes share it."""
+    """Never: both processes share it."""
     UNKNOWN = "unknown"
     """The recording does not say."""
 
@@ -105,7 +105,7 @@ class Transport(StrEnum):
 
 
 class DirtyLogMode(StrEnum):
-    """How KVM tells which pages are dirty."""
+    """How KVM reports which pages are dirty."""
 
     MANUAL = "manual"
     """A bitmap that KVM_CLEAR_DIRTY_LOG re-arms (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)."""
@@ -116,11 +116,11 @@ class DirtyLogMode(StrEnum):
     NONE = "none"
     """Nothing was logged."""
     UNKNOWN = "unknown"
-    """The source, or what it does with its log, was not traced."""
+    """The source, or its use of the dirty log, was not traced."""
 
 
 class SwitchoverKind(StrEnum):
-    """What became of the guest after its stop on the source."""
+    """What happened to the guest after its stop on the source."""
 
     COMPLETED = "completed"
     """The destination runs."""
@@ -148,16 +148,16 @@ see `sides_of`."""
 
 
 def sides_of(aborted: bool) -> tuple[tuple[PhaseName, Side], ...]:
-    """`PHASES` of a migration: where the source took its guest back, it is the source that resumes."""
+    """`PHASES` of a migration: if the source took its guest back, the source resumes."""
     back = aborted and PhaseName.RESUME
     return tuple((name, Side.SOURCE if name == back else side) for name, side in PHASES)
 
 
 IMMEDIATE = ": taken not to have run the guest"
-"""How a note on KVM_RUN calls that returned at once ends."""
+"""The end of a note on KVM_RUN calls that returned at once."""
 
 Span = tuple[int, int]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Base: immutable, built by name. It cannot be part of a cycle, so the garbage collector need not look at it."""
+    """Base: immutable, built by name. It cannot be part of a cycle, so the garbage collector does not track it."""
