@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins the events of a recording into one migration.
+"""Analyses a recording: from its events to one migration.
 
 In: a recording, its events in any order. Out: an `Analysis` with the `Breakdown`. Pure: the same events give the same
 result.
 
-The story, top to bottom: take the events apart by process; tell source from destination; find the switchover,
-the migration's sockets and its fetches; book every instant of the window to a phase; describe the dirty log,
-the sockets, the witnesses; say how far all this can be relied upon.
+The steps, top to bottom: split the events by process; assign source and destination; find the switchover,
+the migration's sockets and its fetches; assign every instant of the window to a phase; describe the dirty log,
+the sockets, the witnesses; say how reliable the result is.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _tid = attrgetter("tid")
 
 
 def analyse(recording: Recording) -> Analysis:
-    """The migration in a recording: its breakdown, and what that was made of."""
+    """The migration in a recording: its breakdown, and the data that it was made from."""
     traced = identify(processes.split(recording), vmm.mark_names())
     attribution = attribute(traced)
     window = attribution.window
@@ -143,7 +143,7 @@ def _throttled(traced: TracedMigration) -> Throttled | None:
 
 
 def _recognised(traced: TracedMigration) -> str:
-    """The VMM by the name of a process that came under trace after tracing had begun; empty if it is not known."""
+    """The VMM, by the name of a process that was added after tracing began; empty if unknown."""
     sides = [process for process in (traced.source, traced.destination) if process is not None]
     names = (process.threads[process.pid].name for process in sides if process.pid in process.threads)
     return next(filter(None, map(vmm.vmm_named, names)), "")
@@ -241,7 +241,7 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
 
 
 def _vcpus_accounted(traced: TracedMigration) -> bool:
-    """Were the source's vCPUs' times outside KVM_RUN recorded? Some recordings say so and hold none."""
+    """Whether the source's vCPU times outside KVM_RUN were recorded. Some recordings claim so and hold none."""
     return traced.material.traced("brownout") and traced.source is not None and bool(traced.source.spans)
 
 
@@ -313,7 +313,7 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
 
 
 def _unseen_sends(traced: TracedMigration) -> list[str]:
-    """Sends without a system call that we follow: how many bytes, or that there may be some."""
+    """A note on sends that no traced system call made: their bytes, or that there may be some."""
     hidden = sum(t.bytes for t in traced.sends if t.hidden)
     if hidden:
         return [
@@ -327,7 +327,7 @@ def _unseen_sends(traced: TracedMigration) -> list[str]:
 
 
 def _spinning(traced: TracedMigration) -> list[str]:
-    """A receiver whose sender is gone gets nothing from each call; one that does not notice asks for ever."""
+    """A note on a destination whose sender is gone: each receive call returns nothing, and it keeps calling."""
     vain = max((t.failed for t in traced.receives if not t.calls), default=0)
     if not vain:
         return []
