@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Durations that span two hosts' clocks, as far as they are certain.
+"""Durations that span two hosts' clocks, with their error bounds.
 
-In: ns and their bound. Out: words, in ms with three decimals. A duration that is shorter than its bound is not told at
-all: only what it is at most.
+In: ns and their bound. Out: words, in ms with three decimals. A duration that is shorter than its bound is not printed:
+only its upper limit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ebpf_mig.report.rows import ms
 
 
 def limited(ns: int, bound: int | None, clock: Clock) -> str:
-    """For a column: the duration, or on which side of it the truth lies."""
+    """For a column: the duration, or a limit that it lies below or above."""
     if bound is None:
         return f"{'≤' if clock.open == 'most' else '≥'} {ms(ns)}"
     return f"≤ {ms(ns + bound)}" if bound > ns else ms(ns)
@@ -28,7 +28,7 @@ def blackout(breakdown: Breakdown) -> str:
 
 
 def told(clock: Clock) -> str:
-    """How the destination's clock was brought over, and what is not known of it."""
+    """How the destination's clock was aligned, and what is uncertain about it."""
     offset = f"{clock.offset_ns / 1e6:+.3f} ms"
     if clock.bound_ns is None:
         missing = "came back" if clock.open == "least" else "went there"

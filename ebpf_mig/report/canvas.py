@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a text report may use of the terminal it goes to. In: nothing. Out: an immutable description."""
+"""The terminal properties that a text report may use. In: nothing. Out: an immutable description."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Self
 
 MIN_WIDTH, MAX_WIDTH = 60, 100
-"""Below, a table breaks apart; above, the eye loses the row."""
+"""Tables do not fit into less; longer rows are hard to follow."""
 
 
 class Canvas(NamedTuple):
@@ -17,9 +17,9 @@ class Canvas(NamedTuple):
     unicode: bool = True
 
     def bounded(self) -> Self:
-        """The same with a width that reports can be laid out in."""
+        """The same canvas with its width limited to what reports support."""
         return self._replace(width=min(max(self.width, MIN_WIDTH), MAX_WIDTH))
 
 
 PLAIN = Canvas()
-"""80 columns without colour: what a file or a pipe gets."""
+"""80 columns without colour: the canvas of a file or a pipe."""

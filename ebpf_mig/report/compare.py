@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of `bench` and `diff`, 80 columns, ASCII but for what users named.
+"""The tables of `bench` and `diff`, 80 columns, ASCII except for names that users chose.
 
 In: a benchmark, or two with their differences. Out: text with a final newline. Durations in ms.
 """
@@ -53,7 +53,7 @@ def _runs(benchmark: Benchmark) -> str:
 
 
 def diff_table(names: tuple[str, str], pair: tuple[Benchmark, Benchmark], differences: Sequence[Difference]) -> str:
-    """Both medians, the change, how sure it is, and the verdict."""
+    """Both medians, the change, its confidence interval and the verdict."""
     return "\n".join(_diff_lines(names, pair, differences)) + "\n"
 
 

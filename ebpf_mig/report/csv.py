@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CSV report: one line a phase, for spreadsheets and shell scripts.
+"""The CSV report: one line per phase, for spreadsheets and shell scripts.
 
 In: a breakdown. Out: RFC 4180 text with a header line; durations in ns; the phase's first begin and last end from the
-window's begin, empty if the phase was not seen. Cells are names of ours and numbers: no text of others is in it.
+window's begin, empty if the phase was not seen. Cells hold only numbers and our own names, never text from the
+recording.
 """
 
 from __future__ import annotations

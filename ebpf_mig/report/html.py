@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report: one file that needs nothing else, with a timeline to zoom into and everything as tables.
+"""The HTML report: one self-contained file with a zoomable timeline and all figures as tables.
 
 In: a breakdown and the recording's lanes. Out: a page that loads nothing and may load nothing (its content security
-policy forbids it). All text of others is escaped; what is in the page's data cannot end its script element.
+policy forbids it). All text from the recording is escaped, and the embedded data cannot end its script element.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SUMMARY_STYLE = """.ebpf-mig table { border-collapse: collapse; width: 100%; ma
 
 
 def summary(breakdown: Breakdown) -> str:
-    """The headline, the facts and the waterfall as a fragment, for pages that others make (a notebook)."""
+    """The headline, the facts and the waterfall as a fragment, to embed in other pages (a notebook)."""
     parts = (*tables.facts(breakdown), *tables.waterfall(breakdown))
     head = f"<div class='ebpf-mig'>\n<style>{_SUMMARY_STYLE}</style>\n<h3>{escaped(tables.headline(breakdown))}</h3>\n"
     return f"{head}{''.join(parts)}</div>"
@@ -96,7 +96,7 @@ def _timeline(b: Breakdown) -> Iterator[str]:
 
 
 def _data(b: Breakdown, view: View) -> str:
-    """What the script draws: names and notes once each, slices as flat numbers, ns from the window's begin."""
+    """The data that the script draws: each name and note once, slices as flat numbers, ns from the window's begin."""
     names, notes = _Interned(), _Interned()
     notes.of("")
     origin = view.origin_ns

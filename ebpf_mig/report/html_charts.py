@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawings of the HTML report that are not the timeline: convergence of the passes, parts of the final fetch.
 
-In: a breakdown. Out: HTML fragments with SVG in them, nothing where there is nothing to show. What is drawn also
-stands in a table, with its numbers.
+In: a breakdown. Out: HTML fragments with SVG, empty if there is nothing to show. Every drawing also has
+a table with its numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT = 1000, 100
 
 
 def convergence(b: Breakdown) -> Iterator[str]:
-    """The passes as bars on a time axis, as wide as they took and as high as what they sent; last the blackout."""
+    """The passes as bars on a time axis: width is duration, height is bytes sent; the last bar is the blackout."""
     passes = b.dirty_log.passes
     sent = [p.bytes for p in passes if p.bytes is not None]
     if not passes or len(sent) < len(passes):
@@ -50,7 +50,7 @@ def convergence(b: Breakdown) -> Iterator[str]:
 
 
 def split(b: Breakdown) -> Iterator[str]:
-    """What the final fetch did on the CPU, part by part, with error bars where it is known from samples."""
+    """What the final fetch did on the CPU, part by part, with error bars where it is estimated from samples."""
     whole = _whole(b)
     if whole is None:
         return
@@ -80,7 +80,7 @@ def _whole(b: Breakdown) -> Split | None:
 
 
 def _bar(ns: int, error: int | None, scale: int) -> str:
-    """A bar, and across its end the stretch in which the truth lies."""
+    """A bar with its confidence interval."""
     at, drawn = _WIDTH * ns / scale, ""
     if error is not None:
         low, high = max(0.0, at - _WIDTH * error / scale), at + _WIDTH * error / scale

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of the HTML report.
 
-In: a breakdown. Out: HTML fragments, nothing where there is nothing to show. Durations in ms with three decimals; what
-was not measured is a dash.
+In: a breakdown. Out: HTML fragments, empty if there is nothing to show. Durations in ms with three decimals; a dash
+if not measured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MANY = 40
 
 
 def escaped(text: str, limit: int = 400) -> str:
-    """Text of others, made harmless in HTML, also inside quotes."""
+    """Text from the recording, escaped for HTML, also inside quotes."""
     return html.escape(printable(text, limit))
 
 
@@ -99,7 +99,7 @@ def waterfall(b: Breakdown) -> Iterator[str]:
 
 
 def _took(phase: Phase, b: Breakdown) -> str:
-    """Duration and share of the window; no number for what was not seen."""
+    """Duration and share of the window; no number for a phase that was not seen."""
     if phase.duration_ns is None or not (phase.spans or phase.bound_ns or phase.phase == PhaseName.UNATTRIBUTED):
         return "<td class='n'>not seen</td><td class='n'>-</td>"
     took, share = (
@@ -173,7 +173,7 @@ def _locks(ioctl: FetchIoctl) -> str:
 
 
 def _rearm(final: FinalFetch) -> Iterator[str]:
-    """What was for nothing, beside figures that others published."""
+    """The avoidable work, next to published figures."""
     rearm = final.rearm
     if rearm is None:
         return
@@ -187,7 +187,7 @@ def _rearm(final: FinalFetch) -> Iterator[str]:
 
 
 def _split(split: Split | None) -> str:
-    """The parts of a call, sampled ones with their 95 % error, and what tells so."""
+    """The parts of a call, sampled ones with their 95 % error, and their source."""
     if split is None:
         return "-"
     errors = split.errors
@@ -200,7 +200,7 @@ def _split(split: Split | None) -> str:
 
 
 def passes(b: Breakdown) -> Iterator[str]:
-    """The passes in order; the bar is what was sent, so that convergence can be seen."""
+    """The passes in order; the bars are the bytes sent, so that convergence is visible."""
     most = max((p.bytes or 0 for p in b.dirty_log.passes), default=0) or 1
     rows = [
         f"<td>{at}</td>{_ns(p.begin)}{_ns(p.kernel_ns)}{_ns(p.user_ns)}{_ns(p.user_off_cpu_ns)}"
@@ -246,7 +246,7 @@ def _stretch(stretch: Stretch | None) -> str:
 
 
 def _tcp(info: dict[str, int] | None) -> str:
-    """TCP's verdict in whole ms: it counts in jiffies."""
+    """What limited TCP, in whole ms because TCP counts in jiffies."""
     if not info:
         return "-"
     busy, rwnd, sndbuf = (info.get(name, 0) // 1000 for name in ("busy_us", "rwnd_limited_us", "sndbuf_limited_us"))
@@ -256,7 +256,7 @@ def _tcp(info: dict[str, int] | None) -> str:
 
 
 def sockets(b: Breakdown) -> Iterator[str]:
-    """Who moved how much, and where the time in and between the calls went."""
+    """Bytes per socket, and the time in and between the calls."""
     rows = [
         f"<td class='w'>{escaped(s.role)}</td><td class='n'>{size(s.bytes)}</td><td class='n'>{s.calls}</td>"
         f"{_ns(s.in_call_ns)}{_ns(s.copy_ns)}{_ns(s.blocked_ns)}{_ns(s.between_ns)}<td>{_tcp(s.tcp_info)}</td>"
@@ -268,7 +268,7 @@ def sockets(b: Breakdown) -> Iterator[str]:
 
 
 def wire(b: Breakdown) -> Iterator[str]:
-    """Sent and not yet received."""
+    """Bytes in flight: sent and not yet received."""
     rows = [
         f"{_ns(w.sent)}{_ns(w.received)}{_ns(w.in_flight_ns)}<td class='n'>{size(w.bytes)}</td>"
         f"<td class='w'>{escaped(w.reason)}</td><td class='why'>{escaped(w.evidence)}</td>"
@@ -278,7 +278,7 @@ def wire(b: Breakdown) -> Iterator[str]:
 
 
 def waits(b: Breakdown) -> Iterator[str]:
-    """The longest sleeps of the threads that mattered."""
+    """The longest waits of the threads on the critical path."""
     rows = [
         f"<td class='w'>{escaped(w.phase)}</td><td>{escaped(w.thread)}</td>{_ns(w.duration_ns)}"
         f"<td class='stack'>{' &lt; '.join(map(escaped, w.stack))}</td>"
@@ -288,7 +288,7 @@ def waits(b: Breakdown) -> Iterator[str]:
 
 
 def witnesses(b: Breakdown) -> Iterator[str]:
-    """What others measured."""
+    """The witnesses: downtime figures from other sources."""
     rows = [
         f"<td>{escaped(w.name)}</td>{_ns(w.value_ns)}{_ns(w.value_ns - w.difference_ns)}"
         f"<td class='n'>{w.difference_ns / 1e6:+.3f}</td><td>{escaped(w.explanation)}</td>"
@@ -298,7 +298,7 @@ def witnesses(b: Breakdown) -> Iterator[str]:
 
 
 def completeness(b: Breakdown) -> Iterator[str]:
-    """Losses, how we traced, what it cost, clocks, notes."""
+    """Losses, attach tiers, overhead, clocks, notes."""
     state = b.completeness
     rows = ["<td>lost</td><td>not known</td>"] if state.lost is None else []
     rows += [f"<td>lost: {escaped(name)}</td><td>{count}</td>" for name, count in sorted((state.lost or {}).items())]

@@ -62,7 +62,7 @@ def render(breakdown: Breakdown, header: Header, view: View) -> bytes:
 
 
 class _Writer:
-    """Hands out track ids, and packets in the order in which a reader needs them."""
+    """Allocates track ids, and collects packets in the order that a reader needs."""
 
     def __init__(self, header: Header, view: View) -> None:
         self._header = header

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that others published or that were measured on known machines, to set ours beside.
+"""Reference figures, published or measured on known machines, to compare ours with.
 
 In: nothing. Out: constants with their sources.
 """

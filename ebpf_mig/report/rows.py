@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of the terminal report: a label, a duration, and what belongs to it.
+"""Lines of the terminal report: a label, a duration and details.
 
 In: names, ns, bytes. Out: `Row`s; text.py puts them on the screen.
 """
@@ -18,16 +18,16 @@ _FIGURE_TEXT_AT = 35
 
 
 class Row(NamedTuple):
-    """A line of the report; what does not fit goes on below, indented."""
+    """A line of the report; text that does not fit continues on the next line, indented."""
 
     text: Text
     indent: int = 2
     spare: int = 0
-    """0: never left out. Where the screen is too small, the highest goes first."""
+    """0: never left out. If the screen is too small, rows with the highest value are left out first."""
 
 
 def figure(label: str, ns: int, text: str, style: str = "") -> Row:
-    """A duration in the same column as those of the phases, and what belongs to it."""
+    """A duration in the same column as those of the phases, with details."""
     name = (f"{printable(label, _LABEL):{_LABEL}}", style or "dim")
     return Row(Text.assemble(name, (f"{ms(ns):>9} ms  ", style), text), _FIGURE_TEXT_AT)
 

@@ -2,7 +2,7 @@
 """The JSON Schema of a struct, each property with its description.
 
 In: a struct's type. Out: JSON Schema 2020-12. Descriptions are the docstrings below the fields, so that they are
-written down once. Python does not keep them, so they are read from the source.
+written only once. Python does not keep them at run time, so they are read from the source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema_of(struct: type[msgspec.Struct], title: str) -> dict[str, Any]:
-    """The schema of `struct` and of all that it holds."""
+    """The schema of `struct` and of all structs in it."""
     (reference,), definitions = msgspec.json.schema_components([struct])
     structs = {kind.__name__: kind for kind in _structs(struct, [])}
     for name, kind in structs.items():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many recordings as two tables: a row a migration, and a row for each of its phases.
+"""Many recordings as two tables: one row per migration, and one row per phase.
 
 In: recordings with the breakdowns made of them. Out: rows, their columns, and the tables as CSV or Parquet bytes.
 Columns are a public format: added, never renamed or removed. Durations are ns, `began` is UTC; what was not measured is
-null. A recording that cannot be read has a row that says so, so that a sum over the fleet cannot silently lack it.
+null. A recording that cannot be read has a row that says so: a sum over the fleet cannot omit it silently.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ PHASES: dict[str, type] = {
 
 
 def migration_row(name: str, header: Header, b: Breakdown) -> Row:
-    """What one recording says, in one row."""
+    """One recording as one row."""
     m, final = b.migration, b.dirty_log.final
     return {
         "recording": name,
@@ -108,17 +108,17 @@ def migration_row(name: str, header: Header, b: Breakdown) -> Row:
 
 
 def _together(known: Sequence[int | None]) -> int | None:
-    """A sum, null if one of its parts is."""
+    """The sum; null if one of its parts is null."""
     return sum(one or 0 for one in known) if None not in known else None
 
 
 def fits(rows: Iterable[Row]) -> bool:
-    """Whether every figure is one that 64 bits hold; a recording can claim anything."""
+    """Whether every figure fits 64 bits; a damaged recording can hold any number."""
     return all(-(1 << 63) <= cell < 1 << 63 for row in rows for cell in row.values() if isinstance(cell, int))
 
 
 def unreadable_row(name: str, why: str) -> Row:
-    """The row of a recording that says nothing."""
+    """The row of a recording that could not be read."""
     return dict.fromkeys(MIGRATIONS) | {
         "recording": name,
         "result": Result.UNKNOWN,
@@ -128,7 +128,7 @@ def unreadable_row(name: str, why: str) -> Row:
 
 
 def phase_rows(name: str, b: Breakdown) -> list[Row]:
-    """A row a phase in order, also those that were not seen; none without a window."""
+    """One row per phase, in order, also for phases that were not seen; no rows without a window."""
     if b.window_ns is None:
         return []
     return [

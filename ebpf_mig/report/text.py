@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The terminal report: one screen that says how long the blackout was and where it went.
+"""The terminal report: one screen with the blackout and where its time went.
 
 In: a breakdown. Out: text of 80 to 100 columns, with colour if asked for. Every duration is in ms with three
-decimals. Meaning never depends on colour. All names in it are made printable: they come from other people.
+decimals. Meaning never depends on colour. All names are made printable, because they come from the recording.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_VCPUS = 4
 MAX_LISTED = 3
 """Rows of the other lists."""
 SCREEN = 40
-"""Lines; rows that can be spared go first where there are more."""
+"""Lines of the report; if there are more, optional rows are left out."""
 _BAR_AT = 39
 _SIDES = {Side.SOURCE: ("src", "cyan"), Side.DESTINATION: ("dst", "magenta"), Side.BOTH: ("both", "blue")}
 _VERDICTS = {Verdict.COMPLETE: "green", Verdict.BOUNDED: "yellow", Verdict.INCOMPLETE: "bold red"}
@@ -93,7 +93,7 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
 
 
 def _on_one_screen(rows: list[tuple[Row, list[Text]]]) -> list[tuple[Row, list[Text]]]:
-    """Leaves out spare rows, the last of the most spare first, until the rest fits; the other formats have them."""
+    """Leaves out optional rows, highest `spare` first and last row first, until the rest fits."""
     kept = list(rows)
     while sum(len(lines) for _, lines in kept) > SCREEN:
         spare = max((row.spare for row, _ in kept), default=0)
@@ -275,7 +275,7 @@ def _longest(breakdown: Breakdown) -> Row | None:
 
 
 def _trust(breakdown: Breakdown) -> Iterator[Row]:
-    """How far the figures can be relied on: the verdict, losses, clocks, doubts."""
+    """How reliable the figures are: verdict, losses, clocks, notes."""
     state = breakdown.completeness
     lost = "losses not known" if state.lost is None else _counts("lost", state.lost) or "nothing lost"
     facts = [lost, _counts("unpaired", state.unpaired or {})]

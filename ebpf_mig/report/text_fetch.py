@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines of the terminal report that say why a fetch took its time, and what the passes cost the guest.
 
-In: parts of a breakdown. Out: rows, only of what is worth a line; the other formats have everything.
+In: parts of a breakdown. Out: rows, only for what is significant; the other formats have everything.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ebpf_mig.report.reference import REARM
 from ebpf_mig.report.rows import Row, figure, ms
 
 _TOLD_SHARE = 100
-"""What takes less than this part of the window is left to the other formats."""
+"""Parts that take less than this share of the window are only in the other formats."""
 
 
 def inside(breakdown: Breakdown) -> Iterator[Row]:
-    """What the final fetch did inside its ioctls, and what of it was for nothing."""
+    """What the final fetch did inside its ioctls, and which part was avoidable."""
     final = breakdown.dirty_log.final
     if final is None:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the terminal report on what the VMM did in its own way, and on what it says of it.
+"""Rows of the terminal report on VMM-specific work and on the VMM's own figures.
 
 In: parts of a breakdown. Out: rows; text.py puts them on the screen.
 """
@@ -16,7 +16,7 @@ from ebpf_mig.text import printable, size
 _PART_SPARE = {name: spare for one in vmm.adapters() for name, spare in one.witness.parts.items()}
 """Rows of the VMMs' own figures: how much they can be spared."""
 _LATE_NS = 500_000
-"""Sleep after the stop that is not worth a line."""
+"""A shorter sleep after the stop gets no line."""
 
 
 def throttled(found: Throttled | None) -> Iterator[Row]:
@@ -29,7 +29,7 @@ def throttled(found: Throttled | None) -> Iterator[Row]:
 
 
 def pausing(found: Pausing | None) -> Iterator[Row]:
-    """What it cost to stop the vCPUs, if noticing that they had stopped is worth a line."""
+    """The time to stop the vCPUs, if the VMM noticed the stop late enough to matter."""
     if found is None or found.asleep_ns is None or found.asleep_ns < max(_LATE_NS, found.noticed_ns // 2):
         return
     why = "polls" if found.polling else "asleep"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The terminal report's rows about sockets, what was in flight between the hosts, and the longest waits.
 
-In: a breakdown. Out: rows; those that can be spared say so.
+In: a breakdown. Out: rows; optional rows have `spare` set.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def in_flight(breakdown: Breakdown) -> Iterator[Row]:
 
 
 def _short(text: str, room: int) -> str:
-    """As many of the clauses as fit, the first in any case."""
+    """As many clauses as fit; always the first."""
     clauses = re.split(r"(?<=[,;]) ", text)
     shown = clauses[0]
     for clause in clauses[1:]:

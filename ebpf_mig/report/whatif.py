@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a prediction, to be printed below the report it starts from.
+"""The text of a prediction, printed below the report that it is based on.
 
-In: a breakdown with a `what_if`. Out: lines of 80 columns, or HTML. ASCII but for what is the user's.
+In: a breakdown with a `what_if`. Out: lines of 80 columns, or HTML. ASCII except for text from the user.
 """
 
 from __future__ import annotations
