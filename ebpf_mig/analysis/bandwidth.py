@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the link between the hosts was what the blackout waited for, and how much it carried meanwhile.
+"""How long the blackout waited for the link between the hosts, and how much the link carried in that time.
 
 In: a `TracedMigration`. Out: a `LinkUse`, or why there is none. From two curves of the migration's bytes: sent by the
 source, and arrived at the destination (TCP segments). While many bytes have been sent and not arrived, though the
@@ -26,7 +26,7 @@ HELD_NS = 20_000_000
 HELD_BYTES = 128 << 10
 """If nothing arrives for HELD_NS and less than this is waiting, TCP holds it back (Nagle, a delayed ACK)."""
 _FULL = 0.9
-"""Of the receive window in flight: the reader is the limit."""
+"""Share of the receive window in flight from which the reader is the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class LinkUse:
     limited: tuple[tuple[int, int], ...]
     """Stretches in which the link was the limit; absolute, in order, apart."""
     limited_bytes: int
-    """What arrived in them."""
+    """Bytes that arrived in them."""
     span_ns: int
     """From the stop to the last arrival before the start."""
     span_bytes: int
-    """What arrived in it."""
+    """Bytes that arrived in it."""
     source_ns: int
-    """The source's own part of the limited time: what it did not spend blocked in sends."""
+    """The part of the limited time that the source was not blocked in sends."""
     reader_ns: int
-    """What the destination spent in its receive calls on the CPU, in the limited time."""
+    """Time that the destination was on the CPU in receive calls, within the limited time."""
 
     @property
     def limited_ns(self) -> int:
@@ -57,7 +57,7 @@ class LinkUse:
 
 
 def observe(traced: TracedMigration) -> LinkUse | str:
-    """The use of the link in the blackout, or in words why it cannot be told."""
+    """The use of the link in the blackout, or the reason why it is unknown."""
     source, destination, switch = traced.source, traced.destination, traced.switchover
     if source is None or destination is None:
         return "only one side was traced"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's slowdown while it still runs: time its vCPUs spent outside KVM_RUN, pass by pass, beside a baseline.
 
-In: a source process's `VcpuSpan` events. Out: stretches of the breakdown. Not to be called without such
-events: a recording that has none does not say that nothing was lost.
+In: a source process's `VcpuSpan` events. Out: stretches of the breakdown. Call it only if there are such
+events: a recording without them does not show that nothing was lost.
 
 Outside means outside the KVM_RUN call: in the VMM, or kept from it. An exit that the kernel handles by itself, a
 write-protect fault among them, is inside; of those only the waiting for locks is known. Seeing each would take a probe
@@ -24,7 +24,7 @@ LONGEST_NS = 10_000_000_000
 
 
 def stretch(process: Process, begin: int, end: int, origin: int) -> Stretch:
-    """What each vCPU lost in [begin, end). A span that reaches in from before counts with its share of time."""
+    """What each vCPU lost in [begin, end). A span that began earlier counts in proportion to its overlap."""
     found: dict[int, list[VcpuSpan]] = defaultdict(list)
     locks = all(span.lock_ns >= 0 for span in process.spans)
     first = bisect_left(process.spans, begin - LONGEST_NS, key=lambda span: span.since_ns)

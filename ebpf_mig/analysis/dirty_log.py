@@ -26,11 +26,13 @@ from ebpf_mig.recording.events import Ioctl, Transfer
 from ebpf_mig.recording.thresholds import FETCH_GAP_NS
 
 LOGGING_GAP_NS = 20_000_000
-"""Where logging is switched on over all slots, one slot follows the other within this."""
+"""Longest gap between two slots when logging is switched on over all slots."""
 
 
 class Burst(msgspec.Struct, frozen=True, gc=False):
-    """One fetch with what belongs to it. A long pre-copy has tens of thousands: no work for the garbage collector."""
+    """One fetch with its ioctls. A long pre-copy has tens of thousands, so the garbage collector does not track
+    them.
+    """
 
     ioctls: list[Ioctl]
     begin: int

@@ -7,7 +7,7 @@ estimated from the samples with their number and an error for each class.
 The classes by kernel function (Linux 5.10 to 7.2, x86 and arm64; the innermost function that has a class decides):
 walk is write-protecting pages or clearing their dirty bits, flush the TLB flush with its wait for other CPUs, copy
 the bitmap to or from user space with the page faults that this takes; other is scanning and clearing the bitmap,
-and whatever else. Spinning for a lock is no work and is left out: it is told as a wait.
+and whatever else. Spinning for a lock is not work: it is left out here and reported as a wait.
 """
 
 from __future__ import annotations

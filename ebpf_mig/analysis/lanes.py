@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each thread, vCPU, socket and memslot did when: the material of every report with a time axis.
+"""The activity of each thread, vCPU, socket and memslot over time: the data of every report with a time axis.
 
 In: an `Analysis`. Out: a `View` of lanes. Slices of one lane never overlap, whatever the recording
 says, because trace viewers cannot show that. Times are CLOCK_MONOTONIC ns as recorded; `origin_ns` is the instant
@@ -217,7 +217,7 @@ def _slot(slot: int) -> str:
 
 
 def apart(slices: Iterable[Slice]) -> list[Slice]:
-    """In order of time and without overlap: what began before its predecessor ended is cut at that end."""
+    """In order of time and without overlap: a slice that began before its predecessor ended is cut there."""
     ordered = sorted(slices, key=lambda s: (s.begin_ns, s.end_ns, s.name))
     last = 0
     for one in ordered:

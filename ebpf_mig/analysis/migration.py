@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One traced migration: its sides, its sockets, its fetches and its switchover.
 
-In: a recording taken apart. Out: a `TracedMigration`, made by `identify` and never changed. What is derived from it is
-worked out once, when it is first asked for.
+In: a recording taken apart. Out: a `TracedMigration`, made by `identify` and never changed. Derived values are
+computed once, on first use.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _SHOWN_BY = {
     PhaseName.HANDOVER: "socket",
     PhaseName.STATE_LOAD: "state",
 }
-"""The signal without which a phase is not seen."""
+"""For each phase, the signal that it needs to be seen."""
 
 
 @dataclass(frozen=True)
 class TracedMigration:
-    """What a recording holds of one migration. Instants are absolute, in ns."""
+    """One migration in a recording. Instants are absolute, in ns."""
 
     material: Material
     source: Process | None
@@ -147,7 +147,7 @@ def _sends(transfers: list[Transfer], since: int) -> list[Transfer]:
 def identify(material: Material, names: MarkNames) -> TracedMigration:
     """Finds the sides, the switchover, when the migration began, its sockets, its fetches.
 
-    `names`: what the marks of VMMs are called.
+    `names`: the names of the VMMs' marks.
     """
     source, destination, notes = roles.assign(material.processes.values())
     if source is None:

@@ -32,7 +32,7 @@ alone, with which threads wake each other, can have more in seconds."""
 
 
 def result(case: TracedMigration) -> Result:
-    """One of the words above. Seen vCPUs outweigh what anybody said."""
+    """One of the words above. vCPU events take precedence over any report."""
     found = case.switchover
     if found is not None and found.kind == SwitchoverKind.COMPLETED:
         return Result.COMPLETED

@@ -39,7 +39,7 @@ class DirtyLogRows:
     since: int = 0
     """When tracing began."""
     brownout: bool = False
-    """Were the vCPUs' times outside KVM_RUN recorded?"""
+    """Whether the vCPUs' times outside KVM_RUN were recorded."""
     sends_known: bool = True
     """False: no send was seen, and none could be."""
     _begins: list[int] = field(init=False)
@@ -142,11 +142,11 @@ class DirtyLogRows:
         )
 
     def user_off_cpu(self, spans: Sequence[Span]) -> int | None:
-        """Of the bitmap work in these spans (from `origin`), the part off the CPU."""
+        """The part of the bitmap work in these spans (from `origin`) that was off the CPU."""
         return self._off_cpu.within((begin + self.origin, end + self.origin) for begin, end in spans)
 
     def rearm(self, until: int) -> Rearm | None:
-        """What the fetches in the blackout spent on protecting pages anew; None where that cannot be told."""
+        """Time that the fetches in the blackout spent on re-protecting pages; None if unknown."""
         ioctls = [i for burst in self.last(until) for i in burst.ioctls]
         manual = any(dirty_log.is_clear(i) for burst in self.bursts for i in burst.ioctls)
         gets = [i for i in ioctls if kvm.name_of(i.cmd) == "GET_DIRTY_LOG"]
@@ -176,7 +176,7 @@ class DirtyLogRows:
         )
 
     def logging(self, blackout: Span | None) -> list[Logging]:
-        """Each time that the migration switched logging on or off; slots that follow at once are one time."""
+        """Each time that the migration switched logging on or off; slots that follow immediately are grouped."""
         since = dirty_log.switched_on(self.process, self.stop)
         state: dict[int, bool] = {}
         groups: list[tuple[bool, list[Ioctl]]] = []

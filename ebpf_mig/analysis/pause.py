@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long it took the VMM to stop its vCPUs, and then to notice that they had stopped.
 
-In: the source's kicks, calls and waits. Out: a row of the breakdown. A VMM that looks every millisecond whether its
-vCPUs have stopped (Cloud Hypervisor: vmm/src/cpu.rs, `pause`) pays for that with the guest already dark.
+In: the source's kicks, calls and waits. Out: a row of the breakdown. A VMM that polls every millisecond whether its
+vCPUs have stopped (Cloud Hypervisor: vmm/src/cpu.rs, `pause`) adds that delay to the blackout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ebpf_mig.breakdown import Pausing
 from ebpf_mig.recording.events import OffCpu
 
 BEFORE_NS = 1_000_000
-"""Where the kicking thread got its CPU back this soon before its first kick, that kick was late."""
+"""If the kicking thread got its CPU back this soon before its first kick, the kick was late."""
 
 
 def driver(source: Process, found: Switchover) -> int | None:

@@ -45,7 +45,7 @@ def begun(events: list[_Timed], since: int) -> list[_Timed]:
 
 @dataclass(frozen=True)
 class Process:
-    """One traced process; every list is in time order. What is derived from them is worked out once, when asked for."""
+    """One traced process; every list is in time order. Derived values are computed once, on first use."""
 
     pid: int
     target: ev.Target | None = None
@@ -73,7 +73,7 @@ class Process:
 
     @property
     def was_seen(self) -> bool:
-        """Whether the kernel reported any event of it. Its threads' names are no events: they are from /proc."""
+        """Whether the kernel reported any event of it. Thread names do not count: they are from /proc."""
         calls = self.ioctls or self.enters or self.exits or self.states or self.kicks or self.transfers or self.told
         return bool(calls or self.off_cpu or self.spans)
 
@@ -151,7 +151,7 @@ class Process:
 
     @cached_property
     def sockets(self) -> dict[int, ev.Socket]:
-        """What is known of each socket, by inode; told twice, the last word counts."""
+        """Each socket, by inode; of several events on one socket, the last counts."""
         return {socket.socket: socket for socket in self.told}
 
     @cached_property
@@ -161,7 +161,7 @@ class Process:
 
     @cached_property
     def tcp_by_socket(self) -> dict[int, list[ev.TcpInfo]]:
-        """TCP's accounts by socket inode."""
+        """`tcp_info` readings by socket inode."""
         result: dict[int, list[ev.TcpInfo]] = defaultdict(list)
         for reading in self.tcp:
             result[reading.socket].append(reading)
@@ -214,7 +214,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Material:
-    """A recording taken apart."""
+    """A recording split by process."""
 
     header: ev.Header
     processes: dict[int, Process]
@@ -227,7 +227,7 @@ class Material:
     """How many of its events this version cannot read."""
 
     def absent(self, signal: str) -> bool:
-        """Does the recording say that the signal could not be traced?"""
+        """Whether the recording says that the signal could not be traced."""
         return self.header.attach.get(signal, "").startswith("absent")
 
     def traced(self, signal: str) -> bool:
@@ -239,7 +239,7 @@ _key = msgspec.structs.astuple
 
 
 def split(recording: Recording) -> Material:
-    """Takes a recording apart. Linear but for the sorting."""
+    """Splits a recording by process. Linear except for the sorting."""
     by_kind: dict[type, list[Any]] = defaultdict(list)
     for event in recording.events:
         by_kind[type(event)].append(event)
@@ -286,7 +286,7 @@ def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
 
 
 def _made_whole(kind: type, events: list[Any]) -> list[Any]:
-    """A call whose begin was not seen, or makes no sense, begins when it ends; nobody moves less than nothing."""
+    """A call whose begin was not seen, or makes no sense, begins when it ends; negative byte counts become 0."""
     if kind is ev.Ioctl:
         return [i if 0 < i.begin_ns <= i.end_ns else msgspec.structs.replace(i, begin_ns=i.end_ns) for i in events]
     if kind is ev.Transfer:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of an analysis: the breakdown, and what it was made of.
+"""The result of an analysis: the breakdown, and the data that it was made from.
 
 In: nothing. Out: `Analysis`, which `collector.analyse` makes. Every output takes it: text and JSON the breakdown, those
-with a time axis and predictions what lies behind it. Nothing works the migration out a second time.
+with a time axis and predictions what lies behind it. The analysis runs only once per recording.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ebpf_mig.recording.events import Header
 
 @dataclass(frozen=True)
 class Analysis:
-    """One recording, analysed. Not to be changed, nor anything in it."""
+    """One analysed recording. Do not modify it or anything in it."""
 
     breakdown: Breakdown
     traced: TracedMigration
     """The events by process, the sides, the switchover; instants on the recording's clock."""
     attribution: Attribution
-    """The window and who owned which instant of it."""
+    """The window and the phase of each instant in it."""
     origin_ns: int
     """Instant 0 of the breakdown on CLOCK_MONOTONIC of the recording's host."""
     connection: str

@@ -22,7 +22,7 @@ def assign(processes: Collection[Process]) -> tuple[Process | None, Process | No
     scores = {process.pid: (_as_source(process), _as_destination(process)) for process in processes}
 
     def leaning(process: Process) -> tuple[int, int, int]:
-        """Source-like first; of equals the one that ran first."""
+        """The process most like a source first; among equals, the one that ran first."""
         own = scores[process.pid]
         return own[1] - own[0], _first(process), process.pid
 

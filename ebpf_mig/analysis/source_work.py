@@ -32,7 +32,7 @@ Interval = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the source did, ready to be cut up."""
+    """The source's work as labelled intervals."""
 
     intervals: list[Interval]
     state_from: int | None
@@ -44,7 +44,7 @@ class Work:
     fetched: int | None
     """Begin of the first fetch after the stop."""
     folded: int
-    """Sends that were recorded as one run of calls although state was saved amid them."""
+    """Sends that were recorded as one batch of calls although state was saved in between."""
     preempted: Sequence[tuple[int, int]] = ()
     """Stretches in which the thread that sends had lost its CPU, in order."""
 
@@ -117,7 +117,7 @@ def observe(source: Process, stop: int, bursts: Sequence[Burst], transfers: Sequ
 
 
 def _preempted(waits: Sequence[OffCpu], tids: Collection[int], since: int) -> list[tuple[int, int]]:
-    """When a thread was ready to run and did not; where several did at once, the first."""
+    """When a thread could run but did not; of several at once, the first."""
     found: list[tuple[int, int]] = []
     for wait in waits:
         if wait.preempted and wait.tid in tids and wait.end_ns > since and (not found or wait.begin_ns >= found[-1][1]):
@@ -147,7 +147,7 @@ def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
 
 
 def _unfold(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:
-    """A run of many calls with state saved amid it carried memory before, and state after."""
+    """A batch of calls during which state was saved carried memory before that, and state after."""
     begins = [i.begin_ns for i in saves]
     first, until = bisect_left(begins, send.begin_ns), bisect_left(begins, send.end_ns)
     within = [i for i in saves[first:until] if i.end_ns <= send.end_ns]
@@ -160,7 +160,7 @@ def _unfold(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:
 def _state_sends(
     bursts: Sequence[Burst], sends: Sequence[Transfer], replies: Sequence[Transfer], saves: Sequence[Ioctl]
 ) -> list[bool]:
-    """For each send: does it carry state?"""
+    """For each send: whether it carries state."""
     fetches = [burst for burst in bursts if burst.fetched]
     begins = [i.begin_ns for i in saves]
     if fetches:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic of spans and of instants in order.
 
-In: spans [begin, end) in ns, or sorted instants. Out: how long they last, what they have in common, what they leave.
+In: spans [begin, end) in ns, or sorted instants. Out: their length, their overlap, the gaps between them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 from ebpf_mig.breakdown import Span
 
 FOREVER = 1 << 63
-"""An instant after all others: the end of what nothing ends. The clock's instants have 63 bits."""
+"""An instant after all others: the end of a span without an end. The clock's instants have 63 bits."""
 
 
 def total(spans: Iterable[Span]) -> int:
@@ -32,7 +32,7 @@ def covered(spans: Iterable[Span], within: Span) -> int:
 
 
 def overlap(spans: Sequence[Span], others: Iterable[Span]) -> int:
-    """How long one of each was going on at the same time. Neither overlap themselves."""
+    """The overlap of two sets of spans. Spans of one set do not overlap each other."""
     return sum(covered(spans, other) for other in others)
 
 
@@ -61,7 +61,7 @@ def uncovered(spans: Iterable[Span], within: Span) -> list[Span]:
 
 
 def any_in(instants: Sequence[int], begin: int, end: int | None) -> bool:
-    """Is one of the instants, in order, in [begin, end)? `end` None: no end."""
+    """Whether one of the sorted instants is in [begin, end). `end` None: no end."""
     at = bisect_left(instants, begin)
     return at < len(instants) and (end is None or instants[at] < end)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP's own verdict on a stretch of time: what kept it busy and what held it up.
+"""What limited TCP in a span of time, by its own counters.
 
 In: readings of `struct tcp_info`. Out: differences between the reading before the stretch and the one after it. The
 kernel counts these times in jiffies, and the readings do not fall on the stretch's ends: both are part of the result.
@@ -27,7 +27,7 @@ _LATEST = {"rtt": "rtt_us", "snd_cwnd": "cwnd", "snd_mss": "mss", "queued": "que
 def verdict(process: Process, socket: int, stretch: Span, origin: int) -> dict[str, int] | None:
     """One socket in the stretch; None unless it was read at least once after the stretch began.
 
-    A socket that was first read amid the stretch is taken from its birth: all counts begin at zero.
+    A socket that was first read within the stretch counts from its creation: all counters begin at zero.
     """
     readings = process.tcp_by_socket.get(socket, [])
     before = bisect_right(readings, stretch[0], key=_at) - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When each vCPU ran guest code, from what was kept of its KVM_RUN calls.
+"""When each vCPU ran guest code, from the recorded KVM_RUN calls.
 
 In: the vCPU events and kicks of one thread. Out: its gaps, the stretches in which it ran no guest code.
 
@@ -47,7 +47,7 @@ class Timeline:
 
     @property
     def ran(self) -> bool:
-        """Was the vCPU ever seen to run guest code?"""
+        """Whether the vCPU was ever seen to run guest code."""
         return any(gap.begin is not None or gap.end is not None for gap in self.gaps)
 
     @property

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the blackout would have been, had the final fetch cost less, re-arming been skipped, or the link been faster.
 
-In: an `Analysis` and wishes. Out: a `WhatIf` with what each wish changes and all that
-has to hold for it. A prediction takes away from the measured blackout or adds to it; it is never built up from a model
-alone, so that what no model knows stays in it.
+In: an `Analysis` and wishes. Out: a `WhatIf` with the effect of each wish and the
+assumptions. A prediction takes away from the measured blackout or adds to it; it is never built up from a model
+alone, so that effects that no model covers stay in it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RE_ARMS = ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What is to be otherwise; None: as it was."""
+    """The conditions to change; None: unchanged."""
 
     bandwidth: int | None = None
     """Of the link, bytes a second."""

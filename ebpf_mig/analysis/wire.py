@@ -25,7 +25,7 @@ from ebpf_mig.recording.events import RECEIVE, SEND, Retransmit, Segment, Transf
 _at, _ended = attrgetter("at_ns"), attrgetter("end_ns")
 
 FLIGHT_NS = 1_000_000
-"""Shorter stretches are what a network costs; they are not worth a line."""
+"""Shorter stretches are ordinary network latency and are not reported."""
 MOST_STRETCHES = 5
 DELAYED_ACK_NS = 35_000_000
 """Linux waits 40 ms and more for something to send an acknowledgement with (TCP_DELACK_MIN, include/net/tcp.h)."""
@@ -120,7 +120,7 @@ def gather(
 
 
 def without_wire(row: Wire) -> Wire:
-    """The same of a UNIX socket: what was written can be read at once, so only the reader can be late."""
+    """The same for a UNIX socket: written bytes can be read immediately, so only the reader can be late."""
     return msgspec.structs.replace(row, reason="late reader", evidence="a UNIX socket has no wire")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Witnesses: what others said about the blackout, set beside our figure and explained.
+"""Witnesses: downtime figures from other sources, compared with ours and explained.
 
 In: the marks of a recording and the switchover. Out: rows of the breakdown. A witness never moves a boundary.
 """
@@ -32,7 +32,7 @@ class MarkNames:
 
 
 def merged(names: Iterable[MarkNames]) -> MarkNames:
-    """Those of several VMMs as one."""
+    """The names of several VMMs combined."""
     all_names = list(names)
     return MarkNames(
         stopped=frozenset(name for one in all_names for name in one.stopped),
