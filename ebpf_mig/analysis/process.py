@@ -286,7 +286,7 @@ def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
 
 
 def _made_whole(kind: type, events: list[Any]) -> list[Any]:
-    """A call whose begin was not seen, or makes no sense, begins when it ends; negative byte counts become 0."""
+    """A call whose begin was not seen, or makes no sense, begins when it ends; negative sizes and times become 0."""
     if kind is ev.Ioctl:
         return [i if 0 < i.begin_ns <= i.end_ns else msgspec.structs.replace(i, begin_ns=i.end_ns) for i in events]
     if kind is ev.Transfer:

@@ -53,7 +53,7 @@ def _runs(benchmark: Benchmark) -> str:
 
 
 def diff_table(names: tuple[str, str], pair: tuple[Benchmark, Benchmark], differences: Sequence[Difference]) -> str:
-    """Both medians, the change, its confidence interval and the verdict."""
+    """Both medians, the change, the noise, the p-value and the verdict."""
     return "\n".join(_diff_lines(names, pair, differences)) + "\n"
 
 
