@@ -18,7 +18,11 @@ from typing import Any
 
 import pytest
 
+from ebpf_mig.analysis.fetch_split import on_cpu
 from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.linux.kvm import DIRTY_LOG
+from ebpf_mig.recording.events import Ioctl, Samples, VcpuExit, VcpuSpan
+from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
@@ -41,6 +45,10 @@ from tests.integration.exporters import (
 from tests.integration.migrations import LASTING, QUICK
 
 pytestmark = requires(*TRACING)
+BUSY = Scenario(128 * MIB, 32 * MIB, 20_000, bandwidth_bytes=16 << 20, downtime_ms=3000)
+"""A guest whose vCPU leaves KVM_RUN every 0.4 s. It dirties enough pages for fetches that are long."""
+SAMPLED_NS = 10_000_000
+"""CPU time of a fetch that is surely sampled: the sampler's period is 1 ms while the guest runs."""
 
 
 @pytest.mark.parametrize("transport", ["tcp", "unix"])
@@ -70,6 +78,23 @@ def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path
         until(lambda: value(port, "ebpf_mig_vms") == 0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
+
+
+def test_a_kept_recording_has_the_vcpus_spans_and_the_samples(tmp_path: Path) -> None:
+    """Without them the report has no brownout, and its final fetch no split."""
+    state = tmp_path / "state"
+    with exporter(state) as (_, port):
+        migrate(BUSY)
+        until(lambda: value(port, "ebpf_mig_migrations_total", result="completed") == 1, 15)
+    (kept,) = state.iterdir()
+    events = read_recording(kept).events
+    fetches = [event for event in events if isinstance(event, Ioctl) and event.cmd in DIRTY_LOG]
+    vcpus = {event.tid for event in events if isinstance(event, VcpuExit) and event.pid == fetches[0].pid}
+    assert vcpus and vcpus <= {event.tid for event in events if isinstance(event, VcpuSpan)}
+    if any(on_cpu(fetch) >= SAMPLED_NS for fetch in fetches[1:]):
+        assert any(isinstance(event, Samples) for event in events)
+    passes = report(kept).dirty_log.passes
+    assert any(one.brownout is not None and one.brownout.vcpus for one in passes)
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
