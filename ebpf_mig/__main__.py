@@ -39,7 +39,7 @@ def _current_directory() -> str:
     try:
         return os.getcwd()  # noqa: PTH109
     except OSError:
-        return ""  # it was removed
+        return ""  # the directory was removed
 
 
 if __name__ == "__main__":

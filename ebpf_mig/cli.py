@@ -92,7 +92,7 @@ _verbose = click.Option(
     count=True,
     expose_value=False,
     callback=_set_verbose,
-    help="Say more; -vv for tracebacks.",
+    help="Print more messages; -vv also prints tracebacks.",
 )
 
 

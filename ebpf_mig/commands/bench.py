@@ -51,13 +51,24 @@ _EXAMPLES = examples(
 
 @click.command("bench", epilog=f"{_SCENARIOS}\n\n{_EXAMPLES}")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SCENARIO | -- COMMAND...")
-@click.option("-n", "--runs", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many to keep.")
-@click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Runs before, thrown away.")
+@click.option(
+    "-n",
+    "--runs",
+    type=click.IntRange(1, 10_000),
+    default=20,
+    show_default=True,
+    help="Number of migrations to measure.",
+)
+@click.option(
+    "--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Warm-up runs first; not counted."
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="The result file.  [default: a new name]")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @click.option("--vmm", type=click.Choice(with_lab()), default=with_lab()[0], show_default=True)
 @click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]")
-@click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Give a migration up after this.")
+@click.option(
+    "--timeout", type=DURATION, default="60s", show_default=True, help="Stop waiting for a migration after this."
+)
 def command(
     words: Sequence[str],
     runs: int,

@@ -67,7 +67,7 @@ class Child:
     def abandoned(self) -> bool:
         """Whether the user no longer waits: interrupted twice, or COMMAND did not end after the first time.
 
-        Takes the interruptions that have come meanwhile, and passes the first one on.
+        Handles the interruptions that arrived since the last call. The first one is passed on.
         """
         while (came := signal.sigtimedwait(_INTERRUPTS, 0)) is not None:
             if self.interrupted is not None:

@@ -38,21 +38,27 @@ _HANDS_OVER = ", ".join(one.title for one in adapters() if one.hands_over)
 
 @click.command("demo", epilog=_EXAMPLES)
 @click.option("--memory", type=SIZE, default="256MiB", show_default=True, help="Memory of the guest.")
-@click.option("--working-set", type=SIZE, default="16MiB", show_default=True, help="What each vCPU dirties.")
+@click.option("--working-set", type=SIZE, default="16MiB", show_default=True, help="Memory that each vCPU dirties.")
 @click.option(
-    "--dirty-rate", type=click.IntRange(0), default=10_000, show_default=True, help="Pages/s a vCPU; 0: all it can."
+    "--dirty-rate",
+    type=click.IntRange(0),
+    default=10_000,
+    show_default=True,
+    help="Dirty rate in pages/s per vCPU; 0: unlimited.",
 )
 @click.option("--vcpus", type=click.IntRange(1, 26), default=1, show_default=True)
 @click.option("--transport", type=click.Choice(["tcp", "unix"]), default="tcp", show_default=True)
 @click.option("--multifd", type=click.IntRange(1, 255), help="Send memory over this many channels.")
-@click.option("--downtime-limit", type=DURATION, help="What the VMM may take, e.g. 300ms.  [default: the VMM's]")
-@click.option("--bandwidth", type=RATE, default="0", show_default=True, help="E.g. 1Gbit; 0: unlimited.")
+@click.option("--downtime-limit", type=DURATION, help="The VMM's downtime limit, e.g. 300ms.  [default: the VMM's]")
+@click.option(
+    "--bandwidth", type=RATE, default="0", show_default=True, help="Bandwidth limit, e.g. 1Gbit; 0: unlimited."
+)
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy after the second pass.")
 @click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
 @click.option("--vmm", type=click.Choice(with_lab()), default=with_lab()[0], show_default=True)
 @click.option("--local", is_flag=True, help=f"Hand the memory over instead of sending it ({_HANDS_OVER}).")
 @click.option(
-    "--two-hosts", is_flag=True, help="Each VM in a network of its own, --bandwidth between them; two recorders."
+    "--two-hosts", is_flag=True, help="Put each VM in its own network, linked at --bandwidth; use two recorders."
 )
 @click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this.")
@@ -84,7 +90,9 @@ def command(
     color: str,
     strict: bool,
 ) -> None:
-    """Start two VMs, migrate one to the other, and print where its downtime went."""
+    """Migrate a demo VM and print where its downtime went.
+
+    Starts two VMs on this host and migrates one to the other."""
     tracing.check_output(output, force)
     require_tracing()
     scenario = Scenario(
@@ -93,7 +101,7 @@ def command(
     )  # fmt: skip
     if two_hosts:
         if local or transport != "tcp":
-            raise UsageError("two hosts have only a network in common", "leave --local and --transport out")
+            raise UsageError("two hosts share only a network", "leave --local and --transport out")
         names = both.file_names(output, "demo", force)
         start = functools.partial(adapter(vmm).lab, binary=vmm_binary)
         outcome, halves = _two_hosts(scenario, start, timeout, tier)

@@ -43,7 +43,7 @@ _EXAMPLES = examples(
 def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     """Compare two benchmarks, phase by phase: B against A.
 
-    A and B are result files of `bench`; recordings count as a single run each.
+    A and B are result files of `bench`. A recording counts as a single run.
     """
     wanted = [parse_condition(text) for text in conditions]
     before, after = load(a), load(b)

@@ -20,7 +20,7 @@ _SIGNS = {"ok": "ok     ", "warn": "warning", "missing": "MISSING"}
 @click.command(
     "doctor", epilog=examples("ebpf-mig doctor", "ebpf-mig doctor --json | jq '.[] | select(.state!=\"ok\")'")
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON array instead of lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array instead of lines.")
 def command(as_json: bool) -> None:
     """Check what this machine supports, one line per feature. Exits with 3 if tracing cannot work."""
     found = list(checks())

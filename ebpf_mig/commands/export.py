@@ -41,10 +41,10 @@ _EXAMPLES = examples(
     type=click.Path(file_okay=False),
     default=".",
     show_default=True,
-    help="Write the tables into this directory; it is made if need be.",
+    help="Write the tables to this directory; created if missing.",
 )
 @click.option("--force", is_flag=True, help="Overwrite existing tables.")
-@click.option("--redact", is_flag=True, help="Leave out names of hosts and files.")
+@click.option("--redact", is_flag=True, help="Omit names of hosts and files.")
 @strict_option
 def command(directory: str, form: str, output: str, force: bool, redact: bool, strict: bool) -> None:
     """Write a table of migrations and a table of their phases.

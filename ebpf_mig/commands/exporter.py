@@ -39,20 +39,24 @@ _EXAMPLES = examples(
 
 @click.command("exporter", epilog=_EXAMPLES)
 @click.option("--web.listen-address", "address", default=f"127.0.0.1:{PORT}", show_default=True, help="HOST:PORT.")
-@click.option("--web.config.file", "web_config", type=click.Path(), help="TLS and users, as in exporter-toolkit.")
-@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs with such a name.")
-@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Where recordings are kept.")
-@click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
-@click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
+@click.option("--web.config.file", "web_config", type=click.Path(), help="TLS and users, in exporter-toolkit's format.")
+@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs whose name matches.")
+@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Directory of the recordings.")
+@click.option(
+    "--keep", type=click.IntRange(1), default=100, show_default=True, help="Largest number of recordings to keep."
+)
+@click.option(
+    "--keep-size", type=SIZE, default="1GiB", show_default=True, help="Largest size of all recordings together."
+)
 @click.option(
     "--vm-label",
     type=click.Choice(["name", "hash", "none"]),
     default="name",
     show_default=True,
-    help="How VMs are named in metrics.",
+    help="How to label VMs in metrics.",
 )
 @click.option("--otlp-endpoint", "otlp", default="", metavar="URL", help="Send each migration as OpenTelemetry spans.")
-@click.option("--own-cost", is_flag=True, help="Measure our programs' run time; keeps CAP_SYS_ADMIN.")
+@click.option("--own-cost", is_flag=True, help="Measure the run time of our BPF programs; keeps CAP_SYS_ADMIN.")
 def command(
     address: str,
     web_config: str | None,
@@ -64,7 +68,7 @@ def command(
     otlp: str,
     own_cost: bool,
 ) -> None:
-    """Watch this node and serve the downtime of every migration to Prometheus."""
+    """Serve the downtime of each migration on this node to Prometheus."""
     reloads: list[int] = []
     signal.signal(signal.SIGHUP, lambda signum, _frame: reloads.append(signum))
     capabilities.require_tracing()

@@ -31,12 +31,12 @@ _EXAMPLES = examples(
 
 
 class Offset(click.ParamType[Hint]):
-    """`OFFSET[+-DOUBT]`, each a duration."""
+    """`OFFSET[+-DOUBT]`. Both are durations."""
 
     name = "offset"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Hint:
-        """A hint in ns."""
+        """The offset and its doubt in ns."""
         if isinstance(value, Hint):
             return value
         match = re.fullmatch(r"([+-]?)([^+±-]+?)(?:(?:\+-|±)(.+))?", str(value).strip())
@@ -61,7 +61,9 @@ clock_offset_option = click.option(
 @click.argument("first", type=click.Path(dir_okay=False))
 @click.argument("second", type=click.Path(dir_okay=False))
 @clock_offset_option
-@click.option("--pid", type=int, help="Source or destination, where both recordings hold several migrations.")
+@click.option(
+    "--pid", type=int, help="Pid of the source or the destination, if both recordings hold several migrations."
+)
 @click.option("--recording", metavar="FILE", help="Also write the joined recording, for `report`, `export`, `diff`.")
 @format_option(*FORMATS)
 @output_option()
@@ -80,9 +82,9 @@ def command(
     color: str,
     strict: bool,
 ) -> None:
-    """Show where the blackout went, from the recordings of both hosts.
+    """Show the blackout's phases from the recordings of both hosts.
 
-    FIRST and SECOND are recordings that `record` made on the two hosts of one migration, in any order.
+    FIRST and SECOND are recordings of `record`, one from each host of a migration, in any order.
     """
     from ebpf_mig.collector import analyse
     from ebpf_mig.joining.merge import joined

@@ -16,7 +16,7 @@ from ebpf_mig.commands.options import write_result
 
 _EXIT_CODES = {
     0: "done",
-    1: "a bug of ours",
+    1: "a bug in ebpf-mig",
     2: "the command line cannot be carried out as written, or a file cannot be read",
     3: "this machine or this user cannot do what was asked",
     4: "the VMM refused, or the migration failed or was cancelled",
@@ -36,7 +36,7 @@ def command(ctx: click.Context) -> None:
 
 
 def page(cli: click.Group) -> str:
-    """The whole page of a group of commands."""
+    """The page of a group of commands."""
     return "\n".join(_lines(cli)) + "\n"
 
 
@@ -82,7 +82,7 @@ def _options(command: click.Command, context: click.Context) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Filled paragraphs; those that click is told not to wrap (`\\b`) keep their lines."""
+    """Filled paragraphs. Those that click does not wrap (`\\b`) keep their lines."""
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         lines = [line for line in paragraph.splitlines() if line.strip()]
         if lines and lines[0].strip() == "\b":

@@ -41,7 +41,7 @@ def command() -> None:
 
 
 def _command(adapter: Adapter) -> click.Command:
-    """`migrate VMM`: the adapter's options, then those of every VMM."""
+    """`migrate VMM`: the adapter's options, then the options that all VMMs have."""
 
     def migrate(**values: Any) -> None:
         own = {name: values.pop(name) for name in map(_key, adapter.options)}

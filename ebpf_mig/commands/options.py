@@ -115,11 +115,11 @@ color_option: Decorator = click.option(
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
     show_default=True,
-    help="Colour the text; auto heeds NO_COLOR and FORCE_COLOR.",
+    help="Colour the text; auto follows NO_COLOR and FORCE_COLOR.",
 )
 
 strict_option: Decorator = click.option(
-    "--strict", is_flag=True, help="Exit with 5 if the result is incomplete; it is written all the same."
+    "--strict", is_flag=True, help="Exit with 5 if the result is incomplete. The result is still written."
 )
 
 

@@ -22,7 +22,7 @@ _CHUNK = 1 << 16
 def command(path: str) -> None:
     """Connect a VMM's socket to standard input and output, until either closes.
 
-    `migrate --remote-command` runs this on the other host; nothing listens there.
+    `migrate --remote-command` runs this on the other host. It does not listen on any port.
     """
     with socket.socket(socket.AF_UNIX) as peer:
         try:

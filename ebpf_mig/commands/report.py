@@ -98,10 +98,10 @@ _PREDICTING = ("text", "json", "html")
     "wishes",
     multiple=True,
     metavar="WISH",
-    help="Predict the blackout, were something else: bandwidth=25Gbit, fetch=0 (the final fetch free; fetch=50%: half"
-    " as long), rearm=0 (pages not write-protected anew). Can be given several times.",
+    help="Predict the blackout after a change: bandwidth=25Gbit, fetch=0 (a free final fetch; fetch=50%: half"
+    " as long), rearm=0 (pages not write-protected again). Can be repeated.",
 )
-@click.option("--redact", is_flag=True, help="Leave out names of hosts, threads and files, and addresses.")
+@click.option("--redact", is_flag=True, help="Omit addresses and the names of hosts, threads and files.")
 @color_option
 @strict_option
 def command(
@@ -115,7 +115,7 @@ def command(
     color: str,
     strict: bool,
 ) -> None:
-    """Show where the blackout went.
+    """Show the phases of a recorded blackout.
 
     FILE is a recording that `demo`, `migrate` or `record` made; `-` is stdin.
     """

@@ -57,7 +57,7 @@ tier_option = click.option(
     show_default=True,
     envvar="EBPF_MIG_TIER",
     show_envvar=True,
-    help="Kind of probe; auto takes the cheapest that was seen to fire.",
+    help="Attach tier; auto uses the cheapest one that fires.",
 )
 
 
@@ -147,7 +147,7 @@ def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
 def _pump_until_done(
     session: Session, writer: RecordingWriter, migration: Migration, run: _Run, progress: Callable[[int], None]
 ) -> BaseException | None:
-    """Pumps until the migration's thread has ended and the quiet time is over; an interruption cancels it first."""
+    """Pumps events until the migration's thread and the quiet time end. An interruption cancels the migration."""
     count, give_up_ns = 0, 0
 
     def until(events: Sequence[AnyEvent]) -> str | None:

@@ -26,6 +26,6 @@ _KINDS: dict[str, tuple[type[msgspec.Struct], str]] = {
 def command(kind: str) -> None:
     """Print the JSON Schema of a breakdown, or of a result of bench.
 
-    Names in it are stable: later versions add, and never rename or remove.
+    Names are stable: later versions add names, and never rename or remove any.
     """
     write_result(json.dumps(schema_of(*_KINDS[kind]), indent=2) + "\n")

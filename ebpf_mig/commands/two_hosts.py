@@ -39,7 +39,7 @@ ROLES = ("source", "destination")
 
 
 def file_names(output: str | None, what: str, force: bool) -> dict[str, str]:
-    """Where each side's recording goes; UsageError if a file is there already."""
+    """The file of each side's recording. UsageError if one exists already."""
     if output == "-":
         tracing.check_output(output, force)
     base = Path(output or default_name(what))
@@ -148,10 +148,18 @@ def taken(recorder: Recorder) -> Recording | None:
 def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--source-host` and the related options, for a command that migrates."""
     options = (
-        click.option("--source-host", metavar="HOST", help="The source is on this host: ssh HOST reaches it."),
-        click.option("--destination-host", metavar="HOST", help="The same of the destination."),
-        click.option("--remote-command", metavar="CMD", help="Runs commands there instead of ssh HOST."),
-        click.option("--remote-tool", metavar="CMD", default="ebpf-mig", show_default=True, help="ebpf-mig there."),
+        click.option("--source-host", metavar="HOST", help="Host of the source, reached with ssh HOST."),
+        click.option("--destination-host", metavar="HOST", help="Host of the destination, reached with ssh HOST."),
+        click.option(
+            "--remote-command", metavar="CMD", help="Run commands on the other host with this instead of ssh HOST."
+        ),
+        click.option(
+            "--remote-tool",
+            metavar="CMD",
+            default="ebpf-mig",
+            show_default=True,
+            help="How to start ebpf-mig on the other host.",
+        ),
         clock_offset_option,
     )
     for option in reversed(options):
@@ -164,7 +172,7 @@ def way_of(
 ) -> tuple[str, Way] | None:
     """(role of the remote end, how to reach it); None if both ends are local."""
     if source_host and destination_host:
-        raise UsageError("one of the two hosts has to be this one", "run ebpf-mig on the source's host")
+        raise UsageError("one of the two hosts must be this host", "run ebpf-mig on the source's host")
     role, host = ("source", source_host) if source_host else ("destination", destination_host)
     if host is None:
         if remote_command is not None:
@@ -187,7 +195,7 @@ def across(
 ) -> tuple[Outcome, dict[str, Recording], str]:
     """Migrates with a remote end. Returns the outcome, the recorded halves, and why one is missing.
 
-    `values`: those of the adapter's options.
+    `values`: values of the adapter's options.
     """
     role, there = way
     here = next(name for name in ROLES if name != role)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig --version`: the versions that matter in a bug report, on one line.
+"""`ebpf-mig --version`: prints the versions that a bug report needs, on one line.
 
 In: nothing. Out: text. bcc is looked up but not loaded, since that takes a second and loads LLVM.
 """

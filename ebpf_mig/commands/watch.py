@@ -25,10 +25,14 @@ _EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 |
 @click.command("watch", epilog=_EXAMPLES)
 @format_option("text", "json")
 @click.option("--count", type=click.IntRange(1), help="End after this many migrations.  [default: Ctrl-C]")
-@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs with such a name.")
-@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Where recordings are kept.")
-@click.option("--keep", type=click.IntRange(1), default=100, show_default=True, help="Recordings that are kept.")
-@click.option("--keep-size", type=SIZE, default="1GiB", show_default=True, help="Bytes that they may have.")
+@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs whose name matches.")
+@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Directory of the recordings.")
+@click.option(
+    "--keep", type=click.IntRange(1), default=100, show_default=True, help="Largest number of recordings to keep."
+)
+@click.option(
+    "--keep-size", type=SIZE, default="1GiB", show_default=True, help="Largest size of all recordings together."
+)
 def command(form: str, count: int | None, only: str, state_directory: str, keep: int, keep_size: int) -> None:
     """Print the blackout of each migration on this node when it ends.
 
