@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VMMs and managers that this tool knows: one folder and one line each.
+"""Registry of the supported VMMs and managers. Each has one folder and one line here.
 
-In: the name of a VMM, or of a process. Out: its `Adapter`. A folder's `adapter` module is light: it imports what
-talks to the VMM only when that is needed, so that a report can be made without it.
+In: the name of a VMM, or of a process. Out: its `Adapter`. A folder's `adapter` module imports the
+code that talks to the VMM only on use, so that a report does not load it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ebpf_mig.errors import UsageError
 from ebpf_mig.vmm.adapter import Adapter
 
-if TYPE_CHECKING:  # the analysis is not loaded by who only asks for names
+if TYPE_CHECKING:  # callers that only need names do not load the analysis
     from ebpf_mig.analysis.witnesses import MarkNames
 
 ADAPTERS = {
@@ -27,7 +27,7 @@ ADAPTERS = {
 
 
 def adapters() -> Iterator[Adapter]:
-    """All of them, in the order of the registry."""
+    """All adapters, in the order of the registry."""
     return map(adapter, ADAPTERS)
 
 
@@ -40,24 +40,24 @@ def adapter(name: str) -> Adapter:
 
 
 def mark_names() -> MarkNames:
-    """What the marks of all VMMs are called."""
+    """Mark names of all VMMs."""
     from ebpf_mig.analysis.witnesses import merged
 
     return merged(one.witness.marks for one in adapters())
 
 
 def words() -> frozenset[str]:
-    """Names of VMMs, and of the marks that they make."""
+    """Names of VMMs, and of their marks."""
     return frozenset(ADAPTERS).union(*(one.witness.words for one in adapters()))
 
 
 def with_lab() -> list[str]:
-    """Names of those that can start VMs of their own: for `demo` and `bench`."""
+    """Names of the VMMs that have a lab, for `demo` and `bench`."""
     return [one.name for one in adapters() if one.has_lab]
 
 
 def migrating() -> list[str]:
-    """Names of those whose processes are known by their names and that migrate live."""
+    """Names of the VMMs that migrate live and whose processes are recognised by name."""
     return [one.name for one in adapters() if one.comms and one.options]
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: ARG002 - the base class refuses whatever it is given
-"""What an adapter brings: everything that the rest of the program needs to know about one VMM.
+"""The adapter interface: everything that the rest of the program needs to know about one VMM.
 
 In: values of the command line. Out: a migration, a pair of lab VMs, checks, names. `Adapter` is the base class; a VMM
-overrides what it can do. Nothing in here prints: options are described, the commands make them.
+overrides what it can do. Adapters do not print. They describe options, and the commands create them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Values = Mapping[str, Any]
 
 
 class Kind(enum.Enum):
-    """What kind of value an option takes, and what the adapter gets."""
+    """The kind of value that an option takes, and the type that the adapter gets."""
 
     TEXT = "str"
     FLAG = "bool"
@@ -40,7 +40,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Option:
-    """One option of `ebpf-mig migrate VMM`. Its value is None, or False for a flag, where it is not given."""
+    """One option of `ebpf-mig migrate VMM`. If it is not given, its value is None, or False for a flag."""
 
     name: str
     """As typed: `--downtime-limit`."""
@@ -58,34 +58,34 @@ class Option:
 
 @dataclass(frozen=True)
 class FarEnd:
-    """What is needed on the other host of a migration."""
+    """What a migration needs on the other host."""
 
     record: Sequence[str]
     """Options of `ebpf-mig record` there that name the VM."""
     socket: str = ""
-    """Path of the VMM's control socket there, which is to be reached from here; empty: none is needed."""
+    """Path of the VMM's control socket on that host, to be forwarded to this one; empty: none is needed."""
 
 
 class Adapter:
     """One VMM, or a manager of VMMs."""
 
     name = ""
-    """As typed and as recordings have it."""
+    """Name on the command line and in recordings."""
     title = ""
-    """As people write it."""
+    """Name in text."""
     comms: tuple[str, ...] = ()
-    """Beginnings of its processes' names, which the kernel cuts to 15 characters."""
+    """Prefixes of its process names, which the kernel cuts to 15 characters."""
     options: tuple[Option, ...] = ()
-    """Of `migrate`; empty: it cannot be asked to migrate."""
+    """Options of `migrate`; empty: it cannot be asked to migrate."""
     about = ""
     """First line of the help of `migrate`."""
     epilog = ""
-    """What that help says after the options."""
+    """End of that help, after the options."""
     examples: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Command lines for the help, by command: `migrate`, `demo`, `record`."""
     timeout_help = "Cancel the migration after this."
     vm_from_start = False
-    """Whether each of its processes has a KVM VM from the start; others make it when they are asked to."""
+    """Whether each of its processes has a KVM VM from the start. Other VMMs create the VM on request."""
     has_lab = False
     """Whether `lab` works."""
     hands_over = False
@@ -93,20 +93,20 @@ class Adapter:
 
     @property
     def witness(self) -> VmmWitness:
-        """What its marks mean to the analysis. Pure."""
+        """The meaning of its marks, for the analysis. Pure."""
         from ebpf_mig.vmm.witness import VmmWitness
 
         return VmmWitness()
 
     def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
-        """A migration as the options ask for. `remote`: the role of the end on another host, and what is known of it.
+        """The migration that the options describe. `remote`: role and facts of the end on another host.
 
-        Where the other end's control socket was brought here, `values` have its path here. UsageError, VmmError.
+        If the other end's control socket is forwarded, `values` hold the local path. UsageError, VmmError.
         """
         raise UsageError(f"{self.title} cannot be asked to migrate")
 
     def far_end(self, role: str, values: Values) -> FarEnd:
-        """What the other host needs if that end is there; UsageError if the options do not allow it."""
+        """What the other host needs if that end is on it; UsageError if the options do not allow that."""
         raise UsageError(f"the {role} of {self.title} cannot be on another host")
 
     def lab(
@@ -114,14 +114,14 @@ class Adapter:
     ) -> AbstractContextManager[tuple[Migration, list[str]]]:
         """Two VMs that run the scenario and a migration between them, with notes for the report.
 
-        `local`: hand the memory over. `link`: each VM is in a side's network. UsageError for what the VMM cannot do.
+        `local`: hand the memory over. `link`: put each VM in its side's network. UsageError if the VMM cannot do this.
         """
         raise UsageError(f"there is no lab for {self.title}")
 
     def checks(self) -> Iterable[Check]:
-        """What `doctor` asks about this VMM."""
+        """The checks of `doctor` for this VMM."""
         return ()
 
     def process_behind(self, path: str) -> int | None:
-        """The pid of the VMM whose control socket this is, where the socket's maker is another process; else None."""
+        """The VMM's pid if another process created its control socket; else None."""
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session needs of a migration, whichever VMM does it, and the marks that an adapter makes.
+"""The interface of a migration, the same for all VMMs, and helpers that make marks.
 
 In: the user's API sockets and options. Out: the pids to trace, then, once tracing is armed, an `Outcome` with marks:
-what the VMM itself says about the migration, to be set beside the kernel's figures.
+what the VMM itself reports, to compare with the kernel's figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ebpf_mig.recording.events import AnyEvent, ClockPair, Mark, Target
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the migration ended, as the VMM says."""
+    """How the migration ended, as the VMM reports it."""
 
     result: str
     """completed, failed, cancelled or unknown."""
@@ -25,34 +25,34 @@ class Outcome:
     """Why it did not complete."""
     marks: tuple[AnyEvent, ...] = field(default=())
     remark: str = ""
-    """What was asked for and did not come about although it completed, one line; empty: nothing."""
+    """What was requested but did not happen although the migration completed, one line; empty: nothing."""
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """An end on another host, as far as its recorder there reports it."""
+    """An end on another host, as its recorder reports it."""
 
     pid: int = 0
-    """There; 0 unknown."""
+    """Pid on that host; 0: unknown."""
     clock: ClockPair | None = None
-    """That host's clocks; None unknown."""
+    """That host's clocks; None: unknown."""
 
     run: Callable[[list[str]], str] | None = None
-    """Runs a command there: what it prints, empty if it cannot be run."""
+    """Runs a command on that host. Returns its output; empty if it cannot be run."""
 
     @property
     def key(self) -> int:
-        """What stands for its pid in marks: no process here has it."""
+        """Stands for its pid in marks. No process on this host has this number."""
         return -1 - self.pid
 
     def said(self, *command: str) -> str:
-        """What a command prints there; as `run`."""
+        """The output of a command on that host; see `run`."""
         return self.run(list(command)) if self.run else ""
 
     def listens(self, url: str) -> bool:
-        """Whether something listens at the port of `url`, by the tables of the process's network namespace.
+        """Whether something listens at the port of `url`, from the tables of the process's network namespace.
 
-        Whose socket it is is not known. If the process is not known: the network of the command that looks.
+        The socket's owner is not known. If the process is unknown, the command's own namespace is read.
         """
         port = url.rpartition(":")[2]
         network = (self.pid, "net") if self.pid else ("net",)
@@ -68,35 +68,35 @@ class Migration(Protocol):
 
     @property
     def grows(self) -> bool:
-        """Whether more processes of it start while it runs."""
+        """Whether more of its processes start during the migration."""
 
     def appeared(self) -> list[Target]:
-        """Those that have started since this was last asked for; asked every few ms while it is traced."""
+        """Processes that started since the last call. Called every few ms during tracing."""
 
     def version(self, role: str) -> str:
         """The VMM's version at that end; empty if it is not known."""
 
     def prepare(self) -> None:
-        """All that can be done before tracing begins: capabilities, parameters, the destination's listening."""
+        """Everything that can be done before tracing: capabilities, parameters, making the destination listen."""
 
     def run(self, timeout_s: float) -> Outcome:
         """Triggers the migration and waits for its end on both sides; cancels it at the time-out."""
 
     def cancel(self) -> None:
-        """Asks for a cancellation from another thread; `run` then returns. Harmless when nothing runs."""
+        """Requests cancellation from another thread; `run` then returns. Does nothing if no migration runs."""
 
     def close(self) -> None:
         """Disconnects; the VMs stay as they are."""
 
 
 def wall_to_monotonic(wall_ns: int) -> tuple[int, int]:
-    """(monotonic ns, doubt ns) of a CLOCK_REALTIME stamp of just now: the tightest bracket of both clocks."""
+    """(monotonic ns, doubt ns) of a recent CLOCK_REALTIME stamp, from the tightest bracket of both clocks."""
     monotonic, real, doubt = clock.bracket(3)
     return monotonic - (real - wall_ns), doubt
 
 
 def mark(pid: int, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None, grain_ns: int = 0) -> Mark:
-    """A mark of now, or of the VMM's own wall-clock stamp, which it cut to a multiple of `grain_ns`."""
+    """A mark at the present time, or at the VMM's wall-clock stamp, which the VMM rounds down to `grain_ns`."""
     if wall_ns is None:
         return Mark(clock.monotonic_ns(), pid, name, detail, value, 0)
     at, doubt = wall_to_monotonic(wall_ns)

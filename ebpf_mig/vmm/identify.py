@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process serves a VMM's control socket.
+"""Finds the process that serves a VMM's control socket.
 
-In: the path of a socket on this host. Out: a pid. Used where another host gives a recorder a socket, since pids of
-this host mean nothing there.
+In: the path of a socket on this host. Out: a pid. Used when a recorder gets a socket from another
+host, which does not know the pids of this host.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _REMEDY = "give the socket's path as it is on that host, or use --pid"
 
 
 def process_behind(path: str) -> int:
-    """The pid; VmmError if nobody listens there, or no VMM does.
+    """The pid; VmmError if no VMM listens at the socket.
 
-    It is the socket's maker (SO_PEERCRED) if that has KVM open. Else a manager made it, and the VMMs are asked.
+    It is the socket's creator (SO_PEERCRED) if that process has KVM open. Else a manager created it; ask the VMMs.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process runs a VM that is known by a name, told by command lines in /proc.
+"""Finds the processes of a VM by its name, from command lines in /proc.
 
-In: a VM's name, a pattern of names, or a UUID. Out: pids. A VM that migrates within this host has two processes, and
-the destination's starts only then: `Arrivals` and `Followed` wait for it.
+In: a VM's name, a pattern of names, or a UUID. Out: pids. A VM that migrates within this host has two processes. The
+destination's starts during the migration; `Arrivals` and `Followed` wait for it.
 """
 
 from __future__ import annotations
@@ -50,36 +50,36 @@ def runs(pid: int, wanted: str) -> bool:
 
 
 def find(wanted: str) -> list[int]:
-    """The pids of all such processes, oldest first."""
+    """The pids of all matching processes, oldest first."""
     found = [pid for pid in procfs.processes() if runs(pid, wanted)]
     return sorted(found, key=lambda pid: (procfs.start_time(pid) or 0, pid))
 
 
 SEARCH_INTERVAL_NS = 10_000_000
-"""Between two looks at all processes. A QEMU needs some 100 ms before it loads anything."""
+"""Time between two scans of all processes. QEMU takes about 100 ms before it loads anything."""
 _SHARE = 20
-"""A look takes at most this part of the time: a node can have thousands of processes."""
+"""Largest share of the time spent scanning: a node can have thousands of processes."""
 
 
 class Arrivals:
-    """Processes of a VM that start from now on. It can be asked all the time, and then looks now and then."""
+    """Processes of a VM that start from now on. Callers may poll it often; it limits its scans."""
 
     def __init__(self, wanted: str, known: Collection[int] = ()) -> None:
-        """`known`: pids that are not to be found. Processes that run already count as known, too."""
+        """`known`: pids to leave out. Processes that already run are left out, too."""
         self.wanted = wanted
         self._known = {*procfs.processes(), *known}
         self._due_ns = 0
 
     def new(self) -> list[int]:
-        """Those that have started since they were last asked for.
+        """Processes that started since the last call.
 
-        A process that is none of them is asked again each time: it may be about to call execve(2).
+        A process that does not match is checked again each time: it may be about to call execve(2).
         """
         begin = clock.monotonic_ns()
         if begin < self._due_ns:
             return []
         here = procfs.processes()
-        self._known.intersection_update(here)  # a pid can come again
+        self._known.intersection_update(here)  # pids are reused
         found = [pid for pid in here if pid not in self._known and runs(pid, self.wanted)]
         self._known.update(found)
         self._due_ns = begin + max(SEARCH_INTERVAL_NS, _SHARE * (clock.monotonic_ns() - begin))
@@ -87,10 +87,10 @@ class Arrivals:
 
 
 class Followed:
-    """The processes of one VM, the source's and the destination's, whenever each of them starts."""
+    """The source's and the destination's process of one VM, whenever each starts."""
 
     def __init__(self, wanted: str) -> None:
-        """UsageError if several VMs, or more than two processes, have that name now."""
+        """UsageError if several VMs or more than two processes match the name now."""
         self.pids = find(wanted)
         names = {name_in(procfs.command_line(pid)) for pid in self.pids}
         if len(names) > 1:
@@ -105,7 +105,7 @@ class Followed:
         self._name(names)
 
     def new(self) -> list[int]:
-        """Those that have started since: at most two in all."""
+        """Processes that started since the last call; at most two in total."""
         found = self._arrivals.new()[: 2 - len(self.pids)] if len(self.pids) < 2 else []
         if found and not self.pids:
             self._name({name_in(procfs.command_line(found[0]))})
@@ -113,7 +113,7 @@ class Followed:
         return found
 
     def _name(self, names: Collection[str]) -> None:
-        """Once it is known which VM a pattern means, another one that fits is not it."""
+        """Once a VM has matched the pattern, other VMs that match are ignored."""
         name = next(iter(names), "")
         if name and self._wanted.lower() not in map(uuid_in, map(procfs.command_line, self.pids)):
             self._arrivals.wanted = glob.escape(name)

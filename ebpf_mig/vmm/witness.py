@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter's `witness` module brings: the meaning of its marks, and rows of its own. Pure.
+"""The interface of an adapter's `witness` module: the meaning of its marks, and its own rows. Pure.
 
-In: a migration that was worked out from the kernel's events. Out: rows of the breakdown. No row moves a boundary.
+In: a migration reconstructed from the kernel's events. Out: rows of the breakdown. No row moves a boundary.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Reference(NamedTuple):
-    """One published figure for the cost of protecting pages anew, to set ours beside."""
+    """One published figure for the cost of write-protecting pages again, to compare with ours."""
 
     figure: str
     what: str
     source: str
     short: str = ""
-    """What a crowded line says of it; empty: not there."""
+    """Short form for a crowded line; empty: left out of it."""
 
 
 class VmmWitness:
@@ -32,10 +32,12 @@ class VmmWitness:
 
     marks = MarkNames()
     parts: ClassVar[Mapping[str, int]] = {}
-    """Rows that are parts of its downtime, not figures for the blackout: how much a crowded report can spare each."""
+    """Rows that are parts of its downtime, not figures for the blackout. The value says how readily a crowded report
+    drops each.
+    """
     references: tuple[Reference, ...] = ()
     words: frozenset[str] = frozenset()
-    """Names of marks that a recording can hold of it. Redaction lets them pass."""
+    """Names of its marks in a recording. Redaction keeps them."""
 
     def rows(
         self,
@@ -45,8 +47,8 @@ class VmmWitness:
         wires: Sequence[Wire] | None,  # noqa: ARG002
         late_ns: int,  # noqa: ARG002
     ) -> list[Witness]:
-        """`found`, what all VMMs have in common, with explanations and rows of its own.
+        """`found`, the rows of all VMMs, with this VMM's explanations and rows added.
 
-        `late_ns`: how long the thread that kicks had lost the CPU after it had begun to count.
+        `late_ns`: how long the kicking thread was off CPU after the VMM began to count.
         """
         return list(found)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Cloud Hypervisor brings: its options, its lab, its checks. See `vmm.adapter.Adapter`.
+"""The Cloud Hypervisor adapter: its options, its lab, its checks. See `vmm.adapter.Adapter`.
 
-In: values of the command line. Out: `ADAPTER`. What talks to its API is imported when it is needed.
+In: values of the command line. Out: `ADAPTER`. The API client is imported only on use.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class CloudHypervisorAdapter(Adapter):
     about = "Migrate a Cloud Hypervisor VM through its HTTP API."
     options = (
         Option("--source", "API socket of the VM to migrate.", metavar="SOCKET", required=True),
-        Option("--destination", "API socket of the VMM that waits for it.", metavar="SOCKET", required=True),
-        Option("--url", "Where the destination shall listen: tcp:HOST:PORT or unix:PATH.", required=True),
+        Option("--destination", "API socket of the destination VMM.", metavar="SOCKET", required=True),
+        Option("--url", "Where the destination listens: tcp:HOST:PORT or unix:PATH.", required=True),
         Option("--local", "Hand the memory over by file descriptor (unix only).", Kind.FLAG),
-        Option("--downtime-ms", "Its downtime goal (v52 and later).", Kind.COUNT),
-        Option("--timeout-s", "Its own time-out for pre-copy (v52 and later).", Kind.COUNT),
-        Option("--connections", "TCP connections (v52 and later).", Kind.COUNT, most=128),
-        Option("--tls-dir", "Certificates for TLS (v53 and later).", metavar="DIR"),
+        Option("--downtime-ms", "The VMM's downtime goal (v52 and later).", Kind.COUNT),
+        Option("--timeout-s", "The VMM's time-out for pre-copy (v52 and later).", Kind.COUNT),
+        Option("--connections", "Number of TCP connections (v52 and later).", Kind.COUNT, most=128),
+        Option("--tls-dir", "Directory of TLS certificates (v53 and later).", metavar="DIR"),
         Option("--memory-mode", "How memory is sent.", Kind.CHOICE, choices=("precopy", "postcopy")),
-        Option("--source-log", "The source's log file: its own figures are set beside ours.", metavar="FILE"),
+        Option("--source-log", "The source's log file, to report its own figures, too.", metavar="FILE"),
         Option("--destination-log", "The destination's log file.", metavar="FILE"),
-        Option("--source-events", "What the source's --event-monitor writes.", metavar="FILE"),
-        Option("--destination-events", "What the destination's --event-monitor writes.", metavar="FILE"),
+        Option("--source-events", "The file of the source's --event-monitor.", metavar="FILE"),
+        Option("--destination-events", "The file of the destination's --event-monitor.", metavar="FILE"),
     )
     examples: ClassVar = {
         "migrate": (
@@ -103,7 +103,7 @@ class CloudHypervisorAdapter(Adapter):
                 yield migration, pair.notes
 
     def checks(self) -> Iterator[Check]:
-        """Which Cloud Hypervisor the lab would use, and whether KVM can save what it asks for."""
+        """Which Cloud Hypervisor the lab would use, and whether KVM can save the state that it needs."""
         from ebpf_mig.vmm.cloud_hypervisor.lab import find_binary
 
         try:
@@ -119,7 +119,7 @@ class CloudHypervisorAdapter(Adapter):
 
 
 def _nested_state() -> Check:
-    """Cloud Hypervisor asks for it whatever the guest does, and a refusal fails its migrations after the stop."""
+    """Cloud Hypervisor always saves nested state. If KVM refuses, the migration fails after the stop."""
     from ebpf_mig.vmm.cloud_hypervisor.lab import lacks_nested_state
 
     if not Path("/dev/kvm").exists():

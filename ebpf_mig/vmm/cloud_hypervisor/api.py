@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cloud Hypervisor's HTTP API over its UNIX socket.
 
-In: the path of an API socket. Out: answers as Python values; refusals as VmmError in the VMM's own words, which
-are a JSON array of strings since v47 and plain text before. One connection a call: a blocking call blocks only itself.
-Facts: vmm/src/api/http/mod.rs (v53), docs/api.md.
+In: the path of an API socket. Out: answers as Python values; refusals as VmmError in the VMM's own words, which are a
+JSON array of strings since v47 and plain text before. Each call has its own connection, so a blocking call blocks only
+itself. Facts: vmm/src/api/http/mod.rs (v53), docs/api.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RefusedError(VmmError):
 
 
 class _Ping(msgspec.Struct):
-    """`VmmPingResponse` of vmm/src/api/mod.rs, as far as it is of use."""
+    """The fields that we use of `VmmPingResponse` in vmm/src/api/mod.rs."""
 
     version: Annotated[str, msgspec.Meta(min_length=1)]
     pid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)] = 0
@@ -47,7 +47,7 @@ _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """One call, which has so long in all: a peer that sends a byte a second would be within any time-out of a read."""
+    """One call with a total time-out. A per-read time-out would not stop a peer that sends one byte per second."""
 
     def __init__(self, path: str, timeout_s: float | None) -> None:
         super().__init__("localhost", timeout=timeout_s)
@@ -84,7 +84,7 @@ class Api:
     def call(
         self, method: str, name: str, body: dict[str, Any] | None = None, timeout_s: float | None = _QUICK_S
     ) -> Any:
-        """The decoded answer, None if it is empty; VmmError if there is none or it is a refusal."""
+        """The decoded answer; None if it is empty. VmmError if there is no answer or it is a refusal."""
         data = self._exchange(method, name, body, timeout_s)
         try:
             return json.loads(data) if data else None
@@ -92,7 +92,7 @@ class Api:
             raise self._nonsense() from error
 
     def _exchange(self, method: str, name: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
-        """The answer's body; at most ANSWER_BYTES, within `timeout_s` in all."""
+        """The answer's body, of at most ANSWER_BYTES, within a total of `timeout_s`."""
         connection = _UnixConnection(self.path, timeout_s)
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
@@ -113,7 +113,7 @@ class Api:
         return data
 
     def _typed(self, method: str, name: str, kind: type[_Answer]) -> _Answer:
-        """The answer of a call that returns an object of that kind."""
+        """The answer of a call, decoded as the given type."""
         data = self._exchange(method, name, None, _QUICK_S)
         try:
             return msgspec.json.decode(data, type=kind)
@@ -134,7 +134,9 @@ class Api:
         return VmmError(f"{self.path} does not answer like Cloud Hypervisor", _REMEDY)
 
     def ping(self) -> tuple[int, str]:
-        """(pid as this host sees it, version). The peer's credentials win over the pid in the VMM's own namespace."""
+        """(pid on this host, version). The peer's credentials take precedence over the pid in the VMM's own
+        namespace.
+        """
         answer = self._typed("GET", "vmm.ping", _Ping)
         try:
             with socket.socket(socket.AF_UNIX) as probe:
@@ -153,7 +155,7 @@ class Api:
             return ""
 
     def knows(self, name: str, field: str) -> bool | None:
-        """Whether a call that takes JSON knows a field; None if its answer does not tell.
+        """Whether a call that takes JSON knows a field; None if its answer does not show it.
 
         Unknown fields are ignored without a word, known ones of the wrong type are refused while the body is being
         read (serde), before anything is done. So both this field and the URL are of a wrong type, and the refusal

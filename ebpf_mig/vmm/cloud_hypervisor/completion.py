@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a Cloud Hypervisor migration ended, for which there is no call.
+"""Finds out how a Cloud Hypervisor migration ended. The API has no call for this.
 
-In: the send and the receive call, each in a thread of its own, and the two processes. Out: a result and a reason. All
-is waited for in one poll(2), with no time-out that wakes us before something has happened:
+In: the send and the receive call, each in a thread of its own, and the two processes. Out: a result and a reason. One
+poll(2) waits for all of them, without periodic wake-ups:
 
 - the source's process exits after success, and only then;
 - the receive call answers when the destination has the VM, or has given up. Up to v52 it answers success to an
   aborted migration, too;
 - the send call answers at the end up to v52, at once from v53 on. From then on a thread of the source migrates, and
-  its end without an exit is a failure, which nothing else may tell.
+  if it ends and the process does not exit, the migration failed. There may be no other sign.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ebpf_mig.vmm.cloud_hypervisor.api import RefusedError
 from ebpf_mig.vmm.cloud_hypervisor.source import LOOK_S, Call, SourceEnd, readable
 
 AFTER_S = 5.0
-"""How long one end may take to show what the other has shown."""
+"""How long to wait for one end to confirm what the other end shows."""
 REASON_S = 1.0
-"""How long its log may take to have the reason."""
+"""How long to wait for the reason in its log."""
 _LOST = "the connection to its host broke"
 
 
@@ -39,9 +39,9 @@ class Ending:
     destination: int
     """pidfd; -1: on another host."""
     long: bool
-    """The source may live long after the destination runs: it serves pages (postcopy)."""
+    """The source may live long after the destination starts, because it serves pages (postcopy)."""
     why_failed: Callable[[], str]
-    """The source's own reason, where its log is known."""
+    """The source's own reason, if its log is known."""
     destination_has_vm: Callable[[], bool]
 
     def wait(self, deadline: float) -> tuple[str, str]:
@@ -80,11 +80,11 @@ class Ending:
 
     @staticmethod
     def _lost(call: Call, far: bool) -> bool:
-        """Whether the call ended only because the other host is out of reach; the migration may go on."""
+        """Whether the call ended only because the other host is unreachable. The migration may go on."""
         return far and call.error is not None and not isinstance(call.error, RefusedError)
 
     def _unheard(self) -> bool:
-        """Whether the destination will never tell how it ended."""
+        """Whether the destination will never report how the migration ended."""
         return self._lost(self.receive, self.destination < 0)
 
     def _received(self, deadline: float) -> tuple[str, str]:
@@ -107,9 +107,9 @@ class Ending:
         return "failed", self._sources_reason() or "the destination has no VM and the source goes on"
 
     def _sources_reason(self) -> str:
-        """What its send call, or its log, says after the other end has failed; the switchover is over by then.
+        """The reason from its send call or log after the other end failed. The switchover is over by then.
 
-        Also waits until the source has noticed: only then does it take its guest back, which is to be traced.
+        Also waits until the source has noticed the failure. Only then does it resume its guest, which must be traced.
         """
         until = time.monotonic() + AFTER_S
         if not self.send.done.is_set():
@@ -124,7 +124,7 @@ class Ending:
         return why
 
     def _soon(self, *fds: int, limit: float | None = None, ending: bool = False) -> bool:
-        """Whether one of `fds` becomes readable, or with `ending` the source's process ends, before long."""
+        """Whether one of `fds` becomes readable soon or, with `ending`, the source's process ends."""
         until = time.monotonic() + (AFTER_S if limit is None else limit)
         while not (ending and self.source.gone()):
             left = until - time.monotonic()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The events that Cloud Hypervisor writes to `--event-monitor path=FILE`, on our clock.
 
-In: the file. Out: a `Mark` an event. Their stamps count from the VMM's start, whose instant nobody tells. It is found
-between two bounds: an event cannot have been read before it happened, nor can a migration have begun before it was
-asked for. The file is watched with inotify, so that reading it costs the VMM nothing and nothing is polled.
-Format: event_monitor/src/lib.rs and vmm/src/lib.rs (`start_event_monitor_thread`), v52 to v54.
+In: the file. Out: a `Mark` per event. Stamps count from the VMM's start, whose instant is not reported. Two bounds
+limit it: an event happened before we read it, and a migration began after we requested it. The file is watched with
+inotify, so that reading it costs the VMM nothing and nothing is polled. Format: event_monitor/src/lib.rs and
+vmm/src/lib.rs (`start_event_monitor_thread`), v52 to v54.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from ebpf_mig.recording.events import Mark
 
 _IN_MODIFY = 2
 _MOST = 4096
-"""Events kept: a migration has some twenty."""
+"""Largest number of events kept. A migration has about twenty."""
 _MOST_REST = 1 << 16
-"""Bytes of one event: it has some hundred."""
+"""Largest size of one event in bytes. Typical events have about a hundred."""
 _LOOKED_AT_BYTES = 64 << 20
-"""Bytes of the file that are looked at."""
+"""Largest number of bytes read from the file."""
 RECEIVE_ASKED, SEND_ASKED = 0, 1
 FOLLOWS = {
     "migration-receive-ready": RECEIVE_ASKED,
     "migration-receive-started": SEND_ASKED,
     "migration-started": SEND_ASKED,
 }
-"""The first events of a migration, and which of our two calls each of them cannot precede."""
+"""The first events of a migration, and the call of ours that each must follow."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """One event as it was read."""
+    """One event that was read."""
 
     name: str
     stamp_ns: int
     """Since the VMM's start."""
     read_ns: int
-    """When we read it, by CLOCK_MONOTONIC."""
+    """When we read it, CLOCK_MONOTONIC."""
 
 
 def decode(text: str) -> tuple[list[tuple[str, int]], str]:
-    """(name, stamp in ns) of each whole event at the beginning of `text`, and the rest."""
+    """(name, stamp in ns) of each complete event at the start of `text`, and the remaining text."""
     decoder = json.JSONDecoder()
     found: list[tuple[str, int]] = []
     rest = text.lstrip()
@@ -90,9 +90,10 @@ def _event(value: Any) -> tuple[str, int] | None:
 def marks(pid: int, told: list[Told], asked_ns: tuple[int, int]) -> list[Mark]:
     """Marks named `ch.event.NAME`. `asked_ns`: when the receive and the send call were begun.
 
-    The VMM's start lies between the two bounds. The quickest of some ten readings is much closer to its event than
-    a call's begin to what it makes happen, so a mark stands at the latest instant possible; its doubt, the distance of
-    the bounds, is all on the early side. None where they contradict each other, as after somebody else's migration.
+    The VMM's start lies between the two bounds. The fastest of about ten reads is much closer to its event than
+    the start of a call is to its effect. So a mark is placed at the latest possible instant. Its doubt is the
+    distance of the bounds, all on the early side. None if the bounds contradict each other, e.g. after a migration
+    that another client started.
     """
     latest = min((event.read_ns - event.stamp_ns for event in told), default=None)
     begins = [asked_ns[FOLLOWS[event.name]] - event.stamp_ns for event in told if event.name in FOLLOWS]
@@ -106,7 +107,7 @@ def marks(pid: int, told: list[Told], asked_ns: tuple[int, int]) -> list[Mark]:
 
 
 class EventFile:
-    """Reads what is appended to the file, in a thread of its own, from `start` to `stop`."""
+    """Reads new data of the file in its own thread, from `start` to `stop`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -117,10 +118,10 @@ class EventFile:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """From now on; VmmError if there is no such file."""
+        """Reads from now on; VmmError if there is no such file."""
         remedy = f"start Cloud Hypervisor with --event-monitor path={self.path}"
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would make us wait
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a FIFO would block
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise VmmError(f"cannot read events from {self.path}: {why}", remedy) from error
@@ -140,7 +141,7 @@ class EventFile:
         self._thread.start()
 
     def stop(self) -> list[Told]:
-        """Everything that was read, in order. Harmless when called again, or without `start`."""
+        """Everything that was read, in order. May be called again, or without `start`."""
         if self._thread is not None:
             self._closed.set()
             os.write(self._waker, b"x")
@@ -160,14 +161,14 @@ class EventFile:
             self._take()
 
     def _take(self) -> None:
-        for _ in range(_LOOKED_AT_BYTES // _MOST_REST):  # whoever writes on without end is not waited for
+        for _ in range(_LOOKED_AT_BYTES // _MOST_REST):  # do not wait for a writer that never stops
             data = self._file.read(_MOST_REST)
             if not data:
                 break
             now = clock.monotonic_ns()
             self._size += len(data)
             if self._size > _LOOKED_AT_BYTES or len(self._told) >= _MOST:
-                continue  # no Cloud Hypervisor says so much: it is read, and left
+                continue  # Cloud Hypervisor never writes this much: read and discard
             found, rest = decode(self._rest + data.decode(errors="replace"))
             self._rest = rest if len(rest) <= _MOST_REST else ""
             self._told += [Told(name, stamp, now) for name, stamp in found][: _MOST - len(self._told)]

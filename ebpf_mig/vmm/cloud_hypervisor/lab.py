@@ -35,7 +35,9 @@ PRELOAD_NOTE = (
 SECCOMP_NOTE = (
     "the lab starts the VMM with --seccomp log: with some C libraries its filter kills it in a local migration"
 )
-"""Seen with 54.0.0 built for glibc 2.36: newfstatat (262) by the sending thread; the source is gone amid the move."""
+"""Seen with 54.0.0 built for glibc 2.36: the sending thread calls newfstatat (262) and is killed during the
+migration.
+"""
 _START_S = 30.0
 _GET_NESTED_STATE = 0xC080AEBE
 _SOURCE = Path(__file__).with_name("nested_state.c")
@@ -58,7 +60,9 @@ class ChVm:
 
 
 def find_binary(wanted: str | None) -> str:
-    """The VMM to use: option, environment, PATH; PreflightError with what to install if there is none."""
+    """The VMM to use, from the option, the environment or PATH; PreflightError with what to install if there is
+    none.
+    """
     name = wanted or os.environ.get(ENVIRONMENT) or DEFAULT_BINARY
     path = shutil.which(name)
     if path is None:
@@ -71,7 +75,7 @@ def find_binary(wanted: str | None) -> str:
 
 
 def lacks_nested_state() -> bool:
-    """Whether KVM answers KVM_GET_NESTED_STATE with EINVAL, asked of a throw-away vCPU."""
+    """Whether KVM_GET_NESTED_STATE fails with EINVAL, tested on a temporary vCPU."""
     opened: list[int] = []
     state = bytearray(struct.pack("=HHI", 0, 0, 8192).ljust(8192, b"\0"))
     try:
@@ -105,7 +109,7 @@ def build_preload(directory: Path) -> Path:
 
 
 class ChPair:
-    """Source and destination; started on entering, gone on leaving."""
+    """Source and destination. They start on entering the context and end on leaving it."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Cloud Hypervisor's log says of one migration, on either side.
+"""Reads one migration's figures from Cloud Hypervisor's log, on either side.
 
-In: a log file and where to begin in it, since one log may tell of many migrations. Out: its own figures in ms by name,
+In: a log file and a start offset, since one log may cover many migrations. Out: its own figures in ms by name,
 and its reason for a failure. Fields are found by key, so their order does not matter.
 Lines: vmm/src/lib.rs and vm-migration/src/context.rs (v52 to v54).
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from ebpf_mig.vmm.base import Elsewhere
 
 LOG_MOST_BYTES = 1 << 24
-"""Of the log's end: with -vv a line is written for each dirty range."""
+"""Bytes read from the log's end. With -vv the VMM logs a line for each dirty range."""
 MOST_THERE_BYTES = 1 << 20
-"""Of the log of a VMM elsewhere."""
+"""Bytes read from the log of a VMM on another host."""
 
 _TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d{1,12})ms", re.ASCII)
 _STATE_TO_RESUME = re.compile(r"Receiving final state and resuming the VM took (\d{1,12})ms", re.ASCII)
@@ -28,7 +28,7 @@ _PARTS = {
     "Migration (incoming):": ("recv_snapshot", "restore", "resume"),
     "Precopy complete:": ("overhead",),
 }
-"""Which keys of which line. `overhead` is the part of the final iteration that is not its transfer."""
+"""The keys that are read, per line. `overhead` is the part of the final iteration that is not its transfer."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class LogPlace:
     path: str
     offset: int
     there: Elsewhere | None = None
-    """The host that has it; None: this one."""
+    """The host of the file; None: this one."""
 
     @classmethod
     def now(cls, path: str, there: Elsewhere | None = None) -> LogPlace:
-        """The file's present end; a file that is not there yet begins at 0."""
+        """The file's present end; 0 if the file does not exist yet."""
         if there is not None:
             return cls(path, _size_there(there, path), there)
         try:
@@ -51,7 +51,7 @@ class LogPlace:
             return cls(path, 0)
 
     def lines(self) -> list[str]:
-        """What was written since; empty if the log cannot be read."""
+        """The text written since then; empty if the log cannot be read."""
         if self.there is not None:
             end = _size_there(self.there, self.path)
             since = end - self.offset if self.offset <= end else end
@@ -83,7 +83,7 @@ class LogPlace:
         return found
 
     def failure(self) -> str:
-        """Its reason why the migration failed (v53 and later log it); empty if it has none."""
+        """The logged reason of the failure (v53 and later); empty if there is none."""
         found = [match[1].strip() for line in self.lines() if (match := _FAILED.search(line))]
         return found[-1][:500] if found else ""
 

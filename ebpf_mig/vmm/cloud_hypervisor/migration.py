@@ -2,8 +2,8 @@
 """A Cloud Hypervisor migration through its HTTP API.
 
 In: two API sockets, a URL and `ChOptions`. Out: see `vmm.base.Migration`. The receive call is made first, in a thread
-of its own, and known to listen before the send call. What a version can is asked of it, not told by its number. Nothing
-is asked over the API while the migration runs; how it ended, `ch_end` tells.
+of its own, and known to listen before the send call. Features are probed through the API, not derived from the version.
+The API is not used while the migration runs; `completion` finds out how it ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SEND, _RECEIVE = "vm.send-migration", "vm.receive-migration"
 
 @dataclass(frozen=True)
 class ChOptions:
-    """What to ask of Cloud Hypervisor; None and False leave its own setting alone."""
+    """Settings of the migration. None and False keep Cloud Hypervisor's own setting."""
 
     local: bool = False
     downtime_ms: int | None = None
@@ -48,7 +48,7 @@ class ChOptions:
     destination_events: str | None = None
 
     def send(self, url: str) -> dict[str, Any]:
-        """The body of vm.send-migration; only what was asked for, since older versions know less."""
+        """The body of vm.send-migration. It has only the requested fields, since older versions know fewer."""
         wanted: dict[str, Any] = {
             "local": self.local or None,
             "downtime_ms": self.downtime_ms,
@@ -65,7 +65,7 @@ class ChOptions:
         return {"receiver_url": url} | {key: value for key, value in wanted.items() if value is not None}
 
     def check(self, url: str) -> None:
-        """UsageError for what no version takes (vmm/src/api/mod.rs, `VmSendMigrationData::validate`)."""
+        """UsageError for settings that no version accepts (vmm/src/api/mod.rs, `VmSendMigrationData::validate`)."""
         kind, _, rest = url.partition(":")
         port = rest.rpartition(":")[2]
         if kind not in {"tcp", "unix"} or not rest or (kind == "tcp" and not (port.isdigit() and port != rest)):
@@ -79,7 +79,7 @@ class ChOptions:
 
 
 class ChMigration:
-    """One migration between two Cloud Hypervisors on this host, or with one of them elsewhere."""
+    """One migration between two Cloud Hypervisors on this host, or with one of them on another host."""
 
     def __init__(
         self,
@@ -89,13 +89,13 @@ class ChMigration:
         options: ChOptions | None = None,
         remote: tuple[str, Elsewhere] | None = None,
     ) -> None:
-        """`remote`: the role of the end that is on another host, and what is known of it."""
+        """`remote`: role and facts of the end on another host."""
         self._away = dict([remote]) if remote else {}
         self.url = url
         self.options = options or ChOptions()
         self.options.check(url)
         if remote and not url.startswith("tcp:"):
-            raise UsageError("two hosts have only a network in common", "use --url tcp:HOST:PORT")
+            raise UsageError("two hosts share only a network", "use --url tcp:HOST:PORT")
         self._src, self._dst = Api(source, "source"), Api(destination, "destination")
         self._src_pid, self._src_version = self._src.ping()
         self._dst_pid, self._dst_version = self._dst.ping()
@@ -126,11 +126,11 @@ class ChMigration:
     grows = False
 
     def appeared(self) -> list[Target]:
-        """Both processes run already."""
+        """Nothing: both processes already run."""
         return []
 
     def version(self, role: str) -> str:
-        """What the API told of that end."""
+        """The version that the API reported for that end."""
         return self._src_version if role == "source" else self._dst_version
 
     def _listens(self) -> bool:
@@ -140,7 +140,7 @@ class ChMigration:
         return listens(self._dst_pid, self.url)
 
     def prepare(self) -> None:
-        """The destination is made to listen; VmmError if either end is in no state for it, or cannot what is asked."""
+        """Makes the destination listen. VmmError if an end is in the wrong state or does not support a setting."""
         state = self._src.state()
         if state not in {"Running", "Paused"}:
             raise VmmError(f"the source has no running VM to migrate (state {state or 'none'})")
@@ -166,7 +166,7 @@ class ChMigration:
             time.sleep(0.01)
 
     def _receive_body(self) -> dict[str, Any]:
-        """Checked: unknown fields are ignored by the VMM, and something else than what was asked for would run."""
+        """Checks the fields: the VMM ignores unknown ones, and a different migration would run."""
         sends, receive = self.options.send(self.url), self.options.receive(self.url)
         for field in sends.keys() - {"destination_url"}:
             if self._src.knows(_SEND, field) is False:
@@ -174,15 +174,15 @@ class ChMigration:
         for field in receive.keys() - {"receiver_url"}:
             if self._dst.knows(_RECEIVE, field) is False:
                 if field == "memory_mode" and self._dst.knows(_SEND, field):
-                    del receive[field]  # the sender announces it
+                    del receive[field]  # the sender announces the mode
                     continue
                 version = self._dst_version
                 raise VmmError(f"the destination (version {version}) does not know {field!r}", _remedy(field))
         return receive
 
     def run(self, timeout_s: float) -> Outcome:
-        """Sends; see `Migration.run`. There is no call to cancel: at the time-out the migration goes on."""
-        away = "source" in self._away  # and our clock is not its host's
+        """Sends; see `Migration.run`. There is no call to cancel, so the migration goes on after the time-out."""
+        away = "source" in self._away  # and our clock differs from its host's
         triggers = [] if away else [mark(self._src_pid, "session.trigger", self.url)]
         with contextlib.ExitStack() as stack:
             pidfds = {"source": -1, "destination": -1}
@@ -229,11 +229,11 @@ class ChMigration:
             return False
 
     def _figures(self) -> list[AnyEvent]:
-        """What both VMMs say of it: marks `ch.NAME_ms` of their logs and `ch.event.NAME` of their event monitors."""
+        """Marks of both VMMs: `ch.NAME_ms` from their logs and `ch.event.NAME` from their event monitors."""
         found: list[AnyEvent] = []
         for pid, place in self._places.items():
             told = [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(place.figures().items())]
-            if place.there is not None:  # when it was read is on another clock than its process's events
+            if place.there is not None:  # our reading time and its process's events use different clocks
                 told = [replace(one, at_ns=0) for one in told]
             found += told
         for pid, file in self._watched.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's end of a Cloud Hypervisor migration: whether its process, or the thread that sends, has ended.
+"""Detects whether the source's process or its sending thread has ended.
 
-In: a pid here, or a host elsewhere. Out: descriptors that tell, and answers. A process here is watched with pidfds.
-One elsewhere can only be looked at, by a command on its host: seldom while it migrates, since a login takes CPU time.
+In: a pid here, or a host elsewhere. Out: descriptors to poll, and answers. A process here is watched with pidfds.
+One on another host is checked by a command there, rarely while it migrates, since a login takes CPU time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ebpf_mig.vmm.base import Elsewhere
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
 LOOK_S = 0.5
-"""How often a thread's /proc is looked at, where the kernel has no descriptors of threads (before Linux 6.9)."""
+"""How often a thread's /proc is read if the kernel has no thread pidfds (before Linux 6.9)."""
 _COMMS = ("-maxdepth", "2", "-name", "comm", "-exec", "cat", "{}", "+")
 FIRST_LOOK_S, MOST_LOOK_S = 10.0, 80.0
-"""When a process elsewhere is first looked at; the pauses then double up to this."""
+"""When a process on another host is first checked. The pauses then double up to this."""
 
 
 class Call:
@@ -38,7 +38,7 @@ class Call:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC)
 
     def start(self, name: str, act: Callable[[], object]) -> None:
-        """Begins `act`; a VmmError of it is kept."""
+        """Starts `act` and keeps its VmmError."""
 
         def work() -> None:
             try:
@@ -51,43 +51,43 @@ class Call:
         threading.Thread(target=work, name=name, daemon=True).start()
 
     def finish(self) -> None:
-        """Says that it is over."""
+        """Signals the end."""
         self.done.set()
         os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
-        """Gives the descriptor back, unless the call may yet return."""
+        """Closes the descriptor, unless the call may still return."""
         if self.fd >= 0 and (self.done.is_set() or not self.begun):
             os.close(self.fd)
             self.fd = -1
 
 
 class SourceEnd(Protocol):
-    """What can be known of the source while it migrates."""
+    """The interface to observe the source while it migrates."""
 
     far: bool
-    """It is on another host."""
+    """Whether it is on another host."""
 
     def fds(self) -> list[int]:
-        """What becomes readable when the process ends, or its sending thread."""
+        """Descriptors that become readable when the process or its sending thread ends."""
 
     def exit_fds(self) -> list[int]:
-        """What becomes readable when the process ends."""
+        """Descriptors that become readable when the process ends."""
 
     def patience(self) -> float:
-        """How long waiting for others may last before it has to be looked at again; s."""
+        """How long to wait before the source must be checked again; s."""
 
     def hurry(self) -> float:
-        """The migration is over, so it may be looked at often: how often, in s."""
+        """Interval in s after the migration's end, when frequent checks are harmless."""
 
     def gone(self) -> bool:
-        """Whether the process has ended, as far as is known."""
+        """Whether the process is known to have ended."""
 
     def gave_up(self, send: Call) -> bool:
-        """Whether the send call has returned and there is no sending thread, or no more."""
+        """Whether the send call has returned and no sending thread is left."""
 
     def close(self) -> None:
-        """Lets go of its descriptors."""
+        """Closes its descriptors."""
 
 
 class NearSource:
@@ -125,7 +125,7 @@ class NearSource:
             self._fd = -1
 
     def _look(self, send: Call) -> None:
-        """Once, when the send call has returned: from v53 on it does so at once."""
+        """Called once, when the send call has returned. From v53 on it returns at once."""
         if self._tid is not None or not send.done.is_set() or send.error is not None:
             return
         threads = procfs.threads_of(self._pid)
@@ -145,7 +145,7 @@ class FarSource:
         self._pause = FIRST_LOOK_S
         self._next = time.monotonic() + self._pause
         self._threads: list[str] | None = None
-        """Names of its threads at the last look; empty: it is gone. None: not known."""
+        """Names of its threads at the last check; empty: it has ended. None: not known."""
 
     def fds(self) -> list[int]:
         return []
@@ -175,8 +175,8 @@ class FarSource:
         pass
 
     def _look(self) -> None:
-        """The process's threads by their names, after that of the command which asks: so silence is not taken for an
-        end. Once it is gone, or does not answer, there is nothing more to ask."""
+        """The thread names of the command itself and of the process. The first shows that the command ran, so that no
+        output is not taken for an end. After an end or a failure it does not ask again."""
         if not self._pid or self._threads == [] or time.monotonic() < self._next:
             return
         places = [procfs.path("self", "comm"), procfs.path(self._pid, "task")]
@@ -188,7 +188,7 @@ class FarSource:
 
 
 def readable(fds: Sequence[int], timeout_s: float) -> set[int]:
-    """Which of the descriptors can be read, as soon as one can."""
+    """Waits until a descriptor is readable. Returns the readable ones."""
     waiter = select.poll()
     for fd in fds:
         waiter.register(fd, select.POLLIN)

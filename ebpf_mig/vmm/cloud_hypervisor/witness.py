@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Cloud Hypervisor says of its downtime: each of its own parts next to the phases that it covers, and the rest.
+"""Cloud Hypervisor's logged downtime components, mapped to our phases, and the remainder.
 
 In: a `TracedMigration` with its marks (`ch.NAME_ms`, `ch.event.NAME`), the phases, what was on the wire. Out: rows of
-the breakdown. They are witnesses: none of them moves a boundary.
+the breakdown. They are witnesses: they move no boundary.
 
 Cloud Hypervisor sends a request, waits for its answer and goes on (vm-migration/src/protocol.rs), so on the migration's
-main socket the last message is `Complete`, the one before `State`. The thread that kicks the vCPUs drives all of
-it, in every version, whatever it is called. So the spans that its log has figures of lie between events of the kernel.
+main socket the last message is `Complete`, the one before `State`. In every version, the thread that kicks the vCPUs
+drives the whole switchover, under different names. So kernel events bound the spans whose figures are in its log.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CloudHypervisorWitness(VmmWitness):
         wires: Sequence[Wire] | None,
         late_ns: int,
     ) -> list[Witness]:
-        """`found` with the downtime's row explained, and a row for each part that the VMM logged."""
+        """`found` with the downtime's row explained, and a row for each logged component."""
         if attribution.window is None or not any(m.name.startswith("ch.") for m in traced.material.marks):
             return list(found)
         talk = follow(traced, _snapshotted(traced))
@@ -94,7 +94,7 @@ WITNESS = CloudHypervisorWitness()
 def _parts(
     traced: TracedMigration, window: Span, parts: Sequence[Phase], wires: Sequence[Wire] | None, found: Talk
 ) -> list[Witness]:
-    """Those that the kernel's events have a span of; in the order of the downtime."""
+    """The components that have a span in the kernel's events, in the order of the downtime."""
     told = {m.name[3:-3]: m.value for m in traced.material.marks if m.name.startswith("ch.") and m.name.endswith("_ms")}
     if not told:
         return []
@@ -116,7 +116,7 @@ def _parts(
 def _explained(
     witnesses: Sequence[Witness], traced: TracedMigration, window: Span, talk: Talk, late_ns: int
 ) -> list[Witness]:
-    """The downtime's row with what it is for the kernel, and how that lies about the blackout."""
+    """The downtime's row with its kernel span, and the position of that span relative to the blackout."""
     found, switchover = talk.spans.get("downtime"), traced.switchover
     if found is None or switchover is None or switchover.first_start is None:
         return list(witnesses)
@@ -160,7 +160,7 @@ def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], f
 
 
 def _unnamed(told: dict[str, int], found: Talk, origin: int, parts: Sequence[Phase]) -> list[Witness]:
-    """What is in its total and in none of its parts: the pause, and what lies between the parts."""
+    """What is in its total but in none of its components: the pause, and the gaps between components."""
     if "downtime" not in found.spans or not all(name in told for name in ("downtime", *_SOURCE_PARTS)):
         return []
     begin, end = found.spans["downtime"]
@@ -177,7 +177,7 @@ def _unnamed(told: dict[str, int], found: Talk, origin: int, parts: Sequence[Pha
 
 @dataclass(frozen=True)
 class Message:
-    """A request and its answer, seen from one side: all calls of one direction, then those of the other."""
+    """A request and its answer, seen from one side: all calls in one direction, then those in the other."""
 
     first: tuple[Transfer, ...]
     answer: tuple[Transfer, ...]
@@ -197,17 +197,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Talk:
-    """What was found; spans by the name of the log's figure."""
+    """The result: spans by the name of the log's figure."""
 
     spans: dict[str, Span]
     second_fetch: Span | None = None
-    """The dirty log fetched again after the vCPUs' state was read, with the sending of what it found (v53)."""
+    """The second dirty-log fetch, after the vCPUs' state was read, and the sending of its pages (v53)."""
     doubts: dict[str, int] = field(default_factory=dict)
-    """Ns of user time at a span's border that may belong to the neighbour: no call of the kernel tells."""
+    """Ns of user time at a span's border that may belong to its neighbour. No system call separates them."""
 
 
 def messages(transfers: Sequence[Transfer], first: int) -> list[Message]:
-    """Those that were answered, in order. `first`: the direction of the requests, SEND on the source."""
+    """The answered requests, in order. `first`: the direction of the requests, SEND on the source."""
     found: list[Message] = []
     asked: list[Transfer] = []
     answer: list[Transfer] = []
@@ -227,7 +227,7 @@ def messages(transfers: Sequence[Transfer], first: int) -> list[Message]:
 
 
 def follow(traced: TracedMigration, snapshotted: int | None = None) -> Talk:
-    """The spans of a completed migration. `snapshotted`: when the VMM says that its state was saved, if it does."""
+    """The spans of a completed migration. `snapshotted`: when the VMM reports that its state was saved, if known."""
     source, found = traced.source, traced.switchover
     if source is None or found is None or found.kind != SwitchoverKind.COMPLETED:
         return Talk({})
@@ -267,7 +267,7 @@ def _source(
 
 
 def _snapshot_begin(source: Process, found: Switchover, tid: int | None, before: int) -> int | None:
-    """The driver asks for the CPUID that all vCPUs share, then reads each vCPU (vmm/src/vm.rs, `snapshot`)."""
+    """The driver reads the CPUID that all vCPUs share, then each vCPU (vmm/src/vm.rs, `snapshot`)."""
     work = [i for i in source.other_ioctls if i.tid == tid and found.stop <= i.begin_ns < before]
     read = next((n for n, i in enumerate(work) if source_work.is_vcpu_read(i)), None)
     if read is None:
@@ -277,7 +277,7 @@ def _snapshot_begin(source: Process, found: Switchover, tid: int | None, before:
 
 
 def _second_fetch(traced: TracedMigration, begin: int, state: Message, before: Sequence[Message]) -> Span | None:
-    """From its first ioctl to the answer to what it found, or to its last ioctl."""
+    """From its first ioctl to the answer to the pages it sent, or to its last ioctl."""
     fetches = [b for b in traced.bursts if b.fetched and begin <= b.begin < state.begin]
     if not fetches:
         return None
@@ -286,7 +286,7 @@ def _second_fetch(traced: TracedMigration, begin: int, state: Message, before: S
 
 
 def _final_iteration(traced: TracedMigration, found: Switchover, snapshot: int) -> dict[str, Span]:
-    """The final fetch and the sending of what it found, by however many threads."""
+    """The final fetch and the sending of its pages, by any number of threads."""
     fetches = [b for b in traced.bursts if b.fetched and found.stop <= b.begin < snapshot]
     if not fetches or traced.postcopy:
         return {}
@@ -321,12 +321,12 @@ def _destination(traced: TracedMigration, found: Switchover) -> tuple[dict[str, 
 
 
 def _restoring(work: Sequence[Ioctl], state: Message) -> tuple[dict[str, Span], int]:
-    """Restoring begins, for the kernel, with the first question after the payload: which CPUID is supported."""
+    """In kernel events, restoring begins with the first call after the payload: the query of the supported CPUID."""
     received = state.first[-1].end_ns
     first = next((i.begin_ns for i in work if i.begin_ns >= received), None)
     if first is None:
         return {}, 0
-    # Between header and payload it ends the thread that accepts connections; that is in none of its figures.
+    # Between header and payload it ends the thread that accepts connections. None of its figures includes that.
     begin = state.first[1].begin_ns if len(state.first) > 1 else state.first[0].end_ns
     spans = {"recv_snapshot": (begin, first), "restore": (first, state.answer[0].begin_ns)}
     return spans, first - received

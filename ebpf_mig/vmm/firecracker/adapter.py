@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Firecracker, of which only the process is known.
+"""The Firecracker adapter. It only recognises the process.
 
-It has no live migration: a snapshot is written by one process and loaded by another. In: nothing. Out: `ADAPTER`.
+Firecracker has no live migration: one process writes a snapshot and another loads it. In: nothing. Out: `ADAPTER`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libvirt brings: its options, two hosts for the lab, its checks. See `vmm.adapter.Adapter`.
+"""The libvirt adapter: its options, two hosts for the lab, its checks. See `vmm.adapter.Adapter`.
 
-In: values of the command line. Out: `ADAPTER`. It has no processes of its own that run a guest: those are QEMU's.
+In: values of the command line. Out: `ADAPTER`. libvirt's guests run in QEMU processes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,24 @@ class LibvirtAdapter(Adapter):
 
     name = "libvirt"
     title = "libvirt"
-    about = "Migrate a libvirt domain to the host that DESTURI leads to."
+    about = "Migrate a libvirt domain to the host of DESTURI."
     options = (
         Option("DOMAIN", "", argument=True),
         Option("DESTURI", "", argument=True),
         Option("--connect", "The source's libvirt.  [default: as virsh]", metavar="URI"),
-        Option("--direct", "Drive both libvirts from here, not peer to peer.", Kind.FLAG),
+        Option("--direct", "Drive both libvirts from this host, not peer to peer.", Kind.FLAG),
         Option("--tunnelled", "Send through the connection between the libvirtds.", Kind.FLAG),
         Option("--parallel", "Send memory over this many connections.", Kind.COUNT, most=255),
         Option("--postcopy", "Switch to postcopy after the second pass.", Kind.FLAG),
-        Option("--bandwidth", "Limit, e.g. 10Gbit; libvirt rounds it to MiB/s.", Kind.RATE),
+        Option("--bandwidth", "Set the bandwidth limit, e.g. 10Gbit; libvirt rounds it to MiB/s.", Kind.RATE),
         Option("--downtime-limit", "Set the domain's maximum downtime, e.g. 300ms.", Kind.DURATION),
-        Option("--migrate-uri", "Where QEMU sends to, e.g. tcp://10.0.0.2.", metavar="URI"),
+        Option("--migrate-uri", "URI that QEMU sends to, e.g. tcp://10.0.0.2.", metavar="URI"),
         Option("--tls", "Encrypt with TLS.", Kind.FLAG),
-        Option("--destination-connect", "The destination's libvirt from here, for its events.", metavar="URI"),
+        Option(
+            "--destination-connect",
+            "URI of the destination's libvirt from this host, to receive its events.",
+            metavar="URI",
+        ),
     )
     examples: ClassVar = {
         "migrate": (
@@ -89,7 +93,7 @@ if it is on this host, or with --destination-host."""
         return LibvirtMigration(values["domain"], request, values["connect"], values["destination_connect"], remote)
 
     def far_end(self, role: str, values: Values) -> FarEnd:
-        """See `Adapter.far_end`. The other host finds the VM by its name, also before it is there."""
+        """See `Adapter.far_end`. The other host finds the VM by its name, even before its process starts."""
         del role
         return FarEnd(["--vm", glob.escape(values["domain"])])
 
@@ -103,11 +107,11 @@ if it is on this host, or with --destination-host."""
         from ebpf_mig.vmm.libvirt.migration import LibvirtMigration
 
         if local:
-            raise UsageError("libvirt hands no memory over", "leave --local out")
+            raise UsageError("libvirt cannot hand memory over", "leave --local out")
         if link is not None:
             raise UsageError("libvirt's lab has two hosts of its own already", "leave --two-hosts out")
         if scenario.transport != "tcp":
-            raise UsageError("the hosts of libvirt's lab have a network only", "use --transport tcp")
+            raise UsageError("the hosts of libvirt's lab share only a network", "use --transport tcp")
         with LibvirtHosts(scenario, binary) as hosts:
             request = Request(
                 to=hosts.destination.uri_between,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libvirt by its Python binding (python3-libvirt): see `client.Client`.
+"""libvirt through its Python binding (python3-libvirt): see `client.Client`.
 
 In: URIs. Out: as `Client`, with events. libvirt's own events have no time stamps; QEMU's, which libvirt passes on
 (libvirt_qemu, virConnectDomainQemuMonitorEventRegister), have QEMU's. One thread runs libvirt's event loop.
@@ -29,7 +29,7 @@ _LIFECYCLE = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED: "STOPPED",
 }
 _KEPT = ("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS")
-"""Events of QEMU that are passed on."""
+"""QEMU events that are passed on."""
 _lock = threading.Lock()
 _running = False
 
@@ -137,7 +137,7 @@ class Binding:
             return self._connection.lookupByUUIDString(domain.uuid)
 
     def _register(self, connection: Any, role: str, domain: Domain) -> None:
-        """The destination has no such domain yet, so events are of all domains and are sorted out here."""
+        """The destination has no such domain yet. So we receive events of all domains and filter them."""
 
         def say(about: Any, said: Said) -> None:
             listener = self._listener

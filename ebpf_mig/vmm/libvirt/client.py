@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """libvirt's API, by its Python binding, or by virsh where that is not installed.
 
-In: URIs, a domain, a `Request`. Out: facts about the domain, one migration, what libvirt says of it. Errors of libvirt
+In: URIs, a domain, a `Request`. Out: facts about the domain, one migration, libvirt's figures. Errors of libvirt
 are VmmErrors. The binding also delivers events; virsh does not.
 API: https://libvirt.org/html/libvirt-libvirt-domain.html (9.0.0).
 """
@@ -24,7 +24,7 @@ _ANSWER_S = 30.0
 
 @dataclass(frozen=True)
 class Request:
-    """How to migrate; None and False leave libvirt's own choice alone."""
+    """How to migrate. None and False keep libvirt's defaults."""
 
     to: str
     """URI of the destination's libvirt: as the source's libvirt reaches it (peer to peer), or as we do (direct)."""
@@ -78,13 +78,13 @@ class Client(Protocol):
         """A running domain by name, UUID or id; VmmError if there is none."""
 
     def listen(self, domain: Domain, other: str | None, listener: Listener) -> None:
-        """Events of the domain, here and at the libvirt that `other` leads to, from now on."""
+        """Delivers events of the domain from now on, here and from the libvirt at `other`."""
 
     def prepare(self, domain: Domain, request: Request) -> None:
-        """Sets what cannot be part of the request itself."""
+        """Sets options that cannot be part of the request itself."""
 
     def migrate(self, domain: Domain, request: Request) -> None:
-        """Returns when the domain runs at the destination. CancelledError, VmmError."""
+        """Migrates. Returns when the domain runs at the destination. CancelledError, VmmError."""
 
     def postcopy(self, domain: Domain) -> None:
         """Switches the running job to postcopy; VmmError."""
@@ -93,14 +93,14 @@ class Client(Protocol):
         """Aborts the running job, if there is one."""
 
     def figures(self) -> dict[str, int]:
-        """What libvirt says of the completed job; empty if nothing."""
+        """libvirt's figures of the completed job; empty if there are none."""
 
     def close(self) -> None:
         """Disconnects."""
 
 
 def connect(uri: str | None) -> Client:
-    """By the binding, else by virsh. PreflightError if there is neither, VmmError if libvirt does not answer."""
+    """Uses the binding, else virsh. PreflightError if there is neither, VmmError if libvirt does not answer."""
     if importlib.util.find_spec("libvirt") is not None:
         from ebpf_mig.vmm.libvirt.binding import Binding
 
@@ -133,7 +133,7 @@ class Virsh:
         return Domain(self._run("domname", uuid).strip(), uuid)
 
     def listen(self, domain: Domain, other: str | None, listener: Listener) -> None:
-        """virsh's events have no use: their stamps are of the time when virsh prints."""
+        """Does nothing: virsh stamps events when it prints them."""
 
     def prepare(self, domain: Domain, request: Request) -> None:
         """See `Client.prepare`."""
@@ -186,7 +186,7 @@ class Virsh:
                 text=True,
                 check=False,
                 timeout=timeout_s,
-                process_group=0,  # our Ctrl-C aborts the job and is not for virsh
+                process_group=0,  # our Ctrl-C aborts the job and must not reach virsh
             )
         except subprocess.TimeoutExpired as error:
             raise VmmError(f"libvirt does not answer virsh {arguments[0]} within {_ANSWER_S:.0f} s") from error

@@ -3,8 +3,8 @@
 
 In: a `Scenario`. Out: URIs of both hosts, the domain's name, where to migrate to. Each libvirtd runs without systemd or
 dbus in mount, UTS, network and pid namespaces of its own, with state of its own. libvirt tells hosts apart by
-`host_uuid` alone (virHostUUID, since 4.3). The first process of a pid namespace takes all others with it: however we
-end, libvirtd and its QEMUs end, too.
+`host_uuid` alone (virHostUUID, since 4.3). When the first process of a pid namespace ends, the kernel
+ends all others in it. So libvirtd and its QEMUs end when we do.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ NEEDS = {
     "libvirtd": "libvirt-daemon-system", "virsh": "libvirt-clients", "qemu-system-x86_64": "qemu-system-x86",
     "unshare": "util-linux",
 }  # fmt: skip
-"""Programs that have to be here, and Debian's packages of them."""
+"""Required programs, and their Debian packages."""
 _START_S = 30.0
 _OWN = ("run", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt", "etc/libvirt")
-"""Directories that each host has for itself."""
+"""Directories that are private to each host."""
 _FAST_FIRMWARE = Path("/usr/share/qemu/qboot.rom")
 _HOST = """
 set -e
@@ -42,7 +42,7 @@ mount --bind "$1/hosts" /etc/hosts
 libvirtd --listen &
 wait
 """
-"""Runs as the first process of a host, and reaps what others leave behind."""
+"""Runs as the first process of a host, and reaps orphans."""
 _DAEMON = """listen_tls = 0
 listen_tcp = 1
 listen_addr = "{address}"
@@ -75,12 +75,12 @@ class Host:
 
     @property
     def uri(self) -> str:
-        """Reaches it from outside its namespaces."""
+        """Its URI from outside its namespaces."""
         return f"qemu:///system?socket={self.directory}/run/libvirt/libvirt-sock"
 
     @property
     def uri_between(self) -> str:
-        """Reaches it from the other host."""
+        """Its URI from the other host."""
         return f"qemu+tcp://{self.address}/system"
 
     def complaint(self) -> str:
@@ -106,7 +106,7 @@ def require_programs() -> None:
 
 
 class LibvirtHosts:
-    """Both hosts, and the domain on the source; started on entering, gone on leaving."""
+    """Both hosts, and the domain on the source. They start on entering the context and end on leaving it."""
 
     def __init__(self, scenario: Scenario, binary: str | None = None) -> None:
         """`binary`: the QEMU that libvirt starts."""
@@ -189,7 +189,7 @@ class LibvirtHosts:
 """
 
     def _wait_for_guest(self) -> None:
-        """Until every vCPU of the guest has written its letter."""
+        """Waits until every vCPU of the guest has written its letter."""
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
         deadline = time.monotonic() + _START_S + 2 * self.scenario.round_s()
         heard = ""

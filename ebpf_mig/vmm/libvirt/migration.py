@@ -3,7 +3,7 @@
 
 In: a domain and a `Request`. Out: see `vmm.base.Migration`. libvirt starts the destination's QEMU during the migration;
 where that happens on this host, its process is found by the domain's UUID in its command line (qemu_command.c,
-`-uuid`). What libvirt and, through it, QEMU report becomes marks.
+`-uuid`). Reports of libvirt, and of QEMU through it, become marks.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class _Heard:
     role: str
     said: Said
     at_ns: int
-    """When it reached us, CLOCK_MONOTONIC."""
+    """When we received it, CLOCK_MONOTONIC."""
 
 
 class LibvirtMigration:
-    """One migration of a domain, whose destination may be this host or another one."""
+    """One migration of a domain, to this host or another one."""
 
     grows = True
 
@@ -71,7 +71,7 @@ class LibvirtMigration:
         self._arrivals = processes.Arrivals(self.domain.uuid, self._pids.values())
 
     def targets(self) -> list[Target]:
-        """The source's QEMU, if it is here."""
+        """The source's QEMU, if it is on this host."""
         if "source" in self._away:
             return []
         if "source" not in self._pids:
@@ -81,7 +81,7 @@ class LibvirtMigration:
         return [self._target("source", self._pids["source"])]
 
     def appeared(self) -> list[Target]:
-        """The destination's QEMU, once it was started on this host."""
+        """The destination's QEMU, after it started on this host."""
         if "destination" in self._pids or "destination" in self._away:
             return []
         found = self._arrivals.new()
@@ -122,7 +122,7 @@ class LibvirtMigration:
         return Outcome(result, error, (*triggers, *self._marks()))
 
     def _wait_for_the_last(self, result: str) -> None:
-        """Events and figures reach us a little after the call has returned. virsh passes no events on."""
+        """Waits for the events and figures, which arrive shortly after the call returns. virsh passes on no events."""
         deadline = time.monotonic() + _LATE_S
         while time.monotonic() < deadline:
             heard = any(one.said.name == f"qmp.MIGRATION.{result}" for one in self._heard)
@@ -142,7 +142,9 @@ class LibvirtMigration:
         return Target(pid=pid, role=role, vmm="qemu", vmm_version=self.version(role))
 
     def _guard(self, over: threading.Event, late: threading.Event, timeout_s: float) -> None:
-        """Beside the blocking call: aborts it on request or at the time-out, switches to postcopy when that is due."""
+        """Runs during the blocking call. Aborts the job on request or at the time-out; switches to postcopy when
+        due.
+        """
         deadline = time.monotonic() + timeout_s
         asked = not self.request.postcopy
         while not over.wait(0.02):
@@ -153,11 +155,11 @@ class LibvirtMigration:
             if time.monotonic() >= deadline:
                 late.set()
             if self._cancelled.is_set() or late.is_set():
-                self._client.abort(self.domain)  # again and again: the job may not have begun
+                self._client.abort(self.domain)  # repeated, since the job may not have begun
                 over.wait(0.1)
 
     def _hear(self, role: str, said: Said) -> None:
-        """In libvirt's event thread."""
+        """Runs in libvirt's event thread."""
         if len(self._heard) < _MOST_EVENTS:
             self._heard.append(_Heard(role, said, clock.monotonic_ns()))
         if said.name in ("libvirt.MIGRATION_ITERATION", "qmp.MIGRATION_PASS") and role == "source" and said.value >= 2:

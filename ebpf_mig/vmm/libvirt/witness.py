@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libvirt says of its migrations: the meaning of the marks made of its events and of the job's statistics.
+"""The meaning of libvirt's marks, which come from its events and the job's statistics.
 
 In: nothing. Out: `WITNESS`. `downtime` (virDomainGetJobStats, VIR_DOMAIN_JOB_DOWNTIME) counts, by the daemons' wall
 clocks, from the arrival of QEMU's STOP event at the source's libvirtd until the destination's has had `cont` answered
@@ -12,7 +12,7 @@ from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.vmm.witness import VmmWitness
 
 EVENTS = ("STARTED", "SUSPENDED", "RESUMED", "STOPPED", "MIGRATION_ITERATION")
-"""Of its lifecycle, and of the migration's passes."""
+"""Events of its lifecycle, and of the migration's passes."""
 _MS = ("downtime", "downtime_net", "time_elapsed", "setup_time")
 _NUMBERS = ("data_processed", "memory_iteration", "memory_normal", "memory_postcopy_requests")
 FIGURES = {name: f"libvirt.{name}_ms" for name in _MS} | {name: f"libvirt.{name}" for name in _NUMBERS}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU brings: its options, its lab, its checks. See `vmm.adapter.Adapter`.
+"""The QEMU adapter: its options, its lab, its checks. See `vmm.adapter.Adapter`.
 
-In: values of the command line. Out: `ADAPTER`. What talks QMP is imported when it is needed.
+In: values of the command line. Out: `ADAPTER`. The QMP client is imported only on use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class QemuAdapter(Adapter):
     about = "Migrate a QEMU VM through QMP."
     options = (
         Option("--source", "QMP socket of the VM to migrate.", metavar="SOCKET", required=True),
-        Option("--destination", "QMP socket of the VM that waits for it.", metavar="SOCKET", required=True),
+        Option("--destination", "QMP socket of the destination VM.", metavar="SOCKET", required=True),
         Option("--uri", "Where the destination listens: tcp:HOST:PORT or unix:PATH.", required=True),
         Option("--multifd", "Send memory over this many channels.", Kind.COUNT, most=255),
         Option("--downtime-limit", "Set QEMU's downtime-limit, e.g. 300ms.", Kind.DURATION),
@@ -94,7 +94,7 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         from ebpf_mig.vmm.qemu.migration import QemuMigration
 
         if local:
-            raise UsageError("QEMU hands no memory over here", "leave --local out, or choose another VMM with --vmm")
+            raise UsageError("QEMU cannot hand memory over here", "leave --local out, or choose another VMM with --vmm")
         with QemuPair(scenario, binary, link=link) as pair:
             migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
             with contextlib.closing(migration):
@@ -111,7 +111,7 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         yield Check("QEMU", OK, first.removeprefix("QEMU emulator "))
 
     def process_behind(self, path: str) -> int | None:
-        """By QMP: libvirt makes the socket for QEMU."""
+        """Asks QMP, because libvirt creates the socket for QEMU."""
         import asyncio
 
         from ebpf_mig.vmm.qemu.monitor import pid_behind

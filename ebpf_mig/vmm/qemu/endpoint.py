@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One end of a QEMU migration: what its QMP events say, and whether it still lives.
+"""One end of a QEMU migration: its QMP events, and whether its process lives.
 
 In: a connected `Monitor` and the pid behind it. Out: the migration status, marks of every event, and at the end
 QEMU's own figures. Facts: qapi/migration.json, qapi/run-state.json (QEMU 7.2 to 11.1).
@@ -31,7 +31,7 @@ _RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy
 
 
 class Side:
-    """One end while the migration runs: what it said, and whether it is done."""
+    """One end while the migration runs: its reports, and whether it is done."""
 
     def __init__(self, monitor: Monitor, pid: int, remote: Elsewhere | None = None) -> None:
         self.monitor = monitor
@@ -43,9 +43,9 @@ class Side:
         """The last migration status; empty before the first."""
         self.passes = 0
         self.gone = False
-        """The QMP connection is over."""
+        """Whether the QMP connection has ended."""
         self.dead = False
-        """So is the process; known once `gone`."""
+        """Whether the process has ended, too. Known once `gone` is set."""
         self.changed = asyncio.Event()
         self._pidfd = -1
         if remote is None:
@@ -54,7 +54,7 @@ class Side:
 
     @property
     def ended(self) -> bool:
-        """Nothing more is to be expected of this end."""
+        """Whether no more events are expected from this end."""
         return self.gone or self.status in ENDED
 
     async def listen(self) -> None:
@@ -67,16 +67,16 @@ class Side:
         self.changed.set()
 
     async def ask_status(self) -> None:
-        """For when no event came for long: one may have been missed."""
+        """Asks for the status after a long time without events, since one may have been missed."""
         with contextlib.suppress(VmmError):
             status = await self.monitor.status("query-migrate")
             if status in ENDED:
                 self.status = status
 
     async def figures(self) -> tuple[list[AnyEvent], str]:
-        """Marks of `query-migrate` after the end, and the error it tells; nothing if the monitor is gone.
+        """Marks of `query-migrate` after the end, and its error; nothing if the monitor is gone.
 
-        Some versions say 0 at first after a completion (seen on 7.2), so it is asked again.
+        Some versions report 0 at first after a completion (seen on 7.2), so this asks again.
         """
         answer: dict[str, Any] = {}
         for _ in range(3):
@@ -102,7 +102,7 @@ class Side:
         return found, error
 
     def close(self) -> None:
-        """Lets go of the process; the monitor is closed by itself. Idempotent."""
+        """Closes the process's descriptor. The monitor is closed separately. Idempotent."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -121,13 +121,13 @@ class Side:
     def _marks(
         self, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None, grain_ns: int = 0
     ) -> list[AnyEvent]:
-        """One mark by the clock of this end's host; none if that is not known."""
+        """One mark on the clock of this end's host; none if that clock is not known."""
         if self.remote is None:
             return [mark(self.pid, name, detail, value, wall_ns, grain_ns)]
         clock = self.remote.clock
         if clock is None:
             return []
-        # Without a stamp of that host it is about now: hosts' wall clocks agree to a second or so.
+        # Without a stamp of that host, use the present time: wall clocks of hosts agree to about a second.
         wall, doubt = (wall_ns, grain_ns) if wall_ns is not None else (time.time_ns(), 10**9)
         at = wall - clock.realtime_ns + clock.monotonic_ns + grain_ns // 2
         return [Mark(at, self.pid, name, detail, value, clock.doubt_ns + doubt)]
@@ -147,12 +147,12 @@ class Side:
 
 
 def _count(value: object) -> int | None:
-    """A number as QEMU gives them, and a recording can hold; None for what is none: the other end may be anything."""
+    """`value` as a number that a recording can hold; None if it is not one. The other end may not be QEMU."""
     return value if type(value) is int and 0 <= value <= LATEST else None
 
 
 def _word(value: object) -> str:
-    """A name as QEMU gives them; empty for what is none."""
+    """`value` as a name; empty if it is not one."""
     return value[:64] if isinstance(value, str) else ""
 
 

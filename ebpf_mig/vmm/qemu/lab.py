@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two QEMUs with the tiny guest: a source that runs, a destination that waits. Use `QemuPair` as a context manager.
 
-In: a `Scenario`. Out: pids, QMP sockets, a URI to migrate to, heartbeats of both sides. However we end, the VMs end
-too (see `lab.process`).
+In: a `Scenario`. Out: pids, QMP sockets, a URI to migrate to, heartbeats of both sides. The VMs end
+when we do (see `lab.process`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find_binary(wanted: str | None) -> str:
 
 
 class QemuPair:
-    """Source and destination; started on entering, gone on leaving."""
+    """Source and destination. They start on entering the context and end on leaving it."""
 
     def __init__(
         self, scenario: Scenario, binary: str | None = None, extra: Sequence[str] = (), link: Link | None = None
@@ -131,7 +131,7 @@ class QemuPair:
             return f"tcp:127.0.0.1:{probe.getsockname()[1]}"
 
     def _wait_until_up(self) -> None:
-        """Until both monitors exist and every vCPU of the guest has been heard."""
+        """Waits until both monitors exist and every vCPU of the guest has written output."""
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
         patience = _START_S + 2 * self.scenario.round_s()
         deadline = time.monotonic() + patience

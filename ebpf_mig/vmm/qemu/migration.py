@@ -23,11 +23,11 @@ from ebpf_mig.vmm.qemu.endpoint import ENDED, Side
 from ebpf_mig.vmm.qemu.monitor import Monitor, UnansweredError
 
 _SILENCE_S = 10.0
-"""After this long without any event the status is asked for, once each time: an event can have been missed."""
+"""After this long without an event, ask for the status once, since an event can have been missed."""
 _DESTINATION_S = 30.0
 """The destination starts its vCPUs after the source has said `completed`."""
 _CANCEL_S = 10.0
-"""A cancellation takes some 10 ms, but waits for the big lock in the switchover."""
+"""A cancellation takes about 10 ms, but waits for the big lock during the switchover."""
 _CONTRADICTION_S = 5.0
 """How long the source may take to notice that its destination has died."""
 
@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class QemuOptions:
-    """What to ask of QEMU; None leaves QEMU's own setting alone."""
+    """Settings of the migration. None keeps QEMU's own setting."""
 
     bandwidth_bytes: int | None = None
     """max-bandwidth in bytes/s, 0 for unlimited."""
@@ -75,7 +75,7 @@ class QemuMigration:
         options: QemuOptions | None = None,
         remote: tuple[str, Elsewhere] | None = None,
     ) -> None:
-        """`remote`: the role of the end that is on another host, and what is known of it."""
+        """`remote`: role and facts of the end on another host."""
         self.uri = uri
         self._remote = dict([remote]) if remote else {}
         self.options = options or QemuOptions()
@@ -93,7 +93,7 @@ class QemuMigration:
             raise
 
     def targets(self) -> list[Target]:
-        """Source first; roles, pids and versions as QMP tells them."""
+        """Roles, pids and versions from QMP, the source first."""
         roles = ("source", "destination")
         return [
             Target(pid=side.pid, role=role, vmm="qemu", vmm_version=side.monitor.version)
@@ -104,11 +104,11 @@ class QemuMigration:
     grows = False
 
     def appeared(self) -> list[Target]:
-        """Both processes run already."""
+        """Nothing: both processes already run."""
         return []
 
     def version(self, role: str) -> str:
-        """What QMP told of that end."""
+        """The version that QMP reported for that end."""
         side = self._src if role == "source" else self._dst
         return side.monitor.version if side else ""
 
@@ -117,11 +117,11 @@ class QemuMigration:
         self._call(self._prepare())
 
     def run(self, timeout_s: float) -> Outcome:
-        """Migrates; see `Migration.run`. Never raises for what the migration does: that is the outcome."""
+        """Migrates; see `Migration.run`. Never raises if the migration fails: the outcome says so."""
         return self._call(self._run(timeout_s))
 
     def cancel(self) -> None:
-        """`migrate_cancel` on the source, or no migration at all if `run` comes later; errors are for `run` to meet."""
+        """Sends `migrate_cancel` to the source, or prevents a later `run`. `run` reports errors."""
         self._cancelled = True
         if self._src is not None and not self._loop.is_closed():
             with contextlib.suppress(VmmError, concurrent.futures.CancelledError):
@@ -159,7 +159,7 @@ class QemuMigration:
         for side in self._sides:
             await side.monitor.close()
             side.close()
-        rest = asyncio.all_tasks() - {asyncio.current_task()}  # an interrupted connect, a cancel that still waits
+        rest = asyncio.all_tasks() - {asyncio.current_task()}  # an interrupted connect, or a pending cancel
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
@@ -197,7 +197,7 @@ class QemuMigration:
         if self._cancelled:
             return Outcome("cancelled", "before it began")
         listeners = [asyncio.ensure_future(side.listen()) for side in self._sides]
-        away = self._source.remote is not None  # and our clock is not its host's
+        away = self._source.remote is not None  # and our clock differs from its host's
         triggers = [] if away else [mark(self._source.pid, "session.trigger", self.uri)]
         problem = await self._migrate(timeout_s)
         patience = _DESTINATION_S if self._source.status == "completed" else 1.0
@@ -217,7 +217,7 @@ class QemuMigration:
         return "--postcopy was without effect: the pre-copy converged before the switch"
 
     async def _migrate(self, timeout_s: float) -> str:
-        """Until the source is done, or what we could do to end it is done; returns what went wrong on our side."""
+        """Waits until the source is done or our attempts to end it are over. Returns what went wrong on our side."""
         source = self._source
         try:
             await source.monitor.execute("migrate", {"uri": self.uri})
@@ -226,7 +226,7 @@ class QemuMigration:
             return str(error)
         except VmmError as error:
             return str(error)
-        if self._cancelled:  # the cancellation may have overtaken us and met no migration
+        if self._cancelled:  # the cancellation may have arrived before the migration began
             await self._cancel_and_wait()
         if not await self._until(lambda: source.ended or self._destination_dead(), timeout_s):
             await self._cancel_and_wait()
@@ -280,7 +280,7 @@ class QemuMigration:
             await self._until(lambda: self._source.ended, _CANCEL_S)
 
     def _judge(self, problem: str, said: str) -> tuple[str, str]:
-        """(result, error) from what both ends said and whether they live."""
+        """(result, error) from the reports of both ends and whether they live."""
         source = self._source
         died = "; the destination QEMU has ended" if self._destination_dead() else ""
         match source.status:
@@ -289,10 +289,10 @@ class QemuMigration:
             case "cancelled" | "failed" if problem == _DESTINATION_DIED:
                 return "failed", problem
             case "cancelled":
-                return "cancelled", problem or "on request"  # QEMU's own text is of the socket that it shut
+                return "cancelled", problem or "on request"  # QEMU's own text is about the socket that it shut down
             case "failed" if self._cancelled:
                 # QEMU shuts the return path before it sets `cancelling` (migration_cancel() in migration/migration.c,
-                # migrate_fd_cancel() in older ones), so the error of that can win; seen on 10.0.
+                # migrate_fd_cancel() in older ones), so the error of the return path can come first; seen on 10.0.
                 return "cancelled", problem or "on request"
             case "failed":
                 return "failed", (said or problem or "QEMU gives no reason") + died
@@ -307,7 +307,7 @@ class QemuMigration:
         return "unknown", f"{problem or 'QEMU did not say how the migration ended'}; it may go on"
 
     def _judge_destination(self) -> tuple[str, str]:
-        """The source is done: what of the destination?"""
+        """(result, error) of the destination, after the source is done."""
         destination = self._dst
         if destination is None or destination.status == "completed":
             return "completed", ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One QMP monitor of one QEMU, with clear errors and an end to every wait.
+"""One QMP monitor of one QEMU, with clear errors and a time-out for every wait.
 
 In: the path of a UNIX socket. Out: commands as coroutines, events as they come. Speaks through `qemu.qmp`, which
-QEMU's own tests use and which bounds a reply to 10 MiB; all calls must come from one event loop. What the other end
-says is checked: it need not be a QEMU.
+QEMU's own tests use and which bounds a reply to 10 MiB; all calls must come from one event loop. Replies are
+checked, because the other end may not be QEMU.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ COMMAND_S = 30.0
 _REMEDY = "start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH"
 _BUSY_REMEDY = "give QEMU a second -qmp socket for ebpf-mig"
 
-logging.getLogger("qemu").setLevel(logging.CRITICAL + 1)  # its complaints reach the user as our errors
+logging.getLogger("qemu").setLevel(logging.CRITICAL + 1)  # its messages reach the user as our errors
 
 
 MOST_EVENTS = 4096
-"""Events that wait to be taken; a migration has some dozens. Those beyond are dropped, whoever sends them."""
+"""Largest number of queued events. A migration has a few dozen. Further events are dropped."""
 _MOST_TID = 1 << 30
 
 
 class _Events(EventListener):
-    """A queue of events that does not grow without end, and keeps none that was taken."""
+    """A bounded queue of events. It keeps no event that was taken."""
 
     async def put(self, event: Message) -> None:
-        """Takes an event, or drops it."""
+        """Queues an event, or drops it if the queue is full."""
         if self._queue.qsize() < MOST_EVENTS:
             await self._queue.put(event)
 
@@ -77,7 +77,8 @@ class Monitor:
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, timeout_s: float | None = None
     ) -> Any:
-        """The command's return value; VmmError with QEMU's own words if it refuses, is gone or talks nonsense.
+        """The command's return value; VmmError with QEMU's own words if it refuses, has ended or sends an invalid
+        reply.
 
         UnansweredError after `timeout_s` (default COMMAND_S).
         """
@@ -105,7 +106,7 @@ class Monitor:
         return answer
 
     async def status(self, command: str) -> str:
-        """What `query-status` or `query-migrate` calls the state; empty if it says none. As `execute`."""
+        """The state in the reply of `query-status` or `query-migrate`; empty if it has none. As `execute`."""
         status = (await self.query(command)).get("status", "")
         if not isinstance(status, str):
             raise self._nonsense(command)
@@ -123,10 +124,10 @@ class Monitor:
             gone.cancel()
 
     async def pid(self) -> int:
-        """The QEMU process, told by a vCPU thread's id or by the peer of the socket.
+        """The QEMU process, found by a vCPU thread's id or by the peer of the socket.
 
-        Neither is right everywhere: thread ids are numbers of QEMU's own pid namespace (containers), and the peer is
-        whoever made the listening socket (libvirt makes it for QEMU). The one that holds a KVM machine is QEMU.
+        Neither is always right. Thread ids belong to QEMU's own pid namespace (containers). The peer is the process
+        that created the listening socket (libvirt creates it for QEMU). The one that holds a KVM VM is QEMU.
         """
         candidates = []
         cpus = await self.execute("query-cpus-fast")
@@ -147,7 +148,7 @@ class Monitor:
     async def close(self) -> None:
         """Disconnects, quietly; idempotent."""
         try:
-            # Whatever ended the connection has been told by now. ValueError: what came was no UTF-8.
+            # The reason was reported before. ValueError: the other end sent invalid UTF-8.
             with contextlib.suppress(QMPError, OSError, EOFError, ValueError, TimeoutError):
                 await asyncio.wait_for(self._client.disconnect(), 2)
         finally:

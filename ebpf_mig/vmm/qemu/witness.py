@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU says of its migrations: the meaning of the marks that are made of its QMP events and `query-migrate`.
+"""The meaning of QEMU's marks, which come from its QMP events and `query-migrate`.
 
 In: nothing. Out: `WITNESS`. Events: qapi/run-state.json and qapi/migration.json (QEMU 7.2 to 11.1).
 """
