@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can meet, each with its documented exit code.
+"""The expected errors, each with its documented exit code.
 
 Raised anywhere, printed in one place (`cli.main`) as one line: what happened, why, and what helps.
-A bug is any other exception; it exits with 1.
+Any other exception is a bug and exits with 1.
 """
 
 
@@ -23,7 +23,7 @@ class UsageError(EbpfMigError):
 
 
 class PreflightError(EbpfMigError):
-    """This machine, or this user, cannot do what was asked: privilege, kernel feature, missing program."""
+    """This machine or this user lacks something: a privilege, a kernel feature or a program."""
 
     exit_code = 3
 
@@ -47,6 +47,6 @@ class IncompleteError(EbpfMigError):
 
 
 class RegressionError(EbpfMigError):
-    """A comparison found what the user said must not be."""
+    """A comparison found a regression that the user excluded with `--fail-if`."""
 
     exit_code = 6

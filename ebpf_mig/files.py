@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Creating a result file without ever overwriting, or following a link to, something of the user's.
+"""Creates result files. Never overwrites a user's file or follows a symbolic link.
 
 In: a path and whether the user said `--force`. Out: an open file descriptor, mode 0600.
 """
@@ -18,8 +18,8 @@ _FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 def open_new(path: str | Path, *, force: bool = False) -> int:
     """Create `path` and return its descriptor, open for writing.
 
-    An existing regular file is an error, or with `force` is removed first. A device or FIFO holds nothing to
-    lose and is opened as it is. Symbolic links are refused: as root they could point anywhere. Raises
+    An existing regular file is an error, or with `force` is removed first. A device or FIFO has no data
+    to lose and is opened as it is. Symbolic links are refused, since root would follow them anywhere. Raises
     UsageError.
     """
     name = Path(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for people: sizes, and untrusted text made safe to show.
+"""Text for people: sizes, and escaping of untrusted text.
 
 Names of threads, VMs, hosts and files can carry terminal escapes. In: any text. Out: the same text with every character
 that is not printable written as `\\x1b` and the like. In: bytes. Out: `1.4 MiB`.
@@ -13,7 +13,7 @@ LIMIT = 200
 def printable(text: str, limit: int = LIMIT) -> str:
     """`text` with control, format, surrogate and unassigned characters escaped, cut to `limit` characters.
 
-    Nothing that a terminal would act on is left; bidirectional overrides and line separators go as well.
+    Removes everything that a terminal would act on, and bidirectional overrides and line separators.
     """
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     if cut.isprintable():

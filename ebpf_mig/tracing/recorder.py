@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorder elsewhere: a command whose standard output is a recording, and that ends when its standard input does.
+"""A recorder on another host: a command that writes a recording to standard output and stops on stdin EOF.
 
 In: a command line, most often `ssh HOST ebpf-mig record ... --until-eof --output -`. Out: the header once it has
-armed, the recording once it is over, as far as it came. Whatever it does, it cannot harm a migration: nothing here
-waits for it without end, and what it sends is bounded.
+armed, then the recording, possibly cut off. A recorder cannot harm a migration: every wait has a time-out, and the
+amount of data is bounded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ebpf_mig.recording.format import FRAME, MAGIC, MAX_RAW
 from ebpf_mig.text import printable
 
 RECORDING_MOST_BYTES = 4 << 30
-"""Of a recording as it comes; what is more is not kept."""
+"""Largest number of bytes kept of a recording."""
 ARM_S = 120.0
-"""Compiling and attaching takes seconds, on a busy host more."""
+"""Time-out for arming. Compiling and attaching take seconds, and longer on a busy host."""
 FINISH_S = 30.0
 _HEAD = len(MAGIC) + FRAME.size
 _COMPLAINT = 16 << 10
@@ -37,12 +37,12 @@ class RemoteError(PreflightError):
 
 
 class Recorder:
-    """One recorder; starts at once. Call `armed`, then `finish` or `close`."""
+    """One recorder. It starts when it is created. Call `armed`, then `finish` or `close`."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.lost = ""
-        """Why it ended before it was told to; empty if it did not."""
+        """Why it ended before we stopped it; empty if it did not."""
         self._data = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`; it has no name
         self._size = 0
         self._head = bytearray()
@@ -58,7 +58,7 @@ class Recorder:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 env=environment,
-                process_group=0,  # our Ctrl-C is ours: the recording is still wanted
+                process_group=0,  # Ctrl-C must reach only us: the recording is still needed
             )
         except OSError as error:
             self._data.close()
@@ -68,7 +68,7 @@ class Recorder:
             thread.start()
 
     def armed(self, timeout_s: float = ARM_S) -> Header:
-        """Waits until it traces. RemoteError if it ended, says something else or takes too long."""
+        """Waits until it traces. RemoteError if it ended, sent invalid data or took too long."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended or self._complete(), timeout_s):
                 raise RemoteError(f"{self.name} does not begin to trace within {timeout_s:.0f} s: {self.complaint()}")
@@ -80,7 +80,7 @@ class Recorder:
             raise RemoteError(f"{self.name} sends no recording that can be read: {error}", self._remedy()) from error
 
     def finish(self, timeout_s: float = FINISH_S) -> Recording:
-        """Tells it to end, and reads what it recorded. RecordingError if that is not even a header."""
+        """Stops it and reads its recording. RecordingError if that has no complete header."""
         self._release()
         for thread in self._threads:
             thread.join(timeout_s)
@@ -90,18 +90,18 @@ class Recorder:
         self._data.seek(0)
         recording = read_recording(self._data)
         if not recording.truncated:
-            self.lost = ""  # it had seen the migration's end by itself
+            self.lost = ""  # it had already seen the migration's end
         elif self.lost in ("", _EARLY):
             self.lost = self.complaint()
         return recording
 
     @property
     def status(self) -> int | None:
-        """How the command ended; None while it runs."""
+        """The command's exit status; None while it runs."""
         return status_of(self._process, 2 if self._ended else 0)
 
     def close(self) -> None:
-        """Ends it, at the latest now; idempotent."""
+        """Ends it if it still runs. Idempotent."""
         self._release()
         self._kill()
         for thread in self._threads:
@@ -122,15 +122,15 @@ class Recorder:
     def _remedy(self) -> str:
         status = status_of(self._process)
         if status == 127:
-            return "install ebpf-mig there, in the PATH of a non-interactive shell"
+            return "install ebpf-mig on that host, in the PATH of a non-interactive shell"
         if status == 255:
-            return "try the same ssh by hand; it must not ask anything"
+            return "try the same ssh by hand; it must work without a prompt"
         if status == 2:
-            return "have the same version of ebpf-mig on both hosts"
-        return "run ebpf-mig doctor there"
+            return "install the same version of ebpf-mig on both hosts"
+        return "run ebpf-mig doctor on that host"
 
     def _complete(self) -> bool:
-        """Whether the header has come (or something that is none)."""
+        """Whether the header, or invalid data, has arrived."""
         if len(self._head) < _HEAD:
             return False
         length = FRAME.unpack_from(self._head, len(MAGIC))[0]

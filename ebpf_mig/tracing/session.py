@@ -2,8 +2,8 @@
 """One host's tracing run, top to bottom: load, attach, arm, wait, drain, detach.
 
 In: the processes to trace, where the recording goes, and a function that says when it is over. Out: the events are in
-the recording, the last of them an `Ending`. The migration itself is somebody else's: whatever goes wrong in here
-ends the tracing, never the migration.
+the recording, the last of them an `Ending`. Others run the migration: an error in here ends the
+tracing, never the migration.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Sink(Protocol):
-    """Where events go: a `recording.RecordingWriter`."""
+    """The destination of events: a `recording.RecordingWriter`."""
 
     def write_many(self, events: Iterable[AnyEvent]) -> None:
         """Takes events in the order in which they arrived."""
 
     def flush(self) -> None:
-        """Makes what was taken survive our death."""
+        """Flushes the events, so that they survive our death."""
 
 
 Until = Callable[[Sequence[AnyEvent]], str | None]
@@ -48,12 +48,12 @@ Until = Callable[[Sequence[AnyEvent]], str | None]
 
 
 def clock_pair(tries: int = 5) -> ClockPair:
-    """CLOCK_MONOTONIC against CLOCK_REALTIME, the tightest of a few brackets."""
+    """The offset of CLOCK_MONOTONIC and CLOCK_REALTIME, from the tightest of a few brackets."""
     return ClockPair(*clock.bracket(tries))
 
 
 def require_alive(targets: Sequence[Target]) -> None:
-    """UsageError if a target's pid does not exist, is a thread's and not a process's, or is our own."""
+    """UsageError if a target's pid does not exist, is a thread's id, or is our own."""
     for target in targets:
         if target.pid == os.getpid():
             raise UsageError(f"{target.pid} is this process itself", "give the pid of the VMM")
@@ -66,12 +66,12 @@ def require_alive(targets: Sequence[Target]) -> None:
 
 
 def require_kvm(targets: Sequence[Target]) -> None:
-    """UsageError if a target is no VMM with KVM. One of a VMM that makes its VM later may have none yet."""
+    """UsageError if a target has no KVM VM. Exempt are VMMs that create their VM later."""
     for target in targets:
         try:
             procfs.names(target.pid, "fd")
         except OSError:
-            continue  # we may not look
+            continue  # no permission to look
         comm = procfs.comm(target.pid)
         vmm = vmm_named(comm)
         if not procfs.holds_kvm(target.pid) and (not vmm or adapter(vmm).vm_from_start):
@@ -82,7 +82,7 @@ def require_kvm(targets: Sequence[Target]) -> None:
 
 
 def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Sequence[str] = ()) -> Header:
-    """What the first block of this host's recording says."""
+    """The header of this host's recording, which is its first block."""
     return Header(
         tool=f"ebpf-mig {__version__}",
         host=procfs.host_name(),
@@ -107,7 +107,7 @@ class Session:
     """A prepared run: programs compiled and loaded, nothing attached yet. Use as a context manager."""
 
     def __init__(self, targets: Sequence[Target], tier: str = AUTO, *, grows: bool = False) -> None:
-        """`tier`: of what kind the probes are to be, one of `probes.tiers.NAMES`. `grows`: `add` will be called."""
+        """`tier`: attach tier of the probes, one of `probes.tiers.NAMES`. `grows`: `add` will be called."""
         namespaces.require_host_pids()
         require_alive(targets)
         self.targets = tuple(targets)
@@ -129,12 +129,12 @@ class Session:
         self._tracer.close()
 
     def arm(self, notes: Sequence[str] = ()) -> Header:
-        """Attaches the probes; the header describes what was attached."""
+        """Attaches the probes. The header describes the attached probes."""
         self._tracer.arm()
         return header_for(self.targets, self._tracer.attached, notes)
 
     def add(self, target: Target) -> None:
-        """Traces one more process from now on; of a session that grows. The header does not name it."""
+        """Also traces this process from now on. Only for a session that grows. The header does not list it."""
         self._tracer.add(target.pid)
         self.targets = (*self.targets, target)
 
@@ -150,7 +150,7 @@ class Session:
                     return reason
 
     def finish(self, sink: Sink, reason: str, extra: Sequence[AnyEvent] = ()) -> None:
-        """Writes what is left in the kernel, the caller's own events (marks) and the ending; detaches."""
+        """Writes the events left in the kernel, the caller's own events (marks) and the ending. Then detaches."""
         runtime, runs = self._tracer.own_cost()
         sink.write_many(self._tracer.finish())
         sink.write_many(extra)
@@ -162,7 +162,7 @@ class Session:
 
 @contextlib.contextmanager
 def _yielding() -> Iterator[None]:
-    """The reader is in no hurry: where CPUs are scarce, the VMMs' threads come first. Of this thread alone."""
+    """Lowers the priority of this thread only: if CPUs are scarce, the VMMs' threads come first."""
     thread = threading.get_native_id()
     before = os.getpriority(os.PRIO_PROCESS, thread)
     with contextlib.suppress(OSError):
@@ -170,16 +170,16 @@ def _yielding() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # without CAP_SYS_NICE there is no way back
+        with contextlib.suppress(OSError):  # without CAP_SYS_NICE the niceness cannot be lowered again
             os.setpriority(os.PRIO_PROCESS, thread, before)
 
 
 @contextlib.contextmanager
 def _held_signals() -> Iterator[Callable[[], None]]:
-    """Holds back Ctrl-C and its like; calling the result delivers what came meanwhile to the handlers from before.
+    """Defers Ctrl-C and similar signals. Calling the result delivers the deferred ones to the previous handlers.
 
-    The ring buffer hands over records through a C callback, and an exception raised in there is lost: a signal that
-    came at the wrong moment would do nothing.
+    The ring buffer delivers records through a C callback. An exception raised in it is lost, so a signal that arrived
+    then would have no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

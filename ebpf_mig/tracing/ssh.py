@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other host of a migration: its recorder, and its VMM's API socket as if it were here, through one ssh.
+"""The other host of a migration: its recorder, and its VMM's API socket forwarded to this host, over one ssh
+connection.
 
 In: a host, or a command that runs commands there, and the socket's path on that host. Out: a path here that leads to
-the socket, and a `Recorder`. No daemon, port or authentication of ours: what runs there are commands whose standard
-input is ours, and they end with it, however we or the connection end.
+the socket, and a `Recorder`. There is no daemon, port or authentication of our own. The remote commands read
+our standard input and end on its EOF, also when we or the connection fail.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SSH = (
     "ssh", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "StreamLocalBindUnlink=yes",
     "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15",
 )  # fmt: skip
-"""It must not ask anything, and notices within 15 s that the other host is gone."""
+"""ssh must not prompt, and detects within 15 s that the other host is gone."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,16 @@ class Way:
 
     host: str
     command: str | None = None
-    """What runs a command there, in place of ssh: `kubectl exec -i POD --`."""
+    """Runs a command on the other host in place of ssh: `kubectl exec -i POD --`."""
     tool: str = "ebpf-mig"
-    """What starts ebpf-mig there: `sudo ebpf-mig`."""
+    """Starts ebpf-mig on the other host: `sudo ebpf-mig`."""
 
     def line(self, arguments: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
-        """The command line here that runs ebpf-mig there."""
+        """The local command line that runs ebpf-mig on the other host."""
         return self.there([*shlex.split(self.tool), *arguments], forward)
 
     def there(self, command: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
-        """The same of any command."""
+        """The local command line that runs any command on the other host."""
         if self.command is not None:
             return [*shlex.split(self.command), *command]
         ways = ["-L", f"{forward[0]}:{forward[1]}"] if forward else []
@@ -65,14 +66,14 @@ class Remote:
     way: Way
     role: str
     far: FarEnd
-    """What is needed there."""
+    """What the migration needs on the other host."""
     tier: str = "auto"
     recorder: Recorder | None = None
     header: Header | None = None
     problem: str = ""
-    """Why nothing is recorded there; one line."""
+    """Why the other host records nothing; one line."""
     api: str = ""
-    """The VMM's control socket, here; empty if none is needed."""
+    """Local path of the VMM's forwarded control socket; empty if none is needed."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Remote:
@@ -88,13 +89,13 @@ class Remote:
 
     @property
     def end(self) -> Elsewhere:
-        """The process there, as far as its recorder tells."""
+        """The process on the other host, as its recorder reports it."""
         if self.header is None or not self.header.targets:
             return Elsewhere(run=self._run)
         return Elsewhere(self.header.targets[0].pid, self.header.clock, self._run)
 
     def _run(self, command: list[str]) -> str:
-        """What a command says there, as far as that is not too much; empty if it cannot be run."""
+        """A command's output on the other host, up to a limit; empty if it cannot be run."""
         line = self.way.there(command)
         try:
             process = subprocess.Popen(
@@ -115,7 +116,9 @@ class Remote:
         return said.decode(errors="replace")
 
     def _start(self, guard: contextlib.ExitStack) -> None:
-        """The recorder with the forwarded socket, if one is needed; where it cannot record, the socket alone."""
+        """Starts the recorder and forwards the socket, if one is needed. If recording fails, only the socket is
+        forwarded.
+        """
         name = f"the {self.role}'s host {printable(self.way.host)}"
         options = ["record", *self.far.record, "--tier", self.tier, "--until-eof", "--output", "-"]
         if self.api and self.way.command is not None:
@@ -135,7 +138,9 @@ class Remote:
                 self._forward_only(guard, name)
 
     def _forward_only(self, guard: contextlib.ExitStack, name: str) -> None:
-        """The API socket without a recorder. The remote command reads our standard input, so it ends with us."""
+        """Forwards the API socket without a recorder. The remote command reads our standard input, so it ends with
+        us.
+        """
         Path(self.api).unlink(missing_ok=True)
         command = [*_SSH, "-L", f"{self.api}:{self.far.socket}", "--", self.way.host, "cat"]
         process = subprocess.Popen(
@@ -154,7 +159,7 @@ _SSH_FAILED = 255
 
 
 class _Relay:
-    """A UNIX socket here; each connection to it is carried by a command there, which connects to the socket there."""
+    """A local UNIX socket. A remote command carries each connection to the socket on the other host."""
 
     def __init__(self, way: Way, path: str, here: str) -> None:
         self._command = way.line(["relay", path])
@@ -178,7 +183,7 @@ class _Relay:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection:  # the command keeps its own copies
+            with connection:  # the command has its own copies
                 end = connection.fileno()
                 process = subprocess.Popen(
                     self._command, stdin=end, stdout=end, stderr=subprocess.DEVNULL, process_group=0

@@ -249,7 +249,7 @@ def test_interrupted_or_killed_it_leaves_nothing_there(tmp_path: Path, link: Lin
         ("no-such-tool", {}, "", "not found"),
         ("setpriv --bounding-set=-all ebpf-mig", {}, "", "may not load BPF programs"),
         ("{tmp}/older", {}, "", "made by another ebpf-mig (format 0)"),
-        ("{tmp}/oldest", {}, "", "have the same version of ebpf-mig on both hosts"),
+        ("{tmp}/oldest", {}, "", "install the same version of ebpf-mig on both hosts"),
         ("ebpf-mig", {"TMPDIR": "{tmp}/full", "HOME": "{tmp}/full"}, FULL, None),
     ],
     ids=["without-bcc", "without-the-tool", "without-privilege", "older-recordings", "older-options", "disk-full"],
