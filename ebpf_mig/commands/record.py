@@ -39,10 +39,10 @@ _EXAMPLES = examples(
 
 
 @click.command("record", epilog=_EXAMPLES)
-@click.option("--pid", "pids", type=int, multiple=True, help="Source VMM; again: the destination's.")
+@click.option("--pid", "pids", type=int, multiple=True, help="Pid of the source VMM; repeat it for the destination.")
 @click.option("--vm", metavar="NAME", help="Instead of --pid: the VM's name, a glob pattern or its UUID.")
-@click.option("--api-socket", metavar="PATH", help="Instead of --pid: the VMM's control socket, to find it by.")
-@click.option("--until-eof", is_flag=True, help="End when standard input does: with the ssh that started us.")
+@click.option("--api-socket", metavar="PATH", help="Instead of --pid: path of the VMM's control socket.")
+@click.option("--until-eof", is_flag=True, help="Stop on stdin EOF, e.g. when the ssh session closes.")
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
 @run.recording_options
 @run.tier_option

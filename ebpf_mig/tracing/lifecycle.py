@@ -4,7 +4,7 @@
 In: batches of events, which connections were closed, the time. Out: the reason to stop, once one holds. Pure: it opens
 nothing.
 
-Silence is no ending. A source that is traced alone has handed over once the other end answered its last bytes, or
+Silence is not an end. A source that is traced alone has handed over once the other end answered its last bytes, or
 once its VMM closed the connection, and its guest stays stopped. Else its end, or its guest's return, is awaited.
 """
 
@@ -21,7 +21,7 @@ QUIET_NS = 300_000_000
 STOPPED_NS = 2_000_000_000
 """A source that has handed over is given this long to take its guest back: the destination may have refused it."""
 SILENCE_NS = 60_000_000_000
-"""A migration that does nothing at all for this long is not awaited any more."""
+"""Stop waiting for a migration that does nothing for this long."""
 LARGE_BYTES = 1 << 20
 """Logging is switched on for the VGA slot without any migration; RAM slots are larger."""
 COMPANION_SHARE = 4
@@ -55,7 +55,7 @@ class MigrationWatch:
         self._last_ns = 0
 
     def joined(self, pid: int) -> None:
-        """One more process is traced from now on."""
+        """Adds a process that is traced from now on."""
         self._pids = (*self._pids, pid)
 
     def saw(self, events: Iterable[AnyEvent]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What /proc shows of a passively traced migration and no probe does: who ended, who closed its connection, who wrote.
+"""Reads from /proc what no probe reports: which VMMs ended, closed their connection or wrote data.
 
 In: the traced pids, a `MigrationWatch`, the time. Out: marks for the recording; the watch hears of closed connections.
 """
@@ -15,7 +15,7 @@ from ebpf_mig.tracing.lifecycle import MigrationWatch
 
 INTERVAL_NS = 50_000_000
 SURE_NS = 200_000_000
-"""A VMM that has closed its connection and lives on for this long is not one that is being ended."""
+"""A VMM that still lives this long after it closed its connection is not about to end."""
 
 
 class Witness:
