@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a test needs of the machine, asked once; a test that lacks it is skipped with the missing feature's name."""
+"""Features of the machine that tests need. Each is probed once; a test is skipped with the missing feature's name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import pytest
 from ebpf_mig.linux import btf
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As in the background of a shell; what the tests start would ignore it, too, and Ctrl-C could not be tested.
+    # A shell's background jobs ignore SIGINT. Children inherit that, and then Ctrl-C cannot be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # As under nohup, which what the tests start would respect.
+    # Under nohup, SIGHUP is ignored, and children inherit that.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -53,7 +53,7 @@ sys.exit(not {"kvm", "socket", "split"} <= tiers.Chooser(sys.argv[1]).choose().g
 
 
 def _tier_works(tier: str) -> bool:
-    """Whether functions can be traced that way, seen in a process of its own: the answer of the product itself."""
+    """Whether functions can be traced that way. The program's own check answers, in a separate process."""
     return os.geteuid() == 0 and Path("/dev/kvm").exists() and _succeeds(sys.executable, "-c", _FIRES, tier)
 
 

@@ -73,7 +73,7 @@ class Vm:
         )
 
     def ioctls(self, names: str, us: float, until: float, tid: int = 1) -> None:
-        """Several, back to back, of equal length."""
+        """Several ioctls, back to back, of equal length."""
         each = (until - us) / len(names.split())
         for index, name in enumerate(names.split()):
             self.ioctl(name, us + index * each, each, tid=tid)
@@ -124,7 +124,7 @@ class Vm:
 
 
 class Script:
-    """A recording in the making."""
+    """Builds a recording."""
 
     def __init__(self) -> None:
         self.vms: list[Vm] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole migrations as scripts, one a VMM version; see script.py for the language.
+"""Whole migrations as scripts, one per VMM version; see script.py for the language.
 
 Orders and lengths follow traces of real VMMs, rounded so that a reader can add them up. Microsecond 0 is near the
 pause request.
@@ -25,7 +25,7 @@ CH_WRITES = (
 
 
 def qemu_7_2() -> Script:
-    """vCPU registers, final fetch, memory, devices; the first KVM_RUN on the destination meets an old kick."""
+    """vCPU registers, final fetch, memory, devices; an old kick interrupts the first KVM_RUN on the destination."""
     script = Script()
     source, destination = script.pair()
     source.socket(71, family=UNIX, peer=999)
@@ -130,7 +130,7 @@ def qemu_11_1() -> Script:
 
 
 def multifd() -> Script:
-    """Two more connections carry the pages from threads of their own; QMP events go out in between."""
+    """Two more connections carry the pages, each from its own thread; QMP events are sent in between."""
     script = Script()
     source, destination = script.pair()
     script.join(72, 82)

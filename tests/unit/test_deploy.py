@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is shipped beside the program: each file by its ecosystem's own checker, and against what is served."""
+"""Files shipped with the program: each passes its ecosystem's own checker and matches the metrics served."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_dashboard_has_units_and_no_fixed_data_source() -> None:
     ],
 )
 def test_the_dashboard_is_what_grafana_takes(right: str, wrong: str, said: str, tmp_path: Path) -> None:
-    """Its own schema, of the dashboard, each panel's options, each query; and that would notice."""
+    """Grafana's schema accepts the dashboard, each panel's options and each query, and it rejects a fault."""
     file = tmp_path / "dashboard.json"
     file.write_text((DEPLOY / "grafana" / "ebpf-mig.json").read_text().replace(right, wrong))
     code, heard = run("grafana-dashboard", str(file))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the docs show is what a reader gets: their console blocks are run, their links lead somewhere.
+"""The docs are correct: their console blocks are run, and their links have targets.
 
 A block marked `console` holds commands after `$ ` and exactly what they print; they run one after the other in a new
 directory that has the recordings under `tests/data`. `UPDATE_DOCS=1` writes what they print now; the difference belongs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every target of the fuzzer runs for a moment from the committed corpus, and the fuzzer finds what is put there."""
+"""Every fuzz target runs briefly from the committed corpus, and the fuzzer finds a planted fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_a_moment_of_each_target(name: str) -> None:
-    """The same inputs each time: who changes the code sees what the change does."""
+    """The inputs are the same each time, so a new failure comes from a change of the code."""
     command = [sys.executable, "-m", "tests.fuzz", "--target", name, "--seconds", "2", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

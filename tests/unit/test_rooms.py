@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A room imports what lies below it, and nothing else: every import is read, also those inside functions.
+"""A room imports only the rooms below it. Every import is checked, also those inside functions.
 
 The table is also drawn in docs/design.md, and the two are compared. Names of VMMs stay in `vmm/`.
 """
@@ -18,7 +18,7 @@ from tests.unit.commands.test_cli import ROOT
 
 PACKAGE = ROOT / "ebpf_mig"
 BASE = ("errors", "text", "files")
-"""Modules of the package root that every room may use; as is the version in `__init__`."""
+"""Modules of the package root that every room may use, like the version in `__init__`."""
 RESULT = ("breakdown", "dirty_log", "vocabulary")
 """Modules of the package root that make up the room `breakdown`."""
 FACE = ("__init__", "__main__", "cli")
@@ -49,7 +49,7 @@ MOST_ROOT_FILES = 10
 
 
 def room(module: str) -> str:
-    """The room of a module, `ebpf_mig.vmm.qemu.lab` say."""
+    """The room of a module, e.g. of `ebpf_mig.vmm.qemu.lab`."""
     parts = module.split(".")
     if len(parts) == 1:
         return "face"
@@ -76,7 +76,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _is_module(name: object) -> bool:
-    """Whether it is the name of a module of ours, as strings have it that are imported or started later."""
+    """Whether the text names one of our modules, as in strings that are imported or started later."""
     if not isinstance(name, str) or not re.fullmatch(r"ebpf_mig(\.\w+)+", name):
         return False
     path = PACKAGE.joinpath(*name.split(".")[1:])
@@ -101,11 +101,11 @@ def upward(path: Path, name: str) -> list[str]:
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 WORDS = re.compile(r"\b(?:qmp|ch|libvirt|virsh)\b", re.IGNORECASE)
-"""What VMMs and their protocols are called besides the names of the registry."""
+"""Names of VMMs and their protocols that are not in the registry."""
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of each string of a module but its docstrings, and of each module that it imports."""
+    """(line, text) of each string of a module except docstrings, and of each module that it imports."""
     tree = ast.parse(path.read_text())
     bodies = [node.body for node in ast.walk(tree) if hasattr(node, "body") and isinstance(node.body, list)]
     about = {id(node.value) for body in bodies for node in body if isinstance(node, ast.Expr)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support table: made from what ran, and only from that."""
+"""The support table is made only from what ran."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_choice_of_tests_replaces_those_that_it_ran_and_says_so(tmp_path: Path
     assert (row.attach, row.again) == ("fentry", ["b"])
     assert "run again by themselves, later: b\n" in results.table([row])
     results.save([results.Row("6.1", "bookworm", "emulated", "newer", subjects={})], path, whole=False)
-    assert results.load(path)[0].subjects == {}, "what was run in another kernel tells nothing of this one"
+    assert results.load(path)[0].subjects == {}, "a run on another kernel proves nothing about this one"
 
 
 def test_a_kernel_that_is_no_distributions_is_told_by_its_version() -> None:

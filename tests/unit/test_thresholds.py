@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A threshold has one home and one value: no two modules define one of the same name."""
+"""A threshold is defined once: no two modules define one of the same name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The collector on completed migrations of every order of steps that VMMs are known to take."""
+"""The collector on completed migrations, for every order of steps that VMMs are known to use."""
 
 from __future__ import annotations
 
@@ -433,7 +433,7 @@ def test_the_partition_is_exact(make: type) -> None:
 
 @pytest.mark.parametrize("wait_us", [500, 15_000, 30_000, 3_000_000])
 def test_a_destination_alone_that_waits_for_its_manager_after_the_load(wait_us: int) -> None:
-    """`-S` and `cont`: loading is what set the vCPUs, also where devices are set going again long after it."""
+    """`-S` and `cont`: loading has set the vCPUs, even if devices are resumed long after it."""
     figures = []
     for alone in (False, True):
         script = Script()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Migrations that end badly, and recordings that know only a part."""
+"""Migrations that end badly, and recordings that hold only a part."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_failed_before_anything_was_seen() -> None:
 
 
 def failing(script: Script) -> Vm:
-    """After the stop something breaks; the source takes its guest back."""
+    """Something fails after the stop, and the source resumes its guest."""
     source, _ = precopy(script)
     # Throttling, before: a longer gap, with kick, fetch and sends in it.
     source.kick(-80_000)
@@ -115,7 +115,7 @@ def test_cancelled_right_after_the_stop_knows_quiesce_and_resume_only() -> None:
 
 
 def test_a_cloud_hypervisor_that_cannot_save_its_state() -> None:
-    """Paused, fetched, sent, then the first register read that fails; the vCPU is woken."""
+    """Pause, fetch and send, then the first register read fails; the vCPU is woken."""
     script = Script()
     source, _ = script.pair()
     source.logging(-100_000, [(0, 256 << 20)])
@@ -248,7 +248,7 @@ def test_without_the_source_the_loading_is_known() -> None:
     assert found.dirty_log.mode == "unknown" and found.dirty_log.final is None
     unmeasured = [p.phase for p in found.phases if p.duration_ns is None]
     source = [name for name, side in b.PHASES if side == "source"]
-    assert unmeasured == [*source, "handover"], "the others are known, also those that took no time"
+    assert unmeasured == [*source, "handover"], "the other phases are known, including those that took no time"
     shown = render(found)
     assert "the source was not traced" in shown and "no dirty logging" not in shown
 

@@ -169,7 +169,7 @@ def step(draw: st.DrawFn) -> ev.AnyEvent:
 def test_any_steps_of_a_switchover(
     steps: list[ev.AnyEvent], vcpus: int, runs_again: int | None, data: st.DataObject
 ) -> None:
-    """The source stops within 2 ms, and somebody runs (again) after 10 ms: that is the blackout, whatever else is."""
+    """The source stops within 2 ms, and a guest runs (again) after 10 ms: that is the blackout in every case."""
     script = Script()
     source, destination = script.pair(vcpus)
     stops = [data.draw(st.integers(0, 2000)) for _ in range(vcpus)]

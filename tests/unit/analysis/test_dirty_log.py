@@ -32,8 +32,8 @@ def shape(found: list[Burst]) -> list[tuple[int, int]]:
 def test_a_fetch_ends_after_a_millisecond_of_rest() -> None:
     script, vm = one()
     vm.gets(0)
-    vm.gets(1020)  # 990 us after the end of the one before, but the slots come again
-    vm.gets(2060, slots=[5])  # 1000 us later: no longer the same
+    vm.gets(1020)  # 990 us after the end of the previous fetch, but the slots repeat
+    vm.gets(2060, slots=[5])  # 1000 us later: another burst
     assert shape(dirty_log.bursts(source_of(vm, script), 0, None, [])) == [(0, 2), (1020, 2), (2060, 1)]
 
 
@@ -154,7 +154,7 @@ def test_modes() -> None:
     assert mode("RESET_DIRTY_RINGS GET_DIRTY_LOG", stop=3000) == "ring"  # the backup bitmap of arm64
     assert mode("GET_DIRTY_LOG RESET_DIRTY_RINGS", stop=9000) == "legacy"
     assert mode("") == "none"
-    assert mode("", logging=True) == "none"  # failed before the first fetch: nothing tells
+    assert mode("", logging=True) == "none"  # failed before the first fetch: the mode is not known
     assert mode("", logging=True, stop=9000) == "ring"
 
 

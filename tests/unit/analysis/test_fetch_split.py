@@ -46,7 +46,7 @@ def of(begin: int, stack: tuple[str, ...], count: int, period: int = 100_000) ->
 
 
 def test_shares_of_samples_become_time_on_the_cpu() -> None:
-    """3 of 4 samples in the walk; 10 ms of which 2 ms asleep and 1 ms spinning leave 7 ms to share out."""
+    """3 of 4 samples are in the walk. Of 10 ms, 2 ms are sleep and 1 ms is spinning; 7 ms are split."""
     call = ioctl(50, 10_000_000, off_cpu_ns=2_000_000, spin_ns=1_000_000)
     found = fetch_split.split([call], fetch_split.by_ioctl([of(50, WALK, 75), of(50, COPY, 25)]))
     assert found is not None
@@ -58,13 +58,13 @@ def test_shares_of_samples_become_time_on_the_cpu() -> None:
 
 
 def test_samples_of_another_rate_count_by_their_period() -> None:
-    """9 at 0.1 ms and 1 at 0.9 ms stand for equal times."""
+    """9 samples of 0.1 ms and 1 sample of 0.9 ms stand for equal times."""
     call = ioctl(50, 2_000_000)
     found = fetch_split.split([call], fetch_split.by_ioctl([of(50, WALK, 9), of(50, COPY, 1, 900_000)]))
     assert found is not None
     assert found.walk == found.copy == 1_000_000
     assert found.samples == 10
-    # The one slow sample weighs so much that all are worth 18^2 / (9 + 81) = 3.6 equal ones.
+    # Because of the weight of the one slow sample, all count as 18^2 / (9 + 81) = 3.6 equal samples.
     z2 = 1.96**2 / 3.6
     half = 1.96 / (1 + z2) * math.sqrt(0.25 / 3.6 + z2 / 4 / 3.6)
     assert found.walk_error == pytest.approx(2_000_000 * half, rel=0.001)
@@ -93,4 +93,4 @@ def test_nothing_is_known_without_samples_or_probes() -> None:
     assert fetch_split.split([], {}) is None
     assert fetch_split.split([ioctl(50, 1000)], {}) is None
     mixed = [ioctl(50, 1000, walk_ns=1, flush_ns=1, copy_ns=1), ioctl(5000, 1000)]
-    assert fetch_split.split(mixed, {}) is None, "exact for one of two is exact for none"
+    assert fetch_split.split(mixed, {}) is None, "exact times for one of two ioctls are not enough"

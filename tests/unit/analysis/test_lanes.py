@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lanes of real recordings and of any recording: in order, apart, complete; and the reports made of them hold."""
+"""Lanes of real and of random recordings are in order, disjoint and complete, and so are the reports made of them."""
 
 from __future__ import annotations
 

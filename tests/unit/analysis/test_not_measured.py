@@ -27,7 +27,7 @@ def without(recording: Recording, *kinds: type) -> Recording:
 
 
 def absent(recording: Recording, signal: str) -> Recording:
-    """As it would be where the kernel lacks what the signal needs."""
+    """The recording as made on a kernel that lacks what the signal needs."""
     attach = recording.header.attach | {signal: "absent: not in this kernel"}
     return replace(recording, header=replace(recording.header, attach=attach))
 
@@ -51,7 +51,7 @@ def test_a_recording_that_a_node_kept_without_the_vcpus_accounts_has_no_brownout
 
 
 def test_waiting_for_locks_is_not_known_where_no_span_says_so() -> None:
-    """A vCPU without a span in a pass waited for nothing only if other spans of the process tell of locks."""
+    """A vCPU without a span in a pass has no lock wait only if other spans of the process measure lock waits."""
     whole = read_recording(ONE_SIDE[0])
     events = [replace(e, lock_ns=-1) if isinstance(e, ev.VcpuSpan) else e for e in whole.events]
     for recording, known in ((whole, True), (replace(whole, events=events), False)):
@@ -110,7 +110,7 @@ def test_a_destination_alone_tells_nothing_of_the_sources_log() -> None:
 
 
 def kept(event: ev.AnyEvent, signal: str) -> bool:
-    """Whether an event would also be there without the signal."""
+    """Whether the event would be recorded without the signal."""
     if isinstance(event, ev.Ioctl):
         log, memslot = kvm.is_dirty_log(event.cmd), kvm.is_memslot(event.cmd)
         return not (log if signal == "dirty-log" else not log and not memslot if signal == "state" else False)
@@ -118,7 +118,7 @@ def kept(event: ev.AnyEvent, signal: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("signal", "unmeasured"),  # those that other events do not show, either
+    ("signal", "unmeasured"),  # phases that no other event shows
     [
         ("kick", {"pause"}),
         ("dirty-log", {"fetch.kernel", "fetch.user"}),

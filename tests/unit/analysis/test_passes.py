@@ -77,7 +77,7 @@ def test_re_arming_by_legacy_gets_is_their_walk_and_flush() -> None:
     vm.logging(-5000, [(0, 256 * MIB)])
     vm.gets(0, [0])
     vm.gets(10_000, [0], took=1000)
-    assert rows_of(vm, script, at(9000)).rearm(at(99_000)) is None, "without samples nobody knows"
+    assert rows_of(vm, script, at(9000)).rearm(at(99_000)) is None, "not known without samples"
     vm.events += [ev.Samples(at(10_000), 1000, 1001, 100_000, n, stack) for n, stack in ((6, WALK), (4, COPY))]
     found = rows_of(vm, script, at(9000)).rearm(at(99_000))
     assert found is not None
@@ -96,7 +96,7 @@ def test_a_get_with_manual_protection_re_arms_nothing() -> None:
 
 def test_logging_switched_off_in_the_blackout_is_told() -> None:
     script, vm = one()
-    vm.logging(-9_000_000, [(7, 16 * MIB)])  # a display's
+    vm.logging(-9_000_000, [(7, 16 * MIB)])  # for a display
     vm.logging(0)
     vm.logging(500_000, on=False)
     found = rows_of(vm, script, at(400_000)).logging((at(400_000), at(500_025)))
@@ -118,7 +118,7 @@ def test_bitmap_work_off_the_cpu_is_the_difference_of_totals() -> None:
     assert (row.user_ns, row.user_off_cpu_ns) == (190 * US, 50 * US)
     vm.events[-1] = msgspec.structs.replace(send, off_before_ns=57 * US, tid=1009)
     (row,) = rows_of(vm, script).passes()
-    assert row.user_off_cpu_ns is None, "another thread sends: nobody knows what the fetching one did meanwhile"
+    assert row.user_off_cpu_ns is None, "another thread sends: what the fetching thread did meanwhile is not known"
 
 
 def span(vm: Vm, since: float, until: float, outside: float, longest: float, lock: float = 0) -> None:
@@ -133,7 +133,7 @@ def test_brownout_of_a_pass_beside_as_long_a_stretch_before_logging() -> None:
     vm.entered(-50_000)
     vm.interrupted(25_000, entered=-50_000)
     span(vm, -30_000, -24_000, 900, 500)  # too early
-    span(vm, -12_000, -4_000, 800, 300)  # two thirds of it in the stretch before
+    span(vm, -12_000, -4_000, 800, 300)  # two thirds of it are in the stretch before logging
     span(vm, -2_000, -1_500, 100, 90)
     vm.logging(0)
     vm.gets(100)

@@ -37,7 +37,7 @@ class TestPartition:
     def test_books_forward_only(self) -> None:
         partition = Partition(100, 200)
         partition.until(150, "pause")
-        partition.until(120, "quiesce")  # lies behind: nothing is left of it
+        partition.until(120, "quiesce")  # before the last boundary: no time is left for it
         partition.until(160, "pause")
         partition.until(999, "resume")
         assert partition.spans == [(100, 160, "pause"), (160, 200, "resume")]

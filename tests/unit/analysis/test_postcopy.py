@@ -11,11 +11,13 @@ PAGE = 4096
 
 
 def postcopy(*, late_pages: int = 100) -> Script:
-    """The local migration, pages fetched through sockets 71 and 81 by threads 5: three while dark, the rest late."""
+    """The local migration, pages fetched through sockets 71 and 81 by threads 5: three in the blackout, the rest
+    later.
+    """
     script = cloud_hypervisor_local()
     source, destination = script.vms
     script.join(71, 81, unix=True)
-    source.send(1200, 1202, 2, socket=71)  # which kind of connection it is
+    source.send(1200, 1202, 2, socket=71)  # the message that says what the connection is for
     for begin in (2100, 2400, 2700):
         source.receive(begin - 50, begin, 32, socket=71, tid=5)
         source.send(begin + 5, begin + 10, 16 + PAGE, socket=71, tid=5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source and destination, told apart by what they did."""
+"""Source and destination are identified by what they did."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def monitor_polled(vm: Vm, inode: int, times: int) -> None:
 
 
 def test_a_polled_monitor_beside_a_carrier_that_is_not_seen() -> None:
-    """exec:, a pipe, a file: the replies are many bytes, and yet no migration."""
+    """exec:, a pipe or a file: the replies are large, but they are not the migration."""
     script = Script()
     source = script.vm(1000, "source")
     source.socket(71, family=UNIX)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP's verdict on a stretch: which readings count, and what is a difference."""
+"""TCP's limit in a stretch: which readings count, and how differences are taken."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def throttled(us: float, source: Vm, until: float, *, entered: float, vcpu: int 
 
 
 def handed_over(script: Script, source: Vm, destination: Vm, stop: float) -> Result:
-    """From a stop on: quiesced in 1 ms, fetched, 64 KiB and the state sent, loaded, started 5 ms later."""
+    """After a stop: quiesced in 1 ms, fetched, 64 KiB and the state sent, loaded, started 5 ms later."""
     source.gets(stop + 1000)
     source.send(stop + 1100, stop + 1300, 65536)
     source.ioctls("GET_REGS GET_SREGS", stop + 1400, stop + 1500)
@@ -44,7 +44,7 @@ def test_the_window_begins_with_the_request_and_not_with_the_throttles_kick() ->
     throttled(10_000, source, 50_000, entered=100)
     source.kick(60_000, tid=MAIN)
     source.interrupted(60_020, entered=50_000)
-    source.gets(70_000)  # a pass that happens to run while the guest is held
+    source.gets(70_000)  # a pass that runs while the guest is throttled
     source.send(70_200, 71_000, 65536)
     source.kick(90_000, tid=MIGRATION)
     result = handed_over(script, source, destination, 90_000)
@@ -75,7 +75,7 @@ def test_a_throttled_vcpu_that_ran_when_it_was_asked_to_stop() -> None:
 
 
 def test_one_vcpu_held_and_one_running() -> None:
-    """The throttle's kick is within the gap of the one, the request is what stops the other."""
+    """The throttle's kick is in vCPU 0's gap. The pause request stops vCPU 1."""
     script, source, destination = running(vcpus=2)
     for vcpu in (0, 1):
         throttled(10_000, source, 50_000, entered=100, vcpu=vcpu)
@@ -105,7 +105,7 @@ def test_a_dirty_limit_has_no_kick_but_a_reset_and_a_sleep() -> None:
 
 
 def test_waiting_for_the_vmms_lock_is_no_throttle() -> None:
-    """It left by itself, 5 ms before the request: dark because of the migration's own work."""
+    """The vCPU left by itself, 5 ms before the request. The blackout is the migration's own work."""
     script, source, destination = running()
     source.last(entered=100, left=85_000, end=200_000)
     source.kick(90_000, tid=MIGRATION)

@@ -87,7 +87,7 @@ def test_an_error_other_than_eintr_is_a_return_like_any() -> None:
 
 
 def test_an_eintr_without_a_stop_before_it_ran_the_guest() -> None:
-    """Its entry followed the return before too soon to be kept."""
+    """Its entry came too soon after the previous return to be kept."""
     line = timeline(enter(1), left(5000, 4990))
     assert gaps(line) == [(None, 1), (5000, None)]
     assert line.immediate == ()

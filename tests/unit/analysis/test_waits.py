@@ -26,8 +26,8 @@ def test_each_side_waits_in_its_own_phases() -> None:
     source, destination = script.vms
     sleep(source, 2000, 2500, "sk_stream_wait_memory", "tcp_sendmsg")
     sleep(destination, 5500, 45_990, "ep_poll")
-    sleep(destination, 1000, 4000, "ep_poll")  # the source's turn: it held nobody up
-    sleep(source, 5600, 46_000, "futex_wait")  # the destination's
+    sleep(destination, 1000, 4000, "ep_poll")  # the source is on the critical path: this wait delayed nothing
+    sleep(source, 5600, 46_000, "futex_wait")  # the destination is on the critical path
     assert waits(script) == [
         ("handover", "2001", 40_490, ["ep_poll"]),
         ("memory.send", "1001", 500, ["sk_stream_wait_memory", "tcp_sendmsg"]),
@@ -69,7 +69,7 @@ def test_short_waits_are_left_out_and_losing_the_cpu_is_named() -> None:
     ],
 )
 def test_why_a_thread_that_could_run_did_not(readings: list[tuple[int, int]], word: str) -> None:
-    """The quota's time counts if it was read before and after the wait, of 100 us here."""
+    """The quota's time counts if it was read before and after the wait. The wait takes 100 us here."""
     script = scripts.qemu_7_2()
     source = script.vms[0]
     sleep(source, 4000, 4100, preempted=True)

@@ -23,7 +23,7 @@ from tests.unit.scripts import READS, VCPU, WRITES
 
 RECORDING = str(ROOT / "tests" / "data" / "qemu-10.0-tcp.rec")
 PAGES, EACH = 60, 100_000
-"""Segments, a millisecond apart, and the bytes of each."""
+"""Segments, one per millisecond, and the bytes of each."""
 
 
 def arrival(vm: Vm, us: float, size: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory of somebody else's, full of what root could take for its own.
+"""A directory of another user, with files that a program of root could load by mistake.
 
 In: a directory. Out: files in it that leave a mark when a Python imports them, a shell runs them or a compiler reads
 them.
@@ -20,7 +20,7 @@ PROGRAMS = ("qemu-system-x86_64", "ssh", "ip", "tc", "tail", "wc", "cloud-hyperv
 
 
 def plant(directory: Path) -> Path:
-    """Fills it; the file that is there afterwards if anything of it was used."""
+    """Fills the directory. Returns the path of a mark, which exists as soon as one of the files was used."""
     mark = directory / "used"
     for name in MODULES:
         (directory / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write('imported {name}\\n')\n")
@@ -34,7 +34,7 @@ def plant(directory: Path) -> Path:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """An environment that names it in PATH, as many do without meaning to, and as TMPDIR."""
+    """An environment with the current directory in PATH, a common mistake, and `directory` as TMPDIR."""
     return os.environ | {"PATH": f":.:{os.environ['PATH']}:", "TMPDIR": str(directory)}
 
 

@@ -39,7 +39,7 @@ sys.modules[module.__name__] = module
 cli.COMMANDS = ("probe",)
 sys.exit(cli.main(sys.argv[1:]))
 """
-"""The real `main` with one command more, whose body is the test's."""
+"""The real `main` with one more command, whose body is given by the test."""
 
 
 def run(*args: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +94,7 @@ def test_a_package_that_is_not_the_bpf_compiler_is_told_apart(tmp_path: Path) ->
 
 
 def every_command(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The words of each command line: groups and what is in them."""
+    """The words of each command line: commands, groups and the commands in them."""
     yield path
     context = click.Context(group)
     for name in group.list_commands(context):
@@ -246,7 +246,7 @@ def test_shell_completion_of_commands() -> None:
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:
-    """A recording in which nothing happened, and which was cut off."""
+    """A recording without a migration, cut off at the end."""
     path = tmp_path / "cut.rec"
     RecordingWriter(path, Header(host="alpha")).close()
     return path

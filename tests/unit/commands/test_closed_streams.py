@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands whose standard streams were closed by whoever started them."""
+"""Commands that start with closed standard streams."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_nothing_is_taken_from_the_current_directory(arguments: list[str], tmp_p
 
 
 def test_the_trap_works(tmp_path: Path) -> None:
-    """Without our care the planted files are used."""
+    """Without the protection the planted files are used."""
     mark = plant(tmp_path)
     subprocess.run([sys.executable, "-c", "import logging"], cwd=tmp_path, capture_output=True, check=False)
     subprocess.run(["sh", "-c", "tail"], cwd=tmp_path, env=environment(tmp_path), capture_output=True, check=False)

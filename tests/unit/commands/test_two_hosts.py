@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the other host's recording is completed with."""
+"""What is added to the recording of the other host."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_man_page_tells_of_every_command_and_is_clean_troff() -> None:
 
 
 def test_man_page_has_every_option_of_every_command() -> None:
-    """It is made when it is asked for, so it cannot be of another day than the command line."""
+    """The man page is generated on request, so it always matches the command line."""
     text = subprocess.run(
         [sys.executable, "-m", "ebpf_mig", "man"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
@@ -166,7 +166,7 @@ def test_binary_report_keeps_off_the_terminal() -> None:
 
 
 def test_every_file_that_is_no_code_is_packaged() -> None:
-    """A wheel without a header or a style sheet would fail only where it is installed."""
+    """A wheel that lacks a header or a style sheet fails only after installation."""
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ebpf_mig"]
     package = ROOT / "ebpf_mig"
     packaged = {path for pattern in patterns for path in package.glob(pattern)}

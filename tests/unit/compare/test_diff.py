@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files, their comparison and the gate, on samples whose truth is known."""
+"""Result files, their comparison and the gate, on samples with known differences."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_equals_do_not_differ() -> None:
 
 
 def test_a_median_that_fails_its_condition_is_not_called_the_same() -> None:
-    """Of four runs each, one planned comparison can tell what a table of all figures cannot."""
+    """With four runs each, one planned comparison finds a difference that a table of all figures cannot find."""
     a, b = bench(4, 1), bench(4, 2, by_ms=9)
     assert verdicts(a, b)["blackout"] == "no difference"
     rulings = rule([parse_condition("blackout.p50>+5%")], a, b)
@@ -116,7 +116,7 @@ def test_conditions_that_mean_nothing(text: str) -> None:
 def test_file_round_trip_and_hostile_files() -> None:
     whole = msgspec.structs.replace(bench(3, 1), command=['x"runs":[]', "</script>\x1b"], warm_up=1)
     assert decode(encode(whole).encode(), "f") == whole
-    assert encode(whole).count("\n") == 5, "one run a line"
+    assert encode(whole).count("\n") == 5, "one run per line"
     for data in (b"", b"[]", b"\xff", b'{"schema":"x","scenario":"y"}', b"[" * 100_000):
         with pytest.raises(UsageError):
             decode(data, "f")

@@ -81,7 +81,7 @@ def test_noise_floor_is_the_difference_of_equals() -> None:
     assert 3 < floor < 15, "the median of 20 normal values has a deviation of 1.25 * 10 / sqrt(20)"
     assert stats.noise_floor([5, 5], 2) == 0
     assert stats.noise_floor(noise(2, 20, spread=50), 20) > 2 * floor
-    assert stats.noise_floor(noise(1, 20), 4) > floor, "few runs say less"
+    assert stats.noise_floor(noise(1, 20), 4) > floor, "fewer runs give a wider interval"
 
 
 def test_holm_by_hand() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Observations and a status as the watch would tell them."""
+"""Observations and a status, as the watch reports them."""
 
 from __future__ import annotations
 

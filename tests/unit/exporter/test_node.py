@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The budget of a VM whose signs keep proving wrong: it cannot keep the costly probes armed."""
+"""The budget of a VM whose signs are often false: it cannot keep the costly probes armed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def trace(header: Header, events: list[AnyEvent]) -> Trace:
 
 
 def side(header: Header, events: list[AnyEvent], pid: int) -> tuple[Header, list[AnyEvent]]:
-    """What a host would have recorded on which only this process ran."""
+    """The recording of a host on which only this process ran."""
     mine = msgspec.structs.replace(header, targets=[t for t in header.targets if t.pid == pid])
     return mine, [event for event in events if getattr(event, "pid", pid) == pid]
 

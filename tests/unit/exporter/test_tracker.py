@@ -73,7 +73,7 @@ def test_a_source_alone_ends_when_its_last_bytes_were_answered_and_it_stays_stop
     tracks.saw([logging(SOURCE, MS)], MS)
     assert ended(tracks, 5 * PROBATION_NS) == []
     tracks.saw([stop(SOURCE, 20 * S), move(SOURCE, 20 * S + MS, 0, 500_000)], 20 * S)
-    assert ended(tracks, 30 * S) == [], "silence is no success"
+    assert ended(tracks, 30 * S) == [], "no events do not mean success"
     tracks.saw([move(SOURCE, 30 * S, 1, 8)], 30 * S)
     assert ended(tracks, 31 * S) == []
     (end,) = ended(tracks, 33 * S)
@@ -96,7 +96,7 @@ def test_a_source_of_few_slots_whose_beginning_was_missed_shows_itself_when_it_h
 
 
 def test_a_source_that_ends_is_just_that() -> None:
-    """Its manager ends it once it has handed over, and anybody may before: what it came to, its events say."""
+    """The source's process may end before or after the handover. The events give the result, not the end."""
     for sent in (500_000, 0):
         tracks = begun(pids=[SOURCE])
         events: list[AnyEvent] = [logging(SOURCE, MS), stop(SOURCE, 2 * MS)]
@@ -171,7 +171,7 @@ def test_both_ends_of_a_connection_are_one_migration_and_a_bystander_is_not() ->
     for first, second in pairs:
         for link in ([first, second], [second, first]):
             if link == [unix(DESTINATION, SOURCE * 100), unix(SOURCE, 0)]:
-                continue  # the kernel tells each inode before it is somebody's peer, or both know the other
+                continue  # impossible: an inode is reported before it is a peer, or both sides name each other
             tracks = begun(pids=[SOURCE, DESTINATION, OTHER], fresh=[DESTINATION, OTHER])
             tracks.saw([logging(SOURCE, MS), *link], MS)
             tracks.saw([stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS), run(DESTINATION, 4 * MS)], 4 * MS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors and limits: each is counted, each kind is said once, and only what concerns the whole node passes."""
+"""Errors and limits: each is counted, each kind is logged once, and only those of the whole node are raised."""
 
 from __future__ import annotations
 

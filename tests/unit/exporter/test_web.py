@@ -316,7 +316,7 @@ def test_a_handler_that_fails_answers_and_is_counted(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost:"], ids=["silent", "half"])
 def test_idle_clients_keep_no_scraper_out(said: bytes) -> None:
-    """Three times as many as there may be connections, that come again whenever they are cut."""
+    """Three times the limit of connections; each client reconnects when it is cut off."""
     over = threading.Event()
 
     def idle(server: Web) -> None:

@@ -40,7 +40,7 @@ def test_pairs_far_apart_tell_the_rate_and_so_bound_the_offset_between_them() ->
     exact = Evidence([hull(*points)], [hull(*((x, -y) for x, y in points))])
     known = bounds(exact, 4 * S + S // 2)
     assert known.bound is not None
-    assert known.bound <= 4501  # of a line's pairs the first and the last are kept; the rate may wander meanwhile
+    assert known.bound <= 4501  # only the first and last pair of a line are kept; the rate may drift in between
     assert abs(known.offset - 4.5 * S * drift) <= known.bound
     low, high = known.drift
     assert low <= Fraction(50, 10**6) <= high

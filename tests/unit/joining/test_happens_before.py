@@ -10,7 +10,7 @@ from ebpf_mig.joining.clock import Hull
 from ebpf_mig.recording.events import Segment, Transfer
 
 AHEAD = 5_000_000_000
-"""The receiver's clock, in truth."""
+"""The true time on the receiver's clock."""
 _WRAP = 1 << 32
 
 

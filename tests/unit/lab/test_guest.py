@@ -126,6 +126,6 @@ def test_a_working_set_larger_than_the_memory() -> None:
 
 
 def test_a_slow_guest_is_waited_for() -> None:
-    """Its first beat comes after one round."""
+    """The first beat comes after one round."""
     assert Scenario(working_set_bytes=64 * MIB, pages_per_s=100).round_s() == pytest.approx(163.84)
     assert Scenario(working_set_bytes=4 * MIB, pages_per_s=None).round_s() < 1

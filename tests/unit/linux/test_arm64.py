@@ -93,7 +93,7 @@ def test_every_named_ioctl_is_named_as_the_kernel_names_it(architecture: str) ->
 
 
 def defined(architecture: str, names: list[str] | set[str]) -> list[str]:
-    """Those that the architecture's headers have: older ones lack the newest, and arm64 the structures of x86."""
+    """Only names that the headers have. Old headers lack the newest; those of arm64 lack x86's structures."""
     general = HEADERS[architecture] / "linux/kvm.h"
     special = (HEADERS[architecture] if architecture == "arm64" else X86_ASM) / "asm/kvm.h"
     text = "".join(path.read_text() for path in (general, special) if path.exists())
@@ -123,7 +123,7 @@ def test_an_arm64_kernel_has_every_structure_that_programs_read() -> None:
 
 
 def test_an_arm64_kernel_has_the_functions_that_are_hooked() -> None:
-    """With as many arguments as the programs read the returned value behind; KVM is built in there."""
+    """They have as many arguments as the programs assume: the returned value follows them. KVM is built in there."""
     if not arm64_btf().exists():
         pytest.skip("missing feature: BTF of an arm64 kernel (python -m tests.vm arm64)")
     names = {name.replace("__x64_sys_", "__arm64_sys_") for function in FUNCTIONS for name in function.names}

@@ -103,7 +103,7 @@ def test_the_running_kernel() -> None:
 
 
 def test_functions_and_their_arguments(base: str, tmp_path: Path) -> None:
-    """A function's type is a prototype; a module's own functions have the ids behind those of its base."""
+    """A function's type is a prototype. The ids of a module's functions follow those of the base BTF."""
     proto = a_type(0, 13, 2, 1, struct.pack("=4I", 0, 1, 0, 1))
     path = tmp_path / "module"
     path.write_bytes(blob(proto + a_type(len(STRINGS), 12, 0, 5), b"send\0"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Privilege that is given up for good, and what still has to work afterwards."""
+"""Dropping privileges is final, and some things must still work afterwards."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening sockets of real processes: this one, and one that is not ours to ask."""
+"""Listening sockets of real processes: this one and another one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_tcp_port_listens_once_it_does() -> None:
         assert not listens(os.getpid(), url), "bound is not listening"
         made.listen()
         assert listens(os.getpid(), url)
-        assert not listens(1, url), "another process does not"
+        assert not listens(1, url), "another process does not listen"
     assert not listens(os.getpid(), url)
 
 
@@ -52,7 +52,7 @@ def test_nonsense_does_not_listen() -> None:
     "name", [b"\0\xff\xfe", b"\0a\n0: 0 0 zz 0 0 1 x", b"\0" + b"\n" * 50, b"\0a b \x1b[2J"], ids=repr
 )
 def test_sockets_of_others_may_have_any_name(tmp_path: Path, name: bytes) -> None:
-    """Anyone may give an abstract socket any bytes; they stand in the same table as the one that is looked for."""
+    """Any process may bind an abstract socket to any bytes. They are in the same table as the wanted path."""
     path = tmp_path / "caf\udcc3"
     with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as made:
         other.bind(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two emulated machines, each with a kernel and a clock of its own, against what a third clock heard.
+"""Two emulated machines, each with its own kernel and clock, compared with the clock of the outer host.
 
 The recordings in tests/data/machines are those of `python -m tests.vm pair --keep`: a migration from one machine to the
 other. `heard.json` is what the outer host heard meanwhile.

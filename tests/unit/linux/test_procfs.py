@@ -113,7 +113,7 @@ def test_what_is_gone_is_gone_in_one_way() -> None:
 
 
 def test_a_file_of_a_process_that_ended_after_it_was_opened() -> None:
-    """The kernel says ESRCH then, and amid a walk of `task` ENOENT."""
+    """The kernel returns ESRCH then, and ENOENT during a walk of `task`."""
     with subprocess.Popen(["sleep", "60"]) as child:
         opened = os.open(procfs.path(child.pid, "stat"), os.O_RDONLY)
         child.kill()
@@ -124,7 +124,7 @@ def test_a_file_of_a_process_that_ended_after_it_was_opened() -> None:
 
 @requires("root")
 def test_what_is_refused_is_no_end() -> None:
-    """Asked as nobody of a process of root's."""
+    """User nobody reads files of a process of root."""
     script = f"""
 import os
 from ebpf_mig.linux import procfs
@@ -143,7 +143,7 @@ print(procfs.is_alive(1), procfs.holds_kvm(1), procfs.in_kvm_run(1, 1), bool(pro
 
 
 def test_processes_that_come_and_go_while_discovery_looks() -> None:
-    """2,000 of them, as short as a process can be; each would once in forty have ended the exporter."""
+    """2,000 processes as short as possible. With direct reads, about one in forty ended the exporter."""
     script = "for i in range(2000):\n p = os.fork()\n if not p: os._exit(0)\n os.waitpid(p, 0)"
     with subprocess.Popen([sys.executable, "-c", f"import os\n{script}"]) as child:
         looks = 0
@@ -168,7 +168,7 @@ def test_symbols_of_any_bytes() -> None:
 
 
 def _reads_of_proc(path: Path) -> Iterator[str]:
-    """Strings that begin with /proc, and are no documentation."""
+    """Strings that begin with /proc and are not docstrings."""
     tree = ast.parse(path.read_text())
     told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -179,7 +179,7 @@ def _reads_of_proc(path: Path) -> Iterator[str]:
 
 
 def test_nobody_else_reads_proc() -> None:
-    """Bare reads trust what a stranger chose and that he stays alive."""
+    """Direct reads trust names that another user chose, and that the process stays alive."""
     own = PACKAGE / "linux" / "procfs.py"
     assert list(_reads_of_proc(own)), "the search finds what it looks for"
     found = [place for path in sorted(PACKAGE.rglob("*.py")) if path != own for place in _reads_of_proc(path)]

@@ -80,7 +80,7 @@ def test_a_signal_of_two_kinds_of_probe_names_both() -> None:
 
 
 class Loaded:
-    """A program whose hooks ran as often as is said, by target."""
+    """A program with a given number of runs per hook, by target."""
 
     def __init__(self, runs: dict[str, int]) -> None:
         self._runs = runs
@@ -105,7 +105,7 @@ class Loaded:
 def test_a_function_that_another_vm_came_through_when_it_was_tried_may_be_silent(
     runs: dict[str, int], silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those of which one is enough; another that nobody comes through is an error."""
+    """One function of a `one_of` group must fire. A hook without a group that never fires is an error."""
     monkeypatch.setattr(attach.selftest, "fire_all", lambda: None)
     hooks = (
         Hook("kprobe", "kvm_vm_ioctl", "on_ioctl"),

@@ -84,7 +84,7 @@ def test_a_difference_is_an_error_that_names_it(
 
 
 def test_a_member_that_is_gone_is_named(bpf: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A renamed member: the C itself still compiles, what Python reads is not there."""
+    """A member is renamed: the C code alone still compiles, but the member that Python reads is missing."""
     for path in bpf.glob("*.[ch]"):
         path.write_text(path.read_text().replace("max_gap_ns", "widest_gap_ns"))
     with pytest.raises(PreflightError):
@@ -109,7 +109,7 @@ def test_the_standing_trigger_likewise(
 
 
 def test_the_order_of_a_table_s_members_is_free(bpf: Path) -> None:
-    """They are read by name, by the types that the compiler made."""
+    """Members are read by name, through the types that the compiler made."""
     change(
         bpf / "common.h",
         "u64 runs, in_ns, out_ns, max_gap_ns, counted;",
@@ -122,7 +122,7 @@ def test_the_order_of_a_table_s_members_is_free(bpf: Path) -> None:
 
 
 def test_each_shared_threshold_has_one_value() -> None:
-    """C uses each, and gives none a value of its own, which would silently take its place."""
+    """C uses each threshold and defines none: a definition in C would silently replace the value."""
     text = "\n".join(path.read_text() for path in source.BPF_DIR.glob("*.[ch]"))
     for name in SHARED:
         assert re.search(rf"\b{name}\b", text), f"C does not use {name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table's types survive the way to another process: the same members at the same places, signed or not."""
+"""A table's types survive the transfer to another process: same members, same offsets, same signedness."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Outer(ctypes.Structure):
 
 
 def over_the_wire(ctype: type) -> type:
-    """What the process that gets the description makes of it."""
+    """The type that the receiving process builds from the description."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(describe(ctype)), type=LeafType).ctype()  # type: ignore[no-any-return]
 
 

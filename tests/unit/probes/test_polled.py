@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When figures are read: at fetches, kicks and starts, and not more often than they are worth."""
+"""When figures are read: at fetches, kicks and starts, with a limited rate."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
 
 def test_nothing_is_read_before_anything_happens(rig: Rig) -> None:
     assert rig.after(500) == []
-    assert rig.after(500, ENTER) == [], "a guest that runs"
+    assert rig.after(500, ENTER) == [], "a guest only runs"
 
 
 def test_cost_is_read_from_the_first_fetch_on(rig: Rig) -> None:
@@ -74,15 +74,15 @@ def test_a_socket_is_asked_for_once_it_has_sent_enough(rig: Rig) -> None:
     assert rig.reader.asked == []
     rig.after(200, send(6_000), GET)
     assert rig.reader.asked == [70]
-    assert rig.after(1) == ["TcpInfo"], "the answer comes with the next look"
+    assert rig.after(1) == ["TcpInfo"], "the answer is read at the next poll"
     rig.after(50, GET)
-    assert rig.reader.asked == [], "ten times a second"
+    assert rig.reader.asked == [], "at most ten times a second"
 
 
 def test_both_edges_of_a_stop_are_read_at_once(rig: Rig) -> None:
     rig.after(1, GET)
     assert rig.after(3, KICK) == ["OwnCost"]
-    assert rig.after(3, KICK) == [], "the second vCPU's"
+    assert rig.after(3, KICK) == [], "the kick of the second vCPU is not read again"
     assert rig.after(18, send(100)) == ["OwnCost"]
     assert rig.after(3, ENTER) == ["OwnCost"]
     assert rig.after(3, ENTER) == []

@@ -79,7 +79,7 @@ def test_what_declares_no_layout(declaration: str) -> None:
 
 
 class Batch(ctypes.Structure):
-    """As bcc makes it of `struct transfer_batch`, with some members only and in another order."""
+    """The type that bcc makes of `struct transfer_batch`, with fewer members and in another order."""
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("calls", "bytes", "socket", "failed", "in_call_ns", "max_call_ns")),
@@ -89,7 +89,7 @@ class Batch(ctypes.Structure):
 
 
 class Thread(ctypes.Structure):
-    """As bcc makes it of `struct thread_state`."""
+    """The type that bcc makes of `struct thread_state`."""
 
     _fields_ = [
         ("batch", Batch * 3),
@@ -100,7 +100,7 @@ class Thread(ctypes.Structure):
 
 
 class Stream(ctypes.Structure):
-    """As bcc makes it of `struct stream`."""
+    """The type that bcc makes of `struct stream`."""
 
     _fields_ = [("bytes", ctypes.c_uint64 * 2)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When samples are taken: only of threads with long fetches, fast in a stop alone, never once the fetch is over."""
+"""When samples are taken: only of threads with long fetches, fast only in a stop, never after the fetch."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_slow_while_the_guest_runs_fast_in_the_stop_and_off_after_it(rig: Rig) -
 
 
 def test_a_long_fetch_needs_no_fast_samples(rig: Rig) -> None:
-    """200 of 60 ms are one every 300 us."""
+    """200 samples in 60 ms are one every 300 us."""
     rig.see(get(1, 60))
     assert rig.see(kick(200)) == 300_000
 
 
 def test_where_a_sample_is_dear_there_are_fewer(rig: Rig) -> None:
-    """12 us each: one in 1.2 ms is a hundredth."""
+    """A sample costs 12 us: one every 1.2 ms is an overhead of 1 %."""
     dear = Sampler(5, rig.told.append, 12_000)
     dear.follow([get(1, 5)])
     assert dear.period_ns == 1_200_000

@@ -25,7 +25,7 @@ def test_a_sample_s_addresses_get_the_names_of_kallsyms() -> None:
 
 
 class Recorded:
-    """Stacks that a kernel had; a stack map cannot be filled from user space."""
+    """Stands for a kernel's stack map, which cannot be filled from user space."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []

@@ -18,7 +18,7 @@ def test_names_number_the_vcpus() -> None:
     for form in ("CPU {}/KVM", "vcpu{}", "fc_vcpu {}"):
         assert indices(threads(form), APIC_IDS, "vmm") == {100 + n: n for n in range(6)}
     last = {105: threads("CPU {}/KVM")[105]}
-    assert indices(last, [], "vmm") == {105: 5}, "also where the others were not seen to run"
+    assert indices(last, [], "vmm") == {105: 5}, "also if the other vCPUs were not seen to run"
 
 
 def test_without_such_names_the_rank_does() -> None:

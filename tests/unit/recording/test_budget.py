@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small recording does not fill the memory: within 40 times its size and 200 MB it is read, or refused in a line."""
+"""A small recording does not fill the memory: within 40 times its size and 200 MB it is read, or refused with one
+line.
+"""
 
 from __future__ import annotations
 

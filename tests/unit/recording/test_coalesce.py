@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long recordings read with their pre-copy folded: what a switchover is made of stays call by call."""
+"""Long recordings are read with their pre-copy coalesced; the calls of a switchover stay separate."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_ends_where_bytes_are_missing_and_after_a_second() -> None:
     assert runs(far) == [(0, 20, 2), (20, 10, 1)]
     hour = 3600 * 10**9
     unseen = calls_of(1, (0, hour, 0, 10), (hour + 1, hour + 2, 10, 10), (hour + 3, hour + 4, 20, 10))
-    assert runs(unseen) == [(0, 10, 1), (10, 20, 2)], "the first one's begin is not known"
+    assert runs(unseen) == [(0, 10, 1), (10, 20, 2)], "the begin of the first call is not known"
 
 
 def test_threads_have_runs_of_their_own() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recording: what is written comes back, and no damage to the file does more than shorten it."""
+"""The recording: what is written is read back, and damage to the file only shortens the recording."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ EVENTS: list[AnyEvent] = [
 
 
 def file_of(events: list[AnyEvent], header: Header = HEADER, blocks: int = 1) -> bytes:
-    """The bytes of a recording, its events in so many blocks."""
+    """The bytes of a recording, with its events in the given number of blocks."""
     out = io.BytesIO()
     with RecordingWriter(out, header) as writer:
         for at in range(blocks):
@@ -76,7 +76,7 @@ def file_of(events: list[AnyEvent], header: Header = HEADER, blocks: int = 1) ->
 
 
 def block_of(kind: int, content: bytes) -> bytes:
-    """A block made by hand, as docs/recording.md has it."""
+    """A block made by hand, as docs/recording.md describes it."""
     payload = zlib.compress(content) if kind & 0x80 else content
     return struct.pack("<IIB", len(payload), zlib.crc32(bytes([kind]) + payload), kind) + payload
 

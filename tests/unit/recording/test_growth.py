@@ -28,7 +28,7 @@ DATA = Path(__file__).parents[2] / "data"
 MOST_GROWTH = 2.5
 FEW, TRIES = 4000, 4
 LEAST_S = 0.02
-"""What takes less is not compared: it is noise."""
+"""Times below this are not compared: they are noise."""
 
 
 def some(
@@ -76,7 +76,7 @@ def _join(found: Recording) -> object:
     other = read_recording(DATA / "hosts/destination.rec")
     try:
         return joined(replace(found, events=[replace(event) for event in found.events]), other)
-    except EbpfMigError:  # such events can make the two contradict each other; that took its time, too
+    except EbpfMigError:  # such events can make the two recordings contradict each other; the time counts nevertheless
         return None
 
 
@@ -92,7 +92,7 @@ WAYS: dict[str, Callable[[Recording], object]] = {
 
 
 def cost(way: Callable[[Recording], object], found: Recording) -> float:
-    """CPU time, s. Full collections come at some sizes and not at others: they are left out."""
+    """CPU time in s, without full garbage collections: they happen at some sizes only."""
     gc.collect()
     gc.disable()
     try:
@@ -106,7 +106,7 @@ def cost(way: Callable[[Recording], object], found: Recording) -> float:
 @pytest.mark.parametrize("apart", [False, True], ids=["alike", "apart"])
 @pytest.mark.parametrize("kind", [kind.event for kind in KINDS], ids=lambda kind: kind.__name__)
 def test_twice_the_events_take_twice_the_time(kind: type[ev.Event], apart: bool) -> None:
-    """CPU time, the least of some runs each: what a busy machine adds is not in it."""
+    """CPU time, the minimum of several runs each, to exclude what a busy machine adds."""
     for name, way in WAYS.items():
         file = "hosts/source.rec" if name == "join" else "qemu-7.2-tcp.rec"
         few, many = (recording(file, kind, number, apart) for number in (FEW, 2 * FEW))

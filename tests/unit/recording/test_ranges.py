@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every integer of a recording has a range; what is out of it is damage, said once, and reaches no figure."""
+"""Every integer of a recording has a range. A value outside it is damage: reported once, used in no figure."""
 
 import io
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_header_out_of_range_is_refused() -> None:
 
 
 def test_events_at_the_edges_of_their_ranges_make_a_report() -> None:
-    """No sum of them overflows, no figure that cannot be negative is."""
+    """No sum of such values overflows, and no figure is negative that must not be."""
     for edge in ("least", "most"):
         events = []
         for kind in KINDS:

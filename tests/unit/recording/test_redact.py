@@ -23,11 +23,11 @@ MARKERS = (
     "qmp.alice7f3a", "on_Alice7f3a", "fentry (alice7f3a)", "/srv/alice7f3a",
 )  # fmt: skip
 SECRET = "7f3a"  # noqa: S105 - a part of each
-"""What could look like a version, a probe, a tier or a mark, and is a name."""
+"""A name that looks like part of a version, a probe, a tier or a mark."""
 
 
 def marked(marker: str) -> Recording:
-    """A recording that says `marker` wherever it can say something."""
+    """A recording with `marker` in every text."""
     plain = read_recording(RECORDING)
     pids = [target.pid for target in plain.header.targets]
     header = filled(Header, marker, 4096)
@@ -68,7 +68,7 @@ def test_no_text_is_left_in_any_report(form: str, tmp_path: Path) -> None:
         subprocess.run([*command, *more], capture_output=True, check=True, cwd=ROOT).stdout
         for more in ([], ["--redact"])
     )
-    assert form == "csv" or b"7f3a" in plain, "the test shows nothing where nobody says the name"
+    assert form == "csv" or b"7f3a" in plain, "without --redact the report must contain the name"
     assert b"7f3a" not in clean.lower()
 
 

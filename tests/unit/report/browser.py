@@ -50,7 +50,7 @@ class Browser:
         return self._call("/execute/sync", {"script": script, "args": []})
 
     def complaints(self) -> list[str]:
-        """What the browser's console says, since the last time."""
+        """The messages in the browser's console since the last call."""
         return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
 
     def screenshot(self, file: Path) -> None:
@@ -67,7 +67,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser, gone afterwards."""
+    """A browser, which is closed afterwards."""
     driver = subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -88,7 +88,7 @@ def test_every_track_is_described_and_every_slice_closed(path: Path) -> None:
         by_thread[call.pid, call.tid] += 1
     threads = {u: t.thread for u, t in trace.tracks.items() if t.HasField("thread")}
     assert {(t.pid, t.tid): len(trace.slices[u]) for u, t in threads.items()} == by_thread
-    assert len({(t.pid, t.tid) for t in threads.values()}) == len(threads), "one track a thread"
+    assert len({(t.pid, t.tid) for t in threads.values()}) == len(threads), "one track per thread"
     assert trace.clocks[0].primary_trace_clock == 3
 
 
@@ -160,7 +160,7 @@ def test_ioctls_have_their_arguments() -> None:
 
 @requires("trace_processor_shell")
 def test_trace_processor_answers_in_sql(tmp_path: Path) -> None:
-    """The program that the `perfetto` package would download, where the machine has it."""
+    """The trace processor that the `perfetto` package downloads, if the machine has it."""
     recording = read_recording(path := next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
     b = analyse(recording).breakdown
     trace, query = tmp_path / "t.pftrace", tmp_path / "q.sql"

@@ -122,7 +122,7 @@ def test_the_wire_stall_of_cloud_hypervisor_has_a_name(path: Path) -> None:
 
 
 def test_a_source_that_died_after_the_stop() -> None:
-    """A real one: its system call filter killed it while it saved the state."""
+    """A real failure: the system call filter killed the source while it saved the state."""
     _, b = load(DATA / "cloud-hypervisor-54-local-source-died.rec")
     assert b.migration.result == "failed" and b.blackout_ns is None
     assert b.window_ns is not None and b.phase_ns("pause") > 0 and b.phase_ns("resume") == 0

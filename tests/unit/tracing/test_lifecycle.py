@@ -76,7 +76,7 @@ def test_a_source_alone_ends_when_it_was_answered_and_stays_stopped() -> None:
     events = [*HANDED, moved(7 * MS, 1, 8)]
     assert verdict(events, 6 * MS + STOPPED_NS, (SRC,)) is None
     assert verdict(events, 7 * MS + STOPPED_NS, (SRC,)) == "handed-over"
-    assert verdict([*HANDED, moved(7 * MS, 1, 8, socket=78)], 9 * STOPPED_NS, (SRC,)) is None, "another socket's"
+    assert verdict([*HANDED, moved(7 * MS, 1, 8, socket=78)], 9 * STOPPED_NS, (SRC,)) is None, "on another socket"
     back = VcpuEnter(8 * MS, SRC, 11, 7, 3 * MS, -4, 2)
     assert verdict([*events, back], 9 * STOPPED_NS, (SRC,)) is None, "its guest came back"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorder elsewhere, whatever the command does that is to record: real processes, no host."""
+"""A recorder on another host, for every way the recording command can behave: real processes, no second host."""
 
 from __future__ import annotations
 

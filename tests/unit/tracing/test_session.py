@@ -12,7 +12,7 @@ from ebpf_mig.tracing.session import _held_signals
 
 
 def test_a_signal_within_a_c_callback_is_delivered_afterwards() -> None:
-    """Without holding it back the exception dies inside the callback, unseen by the caller."""
+    """If it is not held back, the exception is lost inside the callback and the caller never sees it."""
     callback = ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt), _held_signals() as deliver:
         callback()

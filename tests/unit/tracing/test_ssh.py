@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on the other host: what they say is bounded, and waited for with patience that ends."""
+"""Commands on the other host: their output is bounded, and the wait for it has a time-out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebpf_mig.vmm.cloud_hypervisor.log import LogPlace
 
 @pytest.fixture
 def there() -> Remote:
-    """A host that `env` leads to: this one."""
+    """A host that is reached with `env` in place of ssh: this one."""
     return Remote(Way("pod", command="env"), "source", FarEnd(["--api-socket", "/none"], "/none"))
 
 

@@ -18,7 +18,7 @@ GREETING = (
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "Debian"}
 
 Reply = dict[str, Any] | bytes | None
-"""What to answer to a command: the `return` or `error` member, raw bytes, or nothing at all."""
+"""The answer to a command: the `return` or `error` member, raw bytes, or nothing at all."""
 Talk = Callable[["Connection"], None]
 
 
@@ -29,21 +29,21 @@ class Connection:
         self.socket = sock
         self.commands: list[dict[str, Any]] = []
         self.closed = threading.Event()
-        """The talk is over; with `answer`, because the client has gone."""
+        """Set when the conversation is over. With `answer`, it is over when the client has closed."""
 
     def event(self, name: str, data: object = None, stamp: object = "now") -> None:
-        """Says an event, by default with the time that it is."""
+        """Sends an event, by default with the current time."""
         if stamp == "now":
             wall = time.time_ns()
             stamp = {"seconds": wall // 10**9, "microseconds": wall % 10**9 // 1000}
         self.socket.sendall(json.dumps({"event": name, "data": data, "timestamp": stamp}).encode() + b"\r\n")
 
     def read_all(self) -> bytes:
-        """What comes until the client closes."""
+        """The bytes that arrive until the client closes."""
         return b"".join(iter(lambda: self.socket.recv(65536), b""))
 
     def answer(self, replies: Callable[[str], Reply]) -> None:
-        """Answers commands until the client is gone."""
+        """Answers commands until the client closes."""
         for command in self._incoming():
             self.commands.append(command)
             reply = replies(command["execute"])
@@ -73,7 +73,7 @@ def refusal(text: str) -> Reply:
 
 
 def replies(pid: int, **special: Reply | Callable[[], Reply]) -> Callable[[str], Reply]:
-    """What a QEMU whose vCPU thread is `pid` says; keywords (`_` for `-`) say what differs."""
+    """What a QEMU whose vCPU thread is `pid` says; keywords (`_` for `-`) override answers."""
     usual: dict[str, Reply] = {
         "query-version": {"return": VERSION},
         "query-cpus-fast": {"return": [{"thread-id": pid}]},
@@ -91,7 +91,7 @@ def replies(pid: int, **special: Reply | Callable[[], Reply]) -> Callable[[str],
 
 @contextlib.contextmanager
 def serve(path: Path, talk: Talk) -> Iterator[list[Connection]]:
-    """Listens at `path` and lets `talk` speak with each client in turn; gives the connections so far."""
+    """Listens at `path` and runs `talk` for each client in turn; yields the connections so far."""
     connections: list[Connection] = []
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))

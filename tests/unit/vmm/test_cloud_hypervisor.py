@@ -24,7 +24,7 @@ from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration, ChOptions
 
 @contextlib.contextmanager
 def server(path: Path, *answers: bytes) -> Iterator[str]:
-    """Gives each connection that asks something the next answer, the last one for ever."""
+    """Each connection with a request gets the next answer; the last answer repeats."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -43,7 +43,7 @@ def server(path: Path, *answers: bytes) -> Iterator[str]:
 
 
 def read_request(client: socket.socket) -> bytes:
-    """One request with its body, or nothing: one who closes with unread bytes in the socket resets the connection."""
+    """Reads one request with its body, or nothing. Closing with unread bytes in the socket resets the connection."""
     asked = b""
     while part := client.recv(65536):
         asked += part

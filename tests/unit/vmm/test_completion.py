@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a migration ended, told from two calls and two real processes, in the ways of old and new versions."""
+"""How a migration ended, from two calls and two real processes, as old and new versions behave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ebpf_mig.vmm.cloud_hypervisor.source import Call, FarSource, NearSource
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One end shows at once what the other has shown, or never."""
+    """Short waits: here one side shows the result right after the other, or never."""
     monkeypatch.setattr(completion, "AFTER_S", 0.3)
     monkeypatch.setattr(completion, "REASON_S", 0.2)
     monkeypatch.setattr(source, "FIRST_LOOK_S", 0.2)
@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class World:
-    """Two processes that only exist, two calls that return when they are told to."""
+    """Two idle processes, and two calls that return when the test says so."""
 
     def __init__(self) -> None:
         self.source, self.destination = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
@@ -40,7 +40,7 @@ class World:
         self.far: Elsewhere | None = None
 
     def source_is_far(self, run: Callable[[list[str]], str] | None = None) -> None:
-        """The source is looked at by real commands, as through ssh."""
+        """The source is checked with real commands, as over ssh."""
         self.far = Elsewhere(pid=self.source.pid, run=run or said)
 
     def judge(self, *acts: Callable[[World], object], long: bool = False, timeout_s: float = 20) -> tuple[str, str]:

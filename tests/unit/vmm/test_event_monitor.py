@@ -37,7 +37,7 @@ def test_what_is_no_event(junk: str) -> None:
 
 
 def test_an_event_lies_between_what_it_follows_and_its_reading() -> None:
-    start = 1000 * MS  # the VMM's start, which we are not told
+    start = 1000 * MS  # the VMM's start, which is not known to us
     told = [
         Told("migration-started", 50 * MS, start + 51 * MS),
         Told("paused", 90 * MS, start + 90 * MS + 100_000),

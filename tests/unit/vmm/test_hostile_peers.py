@@ -28,7 +28,7 @@ from tests.unit.vmm.qmp_server import GREETING, Connection, Talk, qemu, replies,
 from tests.unit.vmm.test_cloud_hypervisor import answer, read_request
 
 WRONG: list[Any] = [None, [], [1], {}, {"a": 1}, "", "x", "\0", True, -1, 1 << 70, 1e400, 0.5, float("nan")]
-"""Any JSON, and what Python's JSON takes for it."""
+"""Any JSON, and what Python's JSON parser accepts besides."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_a_line(call: Callable[[], Any]) -> None:
-    """Either it works, or there is a VmmError of one line; in little time."""
+    """The call works or raises a VmmError of one line, and returns soon."""
     begin = time.monotonic()
     try:
         call()
@@ -116,7 +116,7 @@ def test_qmp_without_end(tmp_path: Path, talk: Talk) -> None:
 
 @contextlib.contextmanager
 def http_server(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Each client that asks something is talked to."""
+    """Every client that sends a request gets an answer."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -169,7 +169,7 @@ def test_http_of_any_bytes(tmp_path: Path, babble: bytes) -> None:
     "head", [b"HTTP/1.1 100 Continue\r\n\r\n", HEAD + b"Content-Length: 100000\r\n\r\n", HEAD, b"HTTP/"]
 )
 def test_http_without_end(tmp_path: Path, head: bytes) -> None:
-    """A byte every tenth of a second is within each read's time-out, and in all too late."""
+    """A byte every 0.1 s meets the time-out of each read, but the whole answer comes too late."""
 
     def talk(client: socket.socket) -> None:
         client.sendall(head)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known of libvirt's adapter without a libvirtd."""
+"""The parts of libvirt's adapter that can be tested without a libvirtd."""
 
 from __future__ import annotations
 

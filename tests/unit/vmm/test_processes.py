@@ -21,14 +21,14 @@ Start = Callable[..., int]
 
 @pytest.fixture(autouse=True)
 def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each question is a look at the processes; when one is due has a test of its own."""
+    """Each query scans the processes. When a scan is due has its own test."""
     monkeypatch.setattr(processes, "SEARCH_INTERVAL_NS", 0)
     monkeypatch.setattr(processes, "_SHARE", 0)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a shell under another name, with arguments that it ignores; gives its pid."""
+    """Starts a shell under another name, with arguments that it ignores; returns its pid."""
     running: list[subprocess.Popen[bytes]] = []
 
     def begin(name: str, *arguments: str) -> int:

@@ -30,7 +30,7 @@ from tests.unit.vmm.qmp_server import GREETING, Connection, Reply, Talk, qemu, r
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits that a user would sit through are short here."""
+    """Waits that a user sees are short here."""
     monkeypatch.setattr(monitor, "GREETING_S", 0.5)
     monkeypatch.setattr(monitor, "COMMAND_S", 0.5)
     monkeypatch.setattr(adapter, "_CANCEL_S", 0.5)
@@ -40,7 +40,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_complaints(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Whatever happens, neither asyncio nor qemu.qmp may talk to the user, and no thread may stay."""
+    """In every test, asyncio and qemu.qmp must print nothing, and no thread may be left."""
     yield
     assert not [str(w.message) for w in recwarn.list]
     assert not [record for record in caplog.records if record.name.startswith(("asyncio", "qemu"))]
@@ -49,7 +49,7 @@ def _no_complaints(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFi
 
 @pytest.fixture
 def vmm() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that stands for the QEMU behind a fake monitor: it can be killed."""
+    """A process in the place of the QEMU behind a fake monitor; it can be killed."""
     process = subprocess.Popen(["sleep", "100"])
     yield process
     process.kill()
@@ -193,7 +193,7 @@ def test_the_pid_falls_back_to_the_peer(tmp_path: Path, cpus: Any) -> None:
 
 @requires("/dev/kvm")
 def test_the_process_with_a_kvm_machine_is_the_qemu(tmp_path: Path) -> None:
-    """In a pid namespace the thread id is somebody else's out here."""
+    """A thread id from a pid namespace belongs to another process outside of it."""
     with Path("/dev/kvm").open("rb", buffering=0) as dev, serve(tmp_path / "s", qemu(1)):
         machine = fcntl.ioctl(dev, kvm.CREATE_VM, 0)
         try:
@@ -379,7 +379,7 @@ def test_a_source_that_dies(tmp_path: Path, vmm: subprocess.Popen[bytes]) -> Non
 
 
 def test_a_monitor_that_breaks_is_not_a_dead_qemu(tmp_path: Path, vmm: subprocess.Popen[bytes]) -> None:
-    """The migration may well complete: nobody must read `failed` here."""
+    """The migration may still complete, so the result must not be `failed`."""
 
     def hang_up(connection: Connection) -> None:
         connection.socket.shutdown(socket.SHUT_RDWR)
@@ -389,7 +389,7 @@ def test_a_monitor_that_breaks_is_not_a_dead_qemu(tmp_path: Path, vmm: subproces
 
 
 def test_hostile_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events of any shape are taken or left; the next real one still counts."""
+    """Events of any shape are used or ignored; the next real one still counts."""
     monkeypatch.setattr(endpoint, "_MAX_MARKS", 500)
 
     def flood(connection: Connection) -> None:
@@ -410,7 +410,7 @@ def test_hostile_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Pair:
-    """A source and a destination that say what a test wants."""
+    """A source and a destination that answer as a test wants."""
 
     def __init__(self, directory: Path, pids: tuple[int, int], **special: Any) -> None:
         self._stack = contextlib.ExitStack()
@@ -471,7 +471,7 @@ def test_a_destination_that_dies_after_the_source_is_done(tmp_path: Path, vmm: s
 
 
 def test_a_source_that_does_not_notice_is_cancelled(tmp_path: Path, vmm: subprocess.Popen[bytes]) -> None:
-    """The destination is dead and the source sends on: left alone it would do so for ever."""
+    """The destination is dead and the source still sends. Without a cancel it would never stop."""
 
     def die(_source: Connection) -> None:
         vmm.kill()
@@ -517,7 +517,7 @@ def test_cancel_before_and_after(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_connecting(tmp_path: Path) -> None:
-    """Nothing stays behind (see `_no_complaints`), and the interruption arrives."""
+    """Nothing is left behind (see `_no_complaints`), and the interruption is raised."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

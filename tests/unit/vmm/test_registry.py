@@ -19,7 +19,7 @@ TOY = "tests.unit.vmm.toy"
 
 
 def with_toy(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own that has one VMM more."""
+    """Runs Python code in a separate process that has one more VMM."""
     line = f"from ebpf_mig import vmm; vmm.ADAPTERS['toy'] = {TOY!r}\n"
     return subprocess.run(
         [sys.executable, "-c", line + code, *arguments], capture_output=True, text=True, check=False, cwd=ROOT

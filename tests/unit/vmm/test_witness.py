@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VMM's own parts beside the kernel's spans, on scripts whose numbers are worked out by hand (us)."""
+"""The VMM's own figures beside the kernel's spans, on scripts whose numbers are worked out by hand (us)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class ToyWitness(VmmWitness):
 
 
 class ToyAdapter(Adapter):
-    """Fails with what it was given."""
+    """Raises the error that it was given."""
 
     name = "toy"
     title = "Toy"
