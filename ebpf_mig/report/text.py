@@ -121,7 +121,8 @@ def _headline_text(breakdown: Breakdown) -> str:
     if breakdown.blackout_ns is None:
         if result in (Result.FAILED, Result.CANCELLED) and breakdown.window_ns is None:
             return "no blackout: the migration ended before the vCPUs stopped"
-        missing = "stop" if breakdown.window_ns is None else "start on the destination"
+        alone = breakdown.migration.source is None
+        missing = "stop" if breakdown.window_ns is None or alone else "start on the destination"
         return f"blackout not measured: no vCPU {missing} was seen"
     return f"{_blackout_word(breakdown)} {bounds.blackout(breakdown)}"
 

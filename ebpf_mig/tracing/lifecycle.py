@@ -53,6 +53,8 @@ class MigrationWatch:
         self._closed_at: dict[int, int] = {}
         self._unlogged_at = 0
         self._last_ns = 0
+        self._moved_ns = 0
+        """When anything was last sent or received. It counts as activity once the process is known as a source."""
 
     def joined(self, pid: int) -> None:
         """Adds a process that is traced from now on."""
@@ -73,11 +75,13 @@ class MigrationWatch:
                 self._stopped_at[event.pid] = event.at_ns
             elif isinstance(event, Transfer):
                 self._transfer(event)
+                self._moved_ns = max(self._moved_ns, event.end_ns)
 
     def missed_beginning(self, pid: int) -> None:
         """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
         self._fetched.add(pid)
         self._missed.add(pid)
+        self._last_ns = max(self._last_ns, self._moved_ns)
 
     @property
     def sources(self) -> frozenset[int]:

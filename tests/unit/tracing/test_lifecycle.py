@@ -107,3 +107,13 @@ def test_a_busy_guest_does_not_hide_that_the_migration_is_over() -> None:
         watch.saw([VcpuExit(at, 2, 3, 6, at - 1, -4), VcpuEnter(at + 5, 2, 3, 6, at, -4, 2)])
         verdict = watch.verdict(at + 10, [1, 2])
         assert verdict == ("migrated" if at + 10 - 10 >= QUIET_NS else None)
+
+
+def test_a_source_that_is_found_late_was_active_when_it_last_sent() -> None:
+    """As by a watch that starts during a migration: its sends were seen before it was known as a source."""
+    late = 2 * SILENCE_NS
+    watch = MigrationWatch((SRC, DST))
+    watch.saw([Transfer(late - MS, late, SRC, SRC, 9, 0, 5, 1, 1 << 20, 1, 1, 0, 0)])
+    watch.missed_beginning(SRC)
+    assert watch.verdict(late + QUIET_NS, (SRC, DST)) is None
+    assert watch.verdict(late + SILENCE_NS, (SRC, DST)) == "lost-sight"
