@@ -22,7 +22,7 @@ from ebpf_mig.linux.process import is_private
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.lifecycle import MigrationWatch
-from ebpf_mig.tracing.session import Session
+from ebpf_mig.tracing.session import Session, require_kvm
 from ebpf_mig.tracing.witness import Witness
 from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.identify import process_behind
@@ -76,6 +76,7 @@ def command(
     roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=False)]
     with Session(targets, tier, grows=followed is not None) as session:
+        require_kvm(targets)
         header = session.arm()
         if pids:
             _say_if_paused(pids[0], alone=len(pids) == 1)

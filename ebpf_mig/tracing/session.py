@@ -116,11 +116,6 @@ class Session:
         if grows:
             for pid in pids:
                 self._tracer.add(pid)
-        try:
-            require_kvm(targets)
-        except BaseException:
-            self._tracer.close()
-            raise
 
     def __enter__(self) -> Session:
         return self
