@@ -88,8 +88,10 @@ def test_alone_as_beside_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     both = run.breakdown
     assert both.blackout_ns is not None
     one = alone(run.recording, run.recording.header.targets[1].pid)
-    for phase in ("state.load", "resume"):
-        seen, expected = one.phase_ns(phase), both.phase_ns(phase)
-        assert seen is not None and expected is not None
-        assert abs(seen - expected) <= max(SLACK_NS, expected // 20), phase
-    assert (one.phase_ns("resume") or 0) >= wait_s * 1e9
+    load, resume = one.phase_ns("state.load"), one.phase_ns("resume")
+    beside = both.phase_ns("state.load"), both.phase_ns("resume")
+    assert load is not None and resume is not None and beside[0] is not None and beside[1] is not None
+    assert abs(resume - beside[1]) <= max(SLACK_NS, beside[1] // 20)
+    # Alone, a stretch in which bytes were still on their way cannot be told from waiting: the load may be shorter.
+    assert 0 < load <= beside[0] + SLACK_NS
+    assert resume >= wait_s * 1e9
