@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switchover: when the guest stopped on the source, when it started on the destination.
 
-In: the two processes and what tells a switchover from other gaps. Out: a `Switchover`, or None.
+In: the two processes, the source's sends and the VMM's stop marks. Out: a `Switchover`, or None.
 
-A completed migration's source never runs again. If it runs again, the migration failed or was cancelled and
-its blackout was the gap around the attempt: not simply the longest one, because throttling makes gaps too.
+After a completed migration the source's guest never runs again. If it does, the migration failed or was cancelled.
+The blackout is then the gap around the attempt. That need not be the longest gap, because throttling makes gaps too.
 
-Throttling can keep all vCPUs out of KVM_RUN when the stop is asked for. The switchover then begins with the
-request, and not when the throttle took the last vCPU out: see `throttle.py`.
+Throttling can already hold all vCPUs outside KVM_RUN when the pause is requested. The switchover then begins with the
+request, not when throttling stopped the last vCPU: see `throttle.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Transfer
 
 LONG_GONE_NS = 1_000_000_000
-"""A vCPU that left KVM_RUN this long before the last one did not leave because of the pause."""
+"""A vCPU that left KVM_RUN more than this before the last one did not leave because of the pause."""
 VOLLEY_NS = 1_000_000
-"""Kicks of one request to vCPUs that had left KVM_RUN by themselves come this soon before the others."""
+"""Kicks this close together belong to one request, also those to vCPUs that had already left KVM_RUN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +38,18 @@ class Switchover:
     requested: int
     """The pause request."""
     stop: int
-    """The last vCPU's stop; the request, if throttling kept all vCPUs out when it came."""
+    """When the last vCPU stopped. The request, if throttling already held all vCPUs outside KVM_RUN."""
     first_start: int | None
     last_start: int | None
     stops: dict[int, int]
     """By vCPU index."""
     starts: dict[int, int]
     kicks: dict[int, int]
-    """The pause request's."""
+    """The pause request's kicks, by vCPU index."""
     stopper: int | None
-    """The thread that asked for the stop."""
+    """Tid of the thread that requested the pause."""
     dark: int
-    """When the last vCPU left the guest; before `requested` only if throttling kept all out."""
+    """When the last vCPU left the guest. It is before `requested` only if throttling held all vCPUs outside."""
 
 
 def find(
@@ -126,7 +126,7 @@ def _requested(stop: int, stops: dict[int, int], kicks: dict[int, int]) -> int:
 
 
 def _active_after(source: Process, stop: int, sends: Sequence[Transfer]) -> bool:
-    """Did the source go on with the migration, or did it just end?"""
+    """Whether the source continued the migration after the stop. If not, it simply ended."""
     after = any(send.begin_ns >= stop for send in sends)
     return after or any(i.begin_ns >= stop and _is_save(i.cmd) for i in source.ioctls)
 
@@ -142,14 +142,14 @@ def _attempt(
     sends: Sequence[Transfer],
     stop_marks: Sequence[int],
 ) -> tuple[int, int | None] | None:
-    """The gap in which the source tried to hand over: the latest of those with the strongest signs."""
+    """The gap in which the source tried to hand over: the one with the strongest evidence, the latest of equals."""
     clocks = [i.begin_ns for i in source.ioctls if kvm.name_of(i.cmd) in ("GET_CLOCK", "KVMCLOCK_CTRL")]
     reads = [i.begin_ns for i in source.ioctls if source_work.is_vcpu_read(i)]
     fetched = [i.begin_ns for i in source.ioctls if kvm.name_of(i.cmd) == "GET_DIRTY_LOG"]
     sent = [send.begin_ns for send in sends]
     best: tuple[tuple[bool, bool, bool, bool, int], tuple[int, int | None]] | None = None
     for begin, end in gaps:
-        # A paused VM's clock is read or the guest told; nothing else that stops vCPUs does so.
+        # Only a pause reads the clock or notifies the guest of it; other stops of vCPUs do neither.
         paused = any_in(clocks, begin, end) or any_in(stop_marks, begin, end)
         saved = any_in(reads, begin, end)
         moved = any_in(fetched, begin, end) or any_in(sent, begin, end)
