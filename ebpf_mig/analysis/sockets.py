@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sockets carry the migration, and what they did in the window.
+"""Which sockets carry the migration, and how they were used in the window.
 
 In: the two processes and the threads that fetch the dirty log. Out: the set of sockets on each side, and the
-rows of the report.
+report's rows about them.
 
-A VMM's threads also write to monitors, consoles, backends and displays; QEMU's migration thread itself writes
-QMP events in the middle of the blackout. So a socket has to be proven: by its other end, which the other process
-holds; else by the thread that fetches the dirty log and sends there; else by the shape of what goes through: large
-calls, and if a fetching thread is known, all in one direction. A thread's name proves nothing, nor do many bytes.
-Where nothing is proven, the carrier is unknown.
+A VMM's threads also write to monitors, consoles, backends and displays. QEMU's migration thread even writes QMP events
+during the blackout. So a socket needs evidence. The best is that the other process has its other end. The next is that
+the thread that fetches the dirty log sends on it. The last is the traffic's shape: large calls and, if a fetching
+thread is known, all in one direction. A thread's name or a large number of bytes is no evidence. Without evidence the
+carrier is unknown.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ebpf_mig.recording.events import RECEIVE, SEND, Socket, Transfer
 
 AF_UNIX = 1
 STREAM_BYTES = 1024
-"""Calls of the migration's stream move more than this on average: pages and state are flushed from large buffers.
-Replies and events of a monitor are smaller, and QEMU reads its monitor byte by byte."""
+"""On average, calls of the migration's stream move more than this: pages and state are flushed from large buffers.
+A monitor's replies and events are smaller, and QEMU reads its monitor byte by byte."""
 LEAST_BYTES = 4096
-"""Where nothing else tells, a socket that carried less is not taken for the migration's; nor is it recognised by its
-bytes in another host's recording."""
+"""Without other evidence, a socket that carried less is not a migration socket. Nor are its bytes enough to recognise
+it in another host's recording."""
 EXTRA_SHARE = 100
-"""UNIX sockets have no address; one with 1/100 of the main one's bytes counts as a further connection."""
+"""UNIX sockets have no address. One with at least 1/100 of the main socket's bytes is a further connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The migration's sockets: keys as made by `processes.key_of`."""
+    """The migration's sockets, as keys made by `process.key_of`."""
 
     source: frozenset[int] = frozenset()
     destination: frozenset[int] = frozenset()
@@ -43,12 +43,12 @@ class Channels:
 
     @property
     def connections(self) -> int:
-        """How many connections carry it."""
+        """How many connections carry the migration."""
         return max(len(self.source), len(self.destination))
 
 
 def choose(source: Process | None, destination: Process | None, since: int, fetchers: Collection[int]) -> Channels:
-    """The migration's sockets among all that the two processes used from `since` on."""
+    """The migration's sockets, of all sockets that the two processes used from `since` on."""
     if source is None:
         keys = _busiest(destination, RECEIVE, since, ()) if destination else frozenset()
         return Channels(frozenset(), keys, _transport(destination, keys))
@@ -69,7 +69,7 @@ def _busiest(
     tids: Collection[int],
     mirrors: Collection[int] = (),
 ) -> frozenset[int]:
-    """The socket with the most bytes, and those that belong to it."""
+    """The socket with the most bytes, and the further connections of the same migration."""
     if process is None:
         return frozenset()
     total: Counter[int] = Counter()
@@ -86,7 +86,7 @@ def _busiest(
     # Multifd: the bulk leaves through further sockets, but the fetching thread keeps the main one.
     fetching = {key: by_tids[key] for key in candidates if by_tids[key] >= LEAST_BYTES}
     if tids and not crossing and not fetching:
-        # The fetching thread was not seen to send. A stream that nobody answers can be nothing else.
+        # No send of the fetching thread was seen. Only the migration's stream goes all in one direction.
         candidates = {key: size for key, size in candidates.items() if _one_way(process, direction, key)}
     if not candidates:
         return frozenset()
@@ -109,7 +109,7 @@ def _company(
             if _family(process, key) == AF_UNIX
             and (key in crossing or (not crossing and size >= enough and not _answered(process, direction, key)))
         )
-    # The side that listened has the one well-known port: the destination's.
+    # All connections share the port on which the destination listened.
     address = _end(known, direction)
     return frozenset(
         key
@@ -119,14 +119,14 @@ def _company(
 
 
 def _one_way(process: Process, direction: int, key: int) -> bool:
-    """Did the threads that send there never receive there? Those of disks, displays and networks do both."""
+    """Whether the socket's threads use it in this direction only. Disk, display and network threads use both."""
     other = SEND if direction == RECEIVE else RECEIVE
     here = {t.tid for t in process.streams[direction, key]}
     return not any(t.tid in here and t.bytes for t in process.streams.get((other, key), ()))
 
 
 def _answered(process: Process, direction: int, key: int) -> bool:
-    """Did bytes go the other way? A further connection of a migration carries pages one way (QEMU's multifd)."""
+    """Whether bytes also went the other way. A migration's further connections carry pages one way (QEMU's multifd)."""
     other = SEND if direction == RECEIVE else RECEIVE
     return sum(t.bytes for t in process.streams.get((other, key), ())) >= LEAST_BYTES
 
@@ -141,7 +141,7 @@ def _family(process: Process, key: int) -> int:
 
 
 def mirrors(source: Process, destination: Process) -> dict[int, int]:
-    """Sockets of the source by inode, with the destination's end of the same connection."""
+    """The destination's end of each connection between the two: source inode to destination inode."""
     by_ends: dict[tuple[str, str], int] = {}
     by_peer: dict[int, int] = {}
     for inode, socket in sorted(destination.sockets.items()):
@@ -162,10 +162,10 @@ def mirrors(source: Process, destination: Process) -> dict[int, int]:
 
 
 def connection(source: Process | None, destination: Process | None, channels: Channels) -> str:
-    """The migration's TCP connection as both ends, each alone, would write it; empty if there is none.
+    """The migration's TCP connection as text that is the same from either end's recording; empty if there is none.
 
-    Of several, one that carried bytes both ways (QEMU's main channel, with its return path), then the first in the
-    order of the text.
+    If there are several, one with bytes both ways comes first (QEMU's main channel with its return path), then the
+    first in alphabetical order.
     """
     process, keys = (source, channels.source) if source else (destination, channels.destination)
     if process is None:
@@ -203,7 +203,7 @@ def _transport(process: Process | None, keys: Collection[int]) -> Transport:
 def usage(
     channels: Channels, source: Process | None, destination: Process | None, window: tuple[int, int]
 ) -> list[SocketUse]:
-    """One row for each migration socket, side and direction that was used in the window."""
+    """One row for each side, migration socket and direction used in the window."""
     rows: list[SocketUse] = []
     for side, process, keys, main in (
         (Side.SOURCE, source, channels.source, SEND),
@@ -220,7 +220,7 @@ def usage(
 
 
 def _in_window(process: Process, transfers: list[Transfer], direction: int, window: tuple[int, int]) -> list[Transfer]:
-    """Sends count where they begin, receives where they end: that is when the bytes move."""
+    """The transfers that moved bytes in the window: a send moves them at its begin, a receive at its end."""
     if direction == SEND:
         return [t for t in begun(transfers, window[0]) if t.begin_ns <= window[1]]
     return [t for t in process.ended(transfers, window[0]) if t.end_ns <= window[1]]
@@ -249,13 +249,13 @@ def _row(process: Process, role: str, transfers: list[Transfer], window: tuple[i
 
 
 def in_call_within(transfer: Transfer, window: tuple[int, int]) -> int:
-    """Time inside the calls, cut to the window."""
+    """Time inside the calls, in ns, cut to the window."""
     overlap = min(window[1], transfer.end_ns) - max(window[0], transfer.begin_ns)
     return max(0, min(transfer.in_call_ns, overlap))
 
 
 def off_cpu_within(transfers: Iterable[Transfer], window: tuple[int, int]) -> int | None:
-    """Time off the CPU inside the calls, cut to the window; None if it is unknown for any of them."""
+    """Time off the CPU inside the calls, in ns, cut to the window; None if unknown for one of them."""
     total = 0
     for transfer in transfers:
         if not transfer.off_cpu_ns:
