@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the migration ended, by what was seen; and whether its guest was paused before and after.
+"""How the migration ended according to the events, and whether its guest was paused before and after.
 
-In: a `TracedMigration`. Out: a word, and two facts. Silence is never a success, and a guest that runs on the source
-again is no failure by itself: savevm, a migration to a file and a pause all stop and resume a guest.
+In: a `TracedMigration`. Out: a `Result`, and two facts. Missing events never count as success. A guest that runs on
+the source again is no failure by itself: savevm, a migration to a file and a pause all stop and resume a guest.
 
-    completed   the destination's guest ran; or the VMM, or who drove it, said so; or the source's last bytes were
-                answered, or its VMM closed the connection and lived on, and its guest did not come back
-    failed      the VMM, or who drove it, said so; or the destination's process ended, and the source has its guest; or
-                the source's process ended while its guest ran
-    cancelled   the VMM, or who drove it, said so
-    saved       the state went to a file or a pipe, and nobody was seen to take over
-    unknown     all else
+    completed   the destination's guest ran; or the VMM or the migration's driver reported it; or the guest did not
+                resume on the source, and the destination answered the source's last bytes, or the source's VMM closed
+                the connection and kept running
+    failed      the VMM or the migration's driver reported it; or the destination's process ended and the source kept
+                its guest; or the source's process ended while its guest ran
+    cancelled   the VMM or the migration's driver reported it
+    saved       the state went to a file or a pipe, and no destination was seen
+    unknown     anything else
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from ebpf_mig.recording.events import CLOSED, ENDED, RECEIVE, WRITTEN, Mark
 
 _REPORTED = (Result.COMPLETED, Result.FAILED, Result.CANCELLED)
 _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": Result.CANCELLED}
-"""Reasons of an ending that say what the driver of the migration heard. `migrated` of a recording that nobody drove
-only says that a destination was seen to start, or, in old ones, that a source alone was silent for 2 s."""
+"""Reasons of an `Ending` that state the result that the migration's driver got. In a recording without a driver,
+`migrated` only means that a destination was seen to start, or, in old ones, that a lone source was silent for 2 s."""
 SAVED_BYTES = 64 << 10
-"""A state that was saved has more. What is written while something else carries the migration tells nothing: eventfds
-alone, with which threads wake each other, can have more in seconds."""
+"""A saved state is larger than this. Writes count only if no connection carried the migration: threads also wake each
+other through eventfds, and in some seconds those writes alone exceed this."""
 
 
 def result(case: TracedMigration) -> Result:
-    """One of the words above. vCPU events take precedence over any report."""
+    """The result, as listed above. vCPU events take precedence over any report."""
     found = case.switchover
     if found is not None and found.kind == SwitchoverKind.COMPLETED:
         return Result.COMPLETED
@@ -57,7 +58,7 @@ def result(case: TracedMigration) -> Result:
 
 
 def paused_before(case: TracedMigration) -> bool | None:
-    """Whether no vCPU of the source ran when the migration began; None: not known."""
+    """Whether no vCPU of the source ran when the migration began; None if unknown."""
     source = case.source
     if source is None or _absent(case, "vcpu"):
         return None
@@ -70,7 +71,7 @@ def paused_before(case: TracedMigration) -> bool | None:
 
 
 def _around(source: Process, at: int) -> list[tuple[int, int | None]]:
-    """For each vCPU that ever ran: the gap around the instant; an empty one if it ran then."""
+    """For each vCPU that ever ran: the gap around the instant, an empty gap if the vCPU ran then."""
     found = []
     for line in source.vcpus.values():
         gap = line.covering(at)
@@ -79,7 +80,7 @@ def _around(source: Process, at: int) -> list[tuple[int, int | None]]:
 
 
 def paused_after(case: TracedMigration) -> bool | None:
-    """Whether no vCPU ran, on either side, when tracing ended; None: not known, or nobody has a guest any more."""
+    """Whether no vCPU ran on either side when tracing ended; None if unknown, or if neither side has the guest."""
     if _absent(case, "vcpu"):
         return None
     source, destination, found = case.source, case.destination, case.switchover
@@ -98,7 +99,7 @@ def _absent(case: TracedMigration, signal: str) -> bool:
 
 
 def _started(destination: Process | None) -> bool:
-    """Its vCPU state was loaded, and then its guest ran for the first time."""
+    """Whether its guest ran for the first time after its vCPU state was loaded."""
     if destination is None:
         return False
     firsts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
@@ -106,20 +107,20 @@ def _started(destination: Process | None) -> bool:
 
 
 def _reported(case: TracedMigration) -> Result | None:
-    """The VMM's last word, or that of who drove the migration; None if neither was heard."""
+    """The result that the VMM reported last, or that the migration's driver reported; None without a report."""
     ending, marks = case.material.ending, case.material.marks
     driven = _DRIVERS.get(ending.reason if ending else "")
-    # Who drove the migration knows that it was cancelled, also where the VMM then calls it failed (QEMU 7.2, 10.0).
+    # The driver knows that it cancelled the migration, even if the VMM then reports a failure (QEMU 7.2, 10.0).
     if driven == Result.CANCELLED:
         return driven
-    heard = _heard(marks)
-    if heard:
-        return heard
+    reported = _reported_by_vmm(marks)
+    if reported:
+        return reported
     was_driven = any(not mark.name.startswith("session.") or mark.name == "session.trigger" for mark in marks)
     return driven if was_driven or driven == Result.FAILED else None
 
 
-def _heard(marks: list[Mark]) -> Result | None:
+def _reported_by_vmm(marks: list[Mark]) -> Result | None:
     """The last outcome that a VMM reported."""
     for mark in reversed(marks):
         _, _, word = mark.name.rpartition(".")
@@ -129,11 +130,11 @@ def _heard(marks: list[Mark]) -> Result | None:
 
 
 def _handed_over(case: TracedMigration, stop: int) -> bool:
-    """The other end answered after the source's last bytes; or its VMM closed the connection and lived on.
+    """Whether the other end answered after the source's last bytes, or the source's VMM closed the connection.
 
-    QEMU's destination says that it is done on the return path (`migrate_send_rp_shut`, migration/migration.c), Cloud
-    Hypervisor's answers the request to complete. Without a return path, QEMU closes what it migrated over once it is
-    content, and leaves the guest stopped.
+    QEMU's destination reports completion on the return path (`migrate_send_rp_shut`, migration/migration.c). Cloud
+    Hypervisor's destination answers the completion request. Without a return path, QEMU closes the connection after a
+    success and leaves the guest stopped.
     """
     last = max((t.end_ns for t in case.sends), default=None)
     if last is None:
@@ -144,7 +145,7 @@ def _handed_over(case: TracedMigration, stop: int) -> bool:
 
 
 def _saved(case: TracedMigration) -> bool:
-    """The source's state was read, and went over no connection, but enough was written to files or pipes."""
+    """Whether the source's state was read and written to files or pipes, not sent over a connection."""
     source = case.source
     if source is None or _started(case.destination):
         return False
@@ -155,13 +156,13 @@ def _saved(case: TracedMigration) -> bool:
 
 
 def _died_running(case: TracedMigration) -> bool:
-    """Tracing ended because the source's process did, and its guest had not stopped before."""
+    """Whether tracing ended because the source's process ended while its guest ran."""
     ending, source = case.material.ending, case.source
     return ending is not None and ending.reason == "target-died" and source is not None and bool(source.vcpus)
 
 
 def _destination_ended(case: TracedMigration) -> bool:
-    """The traced destination's process ended before its guest ran."""
+    """Whether the traced destination's process ended before its guest ran."""
     gone = {mark.pid for mark in case.material.marks if mark.name == ENDED}
     others = gone - ({case.source.pid} if case.source else set())
     return bool(others) and (case.source is None or case.source.pid not in gone)
