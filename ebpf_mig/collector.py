@@ -292,7 +292,7 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         notes.append("the source was not traced: the window begins with the destination's first restore work")
     elif window is not None and traced.switchover is not None and traced.switchover.kind == SwitchoverKind.STOPPED:
         notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
-    if work is not None and work.folded:
+    if work is not None and work.coalesced:
         notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
     if traced.bursts and traced.material.traced("brownout") and not _vcpus_accounted(traced):
         notes.append("the recording holds no account of the vCPUs' time outside KVM_RUN: the brownout is not known")

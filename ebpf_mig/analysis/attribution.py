@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The window: where it begins and ends, and who owns it on the way.
+"""The window: where it begins and ends, and which phase each instant of it belongs to.
 
-In: a `TracedMigration`. Out: an `Attribution`: the window, its phases, and what the source did in it.
+In: a `TracedMigration`. Out: an `Attribution`: the window, its phases and the source's work in it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ PAGES_BYTES = 65536
 
 @dataclass(frozen=True)
 class Attribution:
-    """Who owns which instant of the window."""
+    """The phase of each instant of the window."""
 
     window: Span | None
     """Absolute, ns; None if no vCPU stop was found."""
     phases: list[Phase]
-    """All of them; spans relative to the window's begin."""
+    """All phases, with spans relative to the window's begin."""
     work: Work | None = None
-    """What the source did in the window."""
+    """The source's work in the window."""
 
 
 def attribute(traced: TracedMigration) -> Attribution:
-    """The window, its phases, and what the source did in it."""
+    """The window, its phases and the source's work in it."""
     found, source = traced.switchover, traced.source
     if source is None:
         return _destination_alone(traced)
@@ -51,8 +51,8 @@ def attribute(traced: TracedMigration) -> Attribution:
     handed = _handed(traced, source, found, work, load)
     end = found.last_start
     if end is None:
-        talk = [t.end_ns for t in transfers if t.end_ns > found.stop]
-        end = max([found.stop, handed, *talk, *([load.end] if load else [])])
+        moved = [t.end_ns for t in transfers if t.end_ns > found.stop]
+        end = max([found.stop, handed, *moved, *([load.end] if load else [])])
     partition = Partition(found.requested, max(end, found.stop))
     handed = min(handed, found.first_start if found.first_start is not None else end)
     partition.until(found.stop, PhaseName.PAUSE)
@@ -64,7 +64,7 @@ def attribute(traced: TracedMigration) -> Attribution:
         late = traced.destination.ended(traced.receives, found.stop) if traced.destination else []
         receives = [t for t in late if t.end_ns <= begin]
         received = max((t.end_ns for t in receives), default=None)
-        # Other threads may go on receiving memory meanwhile; they hold nobody up.
+        # Other threads may still receive memory at the same time. They do not delay the loading.
         loaders = {i.tid for i in restores}
         if any(t.tid in loaders and t.end_ns <= begin for t in traced.receives):
             receives = [t for t in receives if t.tid in loaders]
@@ -78,12 +78,12 @@ def _loading(traced: TracedMigration, found: Switchover, work: Work) -> Loading 
     if traced.destination is None:
         return None
     since = max(found.stop, work.state_from if work.state_from is not None else found.stop)
-    answered = [t.begin_ns for t in traced.own_transfers if t.direction == SEND]
-    return phases.loading(traced.destination.ioctls, since, found.first_start, answered)
+    sent_at = [t.begin_ns for t in traced.own_transfers if t.direction == SEND]
+    return phases.loading(traced.destination.ioctls, since, found.first_start, sent_at)
 
 
 def _handed(traced: TracedMigration, source: Process, found: Switchover, work: Work, load: Loading | None) -> int:
-    """When the last byte that the destination needed had left the source."""
+    """When the last byte that the destination needed left the source."""
     limit = found.first_start if found.first_start is not None else FOREVER
     sends = [t for t in traced.own_transfers if t.direction == SEND and t.end_ns > found.stop]
     if load is not None and traced.postcopy:
@@ -98,7 +98,7 @@ def _handed(traced: TracedMigration, source: Process, found: Switchover, work: W
 
 
 def _state_sent(sends: Sequence[Transfer], work: Work, load: Loading) -> int:
-    """In postcopy: the end of the state, which pages follow at once, while the destination has yet to load it."""
+    """In postcopy: when the last send of state ended. Pages follow before the destination loads the state."""
     state_from = work.state_from if work.state_from is not None else load.begin
     state = [t for t in sends if state_from <= t.begin_ns < load.begin]
     pages = next((index for index, t in enumerate(state) if t.bytes > PAGES_BYTES * t.calls), len(state))
@@ -109,7 +109,7 @@ def _state_sent(sends: Sequence[Transfer], work: Work, load: Loading) -> int:
 def _aborted(
     traced: TracedMigration, activity: source_work.Activity, source: Process, found: Switchover
 ) -> Attribution:
-    """The source took the guest back: it owns everything up to the re-entry."""
+    """The source resumed the guest: all time up to the re-entry belongs to the source."""
     back = found.first_start if found.first_start is not None else found.stop
     partition = Partition(found.requested, max(back, found.last_start or back))
     work = activity.work(back)
@@ -121,16 +121,16 @@ def _aborted(
     resume = resuming[0].begin_ns if resuming else back
     labels = {label for _, _, label in work.intervals}
     if source_work.SAVE in labels and not labels & {source_work.MEMORY, source_work.STATE}:
-        resume = last  # saved to where nobody answers: what is left is the wait for the word to go on
+        resume = last  # The state was saved without a receiver. The rest is the wait for the command to resume.
     phases.source(partition, found.stop, resume, activity.work(resume))
     partition.until(partition.end, PhaseName.RESUME)
     return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured, aborted=True), work)
 
 
 def _by_loaders(receives: list[Transfer], restores: list[Ioctl], until: int) -> list[Transfer]:
-    """What the threads that restore received before `until`; what all did, if those did not receive.
+    """The receives before `until` by the threads that restore; those of all threads if the former received nothing.
 
-    Other threads may go on receiving memory meanwhile; they hold nobody up.
+    Other threads may still receive memory at the same time. They do not delay the loading.
     """
     early = [t for t in receives if t.end_ns <= until]
     loaders = {i.tid for i in restores}
@@ -138,7 +138,7 @@ def _by_loaders(receives: list[Transfer], restores: list[Ioctl], until: int) -> 
 
 
 def _destination_alone(traced: TracedMigration) -> Attribution:
-    """Only the destination was traced: what it did from its first restore work after the memory on."""
+    """If only the destination was traced: the window begins with its first restore work after the memory."""
     destination = traced.destination
     if destination is None:
         return Attribution(None, phases.unseen())

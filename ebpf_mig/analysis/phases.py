@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attribution: which phase owns which instant of the window, and why.
+"""Assigns each instant of the window to a phase.
 
 In: the switchover's instants, the source's work after the stop, the destination's loading. Out: the phases of
-the breakdown, a partition of the window to the nanosecond.
+the breakdown, which partition the window to the nanosecond.
 
-The partition is made by construction: a `Partition` only ever moves a cursor forward, so spans cannot
-overlap, leave a hole or be negative, whatever the events say. The critical path decides between the sides:
-the source owns the instant until the last byte that the destination needed has left, then the destination
-does.
+A `Partition` only moves a cursor forward. So spans cannot overlap, leave a hole or be negative, whatever the events
+contain. The critical path decides between the sides: until the last byte that the destination needs has left the
+source, time belongs to the source. After that it belongs to the destination.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Ioctl, Transfer
 
 SHORT_NS = 1_000_000
-"""A wait between two kinds of work that no rule names belongs to the former up to this, else to nobody. Time in which
-the thread had lost its CPU is no wait of its choosing, and is not counted."""
+"""The longest wait that `_BETWEEN_SHORT` attributes. Time in which the thread was preempted does not count as
+waiting.
+"""
 
 SETUP_GAP_NS = 20_000_000
-"""Restore work after a longer rest, where the source was not traced, is another stretch."""
+"""If the source was not traced, a longer rest between two restore ioctls separates two stretches of restore work."""
 
 _CLOCK = frozenset({"SET_CLOCK", "GET_CLOCK", "KVMCLOCK_CTRL"})
-"""Start the guest's clock; part of resuming."""
+"""Ioctls on the guest's clock. They are part of resuming."""
 _READS = ("GET_", "HAS_", "CHECK_")
 
 
 @dataclass
 class Partition:
-    """Spans of one phase each, from `begin` on without holes."""
+    """Spans of one phase each, without holes, from `begin` on."""
 
     begin: int
     end: int
@@ -48,7 +48,7 @@ class Partition:
         self.cursor = self.begin
 
     def until(self, at: int, phase: PhaseName) -> None:
-        """Books everything from the cursor to `at`, at most to the window's end, to `phase`."""
+        """Assigns the time from the cursor to `at` to `phase`; it stops at the window's end."""
         at = min(at, self.end)
         if at <= self.cursor:
             return
@@ -59,9 +59,9 @@ class Partition:
         self.cursor = at
 
     def phases(self, unmeasured: Collection[PhaseName] = (), *, aborted: bool = False) -> list[breakdown.Phase]:
-        """Every phase, instants relative to the begin. `aborted`: the source resumed.
+        """Every phase, with instants relative to `begin`. `aborted`: the source resumed.
 
-        Those that were not visited took no time, but the `unmeasured`, of which that is not known.
+        A phase without spans has the duration 0, or None if it is one of the `unmeasured`.
         """
         self.until(self.end, PhaseName.UNATTRIBUTED)
         result = []
@@ -74,7 +74,7 @@ class Partition:
 
 
 def unseen() -> list[breakdown.Phase]:
-    """Every phase where there is no window: none was measured."""
+    """Every phase with the duration None, for a migration without a window."""
     return [breakdown.Phase(phase=name, side=side, duration_ns=None, spans=[]) for name, side in breakdown.PHASES]
 
 
@@ -89,7 +89,7 @@ _BETWEEN = {
     (FETCH, FETCH): PhaseName.FETCH_USER,
     (FETCH, CLEAR): PhaseName.FETCH_USER,
     (FETCH, MEMORY): PhaseName.FETCH_USER,
-    # Nothing was found to send; the state is being written down.
+    # The fetch found no dirty page; the state is being saved.
     (FETCH, STATE): PhaseName.STATE_SAVE,
     (MEMORY, MEMORY): PhaseName.MEMORY_SEND,
     (MEMORY, CLEAR): PhaseName.MEMORY_SEND,
@@ -105,7 +105,7 @@ _BETWEEN = {
     (REPLY, STATE): PhaseName.HANDOVER,
     (REPLY, REPLY): PhaseName.HANDOVER,
 }
-"""Who owns the time between two kinds of work; a pair that is not here is unattributed."""
+"""The phase of the time between two kinds of work. The time between any other pair is unattributed."""
 _BETWEEN_SHORT = {
     (FETCH, SAVE): PhaseName.FETCH_USER,
     (MEMORY, SAVE): PhaseName.MEMORY_SEND,
@@ -115,7 +115,7 @@ _BETWEEN_SHORT = {
 
 
 def source(partition: Partition, stop: int, until: int, work: Work) -> None:
-    """Books [stop, until) to the source's phases."""
+    """Assigns [stop, until) to the source's phases."""
     previous: int | None = None
     for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
         if label == REPLY and previous not in (MEMORY, STATE, REPLY):
@@ -123,12 +123,12 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
         waited = begin - partition.cursor - covered(work.preempted, (partition.cursor, begin))
         partition.until(begin, _between(previous, label, waited, work.fetched is not None))
         if label == REPLY:
-            # Waiting for the answer to pages is part of sending them; to state, it is the destination's turn.
+            # Waiting for a reply to pages is part of sending them. A reply to state means that the destination works.
             partition.until(end, PhaseName.MEMORY_SEND if previous == MEMORY else PhaseName.HANDOVER)
         else:
             partition.until(end, _INSIDE[label])
         if label == MEMORY and previous is None and work.fetched is not None and end <= work.fetched:
-            # The tail of the last pass; the VM is still being quieted.
+            # The tail of the last pass. The VM's devices are still being stopped.
             continue
         previous = _after(previous, label)
     if previous is None:
@@ -139,14 +139,14 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
 
 
 def _after(previous: int | None, label: int) -> int:
-    """A CLEAR amid the sending, or the answer to pages, does not end the sending."""
+    """The kind of work that goes on after `label`. A CLEAR or a reply while pages are sent does not end the sending."""
     if label == CLEAR:
         return MEMORY if previous == MEMORY else FETCH
     return MEMORY if label == REPLY and previous == MEMORY else label
 
 
 def _between(previous: int | None, following: int, gap: int, fetched: bool) -> PhaseName:
-    """Which phase owns the `gap` between two kinds of work. `fetched`: there was a fetch after the stop."""
+    """The phase of the `gap` between two kinds of work. `fetched`: there was a fetch after the stop."""
     if previous is None:
         return PhaseName.QUIESCE
     pair = previous, following
@@ -159,7 +159,7 @@ def _between(previous: int | None, following: int, gap: int, fetched: bool) -> P
 
 
 def _flatten(begin: int, end: int, intervals: Sequence[source_work.Interval]) -> list[source_work.Interval]:
-    """Overlapping intervals as a row of disjoint ones, cut to [begin, end); the lowest label wins."""
+    """The intervals cut to [begin, end) and made disjoint. Where they overlap, the lowest label wins."""
     changes: list[tuple[int, int, int]] = []
     for opened, closed, label in intervals:
         first, last = max(opened, begin), min(closed, end)
@@ -184,25 +184,25 @@ def _flatten(begin: int, end: int, intervals: Sequence[source_work.Interval]) ->
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """The destination's restoring of the state."""
+    """When the destination restored the state."""
 
     begin: int
     end: int
 
 
 def is_restore(ioctl: Ioctl) -> bool:
-    """Work that builds up the VM: setters, memslots, vCPUs, routing."""
+    """Whether the ioctl builds up the VM: it sets state, memslots or routing, or creates vCPUs."""
     name = kvm.name_of(ioctl.cmd)
     dirty_log = name in ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
     return not (name in _CLOCK or dirty_log or name.startswith(_READS))
 
 
-def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Sequence[int]) -> Loading | None:
-    """The restoring that follows `since`, the source's first send of state (or the stop), before `start`.
+def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, sent_at: Sequence[int]) -> Loading | None:
+    """The restore work between `since` and `start`. `since` is the source's first send of state, or the stop.
 
-    It ends with the last setter of vCPU state before the clock is set. Where the source still said something
-    after that (`answered`: its sends), it ended with the last restore work before: Cloud Hypervisor restores
-    its devices after the vCPUs, answers, and is told to resume.
+    It ends with the last setter of vCPU state before the clock is set. If the source sent something after that
+    (`sent_at`: when it sent), it ends with the last restore ioctl before that send. Cloud Hypervisor restores its
+    devices after the vCPUs, replies, and then gets the request to resume.
     """
     work = [i for i in ioctls if i.begin_ns >= since and (start is None or i.begin_ns < start)]
     restores = [i for i in work if is_restore(i)]
@@ -213,17 +213,17 @@ def loading(ioctls: Sequence[Ioctl], since: int, start: int | None, answered: Se
     clock = next((i.begin_ns for i in work if i.begin_ns > begin and kvm.name_of(i.cmd) in _CLOCK), None)
     before = [i for i in setters if clock is None or i.begin_ns < clock] or setters or restores
     end = max(i.end_ns for i in before)
-    told = next((at for at in answered if at >= end and (start is None or at < start)), None)
-    if told is not None:
-        end = max([end, *(i.end_ns for i in restores if i.begin_ns < told)])
+    request = next((at for at in sent_at if at >= end and (start is None or at < start)), None)
+    if request is not None:
+        end = max([end, *(i.end_ns for i in restores if i.begin_ns < request)])
     return Loading(begin, end)
 
 
 def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int, until: int) -> list[tuple[int, int]]:
-    """Stretches of [since, until) in which the destination, amid loading, waited for bytes that had been sent.
+    """Stretches of [since, until) in which the destination stopped loading to wait for bytes that had been sent.
 
-    Each ends with a receive and lies more than SHORT_NS behind the destination's last ioctl or receive. Calls that were
-    folded into one run with restoring amid them tell nothing.
+    Each ends with a receive, and is the time since the destination's previous ioctl or receive if that is more than
+    SHORT_NS. A batch of calls with restore work in between is left out: it does not show when the bytes arrived.
     """
     begins = [i.begin_ns for i in restores]
     late = [t for t in receives if t.end_ns > since]
@@ -250,9 +250,9 @@ def destination(
     start: int,
     waits: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Books everything from `handed` on to the destination's phases.
+    """Assigns the time from `handed` on to the destination's phases.
 
-    `waits` are stretches amid the loading in which it waited for bytes on the wire: handover, too.
+    `waits` are the stretches of the loading in which it waited for bytes on the wire. They belong to the handover.
     """
     if load is None:
         partition.until(max(handed, received or handed), PhaseName.HANDOVER)
@@ -268,15 +268,16 @@ def destination(
 
 
 def is_resume(ioctl: Ioctl) -> bool:
-    """On a source that takes its guest back: sets the clock, writes registers back."""
+    """Whether the ioctl resumes a guest on the source after an abort: it sets the clock or writes registers back."""
     return kvm.name_of(ioctl.cmd) in (kvm.VCPU_STATE_SET | {"SET_CLOCK"})
 
 
 def last_loading(ioctls: Sequence[Ioctl], start: int) -> Loading | None:
-    """The stretch of restore work that loaded the vCPUs, without the set-up of the VM before the migration.
+    """The restore work that loaded the vCPUs, without the VM's set-up before the migration.
 
-    A VM that was started with `-S` waits after that for its manager, as long as that takes; setting the clock and
-    devices going again then is no loading. So it is the last stretch that sets vCPU state before the clock is set.
+    A VM that was started with `-S` then waits for its manager, for any length of time. Setting the clock and restarting
+    the devices after that wait is not loading. So the result is the last stretch that sets vCPU state before the clock
+    is set.
     """
     work = [i for i in ioctls if is_restore(i) and i.begin_ns < start]
     if not work:

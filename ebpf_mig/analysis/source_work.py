@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the source does between its last vCPU's stop and its last needed byte, named by phase.
+"""The source's work between its last vCPU's stop and the last byte that the destination needs, labelled by kind.
 
 In: its dirty-log ioctls, sends, replies and other KVM ioctls after the stop. Out: labelled intervals that may
-overlap; `phases.py` cuts them into a partition.
+overlap; `phases.py` turns them into a partition.
 
-The order of the steps is not assumed. QEMU up to 9.2 reads the vCPUs' registers before it fetches, from 10.0
-on after it has sent the memory; Cloud Hypervisor from v53 on fetches once more after it has saved the state.
+No order of the steps is assumed. QEMU up to 9.2 reads the vCPUs' registers before it fetches; from 10.0 on it reads
+them after it has sent the memory. Cloud Hypervisor from v53 on fetches once more after it has saved the state.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, OffCpu, Transfer
 
 CLUSTER_NS = 1_000_000
-"""Sends further apart than this are not one message, where no reply tells messages apart."""
+"""Without replies to separate messages, sends further apart than this belong to different messages."""
 PAGE = 4096
 
 FETCH, CLEAR, MEMORY, STATE, SAVE, REPLY = range(6)
-"""Labels of intervals, in order of priority where they overlap."""
+"""Labels of intervals. Where intervals overlap, the lower label has priority."""
 
 Interval = tuple[int, int, int]
 """Begin, end, label."""
@@ -43,15 +43,15 @@ class Work:
     """End of the last ioctl of the stop itself (clock reads, device stops)."""
     fetched: int | None
     """Begin of the first fetch after the stop."""
-    folded: int
-    """Sends that were recorded as one batch of calls although state was saved in between."""
+    coalesced: int
+    """The number of batches of sends during which state was saved."""
     preempted: Sequence[tuple[int, int]] = ()
-    """Stretches in which the thread that sends had lost its CPU, in order."""
+    """Stretches in which a sending thread was preempted, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """All that the source did after its last vCPU's stop, in order; `observe` collects it once."""
+    """All of the source's activity after its last vCPU's stop, in order. `observe` collects it once."""
 
     stop: int
     bursts: Sequence[Burst]
@@ -59,14 +59,14 @@ class Activity:
     sends: Sequence[Transfer]
     """On the migration's sockets."""
     replies: Sequence[Transfer]
-    """Receives by the threads that send, by their end."""
+    """Receives by the sending threads, in order of their end."""
     ioctls: Sequence[Ioctl]
-    """Its KVM ioctls apart from the dirty log's."""
+    """Its KVM ioctls, without those on the dirty log."""
     waits: Sequence[OffCpu]
-    """When its threads were off the CPU."""
+    """Its threads' times off the CPU."""
 
     def work(self, until: int) -> Work:
-        """What of it began before `until`, by kind: when the source's turn ended is known only after a first look."""
+        """The activity that began before `until`, by kind. A first call finds where the source's part ended."""
         bursts = [b for b in self.bursts if b.begin < until]
         fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
         sends = [t for t in self.sends if t.begin_ns < until and not _announces(t, self.stop, fetched)]
@@ -76,13 +76,13 @@ class Activity:
         intervals = [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for burst in bursts for i in burst.ioctls]
         intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
         intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in self.replies]
-        folded = 0
+        coalesced = 0
         state_from: list[int] = []
         for send, state in zip(sends, carries_state, strict=True):
             pieces = [(send.begin_ns, send.end_ns, STATE if state else MEMORY)]
             if not state and send.calls > 1:
-                pieces = _unfold(send, saves)
-                folded += len(pieces) - 1
+                pieces = _split_batch(send, saves)
+                coalesced += len(pieces) - 1
             intervals += pieces
             state_from += [begin for begin, _, label in pieces if label == STATE]
         return Work(
@@ -93,15 +93,15 @@ class Activity:
                 (i.end_ns for i in others if not saves or i.begin_ns < saves[0].begin_ns), default=self.stop
             ),
             fetched=fetched,
-            folded=folded,
+            coalesced=coalesced,
             preempted=_preempted(self.waits, {send.tid for send in sends}, self.stop),
         )
 
 
 def observe(source: Process, stop: int, bursts: Sequence[Burst], transfers: Sequence[Transfer]) -> Activity:
-    """What `source` did from `stop` on.
+    """The activity of `source` from `stop` on.
 
-    `bursts` are its fetches, `transfers` those on the migration's sockets in both directions.
+    `bursts` are its fetches. `transfers` are its transfers on the migration's sockets, in both directions.
     """
     late = [t for t in transfers if t.end_ns > stop]
     answers = [t for t in late if t.direction == RECEIVE]
@@ -117,7 +117,7 @@ def observe(source: Process, stop: int, bursts: Sequence[Burst], transfers: Sequ
 
 
 def _preempted(waits: Sequence[OffCpu], tids: Collection[int], since: int) -> list[tuple[int, int]]:
-    """When a thread could run but did not; of several at once, the first."""
+    """When one of the threads was preempted. If several overlap, the first counts."""
     found: list[tuple[int, int]] = []
     for wait in waits:
         if wait.preempted and wait.tid in tids and wait.end_ns > since and (not found or wait.begin_ns >= found[-1][1]):
@@ -126,28 +126,28 @@ def _preempted(waits: Sequence[OffCpu], tids: Collection[int], since: int) -> li
 
 
 def is_vcpu_read(ioctl: Ioctl) -> bool:
-    """Reads a vCPU's registers; on a stopped VM that is state being saved."""
+    """Whether the ioctl reads a vCPU's registers. On a stopped VM it saves state."""
     return kvm.name_of(ioctl.cmd) in kvm.VCPU_STATE_GET
 
 
 def _announces(send: Transfer, stop: int, fetched: int | None) -> bool:
-    """A few bytes between the stop and the final fetch announce the switchover (QEMU 10.0 and later)."""
+    """Whether the send announces the switchover: a few bytes between stop and final fetch (QEMU 10.0 and later)."""
     return fetched is not None and stop <= send.begin_ns < fetched and send.bytes < PAGE
 
 
 def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
-    """KVM ioctls that save state: all from the first that reads registers, or from the first fetch or send.
+    """KVM ioctls that save state: all from the first read of registers on, or from the first fetch or send on.
 
-    What comes earlier belongs to the stop itself: QEMU's handlers of the run state read clock, PIT and TSC
-    and take down ioeventfds, Cloud Hypervisor tells the guest's clock.
+    Earlier ones belong to the stop itself. QEMU's run-state handlers read clock, PIT and TSC and remove ioeventfds.
+    Cloud Hypervisor notifies the guest of the pause (KVMCLOCK_CTRL).
     """
     reads = [i.begin_ns for i in others if is_vcpu_read(i)]
     starts = [*recognised, *reads[:1]]
     return [i for i in others if i.begin_ns >= min(starts)] if starts else []
 
 
-def _unfold(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:
-    """A batch of calls during which state was saved carried memory before that, and state after."""
+def _split_batch(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:
+    """The parts of a batch of calls. If state was saved during it, it carried memory before that and state after."""
     begins = [i.begin_ns for i in saves]
     first, until = bisect_left(begins, send.begin_ns), bisect_left(begins, send.end_ns)
     within = [i for i in saves[first:until] if i.end_ns <= send.end_ns]
@@ -168,7 +168,7 @@ def _state_sends(
     elif sends and begins:
         at = bisect_left(begins, sends[0].begin_ns)
         if at == len(begins):
-            # Nothing is saved after the first send, so all of it was saved before: no memory is left to send.
+            # No state is saved after the first send, so all state was saved before it: no memory is left to send.
             return [True] * len(sends)
     else:
         at = len(begins)
@@ -191,8 +191,8 @@ def _memory_after(
 ) -> None:
     """Marks the first message after a later fetch as memory, if it looks like pages.
 
-    Cloud Hypervisor sends what this fetch found, if anything, and then the state. Each message is answered;
-    pages go out in whole multiples of the page size, the rest of its messages do not.
+    Cloud Hypervisor sends the pages that this fetch found, if any, and then the state. Each message gets a reply.
+    Messages with pages are whole multiples of the page size; its other messages are not.
     """
     first = bisect_left(sends, fetch, key=lambda send: send.begin_ns)
     until = bisect_left(sends, end, key=lambda send: send.begin_ns) if end is not None else len(sends)

@@ -28,7 +28,7 @@ def booked(
 ) -> dict[str, int]:
     """Phases of [0, until) with the source doing `intervals`."""
     partition = Partition(0, until)
-    work = Work(intervals, None, memory=[], quiet_until=quiet, fetched=fetched, folded=0, preempted=preempted)
+    work = Work(intervals, None, memory=[], quiet_until=quiet, fetched=fetched, coalesced=0, preempted=preempted)
     phases.source(partition, 0, until, work)
     return durations(partition)
 
@@ -161,21 +161,21 @@ class TestLoading:
             ],
             since=0,
             start=100,
-            answered=(),
+            sent_at=(),
         )
         assert found == phases.Loading(10, 40)
 
     def test_reads_clock_and_dirty_log_are_not_restoring(self) -> None:
         rest = [ioctl(n, 10, 20) for n in ("GET_REGS", "SET_CLOCK", "KVMCLOCK_CTRL", "GET_DIRTY_LOG")]
-        assert phases.loading(rest, since=0, start=None, answered=()) is None
+        assert phases.loading(rest, since=0, start=None, sent_at=()) is None
 
     def test_setup_before_the_migration_does_not_count(self) -> None:
         early, late = ioctl("SET_REGS", 10, 20), ioctl("SET_REGS", 110, 120)
-        assert phases.loading([early, late], since=100, start=200, answered=()) == phases.Loading(110, 120)
+        assert phases.loading([early, late], since=100, start=200, sent_at=()) == phases.Loading(110, 120)
 
     def test_goes_on_while_the_source_has_yet_to_say_go(self) -> None:
         work = [ioctl("SET_REGS", 10, 20), ioctl("IRQFD", 30, 40), ioctl("IRQFD", 60, 70)]
-        assert phases.loading(work, since=0, start=100, answered=[5, 50]) == phases.Loading(10, 40)
+        assert phases.loading(work, since=0, start=100, sent_at=[5, 50]) == phases.Loading(10, 40)
 
 
 def receive(begin: int, end: int) -> Transfer:
