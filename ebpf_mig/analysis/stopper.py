@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who asked the source's vCPUs to stop, and when.
+"""Which thread requested the source's vCPUs to stop, and when.
 
 In: the source's kicks and the threads that work on the migration. Out: a `Stopper`.
 """
@@ -20,23 +20,24 @@ class Workers:
     """The threads that work on the migration."""
 
     fetchers: frozenset[int]
-    """They fetch the dirty log; the dirty ring's reaper is among them."""
+    """Threads that fetch the dirty log, including the dirty ring's reaper."""
     senders: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Stopper:
-    """Who asked the vCPUs to stop, and when it first asked each: kicks by vCPU index."""
+    """The thread that requested the stop, and its first kick of each vCPU by vCPU index."""
 
     tid: int | None
     kicks: dict[int, int]
 
 
 def find(source: Process, stop: int, workers: Workers) -> Stopper:
-    """The thread that stopped all vCPUs, of those that kicked one in the gap around `stop`.
+    """The thread that stopped the vCPUs, of the threads that kicked one in the gap around `stop`.
 
-    A throttle's timer and the dirty ring's reaper kick them as well, and mean something else. So a thread that sends
-    for the migration comes first, then one that fetches; of several the one that kicked most vCPUs, then the earliest.
+    A throttle's timer and the dirty ring's reaper kick vCPUs for other reasons. So a thread that sends for the
+    migration is preferred, then one that fetches. Of several, the one that kicked the most vCPUs is chosen, then the
+    earliest.
     """
     first: dict[int, dict[int, int]] = {}
     for index, line in source.vcpus.items():
@@ -51,7 +52,7 @@ def find(source: Process, stop: int, workers: Workers) -> Stopper:
     chosen = min(first, key=rank)
     if chosen in workers.senders | workers.fetchers:
         return Stopper(chosen, first[chosen])
-    # None of them is known to migrate: whoever came first, and all that followed.
+    # None of them is known to work on the migration: take the first one, with the kicks of all of them.
     earliest: dict[int, int] = {}
     for kicks in first.values():
         for index, at in kicks.items():

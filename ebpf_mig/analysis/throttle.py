@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that a VMM kept its vCPUs out of the guest on purpose, to slow it down, before it asked them to stop.
+"""Throttling: time before the pause request in which the VMM held its vCPUs outside the guest to slow it down.
 
 In: the source's vCPUs, kicks and ioctls. Out: the stretches, and a row of the breakdown.
 
-Two ways are known. Auto-converge: a timer kicks each vCPU, whose thread then sleeps (QEMU: system/cpu-throttle.c,
-`cpu_throttle_thread`; the timer runs in the main loop, the stop is asked for by the migration thread). Dirty limit: the
-vCPU's ring is full, its thread resets the rings and sleeps (system/dirtylimit.c, `dirtylimit_vcpu_execute`).
+Two mechanisms are known. With auto-converge, a timer kicks each vCPU and its thread then sleeps (QEMU:
+system/cpu-throttle.c, `cpu_throttle_thread`). The timer runs in the main loop; the migration thread requests the pause.
+With the dirty limit, the vCPU's ring is full, and its thread resets the rings and sleeps (system/dirtylimit.c,
+`dirtylimit_vcpu_execute`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from ebpf_mig.breakdown import Span, Throttled
 from ebpf_mig.recording.events import Ioctl, Kick
 
 LEAST_NS = 1_000_000
-"""A shorter stretch without guest is an ordinary exit that took its time."""
+"""A shorter stretch outside the guest is an ordinary long exit."""
 ALONE_NS = 20_000_000
-"""A throttle acts again and again; a single stretch is taken for one only if it is this long."""
+"""Throttling repeats. A single stretch counts as throttling only if it is this long."""
 
 
 def stretches(source: Process, until: int, stopping: int | None) -> list[Span]:
-    """Stretches before `until`, a pause request of thread `stopping`, in which the VMM kept all vCPUs out.
+    """Stretches before `until` in which throttling held all vCPUs outside the guest. The last one is cut at `until`.
 
-    Judged by the vCPU that left the guest last. The last stretch is cut at `until`.
+    `until` is the pause request, made by thread `stopping`. The vCPU that left the guest last decides whether a gap is
+    throttling.
     """
     by_begin = {gap.begin: line for line in source.vcpus.values() for gap in line.gaps if gap.begin is not None}
     found: list[Span] = []
@@ -40,7 +42,7 @@ def stretches(source: Process, until: int, stopping: int | None) -> list[Span]:
 
 
 def _kept_out(source: Process, line: Timeline, stretch: Span, stopping: int | None) -> bool:
-    """Did somebody else than the thread that stops vCPUs send it out, or did it sleep after a reset of its ring?"""
+    """Whether a thread other than `stopping` kicked the vCPU out, or the vCPU slept after a reset of its ring."""
     gap = line.covering(stretch[0])
     kicks = source.kicks_by_tid.get(line.tid, [])
     begin = bisect_left(kicks, gap.entry or 0 if gap else 0, key=_at)
@@ -60,7 +62,7 @@ def _begin(ioctl: Ioctl) -> int:
 
 
 def observe(source: Process | None, since: int, requested: int, stopping: int | None) -> Throttled | None:
-    """What throttling took from the guest from `since` to the pause request; None if nothing was seen."""
+    """The time that throttling took from the guest between `since` and the pause request; None if none was seen."""
     found = [s for s in stretches(source, requested, stopping) if s[0] >= since] if source else []
     if not found:
         return None
