@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The completeness verdict.
+"""The completeness verdict: how far the result can be relied upon.
 
-In: the ending, the header, the marks, what was found. Out: the `Completeness`.
+In: the recording's header, ending and cost readings, the two sides, the window, the source's sends. Out: the
+`Completeness`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ebpf_mig.breakdown import Completeness, Verdict
 from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
-"""Signals without which phases have holes; the others only add detail."""
+"""Signals that the phases need. The other signals only add detail."""
 
 _NO_CARRIER = (
     "no send of the migration was recognised: what carries it (a pipe, a file, RDMA) is not known, and phases in which "
@@ -28,7 +29,7 @@ def completeness(
     window: tuple[int, int] | None,
     sends: Sequence[Transfer],
 ) -> Completeness:
-    """How far the result can be relied upon. `sends`: what the source sent for the migration."""
+    """The verdict and its reasons. `sends` are the source's sends for the migration."""
     ending = material.ending
     lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
     holes: list[str] = []
@@ -64,17 +65,17 @@ def completeness(
 
 def _silent(process: Process) -> str:
     assert process.target is not None  # noqa: S101 - asked before
-    return f"no event of process {process.pid} ({process.target.role}) was seen: has it a KVM VM, on this host?"
+    return f"no event of process {process.pid} ({process.target.role}) was seen: does it run a KVM VM on this host?"
 
 
 def _loss(name: str, count: int) -> str:
     if name == RECURSION_MISSES:
-        return f"{count} runs of our programs were left out by the kernel (recursion_misses): calls may have no event"
+        return f"the kernel skipped {count} runs of our BPF programs (recursion_misses): some calls may have no event"
     return f"{count} events of {name} were lost in the kernel"
 
 
 def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | None, int | None]:
-    """Run time of our BPF programs in the window: (at least, at most), by the readings in and around it."""
+    """Run time of our BPF programs in the window, in ns: (at least, at most), from the readings in and around it."""
     if window is None or not material.costs:
         return None, None
     if material.header.remote is None:
@@ -90,7 +91,7 @@ def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | Non
 
 
 def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int | None]:
-    """What one kernel's readings say: (at least, at most)."""
+    """Run time in the window according to one kernel's readings, in ns: (at least, at most)."""
     before = [run for at, run in readings if at <= window[0]]
     after = [run for at, run in readings if at >= window[1]]
     within = [run for at, run in readings if window[0] <= at <= window[1]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Postcopy: pages that the destination fetches, while the guest is dark and after its start.
+"""Postcopy: the pages that the destination fetches during the blackout and after the guest's start.
 
 In: a `TracedMigration`. Out: a row of the breakdown.
 """
@@ -15,7 +15,7 @@ from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 
 def observe(traced: TracedMigration) -> Postcopy | None:
-    """What was fetched when; None in another mode, or where the start or the destination was not seen."""
+    """What was fetched before and after the start; None in another mode, or if there is no start or destination."""
     found, destination = traced.switchover, traced.destination
     if found is None or destination is None or found.first_start is None or not traced.postcopy:
         return None
@@ -32,8 +32,8 @@ def observe(traced: TracedMigration) -> Postcopy | None:
 
 
 def _served(transfers: list[Transfer], begin: int, end: int) -> Served:
-    """What lies in [begin, end); of a run of calls across a border, the share of its time."""
-    size = asked = waited = 0.0
+    """The transfers in [begin, end). A batch of calls that is partly inside counts in proportion to its time inside."""
+    size = requests = waited = 0.0
     known = True
     for transfer in transfers:
         length = transfer.end_ns - transfer.begin_ns
@@ -42,9 +42,9 @@ def _served(transfers: list[Transfer], begin: int, end: int) -> Served:
             continue
         share = inside / length if length else 1.0
         if transfer.direction == SEND:
-            asked += transfer.calls * share
+            requests += transfer.calls * share
             continue
         size += transfer.bytes * share
         waited += transfer.off_cpu_ns * share
         known = known and transfer.off_cpu_ns >= 0
-    return Served(bytes=round(size), asked=round(asked), waited_ns=round(waited) if known else None)
+    return Served(bytes=round(size), asked=round(requests), waited_ns=round(waited) if known else None)

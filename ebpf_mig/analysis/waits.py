@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time off the CPU: the longest waits in the window, and how much of a span a thread was off the CPU.
 
-In: off-CPU events, the window's phases, the threads that drive the migration; of ioctls and sends the thread's running
-total of time off the CPU. Out: rows of the breakdown; parts of given spans.
+In: off-CPU events, the window's phases, the threads that drive the migration, and each thread's running total of time
+off the CPU, which ioctls and sends carry. Out: rows of the breakdown; the off-CPU part of given spans.
 
-A VMM has many threads that sleep all the time and hold nobody up. Only those count that move the migration (they
-fetch, send, receive or restore), and vCPU threads while vCPUs are being stopped or started.
+Many threads of a VMM sleep most of the time without delaying the migration. Only waits of threads that drive the
+migration count (they fetch, send, receive or restore), and waits of vCPU threads while vCPUs are stopped or started.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ebpf_mig.recording.events import OffCpu
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
 MOST_WAITS = 10
-"""Waits that are kept, the longest first."""
+"""The number of waits that are reported, the longest first."""
 SLACK_NS = 20_000
-"""How far a span's end may be from the begin or return of a call, where the total is known."""
+"""The running total is known at the begin and return of calls. A span's ends may be this far from such an instant."""
 _SOURCE = tuple(name for name, side in PHASES if side == Side.SOURCE)
 _DESTINATION = (PhaseName.HANDOVER, PhaseName.STATE_LOAD, PhaseName.RESUME)
 _OWN = {Side.SOURCE: _SOURCE, Side.DESTINATION: _DESTINATION, Side.BOTH: _SOURCE + _DESTINATION}
-"""The phases in which a side's waits hold the migration up."""
+"""The phases in which a side's waits delay the migration."""
 _VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)
 PREEMPTED = "(preempted)"
-"""It could run, no quota held it back meanwhile: another thread had the CPU."""
+"""The thread was runnable and no quota throttled it: another thread had the CPU."""
 CPU_QUOTA = "(CPU quota)"
-"""It could run, and its control groups were held back for about as long."""
+"""The thread was runnable, and the CPU quota throttled its control groups for about as long."""
 RUNNABLE = "(runnable, not running)"
-"""It could run and did not; what kept it is not known."""
+"""The thread was runnable but did not run, for an unknown reason."""
 QUOTA_SHARE = 0.9, 2.0
-"""For the quota to be the reason of a wait, the control groups were held back for between these shares of it: a short
-wait beside a long throttling can have another reason."""
+"""The quota is the reason of a wait if it throttled the control groups for between these shares of the wait. A short
+wait next to a long throttling can have another reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,22 @@ class Party:
 
     process: Process
     side: Side
-    """BOTH: a source that takes its guest back."""
+    """BOTH: a source that resumed its guest."""
     drivers: frozenset[int]
     """Threads whose waits count in every phase of the side."""
     senders: frozenset[int] = frozenset()
-    """Threads that only send; idle most of the time."""
+    """Threads that only send. They are idle most of the time."""
 
 
 def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Wait]:
-    """The longest waits of all sides. Each is booked to the phase it overlaps most, and cut to it."""
+    """The longest waits of all sides. Each is assigned to the phase that it overlaps most, and cut to it."""
     covers = {p.phase: Cover((origin + begin, origin + end) for begin, end in p.spans) for p in phases}
     spans = [span for phase in phases for span in phase.spans]
     first, last = (origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0))
     found: list[tuple[int, int, Wait]] = []
     for party in parties:
         vcpus = frozenset(line.tid for line in party.process.vcpus.values())
-        # Nearly all lie before the window: a destination waits for every byte of the pre-copy.
+        # Nearly all waits lie before the window: a destination waits for every byte of the pre-copy.
         near = [
             e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
         ]
@@ -80,7 +80,7 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
 
 
 def _not_running(process: Process, wait: OffCpu) -> str:
-    """Why a thread that could run did not, as far as that is proven: the control groups' time around the wait tells."""
+    """Why a runnable thread did not run, as far as the control groups' throttled time around the wait shows it."""
     before = [reading for reading in process.quotas if reading.at_ns <= wait.begin_ns]
     after = [reading for reading in process.quotas if reading.at_ns >= wait.end_ns]
     if not before or not after:
@@ -102,7 +102,7 @@ def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName
 
 
 class OffCpuTotals:
-    """The totals of some threads, at the instants at which they are known."""
+    """The running totals of some threads' time off the CPU, at the instants at which they are known."""
 
     def __init__(self, process: Process, tids: Collection[int]) -> None:
         points: dict[int, list[tuple[int, int]]] = {tid: [] for tid in sorted(tids)}
@@ -115,7 +115,7 @@ class OffCpuTotals:
         self._points = [sorted(known) for known in points.values() if known]
 
     def within(self, spans: Iterable[Span]) -> int | None:
-        """Time off the CPU in the spans; None if a span does not lie between two calls of one of the threads."""
+        """Time off the CPU in the spans, in ns; None if a span does not lie between two calls of one thread."""
         total = 0
         for begin, end in spans:
             found = next((off for known in self._points if (off := _between(known, begin, end)) is not None), None)
@@ -133,7 +133,7 @@ def _between(known: list[tuple[int, int]], begin: int, end: int) -> int | None:
 
 
 def _nearest(known: list[tuple[int, int]], at: int) -> int | None:
-    """The total at the known instant next to `at`, None if that is too far away."""
+    """The total at the known instant nearest to `at`; None if that is too far away."""
     index = bisect_left(known, (at, -1))
     near = min(known[max(0, index - 1) : index + 1], key=lambda point: abs(point[0] - at))
     return near[1] if abs(near[0] - at) <= SLACK_NS else None

@@ -282,7 +282,7 @@ def test_programs_that_the_kernel_did_not_run_make_the_result_incomplete() -> No
     found = script.result().breakdown.completeness
     assert (found.verdict, found.lost) == ("incomplete", {"recursion-misses": 2})
     assert found.reasons == [
-        "2 runs of our programs were left out by the kernel (recursion_misses): calls may have no event"
+        "the kernel skipped 2 runs of our BPF programs (recursion_misses): some calls may have no event"
     ]
 
 
