@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events of a recording by process, cleaned and in time order.
+"""Splits the events of a recording by process, repaired and in time order.
 
-In: a recording, its events in any order. Out: one `Process` a traced pid, the marks, the ending.
+In: a recording, its events in any order. Out: one `Process` for each traced pid, the marks, the ending.
 
-Events come from a file and may be anything: calls whose begin was not seen, or lies after their end, become
-calls of no length, so that no later step can meet a negative duration. Sorting is by the whole event, so
-that the result does not depend on the order of the input.
+Events come from a file and can contain anything. A call without a begin, or with a begin after its end, becomes a call
+of length 0, so that later steps never see a negative duration. Events are sorted by all their fields, so that the
+result does not depend on the order of the input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ebpf_mig.recording.kinds import KINDS
 
 
 def key_of(transfer: ev.Transfer) -> int:
-    """The socket's inode; without one, a negative number made of the file descriptor."""
+    """The socket's inode; if it is unknown, a negative number made from the file descriptor."""
     return transfer.socket if transfer.socket else -1 - transfer.fd
 
 
@@ -39,13 +39,13 @@ _Timed = TypeVar("_Timed", ev.Ioctl, ev.Transfer)
 
 
 def begun(events: list[_Timed], since: int) -> list[_Timed]:
-    """Those that began at `since` or later, of events in order."""
+    """The events that began at `since` or later. `events` are in order of their begin."""
     return events[bisect_left(events, since, key=attrgetter("begin_ns")) :]
 
 
 @dataclass(frozen=True)
 class Process:
-    """One traced process; every list is in time order. Derived values are computed once, on first use."""
+    """One traced process. Every list is in time order. Derived values are computed once, on first use."""
 
     pid: int
     target: ev.Target | None = None
@@ -55,8 +55,8 @@ class Process:
     states: list[ev.VcpuState] = field(default_factory=list)
     kicks: list[ev.Kick] = field(default_factory=list)
     transfers: list[ev.Transfer] = field(default_factory=list)
-    told: list[ev.Socket] = field(default_factory=list)
-    named: list[ev.Thread] = field(default_factory=list)
+    socket_events: list[ev.Socket] = field(default_factory=list)
+    thread_events: list[ev.Thread] = field(default_factory=list)
     slots: list[ev.Slot] = field(default_factory=list)
     off_cpu: list[ev.OffCpu] = field(default_factory=list)
     segments: list[ev.Segment] = field(default_factory=list)
@@ -68,14 +68,14 @@ class Process:
 
     @property
     def hint(self) -> str:
-        """The role the user gave it: a `Side`."""
+        """The role that the user gave it: a `Side`."""
         return self.target.role if self.target else Side.UNKNOWN
 
     @property
     def was_seen(self) -> bool:
-        """Whether the kernel reported any event of it. Thread names do not count: they are from /proc."""
-        calls = self.ioctls or self.enters or self.exits or self.states or self.kicks or self.transfers or self.told
-        return bool(calls or self.off_cpu or self.spans)
+        """Whether the kernel reported any event of it. Thread names do not count, because they come from /proc."""
+        calls = self.ioctls or self.enters or self.exits or self.states or self.kicks or self.transfers
+        return bool(calls or self.socket_events or self.off_cpu or self.spans)
 
     @cached_property
     def dirty_log(self) -> list[ev.Ioctl]:
@@ -84,12 +84,12 @@ class Process:
 
     @cached_property
     def other_ioctls(self) -> list[ev.Ioctl]:
-        """All others."""
+        """All other ioctls."""
         return [ioctl for ioctl in self.ioctls if not kvm.is_dirty_log(ioctl.cmd)]
 
     @cached_property
     def ring_resets(self) -> dict[int, list[ev.Ioctl]]:
-        """Resets of dirty rings by the thread that made them."""
+        """Resets of dirty rings, by the tid of the thread that made them."""
         result: dict[int, list[ev.Ioctl]] = defaultdict(list)
         for ioctl in self.dirty_log:
             if ioctl.cmd == kvm.RESET_DIRTY_RINGS:
@@ -103,7 +103,7 @@ class Process:
 
     @cached_property
     def places(self) -> dict[int, tuple[int, int]]:
-        """Slots with a known place: (guest physical address, bytes). Deleted ones keep their last place."""
+        """The place of each slot, where known: (guest physical address, bytes). A deleted slot keeps its last place."""
         found = {slot.slot: (slot.addr, slot.size) for slot in self.slots if slot.size > 0}
         found.update({i.slot: (i.addr, i.size) for i in self.memslots if i.size > 0})
         return found
@@ -116,7 +116,7 @@ class Process:
 
     @cached_property
     def fetchers(self) -> frozenset[int]:
-        """Threads that fetch for a migration: more than one slot, or the largest one known, or rings."""
+        """Threads that fetch for a migration: more than one slot, the largest known slot, or dirty rings."""
         slots: dict[int, set[int]] = defaultdict(set)
         rings: set[int] = set()
         for tid, cmd, slot in {(ioctl.tid, ioctl.cmd, ioctl.slot) for ioctl in self.dirty_log}:
@@ -137,13 +137,13 @@ class Process:
         return max([t.end_ns - t.begin_ns for t in self.transfers], default=0)
 
     def ended(self, transfers: list[ev.Transfer], since: int) -> list[ev.Transfer]:
-        """Those of its transfers, in order, that ended at `since` or later, without walking over all."""
+        """Those of its `transfers` (in order) that ended at `since` or later. Earlier ones are not scanned."""
         late = begun(transfers, since - self._longest_ns)
         return [t for t in late if t.end_ns >= since]
 
     @cached_property
     def streams(self) -> dict[tuple[int, int], list[ev.Transfer]]:
-        """Transfers in order by direction and socket, as told by `key_of`."""
+        """Transfers in order, by direction and socket (a key as made by `key_of`)."""
         result: dict[tuple[int, int], list[ev.Transfer]] = defaultdict(list)
         for transfer in self.transfers:
             result[transfer.direction, transfer.socket or key_of(transfer)].append(transfer)
@@ -151,13 +151,13 @@ class Process:
 
     @cached_property
     def sockets(self) -> dict[int, ev.Socket]:
-        """Each socket, by inode; of several events on one socket, the last counts."""
-        return {socket.socket: socket for socket in self.told}
+        """Each socket, by inode. If there are several events on one socket, the last counts."""
+        return {socket.socket: socket for socket in self.socket_events}
 
     @cached_property
     def threads(self) -> dict[int, ev.Thread]:
-        """Thread names by tid; of two, the one with a vCPU index."""
-        return {thread.tid: thread for thread in sorted(self.named, key=lambda t: (t.vcpu, t.name))}
+        """Thread names by tid. If there are two for a tid, the one with a vCPU index counts."""
+        return {thread.tid: thread for thread in sorted(self.thread_events, key=lambda t: (t.vcpu, t.name))}
 
     @cached_property
     def tcp_by_socket(self) -> dict[int, list[ev.TcpInfo]]:
@@ -169,7 +169,7 @@ class Process:
 
     @cached_property
     def kicks_by_tid(self) -> dict[int, list[ev.Kick]]:
-        """Kicks by the thread they were sent to."""
+        """Kicks by the tid of the thread that they were sent to."""
         result: dict[int, list[ev.Kick]] = defaultdict(list)
         for kick in self.kicks:
             result[kick.target_tid].append(kick)
@@ -177,7 +177,7 @@ class Process:
 
     @cached_property
     def vcpus(self) -> dict[int, Timeline]:
-        """Timelines by vCPU index, of vCPUs seen to run; threads without a known index fill the gaps."""
+        """Timelines of the vCPUs that were seen to run, by vCPU index. Threads without an index get the free ones."""
         enters: dict[int, list[ev.VcpuEnter]] = defaultdict(list)
         exits: dict[int, list[ev.VcpuExit]] = defaultdict(list)
         states: dict[int, list[ev.VcpuState]] = defaultdict(list)
@@ -224,14 +224,14 @@ class Material:
     truncated: bool
     """The recording was cut off."""
     unknown: int
-    """How many of its events this version cannot read."""
+    """The number of events that this version cannot read."""
 
     def absent(self, signal: str) -> bool:
         """Whether the recording says that the signal could not be traced."""
         return self.header.attach.get(signal, "").startswith("absent")
 
     def traced(self, signal: str) -> bool:
-        """Was the signal traced? Recordings that say nothing about it did not."""
+        """Whether the signal was traced. False if the recording does not mention it."""
         return not self.header.attach.get(signal, "absent").startswith("absent")
 
 
@@ -251,7 +251,7 @@ def split(recording: Recording) -> Material:
         for event in by_kind.pop(kind.event, ()):
             by_pid[event.pid].append(event)
         for pid, found in by_pid.items():
-            streams[pid][kind.stream] = _in_order(kind.event, _made_whole(kind.event, found))
+            streams[pid][kind.stream] = _in_order(kind.event, _repaired(kind.event, found))
     targets = {target.pid: target for target in reversed(recording.header.targets)}
     pids = sorted(targets.keys() | streams.keys())
     processes = {pid: Process(pid, targets.get(pid), **streams.get(pid, {})) for pid in pids}
@@ -271,8 +271,10 @@ _Event = TypeVar("_Event", bound=ev.Event)
 
 
 def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
-    """Sorted by all fields: by the first, and where that is the same by the rest. Sorting by a tuple of all would
-    take as much memory again as the events."""
+    """Sorted by all fields: first by the first field, then equal ones by the rest.
+
+    Sorting by a tuple of all fields at once would take as much memory again as the events.
+    """
     all_fields: Callable[[Any], Any] = _tcp_key if kind is ev.TcpInfo else _key
     first = attrgetter(kind.__struct_fields__[0])  # type: ignore[attr-defined]
     events.sort(key=first)
@@ -285,19 +287,19 @@ def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
     return events
 
 
-def _made_whole(kind: type, events: list[Any]) -> list[Any]:
-    """A call whose begin was not seen, or makes no sense, begins when it ends; negative sizes and times become 0."""
+def _repaired(kind: type, events: list[Any]) -> list[Any]:
+    """A call with a missing or invalid begin gets its end as its begin. Negative sizes and times become 0."""
     if kind is ev.Ioctl:
         return [i if 0 < i.begin_ns <= i.end_ns else msgspec.structs.replace(i, begin_ns=i.end_ns) for i in events]
     if kind is ev.Transfer:
         return [
-            t if 0 < t.begin_ns <= t.end_ns and t.in_call_ns >= 0 and t.bytes >= 0 else _whole_transfer(t)
+            t if 0 < t.begin_ns <= t.end_ns and t.in_call_ns >= 0 and t.bytes >= 0 else _repaired_transfer(t)
             for t in events
         ]
     return events
 
 
-def _whole_transfer(event: ev.Transfer) -> ev.Transfer:
+def _repaired_transfer(event: ev.Transfer) -> ev.Transfer:
     length = event.end_ns - event.begin_ns
     return msgspec.structs.replace(
         event,

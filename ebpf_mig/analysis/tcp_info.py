@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What limited TCP in a span of time, by its own counters.
+"""What limited TCP in a stretch of time, according to its own counters.
 
 In: readings of `struct tcp_info`. Out: differences between the reading before the stretch and the one after it. The
-kernel counts these times in jiffies, and the readings do not fall on the stretch's ends: both are part of the result.
+kernel counts these times in jiffies, and the readings are not exactly at the stretch's ends. So the result also has the
+resolution and the instants of the two readings.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _LATEST = {"rtt": "rtt_us", "snd_cwnd": "cwnd", "snd_mss": "mss", "queued": "que
 
 
 def verdict(process: Process, socket: int, stretch: Span, origin: int) -> dict[str, int] | None:
-    """One socket in the stretch; None unless it was read at least once after the stretch began.
+    """The counters of one socket in the stretch; None unless it was read at least once after the stretch began.
 
-    A socket that was first read within the stretch counts from its creation: all counters begin at zero.
+    For a socket that was first read within the stretch, the difference is from its creation: all counters begin at 0.
     """
     readings = process.tcp_by_socket.get(socket, [])
     before = bisect_right(readings, stretch[0], key=_at) - 1
@@ -38,8 +39,8 @@ def verdict(process: Process, socket: int, stretch: Span, origin: int) -> dict[s
     found = {name: _difference(last, first, key) for key, name in _SUMS.items() if key in last.values}
     found |= {name: last.values[key] for key, name in _LATEST.items() if key in last.values}
     found["resolution_us"] = last.values.get("jiffy_us", 0)
-    told = [s.at_ns for s in process.told if s.socket == socket]
-    begin = first.at_ns if first else min(told, default=readings[0].at_ns)
+    seen = [s.at_ns for s in process.socket_events if s.socket == socket]
+    begin = first.at_ns if first else min(seen, default=readings[0].at_ns)
     return {**found, "from": begin - origin, "until": last.at_ns - origin}
 
 
@@ -52,7 +53,7 @@ def _difference(last: TcpInfo, first: TcpInfo | None, key: str) -> int:
 
 
 def together(process: Process, sockets: Collection[int], stretch: Span, origin: int) -> dict[str, int] | None:
-    """Several sockets: times and counts add up, the rest is the worst of them."""
+    """The counters of several sockets in the stretch: times and counts are added, the rest is the maximum."""
     verdicts = [v for socket in sorted(sockets) if (v := verdict(process, socket, stretch, origin)) is not None]
     if not verdicts:
         return None

@@ -83,11 +83,11 @@ KINDS = (
         "u64 kind, begin_ns, end_ns, pid, tid; s64 fd;"
         "u64 direction, socket, calls, bytes, in_call_ns, max_call_ns, failed, position;"
         "s64 off_cpu_ns, off_before_ns; u64 hidden"))),
-    Kind(ev.Socket, "told", Record(7, "socket", Layout(
+    Kind(ev.Socket, "socket_events", Record(7, "socket", Layout(
         "socket_record",
         "u64 kind, at_ns, pid; s64 fd;"
         "u64 socket, family, local[2], remote[2], local_port, remote_port, peer"))),
-    Kind(ev.Thread, "named"),
+    Kind(ev.Thread, "thread_events"),
     Kind(ev.Mark),
     Kind(ev.Slot, "slots"),
     Kind(ev.Ending),

@@ -14,7 +14,7 @@ def reading(at: int, busy: int, rwnd: int, retrans: int = 0, socket: int = 70) -
 
 
 def process(*readings: TcpInfo) -> Process:
-    return Process(1, tcp=list(readings), told=[Socket(50, 1, 3, 70, 2, "", "")])
+    return Process(1, tcp=list(readings), socket_events=[Socket(50, 1, 3, 70, 2, "", "")])
 
 
 def test_the_readings_around_the_stretch_are_subtracted() -> None:
