@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was sent and had not arrived: each long stretch on the wire in the blackout, and TCP's reason for it.
+"""Bytes in flight: each long stretch in which sent bytes had not arrived, and TCP's reason for it.
 
-In: a `TracedMigration`, the window and what the source did in it. Out: rows of the breakdown, of all connections.
-Positions in the stream pair the two sides: byte n was sent when the send that covers it returned, and received when the
-receive that covers it returned.
+In: a `TracedMigration`, the window and the source's work in it. Out: rows of the breakdown, over all connections.
+Positions in the stream match the two sides: byte n was sent when the send that covers it returned, and received when
+the receive that covers it returned.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ FLIGHT_NS = 1_000_000
 """Shorter stretches are ordinary network latency and are not reported."""
 MOST_STRETCHES = 5
 DELAYED_ACK_NS = 35_000_000
-"""Linux waits 40 ms and more for something to send an acknowledgement with (TCP_DELACK_MIN, include/net/tcp.h)."""
+"""Linux delays an acknowledgement by 40 ms or more, to send it along with data (TCP_DELACK_MIN, include/net/tcp.h)."""
 PROMPT_NS = 1_000_000
-"""A segment this soon after an acknowledgement was let out by it."""
+"""A segment that arrives this soon after an acknowledgement was released by it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Bytes that were on their way while the destination received nothing."""
+    """A stretch in which bytes were in flight while the destination received nothing."""
 
     sent: int
-    """When the first of them had been sent, or the destination's last receive before, if that was later."""
+    """When the first byte had been sent, or the destination's previous receive if that was later."""
     received: int
     size: int
     carried: int = 0
-    """Begin of the send that the first of them belonged to."""
-    folded: bool = False
-    """The receive that ended it was recorded in a run of calls: then segments were not kept either."""
+    """Begin of the send that contains the first byte."""
+    coalesced: bool = False
+    """The receive that ended it was recorded in a batch of calls. Segments were not kept then either."""
 
 
 PEEKED_BYTES = 64
-"""QEMU's destination looks at the first 4 bytes with MSG_PEEK, which counts as a receive: its positions run ahead."""
+"""QEMU's destination reads the first 4 bytes with MSG_PEEK, which counts as a receive, so its positions are ahead."""
 
 
 BOTH = "state and pages"
 
 
 def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> list[Wire] | None:
-    """What was in flight in the window, over all connections; None unless both ends were traced."""
+    """The longest stretches in the window, over all connections; None unless both ends were traced."""
     source, destination = traced.source, traced.destination
     if window is None or source is None or destination is None:
         return None
@@ -79,7 +79,7 @@ def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> 
 
 
 def _since(segments: list[Segment], begin: int) -> list[Segment]:
-    """Those from `begin` on, and one before, which tells that they were traced at all."""
+    """The segments from `begin` on, and the one before, which shows that segments were traced at all."""
     return segments[max(0, bisect_left(segments, begin, key=attrgetter("at_ns")) - 1) :]
 
 
@@ -91,10 +91,10 @@ def gather(
     again: Sequence[Retransmit] = (),
     state_from: int | None = None,
 ) -> list[Wire]:
-    """The longest stretches of one connection in the window, instants relative to its begin.
+    """The longest stretches of one connection in the window, with instants relative to the window's begin.
 
-    `sends` and `receives` are of the two ends of one stream, in order; `segments` those that arrived at either; `again`
-    what the sender sent once more, in order; `state_from` when it began to send state.
+    `sends` and `receives` are those of the two ends of one stream, in order. `segments` arrived at either end. `again`
+    are the sender's retransmissions, in order. `state_from` is when it began to send state.
     """
     if not sends or not receives:
         return []
@@ -120,21 +120,21 @@ def gather(
 
 
 def without_wire(row: Wire) -> Wire:
-    """The same for a UNIX socket: written bytes can be read immediately, so only the reader can be late."""
+    """The row for a UNIX socket. Written bytes can be read immediately, so only the reader can be late."""
     return msgspec.structs.replace(row, reason="late reader", evidence="a UNIX socket has no wire")
 
 
 def _reaches(transfer: Transfer) -> int:
-    """Position of the first byte after it."""
+    """The position of the first byte after the transfer."""
     return transfer.position + transfer.bytes
 
 
 def _stretches(sends: Sequence[Transfer], receives: Sequence[Transfer], window: tuple[int, int]) -> list[Stretch]:
-    """Receives whose first byte had been sent FLIGHT_NS before, and that ended a silence as long."""
+    """One for each receive whose first byte was sent FLIGHT_NS earlier or more, after as long without a receive."""
     found: list[Stretch] = []
     quiet_from = window[0]
     for receive in (r for r in receives if r.end_ns >= window[0]):
-        # Positions grow: the first send that reaches beyond the receive's first byte carried it.
+        # Positions grow, so the first send that reaches beyond the receive's first byte carried it.
         carrier = bisect_right(sends, receive.position, key=_reaches)
         quiet, quiet_from = quiet_from, max(quiet_from, receive.end_ns)
         if carrier == len(sends) or receive.end_ns > window[1]:
@@ -164,7 +164,7 @@ def _reason(
     acks = [s for s in within if (s.socket, s.pid) == sender and s.acked]
     if not segments:
         return "unknown", "no TCP segments were traced"
-    if not data and stretch.folded:
+    if not data and stretch.coalesced:
         return "unknown", "calls and segments were too many to be kept one by one"
     if not data:
         return "late reader", "all had arrived before"
@@ -193,7 +193,7 @@ def _reason(
 
 
 def _repeated(stretch: Stretch, repeated: Sequence[Retransmit]) -> str:
-    """Nothing that let the data out came later than the last of these."""
+    """The evidence for a retransmission as the reason: nothing later than the last one released the data."""
     first, last = (repeated[0].at_ns - stretch.sent) / 1e6, repeated[-1]
     times = "once" if len(repeated) == 1 else f"{len(repeated)} times"
     return f"{last.bytes} B sent again, {times}, first after {first:.1f} ms; no. {last.number} of its socket"
