@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the events of one host, or of one merged timeline, to the parts of a breakdown. Pure."""
+"""Makes the parts of a breakdown from the events of one host or of one merged timeline. Pure."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the blackout waited for the link between the hosts, and how much the link carried in that time.
+"""How long the link between the hosts limited the blackout, and how much the link carried in that time.
 
-In: a `TracedMigration`. Out: a `LinkUse`, or why there is none. From two curves of the migration's bytes: sent by the
-source, and arrived at the destination (TCP segments). While many bytes have been sent and not arrived, though the
-reader's window is open and segments keep coming, the link is the limit; its rate is what arrived in that time.
+In: a `TracedMigration`. Out: a `LinkUse`, or the reason why there is none. It comes from two curves of the migration's
+bytes: sent by the source, and arrived at the destination (TCP segments). The link is the limit while many sent bytes
+have not arrived, the reader's window is open, and segments keep coming. Its rate is the bytes that arrive in that time.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from ebpf_mig.breakdown import SwitchoverKind, Transport
 from ebpf_mig.recording.events import Segment
 
 QUEUED_BYTES = 64 << 10
-"""A queue that never held this much is the transit of single sends, not a link that cannot keep up."""
+"""A queue that never reaches this is only single sends in transit. The link keeps up."""
 HELD_NS = 20_000_000
 HELD_BYTES = 128 << 10
 """If nothing arrives for HELD_NS and less than this is waiting, TCP holds it back (Nagle, a delayed ACK)."""
 _FULL = 0.9
-"""Share of the receive window in flight from which the reader is the limit."""
+"""If this share of the receive window is in flight, the reader is the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """Of the blackout; ns and bytes."""
+    """The link's use in the blackout; ns and bytes."""
 
     limited: tuple[tuple[int, int], ...]
-    """Stretches in which the link was the limit; absolute, in order, apart."""
+    """Stretches in which the link was the limit; absolute, in order, disjoint."""
     limited_bytes: int
-    """Bytes that arrived in them."""
+    """Bytes that arrived in these stretches."""
     span_ns: int
     """From the stop to the last arrival before the start."""
     span_bytes: int
-    """Bytes that arrived in it."""
+    """Bytes that arrived in that span."""
     source_ns: int
-    """The part of the limited time that the source was not blocked in sends."""
+    """The part of the limited time in which the source was not blocked in sends."""
     reader_ns: int
-    """Time that the destination was on the CPU in receive calls, within the limited time."""
+    """Time on the CPU in the destination's receive calls, within the limited time."""
 
     @property
     def limited_ns(self) -> int:
@@ -52,12 +52,12 @@ class LinkUse:
 
     @property
     def rate(self) -> float | None:
-        """Bytes of payload a second; None if the link never was the limit."""
+        """Payload, bytes/s; None if the link was never the limit."""
         return self.limited_bytes * 1e9 / self.limited_ns if self.limited_ns else None
 
 
 def observe(traced: TracedMigration) -> LinkUse | str:
-    """The use of the link in the blackout, or the reason why it is unknown."""
+    """The link's use in the blackout, or the reason why it is unknown."""
     source, destination, switch = traced.source, traced.destination, traced.switchover
     if source is None or destination is None:
         return "only one side was traced"
@@ -78,8 +78,8 @@ def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segmen
     last = max(s.at_ns for s in segments if s.at_ns < start)
     sends = [t for t in traced.sends if t.begin_ns <= last]
     sent = _curve([(t.begin_ns, t.bytes) for t in sends])  # a call that blocks has offered all its bytes
-    # With the last arrival all is there. What was read before segments were traced had arrived; of the others the
-    # kernel tells most, but not all: those in between are spread evenly.
+    # By the last arrival, all bytes have arrived. Bytes read before segments were traced had arrived by then. The
+    # kernel reports most of the other arrivals, but not all: the missing bytes are spread evenly over them.
     before = sum(t.bytes for t in receives if t.end_ns < segments[0].at_ns)
     seen = sum(s.payload for s in segments if s.at_ns <= last)
     share = Fraction(max(0, sum(t.bytes for t in sends) - before), seen)
@@ -124,9 +124,9 @@ def _at(curve: Curve, at: int) -> int:
 
 
 def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, last: int) -> tuple[tuple[int, int], ...]:
-    """Stretches of [stop, last] in which a queue that grew large was draining as fast as the link could."""
+    """Stretches of [stop, last] in which a large queue drained as fast as the link could."""
     marks = sorted({stop, last, *(t for t in (*sent[0], *arrived[0]) if stop < t < last)})
-    told = [a.at_ns for a in acks]
+    ack_times = [a.at_ns for a in acks]
     found: list[tuple[int, int]] = []
     busy: list[tuple[int, int]] = []
     most = 0
@@ -141,7 +141,7 @@ def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, la
         index = bisect_right(arrivals, begin)
         silence = (arrivals[index] if index < len(arrivals) else last) - (arrivals[index - 1] if index else begin)
         held = silence >= HELD_NS and queue < HELD_BYTES
-        ack = acks[bisect_right(told, begin) - 1] if told and told[0] <= begin else None
+        ack = acks[bisect_right(ack_times, begin) - 1] if ack_times and ack_times[0] <= begin else None
         full = ack is not None and ack.window > 0 and ack.in_flight >= _FULL * ack.window
         if not held and not full:
             busy.append((begin, end))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's slowdown while it still runs: time its vCPUs spent outside KVM_RUN, pass by pass, beside a baseline.
+"""The guest's slowdown while it still runs: time that its vCPUs spent outside KVM_RUN in each pass, and a baseline.
 
 In: a source process's `VcpuSpan` events. Out: stretches of the breakdown. Call it only if there are such
-events: a recording without them does not show that nothing was lost.
+events: their absence does not mean that no time was lost.
 
-Outside means outside the KVM_RUN call: in the VMM, or kept from it. An exit that the kernel handles by itself, a
-write-protect fault among them, is inside; of those only the waiting for locks is known. Seeing each would take a probe
-on every VM exit.
+"Outside" means outside the KVM_RUN call: in the VMM, or off the CPU. An exit that the kernel handles by itself is
+inside, including a write-protect fault. Of these exits only the waiting for locks is known; measuring each would take a
+probe on every VM exit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ebpf_mig.breakdown import Span, Stretch, VcpuShare
 from ebpf_mig.recording.events import VcpuSpan
 
 LONGEST_NS = 10_000_000_000
-"""A span ends with the first exit after 250 ms, so longer ones are seldom and have one long gap."""
+"""A span ends with the first exit after 250 ms. Longer spans than this are rare and have one long gap."""
 
 
 def stretch(process: Process, begin: int, end: int, origin: int) -> Stretch:
-    """What each vCPU lost in [begin, end). A span that began earlier counts in proportion to its overlap."""
+    """The time that each vCPU lost in [begin, end). A span that began earlier counts in proportion to its overlap."""
     found: dict[int, list[VcpuSpan]] = defaultdict(list)
     locks = all(span.lock_ns >= 0 for span in process.spans)
     first = bisect_left(process.spans, begin - LONGEST_NS, key=lambda span: span.since_ns)
@@ -41,7 +41,7 @@ def stretch(process: Process, begin: int, end: int, origin: int) -> Stretch:
 
 
 def _share(index: int, spans: Sequence[VcpuSpan], within: Span, known: bool) -> VcpuShare:
-    """`known`: the waiting for locks was traced."""
+    """One vCPU's row. `known`: the waiting for locks was traced."""
     begin, end = within
     outside = longest = locks = 0
     for span in spans:
@@ -55,7 +55,7 @@ def _share(index: int, spans: Sequence[VcpuSpan], within: Span, known: bool) -> 
 
 
 def baseline(process: Process, since: int, logging: int | None, length: int, origin: int) -> Stretch | None:
-    """A stretch as long as `length`, or as long as tracing saw, up to when logging was switched on."""
+    """The stretch of `length` before logging was switched on, shorter if tracing began later; None without one."""
     if logging is None:
         return None
     begin = max(since, logging - length)

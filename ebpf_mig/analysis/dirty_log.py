@@ -5,8 +5,8 @@ In: the source's ioctls and its sends on the migration's sockets. Out: fetches, 
 
 A fetch is a burst of GET_DIRTY_LOG over the memslots. CLEAR_DIRTY_LOG belongs to the fetch before it: QEMU
 issues it lazily, just before it sends the first page of a chunk (migration/ram.c,
-`migration_clear_memory_region_dirty_bitmap`). A VGA slot is dirty-logged without any
-migration and fetched alone by the main thread.
+`migration_clear_memory_region_dirty_bitmap`). A VGA slot is dirty-logged even without a migration; the main thread
+fetches it alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Burst(msgspec.Struct, frozen=True, gc=False):
     end: int
     """End of the burst itself, without the CLEARs that came later."""
     fetched: bool
-    """False if it holds nothing but CLEARs."""
+    """False if it only has CLEARs."""
 
     @property
     def kernel_ns(self) -> int:
@@ -48,20 +48,20 @@ class Burst(msgspec.Struct, frozen=True, gc=False):
 
 
 def is_dirty_log(ioctl: Ioctl) -> bool:
-    """One of the ioctls that fetch or clear the dirty log."""
+    """Whether the ioctl fetches or clears the dirty log."""
     return kvm.is_dirty_log(ioctl.cmd)
 
 
 def is_clear(ioctl: Ioctl) -> bool:
-    """Re-arms the log of a stretch of pages."""
+    """Whether the ioctl re-arms the log of a range of pages."""
     return kvm.name_of(ioctl.cmd) == "CLEAR_DIRTY_LOG"
 
 
 def switched_on(process: Process, before: int | None) -> int | None:
-    """When the last switch-on of dirty logging that precedes `before` began; None if none was seen.
+    """When dirty logging was last switched on before `before`; None if that was not seen.
 
-    Judged by the largest slot that was switched: a VGA slot has the flag for good. A slot that is deleted and
-    set again (size 0 comes first) while logging is on is no new begin.
+    The largest slot that was switched on decides, because a VGA slot always has the flag. A slot that is deleted (size
+    0) and set again while logging is on does not count.
     """
     on: dict[int, bool] = {}
     turned: list[Ioctl] = []
@@ -82,7 +82,7 @@ def switched_on(process: Process, before: int | None) -> int | None:
 
 
 def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Transfer]) -> list[Burst]:
-    """The migration's fetches from `since` on; one that begins before the last stop ends there."""
+    """The migration's fetches from `since` on. A fetch that begins before the last stop ends there."""
     tids = process.fetchers
     begins = list(map(_begin, sends))
     result: list[Burst] = []
@@ -121,14 +121,14 @@ _begin = attrgetter("begin_ns")
 
 
 def lock_waits(ioctl: Ioctl) -> dict[str, int] | None:
-    """Waiting time by lock, None where it was not measured."""
+    """Waiting time by lock, in ns; None if none was measured."""
     waits = {"slots_lock": ioctl.slots_lock_ns, "mmu_lock": ioctl.mmu_lock_ns, "other": ioctl.other_lock_ns}
     known = {lock: waited for lock, waited in waits.items() if waited >= 0}
     return known or None
 
 
 def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
-    """The slots that were fetched, as far as their place is known."""
+    """The slots that were fetched and have a known place."""
     known = process.places
     used = sorted({i.slot for burst in found for i in burst.ioctls if kvm.name_of(i.cmd) != "RESET_DIRTY_RINGS"})
     if not used:
@@ -137,14 +137,14 @@ def slots(process: Process, found: Sequence[Burst]) -> list[breakdown.Slot]:
 
 
 def mode(found: Sequence[Burst], logging: bool, stop: int | None) -> DirtyLogMode:
-    """The mode. With a ring already drained there may be no ioctl at all."""
+    """The mode. A dirty ring that is already drained may need no ioctl at all."""
     names = {kvm.name_of(cmd) for cmd in {i.cmd for burst in found for i in burst.ioctls}}
     before = {i.cmd for burst in found for i in burst.ioctls if stop is None or i.begin_ns < stop}
     running = {kvm.name_of(cmd) for cmd in before}
     if "CLEAR_DIRTY_LOG" in names:
         return DirtyLogMode.MANUAL
     if "RESET_DIRTY_RINGS" in names and "GET_DIRTY_LOG" not in running:
-        # On arm64 a bitmap backs the rings up and is fetched once after the stop.
+        # On arm64 the rings have a backup bitmap, which is fetched once after the stop.
         return DirtyLogMode.RING
     if "GET_DIRTY_LOG" in names:
         return DirtyLogMode.LEGACY

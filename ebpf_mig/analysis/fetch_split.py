@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a dirty-log ioctl did on the CPU: walk, flush, copy, other.
 
-In: ioctls, and the stack samples taken inside them. Out: a split, exact where function probes measured it, else
-estimated from the samples with their number and an error for each class.
+In: ioctls, and the stack samples taken inside them. Out: a split. It is exact if function probes measured it. Otherwise
+it is estimated from the samples, with their number and an error for each class.
 
-The classes by kernel function (Linux 5.10 to 7.2, x86 and arm64; the innermost function that has a class decides):
-walk is write-protecting pages or clearing their dirty bits, flush the TLB flush with its wait for other CPUs, copy
-the bitmap to or from user space with the page faults that this takes; other is scanning and clearing the bitmap,
-and whatever else. Spinning for a lock is not work: it is left out here and reported as a wait.
+The innermost kernel function that has a class decides (Linux 5.10 to 7.2, x86 and arm64). `walk` is write-protecting
+pages or clearing their dirty bits. `flush` is the TLB flush, including the wait for other CPUs. `copy` is copying the
+bitmap to or from user space, including page faults. `other` is all else, such as scanning and clearing the bitmap.
+Spinning for a lock is not work: it is left out here and reported as a wait.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RULES = tuple(
 
 
 def class_of(stack: Sequence[str]) -> str:
-    """The class of one stack, innermost function first; `lock` for spinning."""
+    """The class of one stack, which is given innermost function first; `lock` for spinning."""
     for frame in stack:
         function = frame.split(".")[0].split("+")[0]
         for name, pattern in _RULES:
@@ -54,13 +54,13 @@ def class_of(stack: Sequence[str]) -> str:
 
 
 def on_cpu(ioctl: Ioctl) -> int:
-    """Time that the call worked on the CPU: neither switched out nor spinning for a lock, as far as known."""
+    """Time that the call worked on the CPU, in ns, without known time off the CPU or spinning for a lock."""
     idle = max(0, ioctl.off_cpu_ns) + max(0, ioctl.spin_ns)
     return max(0, ioctl.end_ns - ioctl.begin_ns - idle)
 
 
 def by_ioctl(samples: Iterable[Samples]) -> dict[tuple[int, int], list[Samples]]:
-    """Samples by (thread, begin) of their ioctl."""
+    """Samples by (tid, begin) of their ioctl."""
     found: dict[tuple[int, int], list[Samples]] = defaultdict(list)
     for sample in samples:
         if sample.period_ns > 0 and sample.count > 0:
@@ -69,10 +69,10 @@ def by_ioctl(samples: Iterable[Samples]) -> dict[tuple[int, int], list[Samples]]
 
 
 def split(ioctls: Sequence[Ioctl], samples: dict[tuple[int, int], list[Samples]]) -> Split | None:
-    """What these ioctls did on the CPU, in ns by class; None if nothing is known of it.
+    """What these ioctls did on the CPU, in ns by class; None if unknown.
 
-    `samples` is what `by_ioctl` made. Estimated splits have errors (Wilson's interval, which for a class that no sample
-    hit is not zero).
+    `samples` comes from `by_ioctl`. An estimated split has errors from Wilson's interval. They are not 0 even for a
+    class without samples.
     """
     if not ioctls:
         return None
@@ -85,7 +85,7 @@ def split(ioctls: Sequence[Ioctl], samples: dict[tuple[int, int], list[Samples]]
 
 
 def _estimate(worked: int, found: Iterable[Samples]) -> Split | None:
-    """Every sample stands for its period: the rate may have changed on the way."""
+    """An estimate from samples. Each is weighted with its period, because the rate may have changed."""
     weight: dict[str, int] = dict.fromkeys(CLASSES, 0)
     count = squares = 0
     for sample in found:
@@ -107,7 +107,7 @@ def _estimate(worked: int, found: Iterable[Samples]) -> Split | None:
 
 
 def _error(share: float, effective: float) -> float:
-    """The farther end of Wilson's interval from `share`, as a share; `effective` is the number of equal samples."""
+    """The distance from `share` to the farther end of Wilson's interval, for `effective` equally weighted samples."""
     z2 = _Z * _Z / effective
     middle = (share + z2 / 2) / (1 + z2)
     half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / effective + z2 / (4 * effective))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activity of each thread, vCPU, socket and memslot over time: the data of every report with a time axis.
 
-In: an `Analysis`. Out: a `View` of lanes. Slices of one lane never overlap, whatever the recording
-says, because trace viewers cannot show that. Times are CLOCK_MONOTONIC ns as recorded; `origin_ns` is the instant
-that the breakdown calls 0.
+In: an `Analysis`. Out: a `View` of lanes. Times are CLOCK_MONOTONIC ns as recorded; `origin_ns` is instant 0 of the
+breakdown. Trace viewers cannot show overlapping slices, so slices of one lane never overlap, whatever the recording
+contains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Args = dict[str, int | str]
 
 @dataclass(slots=True)
 class Slice:
-    """Something with a begin and an end. `starts` and `ends` are ids of the flows that leave from and arrive at it."""
+    """An activity with a begin and an end. `starts` and `ends` are the ids of flows that leave it and arrive at it."""
 
     begin_ns: int
     end_ns: int
@@ -43,9 +43,9 @@ class Lane:
     side: Side
     pid: int
     tid: int
-    """0 if it is not a thread's."""
+    """0 if the lane does not belong to a thread."""
     kind: str
-    """vcpu, ioctl, socket, wait, slot, segment or mark; the last two have no length."""
+    """vcpu, ioctl, socket, wait, slot, segment or mark. Slices of the last two have no length."""
     name: str
     slices: list[Slice] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class Counter:
 
 @dataclass(slots=True)
 class View:
-    """A recording as lanes, by side; the source's come first."""
+    """A recording as lanes, by side. The source's lanes come first."""
 
     origin_ns: int
     begin_ns: int
@@ -70,7 +70,7 @@ class View:
     lanes: list[Lane]
     counters: list[Counter]
     flows: int
-    """How many flows there are; their ids are 1 and up."""
+    """The number of flows; their ids begin at 1."""
 
 
 def view(analysis: Analysis) -> View:
@@ -90,10 +90,12 @@ def view(analysis: Analysis) -> View:
         found.lanes += _slot_lanes(process, side)
         found.lanes += _segment_lanes(process, side)
         marks = [
-            Slice(m.at_ns, m.at_ns, m.name, _said(m.detail, m.value)) for m in material.marks if m.pid == process.pid
+            Slice(m.at_ns, m.at_ns, m.name, _mark_args(m.detail, m.value))
+            for m in material.marks
+            if m.pid == process.pid
         ]
         if marks:
-            found.lanes.append(Lane(side, process.pid, 0, "mark", "said by the VMM", marks))
+            found.lanes.append(Lane(side, process.pid, 0, "mark", "reported by the VMM", marks))
         found.counters += _counters(traced, process, side)
     _tie(found, traced)
     return found
@@ -110,7 +112,7 @@ def _instants(process: Process) -> Iterable[int]:
             yield from (at for at in (gap.begin, gap.end) if at is not None)
 
 
-def _said(detail: str, value: int) -> Args:
+def _mark_args(detail: str, value: int) -> Args:
     return ({"detail": detail} if detail else {}) | ({"value": value} if value else {})
 
 
@@ -121,7 +123,7 @@ def _vcpu_lanes(process: Process, side: Side, begin: int, end: int) -> Iterable[
 
 
 def running(line: Timeline, begin: int, end: int) -> Iterable[tuple[int, int]]:
-    """When the vCPU ran guest code, as far as the recording tells, between `begin` and `end`."""
+    """The stretches between `begin` and `end` in which the vCPU ran guest code, as far as they were recorded."""
     since: int | None = begin
     for gap in line.gaps:
         if gap.begin is not None and since is not None and gap.begin > since:
@@ -200,7 +202,7 @@ def _slot_lanes(process: Process, side: Side) -> Iterable[Lane]:
 
 
 def _segment_lanes(process: Process, side: Side) -> Iterable[Lane]:
-    """TCP segments as they arrived, a lane a socket."""
+    """TCP segments as they arrived, one lane for each socket."""
     lanes: dict[int, Lane] = {}
     for one in process.segments:
         made = lanes.setdefault(one.socket, Lane(side, process.pid, 0, "segment", f"segments on socket {one.socket}"))
@@ -217,7 +219,7 @@ def _slot(slot: int) -> str:
 
 
 def apart(slices: Iterable[Slice]) -> list[Slice]:
-    """In order of time and without overlap: a slice that began before its predecessor ended is cut there."""
+    """The slices in order of time and without overlap: each begins no earlier than the previous one ended."""
     ordered = sorted(slices, key=lambda s: (s.begin_ns, s.end_ns, s.name))
     last = 0
     for one in ordered:
@@ -240,7 +242,7 @@ def _counters(traced: TracedMigration, process: Process, side: Side) -> Iterable
 
 
 def _tie(found: View, traced: TracedMigration) -> None:
-    """Flows: each vCPU's stop to its start; the last send before the start to the receive that takes it in."""
+    """Adds flows: from each vCPU's stop to its start, and from the last send before the start to its receive."""
     switch = traced.switchover
     if switch is None or switch.kind != SwitchoverKind.COMPLETED:
         return
@@ -262,7 +264,7 @@ def _tie(found: View, traced: TracedMigration) -> None:
 
 
 def _moves(found: View, traced: TracedMigration, side: Side, direction: int) -> Iterable[Slice]:
-    """The slices of a side's transfers on the migration's own sockets."""
+    """The slices of a side's transfers on the migration's sockets."""
     process = traced.source if side == Side.SOURCE else traced.destination
     keys = traced.channels.source if side == Side.SOURCE else traced.channels.destination
     fds = {(t.tid, t.fd) for t in (process.transfers if process else ()) if key_of(t) in keys}

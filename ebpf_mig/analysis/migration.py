@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One traced migration: its sides, its sockets, its fetches and its switchover.
 
-In: a recording taken apart. Out: a `TracedMigration`, made by `identify` and never changed. Derived values are
+In: a recording split by process. Out: a `TracedMigration`, made by `identify` and never changed. Derived values are
 computed once, on first use.
 """
 
@@ -34,7 +34,7 @@ _SHOWN_BY = {
     PhaseName.HANDOVER: "socket",
     PhaseName.STATE_LOAD: "state",
 }
-"""For each phase, the signal that it needs to be seen."""
+"""For each phase, the signal that shows it."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class TracedMigration:
     source: Process | None
     destination: Process | None
     notes: list[str]
-    """Doubts about which side is which."""
+    """Notes about doubts which side is which."""
     began: int | None
-    """Dirty logging switched on, or the trigger; None if neither was seen."""
+    """When dirty logging was switched on, else the trigger; None if neither was seen."""
     channels: Channels
     switchover: Switchover | None
     bursts: list[Burst]
@@ -55,18 +55,18 @@ class TracedMigration:
     source_transfers: list[Transfer]
     """The source's transfers on the migration's sockets, both directions."""
     sends: list[Transfer]
-    """What the source sent for the migration, since it began."""
+    """The source's sends for the migration since it began."""
     reported_postcopy: bool = False
-    """The VMM said that it switched to postcopy."""
+    """Whether the VMM reported that it switched to postcopy."""
 
     @property
     def since(self) -> int:
-        """As `began`; the recording's begin if that is not known."""
+        """`began`, or the recording's begin if that is unknown."""
         return self.began if self.began is not None else self.material.header.begin_ns
 
     @cached_property
     def unmeasured(self) -> frozenset[PhaseName]:
-        """Phases that nothing in the recording would show: of a side, or by a signal, that was not traced."""
+        """Phases that the recording cannot show, because their side or their signal was not traced."""
         missing = {
             side
             for side, process in ((Side.SOURCE, self.source), (Side.DESTINATION, self.destination))
@@ -81,7 +81,7 @@ class TracedMigration:
         )
 
     def transfers(self, process: Process | None) -> list[Transfer]:
-        """A side's transfers on the migration's sockets, both directions; none of a process that is no side."""
+        """A side's transfers on the migration's sockets, both directions; empty for another process."""
         if process is None:
             return []
         if process is self.source:
@@ -95,12 +95,12 @@ class TracedMigration:
 
     @cached_property
     def receives(self) -> list[Transfer]:
-        """What the destination received for the migration."""
+        """The destination's receives for the migration."""
         return [t for t in self.destination_transfers if t.direction == RECEIVE]
 
     @cached_property
     def postcopy(self) -> bool:
-        """Did the source go on sending memory after the destination's start?"""
+        """Whether the source kept sending memory after the destination's start, or the VMM reported postcopy."""
         found = self.switchover
         start = found.last_start if found and found.kind == SwitchoverKind.COMPLETED else None
         late = sum(t.bytes for t in begun(self.sends, start + 1)) if start is not None else 0
@@ -108,10 +108,10 @@ class TracedMigration:
 
     @cached_property
     def answering(self) -> frozenset[int]:
-        """The source's migration sockets on which a thread first listened after the stop, and then sent: in postcopy.
+        """In postcopy: the source's migration sockets on which a thread first receives after the stop, and then sends.
 
-        Cloud Hypervisor opens such a connection for it (vmm/src/migration/transport.rs, `open_fault_connection`).
-        QEMU has none: its migration thread sends pages, asked for or not, and another thread reads the requests.
+        Cloud Hypervisor opens such a connection (vmm/src/migration/transport.rs, `open_fault_connection`). QEMU has
+        none: its migration thread sends both requested and other pages, and another thread reads the requests.
         """
         if self.source is None or self.switchover is None or not self.postcopy:
             return frozenset()
@@ -120,17 +120,17 @@ class TracedMigration:
         for transfer in self.source_transfers:
             if transfer.begin_ns < self.switchover.stop or not transfer.bytes:
                 continue
-            talker = transfer.tid, key_of(transfer)
-            if first.setdefault(talker, transfer.direction) == RECEIVE and transfer.direction == SEND:
-                serving.add(talker[1])
+            user = transfer.tid, key_of(transfer)
+            if first.setdefault(user, transfer.direction) == RECEIVE and transfer.direction == SEND:
+                serving.add(user[1])
         return frozenset(serving)
 
     @cached_property
     def own_transfers(self) -> list[Transfer]:
-        """The source's transfers for the migration without those on sockets that only answer.
+        """The source's transfers for the migration, without those on sockets that only answer page requests.
 
-        Answers are not on its way to the handover: the destination asks for pages while it restores, and waits for
-        each by itself.
+        The answers are not part of the source's way to the handover: the destination requests pages while it restores,
+        and waits for each of them.
         """
         serving = self.answering
         return [t for t in self.source_transfers if key_of(t) not in serving] if serving else self.source_transfers
@@ -145,10 +145,7 @@ def _sends(transfers: list[Transfer], since: int) -> list[Transfer]:
 
 
 def identify(material: Material, names: MarkNames) -> TracedMigration:
-    """Finds the sides, the switchover, when the migration began, its sockets, its fetches.
-
-    `names`: the names of the VMMs' marks.
-    """
+    """Finds a migration's sides, switchover, begin, sockets and fetches. `names` are the names of the VMMs' marks."""
     source, destination, notes = roles.assign(material.processes.values())
     if source is None:
         channels = sockets.choose(None, destination, 0, frozenset())

@@ -26,7 +26,7 @@ GIB = 1 << 30
 
 @dataclass
 class DirtyLogRows:
-    """What is known of one source's dirty log; instants of the rows count from `origin`."""
+    """Makes the rows about one source's dirty log. Instants in the rows count from `origin`."""
 
     process: Process
     bursts: Sequence[Burst]
@@ -41,7 +41,7 @@ class DirtyLogRows:
     brownout: bool = False
     """Whether the vCPUs' times outside KVM_RUN were recorded."""
     sends_known: bool = True
-    """False: no send was seen, and none could be."""
+    """False if sends could not be traced."""
     _begins: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class DirtyLogRows:
 
     @cached_property
     def _logged(self) -> int | None:
-        """When logging was switched on, if the vCPUs' accounts tell of before and after it."""
+        """When logging was switched on; None if unknown or if the vCPUs' times outside KVM_RUN were not recorded."""
         return dirty_log.switched_on(self.process, self.stop) if self.brownout else None
 
     @cached_property
@@ -65,7 +65,7 @@ class DirtyLogRows:
         return OffCpuTotals(self.process, self.process.fetchers)
 
     def passes(self) -> list[Pass]:
-        """Fetches that began with the guest running, each with the sending up to the next."""
+        """The fetches that began while the guest ran, each with the sends up to the next fetch."""
         running = [b for b in self.bursts if b.fetched and (self.stop is None or b.begin < self.stop)]
         rows: list[Pass] = []
         for index, burst in enumerate(running):
@@ -106,7 +106,9 @@ class DirtyLogRows:
         )
 
     def returned(self, burst: Burst, before: Burst | None) -> int | None:
-        """Ring entries given back from the end of the fetch before to the end of this one; None with a bitmap."""
+        """Ring entries that were reset between the end of the previous fetch and that of this one; None with a
+        bitmap.
+        """
         if any(i.cmd == kvm.GET_DIRTY_LOG for i in burst.ioctls):
             return None
         since = before.end if before else self.bursts[0].begin
@@ -142,11 +144,13 @@ class DirtyLogRows:
         )
 
     def user_off_cpu(self, spans: Sequence[Span]) -> int | None:
-        """The part of the bitmap work in these spans (from `origin`) that was off the CPU."""
+        """The part of the bitmap work in these spans (relative to `origin`) that was off the CPU, in ns."""
         return self._off_cpu.within((begin + self.origin, end + self.origin) for begin, end in spans)
 
     def rearm(self, until: int) -> Rearm | None:
-        """Time that the fetches in the blackout spent on re-protecting pages; None if unknown."""
+        """The work of the fetches in the blackout to write-protect pages again; None if there was none or it is
+        unknown.
+        """
         ioctls = [i for burst in self.last(until) for i in burst.ioctls]
         manual = any(dirty_log.is_clear(i) for burst in self.bursts for i in burst.ioctls)
         gets = [i for i in ioctls if kvm.name_of(i.cmd) == "GET_DIRTY_LOG"]
@@ -155,7 +159,7 @@ class DirtyLogRows:
         pages = sum(i.size if dirty_log.is_clear(i) else max(0, i.ret) for i in others)
         error = 0
         samples: int | str = "exact"
-        if gets and not manual:  # with manual protection a GET protects nothing
+        if gets and not manual:  # With manual protection, a GET does not protect pages.
             found = fetch_split.split(gets, self.samples)
             if found is None:
                 return None
@@ -176,7 +180,7 @@ class DirtyLogRows:
         )
 
     def logging(self, blackout: Span | None) -> list[Logging]:
-        """Each time that the migration switched logging on or off; slots that follow immediately are grouped."""
+        """Each time that the migration switched logging on or off. Slots that follow each other closely are one row."""
         since = dirty_log.switched_on(self.process, self.stop)
         state: dict[int, bool] = {}
         groups: list[tuple[bool, list[Ioctl]]] = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long it took the VMM to stop its vCPUs, and then to notice that they had stopped.
+"""How long the VMM took to stop its vCPUs, and then to notice that they had stopped.
 
-In: the source's kicks, calls and waits. Out: a row of the breakdown. A VMM that polls every millisecond whether its
-vCPUs have stopped (Cloud Hypervisor: vmm/src/cpu.rs, `pause`) adds that delay to the blackout.
+In: the source's kicks, calls and waits. Out: a row of the breakdown. A VMM that polls every millisecond for the stop of
+its vCPUs adds this notice delay to the blackout (Cloud Hypervisor: vmm/src/cpu.rs, `pause`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ BEFORE_NS = 1_000_000
 
 
 def driver(source: Process, found: Switchover) -> int | None:
-    """The thread that asked for the stop."""
+    """The thread that requested the stop; None if none of its kicks were seen."""
     asked = any(k.tid == found.stopper for k in source.kicks if found.requested <= k.at_ns <= found.stop)
     return found.stopper if asked else None
 
 
 def observe(source: Process | None, found: Switchover | None, waits_traced: bool) -> Pausing | None:
-    """None where no kick was seen, or nothing that the kicking thread did afterwards."""
+    """The pause's duration and notice delay; None unless a kick and a later call of the kicking thread were seen."""
     if source is None or found is None:
         return None
     tid = driver(source, found)
@@ -55,6 +55,6 @@ def observe(source: Process | None, found: Switchover | None, waits_traced: bool
 
 
 def _before(source: Process, found: Switchover, tid: int) -> list[OffCpu]:
-    """The last time that the thread had lost the CPU before it kicked, if that was just before."""
+    """The thread's last preemption before the pause request, if it ended just before it."""
     waits = [w for w in source.off_cpu if w.preempted and w.tid == tid and w.end_ns <= found.requested]
     return [w for w in waits[-1:] if found.requested - w.end_ns <= BEFORE_NS]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result of an analysis: the breakdown, and the data that it was made from.
 
-In: nothing. Out: `Analysis`, which `collector.analyse` makes. Every output takes it: text and JSON the breakdown, those
-with a time axis and predictions what lies behind it. The analysis runs only once per recording.
+In: nothing. Out: `Analysis`, which `collector.analyse` makes. Text and JSON only use the breakdown. Predictions and
+formats with a time axis also use the data. The analysis runs only once per recording.
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ class Analysis:
 
     @property
     def header(self) -> Header:
-        """The recording's."""
+        """The recording's header."""
         return self.traced.material.header

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which traced process is the source and which the destination.
+"""Decides which traced process is the source and which is the destination.
 
-In: the processes of a recording. Out: the pair, and a note for every hint that events contradict.
+In: the processes of a recording. Out: the pair, and a note for each role hint that the events contradict.
 
 The source fetched dirty logs, ran its guest when tracing began, and stopped. The destination's state was set
 before its guest first ran.
@@ -22,7 +22,7 @@ def assign(processes: Collection[Process]) -> tuple[Process | None, Process | No
     scores = {process.pid: (_as_source(process), _as_destination(process)) for process in processes}
 
     def leaning(process: Process) -> tuple[int, int, int]:
-        """The process most like a source first; among equals, the one that ran first."""
+        """Sort key: the process most like a source comes first. Of equals, the one that ran first does."""
         own = scores[process.pid]
         return own[1] - own[0], _first(process), process.pid
 
@@ -30,7 +30,7 @@ def assign(processes: Collection[Process]) -> tuple[Process | None, Process | No
     source = next((p for p in ranked if scores[p.pid][0] > 0), None)
     destination = next((p for p in reversed(ranked) if p is not source and scores[p.pid][1] > 0), None)
     if source is not None and destination is None and _leans_away(source, scores[source.pid]):
-        # It is alone, and no role is better than a wrong one.
+        # There is only one side. No role is better than a wrong one.
         alone, source = source, None
         destination = alone if scores[alone.pid][1] > scores[alone.pid][0] else None
     notes = [
@@ -69,7 +69,7 @@ def _fetches_for_migration(process: Process) -> bool:
 
 
 def _first(process: Process) -> int:
-    """When it is first known to run its guest; 0 if it did when tracing began."""
+    """When it first ran its guest; 0 if it already ran it when tracing began."""
     if any(line.ran_before for line in process.vcpus.values()):
         return 0
     return min((line.first_run for line in process.vcpus.values() if line.first_run is not None), default=FOREVER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of spans and of instants in order.
+"""Arithmetic on spans and on sorted instants.
 
 In: spans [begin, end) in ns, or sorted instants. Out: their length, their overlap, the gaps between them.
 """
@@ -13,16 +13,16 @@ from itertools import accumulate
 from ebpf_mig.breakdown import Span
 
 FOREVER = 1 << 63
-"""An instant after all others: the end of a span without an end. The clock's instants have 63 bits."""
+"""Later than any instant of the clock, which has 63 bits. It is the end of a span without an end."""
 
 
 def total(spans: Iterable[Span]) -> int:
-    """How long they last together."""
+    """The sum of their lengths."""
     return sum(end - begin for begin, end in spans)
 
 
 def common(one: Span, other: Span) -> int:
-    """How long both last at the same time; 0 if they are apart."""
+    """The length of their overlap; 0 if they do not overlap."""
     return max(0, min(one[1], other[1]) - max(one[0], other[0]))
 
 
@@ -37,7 +37,7 @@ def overlap(spans: Sequence[Span], others: Iterable[Span]) -> int:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same time in as few spans as possible, in order."""
+    """The spans in order, with overlapping and adjacent ones merged."""
     result: list[Span] = []
     for begin, end in sorted(spans):
         if result and begin <= result[-1][1]:
@@ -48,7 +48,7 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def uncovered(spans: Iterable[Span], within: Span) -> list[Span]:
-    """What the spans, in order of their begin, leave of `within`."""
+    """The parts of `within` that the spans do not cover. `spans` are in order of their begin."""
     left: list[Span] = []
     reached, until = within
     for begin, end in spans:
@@ -67,7 +67,7 @@ def any_in(instants: Sequence[int], begin: int, end: int | None) -> bool:
 
 
 class Cover:
-    """How much of a span a set of spans covers, in logarithmic time. They do not overlap each other."""
+    """Finds in logarithmic time how much of a span a set of spans covers. The spans must not overlap each other."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         ordered = sorted(spans)

@@ -3,11 +3,11 @@
 
 In: the vCPU events and kicks of one thread. Out: its gaps, the stretches in which it ran no guest code.
 
-Only entries after a gap, error returns and the last state are recorded, so between two gaps a vCPU counts as
-running although it left KVM_RUN for moments too short to be kept.
+Only entries after a gap, error returns and the last state are recorded. So a vCPU counts as running between two gaps,
+although it left KVM_RUN for moments that are too short to be recorded.
 
-A KVM_RUN that returns -EINTR at once has run no guest code and does not end a gap: QEMU enters once with the
-signal of a past kick still pending (accel/kvm/kvm-all.c, `kvm_cpu_kick_self` and `resume_all_vcpus`), Cloud
+A KVM_RUN that returns -EINTR immediately has run no guest code and does not end a gap. QEMU enters once while the
+signal of a past kick is still pending (accel/kvm/kvm-all.c, `kvm_cpu_kick_self` and `resume_all_vcpus`). Cloud
 Hypervisor enters with `immediate_exit` to finish a pending access (vmm/src/cpu.rs, `start_vcpu`).
 """
 
@@ -21,19 +21,19 @@ from ebpf_mig.recording.events import VcpuEnter, VcpuExit, VcpuState
 
 EINTR = -4
 IMMEDIATE_NS = 1_000_000
-"""The longest KVM_RUN that can count as an immediate -EINTR; 122 us were seen, preemption can stretch it."""
+"""The longest KVM_RUN that can count as an immediate -EINTR. The longest seen was 122 us; preemption can add to it."""
 
 _IN, _OUT = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A stretch without guest code. `begin` None: the vCPU was not seen before. `end` None: nor after."""
+    """A stretch without guest code. `begin` is None if the vCPU was not seen before it, `end` if not after it."""
 
     begin: int | None
     end: int | None
     entry: int | None
-    """The last known entry of the call, or row of calls, that the gap ended."""
+    """The last known entry into KVM_RUN before the gap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Timeline:
     tid: int
     gaps: tuple[Gap, ...]
     immediate: tuple[tuple[int, int], ...]
-    """KVM_RUN calls taken to have run no guest code."""
+    """The KVM_RUN calls that count as having run no guest code: (entry, exit)."""
 
     @property
     def ran(self) -> bool:
@@ -52,12 +52,12 @@ class Timeline:
 
     @property
     def first_run(self) -> int | None:
-        """Entry of the first call that ran guest code; None if unseen because it ran before, or never did."""
+        """Entry of the first call that ran guest code; None if the vCPU already ran before tracing, or never ran."""
         return self.gaps[0].end if self.gaps and self.gaps[0].begin is None else None
 
     @property
     def ran_before(self) -> bool:
-        """Was the vCPU inside KVM_RUN, or known to have been, when tracing began?"""
+        """Whether the vCPU had been in KVM_RUN before its first gap, i.e. it ran before or when tracing began."""
         return bool(self.gaps) and self.gaps[0].begin is not None
 
     def covering(self, at: int) -> Gap | None:
@@ -127,14 +127,14 @@ def _walk(tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int]
             and gaps[-1].end == entry
             and ret == EINTR
             and at - entry <= IMMEDIATE_NS
-            # A kick inside the call means that the call ran until then; one before it was pending at entry.
+            # A kick inside the call means that the call ran until then. An earlier kick was pending at entry.
             and not any_in(kicks, entry + 1, at + 1)
         ):
             immediate.append((entry, at))
             before = gaps.pop()
             left, entry = before.begin, before.entry
         else:
-            # Two exits in a row: the entry between them came too soon after the first to be kept.
+            # Two exits in a row: the entry between them followed the first too soon to be recorded.
             left = at
         outside = True
     if outside and points:
@@ -145,13 +145,13 @@ def _walk(tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int]
 def common(timelines: Sequence[Timeline]) -> list[tuple[int, int | None]]:
     """The stretches in which no vCPU ran, in order: (last stop, first re-entry or None).
 
-    vCPUs that were never seen to run are left out. A stretch whose begin nobody saw is left out too.
+    vCPUs that were never seen to run are left out, and so are stretches without a known begin.
     """
     lists = [timeline.gaps for timeline in timelines if timeline.ran]
     if not lists:
         return []
     rest: list[Sequence[tuple[int | None, int | None]]] = [[(gap.begin, gap.end) for gap in gaps] for gaps in lists]
-    while len(rest) > 1:  # in pairs: one after the other would take the square of the vCPUs
+    while len(rest) > 1:  # In pairs: one after the other would take time quadratic in the number of vCPUs.
         pairs = zip(rest[::2], rest[1::2], strict=False)
         rest = [_intersect(left, right) for left, right in pairs] + rest[len(rest) & ~1 :]
     current = rest[0]

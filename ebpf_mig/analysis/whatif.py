@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the blackout would have been, had the final fetch cost less, re-arming been skipped, or the link been faster.
+"""Predicts the blackout with a cheaper final fetch, without re-arming, or over another link.
 
-In: an `Analysis` and wishes. Out: a `WhatIf` with the effect of each wish and the
-assumptions. A prediction takes away from the measured blackout or adds to it; it is never built up from a model
-alone, so that effects that no model covers stay in it.
+In: an `Analysis` and a `Hypothesis`. Out: a `WhatIf` with the effect of each change and the assumptions. A prediction
+adds to the measured blackout or subtracts from it. It is never computed from a model alone, so effects that no model
+covers stay in it.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from ebpf_mig.breakdown import Breakdown, Change, DirtyLogMode, FetchIoctl, Phas
 from ebpf_mig.errors import UsageError
 
 PAYLOAD = Fraction(1448, 1538)
-"""Of an Ethernet link's bits with an MTU of 1500: preamble, header, checksum and gap take 38 bytes, IPv4 and TCP with
-timestamps 52 (IEEE 802.3; RFC 791, 9293, 7323)."""
+"""The payload's share of an Ethernet link with an MTU of 1500. Of 1538 bytes, preamble, header, checksum and gap take
+38, IPv4 and TCP with timestamps take 52 (IEEE 802.3; RFC 791, 9293, 7323)."""
 _RE_ARMS = ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class Hypothesis:
     """The conditions to change; None: unchanged."""
 
     bandwidth: int | None = None
-    """Of the link, bytes a second."""
+    """The link's bandwidth, bytes/s."""
     fetch: Fraction | None = None
-    """Of the final fetch's time, what is left."""
+    """The share of the final fetch's time that remains."""
     rearm: Fraction | None = None
-    """Of the time for write-protecting pages anew in the final fetch, what is left."""
-    said: tuple[tuple[str, str], ...] = ()
-    """(name, as the user wrote it)."""
+    """The share that remains of the final fetch's time for write-protecting pages again."""
+    texts: tuple[tuple[str, str], ...] = ()
+    """(name, the change as the user wrote it)."""
 
     def text(self, name: str) -> str:
-        """The wish as it was written."""
-        return dict(self.said).get(name, name)
+        """The change as the user wrote it."""
+        return dict(self.texts).get(name, name)
 
 
-def predict(analysis: Analysis, wishes: Wishes) -> WhatIf:
-    """The blackout under `wishes`. UsageError if there is no blackout of a completed migration."""
+def predict(analysis: Analysis, hypothesis: Hypothesis) -> WhatIf:
+    """The blackout under `hypothesis`. UsageError without a blackout of a completed migration."""
     b, origin = analysis.breakdown, analysis.origin_ns
     if b.blackout_ns is None or b.migration.result != Result.COMPLETED:
-        raise UsageError("there is no blackout of a completed migration to reckon from")
+        raise UsageError("a prediction needs the blackout of a completed migration, and the recording has none")
     use = link.observe(analysis.traced)
     queued = [] if isinstance(use, str) else [(begin - origin, end - origin) for begin, end in use.limited]
     changes: list[Change] = []
     assumptions: list[str] = []
-    if wishes.bandwidth is not None:
-        changes.append(_bandwidth(wishes.text("bandwidth"), wishes.bandwidth, use, assumptions))
-    fetched = _fetch_gain(b, queued, wishes, changes)
-    _rearm(b, queued, wishes, fetched, changes)
-    if wishes.fetch is not None or wishes.rearm is not None:
+    if hypothesis.bandwidth is not None:
+        changes.append(_bandwidth(hypothesis.text("bandwidth"), hypothesis.bandwidth, use, assumptions))
+    fetched = _fetch_gain(b, queued, hypothesis, changes)
+    _rearm(b, queued, hypothesis, fetched, changes)
+    if hypothesis.fetch is not None or hypothesis.rearm is not None:
         assumptions.append("all else takes as long as it did: what follows the fetch begins that much earlier")
-        assumptions.append("what went on while the link was draining its queue gains nothing, the link sets the pace")
-    told = [change.change_ns for change in changes]
-    then = None if None in told else max(0, b.blackout_ns + sum(ns for ns in told if ns is not None))
+        assumptions.append("work done while the link was draining its queue gains nothing: the link sets the pace")
+    effects = [change.change_ns for change in changes]
+    then = None if None in effects else max(0, b.blackout_ns + sum(ns for ns in effects if ns is not None))
     return WhatIf(blackout_ns=then, changes=changes, assumptions=assumptions)
 
 
-def _bandwidth(wish: str, wanted: int, use: LinkUse | str, assumptions: list[str]) -> Change:
+def _bandwidth(text: str, wanted: int, use: LinkUse | str, assumptions: list[str]) -> Change:
     if isinstance(use, str):
-        return Change(wish=wish, change_ns=None, why=f"cannot be told: {use}")
+        return Change(wish=text, change_ns=None, why=f"cannot be predicted: {use}")
     payload = float(wanted * PAYLOAD)
     was, rest = use.limited_ns, use.span_ns - use.limited_ns
     floor = min(was, max(use.source_ns, use.reader_ns))
@@ -81,46 +81,46 @@ def _bandwidth(wish: str, wanted: int, use: LinkUse | str, assumptions: list[str
         then = whole - rest
         why += f"; at {_megabits(payload)} it is for all of the {_mebibytes(use.span_bytes)} that arrived"
     elif use.rate is not None and then == floor:
-        why += f"; source and destination take {floor / 1e6:.3f} ms for it all the same"
+        why += f"; source and destination still take {floor / 1e6:.3f} ms for it"
     assumptions += [
-        f"the blackout moves the same {_mebibytes(use.span_bytes)}: a VMM that converges further on a faster link"
-        " leaves less to it",
+        f"the blackout moves the same {_mebibytes(use.span_bytes)}, although a VMM that converges further on a faster"
+        " link leaves less for it",
         f"{float(PAYLOAD) * 100:.0f} % of the bandwidth is payload (MTU 1500); latency and loss stay the same",
-        f"the source needs {use.source_ns / 1e6:.3f} ms of its own meanwhile, and the destination's receive calls"
-        f" {use.reader_ns / 1e6:.3f} ms",
+        f"in that time the source needs {use.source_ns / 1e6:.3f} ms for its own work, and the destination's receive"
+        f" calls {use.reader_ns / 1e6:.3f} ms",
     ]
-    return Change(wish=wish, change_ns=round(then - was), why=why)
+    return Change(wish=text, change_ns=round(then - was), why=why)
 
 
-def _fetch_gain(b: Breakdown, queued: Sequence[Span], wishes: Wishes, changes: list[Change]) -> bool:
-    """Whether the final fetch is to become faster, and so re-arming with it."""
-    if wishes.fetch is None:
+def _fetch_gain(b: Breakdown, queued: Sequence[Span], hypothesis: Hypothesis, changes: list[Change]) -> bool:
+    """Adds the effect of a faster final fetch. Returns whether there is one: it includes re-arming."""
+    if hypothesis.fetch is None:
         return False
     spans = sorted(
         span for p in b.phases if p.phase in (PhaseName.FETCH_KERNEL, PhaseName.FETCH_USER) for span in p.spans
     )
-    changes.append(_less(wishes.text("fetch"), "the final fetch", spans, queued, wishes.fetch))
+    changes.append(_less(hypothesis.text("fetch"), "the final fetch", spans, queued, hypothesis.fetch))
     return True
 
 
-def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, changes: list[Change]) -> None:
-    """What re-arming costs: ioctls of its own, or parts of KVM_GET_DIRTY_LOG where there are none."""
-    if wishes.rearm is None:
+def _rearm(b: Breakdown, queued: Sequence[Span], hypothesis: Hypothesis, fetched: bool, changes: list[Change]) -> None:
+    """Adds the effect of less re-arming. Re-arming is done by ioctls of its own, or else in KVM_GET_DIRTY_LOG."""
+    if hypothesis.rearm is None:
         return
-    wish = wishes.text("rearm")
+    text = hypothesis.text("rearm")
     if fetched:
-        changes.append(Change(wish=wish, change_ns=0, why="part of the final fetch, which is counted already"))
+        changes.append(Change(wish=text, change_ns=0, why="part of the final fetch, which is counted already"))
         return
     ioctls = [i for fetch in b.dirty_log.fetches for i in fetch.ioctls]
     if b.dirty_log.mode != DirtyLogMode.LEGACY:
         calls = [i for i in ioctls if i.ioctl in _RE_ARMS]
         what = f"{len(calls)} calls that re-arm"
-        changes.append(_less(wish, what, merged(map(_span, calls)), queued, wishes.rearm))
+        changes.append(_less(text, what, merged(map(_span, calls)), queued, hypothesis.rearm))
         return
     gets = [i for i in ioctls if i.ioctl == "GET_DIRTY_LOG"]
     if not gets or any(_protecting(i) is None for i in gets):
-        why = "cannot be told: KVM_GET_DIRTY_LOG re-arms by itself here, and its parts were not measured"
-        changes.append(Change(wish=wish, change_ns=None, why=why))
+        why = "cannot be predicted: KVM_GET_DIRTY_LOG re-arms by itself here, and its parts were not measured"
+        changes.append(Change(wish=text, change_ns=None, why=why))
         return
     took = sum(_protecting(i) or 0 for i in gets)
     beside = overlap(queued, merged(map(_span, gets)))
@@ -128,7 +128,7 @@ def _rearm(b: Breakdown, queued: Sequence[Span], wishes: Wishes, fetched: bool, 
     why = f"walk and flush of {len(gets)} KVM_GET_DIRTY_LOG took {took / 1e6:.3f} ms"
     if samples := [i.split.samples for i in gets if i.split and isinstance(i.split.samples, int)]:
         why += f", known from {sum(samples)} samples"
-    changes.append(Change(wish=wish, change_ns=-round(gain * (1 - wishes.rearm)), why=why))
+    changes.append(Change(wish=text, change_ns=-round(gain * (1 - hypothesis.rearm)), why=why))
 
 
 def _span(ioctl: FetchIoctl) -> Span:
@@ -136,17 +136,17 @@ def _span(ioctl: FetchIoctl) -> Span:
 
 
 def _protecting(ioctl: FetchIoctl) -> int | None:
-    """What KVM_GET_DIRTY_LOG without manual protection does beyond copying the bitmap (kvm_get_dirty_log_protect)."""
+    """Time that KVM_GET_DIRTY_LOG without manual protection spends on re-arming (kvm_get_dirty_log_protect), in ns."""
     return ioctl.split.walk + ioctl.split.flush if ioctl.split is not None else None
 
 
-def _less(wish: str, what: str, spans: Sequence[Span], queued: Sequence[Span], left: Fraction) -> Change:
+def _less(text: str, what: str, spans: Sequence[Span], queued: Sequence[Span], left: Fraction) -> Change:
     took = total(spans)
     beside = overlap(queued, spans)
     why = f"{what} took {took / 1e6:.3f} ms of the blackout"
     if beside:
-        why += f", {beside / 1e6:.3f} of it beside the link's queue"
-    return Change(wish=wish, change_ns=-round((took - beside) * (1 - left)), why=why)
+        why += f", {beside / 1e6:.3f} of it while the link drained its queue"
+    return Change(wish=text, change_ns=-round((took - beside) * (1 - left)), why=why)
 
 
 def _megabits(rate: float) -> str:

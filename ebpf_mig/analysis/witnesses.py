@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Witnesses: downtime figures from other sources, compared with ours and explained.
+"""Witnesses: downtime figures from other sources, compared with our blackout.
 
 In: the marks of a recording and the switchover. Out: rows of the breakdown. A witness never moves a boundary.
 """
@@ -19,14 +19,14 @@ SMALL_DOUBT_NS = 10_000
 
 @dataclass(frozen=True)
 class MarkNames:
-    """Names of the marks that a VMM's adapter makes, by what they mean to the analysis."""
+    """The names of the marks that a VMM's adapter makes, by their meaning in the analysis."""
 
     stopped: frozenset[str] = frozenset()
     """Its vCPUs have stopped."""
     postcopy: frozenset[str] = frozenset()
     """The source has switched to postcopy."""
     downtime: Mapping[str, str] = field(default_factory=dict)
-    """Its own downtime in whole ms, and what it counts from and to."""
+    """Its own downtime figures in whole ms: the mark's name, and which events it counts from and to."""
     pairs: tuple[tuple[str, str, str], ...] = ()
     """(name of the witness, mark at the stop on the source, mark at the start on the destination)."""
 
@@ -45,7 +45,7 @@ def merged(names: Iterable[MarkNames]) -> MarkNames:
 def gather(
     marks: Sequence[Mark], names: MarkNames, switchover: Switchover, pids: tuple[int | None, int | None]
 ) -> list[Witness]:
-    """Everything comparable with the blackout; empty if the blackout is not known."""
+    """All figures that can be compared with the blackout; empty if the blackout is unknown."""
     if switchover.first_start is None:
         return []
     blackout = switchover.first_start - switchover.stop
@@ -58,7 +58,7 @@ def gather(
                     name=mark.name,
                     value_ns=mark.value * MS,
                     difference_ns=mark.value * MS - blackout,
-                    explanation=names.downtime.get(mark.name, f"as {prefix} told it, in whole ms"),
+                    explanation=names.downtime.get(mark.name, f"as reported by {prefix}, in whole ms"),
                 )
             )
     for name, stop, resume in names.pairs:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from ebpf_mig.analysis.whatif import Wishes
+from ebpf_mig.analysis.whatif import Hypothesis
 from ebpf_mig.breakdown import Breakdown, Verdict
 from ebpf_mig.commands.options import (
     RATE,
@@ -97,7 +97,7 @@ _PREDICTING = ("text", "json", "html")
     "--what-if",
     "wishes",
     multiple=True,
-    metavar="WISH",
+    metavar="CHANGE",
     help="Predict the blackout after a change: bandwidth=25Gbit, fetch=0 (a free final fetch; fetch=50%: half"
     " as long), rearm=0 (pages not write-protected again). Can be repeated.",
 )
@@ -162,28 +162,30 @@ def require_complete(breakdown: Breakdown, strict: bool) -> None:
         raise IncompleteError(f"incomplete: {reasons[0]}" if reasons else "the recording is incomplete")
 
 
-def parse_wishes(texts: Sequence[str]) -> Wishes:
+def parse_wishes(texts: Sequence[str]) -> Hypothesis:
     """Parses `NAME=VALUE` items; UsageError if one cannot be read or is given twice."""
     values: dict[str, tuple[str, str]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or name not in {"bandwidth", "fetch", "rearm"}:
-            raise UsageError(f"cannot read the wish {text!r}", "write bandwidth=25Gbit, fetch=0 or rearm=0")
+            raise UsageError(f"cannot read the change {text!r}", "write bandwidth=25Gbit, fetch=0 or rearm=0")
         if name in values:
-            raise UsageError(f"{name} is wished for twice")
+            raise UsageError(f"{name} is given twice")
         values[name] = (value, text)
     bandwidth = RATE.convert(values["bandwidth"][0], None, None) if "bandwidth" in values else None
     if bandwidth == 0:
         raise UsageError("no migration ends over a link without bandwidth", "write it like bandwidth=25Gbit")
     fetch, rearm = (_share(*values[name]) if name in values else None for name in ("fetch", "rearm"))
-    return Wishes(bandwidth, fetch, rearm, tuple((name, text) for name, (_, text) in values.items()))
+    return Hypothesis(bandwidth, fetch, rearm, tuple((name, text) for name, (_, text) in values.items()))
 
 
 def _share(value: str, text: str) -> Fraction:
     """`0`, or the remaining share in per cent."""
     match = re.fullmatch(r"0|([0-9]{1,5}(?:\.[0-9]{1,6})?)%", value, re.ASCII)
     if match is None:
-        raise UsageError(f"cannot read the wish {text!r}", f"write {text.partition('=')[0]}=0, or =50% for half of it")
+        raise UsageError(
+            f"cannot read the change {text!r}", f"write {text.partition('=')[0]}=0, or =50% for half of it"
+        )
     return Fraction(match[1] or 0) / 100
 
 

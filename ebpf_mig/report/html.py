@@ -29,7 +29,7 @@ _LEGEND = {
     "socket": "send or receive",
     "segment": "TCP segment arrives",
     "wait": "off the CPU",
-    "mark": "said by the VMM",
+    "mark": "reported by the VMM",
 }
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 

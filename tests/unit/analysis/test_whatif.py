@@ -10,7 +10,7 @@ from fractions import Fraction
 import msgspec
 import pytest
 
-from ebpf_mig.analysis.whatif import PAYLOAD, Wishes, predict
+from ebpf_mig.analysis.whatif import PAYLOAD, Hypothesis, predict
 from ebpf_mig.breakdown import Split, WhatIf
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.report import parse_wishes
@@ -61,7 +61,7 @@ def migration(*, wait_us: int = 54_000, unix: bool = False) -> Script:
 def change(script: Script, **wishes: int | Fraction) -> WhatIf:
     found = analyse(script.recording)
     assert found.breakdown.blackout_ns == 69_000_000
-    return predict(found, Wishes(**wishes))  # type: ignore[arg-type]
+    return predict(found, Hypothesis(**wishes))  # type: ignore[arg-type]
 
 
 def line(payload_bytes_per_s: int) -> int:
@@ -80,7 +80,7 @@ def test_a_link_twice_as_fast_halves_what_it_limits() -> None:
 def test_no_link_makes_the_source_faster_than_it_is() -> None:
     found = change(migration(), bandwidth=line(10**12))
     assert found.changes[0].change_ns == -54_000_000, "of 60 ms the source was blocked for 54"
-    assert "take 6.000 ms for it all the same" in found.changes[0].why
+    assert "still take 6.000 ms for it" in found.changes[0].why
 
 
 def test_a_slower_link_takes_longer_for_everything() -> None:
@@ -121,7 +121,9 @@ def test_re_arming_inside_get_dirty_log_needs_its_parts() -> None:
     measured = analyse(migration().recording)
     b = measured.breakdown
     log = msgspec.structs.replace(b.dirty_log, mode="legacy")
-    found = predict(replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Wishes(rearm=Fraction(0)))
+    found = predict(
+        replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Hypothesis(rearm=Fraction(0))
+    )
     assert found.blackout_ns is None and "its parts were not measured" in found.changes[0].why
     split = Split(walk=40_000, flush=30_000, copy=20_000, other=10_000, samples=12)
     gets = [
@@ -129,18 +131,20 @@ def test_re_arming_inside_get_dirty_log_needs_its_parts() -> None:
         for fetch in b.dirty_log.fetches
     ]
     log = msgspec.structs.replace(log, fetches=gets)
-    found = predict(replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Wishes(rearm=Fraction(0)))
+    found = predict(
+        replace(measured, breakdown=msgspec.structs.replace(b, dirty_log=log)), Hypothesis(rearm=Fraction(0))
+    )
     assert found.changes[0].change_ns == -140_000, "walk and flush of two calls"
     assert "known from 24 samples" in found.changes[0].why
 
 
-def test_what_cannot_be_told_is_not_predicted() -> None:
+def test_what_is_unknown_is_not_predicted() -> None:
     found = change(migration(unix=True), bandwidth=10**9)
-    assert found.blackout_ns is None and found.changes[0].why == "cannot be told: the transport is unix, not TCP"
+    assert found.blackout_ns is None and found.changes[0].why == "cannot be predicted: the transport is unix, not TCP"
     script = migration()
     script.vms[0].events, script.vms[1].events = [], []
     with pytest.raises(UsageError):
-        predict(analyse(script.recording), Wishes(fetch=Fraction(0)))
+        predict(analyse(script.recording), Hypothesis(fetch=Fraction(0)))
 
 
 def test_wishes_as_users_write_them() -> None:
