@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements whose results are in docs/. Each module is a command: `python -m bench.NAME`."""
+"""Measurements behind the figures in docs/. Run one with `python -m bench.NAME`."""

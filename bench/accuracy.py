@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How true the figures are: many demo migrations in a row, each beside QEMU's own stamps.
+"""Accuracy of the blackout: runs many demo migrations and compares each with QEMU's own time stamps.
 
 In: a number of runs. Out: a Markdown table for docs/accuracy.md on stdout; exit code 1 if a run was incomplete or a
 partition inexact.
@@ -39,7 +39,7 @@ def run_once(directory: Path, scenario: Scenario, binary: str | None) -> Breakdo
 
 
 def is_exact(b: Breakdown) -> bool:
-    """Spans cover the window without hole or overlap, and sum to it."""
+    """Whether the spans cover the window without gap or overlap, and sum to it."""
     spans = sorted(span for phase in b.phases for span in phase.spans)
     joined = all(a[1] == c[0] for a, c in itertools.pairwise(spans))
     return joined and sum(p.duration_ns for p in b.phases) == b.window_ns == spans[-1][1] - spans[0][0]

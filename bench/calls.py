@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that makes system calls as a VMM does, when told to: `python -m bench.calls`.
+"""A process that makes a VMM's system calls on request: `python -m bench.calls`.
 
-In: lines `KIND COUNT` on stdin. Out: `ready` on stdout, then a line for each: the ns that the calls took, loop and all.
-Kinds: `dirty-log` (KVM_GET_DIRTY_LOG of a slot of 1 MiB), `run` (KVM_RUN to the guest's next port write), `send`
-(64 bytes, by UDP), `getppid`. A second vCPU sits halted in KVM_RUN all the while, as in a pre-copy pass.
+In: lines `KIND COUNT` on stdin. Out: `ready` on stdout, then one line per request: the ns that the calls took, loop
+included. Kinds: `dirty-log` (KVM_GET_DIRTY_LOG of a slot of 1 MiB), `run` (KVM_RUN to the guest's next port write),
+`send` (64 bytes, by UDP), `getppid`. A second vCPU stays halted in KVM_RUN meanwhile, as in a pre-copy pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MESSAGE = 64
 
 
 def unread_sockets() -> list[socket.socket]:
-    """A UDP socket, and the one it is connected to, which nobody reads: what does not fit is dropped, nobody wakes."""
+    """A UDP socket and its peer. Nobody reads the peer, so a full buffer drops datagrams and no thread wakes up."""
     ours, theirs = socket.socket(type=socket.SOCK_DGRAM), socket.socket(type=socket.SOCK_DGRAM)
     theirs.bind(("127.0.0.1", 0))
     ours.connect(theirs.getsockname())
@@ -40,7 +40,7 @@ def unread_sockets() -> list[socket.socket]:
 
 
 def kinds() -> dict[str, Callable[[], object]]:
-    """The calls, ready to be made. They keep the interpreter's lock, which saves half of the loop's own cost."""
+    """The calls, prepared. They keep the interpreter's lock, which halves the overhead of the loop."""
     libc = ctypes.PyDLL(None)
     libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
     libc.send.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -70,7 +70,7 @@ def kinds() -> dict[str, Callable[[], object]]:
 
 
 keep: list[object] = []
-"""What the calls point at."""
+"""Buffers that the calls point to."""
 
 
 def main() -> None:

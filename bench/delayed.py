@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One traced migration through a link that delays every byte: a regression of known size, to test a gate with.
+"""One traced migration over a link that delays every byte: a regression of known size, for testing a gate.
 
     ebpf-mig bench -n 12 -o slow.json -- python -m bench.delayed {recording} 30
 
-In: the recording's name and the delay of each direction in ms; 0 relays without delay. Needs root and /dev/kvm.
+In: the recording's file and the delay of each direction in ms; 0 relays without delay. Needs root and /dev/kvm.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _CHUNK = 1 << 20
 _WAITING = 64
 
 
-def carry(source: socket.socket, target: socket.socket, delay_s: float) -> None:
-    """Moves bytes from one socket to the other, each chunk `delay_s` after it came; ends both when one ends."""
+def forward(source: socket.socket, target: socket.socket, delay_s: float) -> None:
+    """Forwards bytes from one socket to the other, each chunk `delay_s` after it arrived, and then the end of the
+    stream.
+    """
     waiting: queue.Queue[tuple[float, bytes]] = queue.Queue(_WAITING)
 
     def deliver() -> None:
@@ -48,7 +50,7 @@ def carry(source: socket.socket, target: socket.socket, delay_s: float) -> None:
 
 
 def relay(port: int, delay_s: float) -> int:
-    """Listens on a new port for one connection and carries it to `port`; returns the new port."""
+    """Listens on a new port for one connection and forwards it to `port`. Returns the new port."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -56,22 +58,22 @@ def relay(port: int, delay_s: float) -> int:
         far = socket.create_connection(("127.0.0.1", port))
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=carry, args=(far, near, delay_s), daemon=True).start()
-        carry(near, far, delay_s)
+        threading.Thread(target=forward, args=(far, near, delay_s), daemon=True).start()
+        forward(near, far, delay_s)
 
     threading.Thread(target=serve, daemon=True).start()
     return int(listener.getsockname()[1])
 
 
 class Relayed(QemuMigration):
-    """Listens where it is told to, and migrates to where the relay listens."""
+    """Listens on the scenario's port, and migrates to the relay's port."""
 
     def __init__(self, source: str, destination: str, uri: str, options: QemuOptions, delay_s: float) -> None:
         super().__init__(source, destination, uri, options)
         self._delay_s = delay_s
 
     def prepare(self) -> None:
-        """The destination listens before the relay's address takes the place of its own."""
+        """The destination listens before its address is replaced by the relay's."""
         super().prepare()
         self.uri = f"tcp:127.0.0.1:{relay(int(self.uri.rpartition(':')[2]), self._delay_s)}"
 

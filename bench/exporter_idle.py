@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the exporter costs while nobody migrates: `python -m bench.exporter_idle`, beside bpftrace on the same events.
+"""Overhead of the exporter while no VM migrates, compared with bpftrace: `python -m bench.exporter_idle`.
 
-In: seconds, VMs, migrations that the exporter has seen before. Out: a Markdown table for docs/exporter.md: of each
-process its share of one CPU (/proc/PID/task/*/schedstat) and its memory (Rss; Pss, which shares out common pages), the
-run time of its BPF programs as the kernel counts it, and how many threads were born meanwhile. Exit code 1 if the
-exporter takes more than 0.3 % of a core or 80 MB. Needs root and /dev/kvm.
+In: seconds, VMs, migrations that the exporter has seen before. Out: a Markdown table for docs/exporter.md. For each
+process it has the share of one CPU (/proc/PID/task/*/schedstat), the memory (Rss; Pss, which divides shared pages among
+processes), the kernel's count of the run time of its BPF programs, and the number of threads created meanwhile. Exit
+code 1 if the exporter takes more than 0.3 % of a core or 80 MB. Needs root and /dev/kvm.
 
-The VMs are one that runs and one that waits to be loaded, of each pair. The observers take turns: bpftrace counts the
-two tracepoints that the exporter stands on, and then does what an exporter without them would have to do, record all
-that `bench.same_signals` records, all the time.
+Each pair of VMs is one that runs and one that waits for an incoming migration. The observers take turns. bpftrace first
+counts the two tracepoints that the exporter keeps attached. Then it records everything in `same_signals.bt` all the
+time, as an exporter without those two tracepoints would have to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.integration.migrations import LASTING
 
 MOST_SHARE, MOST_BYTES = 0.003, 80 * 10**6
 SETTLE_S = 20.0
-"""By then new VMs are cleared, the probes of a migration disarmed, and the child that analysed it has gone."""
+"""By then new VMs are no longer suspected, the migration's probes are disarmed, and the analysing child has exited."""
 _STANDING = (
     'BEGIN { printf("ready\\n"); } tracepoint:task:task_newtask { @born[args->pid] = count(); } '
     "tracepoint:sock:inet_sock_set_state { @state[args->newstate] = count(); }"
@@ -43,7 +43,7 @@ _STANDING = (
 
 @dataclass(frozen=True)
 class Held:
-    """What a process has used up to now, and holds."""
+    """The CPU time that a process has used so far, and its memory."""
 
     cpu_ns: int
     resident: int
@@ -52,7 +52,7 @@ class Held:
 
 
 def held(pid: int) -> Held:
-    """Of all its threads; memory in bytes. The programs' time is 0 unless the kernel counts it."""
+    """Summed over its threads; memory in bytes. The run time of BPF programs is 0 unless the kernel counts it."""
     here = Path(f"/proc/{pid}")
     cpu = sum(int((task / "schedstat").read_text().split()[0]) for task in (here / "task").iterdir())
     rollup = dict(line.split(":", 1) for line in (here / "smaps_rollup").read_text().splitlines()[1:])
@@ -66,13 +66,13 @@ def held(pid: int) -> Held:
 
 
 def born() -> int:
-    """Threads and processes that were born on this machine since its boot: what both observers look at."""
+    """Threads and processes created on this machine since boot: the events that both observers handle."""
     return int(Path("/proc/stat").read_text().split("\nprocesses ")[1].split()[0])
 
 
 @contextlib.contextmanager
 def our_exporter(directory: Path, migrations: int) -> Iterator[dict[str, int]]:
-    """The exporter as it is started on a node; pids by name."""
+    """Runs the exporter as on a node. Yields its pids by process name."""
     with exporters.exporter(directory / "state") as (process, port):
         for _ in range(migrations):
             exporters.migrate(LASTING)
@@ -81,12 +81,12 @@ def our_exporter(directory: Path, migrations: int) -> Iterator[dict[str, int]]:
             raise RuntimeError(f"the exporter saw {seen:.0f} of {migrations} migrations")
         yield {"watch": process.pid, **exporters.children(process.pid)}
         if exporters.value(port, "ebpf_mig_armed") or exporters.value(port, "ebpf_mig_migrations_total") != seen:
-            raise RuntimeError("somebody migrated: this was not idle")
+            raise RuntimeError("a VM migrated during the measurement: the exporter was not idle")
 
 
 @contextlib.contextmanager
 def bpftrace(directory: Path, *arguments: str) -> Iterator[dict[str, int]]:
-    """bpftrace, once it says that it watches."""
+    """Runs bpftrace, and yields once it reports that it watches."""
     said = directory / "said"
     with said.open("w") as sink:
         process = subprocess.Popen(["bpftrace", "-B", "line", *arguments], stdout=sink, stderr=sink)
@@ -94,12 +94,12 @@ def bpftrace(directory: Path, *arguments: str) -> Iterator[dict[str, int]]:
         exporters.until(lambda: "ready" in said.read_text())
         yield {"bpftrace": process.pid}
     finally:
-        process.kill()  # what it counted is not asked for
+        process.kill()  # its output is not needed
         process.wait()
 
 
 def measure(name: str, pids: dict[str, int], seconds: float) -> tuple[float, int]:
-    """Prints a row for each process and one for all; (share of a core, resident bytes) of all."""
+    """Prints one row per process and a total. Returns the total: (share of a core, resident bytes)."""
     time.sleep(SETTLE_S)
     begin, births = time.monotonic_ns(), born()
     before = {role: held(pid) for role, pid in pids.items()}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts' clocks against the truth: `python -m bench.joining` (docs/clock.md).
+"""Accuracy of joining two hosts' clocks: `python -m bench.joining` (docs/clock.md).
 
-In: recordings in which one kernel saw both sides. Each is taken apart into a source's and a destination's; the
-destination's clock is given a random offset (up to an hour) and rate (up to 100 ppm); the two are joined. Out: how
-often the truth lies within the bound, how wide the bound is, and by how much the blackout differs from the one-clock
-figure; exit code 1 if any join contradicts the truth. `--lab N` migrates between two network namespaces instead, with a
-recorder in each: two recordings by one clock, so the true offset is 0.
+In: recordings in which one kernel saw both sides. Each is split into a source's and a destination's recording. The
+destination's clock gets a random offset (up to an hour) and rate (up to 100 ppm), and the two are joined. Out: how
+often the true offset lies within the bound, how wide the bound is, and how far the blackout is from the one-clock
+figure. Exit code 1 if any join contradicts the truth. `--lab N` migrates between two network namespaces instead, with a
+recorder in each. Both recordings use one clock, so the true offset is 0.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _DURATIONS = ("in_call_ns", "max_call_ns", "off_cpu_ns")
 
 @dataclass(frozen=True)
 class Skew:
-    """Another clock, as a function of the recording's: `pivot` is where it is ahead by exactly `offset`."""
+    """Another clock, as a function of the recording's clock. At `pivot` it is ahead by exactly `offset`."""
 
     offset: int
     ppm: float
     pivot: int
 
     def ahead(self, at: int) -> int:
-        """By how much, ns."""
+        """By how much the other clock is ahead, ns."""
         return self.offset + round((at - self.pivot) * self.ppm / 1e6)
 
     def applied(self, event: AnyEvent) -> AnyEvent:
-        """An event as a host with that clock would have recorded it."""
+        """The event as a host with that clock would have recorded it."""
         names = ("at_ns",) if isinstance(event, Ending) else BY_TYPE[type(event)].instants
         changes = {name: at + self.ahead(at) for name in names if (at := getattr(event, name))}
         if isinstance(event, Transfer):
@@ -61,7 +61,7 @@ class Skew:
 
 
 def side_of(recording: Recording, role: str) -> Recording:
-    """What a recorder of one host would have seen."""
+    """The part of a recording that a recorder on one host would have seen."""
     target = next(t for t in recording.header.targets if t.role == role)
     events = [e for e in recording.events if isinstance(e, (Ending, OwnCost)) or e.pid == target.pid]
     header = replace(recording.header, host=role, boot_id=role, targets=[target])
@@ -69,21 +69,21 @@ def side_of(recording: Recording, role: str) -> Recording:
 
 
 def by_one_clock(source: Recording, destination: Recording) -> Recording:
-    """Two recordings of one kernel, as one recorder would have made them."""
+    """Two recordings of one kernel, merged as if one recorder had made them."""
     header = replace(source.header, targets=[*source.header.targets, *destination.header.targets])
     events = [*(e for e in source.events if not isinstance(e, Ending)), *destination.events]
     return replace(source, header=header, events=events)
 
 
 def seeds_of(paths: Sequence[Path]) -> list[tuple[Path, Recording]]:
-    """The recordings that can be joined with themselves, and those of the lab's two hosts."""
+    """The usable recordings: those with both sides over TCP, and the merged ones of the lab's two hosts."""
     halves = [read_recording(DATA / "hosts" / f"{role}.rec") for role in ("source", "destination")]
     found = [(path, read_recording(path)) for path in paths]
     return [*((path, one) for path, one in found if is_two_sided(one)), (DATA / "hosts", by_one_clock(*halves))]
 
 
 def skewed(recording: Recording, skew: Skew) -> Recording:
-    """The same by another clock."""
+    """The recording with its times on another clock."""
     known = recording.header.clock
     moved = known and replace(known, monotonic_ns=known.monotonic_ns + skew.ahead(known.monotonic_ns))
     begin = recording.header.begin_ns + skew.ahead(recording.header.begin_ns)
@@ -92,7 +92,7 @@ def skewed(recording: Recording, skew: Skew) -> Recording:
 
 
 def is_two_sided(recording: Recording) -> bool:
-    """Whether it is of a completed migration over TCP, with both sides."""
+    """Whether the recording has both sides of a completed migration over TCP."""
     found = analyse(recording).breakdown
     both = found.migration.source is not None and found.migration.destination is not None
     tcp = found.migration.transport == "tcp"
@@ -100,7 +100,7 @@ def is_two_sided(recording: Recording) -> bool:
 
 
 def contradictions(whole: Recording, one_clock: Breakdown, two: Breakdown, skew: Skew) -> list[str]:
-    """Where the joined recording and its breakdown say other than the truth, by more than they admit."""
+    """Figures of the joined breakdown that differ from the truth by more than the stated bound."""
     remote = whole.header.remote
     if remote is None:
         return ["not joined"]
@@ -110,7 +110,7 @@ def contradictions(whole: Recording, one_clock: Breakdown, two: Breakdown, skew:
     pairs = [("blackout", two.blackout_ns, one_clock.blackout_ns, two.clock.bound_ns)]
     pairs += [("window", two.window_ns, one_clock.window_ns, two.window_bound_ns)]
     for a, b in zip(one_clock.phases, two.phases, strict=True):
-        # A phase of the destination is as long as its own clock says.
+        # A phase of the destination is measured with the destination's own clock.
         pairs.append((a.phase, b.duration_ns, a.duration_ns, b.bound_ns))
     pairs += [
         (f"vCPU {a.vcpu}", b.blackout_ns, a.blackout_ns, b.bound_ns)
@@ -129,7 +129,9 @@ Join = tuple[Path, Breakdown, Breakdown, list[str]]
 
 
 def random_joins(seeds: Sequence[tuple[Path, Recording]], joins: int) -> Iterator[Join]:
-    """One after the other with a new clock: (recording, one clock's breakdown, the joined one, contradictions)."""
+    """Joins each recording in turn with a new clock: (recording, one-clock breakdown, joined breakdown,
+    contradictions).
+    """
     for number in range(joins):
         path, one = seeds[number % len(seeds)]
         ppm = random.uniform(-MOST_PPM, MOST_PPM)  # noqa: S311
@@ -143,7 +145,7 @@ def random_joins(seeds: Sequence[tuple[Path, Recording]], joins: int) -> Iterato
 
 
 def lab(runs: int) -> int:
-    """`demo --two-hosts` some times: the bound, and the offset that it found where there is none."""
+    """Runs `demo --two-hosts` several times and prints the bound and the offset found; the true offset is 0."""
     print("| run | blackout ms | bound us | off by us | pairs there | back |\n|--:|--:|--:|--:|--:|--:|")
     widths: list[int] = []
     wrong = 0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it takes to join two long recordings: `python -m bench.joining_long` (time and memory).
+"""Time and memory to join two long recordings: `python -m bench.joining_long`.
 
-In: a real recording, taken apart into its two sides, whose pre-copy is repeated until each side has the wanted number
-of events (where one side has more, some calls are one run). Out: a line for docs/clock.md; exit code 1 if two
-recordings of a million events take more than 3 s or 600 MB. Reading, joining and analysing, in a process of its own;
-the best of some tries. Seconds are those of one CPU.
+In: a real recording, split into its two sides. Its pre-copy is repeated until each side has the wanted number of events
+(the side with more events gets its calls coalesced). Out: a table row for docs/clock.md; exit code 1 if two recordings
+of a million events take more than 3 s or 600 MB. Measured are reading, joining and analysing, in a separate process;
+the best of several tries counts. Seconds are CPU time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ebpf_mig.recording.events import AnyEvent, Ioctl, Segment, Transfer
 from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
 
 FETCH_EVERY = 10
-"""The seed's pre-copy lasts 20 ms; the log is fetched in each tenth repetition only."""
+"""The seed's pre-copy lasts 20 ms; only every tenth repetition keeps its dirty-log fetch."""
 MOST_S, MOST_BYTES = 3.0, 600 * 10**6
 
 
@@ -57,17 +57,17 @@ def long_sides(seed: Recording, count: int) -> Iterator[tuple[Recording, list[An
         events = [e for e in whole.events if getattr(e, "pid", pid) == pid and not between_fetches(e, begin, end, last)]
         events = without_holes(events)
         parts = round(len(events) / count)
-        yield side, list(in_fewer(events, parts)) if parts > 1 else events
+        yield side, list(coalesced(events, parts)) if parts > 1 else events
 
 
 def between_fetches(event: AnyEvent, begin: int, end: int, last: int) -> bool:
-    """Whether it is of a fetch that is left out."""
+    """Whether the event belongs to a fetch that is left out."""
     number = (begin_of(event) - begin) // (end - begin)
     return isinstance(event, Ioctl) and begin < event.begin_ns < last and number % FETCH_EVERY > 0
 
 
 def without_holes(events: list[AnyEvent]) -> list[AnyEvent]:
-    """What was received across the cut between two repetitions is added to the call before: TCP leaves nothing out."""
+    """Adds bytes received across the cut between two repetitions to the call before: a TCP stream has no gaps."""
     following: dict[tuple[int, int], int] = {}
     for at in reversed(range(len(events))):
         event = events[at]
@@ -80,8 +80,8 @@ def without_holes(events: list[AnyEvent]) -> list[AnyEvent]:
     return events
 
 
-def in_fewer(events: list[AnyEvent], parts: int) -> Iterator[AnyEvent]:
-    """Calls of one thread in one direction as runs of some calls, as the kernel half folds them."""
+def coalesced(events: list[AnyEvent], parts: int) -> Iterator[AnyEvent]:
+    """Coalesces calls of one thread in one direction into batches, as the BPF programs do."""
     calls: list[Transfer] = []
     for event in events:
         if not isinstance(event, Transfer):
@@ -99,7 +99,7 @@ def in_fewer(events: list[AnyEvent], parts: int) -> Iterator[AnyEvent]:
 
 
 def measure_here(paths: list[str]) -> None:
-    """Reads, joins, analyses, and tells as JSON."""
+    """Reads, joins and analyses. Prints the figures as JSON."""
     wall, begin = time.perf_counter(), time.process_time()
     whole = read_both(paths[0], paths[1])
     joined = time.process_time()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The observers that `bench.overhead` compares: each a command that watches processes until it is interrupted.
 
-In: pids. Out: a context manager that is entered once the observer watches, and knows afterwards how many dirty-log or
-other KVM ioctls it saw, by its own output.
+In: pids. Out: a context manager that is entered once the observer watches. Afterwards it has the number of KVM ioctls
+that the observer's output shows.
 """
 
 from __future__ import annotations
@@ -26,39 +26,41 @@ SCRIPT = Path(__file__).with_name("same_signals.bt")
 _PATIENCE_S = 90.0
 _SETTLE_S = 0.3
 _PERF_SETTLE_S = 1.0
-"""perf trace does not say when it has begun."""
+"""perf trace does not report when it has started."""
 
 
 @dataclass
 class Watched:
-    """What an observer's run came to."""
+    """The result of one run of an observer."""
 
     start_s: float = 0.0
-    """From the command's start until it said that it watches; 0 where it does not say."""
+    """From the command's start until it reported that it watches; 0 if it does not report that."""
     seen: int = 0
-    """KVM ioctls in its output, KVM_RUN left out."""
+    """KVM ioctls in its output, without KVM_RUN."""
     lost: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Observer:
-    """A command line by pids and output file, how it shows that it watches, and what its output says it saw."""
+    """An observer: its command line for given pids and output file, the sign that it watches, and how to count what
+    it saw.
+    """
 
     name: str
     needs: str
     command: Callable[[Sequence[int], Path], list[str]]
     ready: str
-    """A word that the output or standard error holds once it watches; empty: wait."""
+    """A word that appears in the output or on standard error once it watches; empty: wait a fixed time."""
     seen: Callable[[Path], Watched]
     prints: bool = False
-    """What it saw is on its standard output, not in the file."""
+    """Its results are on standard output, not in the file."""
 
     def available(self) -> bool:
         return bool(shutil.which(self.needs))
 
     @contextlib.contextmanager
     def watching(self, pids: Sequence[int]) -> Iterator[Watched]:
-        """Watches from entering to leaving; the result is complete after that."""
+        """Watches while the context is open. The result is complete after it closes."""
         result = Watched()
         with tempfile.TemporaryDirectory() as directory:
             output, said = Path(directory) / "output", Path(directory) / "said"
@@ -104,7 +106,7 @@ def _recorded(path: Path) -> Watched:
 
 
 def _lines(*words: str) -> Callable[[Path], Watched]:
-    """Counts the lines that hold one of the words, and none of `KVM_RUN`."""
+    """Counts the lines with one of the words and without `KVM_RUN`."""
 
     def count(path: Path) -> Watched:
         with path.open(errors="replace") as lines:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of looking: `python -m bench.overhead` sets a watched migration beside an unwatched one, ours beside others.
+"""Overhead of this and other observers on calls and on the blackout: `python -m bench.overhead`.
 
-In: numbers of rounds and pairs. Out: two Markdown tables for docs/overhead.md, from one run: nanoseconds that each
-observer adds to a call, and what it adds to the blackout. Needs root and /dev/kvm; observers that are not installed
-are left out by name. Exit code 1 if a target is missed.
+In: numbers of rounds and pairs. Out: two Markdown tables for docs/overhead.md: the nanoseconds that each observer adds
+to a call, and what it adds to the blackout. Needs root and /dev/kvm. Observers that are not installed are skipped and
+named. Exit code 1 if a target is missed.
 
-Each round measures all observers in turn, and nobody before, between and after; an observer's figure is its
-difference from the two neighbours that nobody watched. The blackout's witness is QEMU's own: the stamps of its QMP
-events STOP and RESUME, which cost the same on both sides of a pair.
+Each round measures all observers in turn, with an unwatched measurement before and after each. An observer's figure is
+its difference from these two. The blackout is taken from QEMU's time stamps of its QMP events STOP and RESUME, which
+cost the same in both migrations of a pair.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 KINDS = {"dirty-log": 1000, "run": 300, "send": 500, "getppid": 2000}
-"""Calls of one batch, by kind of `bench.calls`."""
+"""Calls per batch, by kind of `bench.calls`."""
 COLUMNS = ("dirty-log", "run", "send", "getppid", "untraced getppid")
 BATCHES = 9
 START_S, SHARE, MOST_NS, STRACE_RATIO = 1.5, 0.01, 200_000, 50
 NOBODY = "nobody"
 
 SCENARIO = Scenario(memory_bytes=64 * MIB, working_set_bytes=1 * MIB, pages_per_s=1_000, transport="unix")
-"""Without TCP: what Nagle's algorithm adds by chance would drown what is measured."""
+"""Without TCP: the random delays of Nagle's algorithm are larger than the overhead to be measured."""
 
 
 class Caller:
@@ -55,7 +55,7 @@ class Caller:
         return self._process.stdout.readline().strip() if self._process.stdout else ""
 
     def make(self, kind: str) -> float:
-        """ns a call, of one batch."""
+        """ns per call in one batch."""
         if self._process.stdin:
             self._process.stdin.write(f"{kind} {KINDS[kind]}\n")
             self._process.stdin.flush()
@@ -67,7 +67,7 @@ class Caller:
 
 
 def batches(watched: Caller, other: Caller) -> dict[str, float]:
-    """The fastest batch of each kind, in ns a call; kinds take turns."""
+    """ns per call in the fastest batch of each kind; kinds take turns."""
     best: dict[str, float] = {}
     for _ in range(BATCHES):
         for column in COLUMNS:
@@ -79,19 +79,19 @@ def batches(watched: Caller, other: Caller) -> dict[str, float]:
 
 @dataclass
 class Result:
-    """What one observer came to, over all rounds."""
+    """One observer's results of all rounds."""
 
     added: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """By column: ns more than the neighbours that nobody watched."""
+    """By column: ns above the neighbouring unwatched measurements."""
     runs: list[Watched] = field(default_factory=list)
 
     def ns(self, column: str) -> float:
-        """The median round's."""
+        """The figure of the median round."""
         return median(self.added[column])
 
 
 def measure_calls(observers: Sequence[Observer], rounds: int) -> tuple[dict[str, float], dict[str, Result]]:
-    """(ns a call when nobody watches, by column; results by observer)."""
+    """Returns (ns per unwatched call by column, results by observer)."""
     results = {observer.name: Result() for observer in observers}
     alone: dict[str, list[float]] = defaultdict(list)
     with contextlib.closing(Caller()) as watched, contextlib.closing(Caller()) as other:
@@ -127,7 +127,7 @@ def stop_to_resume(observer: Observer | None) -> int:
 
 @contextlib.contextmanager
 def watched_by(observer: Observer | None, pids: Sequence[int]) -> Iterator[None]:
-    """With the observer, or with nobody."""
+    """Runs under the observer, or unwatched if it is None."""
     if observer is None:
         yield
     else:
@@ -136,7 +136,7 @@ def watched_by(observer: Observer | None, pids: Sequence[int]) -> Iterator[None]
 
 
 def measure_blackouts(observers: Sequence[Observer], rounds: int) -> dict[str, list[tuple[int, int]]]:
-    """By observer, pairs of blackouts in ns: (nobody watching, it watching), one pair a round; who begins rotates."""
+    """By observer, pairs of blackouts in ns: (unwatched, watched). One pair per round; the first observer rotates."""
     found: dict[str, list[tuple[int, int]]] = {observer.name: [] for observer in observers}
     everybody = [None, *observers]
     for number in range(rounds):
@@ -148,7 +148,7 @@ def measure_blackouts(observers: Sequence[Observer], rounds: int) -> dict[str, l
 
 
 def print_calls(alone: dict[str, float], results: dict[str, Result]) -> bool:
-    """The first table; whether targets are met."""
+    """Prints the first table. Returns whether the targets are met."""
     print("| ns added | KVM_GET_DIRTY_LOG | KVM_RUN | send | another system call | one of an untraced process |"
           " KVM ioctls seen |")  # fmt: skip
     print("|---|--:|--:|--:|--:|--:|--:|")
@@ -174,7 +174,7 @@ def print_calls(alone: dict[str, float], results: dict[str, Result]) -> bool:
 
 
 def print_blackouts(found: dict[str, list[tuple[int, int]]]) -> bool:
-    """The second table; whether ours meets the target."""
+    """Prints the second table. Returns whether ours meets the target."""
     print("\n| blackout | pairs | alone, median ms | watched, median ms | added, median ms | 95 % interval of it |")
     print("|---|--:|--:|--:|--:|--:|")
     for name, pairs in found.items():
@@ -216,7 +216,7 @@ def main() -> int:
 
 
 def _measure(observers: Sequence[Observer], rounds: int, pairs: int) -> int:
-    """Measures and prints; the exit code."""
+    """Measures and prints. Returns the exit code."""
     good = print_calls(*measure_calls(observers, rounds)) if rounds else True
     if pairs:
         good &= print_blackouts(measure_blackouts(observers, pairs))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it takes to read and analyse a long recording: `python -m bench.reading` (time and memory by number of events).
+"""Time and memory to read and analyse a long recording, by number of events: `python -m bench.reading`.
 
-In: a real recording whose pre-copy is repeated, shifted in time and stream position, until it has the wanted number of
-events; the switchover at its end is the real one. Out: a Markdown table for docs/overhead.md; exit code 1 if a million
-events take more than 2 s or 500 MB, or the largest recording costs more per event than 1.5 times what a million costs.
-Each measurement is the best of some tries, in a process of its own. Seconds are those of one CPU, since others on the
-machine must not count; the wall clock stands beside them. No privilege needed.
+In: a real recording. Its pre-copy is repeated, shifted in time and stream position, until it has the wanted number of
+events; the switchover stays as it was. Out: a Markdown table for docs/overhead.md. Exit code 1 if a million events take
+more than 2 s or 500 MB, or if the largest recording costs over 1.5 times as much per event as a million events. Each
+measurement is the best of several tries, in a separate process. Seconds are CPU time, so that other processes do not
+count; the wall clock is shown beside it. Needs no privilege.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOST_S, MOST_BYTES, MOST_GROWTH = 2.0, 500 * 10**6, 1.5
 
 
 def shifted(event: AnyEvent, by_ns: int, positions: dict[tuple[int, int], int], times: int) -> AnyEvent:
-    """The event `by_ns` later, after `times` repetitions of the bytes that `positions` has by socket and direction."""
+    """The event `by_ns` later and `times` repetitions further in its stream; `positions`: bytes per repetition."""
     changes = {name: at + by_ns for name in BY_TYPE[type(event)].instants if (at := getattr(event, name, 0))}
     if isinstance(event, Transfer):
         changes["position"] = event.position + times * positions.get((event.socket, event.direction), 0)
@@ -47,12 +47,12 @@ def shifted(event: AnyEvent, by_ns: int, positions: dict[tuple[int, int], int], 
 
 
 def begin_of(event: AnyEvent) -> int:
-    """When an event began, 0 for those without an instant."""
+    """The begin of an event; 0 if it has no instant."""
     return getattr(event, "begin_ns", 0) or getattr(event, "at_ns", 0)
 
 
 def precopy_of(header: Header, events: list[AnyEvent]) -> tuple[int, int]:
-    """From the first switching on of the log to the last moment before the first kick, on the recording's clock."""
+    """From the first time the dirty log is switched on to just before the first kick, on the recording's clock."""
     recording = Recording(header=header, events=events)
     source = analyse(recording).breakdown.migration.source
     if source is None:
@@ -68,9 +68,9 @@ def precopy_of(header: Header, events: list[AnyEvent]) -> tuple[int, int]:
 def stretched(
     header: Header, events: list[AnyEvent], count: int, mirrored: dict[int, int] | None = None
 ) -> Iterator[AnyEvent]:
-    """About `count` events: those before the pre-copy, the pre-copy many times, the rest.
+    """A recording of about `count` events: those before the pre-copy, the pre-copy repeated, and the rest.
 
-    `mirrored`: sockets whose streams are those of another socket, which tells by how much they advance.
+    `mirrored`: maps a socket to the one with the same stream, which gives its bytes per repetition.
     """
     begin, end = precopy_of(header, events)
     apart = (Socket, Thread, Mark, VcpuState, Ending)
@@ -94,13 +94,13 @@ def stretched(
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process (VmHWM, which unlike ru_maxrss knows nothing of our parent)."""
+    """Peak resident memory of this process (VmHWM; unlike ru_maxrss it does not include the parent's)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def measure_here(path: str) -> None:
-    """Reads, analyses, and tells as JSON."""
+    """Reads and analyses. Prints the figures as JSON."""
     wall, begin = time.perf_counter(), time.process_time()
     recording = read_recording(path)
     read = time.process_time()
@@ -118,12 +118,12 @@ def measure_here(path: str) -> None:
 
 
 def switchover_of(breakdown: Breakdown) -> list[int | None]:
-    """What a longer pre-copy must not change."""
+    """The figures that a longer pre-copy must not change."""
     return [breakdown.blackout_ns, breakdown.window_ns, *(phase.duration_ns for phase in breakdown.phases)]
 
 
 def measure(path: Path, tries: int) -> dict[str, Any]:
-    """The best of some tries, each in a new process."""
+    """The best of several tries, each in a new process."""
     best: dict[str, Any] = {}
     for _ in range(tries):
         command = [sys.executable, "-m", "bench.reading", "--measure", str(path)]

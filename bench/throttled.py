@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the begin of the switchover is told from QEMU's throttling: many auto-converge migrations beside QEMU's own.
+"""Accuracy of the window's begin while QEMU throttles the guest: many auto-converge migrations against QEMU's trace.
 
-In: a number of runs. Out: a Markdown table on stdout, and the worst run; exit code 1 if a window begins more than 1 ms
+In: a number of runs. Out: a Markdown table on stdout, and the worst run. Exit code 1 if a window begins more than 1 ms
 from QEMU's change of the run state, which directly precedes its kicks (system/cpus.c, `do_vm_stop`). QMP's STOP comes
-later: when all vCPUs have stopped and the devices' handlers have run.
+later, after all vCPUs have stopped and the devices' handlers have run.
 """
 
 from __future__ import annotations

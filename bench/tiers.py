@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each attach tier makes of a call: `python -m bench.tiers`, a Markdown table of ratios for docs/tiers.md.
+"""Slowdown of a call by attach tier: `python -m bench.tiers` prints a Markdown table of ratios for docs/tiers.md.
 
 In: a number of rounds. Out: by tier, how many times as long each kind of call of `bench.calls` takes while `record`
-watches, and one of a process that nobody traces. Ratios, so that an emulated machine can tell them; the calls are those
-of `bench.overhead`. Needs root and /dev/kvm. Tiers that this kernel does not have are left out by name.
+watches, and the same for a call of an untraced process. The figures are ratios, so that an emulated machine can measure
+them. The calls are those of `bench.overhead`. Needs root and /dev/kvm. Tiers that this kernel lacks are skipped and
+named.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ KINDS = tuple(name for name in NAMES if name != AUTO)
 
 
 def observer(tier: str) -> Observer:
-    """`record` by one tier."""
+    """`record`, limited to one tier."""
     return replace(OURS, name=tier, command=lambda pids, output: [*OURS.command(pids, output), "--tier", tier])
 
 
 def available(tier: str) -> bool:
-    """Whether this kernel has it, as the product itself finds out."""
+    """Whether this kernel has the tier, by the product's own check."""
     return tier == "tracepoint" or {"kvm", "socket"} <= Chooser(tier).choose().groups
 
 

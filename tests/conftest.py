@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of the machine that tests need. Each is probed once; a test is skipped with the missing feature's name."""
+"""Features of the machine that tests need. Each is probed once. A test without its feature is skipped, and the skip
+names it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ with IPRoute() as ip:
     index = ip.link_lookup(ifname="va")[0]
     ip.tc("add", "tbf", index, handle="1:", rate=125000, burst=65536, latency="20ms")
 """
-"""What `tc qdisc add dev va root tbf` does; run in a network namespace of its own."""
+"""The same as `tc qdisc add dev va root tbf`; run in its own network namespace."""
 
 
 _FIRES = """
@@ -53,7 +55,7 @@ sys.exit(not {"kvm", "socket", "split"} <= tiers.Chooser(sys.argv[1]).choose().g
 
 
 def _tier_works(tier: str) -> bool:
-    """Whether functions can be traced that way. The program's own check answers, in a separate process."""
+    """Whether functions can be traced by that tier. Runs the product's own check in a separate process."""
     return os.geteuid() == 0 and Path("/dev/kvm").exists() and _succeeds(sys.executable, "-c", _FIRES, tier)
 
 
@@ -131,7 +133,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declares the markers."""
     text = "everywhere(subject): also run in other kernels and user lands, by `python -m tests.vm`"
     config.addinivalue_line("markers", text)
-    text = "times: holds times; in emulated kernels it runs in the machine that is not kept waiting for a CPU"
+    text = "times: checks durations; in emulated kernels it runs in the machine that has a CPU to itself"
     config.addinivalue_line("markers", text)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws docs/dashboard.png: the panels of the Grafana dashboard with what a real Prometheus answers to their queries.
+"""Draws docs/dashboard.png: the panels of the Grafana dashboard with data from a real Prometheus.
 
     python tools/dashboard_picture.py http://127.0.0.1:9090 MINUTES docs/dashboard.png
 
-Needs matplotlib. It is not Grafana that draws: the layout, queries, legends and units are the dashboard's own.
+Needs matplotlib. The picture is not drawn by Grafana, but the layout, queries, legends and units are the dashboard's.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def filled(text: str, seconds: int) -> str:
 
 
 def legend(target: dict[str, Any], labels: dict[str, str]) -> str:
-    """A series' name as the panel writes it."""
+    """The legend of a series in the panel."""
     pattern = target.get("legendFormat") or ", ".join(f"{k}={v}" for k, v in labels.items())
     return re.sub(r"{{\s*(\w+)\s*}}", lambda m: labels.get(m[1], ""), pattern)
 
 
 def draw(axes: Any, panel: dict[str, Any], server: str, seconds: int) -> None:
-    """One panel."""
+    """Draws one panel."""
     axes.set_title(panel["title"], loc="left", fontsize=10)
     unit = {"s": 1e3, "percentunit": 100}.get(panel["fieldConfig"]["defaults"]["unit"], 1)
     end = time.time()
@@ -86,7 +86,7 @@ def draw(axes: Any, panel: dict[str, Any], server: str, seconds: int) -> None:
 
 
 def main(server: str, minutes: str, output: str) -> None:
-    """All panels where the dashboard has them."""
+    """Draws all panels at their places in the dashboard."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     height = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels)
     figure = plt.figure(figsize=(13, height * 0.42))
