@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs traced migrations of real Cloud Hypervisors, of as many binaries as there are, and keeps what they say of it."""
+"""Runs traced migrations of real Cloud Hypervisors, with each binary found, and keeps their logs and events."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ebpf_mig.vmm.cloud_hypervisor.lab import DEFAULT_BINARY, ENVIRONMENT, ChPai
 from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration
 
 SEVERAL = "EBPF_MIG_TEST_CLOUD_HYPERVISORS"
-"""Paths of several binaries, `:` between them; otherwise the one that the demo would take."""
+"""Paths of binaries, separated by `:`. Unset: the binary that the demo would use."""
 QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)
 MS = 1_000_000
 CUT_MS, TOLERANCE_NS = 1 * MS, 1_500_000
 
 
 def binaries() -> list[str]:
-    """Those that exist."""
+    """The binaries that exist."""
     named = os.environ.get(SEVERAL)
     wanted = named.split(":") if named else [os.environ.get(ENVIRONMENT) or DEFAULT_BINARY]
     return [path for name in wanted if (path := shutil.which(name))]
@@ -41,7 +41,7 @@ def binaries() -> list[str]:
 
 @dataclass
 class Traced:
-    """One migration as we saw it, and what happened to the guest."""
+    """One migration as recorded, and what happened to the guest."""
 
     outcome: Outcome
     recording: Recording
@@ -64,7 +64,7 @@ Act = Callable[[ChPair], None]
 
 
 def migrate(directory: Path, pair: ChPair, act: Act | None = None, *, timeout_s: float = 60) -> Traced:
-    """One migration of the pair; `act` runs beside it, from just before the trigger on."""
+    """Runs one migration of the pair. `act` runs in parallel, starting just before the trigger."""
     path = directory / "migration.rec"
     with pair:
         time.sleep(0.3)
@@ -88,7 +88,7 @@ def migrate(directory: Path, pair: ChPair, act: Act | None = None, *, timeout_s:
 
 
 def at_event(name: str, act: Act, *, destination: bool = False) -> Act:
-    """Does something as soon as the VMM's event monitor says `name`."""
+    """Runs `act` as soon as the VMM's event monitor reports the event `name`."""
 
     def wait(pair: ChPair) -> None:
         path = (pair.destination if destination else pair.source).events
@@ -98,26 +98,28 @@ def at_event(name: str, act: Act, *, destination: bool = False) -> Act:
                 act(pair)
                 return
             time.sleep(0.0005)
-        raise AssertionError(f"no {name} was told")
+        raise AssertionError(f"no event {name} was reported")
 
     return wait
 
 
 def knows(binary: str, field: str) -> bool:
-    """Whether this binary's sender takes a field, asked of the binary."""
+    """Whether this binary's send call accepts a field. Starts the binary and asks it."""
     with ChPair(Scenario(memory_bytes=64 * MIB, working_set_bytes=MIB), binary) as pair:
         return Api(pair.destination.api, "destination").knows("vm.send-migration", field) is True
 
 
 def disagreement(witness: Witness) -> int:
-    """How far its figure, which is cut to whole ms, lies from the kernel's span of the same thing, in ns."""
+    """How far Cloud Hypervisor's figure, truncated to whole ms, is from the kernel's span of the same interval, in
+    ns.
+    """
     assert witness.span is not None, f"{witness.name} has no span"
     ours = witness.span[1] - witness.span[0]
     return max(0, max(witness.value_ns - ours, ours - (witness.value_ns + CUT_MS)) - witness.doubt_ns)
 
 
 def certificates(directory: Path) -> str:
-    """A CA, and a key and certificate for each side, under the names that Cloud Hypervisor wants."""
+    """Makes a CA, and a key and certificate for each side, under the file names that Cloud Hypervisor expects."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)

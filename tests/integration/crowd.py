@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many VMs at once that do nothing: `python -m tests.integration.crowd N PORTS --name NAME`.
+"""Many idle VMs at once: `python -m tests.integration.crowd N PORTS --name NAME`.
 
-In: how many, and on how many TCP ports each of them listens. Out: on stdout `ready` once all exist; they end with
-stdin. Each is a process with a real KVM VM and a thread of its own, forked from this one.
+In: the number of VMs, and of TCP ports on which each listens. Out: `ready` on stdout once all exist; they end at EOF on
+stdin. Each VM is a forked process with a real KVM VM and one more thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KVM_CREATE_VM = 0xAE01
 
 
 def _live(ready: int, over: int, ports: int) -> None:
-    """One VM, until the end of `over`."""
+    """One VM, which exists until EOF on `over`."""
     vm = fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC), _KVM_CREATE_VM, 0)
     listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(ports)]
     thread = threading.Thread(target=os.read, args=(over, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real exporters, VMs that nobody told them about, and what a scraper sees: for the tests of the exporter."""
+"""Helpers for the exporter's tests: real exporters, VMs that they must discover, and a scraper."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from ebpf_mig.vmm.qemu.migration import QemuMigration
 
 PROGRAM = [sys.executable, "-m", "ebpf_mig.cli"]
 OURS = f"test-{os.getpid()}-"
-"""Names of our VMs begin with this: other tests may be migrating theirs at the same time."""
+"""Prefix of the names of our VMs; other tests may be migrating theirs at the same time."""
 NAMED = ["-name", OURS + "{role}"]
 SETTLED_S = 4.0
-"""By then a new VM has been found, suspected for being new, and cleared."""
+"""By then a new VM has been found, suspected because it is new, and cleared."""
 
 
 def until(what: Callable[[], Any], seconds: float = 30) -> Any:
-    """The first true answer; fails if there is none in time."""
+    """Polls until the answer is true and returns it. Fails after a time-out."""
     deadline = time.monotonic() + seconds
     while not (answer := what()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "no true answer before the time-out"
         time.sleep(0.05)
     return answer
 
@@ -86,7 +86,7 @@ def exporter(
 
 
 def migrate(scenario: Scenario, settled: Callable[[], object] = lambda: time.sleep(SETTLED_S)) -> None:
-    """One migration that the exporter is not told about, of VMs that existed before: until `settled` returns."""
+    """Migrates a VM without announcing it to the exporter. The VMs exist first, and wait until `settled` returns."""
     with QemuPair(scenario, None, NAMED) as pair:
         settled()
         with contextlib.closing(
@@ -113,7 +113,7 @@ def report(path: Path) -> Breakdown:
 
 
 def quietly(migration: QemuMigration) -> None:
-    """Runs a migration in a thread, whatever becomes of it."""
+    """Runs a migration, as a thread's target, and ignores any error."""
     with contextlib.suppress(Exception):
         migration.run(90)
 
@@ -125,7 +125,7 @@ def children(pid: int) -> dict[str, int]:
 
 
 def gone(pid: int) -> bool:
-    """Dead, or dead and not yet waited for."""
+    """Whether the process is dead, or a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:

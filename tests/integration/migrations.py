@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one traced migration of the lab's VMs and gathers every witness that is not ours."""
+"""Runs one traced migration of the lab's VMs and collects all independent witnesses."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TRACED = (
 QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
 """A guest that beats every 26 ms."""
 LASTING = Scenario(memory_bytes=128 * MIB, working_set_bytes=16 * MIB, pages_per_s=1000, bandwidth_bytes=16 << 20)
-"""Takes a second or more: however busy the machine, no watch is so late that its probes are armed after it."""
+"""Takes a second or more, so that a watch arms its probes before the end even on a busy machine."""
 CONVERGING = Scenario(
     memory_bytes=128 * MIB, working_set_bytes=48 * MIB, pages_per_s=None, bandwidth_bytes=64 * MIB, downtime_ms=100,
     auto_converge=True,
 )  # fmt: skip
 """Dirties faster than the link carries until QEMU slows the guest down."""
 THROTTLE_AT_ONCE = ("-global", "migration.x-cpu-throttle-initial=95")
-"""The vCPU runs 10 of 200 ms: the switchover most likely begins while it is held."""
+"""The vCPU runs 10 of every 200 ms, so the switchover most likely begins while it is throttled."""
 
 _OLD_LINE = re.compile(r"^\d+@(\d+)\.(\d{6}):(\w+) ?(.*)$")
 _NEW_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:]+(?:\.\d+)?Z) (\w+) ?(.*)$")
@@ -43,7 +43,7 @@ _NEW_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:]+(?:\.\d+)?Z) (\w+) ?(.*)$")
 
 @dataclass(frozen=True)
 class TraceLine:
-    """One of QEMU's own trace events, on our clock."""
+    """One of QEMU's trace events, on our clock."""
 
     at_ns: int
     name: str
@@ -52,13 +52,13 @@ class TraceLine:
 
 @dataclass
 class Traced:
-    """One migration as we saw it and as others did."""
+    """One migration as recorded and as the witnesses saw it."""
 
     outcome: Outcome
     recording: Recording
     breakdown: Breakdown
     origin_ns: int
-    """The breakdown's instant 0."""
+    """Instant 0 of the breakdown."""
     path: Path
     source_trace: list[TraceLine] = field(default_factory=list)
     destination_trace: list[TraceLine] = field(default_factory=list)
@@ -94,9 +94,9 @@ def migrate(
     capabilities: dict[str, bool] | None = None,
     extra: Sequence[str] = (),
 ) -> Traced:
-    """One migration with QEMU's trace on; `meddle` is called in a thread's stead right after the trigger was set.
+    """Runs one migration with QEMU's trace on. `meddle` runs in a thread beside it, if given.
 
-    `extra`: more of both QEMUs' command lines.
+    `extra`: more arguments for both QEMUs.
     """
     path = directory / "migration.rec"
     patterns = [part for name in TRACED for part in ("-trace", name)]
@@ -128,7 +128,7 @@ def migrate(
 
 
 class Meddling:
-    """A migration during which something is done to the VMs."""
+    """A migration with an act on the VMs at the same time."""
 
     def __init__(self, inner: QemuMigration, pair: QemuPair, act: Callable[[QemuPair, Migration], None]) -> None:
         self._inner, self._pair, self._act = inner, pair, act
@@ -137,7 +137,7 @@ class Meddling:
         self.version, self.grows, self.appeared = inner.version, inner.grows, inner.appeared
 
     def run(self, timeout_s: float) -> Outcome:
-        """As the real one, with the act going on in a thread beside it."""
+        """Runs the real migration, and the act in a thread beside it."""
         import threading
 
         beside = threading.Thread(target=self._act, args=(self._pair, self._inner))
@@ -149,7 +149,7 @@ class Meddling:
 
 
 def first(lines: Sequence[TraceLine], name: str, contains: str = "") -> TraceLine:
-    """The first such line; StopIteration if QEMU never said it."""
+    """The first such line; StopIteration if there is none."""
     return next(line for line in lines if line.name == name and contains in line.text)
 
 

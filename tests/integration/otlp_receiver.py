@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An OTLP receiver made of OpenTelemetry's own protocol classes; and OpenTelemetry's own collector in front of it.
+"""An OTLP receiver built from OpenTelemetry's protocol classes, with OpenTelemetry's collector in front of it.
 
 In: POSTs of /v1/traces. Out: the spans, with their resource.
 """
@@ -63,7 +63,7 @@ def receiving() -> Iterator[Receiver]:
             self.wfile.write(ExportTraceServiceResponse().SerializeToString())
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     receiver = Receiver(server.server_port)
@@ -78,7 +78,7 @@ def receiving() -> Iterator[Receiver]:
 
 @contextlib.contextmanager
 def collector(directory: Path, onwards: str) -> Iterator[str]:
-    """A real collector that hands on what it takes; its endpoint."""
+    """Runs a real collector that forwards what it receives. Yields its endpoint."""
     port, config = free_port(), directory / "collector.yaml"
     config.write_text(COLLECTOR.format(port=port, onwards=onwards))
     with running("otelcol", "--config", str(config), stderr=subprocess.DEVNULL) as process:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real sshd on one side of a `Link`, and a `migrate` that drives both sides from the other.
+"""A real sshd on one side of a `Link`, so that `migrate` can drive both sides from the other.
 
-In: a directory, the link. Out: `Server`: an sshd with keys of its own, a directory with an `ssh` that knows them.
+In: a directory, the link. Out: `Server`: an sshd with new keys, and a directory with an `ssh` that knows them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PORT = 2222
 
 
 class Server:
-    """sshd for the destination's side. `environment` is what commands there get."""
+    """An sshd on the destination's side. `environment`: the environment of the commands it runs."""
 
     def __init__(
         self, directory: Path, link: Link, environment: dict[str, str] | None = None, before: str = ""
@@ -83,7 +83,7 @@ class Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """In which `ssh far` leads here."""
+        """An environment in which `ssh far` connects to this sshd."""
         return os.environ | {"PATH": f"{self.directory}/bin:{os.environ['PATH']}"}
 
     @staticmethod
@@ -101,8 +101,8 @@ def ssh_of(parent: int) -> int | None:
     return None
 
 
-def ssh_amid(process: subprocess.Popen[str], begun: Path, after_s: float) -> int:
-    """The ssh client of a driven migration, so long after the recording of this side was begun."""
+def ssh_during(process: subprocess.Popen[str], begun: Path, after_s: float) -> int:
+    """The ssh client of a driven migration, `after_s` after this side's recording was created."""
     until = time.monotonic() + 60
     while not begun.exists() and time.monotonic() < until:
         time.sleep(0.02)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many migrations of the truth machine, one after the other: `python -m tests.integration.swarm N --name NAME`.
+"""Many migrations of the truth machine in sequence: `python -m tests.integration.swarm N --name NAME`.
 
-In: how many. Out: on stdout `ready`; after a line on stdin, one migration after the other; then `done N`. Each has
-two fresh processes with a real KVM VM each, forked from this one so that no interpreter has to be started; they are
-prepared ahead of time, since a VM that migrates has existed for a while.
+In: the number of migrations. Out: `ready` on stdout; the migrations start after a line on stdin; `done N` at the end.
+Each has two new processes with a real KVM VM each. They are forked from this one, so that no interpreter has to start,
+and are prepared ahead of time, because a VM usually exists for a while before it migrates.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tests.truth.machine import Destination, Source
 from tests.truth.parts import KICK, Plan
 
 AHEAD = 6
-"""Pairs that wait for their turn."""
+"""Pairs prepared ahead of time."""
 AGE_S = 1.5
-"""A VM is found up to 0.3 s after it was made; one that migrates sooner can be missed."""
+"""A VM is found up to 0.3 s after its creation; one that migrates sooner can be missed."""
 LINGER_S = 0.6
-"""A VMM stays a while after its VM has left."""
+"""A VMM stays for a while after its VM has migrated."""
 PLAN = Plan(passes=1, dirty_pages=16)
 
 _held: set[int] = set()
-"""Our ends of pipes: a child that kept another's would keep it alive."""
+"""Our ends of pipes. A child must close those of the others, or it would keep the others alive."""
 
 
 @dataclass
 class Pair:
-    """A source and a destination that wait: a byte makes the source migrate; the end of the pipe ends both."""
+    """A source and a destination that wait. A byte makes the source migrate; EOF on the pipe ends both."""
 
     pids: list[int]
     go: int
@@ -55,7 +55,7 @@ class Pair:
 
 
 def pair() -> Pair:
-    """Two new processes; both VMs exist when it returns."""
+    """Starts both processes. Their VMs exist when it returns."""
     go, go_in = os.pipe()
     done_out, done = os.pipe()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -93,7 +93,7 @@ def _live(role: str, listener: socket.socket, go: int, done: int) -> None:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             made.connect(address)
             source.migrate(made)
-            made.recv(1)  # the destination's word that its guest runs
+            made.recv(1)  # the destination reports that its guest runs
             os.write(done, b"ok")
             os.read(go, 1)
     else:

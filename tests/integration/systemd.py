@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A systemd of our own, so that a shipped unit runs as on a node: a service manager in a private mount namespace.
+"""A private systemd, so that a shipped unit runs as on a node: a service manager in its own mount namespace.
 
-In: a unit and what to change of it. Out: a `Manager`, whose `ctl` is `systemctl`. It shares the machine's processes, so
-that an exporter sees the VMs; it is systemd's user manager, run by root, which carries out a unit's hardening as the
-system's does.
+In: a unit and a drop-in for it. Out: a `Manager`, whose `ctl` is `systemctl`. It shares the machine's process ids, so
+that an exporter sees the VMs. It is systemd's user manager run by root, which applies a unit's hardening as the system
+manager does.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ exec /lib/systemd/systemd --user
 
 @dataclass(frozen=True)
 class Manager:
-    """A service manager that runs."""
+    """A running service manager."""
 
     pid: int
 
     def ctl(self, *arguments: str) -> str:
-        """`systemctl --user ARGUMENTS`; what it says. CalledProcessError if it fails."""
+        """The output of `systemctl --user ARGUMENTS`; CalledProcessError if it fails."""
         command = ["nsenter", "--mount", f"--target={self.pid}", "systemctl", "--user", *arguments]
         return subprocess.run(
             command, env=_ENVIRONMENT, capture_output=True, text=True, check=True, timeout=60
         ).stdout.strip()
 
     def up(self) -> bool:
-        """Whether it answers."""
+        """Whether the manager answers."""
         with contextlib.suppress(subprocess.CalledProcessError):
             return "Version=" in self.ctl("show", "--property=Version")
         return False
 
     def state(self, unit: str) -> Path:
-        """The unit's StateDirectory=, as we reach it."""
+        """The unit's StateDirectory=, by a path outside the mount namespace."""
         return Path(f"/proc/{self.pid}/root{_STATE}/{unit.partition('-exporter')[0]}")
 
 
 @contextlib.contextmanager
 def manager(unit: Path, change: str) -> Iterator[Manager]:
-    """A manager that knows the unit, with the drop-in `change`."""
+    """Runs a manager that has the unit, with the drop-in `change`."""
     mounted = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     roots = [at for at, kind in mounted if kind == "cgroup2" or (kind == "cgroup" and at.endswith("/systemd"))]
     groups = [f"{root}/ebpf-mig-test-{os.getpid()}" for root in roots]

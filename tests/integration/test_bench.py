@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig bench` with real VMs: a lab scenario, and a command of the user's that leaves a recording."""
+"""`ebpf-mig bench` with real VMs: a lab scenario, and a user's command that writes a recording."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Migrations that follow each other at once, as `watch` sees them: each is there."""
+"""Migrations in quick succession: `watch` reports each of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def watching(state: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def seen(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """All that was printed, once it has settled."""
+    """All lines printed, once no more are added."""
     time.sleep(4)
     process.terminate()
     return [json.loads(line) for line in process.communicate(timeout=30)[0].splitlines()]
@@ -45,7 +45,7 @@ def start(source: Qmp, destination: Qmp, uri: str) -> None:
 
 
 def test_a_chain_without_a_rest(tmp_path: Path) -> None:
-    """A to B to C, B migrated on as soon as its guest runs: two migrations."""
+    """A to B to C, where B migrates on as soon as its guest runs: two migrations."""
     for number in range(ROUNDS):
         state = tmp_path / str(number)
         with watching(state) as process, QemuPair(SMALL, None, NAMED) as one, QemuPair(SMALL, None, NAMED) as other:

@@ -37,7 +37,7 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """Exactly one clear line on stderr, nothing on stdout, no traceback."""
+    """Exactly one line on stderr with these words, nothing on stdout, no traceback."""
     assert result.returncode == code, result.stderr
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
@@ -48,14 +48,14 @@ def one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -
 
 @pytest.fixture
 def lab_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A place of this test's own for the lab's files; short, because UNIX socket paths are."""
+    """A private directory for the lab's files, with a short name because UNIX socket paths are limited."""
     with tempfile.TemporaryDirectory(prefix="em") as name:
         monkeypatch.setenv("TMPDIR", name)
         yield Path(name)
 
 
 def vms_of(directory: Path) -> list[int]:
-    """VMs of the lab whose files are in `directory`."""
+    """Pids of the lab's VMs whose files are in `directory`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def vms_of(directory: Path) -> list[int]:
 
 
 def no_vm_left(directory: Path) -> None:
-    """The kernel takes a moment to kill."""
+    """Waits a moment for the kernel to kill them."""
     deadline = time.monotonic() + 5
     while vms_of(directory) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -121,7 +121,7 @@ def test_two_demos_at_once(tmp_path: Path, lab_directory: Path) -> None:
 
 
 def catches(pid: int, signum: int) -> bool:
-    """Whether the process has a handler of its own for the signal: before that no program can do anything about it."""
+    """Whether the process handles the signal. Before it has set a handler, the signal just kills it."""
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> signum - 1 & 1)
 
@@ -129,7 +129,7 @@ def catches(pid: int, signum: int) -> bool:
 def interrupt(
     directory: Path, arguments: Sequence[str], signum: int, after_s: float, recording: str = ""
 ) -> tuple[int, str]:
-    """Sends the signal so long after Python has started, or after the recording was begun."""
+    """Sends the signal `after_s` after Python has started, or after the recording was created."""
     process = subprocess.Popen(command(*arguments), cwd=directory, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not catches(process.pid, signal.SIGINT) and time.monotonic() < deadline:
@@ -166,13 +166,13 @@ def test_sigterm_ends_like_ctrl_c_and_keeps_the_recording(tmp_path: Path, lab_di
 
 @requires(*TRACING)
 def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -> None:
-    """SIGKILL: VMs die with us; the directory is swept by the next run; what was written can be read."""
+    """SIGKILL: VMs die with us, the recording can be read, and the next run removes the directory."""
     code, _ = interrupt(tmp_path, [*SLOW, "-o", "cut.rec"], signal.SIGKILL, 2, "cut.rec")
     assert code == -signal.SIGKILL
     no_vm_left(lab_directory)
     result = run(tmp_path, "report", "cut.rec", "--format", "json")
     assert json.loads(result.stdout)["completeness"]["verdict"] == "incomplete"
-    assert list(lab_directory.iterdir()), "the directory waits for the next run"
+    assert list(lab_directory.iterdir()), "the directory stays until the next run"
     assert run(tmp_path, *DEMO, "-o", "next.rec").returncode == 0
     nothing_left(lab_directory)
 
@@ -181,7 +181,7 @@ def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -
 @pytest.mark.times
 @requires(*TRACING)
 def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
-    """The user's own VMs: one process migrates, another only watches; both tell the same blackout."""
+    """The user's own VMs: one process migrates, another only records. Both report the same blackout."""
     with QemuPair(QUICK) as pair:
         pids = [str(pair.source.pid), str(pair.destination.pid)]
         watching = subprocess.Popen(
@@ -215,7 +215,7 @@ def test_record_ends_with_its_command(tmp_path: Path) -> None:
 
 @requires(*TRACING)
 def test_a_migration_that_is_refused(tmp_path: Path) -> None:
-    """The port is taken by somebody else: QEMU refuses, we say so in its words."""
+    """The port is in use: QEMU refuses, and the error quotes it."""
     with QemuPair(QUICK) as pair, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -234,7 +234,7 @@ def test_a_uri_that_leads_to_no_other_qemu_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def fake_monitor(path: Path, answer: bytes) -> Iterator[str]:
-    """A UNIX socket that says something else than QMP to all who connect."""
+    """A UNIX socket that sends something other than QMP to each client."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
@@ -290,7 +290,7 @@ def test_no_memory_for_the_working_set(tmp_path: Path) -> None:
 
 @requires("root")
 def test_without_privilege(tmp_path: Path) -> None:
-    """A root without capabilities may not load BPF programs either, and is told the line that works."""
+    """Root without capabilities may not load BPF programs either. The error shows the command that works."""
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     result = subprocess.run(
         [*drop, *command("record", "--pid", "1")],
@@ -313,7 +313,9 @@ assert prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
 assert prctl(22, 2, struct.pack("@HP", 4, ctypes.addressof(program)), 0, 0) == 0, "PR_SET_SECCOMP"
 os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
-"""Runs Python where a system call fails with an error of choice (linux/filter.h, linux/seccomp.h)."""
+"""Runs Python in a seccomp filter where one system call fails with the given errno (linux/filter.h,
+linux/seccomp.h).
+"""
 
 
 @requires("root", "bcc")
@@ -331,7 +333,7 @@ def test_where_a_containers_seccomp_profile_forbids_it(tmp_path: Path, code: int
 
 @requires("root", "private mount namespaces", "qemu-system-x86_64")
 def test_without_kvm(tmp_path: Path) -> None:
-    """/dev/kvm is there and is no KVM, as in a container that was given something else."""
+    """/dev/kvm exists but is not KVM, as in a container with another device there."""
     hide = 'mount --bind /dev/null /dev/kvm && exec "$@"'
     result = subprocess.run(
         ["unshare", "--mount", "sh", "-c", hide, "sh", *command("demo")],
@@ -352,7 +354,7 @@ def test_a_pid_that_is_gone(tmp_path: Path) -> None:
 
 
 def with_module(directory: Path, text: str) -> dict[str, str]:
-    """An environment in which `import bcc` finds this. Not in the current directory: nothing is imported from there."""
+    """An environment in which `import bcc` finds this text: outside the current directory, which is not searched."""
     modules = directory / "modules"
     modules.mkdir()
     (modules / "bcc.py").write_text(text)
@@ -361,7 +363,7 @@ def with_module(directory: Path, text: str) -> dict[str, str]:
 
 @requires(*TRACING)
 def test_without_bcc(tmp_path: Path) -> None:
-    """A Python that does not see the distribution's packages."""
+    """A Python without the distribution's packages."""
     environment = with_module(tmp_path, "raise ImportError('no bcc for this test')\n")
     with QemuPair(QUICK) as pair:
         result = subprocess.run(

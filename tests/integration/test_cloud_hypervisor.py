@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real Cloud Hypervisors, of each binary that is found, with their own log and events as witnesses."""
+"""Migrations of real Cloud Hypervisors, with each binary found. Witnesses: their own log and events."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [
 SOURCE_PARTS = ("downtime_ms", "state_ms", "send_state_ms", "complete_ms")
 DESTINATION_PARTS = ("recv_snapshot_ms", "restore_ms", "resume_ms", "state_to_resume_ms")
 ROOMY = Scenario(memory_bytes=1024 * MIB, working_set_bytes=32 * MIB, pages_per_s=None, downtime_ms=1)
-"""Takes long enough to be disturbed."""
+"""Takes long enough to be interrupted."""
 
 
 def needs(binary: str, field: str) -> None:
@@ -50,7 +50,7 @@ def needs(binary: str, field: str) -> None:
 
 
 def completed(run: Traced) -> None:
-    """What holds for every migration that succeeds."""
+    """Checks what must hold for every successful migration."""
     b = run.breakdown
     assert run.outcome.result == "completed" and b.migration.result == "completed", run.outcome
     assert b.completeness.verdict == "complete"
@@ -61,9 +61,9 @@ def completed(run: Traced) -> None:
 
 
 def off(run: Traced, parts: Sequence[str]) -> dict[str, float]:
-    """Which of its figures are not the kernel's span of the same thing, cut to whole ms, and by how many ms.
+    """Cloud Hypervisor's figures that differ from the kernel's span truncated to whole ms, and by how many ms.
 
-    Its total begins before the kick; where its thread lost the CPU in between, the report says for how long.
+    Its total begins before the kick. The time for which its thread lost the CPU in between is in the report.
     """
     late = run.breakdown.pausing.kicked_late_ns if run.breakdown.pausing else 0
     found = {name: disagreement(run.witness(name)) for name in parts}
@@ -72,7 +72,9 @@ def off(run: Traced, parts: Sequence[str]) -> dict[str, float]:
 
 
 def agreeing(attempt: Callable[[], Traced], *parts: str, tries: int = 4) -> Traced:
-    """A migration whose own figures agree with ours: busy hosts take a thread's CPU amid its reading of the clock."""
+    """A migration whose own figures agree with ours. Retries: on a busy host a thread can lose the CPU while it
+    reads the clock.
+    """
     for _ in range(tries):
         run = attempt()
         completed(run)
@@ -81,7 +83,7 @@ def agreeing(attempt: Callable[[], Traced], *parts: str, tries: int = 4) -> Trac
     assert off(run, parts) == {}
     pair = run.witness("paused..resumed")
     doubt = max(e.doubt_ns for e in run.recording.events if getattr(e, "name", "").startswith("ch.event."))
-    # It says that it has paused at some time while it quiets the VM, that it has resumed before it answers Complete.
+    # The event `paused` comes at some time during `quiesce`, and `resumed` before the answer to Complete.
     total = run.witness("downtime_ms").span
     assert total is not None and run.breakdown.blackout_ns is not None
     assert run.breakdown.blackout_ns - run.row("quiesce") - MS - doubt <= pair.value_ns <= total[1] + doubt
@@ -89,7 +91,7 @@ def agreeing(attempt: Callable[[], Traced], *parts: str, tries: int = 4) -> Trac
 
 
 def in_time(attempt: Callable[[], Traced], tries: int = 4) -> Traced:
-    """The first of a few attempts in which the blow came before the migration was over."""
+    """The first of several attempts in which the disturbance came before the end of the migration."""
     for _ in range(tries):
         run = attempt()
         if run.outcome.result != "completed":
@@ -127,7 +129,7 @@ def test_several_connections_and_vcpus(tmp_path: Path, binary: str) -> None:
     parts = (*SOURCE_PARTS, "final_iter_ms", *DESTINATION_PARTS)
     wanted = replace(QUICK, multifd_channels=4, vcpus=2)
     run = agreeing(lambda: migrate(tmp_path, ChPair(wanted, binary)), *parts)
-    # Memory goes out in chunks of 64 MiB: of 128 MiB, not all four have some; the main one carries the rest.
+    # Memory is sent in chunks of 64 MiB: of 128 MiB, not all four connections get one. The main one carries the rest.
     assert 3 <= run.breakdown.migration.connections <= 5
     assert len(run.breakdown.vcpus) == 2
 
@@ -171,7 +173,7 @@ def test_a_destination_that_dies_before_the_stop(tmp_path: Path, binary: str) ->
 
 
 def test_a_destination_that_dies_after_the_stop(tmp_path: Path, binary: str) -> None:
-    # Over TCP the state hangs in the wire for 40 ms: time enough, for the most part.
+    # Over TCP the state is delayed on the wire for 40 ms, which is usually long enough.
     kill = at_event("paused", lambda pair: os.kill(pair.destination.pid, signal.SIGKILL))
     run = in_time(lambda: migrate(tmp_path, ChPair(QUICK, binary, seccomp="log"), kill))
     assert run.outcome.result == "failed" and run.outcome.error
@@ -198,7 +200,7 @@ def test_a_source_that_dies_amid_the_pages(tmp_path: Path, binary: str) -> None:
     run = migrate(tmp_path, ChPair(ROOMY, binary), at_event("migration-started", kill))
     assert run.outcome.result == "failed" and run.breakdown.migration.result != "completed"
     assert run.took_s < 20
-    # Both versions loop over read(2) that returns 0, and answer no call any more (docs/findings.md).
+    # Both versions loop on a read(2) that returns 0, and answer no further API call (docs/findings.md).
     assert any("keeps asking" in note for note in run.breakdown.notes)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What root runs takes nothing from the current directory, nor does anything that it starts, LLVM included."""
+"""Commands run by root load no file from the current directory, nor do their child processes or LLVM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages' commands that migrate real VMs, typed as a reader would type them."""
+"""The commands in docs/ that migrate real VMs, run as a reader would type them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = [page for page in PAGES if LIVE.search(page.read_text())]
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
 def test_live_commands_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
-    """Each ends with 0; lines that a page shows begin with words that are printed, whatever the numbers."""
+    """Each exits with 0. For each line that the page shows, a line with the same first word is printed."""
     place(tmp_path)
     try:
         for block in LIVE.findall(page.read_text()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`doctor` on a machine that can trace, and as somebody who may not."""
+"""`doctor` on a machine that can trace, and without the privilege."""
 
 from __future__ import annotations
 

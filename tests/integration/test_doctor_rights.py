@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""doctor under subsets of rights: exit code 0 or 3, a line for each feature, and no failure of its own."""
+"""`doctor` with subsets of the capabilities: exit code 0 or 3, one line per feature, and no internal error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUBSETS = ["", "bpf", "perfmon", "bpf,perfmon", "bpf,perfmon,syslog", "sys_admin
 @pytest.mark.parametrize("held", SUBSETS, ids=lambda held: held or "none")
 @pytest.mark.parametrize("user", [0, 65534], ids=["root", "nobody"])
 def test_doctor_answers_with_any_rights(held: str, user: int) -> None:
-    """Without CAP_DAC_OVERRIDE tracefs (0700) is closed to nobody."""
+    """User nobody cannot enter tracefs (mode 0700) without CAP_DAC_OVERRIDE."""
     keep = ",".join(["-all", *(f"+{name}" for name in held.split(",") if name)])
     rights = [f"--bounding-set={keep}", f"--inh-caps={keep}", f"--ambient-caps={keep}"]
     command = ["setpriv", f"--reuid={user}", "--clear-groups", *rights, sys.executable, "-m", "ebpf_mig", "doctor"]

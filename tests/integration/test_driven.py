@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command drives both hosts: a real sshd in a network namespace, real QEMUs, every ending."""
+"""One command drives both hosts: a real sshd in a network namespace, real VMMs, and every kind of ending."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from ebpf_mig.vmm.cloud_hypervisor.api import Api
 from ebpf_mig.vmm.cloud_hypervisor.lab import ENVIRONMENT, ChPair
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
-from tests.integration.sshd import Server, ssh_amid
+from tests.integration.sshd import Server, ssh_during
 
 pytestmark = [requires(*TRACING, "tc with tbf and veth", "sshd", "private mount namespaces"), pytest.mark.timeout(180)]
 
 SLOW = ("--bandwidth", "16Mbit", "--downtime-limit", "1500ms")
-"""Takes a second or two, and ends."""
+"""Completes within a second or two."""
 FULL = """mount -t tmpfs -o size=4k full {tmp}/full; head -c 4096 /dev/zero > {tmp}/full/x || true
 mount -o remount,bind,ro /; ! touch {tmp}/y"""
-"""The directory for temporary files is full, and nothing else can be written: a recorder whose output is ssh needs no
-disk, so it does not meet one that is full."""
+"""The directory for temporary files is full, and the rest is read-only. Neither matters to a recorder that writes to
+ssh.
+"""
 OLDER = """#!{python}
 import sys
 sys.stdout.buffer.write({data!r})
@@ -63,7 +64,7 @@ def migrate(pair: QemuPair | ChPair, link: Link, server: Server, *more: str, cwd
 
 
 def recorders() -> set[int]:
-    """Processes that record for somebody else."""
+    """Pids of recorders that run for a command on another host."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -77,7 +78,7 @@ def recorders() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
-    """Whatever the ending, nothing of ours runs there afterwards."""
+    """No recorder may be left on the other host, whatever the ending."""
     before = recorders()
     yield
     until = time.monotonic() + 15
@@ -87,7 +88,7 @@ def nothing_stays() -> Iterator[None]:
 
 
 def status_of(pair: QemuPair) -> str:
-    """What the destination says of itself, once it can."""
+    """The destination's run state, by QMP."""
     import asyncio
 
     from ebpf_mig.vmm.qemu.monitor import Monitor
@@ -160,7 +161,7 @@ def test_cloud_hypervisor_with_one_end_elsewhere(tmp_path: Path, link: Link, far
     pids = {role: told["migration"][role]["pid"] for role in ("source", "destination")}
     assert pids == {"source": pair.source.process.pid, "destination": pair.destination.process.pid}
     assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
-    # The log of the end elsewhere was read there.
+    # The destination's log was read on its host.
     names = {witness["name"] for witness in told["witnesses"]}
     assert "ch.downtime_ms" in names
     assert "ch.state_to_resume_ms" in names
@@ -173,7 +174,7 @@ def test_cloud_hypervisor_whose_connection_breaks(tmp_path: Path, link: Link, fa
     with ChPair(guest, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         process = migrate(pair, link, server, f"--{far}-host", "far", cwd=tmp_path)
         near = "source" if far == "destination" else "destination"
-        os.kill(ssh_amid(process, tmp_path / f"x.{near}.rec", 0.3), signal.SIGKILL)
+        os.kill(ssh_during(process, tmp_path / f"x.{near}.rec", 0.3), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
         assert Api(pair.destination.api, "destination").state() == "Running", err
     assert "not whole" in err
@@ -189,7 +190,7 @@ def test_cloud_hypervisor_whose_connection_breaks(tmp_path: Path, link: Link, fa
 @cloud_hypervisor
 def test_a_source_elsewhere_that_cannot_reach_its_destination_is_told_from_there(tmp_path: Path, link: Link) -> None:
     with ChPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
-        pair.uri = "tcp:127.0.0.1:4444"  # each side's own
+        pair.uri = "tcp:127.0.0.1:4444"  # one per side
         more = ("--source-host", "far", "--source-log", str(pair.source.log))
         process = migrate(pair, link, server, *more, cwd=tmp_path)
         _, err = process.communicate(timeout=120)
@@ -214,7 +215,7 @@ def test_a_wrong_host_key_is_one_clear_line_and_nothing_is_migrated(tmp_path: Pa
 def test_a_connection_that_breaks_amid_the_migration_harms_nothing(tmp_path: Path, link: Link) -> None:
     with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         process = migrate(pair, link, server, "--destination-host", "far", *SLOW, cwd=tmp_path)
-        os.kill(ssh_amid(process, tmp_path / "x.source.rec", 0.5), signal.SIGKILL)
+        os.kill(ssh_during(process, tmp_path / "x.source.rec", 0.5), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
         assert status_of(pair) == "running", "the migration went on"
     assert process.returncode == 4, err
@@ -230,7 +231,7 @@ def test_interrupted_or_killed_it_leaves_nothing_there(tmp_path: Path, link: Lin
     before = recorders()
     with QemuPair(QUICK, link=link) as pair, Server(tmp_path / "ssh", link) as server:
         process = migrate(pair, link, server, "--destination-host", "far", "--bandwidth", "8Mbit", cwd=tmp_path)
-        ssh = ssh_amid(process, tmp_path / "x.source.rec", 0.5)
+        ssh = ssh_during(process, tmp_path / "x.source.rec", 0.5)
         assert recorders() - before
         process.send_signal(sent)
         process.communicate(timeout=60)
@@ -278,7 +279,7 @@ def test_a_remote_that_cannot_record_is_one_clear_line_and_the_local_half_is_rep
         assert status_of(pair) == "running", err
     assert "source pid" in out
     lines = [line for line in err.splitlines() if "the destination's host far" in line]
-    if said is None:  # it can all the same
+    if said is None:  # it works nevertheless
         assert process.returncode == 0, err
         assert "destination pid" in out
         assert not lines

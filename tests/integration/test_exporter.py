@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exporter and `watch` as a node runs them: real VMs migrate that nobody told them about, a real scraper asks."""
+"""The exporter and `watch` as on a node: real VMs migrate unannounced, and a real scraper reads the metrics."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from tests.integration.migrations import LASTING, QUICK
 
 pytestmark = requires(*TRACING)
 BUSY = Scenario(128 * MIB, 32 * MIB, 20_000, bandwidth_bytes=16 << 20, downtime_ms=3000)
-"""A guest whose vCPU leaves KVM_RUN every 0.4 s. It dirties enough pages for fetches that are long."""
+"""A guest whose vCPU leaves KVM_RUN every 0.4 s, and dirties enough pages for long fetches."""
 SAMPLED_NS = 10_000_000
-"""CPU time of a fetch that is surely sampled: the sampler's period is 1 ms while the guest runs."""
+"""A fetch with this CPU time must have samples: the sampler's period is 1 ms while the guest runs."""
 
 
 @pytest.mark.parametrize("transport", ["tcp", "unix"])
@@ -81,7 +81,7 @@ def test_a_migration_nobody_announced_is_in_the_metrics(transport: str, tmp_path
 
 
 def test_a_kept_recording_has_the_vcpus_spans_and_the_samples(tmp_path: Path) -> None:
-    """Without them the report has no brownout, and its final fetch no split."""
+    """Without these events the report has no brownout, and no split of its final fetch."""
     state = tmp_path / "state"
     with exporter(state) as (_, port):
         migrate(BUSY)
@@ -99,7 +99,9 @@ def test_a_kept_recording_has_the_vcpus_spans_and_the_samples(tmp_path: Path) ->
 
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_one_side_alone_without_a_connection_that_shows(side: str, tmp_path: Path) -> None:
-    """Over a UNIX socket, as in a tunnelled migration: the source's thread tells; that it grows, the destination."""
+    """Over a UNIX socket, as in a tunnelled migration: a thread's name gives away the source, its growth the
+    destination.
+    """
     slow = Scenario(128 * MIB, 64 * MIB, 4000, transport="unix", bandwidth_bytes=32 << 20)
     with exporter(tmp_path / "state", vms=side) as (_, port):
 
@@ -157,7 +159,7 @@ def test_watch_says_one_line_for_a_migration(tmp_path: Path) -> None:
 
 
 def dashboard_queries() -> list[tuple[str, str]]:
-    """(panel, query) of the shipped dashboard, with Grafana's variables filled in."""
+    """(panel, query) pairs of the shipped dashboard, with Grafana's variables filled in."""
     dashboard = json.loads((Path(__file__).parents[2] / "deploy" / "grafana" / "ebpf-mig.json").read_text())
     found = []
     for panel in dashboard["panels"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped image, started by podman with what the DaemonSet grants and nothing else, while real VMs migrate.
+"""The shipped image while real VMs migrate; podman grants it only the rights that the DaemonSet grants.
 
 EBPF_MIG_TEST_IMAGE names the image: `podman build -f deploy/container/Containerfile -t ebpf-mig .`
 """
@@ -29,11 +29,11 @@ pytestmark = [
 MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes" / "daemonset.yaml"
 MOST_PROCESSES = 4096
 _PLAIN_CGROUPS = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
-"""crun takes cgroups of version 1 or of version 2, not both at a time, as some hosts have them mounted."""
+"""crun works with cgroups of version 1 or 2, but not with both mounted, as on some hosts."""
 
 
 def as_granted(pod: dict[str, Any], state: Path) -> list[str]:
-    """podman's options for what the manifest says of the pod and its container."""
+    """The options of podman that match the manifest's pod and container."""
     (container,) = pod["containers"]
     granted = container["securityContext"]
     assert granted["privileged"] is False and pod["hostPID"] is True and granted["readOnlyRootFilesystem"] is True
@@ -48,7 +48,7 @@ def as_granted(pod: dict[str, Any], state: Path) -> list[str]:
         if mount["name"] in paths:
             here = state if mount["name"] == "state" else paths[mount["name"]]
             options.append(f"--volume={here}:{mount['mountPath']}{':ro' if mount.get('readOnly') else ''}")
-    # podman asks for more of these than some hosts may give.
+    # podman's default limits are higher than some hosts allow.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return [*options, f"--ulimit=nofile={most}:{most}", f"--ulimit=nproc={MOST_PROCESSES}:{MOST_PROCESSES}"]
 

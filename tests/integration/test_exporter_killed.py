@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each of the exporter's processes is killed or stopped: a scraper sees it within seconds."""
+"""Each of the exporter's processes is killed or stopped, and a scraper sees it within seconds."""
 
 from __future__ import annotations
 

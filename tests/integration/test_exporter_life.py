@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exporter's processes: what each may do, how they end, what they leave behind, and what they cost."""
+"""The exporter's processes: their privileges, how they end, what they leave behind, and their overhead."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.integration.migrations import LASTING
 
 pytestmark = requires(*TRACING)
 ENDLESS = Scenario(128 * MIB, 32 * MIB, 1000, bandwidth_bytes=1 << 20)
-"""Dirties four times what may be sent: it lasts until the limit is lifted."""
+"""Dirties four times as much as the link carries: it lasts until the limit is lifted."""
 
 
 def capabilities(pid: int) -> dict[str, int]:
@@ -52,7 +52,7 @@ def capabilities(pid: int) -> dict[str, int]:
 
 
 def bpf_objects(pid: int) -> dict[str, set[int]]:
-    """Ids of the BPF programs, maps and links that the process holds, by the kernel's word."""
+    """Ids of the BPF programs, maps and links that the process holds, from its fdinfo."""
     found: dict[str, set[int]] = {"prog": set(), "map": set(), "link": set()}
     for info in Path(f"/proc/{pid}/fdinfo").iterdir():
         for line in info.read_text().splitlines():
@@ -63,7 +63,7 @@ def bpf_objects(pid: int) -> dict[str, set[int]]:
 
 
 def in_kernel(kind: str, number: int) -> bool:
-    """Whether the kernel still has the object of this id; asked of libbpf, as bpftool does."""
+    """Whether the kernel still has the object with this id. Asks through libbpf, as bpftool does."""
     lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
     fd = getattr(lib, f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
     if fd >= 0:
@@ -77,7 +77,7 @@ def resident_kb(pid: int) -> int:
 
 
 def lift_limit(monitor: Path) -> None:
-    """Lets a QEMU send as fast as it can, through a monitor of our own."""
+    """Lifts a QEMU's bandwidth limit, through a second monitor."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(monitor))
         with connection.makefile("rw") as stream:
@@ -85,7 +85,7 @@ def lift_limit(monitor: Path) -> None:
             for command in ({"execute": "qmp_capabilities"}, faster):
                 stream.write(json.dumps(command) + "\n")
                 stream.flush()
-                next(line for line in stream if "return" in json.loads(line))  # behind a greeting, or an event
+                next(line for line in stream if "return" in json.loads(line))  # after the greeting, or an event
 
 
 def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: P
             assert not any(capabilities(pid).values())
             status = Path(f"/proc/{pid}/status").read_text()
             assert "NoNewPrivs:\t1" in status and "Uid:\t65534\t65534\t65534\t65534" in status
-            assert not any(bpf_objects(pid).values()), "it was handed a descriptor that is none of its business"
+            assert not any(bpf_objects(pid).values()), "it inherited a descriptor that it does not need"
         for pid in (process.pid, *others.values()):
             maps = Path(f"/proc/{pid}/maps").read_text()
             assert "LLVM" not in maps and "libbcc" not in maps
@@ -134,12 +134,12 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
                 first.kill()
             with exporter(tmp_path / "terminated") as (second, port):
                 until(lambda: value(port, "ebpf_mig_armed") == 1)
-                time.sleep(4)  # what one VM fills another with takes a second to be more than a VMM may say otherwise
+                time.sleep(4)  # one VM must first send another more bytes than a VMM otherwise sends
                 second.send_signal(signal.SIGTERM)
                 assert second.wait(15) == 0
             with exporter(state) as (_, port):
                 until(lambda: value(port, "ebpf_mig_armed") == 1)
-                time.sleep(3)  # longer than what merely looks like a migration is traced
+                time.sleep(3)  # longer than a suspected migration is traced
                 assert value(port, "ebpf_mig_armed") == 1
                 lift_limit(tmp_path / "source.more")
                 thread.join()
@@ -188,12 +188,12 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
         until(lambda: status("first") == 200)
         assert status("second") == 401
         config.write_text(users("second"))
-        process.send_signal(signal.SIGHUP)  # probably while it still starts
+        process.send_signal(signal.SIGHUP)  # probably while it is still starting
         until(lambda: status("second") == 200)
         assert status("first") == 401
         until(lambda: status("second", "/-/ready") == 200)
         config.write_text(users("third"))
-        process.send_signal(signal.SIGHUP)  # now that every privilege is gone
+        process.send_signal(signal.SIGHUP)  # now that all privileges are dropped
         until(lambda: status("third") == 200)
         assert status("second") == 401
         config.write_text("basic_auth_userz: {}\n")

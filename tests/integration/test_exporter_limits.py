@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tenant can overdo, for real: many VMs at once, many ports, VMs that are gone while they are looked at."""
+"""What a tenant can do to excess: many VMs at once, many ports, VMs that disappear while they are examined."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = requires(*TRACING)
 
 @contextlib.contextmanager
 def crowd(number: int, ports: int = 0) -> Iterator[None]:
-    """So many VMs exist."""
+    """Number of VMs at the same time."""
     command = [sys.executable, "-m", "tests.integration.crowd", str(number), str(ports), "--name", f"{OURS}crowd"]
     here = Path(__file__).parents[2]
     with running(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=here) as process:
@@ -39,7 +39,7 @@ def test_more_new_vms_than_can_be_traced_at_once_hide_no_migration(tmp_path: Pat
             migrate(LASTING)
             until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 20)
             assert process.poll() is None and value(port, "ebpf_mig_up") == 1
-        until(lambda: value(port, "ebpf_mig_vms") == 0, 20)  # 300 processes are gone while they are looked at
+        until(lambda: value(port, "ebpf_mig_vms") == 0, 20)  # 300 processes disappear while they are examined
         assert process.poll() is None and value(port, "ebpf_mig_up") == 1
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Migrations in a row, as fast as the truth machine makes them: none is missed, and the exporter does not grow.
+"""Many migrations in a row, as fast as the truth machine can: none is missed, and the exporter does not grow.
 
-EBPF_MIG_MIGRATIONS says how many; 1000 take a minute and a half. `-rP` shows what was held before and after.
+EBPF_MIG_MIGRATIONS sets their number; 1000 take a minute and a half. `-rP` shows the resources before and after.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ pytestmark = requires(*TRACING)
 NUMBER = int(os.environ.get("EBPF_MIG_MIGRATIONS", "60"))
 WARM = max(20, NUMBER // 10)
 GROWTH_KB = 4096
-"""Of each process, between its first migrations and its last; it does not grow with their number."""
+"""Allowed growth per process between the first and the last migrations, whatever their number."""
 
 
 def held(pid: int) -> tuple[int, int, int]:
-    """(resident kB, descriptors, threads)."""
+    """Resources of a process: (resident kB, descriptors, threads)."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     fds = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return int(status["VmRSS"].split()[0]), fds, int(status["Threads"])
@@ -40,9 +40,9 @@ def swarm(number: int) -> None:
 
 
 def late(port: int) -> float:
-    """Signs that were followed up later than such a migration takes: by the exporter's own word it may have missed it.
+    """Number of hints handled later than such a migration takes. By this count the exporter may have missed that many.
 
-    0 where the CPUs are free.
+    It is 0 if the CPUs are free.
     """
     name = "ebpf_mig_trigger_delay_seconds"
     return value(port, f"{name}_count") - value(port, f"{name}_bucket", le="0.025")
@@ -56,7 +56,7 @@ def test_many_migrations_in_a_row(tmp_path: Path) -> None:
         def settled() -> dict[str, tuple[int, int, int]]:
             until(lambda: value(port, "ebpf_mig_vms") == 0, 60)
             until(lambda: value(port, "ebpf_mig_armed") == 0)
-            time.sleep(12)  # the child that analyses has gone
+            time.sleep(12)  # the analysing child has exited
             return {name: held(pid) for name, pid in pids.items()}
 
         swarm(WARM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped unit, with all its hardening, run by a real systemd while real VMs migrate."""
+"""The shipped unit with all its hardening, run by a real systemd while real VMs migrate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops() -> N
     command = f"{Path(sys.executable).parent}/ebpf-mig exporter {options}"
     change = f"[Service]\nExecStart=\nExecStart={command}\nRestartSec=1"
     if any(Path(sys.prefix).is_relative_to(home) for home in ("/root", "/home")):
-        change += "\nProtectHome=no"  # what is installed on a node is not below these; a clone may be
+        change += "\nProtectHome=no"  # an installed program is not below these directories, but a clone may be
     with manager(UNIT, change) as systemd:
 
         def main_pid() -> int:

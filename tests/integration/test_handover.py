@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes that one process loaded and another attaches, again and again, without the privilege to load: every tier."""
+"""One process loads the probes; another, without the privilege to load, attaches them again and again. All tiers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ print(json.dumps(said | {"rounds": rounds, "lost": tracer.losses()[0]}))
 def test_what_was_handed_over_attaches_again_and_again(
     tier: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """The process that has the descriptors traces itself, thrice, and each time sees all of its own calls."""
+    """The process that received the descriptors traces itself three times, and each time sees all of its own calls."""
     needs = {"kprobe": "kprobes", "fentry": "fentry on every function"}
     if tier in needs and not FEATURES[needs[tier]]():
         pytest.skip(f"missing feature: {needs[tier]}")

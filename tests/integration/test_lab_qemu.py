@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's QEMU pair and the QMP adapter on real KVM, without tracing: the guest itself is the witness."""
+"""The lab's QEMU pair and the QMP adapter on real KVM, without tracing. The witness is the guest."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ pytestmark = requires("/dev/kvm", "qemu-system-x86_64")
 
 QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
 ENDLESS = replace(QUICK, working_set_bytes=32 * MIB, bandwidth_bytes=2 * MIB, downtime_ms=1)
-"""A link so slow that the migration goes on until somebody ends it."""
+"""A link so slow that the migration does not end by itself."""
 
 
 @pytest.fixture(autouse=True)
 def _short_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A place of our own, with a name short enough for sockets, that must be empty in the end."""
+    """A private directory with a name short enough for sockets. It must be empty after the test."""
     place = tempfile.mkdtemp(prefix="t-")
     monkeypatch.setattr(tempfile, "tempdir", place)
     monkeypatch.setenv("TMPDIR", place)
@@ -68,7 +68,7 @@ def connected(pair: QemuPair) -> contextlib.closing[QemuMigration]:
 
 
 def beats_on(vm: QemuVm, letters: set[str]) -> bool:
-    """Every vCPU beats from now on."""
+    """Waits until every vCPU beats."""
     heard = len(vm.heartbeat.beats)
     return eventually(lambda: {letter for _, letter in vm.heartbeat.beats[heard:]} == letters)
 
@@ -78,7 +78,7 @@ def marks(outcome: Outcome, pid: int) -> dict[str, Mark]:
 
 
 def memory(vm: QemuVm, begin: int, size: int, path: Path) -> bytes:
-    """Guest-physical memory, by QMP."""
+    """Guest-physical memory, read by QMP."""
 
     async def save() -> None:
         monitor = await qmp.Monitor.open(vm.qmp, "source")
@@ -112,7 +112,7 @@ def test_each_vcpu_dirties_its_own_pages(tmp_path: Path, vcpus: int) -> None:
 
 
 def test_the_pace_is_kept() -> None:
-    """Never above what was asked for; below it only as far as a loaded machine explains."""
+    """The rate is never above the requested one, and below it only as far as a busy machine explains."""
     pages, pace = 100, 1000
     with QemuPair(replace(QUICK, working_set_bytes=pages * PAGE, pages_per_s=pace)) as pair:
         time.sleep(2)
@@ -152,7 +152,7 @@ def test_a_migration(scenario: Scenario) -> None:
     assert all(begin <= m.at_ns <= end for m in order)
     assert {"qmp.MIGRATION.completed"} <= set(src) & set(dst)
     assert src["qmp.total_time_ms"].value > 0 and src["qmp.downtime_ms"].value >= 0
-    # The guest says the same: its last beat here was before STOP, its first one there after RESUME.
+    # The guest confirms it: its last beat on the source is before STOP, its first on the destination after RESUME.
     reading_ns = 100_000_000
     assert pair.source.heartbeat.beats[-1][0] <= src["qmp.STOP"].at_ns + reading_ns
     assert pair.destination.heartbeat.beats[0][0] >= dst["qmp.RESUME"].at_ns - dst["qmp.RESUME"].doubt_ns
@@ -164,7 +164,7 @@ def version_line(binary: str) -> str:
 
 @requires("root")
 def test_postcopy() -> None:
-    """More is dirtied than the link carries, so only postcopy can end it."""
+    """The guest dirties more than the link carries, so only postcopy can complete the migration."""
     busy = replace(ENDLESS, bandwidth_bytes=20 * MIB, pages_per_s=None, postcopy=True)
     with QemuPair(busy) as pair, connected(pair) as migration:
         migration.prepare()
@@ -175,7 +175,7 @@ def test_postcopy() -> None:
 
 
 def test_a_destination_that_listens_already() -> None:
-    """As one started with -incoming URI does: it is not told to listen again."""
+    """A destination started with `-incoming URI` gets no second request to listen."""
     with QemuPair(QUICK) as pair:
         with connected(pair) as first:
             first.prepare()
@@ -251,7 +251,7 @@ def test_a_monitor_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_we_crash_and_the_migration_goes_on() -> None:
-    """Killed right after the trigger, we take nothing with us: QEMU completes by itself."""
+    """If we are killed right after the trigger, QEMU completes the migration by itself."""
     script = """
 import sys, os, threading, time
 from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
@@ -280,7 +280,7 @@ def test_no_such_qemu() -> None:
 
 @requires("root", "private mount namespaces")
 def test_no_kvm() -> None:
-    """In a mount namespace where /dev/kvm is something else."""
+    """In a mount namespace where /dev/kvm is another device."""
     script = "from ebpf_mig.vmm.qemu.lab import *\nwith QemuPair(Scenario()): pass"
     shell = 'mount --bind /dev/null /dev/kvm && exec "$0" -c "$1"'
     command = ["unshare", "--mount", "sh", "-c", shell, sys.executable, script]
@@ -325,7 +325,7 @@ def test_nothing_stays(then: str, signum: signal.Signals | None) -> None:
         parent.send_signal(signum)
     parent.wait(20)
     assert eventually(lambda: is_gone(int(source)) and is_gone(int(destination)))
-    if signum in {signal.SIGKILL, signal.SIGTERM}:  # no Python of ours runs then; the next start removes the files
+    if signum in {signal.SIGKILL, signal.SIGTERM}:  # our code cannot clean up; the next start does
         with QemuPair(QUICK):
             assert not Path(directory).exists()
     assert not Path(directory).exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Migrations through real libvirtds: the demo's two hosts, each way to migrate, and what is left afterwards."""
+"""Migrations through real libvirtds: the demo's two hosts, each kind of migration, and no leftovers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOOL = [sys.executable, "-m", "ebpf_mig"]
 
 
 def qemus() -> list[int]:
-    """The QEMUs of the lab's domain, wherever they run."""
+    """Pids of the QEMUs of the lab's domain, on either side."""
     return [pid for pid in procfs.processes() if any(NAME in word for word in procfs.command_line(pid)[:3])]
 
 
@@ -59,7 +59,7 @@ def result(done: subprocess.CompletedProcess[str]) -> Breakdown:
 
 
 def complete(b: Breakdown) -> None:
-    """One whole migration between two processes of this machine."""
+    """Checks one complete migration between two processes of this machine."""
     assert (b.migration.result, b.migration.vmm, b.completeness.verdict) == ("completed", "qemu", "complete")
     assert b.migration.source and b.migration.destination
     assert b.migration.source.pid != b.migration.destination.pid
@@ -86,7 +86,7 @@ def test_the_demo_has_both_ends_and_three_witnesses(tmp_path: Path) -> None:
     assert b.blackout_ns and said["qmp.STOP..RESUME"] <= b.blackout_ns + 1_000_000
     assert qemus() == []
     names = {event.name for event in read_recording(path).events if isinstance(event, Mark)}
-    assert names - vmm.words() == {"session.trigger"}  # redaction lets the others pass
+    assert names - vmm.words() == {"session.trigger"}  # redaction leaves the other marks as they are
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_benchmark_of_it(tmp_path: Path) -> None:
 
 
 def record(path: Path, *options: str) -> subprocess.Popen[str]:
-    """A recorder that has begun to trace."""
+    """A recorder that has started to trace."""
     run = subprocess.Popen([*TOOL, "record", *options, "-o", path], stderr=subprocess.PIPE, text=True)
     assert run.stderr
     line = run.stderr.readline()
@@ -223,7 +223,7 @@ def test_record_finds_both_processes_by_the_vms_name(hosts: LibvirtHosts, tmp_pa
 
 
 def test_record_waits_for_a_vm_that_is_not_there(tmp_path: Path) -> None:
-    """As on a destination, whose source is on another host."""
+    """The view of a destination whose source is on another host."""
     path = tmp_path / "x.rec"
     scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)
     with record(path, "--vm", "ebpf-mig-destination") as run, QemuPair(scenario) as pair:
@@ -239,7 +239,7 @@ def test_record_waits_for_a_vm_that_is_not_there(tmp_path: Path) -> None:
     assert b.migration.destination and b.migration.destination.pid == destination
     assert (b.migration.vmm, b.completeness.verdict) == ("qemu", "bounded")
     assert [v.start is not None for v in b.vcpus] == [True]
-    # The sockets' rows are of the window, which may begin after the last receive.
+    # The sockets' rows cover the window, which may begin after the last receive.
     received = [e for e in recording.events if isinstance(e, Transfer) and e.direction == RECEIVE]
     assert b.migration.transport == "tcp" and sum(e.bytes for e in received) > 128 << 10
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tool and VMMs in pid and time namespaces. The witness is the kernel's own signal_generate, read by bpftrace."""
+"""Tool and VMMs in pid and time namespaces. The witness is the kernel's tracepoint signal_generate, read by
+bpftrace.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def demo(*arguments: str, inside: list[str] | None = None) -> subprocess.Complet
 
 
 def wrapped(path: Path, line: str) -> str:
-    """A program that starts QEMU another way; `line` has its arguments in "$@"."""
+    """A script that starts QEMU; `line` is its shell command, with QEMU's arguments in "$@"."""
     path.write_text(f"#!/bin/bash\n{line}\n")
     path.chmod(0o755)
     return str(path)
@@ -78,7 +80,9 @@ def test_the_tool_in_a_time_namespace_stamps_by_the_hosts_clock(tmp_path: Path) 
 
 @requires("bpftrace", "private mount namespaces")
 def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tmp_path: Path) -> None:
-    """Each QEMU is process 1 of its namespace, a day ahead; its threads' ids there are kernel threads' on the host."""
+    """Each QEMU is process 1 of its namespace, with a clock a day ahead. On the host, the ids of its threads there
+    belong to kernel threads.
+    """
     inside = f'exec {" ".join(PID_NAMESPACE)} {" ".join(TIME_NAMESPACE)} qemu-system-x86_64 "$@"'
     path, told = tmp_path / "a.rec", tmp_path / "signals"
     with told.open("w") as sink, subprocess.Popen([*_WITNESS, _SIGNALS], stdout=sink) as witness:
@@ -99,19 +103,19 @@ def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tmp_path: Path
 
 
 def _kicks_are_the_kernels(recording: Recording, rows: list[tuple[int, ...]]) -> None:
-    """Every kick hit the thread that the kernel says, a moment later; and it is a thread that we name."""
+    """Each kick has the target that the kernel reports a moment later, and that thread has a name in the recording."""
     kicks = [event for event in recording.events if isinstance(event, Kick)]
     threads = {event.tid: event for event in recording.events if isinstance(event, Thread)}
     assert kicks
     for kick in kicks:
-        assert kick.target_tid in threads, "an id of the host's"
+        assert kick.target_tid in threads, "an id of the host"
         hits = [at - kick.at_ns for at, pid, signal in rows if pid == kick.target_tid and signal == kick.signal]
         assert any(0 <= after < 5_000_000 for after in hits), (kick, hits)
     assert {threads[kick.target_tid].vcpu for kick in kicks} <= {0, 1}
 
 
 def test_vcpus_have_the_vmms_own_index(tmp_path: Path) -> None:
-    """With three cores a socket the second socket's APIC ids begin at 4."""
+    """With three cores per socket, the second socket's APIC ids begin at 4."""
     inside = 'args=(); for a in "$@"; do [ "$before" = -smp ] && a=6,sockets=2,cores=3; before=$a; args+=("$a"); done\n'
     path = tmp_path / "a.rec"
     wrapper = wrapped(tmp_path / "qemu", inside + 'exec qemu-system-x86_64 "${args[@]}"')

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real migrations on real KVM: structure of the breakdown, and its figures against witnesses that are not ours.
+"""Real migrations on real KVM: the structure of the breakdown, and its figures against independent witnesses.
 
 Witnesses: QEMU's own trace events (microseconds, on our clock), QMP's STOP and RESUME stamps, and the guest's serial
-heartbeat. Where a witness stands for another instant than ours, the bracket says so by name.
+heartbeat. Where a witness marks another instant than ours, the assertion is a bracket and says why.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tests.integration.migrations import QUICK, Traced, first, last, migrate
 pytestmark = requires(*TRACING)
 
 DOUBT_NS = 200_000
-"""Beyond this a difference to a witness must have a name."""
+"""A larger difference to a witness must be explained."""
 KVM_RUN = f"type 0x{kvm.RUN:x},"
-"""How QEMU's trace event of a vCPU's ioctl names it."""
+"""The name of KVM_RUN in QEMU's trace event of vCPU ioctls."""
 
 
 def assert_exact_partition(b: Breakdown) -> None:
@@ -47,14 +47,15 @@ def source_pid(run: Traced) -> int:
 
 
 def instants(run: Traced) -> tuple[int, int, int]:
-    """(window begin, last stop, first start) in CLOCK_MONOTONIC; it begins with the kick, or stop, that fits.
+    """(window begin, last stop, first start) in CLOCK_MONOTONIC. The begin is the kick, or stop, that fits the
+    breakdown.
 
-    Without a kick where the vCPU had been kicked before and was out of KVM_RUN still, as the dirty ring's reaper does.
+    It is not a kick if the vCPU was still out of KVM_RUN after an earlier kick, e.g. of the dirty ring's reaper.
     """
     b = run.breakdown
     assert b.blackout is not None
     ours = [e for e in run.recording.events if isinstance(e, Kick | VcpuExit | VcpuState) and e.pid == source_pid(run)]
-    # A vCPU that was outside of its own accord when asked to stop has no exit to tell, only its account at the end.
+    # A vCPU that was outside KVM_RUN anyway when asked to stop has no exit event, only its state at the end.
     stops = {e.exit_ns if isinstance(e, VcpuState) else e.at_ns for e in ours if not isinstance(e, Kick)}
     begins = [*(e.at_ns for e in ours if isinstance(e, Kick)), *sorted(stops)]
     begin = next(at for at in begins if at + b.blackout[0] in stops)
@@ -80,19 +81,19 @@ def off_cpu_ns(run: Traced, tid: int, begin: int, end: int) -> int:
 
 
 def assert_agrees_with_qemu(run: Traced) -> None:
-    """Stop, final fetch and start lie where QEMU's trace events say."""
+    """Stop and start agree with QEMU's trace events."""
     begin, stop, start = instants(run)
     finish = last(run.source_trace, "runstate_set", "new_state 7 (finish-migrate)").at_ns
     stopped = last(run.source_trace, "migration_completion_vm_stop").at_ns
     # The run state changes right before the vCPUs are kicked, unless the migration thread loses the CPU in between;
-    # vm_stop's trace line follows the handlers and the drain.
+    # vm_stop's trace line comes after the handlers and the drain.
     kicker = next(e.tid for e in run.recording.events if isinstance(e, Kick) and e.at_ns == begin)
     assert abs(begin - finish) - off_cpu_ns(run, kicker, finish, begin) < DOUBT_NS
     assert finish - DOUBT_NS <= stop <= stopped + DOUBT_NS
     loaded = first(run.destination_trace, "process_incoming_migration_co_end").at_ns
     running = first(run.destination_trace, "runstate_set", "new_state 9 (running)").at_ns
-    # The state becomes `running` before clocks are set and vCPUs kicked. From there to the guest QEMU itself says where
-    # the time went: its lines right before each KVM_RUN, the first of which only flushes the vCPU's state (-EINTR).
+    # The state becomes `running` before clocks are set and vCPUs kicked. After that, QEMU's trace has a line right
+    # before each KVM_RUN, of which the first only flushes the vCPU's state (-EINTR).
     assert loaded - DOUBT_NS <= running <= start + DOUBT_NS
     runs = [line.at_ns for line in run.destination_trace if line.name == "kvm_vcpu_ioctl" and KVM_RUN in line.text]
     assert runs and running - DOUBT_NS <= runs[0] <= start
@@ -101,7 +102,7 @@ def assert_agrees_with_qemu(run: Traced) -> None:
 
 
 def assert_final_fetch_is_bracketed(run: Traced) -> None:
-    """All of the final fetch's GET ioctls, and no others, lie between QEMU's last sync_start and sync_end."""
+    """The GET ioctls of the final fetch, and no others, lie between QEMU's last sync_start and sync_end."""
     sync_begin = last(run.source_trace, "migration_bitmap_sync_start").at_ns - DOUBT_NS
     sync_end = last(run.source_trace, "migration_bitmap_sync_end").at_ns + DOUBT_NS
     _, stop, _ = instants(run)
@@ -114,7 +115,7 @@ def assert_final_fetch_is_bracketed(run: Traced) -> None:
 
 
 def assert_heartbeat(run: Traced) -> None:
-    """No beat of the source after the stop, none of the destination before the start; reading adds some delay."""
+    """The source does not beat after the stop, nor the destination before the start. Reading a beat adds some delay."""
     _, stop, start = instants(run)
     assert run.source_beats and run.destination_beats
     reading_ns = 20_000_000
@@ -172,7 +173,7 @@ def test_three_vcpus(tmp_path: Path) -> None:
 
 
 def test_qmp_stamps_bracket_the_blackout(tmp_path: Path) -> None:
-    """STOP is said after all vCPUs stopped, RESUME before they are kicked into running."""
+    """QEMU sends STOP after all vCPUs have stopped, and RESUME before they are kicked to run."""
     run = migrate(tmp_path)
     _, stop, start = instants(run)
     stamps = {e.name: e for e in run.recording.events if isinstance(e, Mark)}
@@ -184,12 +185,12 @@ def test_qmp_stamps_bracket_the_blackout(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_the_final_pass_are_qemus(tmp_path: Path) -> None:
-    """QEMU counts what it puts on the channel while the VM is stopped; ours are memory and state together."""
+    """QEMU counts the bytes put on the channel while the VM is stopped; ours are memory and state together."""
     run = migrate(tmp_path)
     said = next(e.value for e in run.recording.events if isinstance(e, Mark) and e.name == "qmp.downtime_bytes")
     final = run.breakdown.dirty_log.final
     assert final is not None
-    assert final.bytes == pytest.approx(said, rel=0.02, abs=140_000)  # one buffer of 32 pages can be sent before
+    assert final.bytes == pytest.approx(said, rel=0.02, abs=140_000)  # a buffer of 32 pages may go earlier
 
 
 def kicked_vcpus(run: Traced) -> set[int]:
@@ -198,7 +199,7 @@ def kicked_vcpus(run: Traced) -> set[int]:
 
 
 def test_cancelled(tmp_path: Path) -> None:
-    """Too slow a link to end; cancelled while the guest runs: no blackout, and the report says so."""
+    """The link is too slow to converge. Cancelled while the guest runs: no blackout, and the report says so."""
     slow = replace(QUICK, working_set_bytes=32 * MIB, bandwidth_bytes=2 * MIB, downtime_ms=1)
 
     def cancel(_pair: QemuPair, migration: Migration) -> None:
@@ -241,7 +242,7 @@ def test_a_source_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_cancelled_after_the_stop(tmp_path: Path) -> None:
-    """The VM is stopped and waits for management; cancelled there, it runs on at the source: an aborted blackout."""
+    """Cancelled while the VM is stopped in pre-switchover: it continues on the source, which is an aborted blackout."""
 
     def cancel(pair: QemuPair, migration: Migration) -> None:
         time.sleep(1.5)

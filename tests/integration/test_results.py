@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `record` says of a migration that somebody else drives, ending by ending. The witness is QMP itself."""
+"""The result that `record` reports for a migration that it does not drive, for each ending. The witness is QMP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = requires(*TRACING)
 
 
 class Qmp:
-    """A monitor without any code of ours."""
+    """A QMP client that shares no code with the product."""
 
     def __init__(self, path: str) -> None:
         self._events: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ class Qmp:
             self._events.append(answer)
 
     def at(self, event: str) -> int:
-        """When QEMU says that the last such event was, ns of the wall clock."""
+        """QEMU's time stamp of the last such event, ns of the wall clock."""
         self("query-status")
         stamp = next(e["timestamp"] for e in reversed(self._events) if e["event"] == event)
         return int(stamp["seconds"] * 10**9 + stamp["microseconds"] * 1000)
@@ -74,7 +74,7 @@ Act = Callable[[QemuPair, Qmp, Qmp], None]
 
 
 def record(directory: Path, act: Act, *, both: bool = False) -> tuple[Breakdown, str]:
-    """(breakdown, why the recording ended) of what `act` does to a source, traced alone or with its destination."""
+    """(breakdown, why the recording ended) for `act` on a source that is traced alone or with its destination."""
     with QemuPair(QUICK) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         pids = ["--pid", str(pair.source.pid), *(["--pid", str(pair.destination.pid)] if both else [])]
@@ -103,7 +103,7 @@ def complete_with_return_path(pair: QemuPair, source: Qmp, destination: Qmp) -> 
     destination.capability("return-path")
     complete(pair, source, destination)
     until = time.monotonic() + 3
-    while time.monotonic() < until:  # as libvirt and others poll it
+    while time.monotonic() < until:  # polled, as by libvirt and others
         source.status()
 
 
@@ -115,7 +115,7 @@ def test_a_source_alone_completes_by_the_answer_or_by_closing_the_connection(act
 
 
 def stall(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
-    """The destination stops before the switchover, and so answers nothing."""
+    """The destination is stopped by SIGSTOP before the switchover, so it does not answer."""
     source.capability("pause-before-switchover", "return-path")
     destination.capability("return-path")
     migrate(pair, source, destination)
@@ -213,7 +213,7 @@ def with_command(directory: Path, pids: Sequence[int], *command: str) -> subproc
 
 
 def test_a_command_is_waited_for_and_never_signalled(tmp_path: Path) -> None:
-    """The migration is over for seconds, and COMMAND still has to do with it."""
+    """The migration has been over for seconds, and COMMAND still runs."""
     with QemuPair(QUICK) as pair:
         process = with_command(tmp_path, [pair.source.pid, pair.destination.pid], "sh", "-c", LOUD)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A link that loses the segment with the VM's state, and only that: a network namespace with a rule for its length."""
+"""A link that drops only the segment with the VM's state: a network namespace with a rule on the packet length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.truth.harness import ROOT
 
 pytestmark = requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64", "iptables with length and statistic")
 HEADERS = 20 + 32
-"""IP, and TCP with time stamps."""
+"""Headers of IP, and of TCP with time stamps."""
 _RUN = """
 import msgspec, sys
 from tests.truth.ch_harness import migrate
@@ -35,7 +35,7 @@ MS = 1_000_000
 def test_a_lost_segment_is_named(lossy: bool) -> None:
     state = base64.b64encode(bytes(sum(kvm.SIZES[command] for command in STATE))).decode()
     length = len(json.dumps({"vcpus": state, "devices": DEVICES})) + HEADERS
-    first_of_two = "-m statistic --mode nth --every 2 --packet 0"  # its repetition gets through
+    first_of_two = "-m statistic --mode nth --every 2 --packet 0"  # the retransmission gets through
     lose = f"iptables -A INPUT -p tcp -m length --length {length} {first_of_two} -j DROP" if lossy else "true"
     script = f'ip link set lo up && {lose} && exec "$0" -c "$1"'
     command = ["unshare", "--net", "sh", "-c", script, sys.executable, _RUN]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auto-converge: the window begins with the request for the stop, not when the throttle holds the guest.
+"""Auto-converge: the window begins at the stop request, not when the throttle holds the guest.
 
-Witnesses: the change of the run state that QEMU traces directly before its kicks, and QMP STOP.
+Witnesses: the change of the run state, which QEMU traces directly before its kicks, and QMP's STOP.
 `python -m bench.throttled` runs it 20 times.
 """
 
@@ -25,7 +25,7 @@ def test_the_window_begins_with_the_pause_request(tmp_path: Path, number: int) -
     assert run.breakdown.throttled is not None and run.breakdown.throttled.dark_ns > 100_000_000
     changed = first(run.source_trace, "runstate_set", "finish-migrate")
     assert abs(run.origin_ns - changed.at_ns) < BOUND_NS
-    # QEMU sends STOP after its devices have stopped: that is `quiesce`, and takes longer on a busy machine.
+    # QEMU sends STOP after its devices have stopped. That is `quiesce`, which takes longer on a busy machine.
     assert (
         0
         <= stop_after_request(run)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attach tiers beside each other on one and the same migration, beside its truth, and beside bpftrace.
+"""The attach tiers compared on the same migration: with each other, with the known truth, and with bpftrace.
 
-All tiers watch at once, each with programs of its own, so that no difference can come from the migration.
+All tiers watch at once, each with its own programs, so that no difference can come from the migration.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ESSENTIAL = ("dirty-log", "vcpu", "state", "kick", "socket", "brownout")
 
 
 def tiers() -> list[str]:
-    """Those that this kernel has; the test is skipped where there is one only."""
+    """The tiers that this kernel has. Skips the test if there is only one."""
     found = ["tracepoint"]
     needs = {"kprobe": "kprobes", "fentry": "fentry on every function"}
     found += [tier for tier, feature in needs.items() if FEATURES[feature]()]
@@ -52,7 +52,7 @@ def told(run: Run) -> dict[str, str]:
 
 
 def bytes_sent(run: Run) -> dict[int, int]:
-    """By process: what it sent on the sockets that both ends of show."""
+    """Bytes sent by each process, on sockets of which both ends were seen."""
     total: dict[int, int] = {}
     for e in run.events:
         if isinstance(e, Transfer) and e.direction == 0:
@@ -67,7 +67,9 @@ def ioctls(events: list[AnyEvent], cmds: frozenset[int]) -> list[Ioctl]:
 @pytest.mark.times
 @pytest.mark.parametrize("unix", [pytest.param(False, marks=everywhere, id="tcp"), pytest.param(True, id="unix")])
 def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
-    """The same calls, bytes, kicks; and the same times, unless the machine took the CPU between two of the probes."""
+    """All tiers report the same calls, bytes and kicks. Times agree too, unless a thread lost the CPU between two
+    probes.
+    """
     plan = Plan(delays={p: 20 * MS for p in PHASES if p != "fetch.kernel"}, state_first=unix, vcpus=2)
     names = tiers()
     for _ in range(4):
@@ -96,9 +98,9 @@ def assert_same_calls(one: Run, other: Run) -> None:
 
 
 def differences(runs: list[Run]) -> dict[str, int]:
-    """ns by which phases and the blackout differ between runs, or phases from the truth where it is known, if too much.
+    """ns above the tolerance by which phases and the blackout differ between runs, or phases from the known truth.
 
-    Each tier's programs run inside the calls that the others time: so much they may differ, besides the tolerance.
+    Each tier's programs run inside the calls that the others time. Their run time is allowed besides the tolerance.
     """
     cost = sum(run.breakdown.completeness.observer_window_ns or 0 for run in runs)
     off: dict[str, int] = {}
@@ -119,7 +121,7 @@ def differences(runs: list[Run]) -> dict[str, int]:
 @everywhere
 @pytest.mark.times
 def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str, object], None]) -> None:
-    """Flushes and walks of one migration: by our programs, and by bpftrace's own probes on the same functions."""
+    """Flushes and walks of one migration: by our programs, and by bpftrace's probes on the same functions."""
     if not FEATURES["bpftrace"]():
         pytest.skip("missing feature: bpftrace")
     names = [name for name in tiers() if name != "tracepoint"]
@@ -144,18 +146,18 @@ def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str
 
 
 def assert_split(run: Run, witness: list[tuple[int, int, int]], programs_ns: float) -> str:
-    """`witness`: ns of walk, of flush and of bpftrace's own probe between the two, by fetch. Returns the figures.
+    """Returns the figures. `witness`: ns of the walk, the flush and bpftrace's own probe between the two, by fetch.
 
-    Programs at one place run one after the other. So the instant between walk and flush is later for who comes last, by
-    what the others take there, and by as much as an interruption just there: each of the two is held by the median
-    fetch. Together they are the same for all.
+    Programs on one function run one after the other. The last one sees the instant between walk and flush later, by the
+    run time of the others and by any interruption there. So walk and flush are each compared by the median fetch. Their
+    sum is compared in full.
     """
     found = ioctls(run.events, frozenset({kvm.GET_DIRTY_LOG}))
     assert all(min(e.walk_ns, e.flush_ns, e.copy_ns) >= 0 for e in found)
     assert all(e.walk_ns + e.flush_ns + e.copy_ns <= e.end_ns - e.begin_ns for e in found)
     ours = [e for e in found if e.flush_ns]
     assert len(ours) == len(witness)
-    doubts = [0.03 * MS + max(e.off_cpu_ns, 0) + max(e.spin_ns, 0) for e in ours]  # bpftrace takes no waits out
+    doubts = [0.03 * MS + max(e.off_cpu_ns, 0) + max(e.spin_ns, 0) for e in ours]  # bpftrace does not subtract waits
     split = [(e.walk_ns, e.flush_ns) for e in ours]
     figures = f"{told(run)['split']}: {split}; bpftrace: {witness}; programs {programs_ns:.0f}, doubts {doubts}"
     both = sum(walk + flush for walk, flush, _ in witness)
@@ -170,8 +172,8 @@ def assert_split(run: Run, witness: list[tuple[int, int, int]], programs_ns: flo
 
 
 def split_by_bpftrace(flushes: list[str]) -> str:
-    """A script that tells the walk and the flush of each fetch, and what its own probe takes between the two."""
-    ours = f"/pid != {os.getpid()}/"  # we provoke our own probes meanwhile
+    """A bpftrace script that times the walk and the flush of each fetch, and its own probe between the two."""
+    ours = f"/pid != {os.getpid()}/"  # our self-test fires the same probes meanwhile
     return (
         'BEGIN { @n = 0; printf("ready\\n"); }\n'
         f"kretprobe:kvm_arch_sync_dirty_log {ours} {{ @synced[tid] = nsecs; }}\n"
@@ -189,7 +191,7 @@ def split_by_bpftrace(flushes: list[str]) -> str:
 
 
 def a_program_ns(run: Run) -> float:
-    """What a program of ours within a fetch takes: as long as that of them which runs nowhere else."""
+    """Run time of one of our programs within a fetch, measured on the program that runs only there."""
     ending = run.events[-1]
     assert isinstance(ending, Ending)
     synced = "on_synced:kvm_arch_sync_dirty_log"
@@ -198,7 +200,7 @@ def a_program_ns(run: Run) -> float:
 
 @everywhere
 def test_what_auto_takes_was_seen_to_fire(record_property: Callable[[str, object], None]) -> None:
-    """fentry where it fires, else kprobes: each signal's tier is in the report, and nothing is verified by hope."""
+    """`auto` takes fentry if it was seen to fire, else kprobes. Each signal's tier is in the report."""
     names = tiers()
     (run,) = migrate_by((AUTO,), Plan())
     attach = told(run)
@@ -222,7 +224,7 @@ print("ready", flush=True)
 for _ in sys.stdin:
     print(min(batch() for _ in range(9)), flush=True)
 """
-"""A process that nobody traces; tells the ns of 3000 system calls when asked."""
+"""An untraced process that reports the ns of 3000 system calls on request."""
 
 
 @everywhere
@@ -263,7 +265,7 @@ while True:
 
 @everywhere
 def test_calls_that_begin_while_probes_are_attached_are_not_taken_for_lost() -> None:
-    """A process that sends all the time, as the probes come and go: a call is seen whole or not at all."""
+    """A process sends all the time while probes are attached and detached: each call is seen whole or not at all."""
     sender = subprocess.Popen([sys.executable, "-c", SENDER], stdout=subprocess.PIPE, text=True)
     assert sender.stdout is not None
     sender.stdout.readline()
@@ -292,7 +294,7 @@ int on_sys_enter(void *ctx)
 
 
 def test_what_the_kernel_left_out_of_a_program_is_read() -> None:
-    """Each run of the first program would be followed by one within it, which the kernel does not allow."""
+    """A program that fires its own hook is not run again inside itself: the kernel counts these runs as missed."""
     bcc = loader.require_bcc()
     os.environ["BCC_KERNEL_SOURCE"] = str(source.HEADERS)
     bpf = bcc.BPF(text=AGAIN % os.getpid(), cflags=["-w"])

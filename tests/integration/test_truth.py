@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our figures against a migration whose every delay we made ourselves: see tests/truth.
+"""Figures of a migration whose delays are all known, because the truth machine injects them: see tests/truth.
 
-A few delays here; all of them, many times over: `python -m tests.truth sweep --runs 100`.
+Some delays are tested here; all of them, many times: `python -m tests.truth sweep --runs 100`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def test_delays_everywhere_at_once(
 @pytest.mark.times
 @requires("tracepoints of lock waits")
 def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
-    """The wait is as long as the other thread's call lasts after ours began: on a busy host ours may begin late."""
+    """The wait lasts from the begin of our call to the end of the other thread's. On a busy host ours may begin
+    late.
+    """
     for _ in range(5):
         run = migrate(Plan(delays={"fetch.kernel": 20 * MS}, log="initially-set"))
         if run.injected["fetch.kernel"] < 5 * MS:
@@ -75,7 +77,7 @@ def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
         fetches = [e for e in run.events if isinstance(e, Ioctl) and e.cmd == kvm.GET_DIRTY_LOG]
         beside = [e for e in fetches if run.held[0] <= e.begin_ns < run.held[1]]
         longest = max(beside, key=lambda e: e.end_ns - e.begin_ns, default=fetches[-1])
-        # The thread that held the lock may lose its CPU before it reads the clock again: its call was over earlier.
+        # The thread that held the lock may lose its CPU before it reads the clock again, so use the end of its call.
         holder = [e for e in run.events if isinstance(e, Ioctl) and e.slot == HOG_SLOT and e.end_ns > run.held[0]]
         let_go = min([run.held[1], *(e.end_ns for e in holder)])
         behind, took = let_go - longest.begin_ns, longest.end_ns - longest.begin_ns
@@ -114,7 +116,7 @@ def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
     ],
 )
 def test_fetches_find_exactly_the_pages_that_the_guest_wrote(log: str) -> None:
-    """The machine knows which pages the guest wrote; the guest that arrives has the same memory."""
+    """Fetches find exactly the pages that the guest wrote, and the guest that arrives has the same memory."""
     run = migrate(Plan(log=log, slots=8, passes=3, dirty_pages=300))
     assert len(run.fetched) == 3
     assert not any(fetch["missing"] or fetch["surplus"] for fetch in run.fetched), run.fetched
@@ -134,7 +136,7 @@ def test_a_million_small_sends_beside_a_running_guest_are_all_counted() -> None:
     ],
 )
 def test_many_small_sends_in_a_blackout_are_all_counted(count: int) -> None:
-    """Each call is kept at first; then the budget folds them."""
+    """At first each call is kept; then the budget coalesces them."""
     runs = _many("sends", count)
     took_ms = (runs[-1].end_ns - runs[0].begin_ns) / MS
     backwards = [one.end_ns - other.begin_ns for one, other in pairwise(runs) if other.begin_ns < one.end_ns]
@@ -144,7 +146,9 @@ def test_many_small_sends_in_a_blackout_are_all_counted(count: int) -> None:
 
 @pytest.mark.everywhere("loss")
 def test_what_is_lost_is_told_and_its_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a ring buffer that is far too small: what the records lack is what the positions of the others jump over."""
+    """With a ring buffer that is far too small, the lost records are exactly the gaps in the others' stream
+    positions.
+    """
     monkeypatch.setattr(macros, "RING_BYTES", 16384)
     said, events = work("sends", 100_000)
     ending = events[-1]
@@ -163,7 +167,7 @@ def test_what_is_lost_is_told_and_its_bytes_are_known(monkeypatch: pytest.Monkey
 
 
 def _many(workload: str, count: int) -> list[Transfer]:
-    """The records of so many sends, after the sums were found exact and nothing lost."""
+    """The records of that many sends, after a check that the sums are exact and nothing was lost."""
     said, events = work(workload, count)
     runs = [e for e in events if isinstance(e, Transfer) and e.socket == said["socket"] and e.direction == 0]
     runs.sort(key=lambda run: run.position)
@@ -177,6 +181,6 @@ def _many(workload: str, count: int) -> list[Transfer]:
 
 
 def test_large_shapes_can_be_measured() -> None:
-    """A log of 64 GiB without memory behind it; what re-arming it costs is far more than reading it."""
+    """A dirty log of 64 GiB without memory behind it: re-arming costs far more than reading."""
     rows = {what: ms for what, ms, _, _ in large.measure()}
     assert rows["CLEAR all-ones, all dirty"] > rows["GET manual, all dirty"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Cloud Hypervisor adapter, by its command, against the truth machine in the manners of old and new versions.
+"""The Cloud Hypervisor command against the truth machine, which behaves like old and new versions.
 
-No machine needs a Cloud Hypervisor for these: API, protocol, order of ioctls, threads, log and events are played by
-tests/truth, with a real KVM guest and real probes.
+These tests need no Cloud Hypervisor: tests/truth plays its API, protocol, order of ioctls, threads, log and events,
+with a real KVM guest and real probes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = ("downtime", "final_iter", "state", "send_state", "complete", "recv_snap
 
 
 def off(run: ChRun, name: str) -> int:
-    """How far the machine's own figure, cut to whole ms, lies from the kernel's span, in ns."""
+    """How far the machine's own figure, truncated to whole ms, is from the kernel's span, in ns."""
     found = run.witness(f"{name}_ms")
     assert found.span is not None
     ours = found.span[1] - found.span[0]
@@ -39,7 +39,7 @@ def off(run: ChRun, name: str) -> int:
 
 
 def sound(run: ChRun) -> None:
-    """Completed, whole, carried over, with both sides' own words beside it."""
+    """The migration completed, its recording is complete, and memory arrived unchanged."""
     assert run.status == 0, run.stderr
     assert run.breakdown is not None and run.truth is not None
     assert run.breakdown.completeness.verdict == "complete"
@@ -48,12 +48,14 @@ def sound(run: ChRun) -> None:
 
 
 def differing(run: ChRun) -> dict[str, float]:
-    """Which of the machine's own figures are not the kernel's, and by how many ms."""
+    """The machine's own figures that differ from the kernel's, and by how many ms."""
     return {name: off(run, name) / MS for name in PARTS if off(run, name) > TOLERANCE_NS}
 
 
 def agreeing(plan: ChPlan, *, tcp: bool = False, tries: int = 3) -> ChRun:
-    """A run whose own figures agree with ours: busy hosts take a thread's CPU amid its reading of the clock."""
+    """A run whose own figures agree with ours. Retries: on a busy host a thread can lose the CPU while it reads the
+    clock.
+    """
     for _ in range(tries):
         run = undisturbed(plan, tcp=tcp)
         sound(run)
@@ -124,7 +126,7 @@ def test_a_failure_after_the_stop_is_an_aborted_blackout(manner: str) -> None:
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_a_destination_that_gives_up(manner: str) -> None:
-    # Up to v52 its receive call answers success all the same.
+    # Up to v52 its receive call reports success nevertheless.
     run = migrate(ChPlan(manner=manner, fail="refuse"))
     assert run.status == 4 and run.source_alive
     assert run.breakdown is not None and run.breakdown.migration.result == "failed"

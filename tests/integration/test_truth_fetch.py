@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the final fetch is explained by, against workloads whose answer is known: see tests/truth.
+"""The explanation of the final fetch, checked with workloads whose cause is known: see tests/truth.
 
-Split of an ioctl, ring pages, bitmap work on and off the CPU, TCP's verdict, brownout, sends past the system calls.
+Covers the split of an ioctl, ring pages, bitmap work on and off the CPU, TCP's limit, brownout, and untracked sends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MS = 1_000_000
 
 
 def together(events: Sequence[AnyEvent], cmd: int) -> tuple[Split, list[Ioctl], int]:
-    """The split of all ioctls of one kind that were sampled, those ioctls, and how many samples they had."""
+    """(split, ioctls, number of samples) of all sampled ioctls of one kind."""
     samples = fetch_split.by_ioctl(e for e in events if isinstance(e, Samples))
     ioctls = [e for e in events if isinstance(e, Ioctl) and e.cmd == cmd]
     found = fetch_split.split(ioctls, samples)
@@ -41,7 +41,7 @@ def share(found: Split, name: str) -> float:
 
 
 def test_a_fetch_of_a_clean_log_is_copying() -> None:
-    """With manual protection a GET does nothing but copy the bitmap."""
+    """With manual protection a GET only copies the bitmap."""
     said, events = work("get-clean", 400)
     found, ioctls, samples = together(events, kvm.GET_DIRTY_LOG)
     assert len(ioctls) == said["calls"], "records behind samples reach us"
@@ -53,7 +53,7 @@ def test_a_fetch_of_a_clean_log_is_copying() -> None:
 
 
 def test_re_arming_a_dirty_log_is_walking() -> None:
-    """A log that begins all dirty, on memory that is not there: every page is looked up and protected."""
+    """A dirty log that begins all dirty, on untouched memory: every page is looked up and protected."""
     if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
         pytest.skip("missing feature: a CLEAR_DIRTY_LOG of unmapped memory that takes long (shadow paging)")
     said, events = work("clear-all", 128)
@@ -72,7 +72,7 @@ def test_pages_of_the_rings_are_counted_exactly() -> None:
     assert not any(fetch["missing"] or fetch["surplus"] for fetch in run.fetched), run.fetched
     log = run.breakdown.dirty_log
     assert log.mode == "ring"
-    # The first fetch takes all of memory and finds nothing dirty in the rings.
+    # The first fetch covers all memory and finds nothing dirty in the rings.
     assert [one.pages for one in log.passes] == [0, 300, 300]
     assert log.final is not None and log.final.pages == 300
     assert log.passes[1].dirty_pages_per_s is not None and log.passes[1].dirty_pages_per_s > 0
@@ -135,9 +135,9 @@ def test_a_vcpu_kept_out_of_the_guest_is_told_stay_by_stay() -> None:
     assert len(spans) >= len(said["stays"])
     close = 0
     for span, stay in zip(spans, said["stays"], strict=False):
-        assert span.longest_ns >= stay, "its readings lie inside the stay"
+        assert span.longest_ns >= stay, "its clock readings lie inside the stay"
         close += span.longest_ns - stay < 0.05 * stay + 0.2 * MS
-    assert close >= 0.75 * len(said["stays"]), "a busy host takes the CPU between a reading and a call"
+    assert close >= 0.75 * len(said["stays"]), "on a busy host the thread loses the CPU between a reading and a call"
 
 
 def test_sends_past_the_system_calls_are_seen_to_the_byte() -> None:
@@ -147,4 +147,4 @@ def test_sends_past_the_system_calls_are_seen_to_the_byte() -> None:
         pytest.skip("missing feature: sock:sock_send_length and splice that passes it (Linux 6.5)")
     ours = [e for e in hidden if e.socket == said["socket"]]
     assert sum(e.bytes for e in ours) == said["bytes"]
-    assert all(e.in_call_ns == 0 and e.off_cpu_ns == -1 for e in ours), "nobody tells how long they took"
+    assert all(e.in_call_ns == 0 and e.off_cpu_ns == -1 for e in ours), "their duration is not known"

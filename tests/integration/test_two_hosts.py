@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts in small: two network namespaces, a VMM and a recorder of its own in each, one breakdown."""
+"""Two hosts simulated by two network namespaces, with a VMM and a recorder in each; one breakdown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(*more: str) -> list[str]:
 
 
 def namespaces(pids: set[int]) -> set[str]:
-    """The network namespaces of these processes, without ours."""
+    """The network namespaces of these processes, except ours."""
     found = set()
     for pid in pids:
         try:
@@ -39,7 +39,7 @@ def namespaces(pids: set[int]) -> set[str]:
 
 
 def ours(parent: int) -> set[int]:
-    """Everything below a process, itself included."""
+    """A process and all its descendants."""
     found = {parent}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -80,7 +80,7 @@ def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path
     assert told["migration"]["transport"] == "tcp"
     assert told["sockets"][0]["local"].startswith("10.77.0.1:")
     clock = told["clock"]
-    # Both kernels are one here, and so are the clocks: the truth is 0.
+    # Both hosts share one kernel and so one clock: the true offset is 0.
     assert abs(clock["offset_ns"]) <= clock["bound_ns"] < 1_000_000
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["x.destination.rec", "x.source.rec"]
@@ -95,7 +95,7 @@ def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -> None:
-    place = Path(tempfile.mkdtemp(prefix="t-"))  # paths of sockets are short, pytest's are long
+    place = Path(tempfile.mkdtemp(prefix="t-"))  # pytest's paths are too long for sockets
     environment = os.environ | {"TMPDIR": str(place)}
     run = [*command("demo", "--two-hosts", "--bandwidth", "20Mbit", "--downtime-limit", "1ms", *GUEST), "-o", "x.rec"]
     process = subprocess.Popen(run, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -108,11 +108,11 @@ def test_nothing_is_left_however_it_ends(tmp_path: Path, sent: signal.Signals) -
     assert len(namespaces(children)) == 2
     process.send_signal(sent)
     assert process.wait(60) == (130 if sent is signal.SIGINT else -signal.SIGKILL)
-    # The namespaces have no name: they end with the last process in them.
+    # The namespaces have no name, so they end with their last process.
     assert gone(children)
     left = [path.name for path in place.iterdir()]
     assert len(left) == (1 if sent is signal.SIGKILL else 0)
-    if left:  # a directory with sockets and the guest: the next start removes it
+    if left:  # a directory with sockets and the guest, which the next start removes
         again = [*command("demo", "--two-hosts", *GUEST), "-o", "y.rec"]
         subprocess.run(again, cwd=tmp_path, env=environment, check=True, capture_output=True)
         assert list(place.iterdir()) == []

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A destination started with `-S` that its manager sets going long after the load, as libvirt does.
+"""A destination started with `-S`, which its manager resumes long after the load, as libvirt does.
 
-Seen alone it has the same loading and resuming as beside the source; the wait is our own, so that its length is known.
+Traced alone, it has the same state.load and resume as when traced with the source. The test makes the wait, so its
+length is known.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SLACK_NS = 200_000
 
 
 class WaitingPair(QemuPair):
-    """The destination waits for `cont`, and has a second monitor for it."""
+    """The destination waits for `cont`, and has a second monitor for that."""
 
     def _command(self, role: str, qmp: Path) -> list[str]:
         more = ["-S", "-qmp", f"unix:{qmp}.second,server=on,wait=off"] if role == "destination" else []
@@ -38,7 +39,7 @@ class WaitingPair(QemuPair):
 
 
 class Manager:
-    """A monitor's client of a few lines: a witness must not be our own adapter."""
+    """A minimal QMP client, because a witness must not be the product's own adapter."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -67,7 +68,7 @@ class Manager:
 
 
 def alone(recording: Recording, pid: int) -> Breakdown:
-    """What a recorder of that process alone would have told."""
+    """The breakdown that a recorder of only that process would have made."""
     header = structs.replace(recording.header, targets=[t for t in recording.header.targets if t.pid == pid])
     events = [e for e in recording.events if pid_of(e) in (None, pid) and getattr(e, "pid", pid) == pid]
     return analyse(structs.replace(recording, header=header, events=events)).breakdown
@@ -92,6 +93,6 @@ def test_alone_as_beside_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     beside = both.phase_ns("state.load"), both.phase_ns("resume")
     assert load is not None and resume is not None and beside[0] is not None and beside[1] is not None
     assert abs(resume - beside[1]) <= max(SLACK_NS, beside[1] // 20)
-    # Alone, a stretch in which bytes were still on their way cannot be told from waiting: the load may be shorter.
+    # Alone, time with bytes still in flight looks like waiting for `cont`, so the load may be shorter.
     assert 0 < load <= beside[0] + SLACK_NS
     assert resume >= wait_s * 1e9

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions beside what then really happened: the same guest over a link that `tc` limits to either of two rates."""
+"""Predictions checked by measurement: the same guest over a link that `tc` limits to either of two rates."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.conftest import TRACING, requires
 pytestmark = requires(*TRACING, "tc with tbf and veth")
 
 GUEST = Scenario(memory_bytes=64 * MIB, working_set_bytes=8 * MIB, pages_per_s=None, downtime_ms=2000)
-"""Dirties its working set anew in each pass, over either link, so that the blackout moves the same pages."""
+"""Dirties its whole working set in each pass over either link, so that the blackout moves the same pages."""
 SLOW, FAST = 100, 200
-"""Mbit/s."""
+"""Link rates, Mbit/s."""
 
 
 def migrate(rate_mbit: int, file: Path) -> tuple[Recording, Breakdown]:
