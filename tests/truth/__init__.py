@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The truth machine: a small VMM of our own that migrates real KVM guests with delays we know."""
+"""The truth machine: a small VMM that migrates real KVM guests with known delays."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.truth sweep --runs 100` or `large` or `sends`; exit code 1 if a run was not sound."""
+"""`python -m tests.truth sweep --runs 100`, `large` or `sends`. Exit code 1 if a run was not sound."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _sends(count: int, rounds: int) -> int:
 
 
 def main() -> int:
-    """Runs what was asked for."""
+    """Runs the command given."""
     parser = argparse.ArgumentParser(prog="python -m tests.truth")
     commands = parser.add_subparsers(dest="command", required=True)
     sweeping = commands.add_parser("sweep")
     sweeping.add_argument("--runs", type=int, default=100)
-    sweeping.add_argument("--first", type=int, default=0, help="number of the first run, to go on where one left off")
+    sweeping.add_argument("--first", type=int, default=0, help="number of the first run, to continue an earlier sweep")
     commands.add_parser("large")
     sending = commands.add_parser("sends")
     sending.add_argument("--count", type=int, default=1_000_000)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the truth machine has of Cloud Hypervisor's HTTP API, event monitor and log, in the manner of a version.
+"""Cloud Hypervisor's HTTP API, event monitor and log, as far as the truth machine plays them for a given version.
 
-In: a UNIX socket's path and who answers. Out: answers. One thread serves all requests, one after another, so a call
-that blocks blocks every other. Bodies are read as serde does: an unknown field is ignored, a known one of a wrong type
-is refused. Facts: vmm/src/api/http (v52, v53); error bodies are a JSON array from v47, plain text before.
+In: a UNIX socket's path and a function that answers. Out: responses. One thread serves all requests in turn, so a call
+that blocks also blocks the others. Bodies are read as by serde: an unknown field is ignored, a known one of a wrong
+type is refused. Facts: vmm/src/api/http (v52, v53); error bodies are a JSON array from v47, plain text before.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class RefusedError(Exception):
 
 
 def fields(manner: str, call: str) -> dict[str, type]:
-    """The fields of a call's body, besides its URL, that this version knows."""
+    """The fields that this version knows in a call's body, besides the URL."""
     newer = {} if manner in {"v46", "v52"} else NEWER
     older = {} if manner == "v46" else SENDS
     return (older | newer if call == "vm.send-migration" else newer) | {"local": bool}
 
 
 def read_body(manner: str, call: str, raw: bytes) -> dict[str, Any]:
-    """The body's fields, checked in the order in which they come, as serde does; RefusedError for wrong ones."""
+    """The body's fields. Like serde, it checks them in their order; RefusedError for a wrong one."""
     url = "destination_url" if call == "vm.send-migration" else "receiver_url"
     known = fields(manner, call) | {url: str}
     body: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def read_body(manner: str, call: str, raw: bytes) -> dict[str, Any]:
 
 
 class Monitor:
-    """The event monitor's file and the log, whose stamps count from our start."""
+    """The event monitor's file and the log. Time stamps count from the start of the process."""
 
     def __init__(self, events: str, log: str) -> None:
         self._start = time.monotonic_ns()
@@ -64,13 +64,13 @@ class Monitor:
             path.write_text("")
 
     def event(self, name: str) -> None:
-        """As event_monitor/src/lib.rs writes it."""
+        """Writes an event as event_monitor/src/lib.rs does."""
         secs, nanos = divmod(time.monotonic_ns() - self._start, 10**9)
         told = {"timestamp": {"secs": secs, "nanos": nanos}, "source": "vm", "event": name, "properties": None}
         _append(self._events, json.dumps(told, indent=2) + "\n\n")
 
     def log(self, line: str) -> None:
-        """With the default prefix."""
+        """Writes a log line with the default prefix."""
         since = (time.monotonic_ns() - self._start) / 1e9
         _append(self._log, f"cloud-hypervisor: {since:.6f}s: <vmm> DEBUG:vmm/src/lib.rs:1 -- {line}\r\n")
 
@@ -84,7 +84,7 @@ Handler = Callable[[str, bytes], Any]
 
 
 class Server:
-    """Serves `answer(call, body)` on a UNIX socket; what it returns is the body of the answer, None for none."""
+    """Serves `answer(call, body)` on a UNIX socket. It returns the body of the response, None for an empty one."""
 
     def __init__(self, path: str, manner: str, answer: Handler) -> None:
         self._manner, self._answer = manner, answer

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The destination in Cloud Hypervisor's manner: what its receiving thread does, in its order.
+"""The destination as Cloud Hypervisor: the work of its receiving thread, in its order.
 
 In: a `ChPlan` and a connection. Out: a running guest, its log lines and events. Order: vmm/src/lib.rs,
-`vm_receive_migration_step` and `vm_receive_state` (v52 and v53), read.
+`vm_receive_migration_step` and `vm_receive_state` (v52 and v53).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.truth.parts import Machine
 
 
 class ChDestination(Destination):
-    """The side that gets the guest; its vCPUs are made when the state has come."""
+    """The side that receives the guest. It creates its vCPUs when the state arrives."""
 
     plan: ChPlan
 
@@ -34,7 +34,7 @@ class ChDestination(Destination):
         self.monitor = monitor
 
     def receive(self, connection: Any) -> None:
-        """Everything after Config, up to the answer to Complete."""
+        """Handles everything after Config, up to the answer to Complete."""
         while (asked := ch_wire.next_request(connection)).command == ch_wire.MEMORY:
             for address, size in ch_wire.ranges_of(ch_wire.exactly(connection, asked.length)):
                 content = bytes(ch_wire.exactly(connection, size))
@@ -64,13 +64,13 @@ class ChDestination(Destination):
         ch_wire.respond(connection)
 
     def delay_of(self, phase: str) -> None:
-        """As `delay`, of the real plan: ours has no vCPUs."""
+        """Like `delay`, with the real plan: this object's plan has no vCPUs."""
         self.plan, plan = self.wanted, self.plan
         self.delay(phase)
         self.plan = plan
 
     def restore_all(self, state: bytes) -> None:
-        """The vCPUs, then their threads, each of which runs once with immediate_exit."""
+        """Creates the vCPUs, then their threads, each of which runs once with immediate_exit."""
         supported_cpuid(self.vm)
         self.vcpus = []
         for index in range(self.wanted.vcpus):
@@ -82,14 +82,14 @@ class ChDestination(Destination):
         self.plan, plan = replace(self.wanted), self.plan
         first = len(self.marks)
         self.restore(state)
-        del self.marks[first : first + 1]  # state.load began with the vCPUs' creation
+        del self.marks[first : first + 1]  # state.load began with the creation of the vCPUs
         self.plan = plan
         self.monitor.event("restoring")
         self.threads = [ChVcpuThread(vcpu) for vcpu in self.vcpus]
         self.monitor.event("restored")
 
     def resume(self) -> None:
-        """Clock, delay, vCPUs; then it looks every millisecond whether they run."""
+        """Sets the clock, waits for the delay and starts the vCPUs. Then polls every millisecond until they run."""
         self.monitor.event("resuming")
         self.delay_of("resume")
         kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the truth machine in Cloud Hypervisor's manner through the real command, and sets the result beside the truth.
+"""Runs the truth machine as Cloud Hypervisor under the real command, and compares the result with the truth.
 
-In: a `ChPlan`. Out: a `ChRun`: what `ebpf-mig migrate cloud-hypervisor` said, and where it had something to say of a
-completed migration, a `harness.Run`.
+In: a `ChPlan`. Out: a `ChRun`: the output of `ebpf-mig migrate cloud-hypervisor`, and a `harness.Run` if the migration
+completed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Act = Callable[[list[Helper], ChPlan], None]
 
 @contextmanager
 def pair(plan: ChPlan, destination_manner: str = "") -> Iterator[tuple[ChPlan, list[Helper]]]:
-    """Both VMMs, ready, in a directory of their own; source first."""
+    """Both VMMs, ready, in their own directory; source first."""
     with tempfile.TemporaryDirectory() as directory:
         plan = replace(plan, directory=directory)
         other = replace(plan, manner=destination_manner or plan.manner)
@@ -59,7 +59,7 @@ def pair(plan: ChPlan, destination_manner: str = "") -> Iterator[tuple[ChPlan, l
 
 
 def migrate(plan: ChPlan, *more: str, tcp: bool = False, act: Act | None = None, destination_manner: str = "") -> ChRun:
-    """One migration by the command line; `act` runs right after the command has been started."""
+    """Runs one migration by the command line. `act` runs right after the command has been started."""
     with pair(plan, destination_manner) as (placed, started):
         recording = Path(placed.path("run.rec"))
         url = f"tcp:127.0.0.1:{free_port()}" if tcp else f"unix:{placed.path('migration')}"
@@ -107,7 +107,7 @@ def _left_by(plan: ChPlan, side: str) -> dict:  # type: ignore[type-arg]
 
 
 def undisturbed(plan: ChPlan, *, tcp: bool = False, tries: int = 5) -> ChRun:
-    """The first of a few runs in which the machine knows the truth, or the last."""
+    """The first of several runs in which the machine knows the truth well enough, or the last."""
     for _ in range(tries):
         run = migrate(plan, tcp=tcp)
         if run.truth is None or not run.truth.doubtful():

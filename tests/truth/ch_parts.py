@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both sides of the truth machine in Cloud Hypervisor's manner have: the plan, a vCPU thread, a clock.
+"""Common to both sides of the truth machine as Cloud Hypervisor: the plan, a vCPU thread, a clock.
 
-In: nothing. Out: classes. Order and threads: vmm/src/cpu.rs (v52 and v53), read.
+In: nothing. Out: classes. Order and threads: vmm/src/cpu.rs (v52 and v53).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tests.truth.parts import Plan, VcpuThread
 
 GET_SUPPORTED_CPUID, KVMCLOCK_CTRL = 0xC008AE05, 0xAEAD
 LOOK_S = 0.001
-"""How often it looks whether its vCPUs have stopped or started."""
+"""Interval at which it polls whether its vCPUs have stopped or started."""
 
 
 def supported_cpuid(vm: kvm.Vm) -> None:
-    """What both sides ask of KVM again and again."""
+    """Calls KVM_GET_SUPPORTED_CPUID, as both sides do repeatedly."""
     answer = ctypes.create_string_buffer((256).to_bytes(8, "little"), 8 + 256 * 40)
     kvm.ioctl(vm.kvm, GET_SUPPORTED_CPUID, answer)
 
 
 class ChVcpuThread(VcpuThread):
-    """Once made, and once it has stopped, it enters KVM_RUN with immediate_exit, which runs no guest code."""
+    """After its creation and after each stop it enters KVM_RUN with immediate_exit, which runs no guest code."""
 
     def __init__(self, vcpu: kvm.Vcpu) -> None:
         self._born = threading.Event()
@@ -39,7 +39,7 @@ class ChVcpuThread(VcpuThread):
         super()._loop()
 
     def left(self) -> None:
-        """Finishes what an exit may have left pending."""
+        """Completes work that an exit may have left pending."""
         self.vcpu.hurry(True)
         self.vcpu.run()
 
@@ -59,11 +59,11 @@ class ChPlan(Plan):
 
 
 class FailedError(Exception):
-    """A migration that ends here, as the plan wants it."""
+    """A failure of the migration that the plan asks for."""
 
 
 class Clock:
-    """How long parts took by the machine's own clock, in whole ms, as its log tells."""
+    """Durations by the machine's own clock in whole ms, as in its log."""
 
     def __init__(self) -> None:
         self.begin = time.monotonic_ns()

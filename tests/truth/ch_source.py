@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source in Cloud Hypervisor's manner: what its sending thread does, in its order.
+"""The source as Cloud Hypervisor: the work of its sending thread, in its order.
 
-In: a `ChPlan` and where to send. Out: a migration, its log lines and events. Order: vmm/src/lib.rs, `send_migration`
-and `do_memory_migration` (v52 and v53), read.
+In: a `ChPlan` and the destination's address. Out: a migration, its log lines and events. Order: vmm/src/lib.rs,
+`send_migration` and `do_memory_migration` (v52 and v53).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.truth.machine import STATE, Source
 from tests.truth.parts import AFTER_MEMORY
 
 DEVICES = "x" * 30_000
-"""What stands for the state of devices."""
+"""A stand-in for the state of devices."""
 
 
 class ChSource(Source):
@@ -37,7 +37,9 @@ class ChSource(Source):
         self.monitor = monitor
 
     def send_pages(self, connection: Any, pages: list[int]) -> None:
-        """Header, table, each range by a write of its own, then the answer; the delay comes before the last range."""
+        """Sends the header, the table and each range by its own write, then reads the answer. The delay comes before
+        the last range.
+        """
         by_slot = ([p for p in pages if self.slot_of(p) == slot] for slot in self.layout)
         ranges = [pair for part in by_slot for pair in ch_wire.ranges(part, PAGE)]
         final = bool(self.marks) and self.marks[0][2] == "pause"
@@ -56,7 +58,7 @@ class ChSource(Source):
             self.enter(AFTER_MEMORY)
 
     def pause(self) -> None:
-        """All vCPUs are signalled and waited for; each runs once more with immediate_exit."""
+        """Signals all vCPUs and waits for them. Each runs once more with immediate_exit."""
         self.monitor.event("pausing")
         if self.plan.manner != "v53":
             kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
@@ -70,13 +72,13 @@ class ChSource(Source):
         self.monitor.event("paused")
 
     def await_stop(self) -> None:
-        """Looks every millisecond, first before any vCPU can have acted, so that it sleeps at least once."""
+        """Polls every millisecond, first before any vCPU can have reacted, so that it sleeps at least once."""
         time.sleep(LOOK_S)
         while not all(thread.stopped.is_set() for thread in self.threads):
             time.sleep(LOOK_S)
 
     def send(self, url: str) -> None:
-        """A whole migration; FailedError and OSError leave the guest stopped."""
+        """Runs a whole migration. After FailedError or OSError the guest is left stopped."""
         self.monitor.event("migration-started")
         connection = ch_wire.connect(url)
         ch_wire.request(connection, ch_wire.START)
@@ -93,7 +95,7 @@ class ChSource(Source):
         self.monitor.event("migration-memory-iteration")
         wanted = set(self.plan.dirty_set(1))
         self.dirty(sorted(wanted))
-        kept = self.fetch(clear=False)  # converged: its pages go out with the final ones
+        kept = self.fetch(clear=False)  # converged: its pages are sent with the final ones
         self.marks.clear()
         self.switch_over(connection, kept, wanted)
         for slot, (base, size) in self.layout.items():
@@ -101,7 +103,7 @@ class ChSource(Source):
         self.monitor.event("migration-finished")
 
     def switch_over(self, connection: Any, kept: set[int], wanted: set[int]) -> None:
-        """From the pause to the answer to Complete, and what the log says of it."""
+        """Runs the downtime, from the pause to the answer to Complete, and logs its parts."""
         total = Clock()
         self.pause()
         final = Clock()
@@ -141,7 +143,7 @@ class ChSource(Source):
         self.monitor.log(f"Downtime breakdown: {total_ms}ms ({parts})")
 
     def take_back(self) -> None:
-        """After a failure the guest goes on here."""
+        """Resumes the guest here after a failure."""
         kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
         for thread in self.threads:
             if thread.stopped.is_set():

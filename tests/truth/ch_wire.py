@@ -17,19 +17,19 @@ _RANGE = struct.Struct("<QQ")
 
 
 class AnsweredNoError(Exception):
-    """The other end answered with an error, or hung up."""
+    """The other end answered with an error, or closed the connection."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command and the length of what follows."""
+    """A command and the length of its payload."""
 
     command: int
     length: int
 
 
 def connect(url: str) -> socket.socket:
-    """To `tcp:HOST:PORT` or `unix:PATH`; Nagle's algorithm stays on, as Cloud Hypervisor leaves it."""
+    """Connects to `tcp:HOST:PORT` or `unix:PATH`. Nagle's algorithm stays on, as in Cloud Hypervisor."""
     if url.startswith("unix:"):
         made = socket.socket(socket.AF_UNIX)
         made.connect(url[5:])
@@ -39,7 +39,7 @@ def connect(url: str) -> socket.socket:
 
 
 def listen(url: str) -> socket.socket:
-    """A listening socket there. The path of a UNIX socket must not exist."""
+    """A socket that listens at the URL. The path of a UNIX socket must not exist."""
     if url.startswith("unix:"):
         made = socket.socket(socket.AF_UNIX)
         made.bind(url[5:])
@@ -67,12 +67,12 @@ def expect_ok(connection: socket.socket) -> None:
 
 
 def next_request(connection: socket.socket) -> Request:
-    """The next request; EOFError if the sender hung up."""
+    """The next request; EOFError if the sender closed the connection."""
     return Request(*_MESSAGE.unpack(exactly(connection, _MESSAGE.size)))
 
 
 def exactly(connection: socket.socket, size: int) -> bytearray:
-    """That many bytes; EOFError if the stream ends before."""
+    """Reads that many bytes; EOFError if the stream ends earlier."""
     buffer = bytearray(size)
     view, got = memoryview(buffer), 0
     while got < size:
@@ -84,17 +84,17 @@ def exactly(connection: socket.socket, size: int) -> bytearray:
 
 
 def table(ranges: list[tuple[int, int]]) -> bytes:
-    """A memory table: guest physical address and length of each range."""
+    """Encodes a memory table: guest physical address and length of each range."""
     return b"".join(_RANGE.pack(*pair) for pair in ranges)
 
 
 def ranges_of(raw: bytes | bytearray) -> list[tuple[int, int]]:
-    """The reverse."""
+    """Decodes a memory table."""
     return [(address, size) for address, size in _RANGE.iter_unpack(bytes(raw))]
 
 
 def ranges(pages: list[int], page: int) -> list[tuple[int, int]]:
-    """Page numbers, in order, as ranges of bytes, neighbours joined."""
+    """Byte ranges of sorted page numbers; adjacent pages are merged."""
     found: list[tuple[int, int]] = []
     for number in pages:
         if found and found[-1][0] + found[-1][1] == number * page:

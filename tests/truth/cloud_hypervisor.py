@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The truth machine in Cloud Hypervisor's manner: `python -m tests.truth.cloud_hypervisor ROLE PLAN`.
+"""The truth machine as Cloud Hypervisor: `python -m tests.truth.cloud_hypervisor ROLE PLAN`.
 
 In: a role and a `ChPlan` as JSON. Out: a VMM with an API socket, an event monitor and a log in the plan's directory. It
-migrates a real KVM guest by Cloud Hypervisor's protocol, in its order of ioctls, messages and threads, with known
-delays, and leaves a file with the instants at which, it says, each phase began.
+migrates a real KVM guest by Cloud Hypervisor's protocol, with its order of ioctls, messages and threads, and with known
+delays. It writes a file with the instants at which each phase began.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.truth.parts import KICK, say
 
 
 class Vmm:
-    """The process: its API, its `vmm` thread, its VM."""
+    """The process: API, `vmm` thread and VM."""
 
     def __init__(self, role: str, plan: ChPlan) -> None:
         self.role, self.plan = role, plan
@@ -41,7 +41,7 @@ class Vmm:
         ch_api.Server(plan.path(f"{role}.api"), plan.manner, self.answer)
 
     def run(self) -> None:
-        """The `vmm` thread: one request after another."""
+        """The `vmm` thread: handles requests in turn."""
         while True:
             act, reply = self._work.get()
             try:
@@ -50,7 +50,7 @@ class Vmm:
                 reply.put(error)
 
     def answer(self, call: str, body: bytes) -> Any:
-        """On the `http-server` thread, which waits for the `vmm` thread."""
+        """Answers a request. Runs on the `http-server` thread, which waits for the `vmm` thread."""
         calls: dict[str, Callable[[], Any]] = {
             "vmm.ping": lambda: ch_api.ping(self.plan.manner),
             "vm.info": self._info,
@@ -79,7 +79,7 @@ class Vmm:
             self._migrate(body["destination_url"], False)
 
     def _migrate(self, url: str, worker: bool) -> None:
-        """On the worker thread from v53 on, whose name is cut to 15 characters; on `vmm` before."""
+        """Runs on a worker thread from v53 on, whose name is cut to 15 characters; on `vmm` in older versions."""
         assert isinstance(self.machine, ChSource)
         if worker:
             ctypes.CDLL(None).prctl(15, b"migration-worke")
@@ -93,7 +93,7 @@ class Vmm:
             self.monitor.log(f"Migration failed: {': '.join(chain)}")
             return
         self._tell(fetched=self.machine.fetched)
-        # The answer to the send call must be out before we are gone.
+        # The response to the send call must be sent before the process ends.
         threading.Timer(0.02, lambda: os._exit(0)).start()
 
     def _receive(self, body: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class Vmm:
             destination.receive(connection)
         except (FailedError, OSError, EOFError) as error:
             if self.plan.manner != "v53":
-                return  # up to v52 an aborted receive answers success
+                return  # up to v52 an aborted receive call reports success
             chain = [str(part) for part in error.args] if isinstance(error, FailedError) else [str(error)]
             raise RefusedError(500, "Error receiving migration", *chain) from error
         self.machine = destination
@@ -121,7 +121,7 @@ class Vmm:
         self._tell()
 
     def _tell(self, **more: Any) -> None:
-        """Leaves the truth where the harness finds it, whole or not at all."""
+        """Writes the truth to a file for the harness, atomically."""
         assert self.machine is not None
         truth = {"marks": self.machine.marks, "injected": self.machine.injected, "checksum": self.machine.checksum()}
         new = Path(self.plan.path(f"{self.role}.new"))
@@ -130,12 +130,12 @@ class Vmm:
 
 
 def encode(plan: ChPlan) -> str:
-    """A plan as the command line takes it."""
+    """A plan as a command-line argument."""
     return json.dumps(asdict(plan))
 
 
 def main(role: str, plan: ChPlan) -> None:
-    """Serves until the source's migration has succeeded, or it is told to `quit`."""
+    """Serves until the source's migration has succeeded, or a line or EOF arrives on stdin."""
     sys.setswitchinterval(0.0001)
     signal.signal(KICK, lambda *_: None)
     vmm = Vmm(role, plan)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the truth machine under the real tracer and sets the result beside the truth.
+"""Runs the truth machine under the real tracer and compares the result with the truth.
 
-In: a `Plan`. Out: a `Run`: the breakdown, the events, and how long each phase really was by the machine's own clock
+In: a `Plan`. Out: a `Run`: the breakdown, the events, and the true length of each phase, from the machine's own clock
 readings around its steps.
 """
 
@@ -38,7 +38,7 @@ PHASES = (
 
 
 class Memory:
-    """A sink that keeps events."""
+    """An event sink in memory."""
 
     def __init__(self) -> None:
         self.events: list[AnyEvent] = []
@@ -47,11 +47,11 @@ class Memory:
         self.events.extend(events)
 
     def flush(self) -> None:
-        """Nothing to do: it is memory."""
+        """Does nothing."""
 
 
 class Helper:
-    """A child process that says `ready`, does its work on `go`, tells a line of JSON and leaves on `quit`."""
+    """A child process that prints `ready`, works on `go`, prints a line of JSON and ends on `quit`."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -61,7 +61,7 @@ class Helper:
         self.pid = self.process.pid
 
     def expect(self) -> str:
-        """Its next line; RuntimeError if it died."""
+        """The child's next line; RuntimeError if it died."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
@@ -74,7 +74,7 @@ class Helper:
         self.process.stdin.flush()
 
     def close(self) -> None:
-        """Asks it to leave, then makes it."""
+        """Asks the child to end, and kills it after a time-out."""
         try:
             self.process.communicate("quit\n", timeout=5)
         except (subprocess.TimeoutExpired, BrokenPipeError, ValueError):
@@ -84,7 +84,7 @@ class Helper:
 
 @contextmanager
 def helpers(*commands: Sequence[str]) -> Iterator[list[Helper]]:
-    """Children, all ready."""
+    """Starts children and waits until all are ready."""
     with ExitStack() as stack:
         started = []
         for command in commands:
@@ -102,7 +102,7 @@ Traced = tuple[Header, list[AnyEvent]]
 def trace(
     targets: Sequence[Target], act: Callable[[], list[dict[str, Any]]]
 ) -> tuple[Header, list[AnyEvent], list[dict[str, Any]]]:
-    """Traces the targets while `act` goes on in a thread."""
+    """Traces the targets while `act` runs in a thread."""
     ((header, events),), results = trace_by((AUTO,), targets, act)
     return header, events, results
 
@@ -110,7 +110,7 @@ def trace(
 def trace_by(
     tiers: Sequence[str], targets: Sequence[Target], act: Callable[[], list[dict[str, Any]]]
 ) -> tuple[list[Traced], list[dict[str, Any]]]:
-    """Traces the targets by several tiers at once, each with programs of its own, while `act` goes on in a thread."""
+    """Traces the targets by several tiers at once, each with its own programs, while `act` runs in a thread."""
     results: list[list[dict[str, Any]]] = []
     with ExitStack() as stack:
         sessions = [stack.enter_context(Session(targets, tier)) for tier in tiers]
@@ -137,7 +137,7 @@ def trace_by(
 
 @dataclass
 class Run:
-    """One traced migration and the truth about it."""
+    """One traced migration and its truth."""
 
     plan: Plan
     breakdown: Breakdown
@@ -145,23 +145,23 @@ class Run:
     truth: dict[str, tuple[int, int]]
     """(at least, at most) ns by phase, by the machine's own clock readings around its calls."""
     injected: dict[str, int]
-    """How long the delays really were."""
+    """Actual length of the injected delays, ns by phase."""
     fetched: list[dict[str, Any]]
     same_memory: bool
     held: tuple[int, int] = (0, 0)
-    """Between which instants another thread held slots_lock, if the plan delays fetch.kernel."""
+    """Begin and end of another thread's hold of slots_lock, if the plan delays fetch.kernel."""
 
     def error(self, phase: str) -> int:
-        """How far our figure lies outside what the truth allows."""
+        """How far our figure is outside the range that the truth allows, in ns."""
         ours, (least, most) = self.breakdown.phase_ns(phase), self.truth.get(phase, (0, 0))
         return min(ours - least, 0) + max(ours - most, 0)
 
     def tolerance(self, phase: str) -> int:
-        """5 % of the injected delay, but at least 200 us, or so many times that as everything takes longer here."""
+        """5 % of the injected delay, but at least 200 us times the slowness of this machine."""
         return max(TOLERANCE_NS, int(TOLERANCE * self.injected.get(phase, 0)))
 
     def doubtful(self) -> list[str]:
-        """Phases whose truth the machine does not know well, since it lost the CPU between reading and call."""
+        """Phases whose truth is uncertain, because the machine lost the CPU between clock reading and call."""
         return [name for name, (least, most) in self.truth.items() if most - least > 2 * self.tolerance(name)]
 
     def wrong(self) -> dict[str, tuple[int, tuple[int, int]]]:
@@ -174,13 +174,13 @@ class Run:
 
 
 def migrate(plan: Plan, *, unix: bool = False) -> Run:
-    """One migration of the truth machine under the tracer."""
+    """Runs one migration of the truth machine under the tracer."""
     (run,) = migrate_by((AUTO,), plan, unix=unix)
     return run
 
 
 def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[Run]:
-    """One migration of the truth machine under several tiers' tracers at once: what each of them says."""
+    """Runs one migration of the truth machine under several tiers' tracers at once. Returns one run per tier."""
     with tempfile.TemporaryDirectory() as directory:
         plan = replace(plan, address=f"{directory}/socket" if unix else f"127.0.0.1:{free_port()}")
         module = "tests.truth.machine"
@@ -208,7 +208,7 @@ def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[
 
 
 def work(name: str, argument: int) -> tuple[dict[str, Any], list[AnyEvent]]:
-    """One of `workloads` under the tracer: what it says it did, and the events."""
+    """Runs one of `workloads` under the tracer. Returns the workload's own figures, and the events."""
     with helpers(("tests.truth.workloads", name, str(argument))) as (helper,):
 
         def act() -> list[dict[str, Any]]:
@@ -220,7 +220,9 @@ def work(name: str, argument: int) -> tuple[dict[str, Any], list[AnyEvent]]:
 
 
 def undisturbed(plan: Plan, *, unix: bool = False, tries: int = 5) -> Run:
-    """The first of a few runs in which the machine knows the truth, or the last: busy hosts take its CPU away."""
+    """The first of several runs in which the truth is certain, or the last. On a busy host the machine loses its
+    CPU.
+    """
     for _ in range(tries):
         run = migrate(plan, unix=unix)
         if not run.doubtful():
@@ -229,7 +231,7 @@ def undisturbed(plan: Plan, *, unix: bool = False, tries: int = 5) -> Run:
 
 
 def durations(marks: list[tuple[int, int, str]]) -> dict[str, tuple[int, int]]:
-    """(at least, at most) ns by phase; a phase can be entered more than once."""
+    """(at least, at most) ns by phase. A phase can be entered more than once."""
     found: dict[str, tuple[int, int]] = {}
     for (opened, open_by, name), (closed, closed_by, _) in itertools.pairwise(marks):
         surely, perhaps = max(closed - open_by, 0), max(closed_by - opened, 0)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A thin wrapper of /dev/kvm for the truth machine: VMs, memslots, dirty logs, vCPUs; x86-64 only.
 
-In: ioctls by method. Out: what the kernel said; OSError where it refused. Calls go through libc, which drops the
-interpreter's lock, so a vCPU thread in KVM_RUN stops nobody. Numbers: include/uapi/linux/kvm.h, Linux 6.12.
+In: method calls. Out: the results of ioctls; OSError if the kernel refused. Calls go through ctypes, which releases the
+interpreter's lock, so a vCPU thread in KVM_RUN does not block the others. Numbers: include/uapi/linux/kvm.h, Linux
+6.12.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _RING_DIRTY, _RING_RESET = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _held = ctypes.PyDLL(None, use_errno=True)
-"""Keeps the interpreter's lock: between call and return no other thread of ours can come in."""
+"""Keeps the interpreter's lock, so no other thread of ours runs between call and return."""
 _held.ioctl.argtypes = _libc.ioctl.argtypes
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mmap.restype = ctypes.c_void_p
@@ -53,7 +54,7 @@ Argument = int | ctypes.Array[ctypes.c_char] | None
 
 
 def ioctl(fd: int, cmd: int, argument: Argument = 0, *, hold: bool = False) -> int:
-    """ioctl(2); OSError with the kernel's errno. `hold`: keep the interpreter's lock, and so return at once."""
+    """ioctl(2); OSError with the kernel's errno. `hold`: keep the interpreter's lock, so that it returns at once."""
     pointer = ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
     result = int((_held if hold else _libc).ioctl(fd, cmd, pointer))
     if result < 0:
@@ -63,7 +64,9 @@ def ioctl(fd: int, cmd: int, argument: Argument = 0, *, hold: bool = False) -> i
 
 
 def run_delay_ns(tid: int | None = None) -> int:
-    """How long a thread of ours, or the calling one, has waited for a CPU so far; 0 where the kernel does not count."""
+    """How long a thread of ours, by default the calling one, has waited for a CPU so far, in ns; 0 if the kernel
+    does not count.
+    """
     try:
         return int(
             Path(f"/proc/self/task/{tid}/schedstat" if tid else "/proc/thread-self/schedstat").read_text().split()[1]
@@ -73,13 +76,13 @@ def run_delay_ns(tid: int | None = None) -> int:
 
 
 def pin(place: int) -> None:
-    """Keeps the calling thread on the nth of our CPUs, so that two threads are not on one."""
+    """Pins the calling thread to the nth of our CPUs, so that two threads do not share one."""
     allowed = sorted(_ALLOWED)
     os.sched_setaffinity(0, {allowed[place % len(allowed)]})
 
 
 def reserve(size: int) -> int:
-    """Address of that much anonymous memory with nothing behind it until it is touched."""
+    """The address of new anonymous memory, which has no pages until it is touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address in (None, ctypes.c_void_p(-1).value):
@@ -88,7 +91,7 @@ def reserve(size: int) -> int:
 
 
 def discard(address: int, size: int) -> None:
-    """Gives pages back, which runs KVM's MMU notifier over the range (mmu_lock)."""
+    """Frees pages by madvise(2), which runs KVM's MMU notifier over the range (mmu_lock)."""
     _libc.madvise(address, size, mmap.MADV_DONTNEED)
 
 
@@ -115,7 +118,7 @@ class Vm:
         )
 
     def set_slot(self, slot: int, base: int, size: int, *, log: bool = False) -> int:
-        """Sets a memslot, keeping its memory if it has some; the memory's address."""
+        """Sets a memslot and keeps its memory if it has some. Returns the memory's address."""
         address = self.slots[slot][2] if slot in self.slots else reserve(size)
         region = struct.pack("<IIQQQ", slot, int(log), base, size, address)
         ioctl(self.fd, numbers.SET_USER_MEMORY_REGION, ctypes.create_string_buffer(region, 32))
@@ -123,16 +126,16 @@ class Vm:
         return address
 
     def get_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> None:
-        """KVM_GET_DIRTY_LOG into a bitmap of `bitmap_for`'s making."""
+        """KVM_GET_DIRTY_LOG into a bitmap from `bitmap_for`."""
         ioctl(self.fd, numbers.GET_DIRTY_LOG, log_of(slot, bitmap))
 
     def clear_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char], pages: int, first: int = 0) -> None:
-        """KVM_CLEAR_DIRTY_LOG of the bitmap's first `pages` bits, which stand for pages `first` and on."""
+        """KVM_CLEAR_DIRTY_LOG of the bitmap's first `pages` bits, which are for the pages from `first` on."""
         log = struct.pack("<IIQQ", slot, pages, first, ctypes.addressof(bitmap))
         ioctl(self.fd, numbers.CLEAR_DIRTY_LOG, ctypes.create_string_buffer(log, 24))
 
     def bitmap_for(self, slot: int, fill: int = 0) -> ctypes.Array[ctypes.c_char]:
-        """A bitmap as long as the slot's dirty log, in whole 64-bit words, touched."""
+        """A bitmap as long as the slot's dirty log, in whole 64-bit words. Its memory is touched."""
         bitmap = ctypes.create_string_buffer((self.slots[slot][1] // PAGE + 63) // 64 * 8)
         ctypes.memset(bitmap, fill, len(bitmap))
         return bitmap
@@ -148,7 +151,7 @@ def log_of(slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> ctypes.Array[ctype
 
 
 def pages_of(bitmap: ctypes.Array[ctypes.c_char]) -> set[int]:
-    """The numbers of the bits that are set."""
+    """The numbers of the set bits."""
     raw = bitmap.raw
     return {8 * at + bit for at, byte in enumerate(raw) if byte for bit in range(8) if byte >> bit & 1}
 
@@ -156,7 +159,7 @@ def pages_of(bitmap: ctypes.Array[ctypes.c_char]) -> set[int]:
 # jecxz 2f; 1: lodsd; inc dword [eax]; loop 1b; 2: out 0x10, al; 3: hlt; jmp 3b. List at esi, its length in ecx.
 DIRTY_LIST = bytes.fromhex("e305 ad ff00 e2fb e610 f4 ebfd")
 CODE, LIST = 0x1000, 0x100000
-"""Guest addresses of the code (its page is never written by the guest) and of the list of addresses."""
+"""Guest addresses of the code, whose page the guest never writes, and of the list of addresses."""
 
 
 class Vcpu:
@@ -170,7 +173,7 @@ class Vcpu:
         self._ring = mmap.mmap(self.fd, vm.ring * 16, offset=_RING_PAGE_OFFSET * PAGE) if vm.ring else None
 
     def run(self) -> int:
-        """KVM_RUN: the exit reason, -EINTR if a signal ended it; other errors raise."""
+        """KVM_RUN. Returns the exit reason, or -EINTR if a signal ended it; raises other errors."""
         if _libc.ioctl(self.fd, numbers.RUN, None) == 0:
             return int(struct.unpack_from("<I", self._run, 8)[0])
         if ctypes.get_errno() != errno.EINTR:
@@ -182,7 +185,7 @@ class Vcpu:
         self._run[1] = int(immediate)
 
     def get(self, cmd: int) -> ctypes.Array[ctypes.c_char]:
-        """The state that a KVM_GET ioctl tells."""
+        """The state returned by a KVM_GET ioctl."""
         state = ctypes.create_string_buffer(SIZES[cmd])
         ioctl(self.fd, cmd, state)
         return state
@@ -192,7 +195,7 @@ class Vcpu:
         ioctl(self.fd, cmd, ctypes.create_string_buffer(state, len(state)))
 
     def prepare(self, count: int, *, at: int = CODE) -> None:
-        """Flat 32-bit mode, about to run `count` entries of the address list."""
+        """Sets flat 32-bit mode, ready to run `count` entries of the address list."""
         sregs = bytearray(self.get(GET_SREGS).raw)
         code = struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 8, 11, 1, 0, 1, 1, 0, 1, 0, 0, 0)
         data = struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)
@@ -208,7 +211,7 @@ class Vcpu:
         self.set(SET_MP_STATE, struct.pack("<I", MP_STATE_RUNNABLE))
 
     def harvest(self) -> list[tuple[int, int]]:
-        """Takes (slot, page) out of the dirty ring and marks them for RESET_DIRTY_RINGS."""
+        """Takes (slot, page) pairs from the dirty ring and marks them for KVM_RESET_DIRTY_RINGS."""
         found: list[tuple[int, int]] = []
         assert self._ring is not None
         while True:
@@ -222,7 +225,7 @@ class Vcpu:
 
 
 def write(vm: Vm, address: int, content: bytes) -> None:
-    """Writes guest memory from the host, which no dirty log of KVM tells."""
+    """Writes guest memory from the host, which KVM's dirty log does not show."""
     for base, size, memory in vm.slots.values():
         if base <= address and address + len(content) <= base + size:
             ctypes.memmove(memory + address - base, content, len(content))
@@ -231,7 +234,7 @@ def write(vm: Vm, address: int, content: bytes) -> None:
 
 
 def load_list(vm: Vm, addresses: Iterable[int]) -> int:
-    """Puts the code and the addresses that it is to write to into guest memory; how many there are."""
+    """Puts the code and the addresses to write to into guest memory. Returns the number of addresses."""
     listed = list(addresses)
     write(vm, CODE, DIRTY_LIST)
     write(vm, LIST, struct.pack(f"<{len(listed)}I", *listed))

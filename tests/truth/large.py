@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dirty-log ioctls cost on a guest of 64 GiB that has no memory behind it, untraced.
+"""Cost of dirty-log ioctls on a guest with 64 GiB of untouched memory, without tracing.
 
-In: nothing. Out: rows of (what, ms, ms/GiB, the figure measured before on a kernel that emulates the guest's MMU).
+In: nothing. Out: rows of (ioctl, ms, ms/GiB, reference figure of a kernel that emulates the guest's MMU).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Row = tuple[str, float, float, str]
 
 
 def _timed(act: Callable[[], object], tries: int = 1) -> float:
-    """The best of some tries, in ms."""
+    """The best of several tries, in ms."""
     best = float("inf")
     for _ in range(tries):
         begin = time.perf_counter_ns()
@@ -28,14 +28,14 @@ def _timed(act: Callable[[], object], tries: int = 1) -> float:
 
 
 def _logged(manual: int) -> tuple[Vm, float, float]:
-    """A VM with one logged slot, and the ms of making it and of switching the log on."""
+    """A VM with one logged slot, and the ms it took to create the slot and to switch the log on."""
     vm = Vm(irqchip=False, manual=manual)
     made = _timed(lambda: vm.set_slot(0, 0, SIZE))
     return vm, made, _timed(lambda: vm.set_slot(0, 0, SIZE, log=True))
 
 
 def measure() -> list[Row]:
-    """All shapes; some hundred MiB of kernel memory for about a second."""
+    """Measures all kinds of dirty log. Needs some hundred MiB of kernel memory for about a second."""
     rows: list[Row] = []
 
     def row(what: str, ms: float, reference: str) -> None:

@@ -2,8 +2,8 @@
 """A two-process migration on real KVM with known delays: `python -m tests.truth.machine ROLE PLAN`.
 
 In: a role and a `Plan` as JSON; on stdin `go`, then `quit`. Out: on stdout `ready` (the guest runs, or the destination
-waits), then one line of JSON: the instants between which, the process says, each phase began, on CLOCK_MONOTONIC, and
-which pages were dirty. The order of the steps is QEMU's, 10.0's or with `state_first` 7.2's.
+waits), then one line of JSON: between which instants each phase began, on CLOCK_MONOTONIC, and which pages were dirty.
+The order of the steps is that of QEMU 10.0, or with `state_first` of 7.2.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Source(Machine):
         self._hog_pages, self._hogging = 0, threading.Event()
         self._beside: threading.Thread | None = None
         self.held = (0, 0)
-        """Between which instants another thread was inside its long CLEAR, which holds slots_lock."""
+        """Begin and end of another thread's long CLEAR, which holds slots_lock."""
         if plan.delays.get("fetch.kernel"):
             self._feed_hog(plan.delays["fetch.kernel"])
 
     def _feed_hog(self, wanted_ns: int) -> None:
-        """Finds out how many pages one CLEAR must have to hold slots_lock for that long."""
+        """Calibrates how many pages one CLEAR needs to hold slots_lock for that long."""
         kvm.pin(1)
         self.vm.set_slot(HOG_SLOT, HOG_BASE, HOG_BYTES)
         self.vm.set_slot(HOG_SLOT, HOG_BASE, HOG_BYTES, log=True)
@@ -63,7 +63,7 @@ class Source(Machine):
         self._hog_pages = min(max(pages // 64 * 64, 64), HOG_BYTES // PAGE - probe)
 
     def _hog(self) -> None:
-        """One long CLEAR, on a CPU of its own: the kernel does not yield within it."""
+        """Makes one long CLEAR, on its own CPU: the kernel does not yield within it."""
         kvm.pin(0)
         self._hogging.set()
         begin = time.monotonic_ns()
@@ -72,7 +72,7 @@ class Source(Machine):
         self.injected["fetch.kernel"] = self.held[1] - begin
 
     def dirty(self, pages: list[int]) -> None:
-        """Has the guest write to exactly these pages."""
+        """Makes the guest write to exactly these pages."""
         first = self.threads[0]
         first.stop()
         self.vcpus[0].prepare(kvm.load_list(self.vm, [page * PAGE for page in pages]))
@@ -81,7 +81,7 @@ class Source(Machine):
         first.settle()
 
     def fetch(self, *, clear: bool) -> set[int]:
-        """One dirty-log fetch over all slots; the guest page numbers."""
+        """One dirty-log fetch over all slots. Returns the guest page numbers."""
         if self.plan.log == "ring":
             found = {self.layout[slot][0] // PAGE + page for v in self.vcpus for slot, page in v.harvest()}
             self.timed(self.vm.fd, numbers.RESET_DIRTY_RINGS, 0, "fetch.kernel", "fetch.user")
@@ -93,7 +93,7 @@ class Source(Machine):
         return {self.layout[slot][0] // PAGE + page for slot, b in self._bitmaps.items() for page in kvm.pages_of(b)}
 
     def send_pages(self, connection: socket.socket, pages: list[int]) -> None:
-        """Which pages, then their content in sends of the plan's size; the delay comes half-way."""
+        """Sends the page numbers, then the pages in sends of the plan's size. The delay comes half-way."""
         content = b"".join(ctypes.string_at(self.memory(page), PAGE) for page in pages)
         table = struct.pack(f"<{len(pages)}Q", *pages)
         step, half = self.plan.chunk_bytes, len(content) // 2
@@ -113,7 +113,7 @@ class Source(Machine):
             self.entered()
 
     def save(self, commands: tuple[int, ...], *, delayed: bool) -> bytes:
-        """Reads state of all vCPUs; the delay comes after the first read."""
+        """Reads the state of all vCPUs. The delay comes after the first read."""
         self.enter("state.save")
         saved = bytearray()
         for number, vcpu in enumerate(self.vcpus):
@@ -126,7 +126,7 @@ class Source(Machine):
         return bytes(saved)
 
     def pause(self) -> None:
-        """Kicks that nobody hears, the delay, kicks that stop the vCPUs."""
+        """Sends kicks that have no effect, waits for the delay, and sends the kicks that stop the vCPUs."""
         self.enter("pause")
         if self.plan.delays.get("pause"):
             for thread in self.threads:
@@ -147,17 +147,18 @@ class Source(Machine):
             thread.stopped.wait()
 
     def compare(self, found: set[int], wanted: set[int]) -> dict[str, Any]:
-        """What a fetch lacks, and what it has that the guest did not write.
+        """Pages that a fetch lacks, and pages in it that the guest did not write.
 
-        A page that the guest reads for the first time while it is logged may be in the next fetch, and only there: with
-        two-dimensional paging KVM maps it writable at once and books it as dirty (make_spte, arch/x86/kvm/mmu/spte.c).
+        A page that the guest reads for the first time while it is logged may be in the next fetch, but in no later one:
+        with two-dimensional paging KVM maps it writable at once and marks it dirty (make_spte,
+        arch/x86/kvm/mmu/spte.c).
         """
         surplus = found - wanted - self.first_read
         self.first_read = set()
         return {"missing": sorted(wanted - found), "surplus": sorted(surplus)}
 
     def migrate(self, connection: socket.socket) -> list[dict[str, Any]]:
-        """The whole of it; what each fetch should have found and did not, or found and should not have."""
+        """Runs the whole migration. Returns the missing and surplus pages of each fetch."""
         plan, fetched = self.plan, list[dict[str, Any]]()
         for slot, (base, size) in self.layout.items():
             self.vm.set_slot(slot, base, size, log=True)
@@ -179,7 +180,7 @@ class Source(Machine):
         return fetched
 
     def hand_over(self, connection: socket.socket, fetched: list[dict[str, Any]], wanted: set[int]) -> None:
-        """Everything from the pause request to the last byte sent."""
+        """Runs the switchover, from the pause request to the last byte sent."""
         self.pause()
         kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
         self.delay("quiesce")
@@ -213,7 +214,7 @@ class Source(Machine):
 
 
 class Destination(Machine):
-    """The side that gets the guest."""
+    """The side that receives the guest."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -221,7 +222,7 @@ class Destination(Machine):
             vcpu.prepare(0)
 
     def serve(self, connection: socket.socket) -> None:
-        """Receives and restores; returns when all vCPUs run."""
+        """Receives and restores. Returns when all vCPUs run."""
         reader = connection.makefile("rb", buffering=0)
         while True:
             kind, count, size = _HEADER.unpack(_exactly(reader, _HEADER.size))
@@ -245,7 +246,7 @@ class Destination(Machine):
         self.marks.append((max(since for since, _ in entered), max(by for _, by in entered), "end"))
 
     def restore(self, state: bytes) -> None:
-        """Writes the vCPUs' state; the delay comes after the first write."""
+        """Writes the vCPUs' state. The delay comes after the first write."""
         steps: list[tuple[Vcpu, int, bytes]] = []
         for vcpu in self.vcpus:
             for getter, setter in zip(STATE, SETTERS, strict=True):
@@ -262,7 +263,7 @@ class Destination(Machine):
 
 
 def _exactly(reader: Any, size: int) -> bytes:
-    """That many bytes of a raw stream; EOFError if it ends before."""
+    """Reads that many bytes; EOFError if the stream ends earlier."""
     parts = bytearray()
     while len(parts) < size:
         part = reader.read(size - len(parts))
@@ -273,7 +274,7 @@ def _exactly(reader: Any, size: int) -> bytes:
 
 
 def _socket(address: str) -> tuple[socket.socket, Any]:
-    """An unconnected socket and what to bind or connect it to."""
+    """An unconnected socket, and the address to bind or connect it to."""
     if "/" in address:
         return socket.socket(socket.AF_UNIX), address
     host, _, port = address.rpartition(":")
@@ -284,7 +285,7 @@ def _socket(address: str) -> tuple[socket.socket, Any]:
 
 
 def main(role: str, plan: Plan) -> None:
-    """One side, from `ready` to `quit`."""
+    """Runs one side, from `ready` to `quit`."""
     sys.setswitchinterval(0.0001)
     signal.signal(KICK, lambda *_: None)
     made, address = _socket(plan.address)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both sides of the truth machine have: the plan, vCPU threads, a VM whose every step is noted with its instant.
+"""Common to both sides of the truth machine: the plan, vCPU threads, and a VM that logs the instant of each step.
 
 In: a `Plan`. Out: a `Machine` with `marks`, the instants (ns of CLOCK_MONOTONIC) between which each phase began.
 """
@@ -23,14 +23,15 @@ from tests.truth.kvm import PAGE, Vcpu, Vm
 
 KICK, IGNORED = signal.SIGUSR1, signal.SIGUSR2
 AFTER_MEMORY = "after memory.send"
-"""Nothing is being sent any more, nothing saved yet: a moment, unless we lose the CPU just then. A long one may
-be booked to memory.send or be left unattributed."""
+"""The time after the last send of memory and before the first read of state. It is short unless we lose the CPU just
+then; a long one may be attributed to memory.send, or to no phase.
+"""
 SPIN_NS = 500_000
-"""What `slowness` counts takes on a slow real machine."""
+"""Run time of the loop in `slowness` on a slow real machine."""
 
 
 def slowness() -> float:
-    """How many times as long as on a slow real machine everything takes here: 1 there, 2 to 4 in an emulated one."""
+    """How much slower than a slow real machine this one is: 1 on real machines, 2 to 4 in an emulated one."""
     best = SPIN_NS
     for number in range(9):
         begin = time.perf_counter_ns()
@@ -43,13 +44,13 @@ def slowness() -> float:
 
 SLOWNESS = slowness()
 CALL_NS = int(20_000 * SLOWNESS)
-"""What a system call of ours takes outside the kernel, traced: ctypes, the clock reading, the tracer's own probes."""
+"""Time that a traced system call of ours takes outside the kernel: ctypes, the clock reading, the tracer's probes."""
 SLOT_BYTES = 1 << 20
 
 
 @dataclass
 class Plan:
-    """What one run does; the delays are ns by phase."""
+    """The plan of one run. Delays are in ns by phase."""
 
     delays: dict[str, int] = field(default_factory=dict)
     spin: bool = False
@@ -64,7 +65,7 @@ class Plan:
     first_slot_bytes: int = 4 << 20
     passes: int = 2
     dirty_pages: int = 64
-    """Written by the guest before each fetch but the first."""
+    """Pages that the guest writes before each fetch except the first."""
     chunk_bytes: int = PAGE
     seed: int = 0
     address: str = ""
@@ -78,7 +79,7 @@ class Plan:
 
 
 class VcpuThread:
-    """Runs one vCPU until it is kicked, again and again."""
+    """Runs one vCPU until it is kicked; can be started again."""
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu, self.stopping, self.over = vcpu, False, False
@@ -105,10 +106,10 @@ class VcpuThread:
             self.stopped.set()
 
     def left(self) -> None:
-        """What a VMM does in the vCPU's thread once it has stopped: nothing here."""
+        """A VMM's work in the vCPU's thread after a stop. Here it is none."""
 
     def start(self) -> None:
-        """Enters KVM_RUN; `finished` tells that the guest has written its list."""
+        """Enters KVM_RUN. `finished` is set once the guest has written its list."""
         self.stopping = False
         self.vcpu.hurry(False)
         self.stopped.clear()
@@ -116,13 +117,17 @@ class VcpuThread:
         self.let_go.set()
 
     def settle(self) -> None:
-        """Waits until the thread sleeps in KVM_RUN: the guest has halted. A stop before that would be an early one."""
+        """Waits until the thread sleeps in KVM_RUN, because the guest has halted. A stop before that would be too
+        early.
+        """
         seen = Path(f"/proc/self/task/{self._thread.native_id}/syscall")
         while f" {numbers.RUN:#x} " not in seen.read_text():
             time.sleep(0.0005)
 
     def entered(self) -> tuple[int, int]:
-        """Between which instants a thread that sits in KVM_RUN entered it: on the way there it can lose the CPU."""
+        """The earliest and latest instant at which a thread in KVM_RUN entered it. It can lose the CPU on the way
+        there.
+        """
         while not self.entered_ns:
             time.sleep(0.001)
         self.settle()
@@ -138,7 +143,7 @@ class VcpuThread:
         signal.pthread_kill(self._thread.ident, number)
 
     def stop(self) -> None:
-        """Kicks it out of KVM_RUN and waits."""
+        """Kicks the vCPU out of KVM_RUN and waits."""
         self.kick(KICK)
         self.stopped.wait()
 
@@ -150,7 +155,7 @@ class VcpuThread:
 
 
 class Machine:
-    """What both sides have: a VM, its vCPUs, a log of the phases."""
+    """The common part of both sides: a VM, its vCPUs, a log of the phases."""
 
     thread_of: type[VcpuThread] = VcpuThread
 
@@ -168,16 +173,18 @@ class Machine:
         self.threads = [self.thread_of(vcpu) for vcpu in self.vcpus]
 
     def enter(self, phase: str) -> None:
-        """The next call begins this phase; `entered` after that call says by when it had begun at the latest."""
+        """Logs that the next call begins this phase. `entered`, called after that call, gives the latest possible
+        begin.
+        """
         now = time.monotonic_ns()
         self.marks.append((now, now, phase))
 
     def entered(self) -> None:
-        """The call that began the phase is over. Between the two readings we may have lost the CPU."""
+        """Logs that the call that began the phase is over. We may have lost the CPU between the two readings."""
         self.marks[-1] = (self.marks[-1][0], time.monotonic_ns(), self.marks[-1][2])
 
     def timed(self, fd: int, cmd: int, argument: kvm.Argument, phase: str, after: str) -> None:
-        """An ioctl that is the whole of `phase`; in doubt: waiting for a CPU meanwhile, and the way there and back."""
+        """Runs an ioctl that makes up the whole `phase`. Uncertain are waits for a CPU and the time around the call."""
         waited = kvm.run_delay_ns()
         self.enter(phase)
         kvm.ioctl(fd, cmd, argument, hold=True)
@@ -187,7 +194,7 @@ class Machine:
         self.marks[-2:] = [(begin, begin + waited + CALL_NS, phase), (end - waited, end, after)]
 
     def delay(self, phase: str) -> None:
-        """The delay that the plan has for this phase."""
+        """Waits for the plan's delay of this phase."""
         wanted = self.plan.delays.get(phase, 0)
         if not wanted:
             return
@@ -200,7 +207,7 @@ class Machine:
         self.injected[phase] = time.monotonic_ns() - begin
 
     def memory(self, page: int) -> int:
-        """Where in our memory guest page `page` is."""
+        """The address in our memory of guest page `page`."""
         base, _, address = self.vm.slots[self.slot_of(page)]
         return address + page * PAGE - base
 
@@ -208,14 +215,14 @@ class Machine:
         return next(slot for slot, (base, size) in self.layout.items() if base <= page * PAGE < base + size)
 
     def checksum(self) -> int:
-        """Over all of guest memory."""
+        """A checksum over all guest memory."""
         total = 0
         for _, size, address in (self.vm.slots[slot] for slot in self.layout):
             total = zlib.crc32(ctypes.string_at(address, size), total)
         return total
 
     def result(self, **more: Any) -> None:
-        """Tells the run's truth on stdout."""
+        """Prints the truth of the run on stdout."""
         say(json.dumps({"marks": self.marks, "injected": self.injected, "checksum": self.checksum(), **more}))
 
     def close(self) -> None:
@@ -226,15 +233,15 @@ class Machine:
 
 
 def encode(plan: Plan) -> str:
-    """A plan as the command line takes it."""
+    """A plan as a command-line argument."""
     return json.dumps(asdict(plan))
 
 
 def decode(text: str) -> Plan:
-    """The reverse."""
+    """A plan from a command-line argument."""
     return Plan(**json.loads(text))
 
 
 def say(word: str) -> None:
-    """A line to whoever drives us."""
+    """Prints a line for the harness."""
     print(word, flush=True)  # noqa: T201

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tracing costs a process that sends as fast as it can: the same million sends traced and untraced, in turns.
+"""Overhead of tracing for a process that sends as fast as it can: a million sends, traced and untraced in turn.
 
-In: how many sends, how often. Out: rows of (what, ns a call, calls a second), and whether every send was counted.
+In: the number of sends and of rounds. Out: rows of (workload, ns per call, calls per second), and whether every send
+was counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ WORKLOADS = {"sends-running": "beside a running guest", "sends": "while no guest
 
 
 def untraced(name: str, count: int) -> dict[str, Any]:
-    """What the workload says it did, with nobody looking."""
+    """The workload's own figures without tracing."""
     with helpers(("tests.truth.workloads", name, str(count))) as (helper,):
         helper.say("go")
         said: dict[str, Any] = json.loads(helper.expect())
@@ -25,7 +26,7 @@ def untraced(name: str, count: int) -> dict[str, Any]:
 
 
 def measure(count: int, rounds: int) -> tuple[list[tuple[str, float, float]], bool]:
-    """Rows, and whether nothing was lost and every call and byte was counted."""
+    """The rows, and whether nothing was lost and every call and byte was counted."""
     rows: list[tuple[str, float, float]] = []
     exact = True
     for name, what in WORKLOADS.items():

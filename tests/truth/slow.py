@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workloads whose cost for a guest or a connection we make ourselves: see `workloads`.
+"""Workloads that slow down a guest or a connection by a known amount: see `workloads`.
 
-`outside N`: a vCPU is kept out of KVM_RUN as often, for 3 ms each, between dirty-log fetches.
-`slow-reader MS`: TCP whose other end takes a little every millisecond, for that long: its window is what limits.
-`spliced N`: as many 4 KiB pages moved into a socket by splice(2), which is none of the calls that are followed.
+`outside N`: between dirty-log fetches, a vCPU is kept out of KVM_RUN N times for 3 ms each. `slow-reader MS`: TCP to a
+peer that reads a little every millisecond, so that its receive window is the limit. `spliced N`: N 4 KiB pages moved
+into a socket by splice(2), which is not among the traced calls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ OUT_S = 0.003
 
 
 def outside(times: int) -> Callable[[], dict[str, Any]]:
-    """Its own clock readings are around each stay outside: what KVM_RUN's return and entry lie between."""
+    """Reads the clock after each return from KVM_RUN and before the next entry. The difference is at most the true
+    stay.
+    """
     signal.signal(KICK, lambda *_: None)
     machine = Machine(Plan())
     kvm.load_list(machine.vm, [])
@@ -46,7 +48,7 @@ def outside(times: int) -> Callable[[], dict[str, Any]]:
             vcpu.start()
             vcpu.settle()
             stays.append(vcpu.entered_ns - left)
-        vcpu.stop()  # what the last stay cost is told by the next exit after a fetch
+        vcpu.stop()  # the last stay is reported at the next exit after a fetch
         vcpu.start()
         vcpu.settle()
         machine.vm.get_log(0, bitmap)
@@ -58,7 +60,7 @@ def outside(times: int) -> Callable[[], dict[str, Any]]:
 
 
 def slow_reader(wanted_ms: int) -> Callable[[], dict[str, Any]]:
-    """A sender that always has more to send, and a reader in another process that takes 16 KiB every millisecond."""
+    """A sender that always has more to send, and a reader in another process that reads 16 KiB every millisecond."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     reader = os.fork()
@@ -72,7 +74,7 @@ def slow_reader(wanted_ms: int) -> Callable[[], dict[str, Any]]:
         ours = socket.create_connection(listener.getsockname())
         inode = os.fstat(ours.fileno()).st_ino
         until, begin, sent = time.monotonic() + wanted_ms / 1000, time.monotonic_ns(), 0
-        machine = Machine(Plan())  # its fetches are what makes readings due
+        machine = Machine(Plan())  # tcp_info is read at its fetches
         machine.vm.set_slot(0, *machine.layout[0], log=True)
         bitmap = machine.vm.bitmap_for(0)
         while time.monotonic() < until:
@@ -92,7 +94,7 @@ def slow_reader(wanted_ms: int) -> Callable[[], dict[str, Any]]:
 
 
 def spliced(pages: int) -> Callable[[], dict[str, Any]]:
-    """From a pipe; a thread drains the other end."""
+    """Moves pages from a pipe into a socket; a thread drains the other end."""
     ours, theirs = socket.socketpair()
     out, into = os.pipe()
 

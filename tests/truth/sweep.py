@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The full sweep: every phase with every delay, in all orders and dirty-log modes, as many runs as asked.
+"""The full sweep: every phase with every delay, in all orders and dirty-log modes.
 
-In: how many runs. Out: a table, and whether all delays were booked where they were made.
+In: the number of runs. Out: a table, and whether all delays were attributed to the right phases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ MODES = ("legacy", "manual", "initially-set", "ring")
 
 
 def plan_for(number: int) -> Plan:
-    """The nth run: phases and delays in turn, every fifth run all phases together; the rest by a fixed die."""
+    """The plan of the nth run: phases and delays in turn, every fifth run with all phases. The rest is random with a
+    fixed seed.
+    """
     die = random.Random(number)
     delay = DELAYS_NS[number // len(PHASES) % len(DELAYS_NS)]
     phase = PHASES[number % len(PHASES)]
@@ -28,7 +30,7 @@ def plan_for(number: int) -> Plan:
     return Plan(
         delays=delays,
         spin=die.random() < 0.3,
-        # Only a log that begins all dirty makes a CLEAR that holds the lock for long.
+        # Only a log that begins all dirty has a CLEAR that holds the lock for long.
         log="initially-set" if "fetch.kernel" in delays else die.choice(MODES),
         state_first=die.random() < 0.5,
         late_reader=die.random() < 0.5,
@@ -40,13 +42,15 @@ def plan_for(number: int) -> Plan:
 
 
 def sound(run: Run) -> bool:
-    """Every phase booked right, nothing lost, exactly the dirtied pages found, memory carried over."""
+    """Whether every phase is right, nothing was lost, fetches found exactly the dirtied pages, and memory arrived
+    unchanged.
+    """
     exact = not any(fetch["missing"] or fetch["surplus"] for fetch in run.fetched)
     return not run.wrong() and exact and run.same_memory and not run.breakdown.completeness.lost
 
 
 def sweep(runs: int, say: Callable[[str], None], first: int = 0) -> bool:
-    """Runs and tells; true if all runs were sound."""
+    """Runs and prints. Returns whether all runs were sound."""
     worst: dict[tuple[str, int], list[int]] = {}
     good = doubtful = 0
     for number in range(first, first + runs):

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single kernel events whose size we know: `python -m tests.truth.workloads NAME ARGUMENT`, driven as the machine is.
+"""Kernel work of a known kind and amount: `python -m tests.truth.workloads NAME ARGUMENT`, driven like the machine.
 
-`sends N`: as many 64-byte sends as fast as they go. `sends-running N`: the same beside a vCPU in KVM_RUN.
-`mmu-lock MS`: dirty-log fetches for that long while another thread makes the MMU notifier hold mmu_lock.
-`get-clean MS`: KVM_GET_DIRTY_LOG of a large slot in which nothing is dirty, for that long: copying, for the most part.
-`clear-all N`: KVM_CLEAR_DIRTY_LOG of as many GiB, all bits set: walking, for the most part.
-And those of `slow`.
+`sends N`: N 64-byte sends, as fast as possible. `sends-running N`: the same while a vCPU is in KVM_RUN. `mmu-lock MS`:
+dirty-log fetches for MS ms while another thread makes the MMU notifier hold mmu_lock. `get-clean MS`: KVM_GET_DIRTY_LOG
+of a large clean slot for MS ms, which is mostly copying. `clear-all N`: KVM_CLEAR_DIRTY_LOG of N GiB with all bits set,
+which is mostly walking. The others are in `slow`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MESSAGE = 64
 
 
 def sends(count: int) -> Callable[[], dict[str, Any]]:
-    """Sends to a process that only drains."""
+    """Sends to a process that only reads."""
     ours, theirs = socket.socketpair()
     drain = os.fork()
     if not drain:
@@ -53,7 +52,7 @@ def sends(count: int) -> Callable[[], dict[str, Any]]:
 
 
 def sends_running(count: int) -> Callable[[], dict[str, Any]]:
-    """With a guest that runs (halted in KVM_RUN), as in a pre-copy pass."""
+    """Sends while a guest runs (halted in KVM_RUN), as in a pre-copy pass."""
     go = sends(count)
     machine = Machine(Plan())
     kvm.load_list(machine.vm, [])
@@ -65,7 +64,7 @@ def sends_running(count: int) -> Callable[[], dict[str, Any]]:
 
 
 def mmu_lock(wanted_ms: int) -> Callable[[], dict[str, Any]]:
-    """Legacy GETs take mmu_lock and slots_lock; giving memory back takes mmu_lock alone."""
+    """Legacy GETs take mmu_lock and slots_lock; freeing memory takes only mmu_lock."""
     vm = Vm()
     size = 16 * kvm.GIB
     vm.set_slot(0, 0, size)
@@ -94,7 +93,7 @@ def mmu_lock(wanted_ms: int) -> Callable[[], dict[str, Any]]:
 
 
 def get_clean(wanted_ms: int) -> Callable[[], dict[str, Any]]:
-    """With manual protection a GET copies the bitmap to user space and does nothing else."""
+    """With manual protection a GET only copies the bitmap to user space."""
     vm = Vm(irqchip=False, manual=kvm.MANUAL_PROTECT_ENABLE)
     vm.set_slot(0, 0, 128 * kvm.GIB)
     vm.set_slot(0, 0, 128 * kvm.GIB, log=True)
@@ -111,7 +110,7 @@ def get_clean(wanted_ms: int) -> Callable[[], dict[str, Any]]:
 
 
 def clear_all(gib: int) -> Callable[[], dict[str, Any]]:
-    """A log that begins all dirty, re-armed a GiB at a time."""
+    """Re-arms a log that begins all dirty, one GiB at a time."""
     vm = Vm(irqchip=False, manual=kvm.MANUAL_PROTECT_ENABLE | kvm.INITIALLY_SET)
     vm.set_slot(0, 0, gib * kvm.GIB)
     vm.set_slot(0, 0, gib * kvm.GIB, log=True)
@@ -139,7 +138,7 @@ WORKLOADS = {
 
 
 def main(name: str, argument: str) -> None:
-    """One workload, from `ready` to `quit`."""
+    """Runs one workload, from `ready` to `quit`."""
     go = WORKLOADS[name](int(argument))
     say("ready")
     sys.stdin.readline()
