@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.vm run`, `userland`, `pair`, `exec` and `table`: see the help.
 
-Exit code 0 if all that was asked for passed, 1 if a test failed or a machine never answered, 3 if an image cannot
-be made.
+Exit code 0 if everything passed, 1 if a test failed or a machine never answered, 3 if an image cannot be made.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def _say(line: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """The suite in each kernel with each user land asked for, or with the kernel's own."""
+    """Runs the suite in each kernel, with each user land given or with the kernel's own."""
     rows = []
     for kernel in _names(arguments.kernel, list(KERNELS)):
         for userland in _names(arguments.userland or KERNELS[kernel].userland, list(EMULATED)):
@@ -35,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _userland(arguments: argparse.Namespace) -> int:
-    """The suite natively in each user land asked for."""
+    """Runs the suite natively in each user land given."""
     rows = []
     for userland in arguments.userlands or list(USERLANDS):
         _say(f"{userland} on this kernel: installing as the README says ...")
@@ -52,7 +51,7 @@ def _tell(row: results.Row) -> None:
 
 
 def _conclude(rows: list[results.Row], arguments: argparse.Namespace) -> int:
-    """Prints the table; a whole run's rows go into the support table, those of a choice of tests if asked for."""
+    """Prints the table. Rows of a whole run go into the support table; those of a choice of tests only with --keep."""
     if arguments.keep or not arguments.keyword:
         results.save([row for row in rows if row.subjects], whole=not arguments.keyword)
         _write_table()
@@ -72,7 +71,7 @@ def _table(_arguments: argparse.Namespace) -> int:
 
 
 def _pair(arguments: argparse.Namespace) -> int:
-    """A migration between two machines; what was measured against what the outer host saw."""
+    """Runs a migration between two machines, and compares the figures with the outer host's."""
     kernels = _names(arguments.kernel, [name for name in KERNELS if KERNELS[name].userland in USERLANDS])
     if len(kernels) != 2:
         raise BuildError("--kernel names the source's and the destination's kernel: 6.1,6.12")
@@ -85,7 +84,7 @@ def _pair(arguments: argparse.Namespace) -> int:
 
 
 def _exec(arguments: argparse.Namespace) -> int:
-    """One kernel, one command; its console."""
+    """Runs one command in one kernel, and prints the console."""
     wanted = KERNELS[arguments.kernel]
     userland = EMULATED[arguments.userland or wanted.userland]
     emulating, kernel, root = suite.prepared(wanted, userland, arguments.processors)
@@ -119,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     native = commands.add_parser("userland", help="the marked tests in chroots on this machine's own kernel")
     native.add_argument("userlands", nargs="*", metavar="USERLAND", help=f"of {', '.join(USERLANDS)}")
     two = commands.add_parser("pair", help="a migration between two emulated machines, against a witness outside")
-    two.add_argument("--kernel", default="6.1,6.12", help="the source's and the destination's")
-    two.add_argument("--delay", default="2ms", help="of the wire, each way (netem)")
-    two.add_argument("--keep", action="store_true", help="the recordings become those of tests/data/machines")
+    two.add_argument("--kernel", default="6.1,6.12", help="the source's and the destination's kernel")
+    two.add_argument("--delay", default="2ms", help="delay of the wire, each way (netem)")
+    two.add_argument("--keep", action="store_true", help="keep the recordings in tests/data/machines")
     execute = commands.add_parser("exec", help="boot one kernel and run a shell command in a copy of a source tree")
     execute.add_argument("--kernel", choices=KERNELS, default="6.1")
     execute.add_argument("--userland", choices=EMULATED, default="", help="default: the kernel's own")
@@ -132,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, execute):
         command.add_argument("--processors", type=int, choices=(1, 2), default=2, help="1 on a busy machine")
     for command in (run, native):
-        command.add_argument("-k", dest="keyword", default="", help="pytest's choice of tests")
-        command.add_argument("--keep", action="store_true", help="a choice's results go into the table too")
-    table = commands.add_parser("table", help="make the table of docs/support.md again")
-    arm64 = commands.add_parser("arm64", help="fetch what the unit tests compare arm64 with")
+        command.add_argument("-k", dest="keyword", default="", help="choice of tests, as for pytest -k")
+        command.add_argument("--keep", action="store_true", help="results of a choice of tests go into the table, too")
+    table = commands.add_parser("table", help="write the table of docs/support.md anew")
+    arm64 = commands.add_parser("arm64", help="fetch the type information for the arm64 unit tests")
     acts = ((run, _run), (native, _userland), (two, _pair), (execute, _exec), (table, _table), (arm64, _arm64))
     for command, act in acts:
         command.set_defaults(act=act)
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Runs what was asked for."""
+    """Runs the command given."""
     arguments = _parser().parse_args()
     try:
         code: int = arguments.act(arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels and user lands of the support table: what they are called, and which Debian suite has them.
+"""The kernels and user lands of the support table: their names, and the Debian suites that have them.
 
 A kernel is what the suite's meta package `linux-image-cloud-amd64` points to: cloud kernels have NVMe, ext4 and
 devtmpfs built in, so they boot without an initramfs.
@@ -16,12 +16,12 @@ MIRROR = os.environ.get("EBPF_MIG_MIRROR", "http://deb.debian.org/debian")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel to boot; `name` is what the command line and the table call it."""
+    """A kernel to boot. `name` is its name on the command line and in the table."""
 
     name: str
     suite: str
     userland: str
-    """The user land it is run with unless another is asked for: its own, where the product runs there."""
+    """The default user land: that of the kernel's own suite, if the product runs there."""
     architecture: str = "amd64"
 
 
@@ -44,17 +44,17 @@ KERNELS = {
     )
 }
 USERLANDS = {userland.name: userland for userland in map(Userland, ("bookworm", "trixie", "sid"))}
-"""Those that this machine can run; the emulated kernels can have others as well."""
+"""User lands that this machine can run. Emulated kernels can also have others."""
 ARM64 = Userland("trixie-arm64", "arm64")
 EMULATED = USERLANDS | {ARM64.name: ARM64}
 
 
 def cache() -> Path:
-    """Where images are kept: $XDG_CACHE_HOME/ebpf-mig/vmtest."""
+    """The directory of images: $XDG_CACHE_HOME/ebpf-mig/vmtest."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "ebpf-mig" / "vmtest"
 
 
 def arm64_btf() -> Path:
-    """Where `python -m tests.vm arm64` puts the type information of Debian's arm64 kernel."""
+    """The file in which `python -m tests.vm arm64` keeps the type information of Debian's arm64 kernel."""
     return cache() / "arm64.btf"

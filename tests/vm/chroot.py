@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Debian tree: built once by mmdebstrap, entered with private mounts that end with the command.
+"""A Debian tree: built once by mmdebstrap, and entered with private mounts that end with the command.
 
 In: a suite's name. Out: a directory, and command lines that run in it. Needs root and mmdebstrap.
 """
@@ -23,22 +23,22 @@ ARM64_PACKAGES = (
     "bash,busybox-static,coreutils,dash,debianutils,grep,iproute2,kmod,libc-bin,mount,procps,python3,python3-bpfcc,sed,"
     "util-linux"
 )
-"""Unpacked and not configured, so that nothing of them has to run here."""
+"""Packages that are unpacked but not configured, so that none of their programs has to run here."""
 UNUSED = ("doc", "man", "locale", "info")
 VERSIONED = {"qemu-system-x86": "QEMU", "python3-bpfcc": "bcc", "python3": "Python"}
 HOST_FILES = ("/etc/resolv.conf", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
-"""How this machine reaches its package index: the tree uses the same."""
+"""This machine's configuration for reaching a package index, which the tree uses, too."""
 
 
 class BuildError(Exception):
-    """An image or tree could not be made; the message ends with the tool's own last lines."""
+    """An image or tree could not be made. The message ends with the tool's last lines."""
 
 
 def run(*command: str, timeout_s: float = 900, cwd: Path | None = None) -> str:
-    """Stdout of a tool.
+    """Runs a tool. Returns its stdout.
 
     Raises:
-        BuildError: it failed or took too long.
+        BuildError: the tool failed or took too long.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd)
@@ -60,7 +60,7 @@ def inside(
 def overlay(
     place: Path, scratch: Path, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, cwd: str = "/"
 ) -> list[str]:
-    """As `inside`, with what the command writes kept in `scratch` instead of the tree."""
+    """Like `inside`, but files that the command writes go to `scratch` instead of the tree."""
     layers = [scratch / name for name in ("merged", "upper", "work")]
     for layer in layers:
         layer.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def overlay(
 
 
 def _enter(root: str, command: Sequence[str], binds: Mapping[Path, str], cwd: str) -> list[str]:
-    """Shell lines, without the mounts of others: paths of the cache hold no blanks."""
+    """The shell lines that mount and enter the tree. Paths of the cache contain no blanks."""
     lines = [f"mount --rbind {source} {root}{source}" for source in ("/dev", "/sys")]
     lines += [f"mkdir -p {root}{target}\nmount --rbind {source} {root}{target}" for source, target in binds.items()]
     lines += [f"mount -t proc proc {root}/proc", f"mount -t tmpfs tmpfs {root}/run", f"mount -t tmpfs tmpfs {root}/tmp"]
@@ -78,7 +78,7 @@ def _enter(root: str, command: Sequence[str], binds: Mapping[Path, str], cwd: st
 
 
 def tree(userland: Userland) -> Path:
-    """The suite's tree with all that the product needs of the distribution."""
+    """The suite's tree with all packages that the product needs from the distribution."""
     if userland.architecture != "amd64":
         suite = userland.name.removesuffix(f"-{userland.architecture}")
         return _tree(userland.name, suite, ARM64_PACKAGES, "--variant=extract", "--architectures=arm64")
@@ -86,12 +86,12 @@ def tree(userland: Userland) -> Path:
 
 
 def bare_tree(userland: Userland) -> Path:
-    """The suite as a new machine has it: apt, and certificates to reach an index with."""
+    """The suite as on a new machine: apt, and the certificates for reaching an index."""
     return _tree(f"{userland.name}-bare", userland.name, "ca-certificates")
 
 
 def _tree(name: str, suite: str, packages: str, *kind: str) -> Path:
-    """A tree, made if it is missing or was made from another list of packages."""
+    """A tree. It is made if it is missing or was made from another list of packages."""
     place = cache() / "tree" / name
     stamp = place.with_suffix(".stamp")
     want = hashlib.sha256(packages.encode()).hexdigest()
@@ -127,7 +127,7 @@ def _tree(name: str, suite: str, packages: str, *kind: str) -> Path:
 
 
 def packages_of(place: Path) -> str:
-    """`package version` lines of what a tree has."""
+    """The packages of a tree, as lines `package version`."""
     return run("chroot", str(place), "dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *VERSIONED)
 
 

@@ -24,7 +24,9 @@ from tests.vm.chroot import BuildError, inside, run, tree
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 DISK_SIGNATURE = 0xC0FFEE01
-"""NVMe disks are numbered at random from Linux 6.12 on: the kernel finds its root by this, the others have labels."""
+"""From Linux 6.12 on NVMe disks are numbered in random order. The kernel finds its root by this; the others have
+labels.
+"""
 WITHOUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "*.img", ".hypothesis")
 BTF_BEGIN = b"\x9f\xeb\x01\x00" + struct.pack("<I", 24)
 """struct btf_header up to hdr_len (include/uapi/linux/btf.h)."""
@@ -42,7 +44,7 @@ class KernelImage:
 
 
 def root_image(userland: Userland) -> Path:
-    """A bootable disk with the user land and /venv, which has what pyproject.toml names."""
+    """A bootable disk with the user land and /venv, which has the dependencies in pyproject.toml."""
     place = tree(userland)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *EXTRAS]
@@ -77,7 +79,7 @@ def root_image(userland: Userland) -> Path:
 
 
 def _foreign_venv(place: Path, wanted: list[str]) -> None:
-    """What `venv` and `pip` make, without running anything of the tree: arm64."""
+    """Makes the same as `venv` and `pip` without running a program of the tree, for arm64."""
     python = next((place / "usr/bin").glob("python3.[0-9]*"))
     version, site = python.name.removeprefix("python"), place / "venv/lib" / python.name / "site-packages"
     shutil.rmtree(place / "venv", ignore_errors=True)
@@ -94,17 +96,17 @@ def _foreign_venv(place: Path, wanted: list[str]) -> None:
 
 
 def _boot_record(size: int) -> bytes:
-    """An MBR with one partition from 1 MiB to the end: its PARTUUID is the disk's signature and `-01`."""
+    """An MBR with one partition from 1 MiB to the end. Its PARTUUID is the disk's signature and `-01`."""
     sectors = (size - MIB) // 512
     entry = struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", MIB // 512, sectors)
     return bytes(440) + struct.pack("<IH", DISK_SIGNATURE, 0) + entry + bytes(48) + b"\x55\xaa"
 
 
 class Apt:
-    """An apt of its own for one suite: the machine's lists, status and sources are neither read nor changed."""
+    """A private apt for one suite. The machine's lists, status and sources are neither read nor changed."""
 
     def __init__(self, suite: str, architecture: str = "amd64") -> None:
-        """Fetches the suite's list of packages, and its security updates where it has them."""
+        """Fetches the suite's list of packages, and of its security updates if it has any."""
         self.place = cache() / "apt" / f"{suite}-{architecture}"
         self.meta = f"linux-image-cloud-{architecture}"
         for folder in ("lists/partial", "debs/partial"):
@@ -124,26 +126,26 @@ class Apt:
         run("apt-get", *self.options, "-qq", "update")
 
     def kernel_packages(self) -> list[str]:
-        """What the meta package leads to: one package, or several where vmlinuz and modules are packaged apart."""
+        """The packages behind the meta package: one, or several if vmlinuz and modules are packaged separately."""
         options = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
         found = run("apt-cache", *self.options, "depends", "--recurse", *options, self.meta).splitlines()
         kinds = ("linux-image-", "linux-binary-", "linux-modules-", "linux-base-")
         return sorted(name for name in found if name.startswith(kinds) and name != self.meta)
 
     def versions(self, packages: Iterable[str]) -> str:
-        """`package version` lines of what the suite has of them."""
+        """The suite's versions of the packages, as lines `package version`."""
         said = run("apt-cache", *self.options, "show", "--no-all-versions", *packages)
         found = re.findall(r"^Package: (\S+)$.*?^Version: (\S+)$", said, re.MULTILINE | re.DOTALL)
         return "".join(f"{package} {version}\n" for package, version in found)
 
     def download(self, packages: list[str]) -> list[Path]:
-        """The packages' files."""
+        """Downloads the packages. Returns their files."""
         run("apt-get", *self.options, "-qq", "download", *packages, cwd=self.place / "debs")
         return [max((self.place / "debs").glob(f"{name}_*.deb"), key=lambda p: p.stat().st_mtime) for name in packages]
 
 
 def kernel_image(kernel: Kernel, helper: Path) -> KernelImage:
-    """The kernel and its modules; `helper` is any tree with kmod."""
+    """Makes the kernel image and the disk with its modules. `helper` is any tree with kmod."""
     apt = Apt(kernel.suite, kernel.architecture)
     debs = apt.download(apt.kernel_packages())
     package = debs[0].name.split("_")[1]
@@ -189,7 +191,7 @@ def _unpack_kernel(debs: list[Path], files: Path, place: Path, helper: Path) -> 
 
 
 def fetch_arm64_btf(suite: str = "trixie") -> str:
-    """Puts the type information of the suite's arm64 kernel where the unit tests look; returns the kernel's release."""
+    """Keeps the type information of the suite's arm64 kernel for the unit tests. Returns the kernel's release."""
     apt = Apt(suite, "arm64")
     with tempfile.TemporaryDirectory(dir=cache()) as temporary:
         for deb in apt.download(apt.kernel_packages()):
@@ -201,7 +203,7 @@ def fetch_arm64_btf(suite: str = "trixie") -> str:
             raise BuildError(f"{kernel.name} shows no BTF: it is compressed")
         _, types, strings_at, strings = struct.unpack_from("<4I", image, at + len(BTF_BEGIN))
         if types < MIB:
-            raise BuildError(f"{kernel.name} has no BTF where it was looked for")
+            raise BuildError(f"{kernel.name} has no BTF at the expected place")
         arm64_btf().write_bytes(image[at : at + len(BTF_BEGIN) + 16 + strings_at + strings])
         return kernel.name.removeprefix("vmlinuz-")
 
@@ -230,12 +232,12 @@ def source_image(source: Path, image: Path, script: str) -> None:
 
 
 def results_image(image: Path) -> None:
-    """An empty disk for what the machine has to say."""
+    """Makes an empty disk for the machine's results."""
     image.unlink(missing_ok=True)
     run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-L", "out", str(image), "64M")
 
 
 def read_results(image: Path, into: Path) -> None:
-    """What the machine left there."""
+    """Copies the machine's results from the disk."""
     into.mkdir(parents=True, exist_ok=True)
     run("debugfs", "-R", f"rdump / {into}", str(image))

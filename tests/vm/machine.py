@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One emulated machine from power on to power off, and whether the emulator, not the product, is what failed.
+"""Runs one emulated machine, and tells failures of the emulator from those of the product.
 
-In: a kernel image, a root image, a script. Out: its exit code, its console, a folder with the files it left in /out.
+In: a kernel image, a root image, a script. Out: its exit code, its console, a folder with its files from /out.
 Software emulation (TCG) with AMD's nested virtualisation: KVM, BPF and migrations inside are real, times are not.
 """
 
@@ -26,14 +26,16 @@ MACHINES = {
     "amd64": (["-M", "q35", "-cpu", "EPYC,+svm,+npt,-cx16"], "console=ttyS0 tsc=reliable"),
     "arm64": (["-M", "virt,virtualization=on,gic-version=3", "-cpu", "neoverse-n1"], "console=ttyAMA0"),
 }
-"""By Debian's name: QEMU's arguments for a machine in which KVM works, and what its kernel has to be told."""
+"""By Debian's name of the architecture: QEMU's arguments for a machine in which KVM works, and kernel parameters."""
 TROUBLE = re.compile(r"Oops: int3|soft lockup|Kernel panic|rcu: INFO: rcu.*stall|BUG: unable to handle")
 END = re.compile(r"^EBPF-MIG-VM end (\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`code` is the script's exit code, None if the machine never said one; `trouble` says why, from its console."""
+    """`code` is the script's exit code, None if the machine never printed one. `trouble` is the reason, from its
+    console.
+    """
 
     code: int | None
     trouble: str
@@ -44,10 +46,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Emulator:
-    """A QEMU: the machine's own, or that of a tree, entered by chroot.
+    """A QEMU: this machine's, or that of a tree, which is entered by chroot.
 
-    QEMU before 10 runs stale code after the kernel patched itself when two emulated processors run in parallel, so it
-    gets one.
+    QEMU before 10 can run stale code after the kernel has patched itself, if two emulated processors run in parallel.
+    It gets only one processor.
     """
 
     major: int
@@ -58,17 +60,17 @@ class Emulator:
 
     @property
     def processors(self) -> int:
-        """How many processors it gets: those wanted, as far as it can be trusted with them."""
+        """The number of processors: those wanted, or 1 if this QEMU is not reliable with more."""
         return self.wanted if self.major >= 10 else 1
 
     def command(self, arguments: list[str]) -> list[str]:
-        """The whole command line; image paths in `arguments` lie in the cache."""
+        """The whole command line. Image paths in `arguments` are in the cache."""
         command = [self.binary, *arguments]
         return command if self.tree is None else inside(self.tree, command, binds={cache(): str(cache())})
 
 
 def emulator(trees: list[Path], processors: int = 2) -> Emulator:
-    """The newest there is: this machine's QEMU or a tree's."""
+    """The newest QEMU: this machine's or a tree's."""
     candidates: list[Emulator] = []
     if shutil.which("qemu-system-x86_64"):
         candidates.append(Emulator(_major(["qemu-system-x86_64", "--version"]), None))
@@ -81,7 +83,7 @@ def emulator(trees: list[Path], processors: int = 2) -> Emulator:
 
 
 def arm64_emulator(place: Path, processors: int) -> Emulator:
-    """The one of the tree's suite, from its package: unpacked beside the tree, run with the tree's libraries."""
+    """The QEMU of the tree's suite. Its package is unpacked beside the tree, and it runs with the tree's libraries."""
     (place / str(cache()).lstrip("/")).mkdir(parents=True, exist_ok=True)
     unpacked = cache() / "qemu-arm"
     binary = unpacked / "usr/bin/qemu-system-aarch64"
@@ -128,9 +130,9 @@ def boot(
     more: Sequence[str] = (),
     idle: bool = False,
 ) -> Outcome:
-    """Boots, runs `script` in a copy of `source`, powers off. `place` is emptied first; `more`: QEMU's arguments.
+    """Boots, runs `script` in a copy of `source`, and powers off. `place` is emptied first. `more`: arguments for QEMU.
 
-    An `idle` machine runs only where nothing else wants a CPU.
+    An `idle` machine runs only while a CPU is otherwise unused.
     """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

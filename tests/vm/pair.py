@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two emulated machines with a wire between them, and a real migration from one to the other.
+"""A real migration between two emulated machines that are connected by a wire.
 
-In: two kernels, the wire's delay. Out: a `Meeting`: both machines' recordings, and when the outer host heard the
-guest's serial port on either side. Two kernels, two clocks; the outer host's clock is a third one, the witness.
+In: two kernels, the wire's delay. Out: a `Meeting`: both machines' recordings, and the instants at which the outer host
+received bytes of the guest's serial port from either side. There are two kernels and two clocks. The outer host's clock
+is the witness.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ DATA = ROOT / "tests" / "data" / "machines"
 ROLES = ("source", "destination")
 TIMEOUT_S = 540
 NEAR_NS = 1_000_000_000
-"""Beats this near to the dark stretch tell the guest's period."""
+"""Beats this near to the blackout are used for the guest's period."""
 READINGS_NS = 5_000_000_000
-"""Readings of a machine's clock this near to it tell how far it was behind ours."""
+"""Readings of a machine's clock this near to an instant are used for its offset to ours."""
 
 
 class Ear:
-    """Listens where a machine's second serial port leads, by the outer host's clock."""
+    """Receives from a machine's second serial port, with the outer host's clock."""
 
     def __init__(self, path: Path) -> None:
         self.beats: list[int] = []
-        """When the guest was heard."""
+        """Arrival of each beat of the guest, ns."""
         self.readings: list[tuple[int, int]] = []
-        """What the machine's clock had shown, and when that was heard."""
+        """(reading of the machine's clock, its arrival), ns."""
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -56,14 +57,14 @@ class Ear:
             rest = self.take(rest + data, time.monotonic_ns())
 
     def take(self, data: bytes, now: int) -> bytes:
-        """What came, and what of it is no whole reading yet."""
+        """Takes received bytes. Returns the rest that is not yet a whole reading."""
         self.beats += [now] * data.count(b"A")
         for reading in re.finditer(rb"C(\d+);", data := data.replace(b"A", b"")):
             self.readings.append((int(reading[1]), now))
         return data[data.rfind(b";") + 1 :]
 
     def behind(self, around: int) -> tuple[int, int]:
-        """(outer clock minus the machine's near an instant, how much the quickest readings differ); ns."""
+        """(outer clock minus the machine's clock near an instant, spread of the fastest readings), ns."""
         found = sorted(heard - shown for shown, heard in self.readings if abs(heard - around) <= READINGS_NS)
         if len(found) < 3:
             raise ValueError(f"{len(found)} readings of a machine's clock")
@@ -72,19 +73,19 @@ class Ear:
 
 @dataclass(frozen=True)
 class Heard:
-    """What the outer host knows by its own clock."""
+    """The outer host's measurements, by its own clock."""
 
     silent_ns: int
-    """How long the guest was not heard between the two machines."""
+    """Time between the last beat from the source and the first from the destination."""
     period_ns: int
-    """Its longest beat beside that."""
+    """The longest time between two other beats nearby."""
     ahead_ns: int
-    """How far the destination's clock was ahead of the source's, by what both said of themselves."""
+    """How far the destination's clock was ahead of the source's, by the readings that both sent."""
     doubt_ns: int
 
 
 def listened(source: Ear, destination: Ear) -> Heard:
-    """What the two ears came to. ValueError if one of them heard too little."""
+    """The measurements of both sides. ValueError if one of them received too little."""
     if len(source.beats) < 2 or len(destination.beats) < 2:
         raise ValueError(f"{len(source.beats)} beats from the source, {len(destination.beats)} from the destination")
     last, first = source.beats[-1], destination.beats[0]
@@ -95,9 +96,10 @@ def listened(source: Ear, destination: Ear) -> Heard:
 
 
 def agree(told: Breakdown, heard: Heard) -> bool:
-    """Whether the joined figures are those that were heard, within the bound of the clocks and what hearing is worth.
+    """Whether the joined figures agree with the outer host's, within the bound of the clocks and the witness's
+    precision.
 
-    The guest beats once a period of running, so it is silent for the blackout and up to a period more.
+    The guest beats once per period of run time, so it is silent for the blackout and up to one period more.
     """
     bound = told.clock.bound_ns
     if told.blackout_ns is None or bound is None:
@@ -119,12 +121,12 @@ class Meeting:
 
     @property
     def good(self) -> bool:
-        """Whether the joined blackout agrees with what was heard, within the clocks' bound and the guest's period."""
+        """Whether the joined blackout agrees with the witness, within the clocks' bound and the guest's period."""
         both = self.heard is not None and self.breakdown is not None
         return both and not self.trouble and agree(self.breakdown, self.heard)
 
     def lines(self) -> list[str]:
-        """What to print."""
+        """The lines to print."""
         lines = [
             f"{role}: {o.code} {o.trouble} after {o.seconds:.0f} s; see {o.console}"
             for role, o in self.outcomes.items()
@@ -138,12 +140,12 @@ class Meeting:
             lines.append(f"the guest was silent for {silent:.3f} ms, its period {period:.3f} ms")
             ahead, doubt = self.heard.ahead_ns / 1e6, self.heard.doubt_ns / 1e6
             lines.append(f"the destination's clock is ahead by {told.clock.offset_ns / 1e6:.3f} ms;")
-            lines.append(f"by what the machines say of their clocks, {ahead:.3f} ms, give or take {doubt:.3f} ms")
-            lines.append(f"they agree: {'yes' if self.good else 'NO'}; {self.seconds:.0f} s in all")
+            lines.append(f"by the machines' clock readings, {ahead:.3f} ms +- {doubt:.3f} ms")
+            lines.append(f"they agree: {'yes' if self.good else 'NO'}; {self.seconds:.0f} s total")
         return lines
 
     def keep(self, where: Path) -> None:
-        """Copies the recordings, with the witness beside them."""
+        """Copies the recordings, and the witness's figures beside them."""
         where.mkdir(exist_ok=True)
         for role in ROLES:
             shutil.copy(self.outcomes[role].files / f"{role}.rec", where / f"{role}.rec")
@@ -152,7 +154,7 @@ class Meeting:
 
 
 def run(source: str, destination: str, delay: str) -> Meeting:
-    """Boots both, waits for both."""
+    """Boots both machines and waits for both."""
     base, begin = cache() / "runs" / "pair", time.monotonic()
     base.mkdir(parents=True, exist_ok=True)
     wire = base / "wire"

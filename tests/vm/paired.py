@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in each of two emulated machines: a QEMU of its own, a recorder, and on the source the migration.
+"""The script of both emulated machines of a pair: runs a QEMU, a recorder, and on the source the migration.
 
 In: `source` or `destination`, and the wire's delay. Out: /out/ROLE.rec. The guest's serial port is the machine's second
-one, which leads outside; what this machine's clock shows is written there, too. The destination says that it is ready
-by listening; nothing else is agreed upon.
+one, which leads to the outer host. Readings of this machine's clock are written there, too. The destination is ready
+once it listens; there is no other synchronisation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ADDRESSES = {"source": "10.78.0.1", "destination": "10.78.0.2"}
 MIGRATION, READY = 4444, 4445
 SERIAL = "/dev/ttyS1"
 MACHINE = "pc-i440fx-7.2"
-"""Known to the QEMUs of both user lands."""
+"""A machine type that the QEMUs of both user lands have."""
 GUEST = Scenario(memory_bytes=64 * MIB, working_set_bytes=MIB // 4, pages_per_s=20_000)
-"""Beats every 3 ms while it is left alone."""
+"""Beats every 3 ms if nothing else uses the CPU."""
 PATIENCE_S = 180.0
 WARM_UP_S, AFTER_S = 3.0, 5.0
 
@@ -60,7 +60,7 @@ def _connect_wire(role: str, delay: str) -> None:
 
 @contextmanager
 def _clock_told() -> Iterator[None]:
-    """Writes CLOCK_MONOTONIC to the second serial port, ten times a second, in one piece each: `C1234;`."""
+    """Writes CLOCK_MONOTONIC to the second serial port ten times a second, each in one write: `C1234;`."""
     port = os.open(SERIAL, os.O_WRONLY | os.O_NOCTTY)
     tty.setraw(port)
     over = threading.Event()
@@ -102,7 +102,7 @@ def _vm(role: str, directory: Path) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _recorder(role: str, pid: int) -> Iterator[None]:
-    """Traces from entering to leaving."""
+    """Traces while the context is open."""
     command = [sys.executable, "-m", "ebpf_mig.cli", "record", "--pid", str(pid), "--until-eof"]
     command += ["-o", f"/out/{role}.rec"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -148,7 +148,7 @@ def _meet() -> None:
 
 
 def main() -> int:
-    """Exit code 0 if the source's QEMU says that the migration completed."""
+    """Exit code 0 if the source's QEMU reports that the migration completed."""
     role, delay = sys.argv[1:]
     _connect_wire(role, delay)
     said = "completed"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was run where, and the table of it in docs/support.md.
+"""Results of the suite by kernel and user land, and their table in docs/support.md.
 
-In: JUnit files. Out: `docs/support.json`, one row a pair of kernel and user land, and the table made from it. A kernel
-or user land of the catalogue without a row is in the table as not run.
+In: JUnit files. Out: `docs/support.json`, with one row per pair of kernel and user land, and the table made from it. A
+kernel or user land of the catalogue without a row is shown as not run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SUPPORT_JSON = ROOT / "docs" / "support.json"
 SUPPORT_MD = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- table: python -m tests.vm table -->\n", "<!-- end of table -->\n"
 SUBJECTS = ("install", "doctor", "demo", "migrate", "record", "truth", "dirty log", "ring", "loss", "tiers")
-"""What a test can be about: the marker's argument, and the table's columns."""
+"""The possible subjects of a test: arguments of the marker, and columns of the table."""
 
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -29,18 +29,18 @@ _MISSING = "missing feature: "
 
 @dataclass
 class Subject:
-    """How the tests of one subject ended: by name, `passed`, `failed: WHY` or `skipped: WHY`."""
+    """The results of one subject's tests, by name: `passed`, `failed: WHY` or `skipped: WHY`."""
 
     tests: dict[str, str] = field(default_factory=dict)
 
     def count(self, ending: str) -> int:
-        """How many ended so."""
+        """The number of tests with this result."""
         return sum(said.partition(":")[0] == ending for said in self.tests.values())
 
 
 @dataclass
 class Row:
-    """One run of the suite. `how` is `emulated` or `native`; `release` is uname's, `attach` what the doctor said."""
+    """One run of the suite. `how` is `emulated` or `native`; `release` is uname's, `attach` the doctor's."""
 
     kernel: str
     userland: str
@@ -52,19 +52,19 @@ class Row:
     attach: str = ""
     subjects: dict[str, Subject] = field(default_factory=dict)
     infrastructure: list[str] = field(default_factory=list)
-    """Failures of the emulator, not of the product, each of which was followed by one more try."""
+    """Failures of the emulator, not of the product. Each was followed by another try."""
     again: list[str] = field(default_factory=list)
-    """Tests that were run once more by themselves after the row's run, and whose ending is that of the later run."""
+    """Tests that were run again by themselves after the row's run. Their result is that of the later run."""
     slowness: float = 1
-    """How many times as long as on a slow real machine a loop took, which the truth's tolerances are multiplied by."""
+    """Run time of a loop relative to a slow real machine. The truth's tolerances are multiplied by it."""
 
     @property
     def good(self) -> bool:
-        """Tests ran, and none failed."""
+        """Whether tests ran and none failed."""
         return bool(self.subjects) and not any(subject.count(FAILED) for subject in self.subjects.values())
 
     def add(self, later: Row) -> None:
-        """Takes over the tests of a later run of some of them; what attaches is what the whole run's demo said."""
+        """Takes over the results of a later run of some tests. `attach` stays that of the whole run's demo."""
         for name, subject in later.subjects.items():
             before = self.subjects.setdefault(name, Subject())
             self.again += [test for test in subject.tests if test in before.tests and test not in self.again]
@@ -76,7 +76,7 @@ class Row:
 
 
 def read_junit(path: Path) -> dict[str, Subject]:
-    """The tests of a JUnit file by their property `subject`."""
+    """The tests of a JUnit file, by their property `subject`."""
     found: dict[str, Subject] = {}
     for case in ElementTree.parse(path).iter("testcase"):  # noqa: S314  our own machine's pytest wrote it
         properties = {p.get("name"): p.get("value") for p in case.iter("property")}
@@ -93,12 +93,12 @@ def read_junit(path: Path) -> dict[str, Subject]:
 
 
 def plain_release(text: str) -> str:
-    """What of uname's release helps a reader where the kernel is no distribution's: `6.18` of `6.18.44-anything`."""
+    """The short release of a kernel that is not a distribution's: `6.18` for `6.18.44-anything`."""
     return ".".join(text.split("-", maxsplit=1)[0].split(".")[:2])
 
 
 def read_property(path: Path, name: str) -> str:
-    """What a test of a JUnit file said under that name, empty if none did."""
+    """The value of that property in a JUnit file, or empty."""
     found = [p.get("value") or "" for p in ElementTree.parse(path).iter("property") if p.get("name") == name]  # noqa: S314
     return found[0] if found else ""
 
@@ -108,7 +108,7 @@ def _first_line(text: str | None) -> str:
 
 
 def load(path: Path = SUPPORT_JSON) -> list[Row]:
-    """The rows of the file, none if it is missing."""
+    """The rows of the file; none if it is missing."""
     if not path.exists():
         return []
     rows = json.loads(path.read_text())["rows"]
@@ -116,9 +116,9 @@ def load(path: Path = SUPPORT_JSON) -> list[Row]:
 
 
 def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON, *, whole: bool = True) -> None:
-    """Puts rows into the file; a row of the same kernel, user land and kind is replaced.
+    """Puts rows into the file. A row of the same kernel, user land and kind is replaced.
 
-    Rows of a choice of tests (not `whole`) replace the tests that they ran, where versions are the same.
+    Rows of a choice of tests (not `whole`) replace only the tests that they ran, if the versions are the same.
     """
     rows = {(row.how, row.kernel, row.userland): row for row in load(path)}
     for row in fresh:
@@ -134,7 +134,7 @@ def save(fresh: Iterable[Row], path: Path = SUPPORT_JSON, *, whole: bool = True)
 
 
 def table(rows: list[Row]) -> str:
-    """The Markdown table, with what did not pass below it."""
+    """The Markdown table, with the tests that did not pass below it."""
     have = {(row.how, row.kernel) for row in rows}
     missing = [Row(name, "", "emulated") for name in KERNELS if ("emulated", name) not in have]
     done = {row.userland for row in rows if row.how == "native"}
@@ -175,7 +175,7 @@ def _cell(subject: Subject | None) -> str:
 
 
 def _notes(row: Row) -> list[str]:
-    """What a row's cells do not say: failures one by one, skipped tests by the feature that is missing."""
+    """Details below the table: each failure, and skipped tests by missing feature."""
     where = f"{_kernel(row)}, {row.userland}"
     found = [f"{where}: {line}" for line in row.infrastructure]
     skipped: dict[str, list[str]] = {}
@@ -193,7 +193,7 @@ def _notes(row: Row) -> list[str]:
 
 
 def document(rows: list[Row], text: str) -> str:
-    """The document `text` with the table of `rows` between its two marks."""
+    """`text` with the table of `rows` between its two marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table(rows) + END + after

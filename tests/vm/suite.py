@@ -2,7 +2,7 @@
 """Runs the marked integration tests in one emulated kernel, or in one user land on this machine's own kernel.
 
 In: names of the catalogue. Out: a `Row` of results. An emulated kernel boots in two machines at a time, each with a
-part of the tests. A machine that the emulator lost is booted once more, and the row says so.
+part of the tests. A machine that failed because of the emulator is booted once more, and the row records it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ HANDOVER = "tests/integration/test_handover.py"
 
 @dataclass(frozen=True)
 class Part:
-    """A machine's share of the tests, by markers and files; an idle one runs only where another leaves a CPU alone."""
+    """A machine's share of the tests, by markers and files. An `idle` machine runs only while a CPU is otherwise
+    unused.
+    """
 
     name: str
     marked: str
@@ -45,7 +47,7 @@ PARTS = (
     Part("others", f"{MARKER} and not times", f"tests/integration --ignore={HANDOVER}", idle=True, processors=1),
     Part("handover", MARKER, HANDOVER, idle=True, processors=1),
 )
-"""Two at a time, for most of a test is one process that compiles: one machine has work for one CPU."""
+"""Two run at a time. Most of a test is one process that compiles, so one machine has work for one CPU."""
 
 
 def _pytest(keyword: str, out: str, marked: str = MARKER, files: str = "tests/integration") -> str:
@@ -55,7 +57,7 @@ def _pytest(keyword: str, out: str, marked: str = MARKER, files: str = "tests/in
 
 
 def prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emulator, KernelImage, Path]:
-    """An emulator, a kernel and a root image of one architecture, made if they are not there yet."""
+    """An emulator, a kernel and a root image of one architecture. Missing ones are made."""
     if (kernel.architecture, userland.architecture) == ("arm64", "arm64"):
         helper = tree(USERLANDS[kernel.suite])
         return arm64_emulator(helper, processors), kernel_image(kernel, helper), root_image(userland)
@@ -66,7 +68,7 @@ def prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emula
 
 
 def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
-    """The suite in an emulated kernel."""
+    """Runs the suite in an emulated kernel."""
     where, begin = EMULATED[userland], time.monotonic()
     emulating, image, root = prepared(KERNELS[kernel], where, processors)
     if where is ARM64:
@@ -95,7 +97,7 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
 
 
 def native(userland: str, keyword: str) -> Row:
-    """The product installed in a bare user land as the README says (`./try`, `./check`), on this machine's kernel."""
+    """Installs the product in a bare user land as the README says (`./try`, `./check`), on this machine's kernel."""
     begin = time.monotonic()
     bare = bare_tree(Userland(userland))
     place = cache() / "runs" / f"native-{userland}"
@@ -127,7 +129,7 @@ def native(userland: str, keyword: str) -> Row:
 
 
 def _collect(row: Row, files: Path) -> bool:
-    """Takes over what a run of pytest left; False if it left nothing."""
+    """Takes over the results of a pytest run. False if there are none."""
     junit = files / "junit.xml"
     if not junit.exists():
         return False
@@ -140,7 +142,7 @@ def _collect(row: Row, files: Path) -> bool:
 
 
 def _tiers(attach: dict[str, str]) -> str:
-    """`{signal: tier}` the other way round, the widespread tier first and without its signals."""
+    """`{signal: tier}` inverted: the most frequent tier first and without its signals."""
     by_tier: dict[str, list[str]] = {}
     for signal, tier in sorted(attach.items()):
         by_tier.setdefault(tier, []).append(signal)
