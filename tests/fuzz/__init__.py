@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzzing of everything that others can hand us: `python -m tests.fuzz --seconds 60`."""
+"""Fuzzing of everything that takes untrusted input: `python -m tests.fuzz --seconds 60`."""

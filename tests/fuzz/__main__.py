@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.fuzz`: hands changed inputs to whatever takes input from others, for a given time.
+"""`python -m tests.fuzz`: runs mutated inputs through every parser of untrusted input, for a given time.
 
-In: the committed corpus, a seed. Out: a line a target (inputs, a second, the slowest), exit code 0; or 1 and the
-input that broke something, kept in `tests/fuzz/found/`, which `--replay` runs again. Each target is a process of its
-own, in bounded memory. Where atheris is installed, `--engine atheris` lets coverage guide the changes.
+In: the committed corpus, a seed. Out: one line per target (inputs, inputs per second, the slowest) and exit code 0; or
+exit code 1 and the failing input, kept in `tests/fuzz/found/`, which `--replay` runs again. Each target is a separate
+process with bounded memory. With atheris installed, `--engine atheris` lets coverage guide the mutation.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from random import Random
 
 FOUND = Path(__file__).parent / "found"
 MEMORY_BYTES = 3 << 30
-"""Address space of a target's process: an input of some KB that needs more is a fault."""
+"""Address space of a target's process. A fault if an input of some KB needs more."""
 SLOW_S = 5.0
 SLOW_S_PER_BYTE = 50e-6
-"""CPU time for one input, which is a fault beyond: by far more than a busy machine makes of it."""
+"""CPU time for one input. More is a fault: the limit is far above what a busy machine explains."""
 KEPT = 200
-"""Changed inputs that are changed further."""
+"""Number of mutated inputs kept for further mutation."""
 
 
 def main() -> int:
-    """Runs what the command line says."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="for all targets together")
+    parser.add_argument("--seconds", type=float, default=60, help="time for all targets together")
     parser.add_argument("--target", action="append", help="only this one; can be given several times")
-    parser.add_argument("--seed", type=int, default=0, help="0: another one each time")
-    parser.add_argument("--inputs", type=int, default=0, help="stop a target after so many")
+    parser.add_argument("--seed", type=int, default=0, help="0: a new one each time")
+    parser.add_argument("--inputs", type=int, default=0, help="stop a target after that many inputs")
     parser.add_argument("--engine", choices=["own", "atheris"], default="own")
-    parser.add_argument("--replay", type=Path, help="hand this file to --target")
+    parser.add_argument("--replay", type=Path, help="run this file through --target")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.engine == "atheris" and asked.child:
@@ -115,7 +115,7 @@ def _kept(name: str, data: bytes) -> str:
 
 
 def _atheris(name: str, seconds: float) -> int:
-    """Coverage guides which inputs are kept; the changes are the same."""
+    """Coverage guides which inputs are kept; the mutations are the same."""
     import atheris
 
     with atheris.instrument_imports(include=["ebpf_mig"]):

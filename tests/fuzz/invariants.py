@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds of every breakdown, whatever the recording says.
+"""Invariants of every breakdown, whatever the recording contains.
 
-In: an analysis. Out: nothing, or an AssertionError that says what does not hold.
+In: an analysis. Out: nothing, or an AssertionError that names the broken invariant.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import msgspec
 from ebpf_mig.breakdown import Breakdown
 
 SIGNED = frozenset({"difference_ns", "offset_ns", "value_ns"})
-"""Differences of two measurements, and a figure that a VMM said."""
+"""Fields that may be negative: differences of two measurements, and a figure reported by a VMM."""
 INSTANTS = frozenset({"begin", "end", "stop", "start", "sent", "received", "spans", "blackout", "at", "first", "last"})
-"""Since the window's begin, negative before it."""
+"""Fields that are instants relative to the window's begin, negative before it."""
 COUNTS = (
     "bytes",
     "pages",
@@ -33,7 +33,7 @@ COUNTS = (
 
 
 def check(breakdown: Breakdown, text: str) -> None:
-    """`text`: its JSON report."""
+    """Checks a breakdown. `text`: its JSON report."""
     phases(breakdown)
     plain = json.loads(text)
     no_negatives(plain, "")
@@ -41,7 +41,7 @@ def check(breakdown: Breakdown, text: str) -> None:
 
 
 def phases(breakdown: Breakdown) -> None:
-    """They partition the window, to the nanosecond."""
+    """Phases partition the window, to the nanosecond."""
     if breakdown.window_ns is None:
         assert all(phase.duration_ns in (0, None) for phase in breakdown.phases)
         return
@@ -61,7 +61,7 @@ def phases(breakdown: Breakdown) -> None:
 
 
 def no_negatives(value: Any, name: str) -> None:
-    """No duration and no count is."""
+    """No duration and no count is negative."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in INSTANTS:
@@ -77,7 +77,7 @@ def no_negatives(value: Any, name: str) -> None:
 
 
 def nested(value: Any) -> None:
-    """Structs below what is called like an instant are looked into all the same."""
+    """Structs in a field named like an instant are checked, too."""
     for item in value if isinstance(value, list) else []:
         if isinstance(item, dict):
             no_negatives(item, "")

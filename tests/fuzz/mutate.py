@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to inputs: of bytes whatever they mean, and of recordings so that their checksums and types still hold.
+"""Mutations of inputs: of any bytes, and of recordings with their checksums and types kept valid.
 
 In: an input and a source of random numbers. Out: another input. The same numbers give the same input.
 """
@@ -63,12 +63,12 @@ def mutated(data: bytes, random: Random, most: int = 1 << 16) -> bytes:
 
 
 def block(kind: int, content: bytes) -> bytes:
-    """A block with a true checksum."""
+    """A block with a valid checksum."""
     return FRAME.pack(len(content), zlib.crc32(content, zlib.crc32(bytes((kind,)))), kind) + content
 
 
 Parts = tuple[dict[str, Any], list[Any]]
-"""The header and the events of a recording, as msgpack has them."""
+"""The header and the events of a recording, as decoded msgpack."""
 
 
 @functools.lru_cache(256)
@@ -95,7 +95,7 @@ def parts_of(data: bytes) -> bytes | None:
 
 
 def written(header: Any, events: list[Any]) -> bytes:
-    """A recording in one block, not compressed."""
+    """A recording with one uncompressed block."""
     return MAGIC + block(1, _encoded(header)) + block(2, _encoded(events))
 
 
@@ -115,7 +115,7 @@ def _within(value: Any) -> Any:
 
 
 def recording(data: bytes, random: Random, others: list[bytes]) -> bytes:
-    """A recording with other events; sometimes with bytes changed under true checksums, or anywhere."""
+    """A recording with mutated events; sometimes with mutated bytes under valid checksums, or mutated anywhere."""
     whole = parts_of(data)
     if whole is None or random.random() < 0.03:
         return mutated(data, random)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets whose input is what VMMs, the kernel, a scraper or a user hand us.
+"""Targets whose input comes from VMMs, the kernel, a scraper or a user.
 
-In: bytes. Out: nothing, or an exception that is none of the documented ones.
+In: bytes. Out: nothing, or an undocumented exception.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _file(name: str, data: bytes) -> Path:
 
 
 class _Peer:
-    """Listens on a UNIX socket; each client gets the bytes of the moment, line by line as it asks, or all at once."""
+    """Listens on a UNIX socket. Each client gets the current bytes, line by line per request, or all at once."""
 
     def __init__(self, name: str, *, by_line: bool) -> None:
         self.path = str(_scratch() / name)
@@ -86,7 +86,7 @@ def _peer(name: str, by_line: bool) -> _Peer:
 
 
 def qmp(data: bytes) -> None:
-    """A monitor that says this, an answer a command."""
+    """A QMP monitor that sends the input, one line per command."""
     peer = _peer("qmp", True)
     peer.data = data
     with (
@@ -101,7 +101,7 @@ def qmp(data: bytes) -> None:
 
 
 def http(data: bytes) -> None:
-    """An API that answers this to everything."""
+    """An HTTP API that answers every request with the input."""
     peer = _peer("api", False)
     peer.data = data
     api = Api(peer.path, "source")
@@ -116,7 +116,7 @@ def http(data: bytes) -> None:
 
 
 def ch_log(data: bytes) -> None:
-    """A log of Cloud Hypervisor's."""
+    """A log of Cloud Hypervisor."""
     place = LogPlace(str(_file("log", data)), 0)
     figures = place.figures()
     assert all(0 <= ms < 10**12 for ms in figures.values())
@@ -124,7 +124,7 @@ def ch_log(data: bytes) -> None:
 
 
 def ch_events(data: bytes) -> None:
-    """A file of its events."""
+    """An event file of Cloud Hypervisor."""
     found, rest = event_monitor.decode(data.decode(errors="replace"))
     assert len(rest) <= len(data)
     told = [event_monitor.Told(name, stamp, 10**15) for name, stamp in found]
@@ -141,7 +141,7 @@ def _proc() -> Path:
 
 
 def proc(data: bytes) -> None:
-    """Every file of a process holds this."""
+    """Every /proc file of a process has the input as its content."""
     root = _proc()
     for name in ("stat", "status", "comm", "cmdline", "statm", "syscall", "net/tcp", "task/8/stat", "task/8/status",
                  "task/8/comm", "task/8/syscall"):  # fmt: skip
@@ -181,7 +181,7 @@ def _web() -> Web:
 
 
 def web(data: bytes) -> None:
-    """A request to the exporter, whose sender then closes; the exporter goes on."""
+    """A request to the exporter by a client that then closes. The exporter keeps running."""
     with contextlib.suppress(OSError), socket.create_connection(_web().server_address[:2], 5) as client:
         client.sendall(data)
         client.shutdown(socket.SHUT_WR)
@@ -199,7 +199,7 @@ def web_config(data: bytes) -> None:
 
 
 def btf_blob(data: bytes) -> None:
-    """BTF of a kernel, and a module's upon it."""
+    """BTF of a kernel, and of a module based on it."""
     path = str(_file("btf", data))
     with contextlib.suppress(PreflightError):
         btf.forget()
@@ -210,7 +210,7 @@ def btf_blob(data: bytes) -> None:
 
 
 def bench(data: bytes) -> None:
-    """A result of bench."""
+    """A result file of `bench`."""
     try:
         found = benchmark.decode(data, "x")
     except EbpfMigError:
@@ -219,7 +219,7 @@ def bench(data: bytes) -> None:
 
 
 def _btf_seeds() -> list[bytes]:
-    """A struct, a union in it, an enum, a function and its parameters, by the documented layout."""
+    """BTF of a struct, a union in it, an enum, a function and its parameters, by the documented layout."""
     names = b"\0int\0outer\0first\0inner\0last\0f\0g\0"
 
     def kind(name: int, number: int, vlen: int, size: int, *words: int) -> bytes:

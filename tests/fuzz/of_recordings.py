@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets whose input is a recording: the reader, the whole way to every report, joining.
+"""Targets whose input is a recording: reading, analysis with every report, joining.
 
-In: bytes. Out: nothing, or an exception that is none of the documented ones.
+In: bytes. Out: nothing, or an undocumented exception.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEPARATOR = b"\0--next--\0"
 
 
 def reader(data: bytes) -> None:
-    """What is read can be written and read again."""
+    """A recording that was read can be written and read again."""
     try:
         recording = read_recording(data)
     except RecordingError:
@@ -47,7 +47,7 @@ def reader(data: bytes) -> None:
 
 
 def blocks(data: bytes) -> None:
-    """The same block by block from a stream that gives a few bytes at a time, as a pipe does."""
+    """The recording is read block by block from a stream that yields a few bytes at a time, like a pipe."""
 
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
@@ -64,7 +64,7 @@ def blocks(data: bytes) -> None:
 
 
 def whole_way(data: bytes) -> None:
-    """The analysis and what holds of it; then some of the other reports, by the input's checksum: each has its turn."""
+    """The analysis and its invariants, then some of the other reports. The input's checksum selects which."""
     try:
         recording = read_recording(data)
     except RecordingError:
@@ -82,7 +82,7 @@ def whole_way(data: bytes) -> None:
 
 
 def every_report(data: bytes) -> None:
-    """All reports of one."""
+    """All reports of one recording."""
     try:
         recording = read_recording(data)
     except RecordingError:
@@ -116,7 +116,7 @@ OTHERS: list[Callable[[Analysis], object]] = [
 
 
 def joining(data: bytes) -> None:
-    """Two recordings."""
+    """Joins two recordings; then analyses, writes and reads the result."""
     first, _, second = data.partition(SEPARATOR)
     try:
         whole = joined(read_recording(first), read_recording(second))
@@ -137,10 +137,10 @@ def _pairs() -> list[bytes]:
 
 
 class JoinTarget(Target):
-    """Changes one of the two."""
+    """Mutates one of the two recordings."""
 
     def change(self, data: bytes, random: Random, seeds: list[bytes]) -> bytes:
-        """Another pair."""
+        """A mutated pair."""
         halves = data.split(SEPARATOR, 1)
         at = random.randrange(len(halves))
         halves[at] = mutate.recording(halves[at], random, [seed.split(SEPARATOR, 1)[0] for seed in seeds])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target is.
+"""The definition of a fuzz target.
 
-In: nothing. Out: `Target`; `corpus`, the committed inputs of one.
+In: nothing. Out: `Target`, and `corpus`, the committed inputs of a target.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def corpus(name: str) -> list[bytes]:
-    """The committed inputs, in the order of their names."""
+    """The committed inputs, sorted by name."""
     return [file.read_bytes() for file in sorted((CORPUS / name).iterdir())]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that takes input from others."""
+    """A parser of untrusted input."""
 
     name: str
     seeds: Callable[[], list[bytes]]
     check: Callable[[bytes], object]
-    """Raises whatever is not to be; documented errors are caught in there."""
+    """Handles one input. Catches the documented errors; any other exception is a fault."""
     recording: bool = False
-    """Inputs are recordings, and are changed as such."""
+    """Inputs are recordings, and are mutated as such."""
 
     def change(self, data: bytes, random: Random, seeds: list[bytes]) -> bytes:
-        """Another input."""
+        """A mutated input."""
         return mutate.recording(data, random, seeds) if self.recording else mutate.mutated(data, random)
