@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Installs what is missing; sourced by ./try and ./check from the root of a clone. Quiet and quick where all is there.
+# Installs what is missing; sourced by ./try and ./check from the root of a clone. Quiet and fast if nothing is missing.
 # SPDX-License-Identifier: Apache-2.0
 
 PYTHON=/usr/bin/python3 # the distribution's: its bcc is built for it
@@ -7,7 +7,7 @@ PYTHON=/usr/bin/python3 # the distribution's: its bcc is built for it
 say() { printf 'ebpf-mig: %s\n' "$*" >&2; }
 fail() { say "$1"; exit 3; }
 
-# need_packages PACKAGE...: apt-get installs those that dpkg does not know as installed.
+# need_packages PACKAGE...: apt-get installs those that are not installed.
 need_packages() {
   local missing=() package
   for package in "$@"; do
@@ -22,8 +22,8 @@ need_packages() {
     fail "apt-get could not install ${missing[*]}"
 }
 
-# need_venv [EXTRA]: .venv sees the distribution's bcc and holds our package (editable) with its dependencies.
-# Stamps tell what was installed from which pyproject.toml; the plain set is part of each extra's.
+# need_venv [EXTRA]: .venv sees the distribution's bcc, and has our package (editable) with its dependencies.
+# Stamp files record which pyproject.toml was installed. Each extra includes the plain set.
 need_venv() {
   local extra=${1:-} want
   want="$("$PYTHON" -V) $(sha256sum <pyproject.toml)"

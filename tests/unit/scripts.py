@@ -241,7 +241,7 @@ def cloud_hypervisor_local() -> Script:
 
 
 def dirty_ring() -> Script:
-    """QEMU 7.2 with rings: already drained at the end, so the final fetch has no ioctl at all."""
+    """QEMU 7.2 with rings: they are already drained at the end, so the final fetch has no ioctl."""
     script = Script()
     source, destination = script.pair()
     source.logging(-100_000)

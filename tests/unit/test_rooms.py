@@ -60,7 +60,7 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, module) of each import of ours, also of those that are made from strings."""
+    """(line, module) of each import of our modules, also of those made from strings."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name.startswith("ebpf_mig"))

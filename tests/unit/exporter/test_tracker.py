@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which signs become migrations, and which processes belong together: synthetic events, a clock of our own."""
+"""Which signs become migrations, and which processes belong together: synthetic events, a synthetic clock."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of functions and the table of tiers that it leads to, as far as no kernel with kprobes is needed."""
+"""The choice of functions and the resulting table of tiers, as far as it can be tested without kprobes."""
 
 from __future__ import annotations
 

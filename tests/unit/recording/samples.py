@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events and headers with any value in any field, by the types of the fields.
 
-In: a struct's type, a text and a number. Out: structs. A field that is added later is in them by itself.
+In: a struct's type, a text and a number. Out: structs. New fields are included automatically.
 """
 
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,11 +14,11 @@ from ebpf_mig.recording.kinds import KINDS
 STRUCTS: list[type[msgspec.Struct]] = [
     *(kind.event for kind in KINDS), ev.Header, ev.Target, ev.Remote, ev.ClockPair,
 ]  # fmt: skip
-"""Whatever a recording consists of."""
+"""Every struct type of a recording."""
 
 
 def filled(struct: type[msgspec.Struct], text: str, number: int | dict[str, int] = 1) -> Any:
-    """`struct` with that text and that number (or: of that field's name) wherever one can be."""
+    """`struct` with that text and number in every field that can hold one. `number` can be given by field name."""
     hints = get_type_hints(struct)
     names = struct.__struct_fields__
     of = {name: number.get(name, 1) if isinstance(number, dict) else number for name in names}

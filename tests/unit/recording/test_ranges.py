@@ -64,7 +64,7 @@ def test_a_header_out_of_range_is_refused() -> None:
 
 
 def test_events_at_the_edges_of_their_ranges_make_a_report() -> None:
-    """No sum of such values overflows, and no figure is negative that must not be."""
+    """No sum of such values overflows, and no duration or count is negative."""
     for edge in ("least", "most"):
         events = []
         for kind in KINDS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Redaction leaves no name in any text of any kind of event, whatever field it stands in."""
+"""Redaction removes names from every text field of every kind of event."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A headless Chromium through its WebDriver, with no library in between."""
+"""A headless Chromium, driven through WebDriver without a library."""
 
 from __future__ import annotations
 

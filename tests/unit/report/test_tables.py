@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig export`: the tables read by other programs say what each recording's own report says."""
+"""`ebpf-mig export`: the tables, read by other programs, agree with each recording's own report."""
 
 from __future__ import annotations
 

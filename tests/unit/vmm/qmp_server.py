@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A QMP monitor that misbehaves on demand: what a user may point us at instead of a QEMU, or a QEMU may do to us."""
+"""A QMP monitor that misbehaves on demand, like a socket that is not QEMU's, or a faulty QEMU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Cloud Hypervisor adapter against servers that refuse, babble, hang up or are not there."""
+"""The Cloud Hypervisor adapter against servers that refuse, send garbage, close the connection, or are absent."""
 
 from __future__ import annotations
 
