@@ -290,6 +290,8 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
     notes = [*traced.notes, *traced.material.header.notes]
     if window is not None and traced.source is None:
         notes.append("the source was not traced: the window begins with the destination's first restore work")
+        if outcome.booted(traced):
+            notes.append("no state was seen to come in over a connection: the guest booted, or was loaded from a file")
     elif window is not None and traced.switchover is not None and traced.switchover.kind == SwitchoverKind.STOPPED:
         notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
     if work is not None and work.coalesced:

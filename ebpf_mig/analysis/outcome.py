@@ -4,9 +4,9 @@
 In: a `TracedMigration`. Out: a `Result`, and two facts. Missing events never count as success. A guest that runs on
 the source again is no failure by itself: savevm, a migration to a file and a pause all stop and resume a guest.
 
-    completed   the destination's guest ran; or the VMM or the migration's driver reported it; or the guest did not
-                resume on the source, and the destination answered the source's last bytes, or the source's VMM closed
-                the connection and kept running
+    completed   the destination's guest ran, and did not boot; or the VMM or the migration's driver reported it; or
+                the guest did not resume on the source, and the destination answered the source's last bytes, or
+                the source's VMM closed the connection and kept running
     failed      the VMM or the migration's driver reported it; or the destination's process ended and the source kept
                 its guest; or the source's process ended while its guest ran
     cancelled   the VMM or the migration's driver reported it
@@ -47,7 +47,7 @@ def result(case: TracedMigration) -> Result:
     if reported:
         return reported
     if case.source is None:
-        return Result.COMPLETED if _started(case.destination) else Result.UNKNOWN
+        return Result.COMPLETED if _started(case.destination) and not booted(case) else Result.UNKNOWN
     if _saved(case):
         return Result.SAVED
     if found is not None and _handed_over(case, found.stop):
@@ -104,6 +104,12 @@ def _started(destination: Process | None) -> bool:
         return False
     firsts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
     return bool(firsts)
+
+
+def booted(case: TracedMigration) -> bool:
+    """Whether the process that was traced alone ran a guest whose state did not come in over a connection."""
+    alone = case.destination if case.source is None else None
+    return _started(alone) and alone is not None and not (alone.was_loaded or case.material.absent("socket"))
 
 
 def _reported(case: TracedMigration) -> Result | None:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from ebpf_mig.analysis import vcpu
+from ebpf_mig.analysis.reception import Reception
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import Side
 from ebpf_mig.linux import kvm
@@ -131,6 +132,15 @@ class Process:
             several = {tid for tid, fetched in slots.items() if len(fetched) == most}
         vcpus = {line.tid for line in self.vcpus.values()}
         return frozenset(several | (rings - vcpus))
+
+    @cached_property
+    def was_loaded(self) -> bool:
+        """Whether the state with which its guest first ran came in over a connection."""
+        started = min((line.first_run for line in self.vcpus.values() if line.first_run is not None), default=None)
+        if started is None:
+            return False
+        calls = (i for i in self.ioctls if i.begin_ns < started)
+        return Reception.of(calls, (t for t in self.transfers if t.begin_ns < started)).loaded
 
     @cached_property
     def _longest_ns(self) -> int:

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 
 from ebpf_mig.analysis import tcp_info
 from ebpf_mig.analysis.process import Process, begun, key_of
+from ebpf_mig.analysis.reception import STREAM_BYTES
 from ebpf_mig.breakdown import Side, SocketUse, Transport
 from ebpf_mig.recording.events import RECEIVE, SEND, Socket, Transfer
 
 AF_UNIX = 1
-STREAM_BYTES = 1024
-"""On average, calls of the migration's stream move more than this: pages and state are flushed from large buffers.
-A monitor's replies and events are smaller, and QEMU reads its monitor byte by byte."""
 LEAST_BYTES = 4096
 """Without other evidence, a socket that carried less is not a migration socket. Nor are its bytes enough to recognise
 it in another host's recording."""

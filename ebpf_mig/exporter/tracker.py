@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ebpf_mig.analysis.reception import LOADED_BYTES
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
@@ -23,8 +24,6 @@ from ebpf_mig.tracing.witness import Witness
 
 PROBATION_NS = 2_000_000_000
 """How long a VM is traced after a sign. A destination may wait this long between two bursts."""
-LOADED_BYTES = 16 << 10
-"""A VM that was loaded received at least this much (its device state). One that boots only receives commands."""
 FILLED_BYTES = 1 << 20
 """A VM that received this much from another VM is its destination."""
 UNPROVEN_NS = 600_000_000_000
@@ -67,8 +66,7 @@ class Track:
         """Whether this is a migration: RAM is logged, or a VM was loaded and then ran."""
         if self.logging or self.between_vms:
             return True
-        loaded = self.fresh & self.restored & self.ran
-        return any(self.received.get(pid, 0) >= LOADED_BYTES for pid in loaded)
+        return bool(self.fresh & self.watch.arrived)
 
     @property
     def between_vms(self) -> bool:

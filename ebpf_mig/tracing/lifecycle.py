@@ -6,13 +6,17 @@ nothing.
 
 Silence is not an end. A source that is traced alone has handed over once the other end answered its last bytes, or
 once its VMM closed the connection, and its guest stays stopped. Else its end, or its guest's return, is awaited.
+
+A guest that runs for the first time is no end either: it may have booted. Its state must have come in over a
+connection, or the source that is traced, too, must have stopped.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from ebpf_mig.analysis.reception import Reception
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
 
@@ -41,7 +45,10 @@ class MigrationWatch:
         self._logged: set[tuple[int, int]] = set()
         self._fetched: set[int] = set()
         self._missed: set[int] = set()
+        self._unlogged: set[tuple[int, int]] = set()
+        """Slots that were seen to be set without logging, or to be deleted."""
         self._loaded: set[int] = set()
+        self._receptions: defaultdict[int, Reception] = defaultdict(Reception)
         self._stopped_at: dict[int, int] = {}
         self._ran: set[int] = set()
         self._started: dict[int, int] = {}
@@ -99,9 +106,16 @@ class MigrationWatch:
         stopped = [pid for pid in sources if pid not in self._ran or not self._runs(pid)]
         return {pid: socket for pid in stopped if (socket := self._busiest(pid))}
 
+    @property
+    def arrived(self) -> frozenset[int]:
+        """The destinations whose guest has run."""
+        ran = [pid for pid in self._started if pid not in self._fetched]
+        handed = self._source_stopped() if ran else False
+        return frozenset(pid for pid in ran if handed or self._receptions[pid].loaded)
+
     def passed(self, pid: int) -> str | None:
         """Why the migration is over for `pid`, which begins another one just now; None if it is not over."""
-        if pid in self._started and pid not in self._fetched:
+        if pid in self.arrived:
             return "migrated"
         if pid in self._fetched and self._unlogged_at:
             return "logging-ended"
@@ -110,7 +124,7 @@ class MigrationWatch:
     @property
     def under_way(self) -> bool:
         """A source has begun to migrate, and the end was not seen."""
-        return bool(self._fetched) and not self._unlogged_at and not self._destination_started()
+        return bool(self._fetched) and not self._unlogged_at and not self.arrived
 
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
@@ -120,7 +134,7 @@ class MigrationWatch:
             return None
         if self._unlogged_at and now_ns - self._unlogged_at >= QUIET_NS:
             return "logging-ended"
-        if self._destination_started():
+        if self.arrived:
             return "migrated"
         if self._handed_over(now_ns):
             return "handed-over"
@@ -134,31 +148,40 @@ class MigrationWatch:
 
     def _runs_again(self, pid: int) -> bool:
         """Its guest runs as any guest does: the interruptions of a busy one are no acts of the migration."""
-        return pid in self._started or (bool(self._unlogged_at) and pid in self._fetched)
+        return bool(self._unlogged_at) if pid in self._fetched else pid in self._started
 
     def _enter(self, event: VcpuEnter) -> None:
+        first = event.pid not in self._ran
         self._ran.add(event.pid)
         self._paused.discard(event.pid)
         if not self._runs_again(event.pid):
             self._last_ns = max(self._last_ns, event.at_ns)
         for known in (self._stopped_at, self._answered_at, self._closed_at):
             known.pop(event.pid, None)
-        if event.pid in self._loaded and event.pid not in self._fetched:
-            self._started.setdefault(event.pid, event.at_ns)
+        if first and event.pid in self._loaded and event.pid not in self._fetched:
+            self._started[event.pid] = event.at_ns
 
     def _ioctl(self, event: Ioctl) -> None:
         if not self._runs_again(event.pid):
             self._last_ns = max(self._last_ns, event.end_ns)
         name = kvm.name_of(event.cmd)
+        if event.pid not in self._ran:
+            self._receptions[event.pid].ioctl(event)
         if event.cmd == kvm.GET_DIRTY_LOG and any(pid == event.pid for pid, _ in self._logged):
             self._fetched.add(event.pid)
         if name in kvm.VCPU_STATE_SET:
             self._loaded.add(event.pid)
         if name in kvm.VCPU_STATE_GET and event.pid in self._fetched:
             self._stopped_at.setdefault(event.pid, event.begin_ns)
-        if event.cmd not in kvm.MEMSLOT or event.size < LARGE_BYTES:
-            return
+        if event.cmd in kvm.MEMSLOT:
+            self._memslot(event)
+
+    def _memslot(self, event: Ioctl) -> None:
         key = (event.pid, event.slot)
+        if not event.size:
+            self._unlogged.add(key)
+        if event.size < LARGE_BYTES:
+            return
         if event.flags & kvm.MEM_LOG_DIRTY_PAGES:
             if event.pid not in self._fetched or self._unlogged_at:
                 for known in (self._sent, self._answered_at, self._closed_at):
@@ -166,10 +189,13 @@ class MigrationWatch:
                 running = event.pid in self._ran and self._runs(event.pid)
                 (self._paused.discard if running else self._paused.add)(event.pid)
             self._logged.add(key)
+            self._unlogged.discard(key)
             self._fetched.add(event.pid)
             self._unlogged_at = 0
             return
-        if event.pid in self._sent and event.pid not in self._fetched and self._busiest(event.pid):
+        made = key in self._unlogged
+        self._unlogged.add(key)
+        if not made and event.pid in self._sent and event.pid not in self._fetched and self._busiest(event.pid):
             self.missed_beginning(event.pid)  # a slot that is there loses the flag, after much was sent
         if key in self._logged or event.pid in self._missed:
             self._logged.discard(key)
@@ -178,6 +204,8 @@ class MigrationWatch:
 
     def _transfer(self, event: Transfer) -> None:
         """Only what goes over the migration's connection is its activity: a monitor answers at any time."""
+        if event.pid not in self._ran or event.begin_ns < self._started.get(event.pid, 0):
+            self._receptions[event.pid].transfer(event)
         sent = self._sent.setdefault(event.pid, Counter())
         if event.direction == SEND:
             sent[event.socket] += event.bytes
@@ -193,9 +221,9 @@ class MigrationWatch:
         most = max(sent, key=lambda socket: (sent[socket], socket), default=0)
         return most if sent[most] >= CARRIER_BYTES else 0
 
-    def _destination_started(self) -> bool:
-        """A process whose vCPU state was loaded, and that fetched nothing, entered KVM_RUN."""
-        return any(pid not in self._fetched for pid in self._started)
+    def _source_stopped(self) -> bool:
+        """A source has read its vCPUs' state, or they left the guest, and it has not run since."""
+        return any(pid in self._stopped_at for pid in self._fetched)
 
     def _handed_over(self, now_ns: int) -> bool:
         """A source's last bytes were answered, or its VMM closed the connection; and its guest did not come back.

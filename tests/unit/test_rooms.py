@@ -38,7 +38,7 @@ _BELOW = {
     "report": "base breakdown linux recording analysis vmm collector compare",
     "library": "base breakdown linux recording analysis joining vmm collector compare report",
     "probes": "base linux recording",
-    "tracing": "base linux recording vmm probes",
+    "tracing": "base linux recording analysis vmm probes",
     "exporter": "base breakdown linux recording analysis vmm collector report probes tracing",
     "commands": "base breakdown linux recording analysis joining lab vmm collector compare report probes tracing"
     " exporter",

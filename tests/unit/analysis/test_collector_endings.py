@@ -253,6 +253,22 @@ def test_without_the_source_the_loading_is_known() -> None:
     assert "the source was not traced" in shown and "no dirty logging" not in shown
 
 
+def test_a_guest_that_boots_has_not_migrated() -> None:
+    """It has the work of a destination that runs at once, and its disk was read before."""
+    for came, result in ((-500, "completed"), (300, "unknown")):
+        script = Script()
+        vm = script.vm(2000, "unknown")
+        vm.receive(came, came + 10, 1 << 20)
+        vm.ioctls("SET_REGS SET_SREGS", 100, 200)
+        vm.ioctl("SET_CLOCK", 250)
+        vm.ioctls("SET_REGS", 400, 450)
+        vm.entered(500)
+        ending(script, "target-died")
+        found = script.result().breakdown
+        assert found.migration.result == result
+        assert ("booted" in render(found)) == (result == "unknown")
+
+
 def test_an_empty_recording() -> None:
     found = Script().result().breakdown
     assert found.window_ns is None

@@ -28,6 +28,10 @@ def start(at: int, pid: int = DST) -> list[AnyEvent]:
     return [Ioctl(at - 2, at - 1, pid, pid, 7, SET_REGS, 0), VcpuEnter(at, pid, pid + 1, 7, 0, 0, 1)]
 
 
+def came(at: int, size: int = 64 << 10, calls: int = 2, pid: int = DST) -> Transfer:
+    return Transfer(at, at + 1, pid, pid, 9, 1, 88, calls, size, 1, 1, 0, 0)
+
+
 def verdict(events: list[AnyEvent], now: int, pids: tuple[int, ...] = (SRC, DST)) -> str | None:
     watch = MigrationWatch(pids)
     watch.saw(events)
@@ -92,7 +96,32 @@ def test_a_source_alone_ends_when_its_vmm_closed_the_connection() -> None:
 
 
 def test_a_destination_alone_ends_when_it_started() -> None:
-    assert verdict(start(MS), MS + QUIET_NS, (DST,)) == "migrated"
+    assert verdict([came(MS // 2), *start(MS)], MS + QUIET_NS, (DST,)) == "migrated"
+
+
+def test_a_guest_that_boots_is_no_started_destination() -> None:
+    """Whatever its monitor, network, disk or console delivers, and whenever its manager lets it go."""
+    clock, pause = Ioctl(3 * MS, 3 * MS + 1, DST, DST, 5, kvm.SET_CLOCK, 0), stop(8 * MS)
+    monitor = came(MS // 2, calls=64 << 10)
+    for events in (start(MS), [monitor, *start(MS)], [*start(MS)[:1], came(2 * MS), clock, *start(4 * MS)]):
+        assert verdict(events, 10_000 * MS, (DST,)) is None
+        assert verdict([logging(1, True), fetch(2 * MS), *events], SILENCE_NS, (SRC, DST)) is None
+        assert verdict([logging(1, True), *events, pause, fetch(9 * MS)], SILENCE_NS, (SRC, DST)) == "migrated"
+
+
+def test_a_guest_that_ran_and_is_written_to_is_no_started_destination() -> None:
+    """As by a reset, or by a monitor that shows registers."""
+    events = [VcpuEnter(MS // 4, DST, DST + 1, 7, 0, 0, 1), came(MS // 2), *start(MS)]
+    assert verdict(events, 10_000 * MS, (DST,)) is None
+
+
+def test_memory_that_a_talkative_guest_maps_is_no_end_of_logging() -> None:
+    """It deletes the slot first; one that boots makes all of them."""
+    said = moved(MS, 0, 1 << 20)
+    gone = logging(2 * MS, False, size=0)
+    assert verdict([said, gone, logging(3 * MS, False)], 10_000 * MS, (SRC,)) is None
+    assert verdict([logging(MS // 2, False), said, logging(3 * MS, False)], 10_000 * MS, (SRC,)) is None
+    assert verdict([said, gone, logging(3 * MS, False), logging(4 * MS, True)], 2 * SILENCE_NS, (SRC,)) == "lost-sight"
 
 
 def test_nobody_left_is_an_ending() -> None:
@@ -102,7 +131,7 @@ def test_nobody_left_is_an_ending() -> None:
 
 def test_a_busy_guest_does_not_hide_that_the_migration_is_over() -> None:
     watch = MigrationWatch([1, 2])
-    watch.saw([Ioctl(0, 1, 2, 2, 5, SET_REGS, 0), VcpuEnter(10, 2, 3, 6, 0, 0, 1)])
+    watch.saw([came(0, pid=2), Ioctl(3, 4, 2, 2, 5, SET_REGS, 0), VcpuEnter(10, 2, 3, 6, 0, 0, 1)])
     for at in range(20, 2 * QUIET_NS, QUIET_NS // 4):
         watch.saw([VcpuExit(at, 2, 3, 6, at - 1, -4), VcpuEnter(at + 5, 2, 3, 6, at, -4, 2)])
         verdict = watch.verdict(at + 10, [1, 2])
