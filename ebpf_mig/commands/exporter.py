@@ -21,7 +21,7 @@ from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.exporter.leash import Leash, is_stopped
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
-from ebpf_mig.exporter.observation import Message, Reload
+from ebpf_mig.exporter.observation import Message, Reload, vmms
 from ebpf_mig.exporter.otel_spans import Trace
 from ebpf_mig.exporter.spawn import Options, start
 from ebpf_mig.exporter.store import Store
@@ -151,6 +151,7 @@ def _server(
         pipe=read_end,
         parent=os.getpid(),
         vm_label=vm_label,
+        vmms=vmms(),
         web_config=str(Path(web_config).absolute()) if web_config else "",
         otlp=otlp,
     )

@@ -12,13 +12,13 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ebpf_mig.breakdown import PHASES
-from ebpf_mig.exporter.observation import DELAYS_S, RESULTS, ROLES, VMMS, Observation, Status
+from ebpf_mig.exporter.observation import DELAYS_S, RESULTS, ROLES, Observation, Status, vmms
 from ebpf_mig.text import printable
 
 VMS = 256
@@ -53,10 +53,12 @@ class Metrics:
     def __init__(
         self,
         vm_style: str = "name",
+        vmm_names: Sequence[str] = (),
         clock: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock`: wall-clock time, seconds since the epoch. `steady`: monotonic time, seconds."""
+        """`vmm_names`: values of the label `vmm`, by default all. `clock`: wall-clock time, seconds since the epoch.
+        `steady`: monotonic time, seconds."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._vm_style = vm_style
@@ -126,7 +128,7 @@ class Metrics:
         self._traces: Counter | None = None
         registry.register(_Gauges(self))
         # If a series began with its first migration, `increase` and `rate` would not see that one.
-        for vmm, role in itertools.product(VMMS, ROLES):
+        for vmm, role in itertools.product(vmm_names or vmms(), ROLES):
             self._blackout.labels(vmm, role)
             for result in RESULTS:
                 self._migrations.labels(vmm, role, result)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from ebpf_mig.breakdown import Breakdown, Result, Side
-from ebpf_mig.vmm import migrating
 
-VMMS = (*migrating(), "other")
 ROLES = (Side.SOURCE, Side.DESTINATION, Side.BOTH)
 RESULTS = tuple(Result)
 DELAYS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
@@ -83,6 +81,13 @@ class Reload(msgspec.Struct, frozen=True, tag="reload"):
 Message = Observation | Status | Reload
 
 
+def vmms() -> tuple[str, ...]:
+    """Values of the label `vmm`."""
+    from ebpf_mig.vmm import migrating  # here: the listener gets the names in its options, and loads no adapter
+
+    return (*migrating(), "other")
+
+
 def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigger: str) -> Observation:
     """The summary of a breakdown."""
     m = b.migration
@@ -91,7 +96,7 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
     return Observation(
         at=at,
         recording=recording,
-        vmm=vmm if vmm in VMMS else "other",
+        vmm=vmm if vmm in vmms() else "other",
         vm=vm,
         role=role,
         result=m.result,

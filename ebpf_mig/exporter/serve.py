@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     options = msgspec.json.decode(arguments[0], type=Options)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the watch closes the pipe after draining, and says when to reload
-    metrics = Metrics(options.vm_label)
+    metrics = Metrics(options.vm_label, options.vmms)
     metrics.build(__version__, platform.release())
     web = Web(socket.socket(fileno=options.listener), metrics)
     try:

@@ -26,6 +26,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pipe: int
     parent: int
     vm_label: str
+    vmms: tuple[str, ...]
     web_config: str
     otlp: str
 

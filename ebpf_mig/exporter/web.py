@@ -14,11 +14,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
@@ -38,8 +38,7 @@ _PAGE = f"""<!doctype html>
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\nRetry-After: 10\r\n\r\n"
 
 
-@dataclass
-class _Connection:
+class _Connection(msgspec.Struct):
     """An open connection: since when (monotonic, seconds), and whether its request has been read."""
 
     since: float

@@ -17,7 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from ebpf_mig.exporter.metrics import SILENT_S, VM_CHARACTERS, VM_SECONDS, VMS, Metrics, vm_label
-from ebpf_mig.exporter.observation import RESULTS, VMMS
+from ebpf_mig.exporter.observation import RESULTS, vmms
 from tests.conftest import requires
 from tests.unit.exporter.observations import observation, status
 
@@ -93,7 +93,7 @@ def test_series_are_bounded_whatever_tenants_and_clients_do() -> None:
     metrics = Metrics()
     metrics.build("1", "2")
     metrics.status(status(lost={f"p{i}": i for i in range(100)}, run_seconds={f"f{i}": i for i in range(100)}))
-    worlds = itertools.product(VMMS, ("source", "destination", "both", "unknown"), RESULTS)
+    worlds = itertools.product(vmms(), ("source", "destination", "both", "unknown"), RESULTS)
     for vmm, role, result in worlds:
         metrics.migration(observation(vmm=vmm, role=role, result=result, phases=observation().phases | {"new": 1}))
     for number in range(VMS + 50):

@@ -59,10 +59,10 @@ def test_its_processes_and_checks_are_known(tmp_path: Path) -> None:
         code = f"""
 import json
 from ebpf_mig.commands.doctor_checks import checks
-from ebpf_mig.exporter.observation import VMMS
+from ebpf_mig.exporter.observation import vmms
 from ebpf_mig.vmm.identify import process_behind
 named = vmm.vmm_named("toyvmm-1234567"), vmm.vmm_named("teddy")
-print(json.dumps([named, VMMS, process_behind({path!r}), [c.name for c in checks()]]))
+print(json.dumps([named, vmms(), process_behind({path!r}), [c.name for c in checks()]]))
 """
         run = with_toy(code)
     assert run.returncode == 0, run.stderr
