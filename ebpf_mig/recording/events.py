@@ -10,36 +10,38 @@ as arrays: fields may be appended with a default, never removed or reordered.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import msgspec
 
 from ebpf_mig.recording.fields import (
     LATEST,
-    Address,
-    Bits32,
     Bits64,
     Count,
     Duration,
+    Event,
     Fd,
-    Flag,
     FreeText,
-    Inode,
     Instant,
-    MaybeBits32,
     MaybeDuration,
     Pid,
     Probe,
     Returned,
-    Size,
     Symbol,
     ThreadName,
     Value,
     VcpuIndex,
-    Way,
     Word,
 )
 from ebpf_mig.recording.header import ClockPair, Header, Remote, Target
+from ebpf_mig.recording.socket_events import (
+    RECEIVE,
+    SEND,
+    Direction,
+    Retransmit,
+    Segment,
+    Socket,
+    TcpInfo,
+    Transfer,
+)
 
 __all__ = [
     "CLOSED",
@@ -76,22 +78,6 @@ __all__ = [
     "VcpuSpan",
     "VcpuState",
 ]
-
-
-class Direction(IntEnum):
-    """Direction of the bytes on a socket, seen from the traced process."""
-
-    SEND = 0
-    """The traced process sends."""
-    RECEIVE = 1
-    """The traced process receives."""
-
-
-SEND, RECEIVE = Direction
-
-
-class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of all events; `tag` is the first array element of the stored form."""
 
 
 class Ioctl(Event, frozen=True, tag=1):
@@ -190,56 +176,6 @@ class Kick(Event, frozen=True, tag=5):
     signal: Bits64
 
 
-class Transfer(Event, frozen=True, tag=6):
-    """A batch of send or receive calls of one thread on one socket, without long gaps.
-
-    Outside a blackout many calls are coalesced into one batch. Inside (no vCPU of the process in KVM_RUN) each call has
-    its own event until a budget is used up. `end_ns - begin_ns - in_call_ns` is the time between the calls.
-    """
-
-    begin_ns: Instant
-    end_ns: Instant
-    pid: Pid
-    tid: Pid
-    fd: Fd
-    direction: Way
-    """A `Direction`."""
-    socket: Inode
-    """Inode number of the socket; 0 if unknown."""
-    calls: Count
-    bytes: Size
-    in_call_ns: Duration
-    max_call_ns: Duration
-    failed: Count
-    """Calls that returned an error, mostly -EAGAIN. They transfer no bytes."""
-    position: Size
-    """Traced bytes on this socket in this direction before this batch."""
-    off_cpu_ns: MaybeDuration = -1
-    """Part of `in_call_ns` in which the thread was off the CPU; -1 unknown."""
-    off_before_ns: MaybeDuration = -1
-    """Total time off the CPU of this thread from the begin of tracing to the begin of the first call; -1 unknown."""
-    hidden: Flag = 0
-    """1: sends that no traced system call made (io_uring, for example). sock:sock_send_length reports them when they
-    end. So `begin_ns` is the end of the first send, `in_call_ns` is 0, and the durations are unknown.
-    """
-
-
-class Socket(Event, frozen=True, tag=7):
-    """Describes a socket inode; recorded once, when a traced call first uses it."""
-
-    at_ns: Instant
-    pid: Pid
-    fd: Fd
-    socket: Inode
-    family: Bits64
-    """AF_UNIX 1, AF_INET 2, AF_INET6 10."""
-    local: Address
-    """Address and port as `ADDR:PORT`, or empty (UNIX)."""
-    remote: Address
-    peer: Inode = 0
-    """Inode of the other end; 0 unknown. For UNIX sockets, and for all sockets in a joined recording."""
-
-
 class Thread(Event, frozen=True, tag=8):
     """The name of a thread in /proc. It is used for labels only, never for attribution."""
 
@@ -289,33 +225,6 @@ class OffCpu(Event, frozen=True, tag=12):
     """It did not sleep, it lost the CPU to another thread."""
 
 
-class Segment(Event, frozen=True, tag=13):
-    """A TCP segment that arrived at a traced socket in the blackout, recorded before TCP processed it.
-
-    Source: tcp:tcp_probe. The figures are those of the receiving socket, in bytes (struct tcp_sock, Linux 6.12).
-    """
-
-    at_ns: Instant
-    pid: Pid
-    socket: Inode
-    payload: Size
-    """Data in the segment; 0 for a pure acknowledgement."""
-    acked: Size
-    """Newly acknowledged bytes."""
-    in_flight: Size
-    """Sent but not acknowledged before it arrived (snd_nxt - snd_una)."""
-    unsent: Size
-    """Written by the process but not yet sent (write_seq - snd_nxt)."""
-    window: Size
-    """The receive window of the other end before it arrived (snd_wnd)."""
-    seq: MaybeBits32 = -1
-    """Sequence number of its first byte, 32 bits as on the wire; -1 unknown."""
-    ack: MaybeBits32 = -1
-    """Its acknowledgement number."""
-    received: MaybeBits32 = -1
-    """Sequence number up to which all data had arrived before it (rcv_nxt)."""
-
-
 class VcpuSpan(Event, frozen=True, tag=14):
     """Time of one vCPU thread outside KVM_RUN from one fetch of its process to the next (or for 250 ms).
 
@@ -348,19 +257,6 @@ class Samples(Event, frozen=True, tag=15):
     """Kernel functions, innermost first."""
 
 
-class TcpInfo(Event, frozen=True, tag=16):
-    """TCP's figures for a migration socket, read through sock_diag: `struct tcp_info` of include/uapi/linux/tcp.h."""
-
-    at_ns: Instant
-    pid: Pid
-    socket: Inode
-    values: dict[Word, Count] = {}
-    """Without the prefix `tcpi_`: `busy_time`, `rwnd_limited`, `sndbuf_limited` (us, but counted in jiffies),
-    `total_retrans`, `bytes_retrans`, `bytes_acked`, `rtt` (us), ...; `queued`: unsent and unacknowledged bytes;
-    `jiffy_us`: the resolution of the times.
-    """
-
-
 class OwnCost(Event, frozen=True, tag=17):
     """Run time of our BPF programs since tracing began, from the kernel's statistics."""
 
@@ -369,22 +265,6 @@ class OwnCost(Event, frozen=True, tag=17):
     runs: Count
     remote: bool = False
     """Of the other host, in a joined recording."""
-
-
-class Retransmit(Event, frozen=True, tag=18):
-    """A TCP segment that a traced socket retransmitted in the blackout: it or its acknowledgement was lost or late.
-
-    Source: tcp:tcp_retransmit_skb.
-    """
-
-    at_ns: Instant
-    pid: Pid
-    socket: Inode
-    bytes: Size
-    seq: Bits32
-    """Sequence number of its first byte, 32 bits as on the wire."""
-    number: Count
-    """Ordinal of this retransmission on the socket since tracing began. Earlier ones may have no event."""
 
 
 CLOSED, ENDED, WRITTEN = "session.closed", "session.ended", "session.written"
@@ -413,15 +293,15 @@ class Ending(Event, frozen=True, tag=11):
     at_ns: Instant
     reason: Word
     """`migrated`, `failed`, `cancelled`, `duration`, `interrupted`, `target-died`, `command-ended`."""
-    lost: dict[Probe, Count] = {}
+    lost: dict[Probe, Count] = msgspec.field(default_factory=dict)
     """Events dropped in the kernel, by probe, and `RECURSION_MISSES`."""
-    unpaired: dict[Probe, Count] = {}
+    unpaired: dict[Probe, Count] = msgspec.field(default_factory=dict)
     """Exits without an entry and similar cases, by probe. Threads inside a call when tracing begins cause some;
     harmless.
     """
-    observer_ns: dict[Probe, Count] = {}
+    observer_ns: dict[Probe, Count] = msgspec.field(default_factory=dict)
     """Run time of our BPF programs over the whole recording, by probe, if the kernel counts it."""
-    observer_runs: dict[Probe, Count] = {}
+    observer_runs: dict[Probe, Count] = msgspec.field(default_factory=dict)
 
 
 AnyEvent = (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of the fields of events and headers: what each value means, and its range.
+"""The types of the fields of events and headers: what each value means, and its range; and the base of events.
 
-In: nothing. Out: annotated types for `events.py` and `header.py`.
+In: nothing. Out: annotated types for `events.py`, `socket_events.py` and `header.py`, and `Event`.
 
 The type of a field gives its meaning, unless it is a plain number. `Instant`s are shifted when two recordings are
 joined; `HostName`, `Address` and similar fields are replaced when a recording is redacted. `kinds.py` reads these
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from ebpf_mig.recording.meaning import Meaning
 
@@ -67,3 +67,7 @@ Tier = Annotated[str, Meaning.TIER]
 """How a signal was attached, or `absent: ` and the reason."""
 Word = Annotated[str, Meaning.WORD]
 """A word of ebpf-mig or of the VMM's protocol; it identifies nobody."""
+
+
+class Event(Struct, frozen=True, array_like=True, gc=False):
+    """Base of all events; `tag` is the first array element of the stored form."""

@@ -26,7 +26,6 @@ from ebpf_mig.recording.budget import Budget, check_content
 from ebpf_mig.recording.events import AnyEvent, Ending, Header
 from ebpf_mig.recording.format import (
     COMPRESSED,
-    FORMAT,
     FRAME,
     KIND_EVENTS,
     KIND_HEADER,
@@ -34,12 +33,14 @@ from ebpf_mig.recording.format import (
     MAX_RAW,
     MAX_STORED,
     DamageError,
+    check_magic,
     content_of,
     decode_events,
     decode_header,
     encode,
     events_block,
     header_block,
+    read_up_to,
 )
 from ebpf_mig.text import printable
 
@@ -252,14 +253,7 @@ class RecordingReader:
         self.reason = reason
 
     def _read_header(self) -> Header:
-        magic = self._read(len(MAGIC))
-        if not magic:
-            raise DamageError("the file is empty")
-        if magic != MAGIC:
-            if version := re.fullmatch(rb"EBPFMIG(\d)\n", magic):
-                newer = version[1].decode()
-                raise DamageError(f"made by another ebpf-mig (format {newer}); this one reads format {FORMAT}")
-            raise DamageError("not an ebpf-mig recording")
+        check_magic(read_up_to(self._file, len(MAGIC)))
         frame = self._read_frame()
         if frame is None:
             raise DamageError("the file ends before its header")
@@ -267,23 +261,16 @@ class RecordingReader:
             raise DamageError("the first block is not a header")
         return decode_header(frame[1])
 
-    def _read(self, size: int) -> bytes:
-        """Up to `size` bytes; fewer only at the end. Raw streams and pipes return short reads."""
-        data = self._file.read(size)
-        while data and len(data) < size and (more := self._file.read(size - len(data))):
-            data += more
-        return data
-
     def _read_frame(self) -> tuple[int, bytes] | None:
         """The kind and content of the next block; None at the regular end of the file."""
-        head = self._read(FRAME.size)
+        head = read_up_to(self._file, FRAME.size)
         if not head:
             return None
         where = self._next_block()
         length, crc, kind = FRAME.unpack(head) if len(head) == FRAME.size else (1, 0, 0)
         if length > MAX_STORED:
             raise DamageError(f"{where} is damaged: {length} bytes, more than {MAX_STORED}")
-        payload = self._read(length)
+        payload = read_up_to(self._file, length)
         if len(payload) < length:
             raise DamageError(f"the file ends inside {where}")
         try:

@@ -7,10 +7,11 @@ and writes the files.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Collection
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
@@ -58,6 +59,25 @@ _raws_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 class DamageError(Exception):
     """The rest of the file cannot be used; the message gives the reason."""
+
+
+def read_up_to(file: BinaryIO, size: int) -> bytes:
+    """Up to `size` bytes; fewer only at the end. Raw streams and pipes return short reads."""
+    data = file.read(size)
+    while data and len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
+def check_magic(magic: bytes) -> None:
+    """DamageError if a file does not begin with the magic of this format."""
+    if not magic:
+        raise DamageError("the file is empty")
+    if magic != MAGIC:
+        if version := re.fullmatch(rb"EBPFMIG(\d)\n", magic):
+            newer = version[1].decode()
+            raise DamageError(f"made by another ebpf-mig (format {newer}); this one reads format {FORMAT}")
+        raise DamageError("not an ebpf-mig recording")
 
 
 def header_block(header: Header) -> bytes:

@@ -2,7 +2,7 @@
 """The JSON report: the breakdown as the public schema `ebpf-mig/breakdown/1`.
 
 In: a breakdown. Out: one JSON object, indented, pure ASCII (so no string in it can reach a terminal as an
-escape sequence), keys in the order of `breakdown.py`. A field that was not measured is present and null.
+escape sequence), keys in the order of `breakdown/`. A field that was not measured is present and null.
 """
 
 from __future__ import annotations

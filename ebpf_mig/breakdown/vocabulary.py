@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The words of a breakdown: the values that its fields can have, and the base of its structs.
 
-In: nothing. Out: enums whose values are public names in the JSON form: add, never rename. `breakdown.py` exports them
+In: nothing. Out: enums whose values are public names in the JSON form: add, never rename. The package exports them
 all.
 """
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of the breakdown on dirty logging: fetches of the dirty log, pre-copy passes, re-arming.
 
-In: nothing. Out: frozen structs. The conventions are those of `breakdown.py`, which exports them all.
+In: nothing. Out: frozen structs. The conventions are those of the package, which exports them all.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from ebpf_mig.vocabulary import DirtyLogMode, Struct
+from ebpf_mig.breakdown.vocabulary import DirtyLogMode, Struct
 
 
 class Slot(Struct, frozen=True, kw_only=True):
