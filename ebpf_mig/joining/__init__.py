@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts, two clocks: one recording of both. Pure."""
+"""Joins the recordings of two hosts, each with its own clock, into one. Pure."""

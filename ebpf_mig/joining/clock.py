@@ -3,8 +3,8 @@
 
 In: pairs of instants, one on each clock; the first is known to come before the second. Out: `Bounds` on the
 offset (the destination's clock minus the source's) at any instant. The model and its proof are in docs/clock.md: during
-a migration the offset is a line, apart from a small drift of the rate. Each pair says that the line passes below or
-above a point. Only the convex hull of the points is kept. The result is a convex region of lines; at any instant the
+a migration the offset is a line, apart from a small drift of the rate. Each pair means that the line passes below or
+above a point. Only the convex hull of the points is kept. The result is a convex region of lines. At any instant the
 offset lies between the lowest and the highest of them. All arithmetic is exact.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 MAX_DRIFT = Fraction(1, 1000)
-"""How much two clocks can differ in rate: adjtimex(2) takes 500 ppm to either side (MAXFREQ, include/linux/timex.h)."""
+"""How much the rates of two clocks can differ: adjtimex(2) allows +-500 ppm each (MAXFREQ, include/linux/timex.h)."""
 WANDER = Fraction(1, 10**6)
 """How much the rate can change: the bound of a pair is loosened by this share of its distance in time."""
 MOST_CORNERS = 256
@@ -28,7 +28,7 @@ Point = tuple[int, int]
 
 @dataclass
 class Hull:
-    """The lower convex hull of points that arrive in order of time. The lines lie below all of them."""
+    """The lower convex hull of points that are added in order of time. The lines lie below all of them."""
 
     points: list[Point] = field(default_factory=list)
     count: int = 0
@@ -52,7 +52,7 @@ class Hull:
 
 @dataclass
 class Evidence:
-    """What is known of the offset: it lies below each point of `most` and above each of `least`."""
+    """The known limits of the offset: it lies below each point of `most` and above each of `least`."""
 
     most: list[Hull] = field(default_factory=list)
     least: list[Hull] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Evidence:
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """How many pairs bound it from above and from below."""
+        """The number of pairs that bound the offset from above, and from below."""
         return sum(hull.count for hull in self.most), sum(hull.count for hull in self.least)
 
     def add(self, other: Evidence) -> None:
@@ -69,7 +69,7 @@ class Evidence:
         self.least += other.least
 
     def limit(self, at: int, least: int, most: int) -> Evidence:
-        """The same, with the offset known to lie in [least, most] at one instant."""
+        """The same evidence, plus that the offset lies in [least, most] at one instant."""
         return Evidence([*self.most, Hull([(at, most)], 1)], [*self.least, Hull([(at, -least)], 1)])
 
 
@@ -85,14 +85,14 @@ class Bounds:
 
     @property
     def offset(self) -> int:
-        """The middle, or the one limit that is known."""
+        """The middle of the limits, or the only known limit."""
         if self.least is None or self.most is None:
             return self.most if self.most is not None else self.least or 0
         return (self.least + self.most) // 2
 
     @property
     def bound(self) -> int | None:
-        """How far `offset` can be off; None: there is no limit on one side."""
+        """How far `offset` can be off, in ns; None if one side has no limit."""
         if self.least is None or self.most is None:
             return None
         return max(self.most - self.offset, self.offset - self.least)

@@ -2,7 +2,7 @@
 """The figures of a breakdown that span two clocks, and the error bound of each.
 
 In: a breakdown of a joined recording, and the clock bounds in its header. Out: the same breakdown with error bounds.
-Figures within one host have none.
+Figures within one host have no bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def bound_at(remote: Remote, at_ns: int) -> int | None:
 
 
 def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
-    """The breakdown with the clock bound at every figure that it concerns. `origin`: its instant 0."""
+    """The breakdown with the clock bound at every figure that spans both clocks. `origin`: its instant 0."""
     start = breakdown.blackout[1] if breakdown.blackout else remote.at_ns - origin
     known = Clock(
         offset_ns=remote.offset_ns,
@@ -51,9 +51,7 @@ def bounded(breakdown: Breakdown, remote: Remote, origin: int) -> Breakdown:
 
 
 def _phases(phases: list[Phase], remote: Remote, origin: int) -> list[Phase]:
-    """The bound applies to what begins where the source's phases end: handover, and phases that start within the
-    bound.
-    """
+    """Adds the bound to the handover, and to later phases that begin within the bound of the source's last instant."""
     left = max((phase.spans[-1][1] for phase in phases if phase.side == Side.SOURCE and phase.spans), default=0)
     bound = bound_at(remote, origin + left)
     near = left + (bound or 0)

@@ -57,7 +57,7 @@ class Survey:
 def survey(name: str, recording: Recording) -> Survey:
     """Indexes a recording in one pass. JoinError if it is a joined one."""
     if recording.header.remote is not None:
-        raise JoinError(f"{name} is a joined recording already", "look at it with: ebpf-mig report")
+        raise JoinError(f"{name} is already a joined recording", "show it with: ebpf-mig report")
     kinds: dict[type, list[Any]] = defaultdict(list)
     for event in recording.events:
         kinds[type(event)].append(event)
@@ -75,8 +75,10 @@ def gathered(source: Survey, destination: Survey, near: End, far: End) -> Eviden
     """The clock constraints from one connection."""
     found = Evidence()
     out, back, arrivals, returns, acks, replies, opened, reopened = (Hull() for _ in range(8))
-    happens_before.follows(happens_before.Way(near.sends, far.receives, _from_start(source, near)), out, True)
-    happens_before.follows(happens_before.Way(far.sends, near.receives, _from_start(destination, far)), back, False)
+    happens_before.follows(happens_before.Direction(near.sends, far.receives, _from_start(source, near)), out, True)
+    happens_before.follows(
+        happens_before.Direction(far.sends, near.receives, _from_start(destination, far)), back, False
+    )
     here, there = source.segments[near.pid, near.inode], destination.segments[far.pid, far.inode]
     happens_before.arrived(near.sends, here, there, arrivals, True)
     happens_before.arrived(far.sends, there, here, returns, False)
@@ -94,10 +96,10 @@ def _readings(side: Survey, end: End) -> list[ev.TcpInfo]:
 
 
 def _from_start(side: Survey, end: End) -> bool:
-    """Whether TCP sent no more than was traced: then the first byte was traced too."""
+    """Whether tracing saw all bytes that TCP sent, and so the first one too."""
     readings = [reading.values for reading in _readings(side, end)]
-    told = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
-    return bool(told) and 0 < max(told) <= end.sent + _SYN_FIN
+    written = [v["bytes_acked"] + v["queued"] for v in readings if {"bytes_acked", "queued"} <= v.keys()]
+    return bool(written) and 0 < max(written) <= end.sent + _SYN_FIN
 
 
 def rough(evidence: Evidence) -> int | None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of instants on two hosts whose order is known: bytes are sent before they are received.
 
-In: what one host sent on a connection and what the other received, as batches of calls with their position in the
-stream. Out: points of `clock.Hull`s. A batch of many calls still bounds its first and its last byte. The first was
-received when the first call ended, and that call took no longer than the longest. The last was not sent before the
+In: the sends of one host and the receives of the other on a connection, as batches of calls with their position in the
+stream. Out: points of `clock.Hull`s. A batch of many calls still bounds its first and its last byte. The first byte was
+received when the first call ended, and that call took no longer than the longest. The last byte was not sent before the
 last call began.
 """
 
@@ -24,7 +24,7 @@ Mark = tuple[int, int]
 
 
 @dataclass
-class Way:
+class Direction:
     """One direction of one connection."""
 
     sends: Sequence[Transfer]
@@ -38,19 +38,19 @@ def sent_bytes(transfers: Iterable[Transfer]) -> int:
     return max([t.position + t.bytes for t in transfers], default=0)
 
 
-def follows(way: Way, hull: Hull, receiver_is_other: bool) -> bool:
+def follows(direction: Direction, hull: Hull, receiver_is_other: bool) -> bool:
     """Adds the pairs of one direction to a hull. False if the positions of the two ends cannot be compared.
 
     `receiver_is_other`: the receives are on the other clock (the source sends), which bounds the offset from above;
     else from below, and negated.
     """
-    sent, received = sent_bytes(way.sends), sent_bytes(way.receives)
+    sent, received = sent_bytes(direction.sends), sent_bytes(direction.receives)
     ahead = max(0, received - sent)
-    if not sent or not received or (abs(received - sent) > PEEKED_BYTES and not way.from_start):
+    if not sent or not received or (abs(received - sent) > PEEKED_BYTES and not direction.from_start):
         return False
     # Receiver positions that are too small make pairs looser, never wrong.
-    receives = [(place - ahead, at) for place, at in _received(_blocks(way.receives))]
-    index, sends, latest = 0, _sent(_blocks(way.sends)), None
+    receives = [(place - ahead, at) for place, at in _received(_blocks(direction.receives))]
+    index, sends, latest = 0, _sent(_blocks(direction.sends)), None
     used: int | None = None
     for place, arrived in receives:
         while index < len(sends) and sends[index][0] <= place:
@@ -120,11 +120,11 @@ def _received(blocks: Sequence[Block]) -> list[Mark]:
 
 
 def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hull, receiver_is_other: bool) -> None:
-    """Adds pairs from TCP: what had not arrived yet was acknowledged later.
+    """Adds pairs from TCP: bytes that had not arrived yet were acknowledged later.
 
-    `receiver` are the segments that arrived at one end; they show what it had not received before. `acks` are those
-    that arrived at the other, in order of time. `receiver_is_other`: the receiver has the other clock, which bounds the
-    offset from below.
+    `receiver` are the segments that arrived at one end; they show which bytes it had not received before. `acks` are
+    the segments that arrived at the other end, in order of time. `receiver_is_other`: the receiver has the other clock,
+    which bounds the offset from below.
     """
     lacking = [segment for segment in receiver if segment.received >= 0]
     if not lacking:
@@ -149,11 +149,11 @@ def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hul
 
 
 def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool) -> None:
-    """Adds pairs from TCP: what had not been sent when a segment arrived at the sender arrived later.
+    """Adds pairs from TCP: bytes that the sender had not sent yet when a segment arrived there, arrived later.
 
-    `sender` are the segments that arrived at one end; they show up to where it had sent. `data` are those that arrived
-    at the other, in order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from
-    above.
+    `sender` are the segments that arrived at one end; they show up to where it had sent. `data` are the segments that
+    arrived at the other end, in order of time. `data_is_other`: the data arrived on the other clock, which bounds the
+    offset from above.
     """
     known = [segment for segment in sender if segment.ack >= 0]
     if not known:
@@ -178,17 +178,17 @@ def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, dat
 
 
 def _next(segment: Segment) -> int:
-    """The sequence number that the socket was to send next (snd_nxt)."""
+    """The sequence number that the socket would send next (snd_nxt)."""
     return (segment.ack - segment.acked + segment.in_flight) % _WRAP
 
 
 def arrived(
     sends: Sequence[Transfer], acks: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool
 ) -> None:
-    """Adds pairs of what one end sent and the segments in which it arrived at the other.
+    """Adds pairs of one end's sends and the segments in which the bytes arrived at the other end.
 
-    `acks` are segments that arrived at the sender: they map its stream positions to sequence numbers. Like `data`, in
-    order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
+    `acks` are segments that arrived at the sender; they map its stream positions to sequence numbers. `acks` and `data`
+    are in order of time. `data_is_other`: the data arrived on the other clock, which bounds the offset from above.
     """
     if not acks or not data:
         return
@@ -217,7 +217,7 @@ def arrived(
 def _origin(blocks: Sequence[Block], acks: Sequence[Segment]) -> int | None:
     """The sequence number of stream position 0, or a larger one: positions derived from it are never too large.
 
-    TCP reports up to which number the process has written. What calls that had ended wrote is known.
+    TCP reports up to which number the process has written. The bytes written by calls that had ended are known.
     """
     found: int | None = None
     index = written = 0

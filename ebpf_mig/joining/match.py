@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matches the connections of two recordings: by addresses and ports, otherwise by the bytes that were transferred.
 
-In: what each process of two hosts sent and received on each socket. Out: the pair of processes of one migration, with
-its connections; or a JoinError that says why there is none. NAT and proxies change addresses and ports, but not the
-number of bytes in each direction.
+In: the sends and receives of each process of two hosts on each socket. Out: the pair of processes of one migration,
+with its connections; or a JoinError with the reason why there is none. NAT and proxies change addresses and ports, but
+not the number of bytes in each direction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ebpf_mig.recording.events import SEND, Socket, Transfer
 from ebpf_mig.text import printable, size
 
 MOST_SOCKETS = 256
-"""Sockets compared per recording, those with the most bytes: the work grows with the square."""
+"""The number of sockets compared per recording, those with the most bytes. The work grows with its square."""
 CLOSE = 100
 """Two counts of one stream may differ by 1/100: tracing may have ended earlier on one side."""
 
@@ -41,7 +41,7 @@ class End:
     received: int = 0
 
     def count(self) -> None:
-        """Adds the bytes of a transfer."""
+        """Sets `sent` and `received` from the transfers."""
         self.sent, self.received = sent_bytes(self.sends), sent_bytes(self.receives)
 
     @property
@@ -57,8 +57,9 @@ class Match:
     """Two processes and the connections between them."""
 
     near: int
-    """pid in the first recording."""
+    """The pid in the first recording."""
     far: int
+    """The pid in the second recording."""
     ends: list[tuple[End, End]]
     nat: bool = False
     """Addresses or ports differ between the two ends."""
@@ -74,7 +75,7 @@ class Match:
         return sum(near.sent - near.received for near, _ in self.ends)
 
 
-def ends_of(transfers: Sequence[Transfer], told: Sequence[Socket]) -> list[End]:
+def ends_of(transfers: Sequence[Transfer], sockets: Sequence[Socket]) -> list[End]:
     """The sockets of a recording, those with the most bytes first."""
     found: dict[tuple[int, int], End] = {}
     for transfer in transfers:
@@ -84,7 +85,7 @@ def ends_of(transfers: Sequence[Transfer], told: Sequence[Socket]) -> list[End]:
             if end is None:
                 end = found[key] = End(*key)
             (end.sends if transfer.direction == SEND else end.receives).append(transfer)
-    for socket in told:
+    for socket in sockets:
         if (known := found.get((socket.pid, socket.socket))) is not None:
             known.socket = socket
     for end in found.values():
@@ -115,7 +116,7 @@ def matches(near: Sequence[End], far: Sequence[End], names: tuple[str, str]) -> 
 
 
 def _candidates(near: Sequence[End], far: Sequence[End]) -> set[tuple[int, int]]:
-    """All connections whose addresses mirror each other; of the others, those with the most bytes."""
+    """Pairs of connections to compare: all with mirrored addresses, and of the others those with the most bytes."""
     by_ends = {ends: j for j, end in enumerate(far) if (ends := _ends(end.socket)) is not None}
     mirrored = {
         (i, by_ends[ends[::-1]]) for i, a in enumerate(near) if (ends := _ends(a.socket)) and ends[::-1] in by_ends
@@ -124,7 +125,7 @@ def _candidates(near: Sequence[End], far: Sequence[End]) -> set[tuple[int, int]]
 
 
 def _ends(socket: Socket | None) -> tuple[str, str] | None:
-    """Both addresses in one spelling; None if they are not known."""
+    """Both addresses, normalized; None if one is unknown."""
     if socket is None or not socket.local or not socket.remote:
         return None
     return normal(socket.local), normal(socket.remote)
@@ -147,7 +148,7 @@ def _score(near: End, far: End) -> int:
 
 
 def _addresses(near: End, far: End) -> int:
-    """3: mirrored. 2: both ports are. 1: one port is. 0: nothing, or not known."""
+    """3: addresses and ports mirror each other. 2: both ports do. 1: one port does. 0: none, or unknown."""
     a, b = _ends(near.socket), _ends(far.socket)
     if a is None or b is None:
         return 0
@@ -169,21 +170,21 @@ def _agree(sent: int, received: int) -> bool:
 
 
 def _why_none(near: Sequence[End], far: Sequence[End], names: tuple[str, str]) -> str:
-    """A message that says why no connection matches."""
+    """The message about why no connection matches."""
     for i, j in sorted(_candidates(near, far)):
         if _addresses(near[i], far[j]) == _SAME:
             both = f"{names[0]} and {names[1]} have {near[i].name} in common"
             return f"{both}, but not its bytes: {names[1]} has {far[j].name}"
-    ways = {side: _busiest(ends) for side, ends in zip(names, (near, far), strict=True)}
-    for side, end in ways.items():
+    busiest = {side: _busiest(ends) for side, ends in zip(names, (near, far), strict=True)}
+    for side, end in busiest.items():
         if end is None:
-            return f"{side} holds no connection with enough bytes to be a migration's"
-    (one, a_end), (other, b_end) = ways.items()
-    assert a_end is not None  # noqa: S101 - told above
+            return f"{side} has no connection with enough bytes for a migration"
+    (one, a_end), (other, b_end) = busiest.items()
+    assert a_end is not None  # noqa: S101 - checked above
     assert b_end is not None  # noqa: S101
     if (a_end.sent > a_end.received) == (b_end.sent > b_end.received):
-        way = "source" if a_end.sent > a_end.received else "destination"
-        return f"{one} and {other} are both of a {way}: {a_end.name}, and {b_end.name}"
+        role = "source" if a_end.sent > a_end.received else "destination"
+        return f"{one} and {other} were both recorded on a {role}: {a_end.name}, and {b_end.name}"
     return f"{one} and {other} have no connection in common: the largest are {a_end.name}, and {b_end.name}"
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joins the recordings of a migration's two hosts into one, on the source's clock.
 
-In: two recordings, in any order. Out: one recording that every report can be made of; `remote` in its header
-says how the clocks were aligned. JoinError says why two recordings do not belong together. Recordings are untrusted:
-nothing in them is used as a path or a command, and the work that they can cause is bounded.
+In: two recordings, in any order. Out: one recording that every report accepts. `remote` in its header describes how
+the clocks were aligned. JoinError gives the reason why two recordings do not belong together. Recordings are
+untrusted: nothing in them is used as a path or a command, and the work that they can cause is bounded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS
 from ebpf_mig.text import printable
 
 _OTHER_PID = 1 << 32
-"""Added to the destination's pid if both are the same. No kernel assigns such a number."""
+"""Added to the destination's pid if both pids are the same. No kernel assigns a pid this large."""
 _SOURCE_ONLY = frozenset({"dirty-log", "kick", "brownout", "hidden-sends", "samples"})
 
 
@@ -68,7 +68,7 @@ def joined(
     chosen = [match for match in found if pid is None or pid in (match.near, match.far)]
     if not chosen:
         both = ", ".join(f"{match.near} and {match.far}" for match in found)
-        raise UsageError(f"no migration of process {pid} is in both recordings", f"they have those of {both}")
+        raise UsageError(f"no migration of process {pid} is in both recordings", f"they have migrations of {both}")
     match = chosen[0]
     if match.outward < 0:
         near, far = far, near
@@ -89,7 +89,7 @@ def _refuse_same(near: Survey, far: Survey) -> None:
         inside = {end.pid for end in one.ends}
         own = matching.matches_within(one.ends)
         if len(inside) > 1 and own:
-            raise JoinError(f"{one.name} holds both sides of a migration already", "look at it with: ebpf-mig report")
+            raise JoinError(f"{one.name} already has both sides of a migration", "show it with: ebpf-mig report")
 
 
 def _bounds(source: Survey, destination: Survey, match: Match, hint: Hint | None) -> tuple[Bounds, Evidence]:
@@ -109,7 +109,7 @@ def _bounds(source: Survey, destination: Survey, match: Match, hint: Hint | None
         bounds = clock.bounds(evidence, at)
     except ContradictionError:
         raise JoinError(
-            f"{source.name} and {destination.name} are not of the same migration: by any clocks, bytes of "
+            f"{source.name} and {destination.name} are not of the same migration: whatever the clocks, bytes of "
             f"{match.ends[0][0].name} would have been received before they were sent"
         ) from None
     if wall is None:
@@ -127,8 +127,10 @@ def _refused(bounds: Bounds, wall: tuple[int, int]) -> str:
         sides.append(f"at least {(bounds.least - wall[0]) / 1e6:+.3f} ms")
     if bounds.most is not None:
         sides.append(f"at most {(bounds.most - wall[0]) / 1e6:+.3f} ms")
-    said = f"+-{wall[1] / 1e6:.3f} ms"
-    return f"--clock-offset contradicts what was sent and received: it is off by {', '.join(sides)}, and says {said}"
+    doubt = f"+-{wall[1] / 1e6:.3f} ms"
+    return (
+        f"--clock-offset contradicts what was sent and received: it is off by {', '.join(sides)}, its doubt is {doubt}"
+    )
 
 
 def _wall(source: ev.Header, destination: ev.Header, hint: Hint) -> tuple[int, int]:
@@ -161,7 +163,7 @@ def _merged(
         pairs=evidence.pairs,
     )
     if match.nat:
-        notes.append("the two ends of the connection have other addresses or ports (NAT): matched by bytes and times")
+        notes.append("the connection's two ends have different addresses or ports (NAT): matched by bytes and times")
     if a.boot_id and a.boot_id == b.boot_id:
         notes.append(f"both were recorded on one kernel, so the true offset is 0: estimated {offset / 1e3:+.3f} us")
     header = replace(
@@ -178,7 +180,7 @@ def _merged(
             force_setattr(event, "pid", pid)
     peers = {(pid, far.inode): near.inode for near, far in match.ends}
     for sockets in (here.get(ev.Socket, []), there.get(ev.Socket, [])):
-        sockets[:] = [replace(told, peer=peers.get((told.pid, told.socket), 0)) for told in sockets]
+        sockets[:] = [replace(socket, peer=peers.get((socket.pid, socket.socket), 0)) for socket in sockets]
     events: list[ev.AnyEvent] = [*chain.from_iterable(here.values()), *chain.from_iterable(there.values())]
     events += _costs(source, 0, remote=False) + _costs(destination, offset, remote=True)
     ending = _ending(source.ending, destination.ending, offset)
@@ -222,9 +224,9 @@ def _of(side: Survey, pid: int) -> dict[type, list[Any]]:
 
 
 def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
-    """Moves instants in place: a copy of a million events takes seconds. 0 is "not seen" and stays so.
+    """Moves instants in place: a copy of a million events takes seconds. 0 means "not seen" and stays 0.
 
-    What would lie before this host's clock began, or after any clock's end, is cut to it.
+    Instants that would lie before this host's clock began, or after the end of any clock, are cut to that limit.
     """
     for kind, events in kinds.items():
         for name in BY_TYPE[kind].instants:
@@ -234,7 +236,7 @@ def _shift(kinds: dict[type, list[Any]], by_ns: int) -> None:
 
 
 def _most(count: int) -> int:
-    """A sum of what two recordings claim, as far as one can hold it."""
+    """The count, at most the largest that a recording can hold."""
     return min(count, LATEST)
 
 
@@ -254,14 +256,14 @@ def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
     return found
 
 
-_WORDS = ("cancelled", "failed", "migrated")
+_REASONS = ("cancelled", "failed", "migrated")
 """Ending reasons that state the result, the most certain last."""
 
 
 def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int) -> ev.Ending | None:
     if source is None or destination is None:
         return None
-    said = max((source, destination), key=lambda e: _WORDS.index(e.reason) if e.reason in _WORDS else -1)
+    decisive = max((source, destination), key=lambda e: _REASONS.index(e.reason) if e.reason in _REASONS else -1)
 
     def both(name: str) -> dict[str, int]:
         sums = Counter(getattr(source, name)) + Counter(getattr(destination, name))
@@ -269,7 +271,7 @@ def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int
 
     return ev.Ending(
         _within(max(source.at_ns, destination.at_ns - offset)),
-        said.reason,
+        decisive.reason,
         both("lost"),
         both("unpaired"),
         both("observer_ns"),

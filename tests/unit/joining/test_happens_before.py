@@ -31,7 +31,7 @@ def receive(begin: int, end: int, position: int, size: int, **more: int) -> Tran
 
 def most(sends: list[Transfer], receives: list[Transfer], *, from_start: bool = False) -> list[int]:
     hull = Hull()
-    if not happens_before.follows(happens_before.Way(sends, receives, from_start), hull, True):
+    if not happens_before.follows(happens_before.Direction(sends, receives, from_start), hull, True):
         return []
     return [y - AHEAD for _, y in hull.points]
 

@@ -86,7 +86,7 @@ def test_a_joined_recording_can_be_written_and_read_again(tmp_path: Path) -> Non
         writer.write_many(whole.events)
     again = read_recording(tmp_path / "both.rec")
     assert analyse(again).breakdown == analyse(whole).breakdown
-    with pytest.raises(JoinError, match="is a joined recording already"):
+    with pytest.raises(JoinError, match="is already a joined recording"):
         joined(again, sides(CH)[0])
 
 
@@ -148,17 +148,17 @@ def test_recordings_that_do_not_belong_together_are_refused_with_the_reason() ->
     other_source, other_destination = sides(CH)
     with pytest.raises(JoinError, match=r"A and B have no connection in common: the largest are 127\.0\.0\.1:43744 - "):
         joined(source, other_destination, ("A", "B"))
-    with pytest.raises(JoinError, match="A and B are both of a source"):
+    with pytest.raises(JoinError, match="A and B were both recorded on a source"):
         joined(source, other_source, ("A", "B"))
     with pytest.raises(JoinError, match="A and B are the same recording"):
         joined(source, side_of(read_recording(QEMU), "source"), ("A", "B"))
-    with pytest.raises(JoinError, match="A holds both sides of a migration already"):
+    with pytest.raises(JoinError, match="A already has both sides of a migration"):
         joined(read_recording(QEMU), destination, ("A", "B"))
     half = changed(destination, lambda e: replace(e, bytes=0, position=0) if isinstance(e, Transfer) else e)
     with pytest.raises(JoinError, match="in common, but not its bytes"):
         joined(source, half, ("A", "B"))
     empty = replace(destination, events=[])
-    with pytest.raises(JoinError, match="B holds no connection with enough bytes"):
+    with pytest.raises(JoinError, match="B has no connection with enough bytes"):
         joined(source, empty, ("A", "B"))
 
 
@@ -306,14 +306,14 @@ def test_what_is_no_hint_is_refused(text: str) -> None:
 def test_the_command_prints_what_its_joined_recording_says(tmp_path: Path) -> None:
     halves = [str(DATA / "hosts" / f"{role}.rec") for role in ("destination", "source")]
     both = str(tmp_path / "both.rec")
-    told = run("join", *halves, "--recording", both, "--format", "json")
-    assert told.returncode == 0, told.stderr
-    assert run("report", both, "--format", "json").stdout == told.stdout
+    joined = run("join", *halves, "--recording", both, "--format", "json")
+    assert joined.returncode == 0, joined.stderr
+    assert run("report", both, "--format", "json").stdout == joined.stdout
     assert run("join", *halves, "--recording", both).returncode == 2
     refused = run("join", both, halves[0])
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "is a joined recording already" in refused.stderr
+    assert "is already a joined recording" in refused.stderr
 
 
 @pytest.mark.parametrize("form", ["html", "perfetto", "csv", "text"])
