@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of many runs, and whether two of them differ. Pure."""
+"""Results of many runs, and statistical tests of whether two results differ. Pure."""

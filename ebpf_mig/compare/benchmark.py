@@ -22,12 +22,12 @@ FIGURES: tuple[str, ...] = ("blackout", "window", "total", FETCH, *(phase for ph
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One migration; `breakdown` is None if there is nothing to analyse; `error` then says why."""
+    """One migration. `breakdown` is None if there is nothing to analyse; `error` then gives the reason."""
 
     breakdown: Breakdown | None
     """Null: there is nothing to analyse."""
     error: str = ""
-    """Why it is not a completed migration; empty if it is."""
+    """Why the migration did not complete; empty if it completed."""
 
 
 class Benchmark(Struct, frozen=True, kw_only=True):
@@ -36,17 +36,17 @@ class Benchmark(Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
     """Name and version of this schema."""
     scenario: str
-    """Its name, or `command`."""
+    """The scenario's name, or `command`."""
     settings: dict[str, int | str | bool | None] = field(default_factory=dict)
     """The scenario's settings: numbers with their unit in the name (bytes, ms, per s), and switches."""
     command: list[str] = field(default_factory=list)
-    """What was run each time, where the scenario is `command`."""
+    """The command of each run, if the scenario is `command`."""
     host: str = ""
     """Name of the host."""
     kernel: str = ""
-    """Its kernel's release."""
+    """Release of the host's kernel."""
     tool: str = ""
-    """Name and version of what made this file."""
+    """Name and version of the tool that made this file."""
     warm_up: int = 0
     """Number of warm-up runs, which are not in `runs`."""
     runs: list[Run] = field(default_factory=list)
@@ -98,7 +98,7 @@ def encode(benchmark: Benchmark) -> str:
 
 
 def decode(data: bytes, name: str) -> Benchmark:
-    """Reads a result file; UsageError, naming `name`, if it is none."""
+    """Reads a result file. UsageError with `name` if it is not one."""
     try:
         benchmark = msgspec.json.decode(data, type=Benchmark)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two benchmarks differ, figure by figure, and whether a gate forbids the difference.
+"""Tests whether two benchmarks differ in each figure, and whether a gate forbids the difference.
 
-In: two `Benchmark`s, conditions such as `blackout.p50>+5%`. Out: `Difference`s and `Ruling`s. A change
-counts as a difference only if a permutation test finds it (corrected for the number of figures) and it exceeds the
-noise: how far two series like A differ. With fewer than four runs on a side the verdict is "too few runs".
+In: two `Benchmark`s, conditions such as `blackout.p50>+5%`. Out: `Difference`s and `Ruling`s. A change counts as a
+difference only if a permutation test finds it (corrected for the number of figures) and it exceeds the noise. The noise
+is how far two series like A differ by chance. With fewer than four runs on a side the verdict is "too few runs".
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Finding(StrEnum):
     """How a figure changed from A to B."""
 
     SLOWER = "slower"
-    """It is longer, beyond chance and noise."""
+    """B is longer, beyond chance and noise."""
     FASTER = "faster"
-    """It is shorter, beyond chance and noise."""
+    """B is shorter, beyond chance and noise."""
     NO_DIFFERENCE = "no difference"
     """Chance and noise can explain the change."""
     TOO_FEW_RUNS = "too few runs"
     """Too few runs for a test."""
     NOT_MEASURED = "not measured"
-    """One side has no measurement of it."""
+    """One side did not measure the figure."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Difference:
     before: float
     after: float
     p: float
-    """Of the permutation test, corrected."""
+    """The permutation test's p, corrected for the number of figures."""
     effect: float
     """Cliff's delta; positive: B is larger."""
     noise: float
@@ -72,7 +72,7 @@ class Condition:
     figure: str
     statistic: str
     relative: bool
-    """The limit is on the change from A to B; otherwise on B alone."""
+    """True: the limit is on the change from A to B. False: it is on B alone."""
     percent: bool
     limit: Fraction
     """Per cent or ns."""
@@ -86,7 +86,7 @@ class Ruling:
     failed: bool
     why: str
     p: float | None = None
-    """Of the permutation test, corrected for the conditions alone; None: it judges B by itself."""
+    """The permutation test's p, corrected for the number of conditions; None if the condition is on B alone."""
 
 
 def parse_condition(text: str) -> Condition:
@@ -100,13 +100,13 @@ def parse_condition(text: str) -> Condition:
         raise UsageError(f"no figure is called {match['figure']}", f"figures: {', '.join(FIGURES)}")
     percent, relative = match["unit"] == "%", bool(match["sign"])
     if percent and not relative:
-        raise UsageError(f"per cent of what? in {text!r}", "a change is written with a plus: +5%")
+        raise UsageError(f"a limit in per cent must be a change, in {text!r}", "write it with a plus: +5%")
     limit = Fraction(match["number"]) * (1 if percent else _UNITS[match["unit"]])
     return Condition(text.strip(), match["figure"], match["statistic"], relative, percent, limit)
 
 
 def compare(a: Benchmark, b: Benchmark) -> list[Difference]:
-    """Every figure of both."""
+    """The difference of every figure."""
     samples = [(figure, a.sample(figure), b.sample(figure)) for figure in FIGURES]
     tested = [i for i, (_, x, y) in enumerate(samples) if _enough(x, y)]
     corrected = stats.holm([stats.rank_p(samples[i][1], samples[i][2]) for i in tested])
@@ -136,7 +136,7 @@ def rule(conditions: Sequence[Condition], a: Benchmark, b: Benchmark) -> list[Ru
         if not y or (condition.relative and not _enough(x, y)):
             raise UsageError(
                 f"{condition.text} cannot be judged from {len(x)} and {len(y)} runs that measured {condition.figure}",
-                f"a change needs {stats.MIN_RUNS} completed runs on each side, a limit one in B",
+                f"a change needs {stats.MIN_RUNS} completed runs on each side, a limit on B needs one run in B",
             )
     changes = [c for c in conditions if c.relative]
     corrected = dict(zip(changes, stats.holm([_p(c, a, b) for c in changes]), strict=True))
@@ -155,7 +155,7 @@ def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], p: float | N
     after = float(statistic(y))
     if p is None:
         failed = after > condition.limit
-        return Ruling(condition, failed, f"it is {after / 1e6:.3f} ms")
+        return Ruling(condition, failed, f"B is {after / 1e6:.3f} ms")
     before = float(statistic(x))
     change = after - before
     limit = float(condition.limit) * (before / 100 if condition.percent else 1)
@@ -172,9 +172,9 @@ def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], p: float | N
 
 
 def agreed(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> list[Difference]:
-    """The differences, where a median that a condition forbids counts as slower.
+    """The differences, with the verdict "slower" for each median that a condition forbids.
 
-    Conditions are few and were named before, so less is to be corrected for than among all figures.
+    The conditions are few and were fixed in advance, so their p needs less correction than that of all figures.
     """
     failed = {
         r.condition.figure: r.p for r in rulings if r.failed and r.condition.statistic == "p50" and r.p is not None

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of small samples of durations, without assumptions on their distribution, and repeatable.
+"""Repeatable statistics of small samples of durations, without assumptions about their distribution.
 
-In: lists of numbers. Out: numbers. Every method that resamples is seeded from its data, so that a comparison can be
-repeated to the digit. Latencies have outliers and long tails, hence medians, ranks and resampling, not means and t.
+In: lists of numbers. Out: numbers. Methods that resample are seeded from their data, so a comparison can be repeated
+digit for digit. Latencies have outliers and long tails. So the methods use medians, ranks and resampling, not means
+and t-tests.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ MIN_RUNS = 4
 """With fewer values, no permutation test can reach the 5 % level: 2 / C(6, 3) = 0.1, 2 / C(8, 4) = 0.03."""
 
 _EXACT = 10_000
-"""Up to this number of permutations, all are tried."""
+"""If there are at most this many permutations, all are tried."""
 _DRAWS = 4_999
 _LARGE, _DRAWS_LARGE = 400, 999
-"""Large samples get fewer draws, since a table would take minutes; p is then accurate to 0.001 only."""
+"""Large samples get fewer draws, because a table would take minutes. p is then only accurate to 0.001."""
 _RESAMPLES = 2_000
 
 
@@ -60,8 +61,8 @@ def bootstrap_interval(
 def rank_p(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided permutation test of whether one sample tends to larger values (Wilcoxon's rank sum).
 
-    The probability of ranks at least this far apart if the labels `a` and `b` were assigned at random. 1 if either is
-    empty.
+    Returns the probability of ranks at least this far apart if the labels `a` and `b` were assigned at random; 1 if one
+    sample is empty.
     """
     pooled = sorted([*a, *b])
     doubled = {value: bisect_left(pooled, value) + bisect_right(pooled, value) for value in set(pooled)}
@@ -71,8 +72,9 @@ def rank_p(a: Sequence[float], b: Sequence[float]) -> float:
 def permutation_p(a: Sequence[float], b: Sequence[float], statistic: Statistic) -> float:
     """Two-sided permutation test of the difference between `statistic(a)` and `statistic(b)`.
 
-    Exact where all permutations can be tried, otherwise by seeded draws (never 0: the data themselves
-    count as one draw). With `sum` the samples may differ in size: the sums are compared with their expectation.
+    It is exact if all permutations can be tried. Otherwise it uses seeded draws, and the result is never 0 because the
+    data themselves count as one draw. With `sum` the samples may differ in size: sums are compared with their
+    expectation.
     """
     if not a or not b:
         return 1.0
@@ -116,7 +118,7 @@ def effect_word(delta: float) -> str:
 def noise_floor(values: Sequence[float], other: int, statistic: Statistic = median) -> float:
     """How far `statistic` differs by chance, 95 times in 100, between two samples of the population of `values`.
 
-    One has the size of `values`, the `other` the size given. ValueError if either is empty.
+    One sample has the size of `values`, the other the size `other`. ValueError if one is empty.
     """
     if not values or other < 1:
         raise ValueError("no values")
