@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analyses a recording: from its events to one migration.
+"""Analyses a recording: makes the breakdown of one migration from its events.
 
 In: a recording, its events in any order. Out: an `Analysis` with the `Breakdown`. Pure: the same events give the same
 result.
 
-The steps, top to bottom: split the events by process; assign source and destination; find the switchover,
-the migration's sockets and its fetches; assign every instant of the window to a phase; describe the dirty log,
-the sockets, the witnesses; say how reliable the result is.
+The steps in order: split the events by process; assign source and destination; find the switchover, the migration's
+sockets and its fetches; assign every instant of the window to a phase; describe the dirty log, the sockets and the
+witnesses; state how reliable the result is.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _throttled(traced: TracedMigration) -> Throttled | None:
 
 
 def _recognised(traced: TracedMigration) -> str:
-    """The VMM, by the name of a process that was added after tracing began; empty if unknown."""
+    """The VMM according to the process name, for processes that were added after tracing began; empty if unknown."""
     sides = [process for process in (traced.source, traced.destination) if process is not None]
     names = (process.threads[process.pid].name for process in sides if process.pid in process.threads)
     return next(filter(None, map(vmm.vmm_named, names)), "")
@@ -241,12 +241,12 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
 
 
 def _vcpus_accounted(traced: TracedMigration) -> bool:
-    """Whether the source's vCPU times outside KVM_RUN were recorded. Some recordings claim so and hold none."""
+    """Whether the source's vCPU times outside KVM_RUN were recorded. A recording can list the signal and have none."""
     return traced.material.traced("brownout") and traced.source is not None and bool(traced.source.spans)
 
 
 def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
-    """Ring entries of the fetches in the blackout; None with a bitmap."""
+    """The number of ring entries that the fetches in the blackout returned; None with a bitmap."""
     wanted = set(map(id, last))
     found = [
         rows.returned(b, rows.bursts[at - 1] if at else None) for at, b in enumerate(rows.bursts) if id(b) in wanted
@@ -269,7 +269,7 @@ def _witnesses(
 
 
 def _waits(traced: TracedMigration, attribution: Attribution) -> list[Wait] | None:
-    """None if sleeping was not traced."""
+    """The longest waits; None if time off the CPU was not traced."""
     window = attribution.window
     if window is None or not traced.material.traced("off-cpu"):
         return None
@@ -293,11 +293,13 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         if outcome.booted(traced):
             notes.append("no state was seen to come in over a connection: the guest booted, or was loaded from a file")
     elif window is not None and traced.switchover is not None and traced.switchover.kind == SwitchoverKind.STOPPED:
-        notes.append("no vCPU was seen to start on the destination: the window ends with the last that was seen")
+        notes.append("no vCPU was seen to start on the destination: the window ends with the last event that was seen")
     if work is not None and work.coalesced:
-        notes.append("sends in the blackout were recorded as one run: where memory ends and state begins is estimated")
+        notes.append(
+            "sends in the blackout were recorded as one batch: the boundary between memory and state is estimated"
+        )
     if traced.bursts and traced.material.traced("brownout") and not _vcpus_accounted(traced):
-        notes.append("the recording holds no account of the vCPUs' time outside KVM_RUN: the brownout is not known")
+        notes.append("the recording has no vCPU times outside KVM_RUN: the brownout is unknown")
     notes += _unseen_sends(traced)
     notes += _spinning(traced)
     for side, process in ((Side.SOURCE, traced.source), (Side.DESTINATION, traced.destination)):
@@ -315,25 +317,27 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
 
 
 def _unseen_sends(traced: TracedMigration) -> list[str]:
-    """A note on sends that no traced system call made: their bytes, or that there may be some."""
+    """A note about sends without a traced system call: their bytes, or that such sends cannot be seen here."""
     hidden = sum(t.bytes for t in traced.sends if t.hidden)
     if hidden:
         return [
-            f"{hidden} bytes were sent past the system calls that are followed (io_uring, say): their durations "
-            "are unknown"
+            f"{hidden} bytes were sent without a system call that is traced (e.g. by io_uring): their durations are "
+            "unknown"
         ]
     blind = traced.source is not None and not traced.material.traced("hidden-sends")
     if blind and traced.bursts and not traced.sends:
-        return ["no send was seen: this kernel does not show those by io_uring and the like, nor anything shows RDMA"]
+        return ["no send was seen: sends by io_uring and the like cannot be traced on this kernel, RDMA on none"]
     return []
 
 
 def _spinning(traced: TracedMigration) -> list[str]:
-    """A note on a destination whose sender is gone: each receive call returns nothing, and it keeps calling."""
-    vain = max((t.failed for t in traced.receives if not t.calls), default=0)
-    if not vain:
+    """A note about a destination whose sender is gone: it keeps calling receive, and each call returns nothing."""
+    empty = max((t.failed for t in traced.receives if not t.calls), default=0)
+    if not empty:
         return []
-    return [f"the destination's last {vain} receive calls got nothing: the other end is gone, and it keeps asking"]
+    return [
+        f"the destination's last {empty} receive calls returned nothing: the other end is gone, but it keeps calling"
+    ]
 
 
 def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:

@@ -237,7 +237,7 @@ class Material:
     """The number of events that this version cannot read."""
 
     def absent(self, signal: str) -> bool:
-        """Whether the recording says that the signal could not be traced."""
+        """Whether the recording reports that the signal could not be traced."""
         return self.header.attach.get(signal, "").startswith("absent")
 
     def traced(self, signal: str) -> bool:

@@ -123,8 +123,8 @@ def _rearm(b: Breakdown, queued: Sequence[Span], hypothesis: Hypothesis, fetched
         changes.append(Change(wish=text, change_ns=None, why=why))
         return
     took = sum(_protecting(i) or 0 for i in gets)
-    beside = overlap(queued, merged(map(_span, gets)))
-    gain = max(0, took - beside)
+    queueing = overlap(queued, merged(map(_span, gets)))
+    gain = max(0, took - queueing)
     why = f"walk and flush of {len(gets)} KVM_GET_DIRTY_LOG took {took / 1e6:.3f} ms"
     if samples := [i.split.samples for i in gets if i.split and isinstance(i.split.samples, int)]:
         why += f", known from {sum(samples)} samples"
@@ -142,11 +142,11 @@ def _protecting(ioctl: FetchIoctl) -> int | None:
 
 def _less(text: str, what: str, spans: Sequence[Span], queued: Sequence[Span], left: Fraction) -> Change:
     took = total(spans)
-    beside = overlap(queued, spans)
+    queueing = overlap(queued, spans)
     why = f"{what} took {took / 1e6:.3f} ms of the blackout"
-    if beside:
-        why += f", {beside / 1e6:.3f} of it while the link drained its queue"
-    return Change(wish=text, change_ns=-round((took - beside) * (1 - left)), why=why)
+    if queueing:
+        why += f", {queueing / 1e6:.3f} of it while the link drained its queue"
+    return Change(wish=text, change_ns=-round((took - queueing) * (1 - left)), why=why)
 
 
 def _megabits(rate: float) -> str:

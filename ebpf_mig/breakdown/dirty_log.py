@@ -21,7 +21,7 @@ class Slot(Struct, frozen=True, kw_only=True):
 
 
 class Split(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What dirty-log ioctls did on the CPU, without spinning for locks. The errors are only there with samples."""
+    """What dirty-log ioctls did on the CPU, without spinning for locks. Only estimates from samples have errors."""
 
     walk: int
     """Write-protecting pages or clearing their dirty bits, ns."""
@@ -49,7 +49,7 @@ class Split(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def errors(self) -> dict[str, int | None]:
-        """Error of each part at 95 % confidence, ns; None: it is exact."""
+        """Error of each part at 95 % confidence, ns; None if the part is exact."""
         return {
             "walk": self.walk_error,
             "flush": self.flush_error,
@@ -72,7 +72,7 @@ class FetchIoctl(Struct, frozen=True, kw_only=True):
     off_cpu_ns: int | None = None
     """The part off the CPU, ns; null: not measured."""
     split: Split | None = None
-    """What it did on the CPU; null: too short to be sampled, or not traced."""
+    """What the ioctl did on the CPU; null: too short to be sampled, or not traced."""
 
 
 class Fetch(Struct, frozen=True, kw_only=True):
@@ -81,11 +81,11 @@ class Fetch(Struct, frozen=True, kw_only=True):
     end: int
     """End of its last ioctl, ns from the window's begin."""
     kernel_ns: int
-    """Inside its ioctls, ns."""
+    """Time inside its ioctls, ns."""
     ioctls: list[FetchIoctl]
     """In order of time."""
     split: Split | None = None
-    """All its ioctls together; null: as of an ioctl."""
+    """What all its ioctls did on the CPU; null: too short to be sampled, or not traced."""
 
 
 class VcpuShare(Struct, frozen=True, kw_only=True):
@@ -94,13 +94,13 @@ class VcpuShare(Struct, frozen=True, kw_only=True):
     outside_ns: int
     """Time outside KVM_RUN, ns."""
     longest_gap_ns: int
-    """The longest time outside at once, ns."""
+    """The longest uninterrupted time outside KVM_RUN, ns."""
     lock_wait_ns: int | None
-    """Inside KVM_RUN, waiting for locks, ns; null: not measured."""
+    """Time inside KVM_RUN spent waiting for locks, ns; null: not measured."""
 
 
 class Stretch(Struct, frozen=True, kw_only=True):
-    """A span of time with the guest running, and the time that its vCPUs lost in it."""
+    """A span of time in which the guest ran, and the time that its vCPUs lost in it."""
 
     begin: int
     """When it began, ns from the window's begin."""
@@ -114,13 +114,13 @@ class Logging(Struct, frozen=True, kw_only=True):
     """Dirty logging switched on or off over some slots (KVM_SET_USER_MEMORY_REGION)."""
 
     on: bool
-    """Switched on, or off."""
+    """True: switched on; false: switched off."""
     begin: int
     """First ioctl's begin, ns from the window's begin."""
     end: int
     """Last ioctl's end, ns from the window's begin."""
     kernel_ns: int
-    """Inside the ioctls, ns."""
+    """Time inside the ioctls, ns."""
     slots: int
     """Number of slots."""
     in_blackout_ns: int | None
@@ -128,43 +128,43 @@ class Logging(Struct, frozen=True, kw_only=True):
 
 
 class Rearm(Struct, frozen=True, kw_only=True):
-    """Pages write-protected again although no vCPU could write to them any more: avoidable work."""
+    """Avoidable work: pages that were write-protected again although the vCPUs no longer ran."""
 
     ns: int
     """Duration, ns."""
     error_ns: int
-    """Error of `ns` at 95 % confidence, where it comes from samples, ns."""
+    """Error of `ns` at 95 % confidence, ns; 0 if `ns` is exact."""
     samples: int | str
     """`exact`, or the number of samples."""
     pages: int
-    """Number of pages of the slots, or parts of them, that were re-armed: dirty or not."""
+    """Number of pages that were re-armed, dirty or not."""
     ns_per_page: float
     """`ns` divided by `pages`, ns/page."""
     ms_per_gib: float
-    """Duration per memory, ms/GiB."""
+    """Duration per memory size, ms/GiB."""
 
 
 class Pass(Struct, frozen=True, kw_only=True):
-    """One pre-copy pass: a fetch with the guest running, and the sending up to the next one."""
+    """One pre-copy pass: a fetch while the guest runs, and the sends up to the next fetch."""
 
     begin: int
     """Begin of its fetch, ns from the window's begin."""
     kernel_ns: int
-    """Inside the fetch's ioctls, ns."""
+    """Time inside the fetch's ioctls, ns."""
     user_ns: int
-    """Between them, and up to the first send, ns."""
+    """Time between these ioctls and up to the first send, ns."""
     pages: int | None
-    """Number of dirty pages, from the ring; null with a bitmap."""
+    """Number of dirty pages in the ring; null with a bitmap."""
     bytes: int | None
     """Amount sent up to the next fetch, bytes; null: sends were not traced."""
     send_ns: int | None
-    """Inside these send calls, ns; null: sends were not traced."""
+    """Time inside these send calls, ns; null: sends were not traced."""
     blocked_ns: int | None
     """The part of `send_ns` off the CPU, ns; null: not measured, or nothing was sent."""
     dirty_pages_per_s: int | None
-    """`pages`, or else `pages_at_most`, by the time since the fetch before, pages/s; null for the first."""
+    """`pages`, or else `pages_at_most`, divided by the time since the previous fetch, pages/s; null for the first."""
     pages_at_most: int | None = None
-    """Number of whole pages that the bytes can hold; pages sent as a mere header (all zero) are not among them."""
+    """Number of whole pages that fit into `bytes`. Zero pages, which are sent as a header only, are not included."""
     user_off_cpu_ns: int | None = None
     """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
     split: Split | None = None
@@ -172,9 +172,9 @@ class Pass(Struct, frozen=True, kw_only=True):
     brownout: Stretch | None = None
     """Time that the vCPUs lost from this fetch to the next one, or to the stop; null: not measured."""
     baseline: Stretch | None = None
-    """A span of the same length, or as long as was traced, before logging was switched on; null: not measured."""
+    """A span of the same length before logging was switched on, shorter if tracing began later; null: not measured."""
     tcp_info: dict[str, int] | None = None
-    """All migration sockets together, as `SocketUse.tcp_info`; us, bytes and numbers."""
+    """As `SocketUse.tcp_info`, for all migration sockets together; us, bytes and numbers."""
 
 
 class FinalFetch(Struct, frozen=True, kw_only=True):
@@ -183,8 +183,8 @@ class FinalFetch(Struct, frozen=True, kw_only=True):
     user_ns: int | None
     """Phase fetch.user, ns; null: fetches were not traced."""
     pages: int | None
-    """Number of ring entries that KVM_RESET_DIRTY_RINGS gave back since the fetch before; null with a bitmap, whose
-    bits are not counted."""
+    """Number of ring entries that KVM_RESET_DIRTY_RINGS reset since the previous fetch; null with a bitmap, whose bits
+    are not counted."""
     bytes: int | None
     """Memory sent after the stop, bytes; null: sends were not traced."""
     send_ns: int | None
@@ -192,21 +192,21 @@ class FinalFetch(Struct, frozen=True, kw_only=True):
     user_off_cpu_ns: int | None = None
     """The part of `user_ns` that the fetching thread was off the CPU, ns; null: not measured."""
     split: Split | None = None
-    """All its ioctls together; null: as of an ioctl."""
+    """What all its ioctls did on the CPU; null: too short to be sampled, or not traced."""
     rearm: Rearm | None = None
-    """Avoidable work in it; null: none, or not known."""
+    """Avoidable work in the final fetch; null: none, or unknown."""
 
 
 class DirtyLog(Struct, frozen=True, kw_only=True):
     mode: DirtyLogMode
     """How dirty pages were logged."""
     slots: list[Slot]
-    """The memslots that were fetched, as far as their place is known."""
+    """The memslots that were fetched and have a known place."""
     passes: list[Pass]
     """The pre-copy passes in order of time."""
     final: FinalFetch | None
-    """The fetches after the stop and the sending that they caused; null: none."""
+    """The fetches after the stop and the sends that they caused; null: none."""
     fetches: list[Fetch]
     """The fetches that began after the last vCPU stopped."""
     logging: list[Logging] = msgspec.field(default_factory=list)
-    """Each time that dirty logging was switched."""
+    """Each time that dirty logging was switched on or off."""

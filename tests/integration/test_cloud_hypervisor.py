@@ -201,7 +201,7 @@ def test_a_source_that_dies_amid_the_pages(tmp_path: Path, binary: str) -> None:
     assert run.outcome.result == "failed" and run.breakdown.migration.result != "completed"
     assert run.took_s < 20
     # Both versions loop on a read(2) that returns 0, and answer no further API call (docs/findings.md).
-    assert any("keeps asking" in note for note in run.breakdown.notes)
+    assert any("keeps calling" in note for note in run.breakdown.notes)
 
 
 def test_a_source_that_dies_after_the_stop(tmp_path: Path, binary: str) -> None:

@@ -340,7 +340,7 @@ def test_sends_recorded_as_one_run_are_split_at_the_saving_of_state() -> None:
     assert result.phases["state.save"] == 110
     assert result.phases["state.send"] == 390
     assert result.breakdown.notes == [
-        "sends in the blackout were recorded as one run: where memory ends and state begins is estimated"
+        "sends in the blackout were recorded as one batch: the boundary between memory and state is estimated"
     ]
 
 

@@ -146,7 +146,7 @@ def test_any_events_in_any_order(names: list[str], events: list[ev.AnyEvent], ch
 
 @st.composite
 def step(draw: st.DrawFn) -> ev.AnyEvent:
-    """Something that either side may do in a switchover, on its migration socket or beside it."""
+    """An action that either side may take in a switchover, on its migration socket or elsewhere."""
     begin = BASE + draw(st.integers(0, 500)) * 20_000
     end = begin + draw(st.sampled_from([0, 1000, 50_000, 3_000_000]))
     process = draw(st.sampled_from(PIDS[:2]))

@@ -74,8 +74,8 @@ def test_segments_have_a_lane_a_socket() -> None:
 
 def test_a_process_that_is_no_side_has_no_bytes_of_the_migration() -> None:
     script = scripts.qemu_7_2()
-    stranger = script.vm(3000, "unknown")
-    stranger.receive(100, 200, 5000, socket=80)
+    unrelated = script.vm(3000, "unknown")
+    unrelated.receive(100, 200, 5000, socket=80)
     assert {counter.pid for counter in view(analyse(script.recording)).counters} == {1000, 2000}
 
 

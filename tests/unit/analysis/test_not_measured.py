@@ -37,7 +37,7 @@ def seen_by_a_node(b: Breakdown) -> Observation:
 
 
 def test_a_recording_that_a_node_kept_without_the_vcpus_accounts_has_no_brownout() -> None:
-    """Earlier versions of `watch` and `exporter` dropped these events, and still said that they had been traced."""
+    """Earlier versions of `watch` and `exporter` dropped these events, but recorded the signal as traced."""
     whole = read_recording(ONE_SIDE[0])
     b = analyse(whole).breakdown
     assert b.dirty_log.passes[0].brownout is not None and not any("brownout" in note for note in b.notes)
@@ -46,7 +46,7 @@ def test_a_recording_that_a_node_kept_without_the_vcpus_accounts_has_no_brownout
     b = analyse(kept).breakdown
     assert all(one.brownout is None and one.baseline is None for one in b.dirty_log.passes)
     assert b.dirty_log.final is not None and b.dirty_log.final.split is None
-    assert [note for note in b.notes if "the brownout is not known" in note] != []
+    assert [note for note in b.notes if "the brownout is unknown" in note] != []
     assert "brownout, worst" not in text.render(b)
 
 

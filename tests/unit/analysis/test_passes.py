@@ -118,7 +118,7 @@ def test_bitmap_work_off_the_cpu_is_the_difference_of_totals() -> None:
     assert (row.user_ns, row.user_off_cpu_ns) == (190 * US, 50 * US)
     vm.events[-1] = msgspec.structs.replace(send, off_before_ns=57 * US, tid=1009)
     (row,) = rows_of(vm, script).passes()
-    assert row.user_off_cpu_ns is None, "another thread sends: what the fetching thread did meanwhile is not known"
+    assert row.user_off_cpu_ns is None, "another thread sends: what the fetching thread did at that time is unknown"
 
 
 def span(vm: Vm, since: float, until: float, outside: float, longest: float, lock: float = 0) -> None:
@@ -175,7 +175,9 @@ def test_sends_past_the_system_calls_are_said() -> None:
     source = script.vms[0]
     last = next(e for e in reversed(source.events) if isinstance(e, ev.Transfer) and e.direction == 0)
     source.events.append(msgspec.structs.replace(last, bytes=70_000, in_call_ns=0, off_cpu_ns=-1, hidden=1))
-    assert any("70000 bytes were sent past the system calls" in note for note in script.result().breakdown.notes)
+    assert any(
+        "70000 bytes were sent without a system call that is traced" in note for note in script.result().breakdown.notes
+    )
 
 
 def test_ring_resets_that_failed_count_nothing() -> None:

@@ -17,7 +17,7 @@ def postcopy(*, late_pages: int = 100) -> Script:
     script = cloud_hypervisor_local()
     source, destination = script.vms
     script.join(71, 81, unix=True)
-    source.send(1200, 1202, 2, socket=71)  # the message that says what the connection is for
+    source.send(1200, 1202, 2, socket=71)  # the message with the purpose of the connection
     for begin in (2100, 2400, 2700):
         source.receive(begin - 50, begin, 32, socket=71, tid=5)
         source.send(begin + 5, begin + 10, 16 + PAGE, socket=71, tid=5)

@@ -105,7 +105,7 @@ def test_a_dirty_limit_has_no_kick_but_a_reset_and_a_sleep() -> None:
 
 
 def test_waiting_for_the_vmms_lock_is_no_throttle() -> None:
-    """The vCPU left by itself, 5 ms before the request. The blackout is the migration's own work."""
+    """The vCPU left without a kick, 5 ms before the request. The blackout is the migration's own work."""
     script, source, destination = running()
     source.last(entered=100, left=85_000, end=200_000)
     source.kick(90_000, tid=MIGRATION)

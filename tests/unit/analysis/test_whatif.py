@@ -58,10 +58,10 @@ def migration(*, wait_us: int = 54_000, unix: bool = False) -> Script:
     return script
 
 
-def change(script: Script, **wishes: int | Fraction) -> WhatIf:
+def change(script: Script, **changes: int | Fraction) -> WhatIf:
     found = analyse(script.recording)
     assert found.breakdown.blackout_ns == 69_000_000
-    return predict(found, Hypothesis(**wishes))  # type: ignore[arg-type]
+    return predict(found, Hypothesis(**changes))  # type: ignore[arg-type]
 
 
 def line(payload_bytes_per_s: int) -> int:
@@ -147,9 +147,9 @@ def test_what_is_unknown_is_not_predicted() -> None:
         predict(analyse(script.recording), Hypothesis(fetch=Fraction(0)))
 
 
-def test_wishes_as_users_write_them() -> None:
-    wishes = parse_wishes(["bandwidth=25Gbit", "fetch=0", "rearm=12.5%"])
-    assert (wishes.bandwidth, wishes.fetch, wishes.rearm) == (3_125_000_000, 0, Fraction(1, 8))
+def test_changes_as_users_write_them() -> None:
+    hypothesis = parse_wishes(["bandwidth=25Gbit", "fetch=0", "rearm=12.5%"])
+    assert (hypothesis.bandwidth, hypothesis.fetch, hypothesis.rearm) == (3_125_000_000, 0, Fraction(1, 8))
     for bad in ("", "bandwidth", "fetch=1ms", "speed=2", "fetch=-1", "bandwidth=0", "fetch=", "rearm=5"):
         done = run("report", RECORDING, "--what-if", bad)
         assert done.returncode == 2 and done.stdout == "", bad

@@ -146,7 +146,7 @@ def test_each_part_of_cloud_hypervisors_downtime_is_placed(version: str, transpo
 def test_a_receiver_that_keeps_asking_after_its_sender_died() -> None:
     _, b = load(DATA / "cloud-hypervisor-54-source-died.rec")
     assert b.migration.result == "failed" and b.blackout_ns is None
-    assert any("keeps asking" in note for note in b.notes)
+    assert any("keeps calling" in note for note in b.notes)
 
 
 def test_a_failure_after_the_stop_is_an_aborted_blackout() -> None:
