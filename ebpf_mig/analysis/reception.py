@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a process was loaded with a state that came in over a connection. Only that makes it a destination.
+"""Decides whether a process loaded a state that it received over a connection. Only then it is a destination.
 
 In: the ioctls and transfers of one process, in any order. Out: yes or no. A VMM that boots also sets vCPU state and
-then runs its guest. Meanwhile its monitor, disk, console or network may deliver bytes.
+then runs its guest. At the same time it may receive bytes from its monitor, disk, console or network.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, Ioctl, Transfer
 
 STREAM_BYTES = 1024
-"""Calls of the migration's stream move more than this on average: pages and state are flushed from large buffers.
-Replies and events of a monitor are smaller, and QEMU reads its monitor byte by byte."""
+"""On average, calls of the migration's stream move more than this: pages and state are flushed from large buffers.
+A monitor's replies and events are smaller, and QEMU reads its monitor byte by byte."""
 LOADED_BYTES = 16 << 10
-"""The state of the smallest VM is larger. Where memory does not go over the connection, nothing else does."""
+"""The state of the smallest VM is larger than this. It is all that is sent if memory does not go over the
+connection.
+"""
 
 
 class Reception:
-    """Of one process. Feed it with `ioctl` and `transfer`, then ask `loaded`."""
+    """The evidence about one process. Add events with `ioctl` and `transfer`, then read `loaded`."""
 
     def __init__(self) -> None:
         self._bytes: Counter[int] = Counter()
         self._calls: Counter[int] = Counter()
         self._enough: dict[int, int] = {}
-        """When so much had come in on a socket."""
+        """When LOADED_BYTES had been received on a socket, by socket."""
         self._set_ns = 0
         self._clock_ns = 0
 
     @classmethod
     def of(cls, ioctls: Iterable[Ioctl], transfers: Iterable[Transfer]) -> Reception:
-        """Of all that a process did."""
+        """The evidence from all ioctls and transfers of a process."""
         found = cls()
         for ioctl in ioctls:
             found.ioctl(ioctl)
@@ -42,7 +44,7 @@ class Reception:
         return found
 
     def ioctl(self, event: Ioctl) -> None:
-        """A VMM that starts a guest sets the clock first, and then what has changed since in its vCPUs."""
+        """Adds an ioctl. Setters after the clock was set do not count: they are part of starting the guest."""
         name = kvm.name_of(event.cmd)
         if name == "SET_CLOCK":
             self._clock_ns = min(event.begin_ns, self._clock_ns or event.begin_ns)
@@ -50,7 +52,7 @@ class Reception:
             self._set_ns = max(event.begin_ns, self._set_ns)
 
     def transfer(self, event: Transfer) -> None:
-        """Calls that move few bytes are those of a monitor or a console."""
+        """Adds a transfer."""
         if event.direction != RECEIVE:
             return
         self._bytes[event.socket] += event.bytes
@@ -60,7 +62,10 @@ class Reception:
 
     @property
     def loaded(self) -> bool:
-        """Whether vCPU state was set, before the clock was, after enough had come in on a connection."""
+        """Whether vCPU state was set after enough bytes were received on a connection, and before the clock was set.
+
+        A connection whose calls move few bytes is a monitor or a console, and does not count.
+        """
         return any(
             at < self._set_ns and self._bytes[socket] >= STREAM_BYTES * self._calls[socket]
             for socket, at in self._enough.items()
