@@ -113,7 +113,7 @@ def test_switched_on_when_the_largest_slot_was() -> None:
     assert dirty_log.switched_on(source_of(vm, script), None) == at(0)
 
 
-def test_a_slot_set_anew_while_logging_is_no_new_begin() -> None:
+def test_a_slot_set_again_while_logging_is_no_new_begin() -> None:
     script, vm = one()
     vm.logging(0)
     vm.ioctl("SET_USER_MEMORY_REGION", 500_000, slot=0, size=0)

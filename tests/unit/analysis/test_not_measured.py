@@ -50,7 +50,7 @@ def test_a_recording_that_a_node_kept_without_the_vcpus_accounts_has_no_brownout
     assert "brownout, worst" not in text.render(b)
 
 
-def test_waiting_for_locks_is_not_known_where_no_span_says_so() -> None:
+def test_lock_waits_are_unknown_if_no_span_measured_them() -> None:
     """A vCPU without a span in a pass has no lock wait only if other spans of the process measure lock waits."""
     whole = read_recording(ONE_SIDE[0])
     events = [replace(e, lock_ns=-1) if isinstance(e, ev.VcpuSpan) else e for e in whole.events]
@@ -101,7 +101,7 @@ def test_the_other_side_has_no_durations(path: Path) -> None:
         assert re.search(f"<td class='w'>{phase}</td><td>[a-z]+</td><td class='n'>not seen</td>", page), phase
 
 
-def test_a_destination_alone_tells_nothing_of_the_sources_log() -> None:
+def test_a_destination_alone_does_not_show_the_sources_log() -> None:
     recording = read_recording(ONE_SIDE[1])
     b = analyse(recording).breakdown
     row = tables.migration_row("x", recording.header, b)

@@ -37,7 +37,7 @@ def reset(vm: Vm, us: float, pages: int, tid: int = 1) -> None:
     vm.events[-1] = msgspec.structs.replace(event, ret=pages)
 
 
-def test_pages_of_a_pass_are_what_the_rings_gave_back_since_the_fetch_before() -> None:
+def test_pages_of_a_pass_are_the_ring_entries_reset_since_the_previous_fetch() -> None:
     script, vm = one()
     vm.entered(-50_000)
     vm.interrupted(25_000, entered=-50_000)
@@ -94,7 +94,7 @@ def test_a_get_with_manual_protection_re_arms_nothing() -> None:
     assert rows_of(vm, script, at(9000)).rearm(at(99_000)) is None
 
 
-def test_logging_switched_off_in_the_blackout_is_told() -> None:
+def test_logging_switched_off_in_the_blackout_is_reported() -> None:
     script, vm = one()
     vm.logging(-9_000_000, [(7, 16 * MIB)])  # for a display
     vm.logging(0)
@@ -151,7 +151,7 @@ def test_brownout_of_a_pass_beside_as_long_a_stretch_before_logging() -> None:
     assert second.brownout.vcpus == [VcpuShare(vcpu=0, outside_ns=0, longest_gap_ns=0, lock_wait_ns=0)]
 
 
-def test_recordings_without_the_accounts_tell_no_brownout() -> None:
+def test_recordings_without_vcpu_spans_show_no_brownout() -> None:
     script, vm = one()
     vm.gets(0)
     (row,) = rows_of(vm, script).passes()

@@ -42,7 +42,7 @@ class TestPartition:
         partition.until(999, "resume")
         assert partition.spans == [(100, 160, "pause"), (160, 200, "resume")]
 
-    def test_what_nobody_booked_is_unattributed(self) -> None:
+    def test_unassigned_time_is_unattributed(self) -> None:
         partition = Partition(0, 10)
         partition.until(4, "pause")
         assert durations(partition) == {"pause": 4, "unattributed": 6}
@@ -81,7 +81,7 @@ class TestPartition:
         (STATE, MEMORY, "unattributed"),
     ],
 )
-def test_who_owns_the_time_between(first: int, second: int, phase: str) -> None:
+def test_the_phase_of_the_time_between_two_kinds_of_work(first: int, second: int, phase: str) -> None:
     own = phases._INSIDE[first], phases._INSIDE[second]
     found = booked([(0, 10, first), (60 * MS, 100 * MS, second)])
     expected = {own[0]: 10}
@@ -94,7 +94,9 @@ def test_who_owns_the_time_between(first: int, second: int, phase: str) -> None:
     ("first", "second", "phase"),
     [(FETCH, SAVE, "fetch.user"), (MEMORY, SAVE, "memory.send"), (SAVE, MEMORY, "state.save")],
 )
-def test_short_waits_belong_to_the_former_long_ones_to_nobody(first: int, second: int, phase: str) -> None:
+def test_short_waits_belong_to_the_earlier_work_and_long_ones_are_unattributed(
+    first: int, second: int, phase: str
+) -> None:
     own = phases._INSIDE[first], phases._INSIDE[second]
     short = booked([(0, 10, first), (10 + MS, 2 * MS, second)], until=2 * MS)
     assert "unattributed" not in short
@@ -130,7 +132,7 @@ def test_overlaps_go_to_the_kernels_fetch_then_to_sends() -> None:
     assert found == {"fetch.kernel": 10, "memory.send": 10, "state.save": 10}
 
 
-def test_a_clear_amid_the_sending_is_the_kernels_and_what_follows_is_sending() -> None:
+def test_a_clear_between_sends_is_kernel_time_and_sending_continues_after_it() -> None:
     found = booked([(0, 2, FETCH), (5, 10, MEMORY), (12, 15, CLEAR), (18, 20, MEMORY)], until=20)
     assert found == {"fetch.kernel": 2 + 3, "fetch.user": 3, "memory.send": 5 + 2 + 3 + 2}
 
@@ -173,7 +175,7 @@ class TestLoading:
         early, late = ioctl("SET_REGS", 10, 20), ioctl("SET_REGS", 110, 120)
         assert phases.loading([early, late], since=100, start=200, sent_at=()) == phases.Loading(110, 120)
 
-    def test_goes_on_while_the_source_has_yet_to_say_go(self) -> None:
+    def test_continues_until_the_source_requests_the_resume(self) -> None:
         work = [ioctl("SET_REGS", 10, 20), ioctl("IRQFD", 30, 40), ioctl("IRQFD", 60, 70)]
         assert phases.loading(work, since=0, start=100, sent_at=[5, 50]) == phases.Loading(10, 40)
 

@@ -37,7 +37,7 @@ def test_pages_that_are_asked_for_are_no_state() -> None:
     assert served.breakdown.dirty_log.final is None
 
 
-def test_what_was_fetched_when() -> None:
+def test_pages_fetched_before_and_after_the_start() -> None:
     found = postcopy().result().breakdown.postcopy
     assert found is not None and found.while_dark is not None
     assert (found.while_dark.bytes, found.while_dark.asked) == (3 * (16 + PAGE), 3)

@@ -61,14 +61,14 @@ def test_a_display_on_the_destination_is_fetched_too() -> None:
     assert pids(script) == (1000, 2000)
 
 
-def test_hints_decide_where_nothing_happened() -> None:
+def test_hints_decide_without_events() -> None:
     script = Script()
     script.vm(1, "destination")
     script.vm(2, "source")
     assert pids(script) == (2, 1)
 
 
-def test_no_hints_and_nothing_happened() -> None:
+def test_no_hints_and_no_events() -> None:
     script = Script()
     script.vm(1, "unknown")
     assert pids(script) == (None, None)

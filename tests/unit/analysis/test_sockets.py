@@ -52,7 +52,7 @@ def test_unix_sockets_meet_by_their_peers() -> None:
     assert chosen(script) == Channels(frozenset({70}), frozenset({80}), "unix")
 
 
-def test_an_unknown_peer_is_told_by_the_other_end() -> None:
+def test_an_unknown_peer_is_found_through_the_other_end() -> None:
     script = Script()
     source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
     source.socket(70, family=UNIX, peer=0)
@@ -123,7 +123,7 @@ def test_further_unix_connections_by_their_share() -> None:
     assert chosen(script, alone=True).source == {70, 72}
 
 
-def test_sockets_nobody_described() -> None:
+def test_sockets_without_a_description() -> None:
     script = Script()
     source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
     source.send(100, 200, 900_000)
@@ -132,7 +132,7 @@ def test_sockets_nobody_described() -> None:
     assert (found.source, found.destination, found.transport) == ({70}, {-21}, "unknown")
 
 
-def test_what_was_sent_before_the_migration_does_not_count() -> None:
+def test_sends_before_the_migration_do_not_count() -> None:
     script = Script()
     source = script.vm(1000, "source")
     source.send(-5000, -4000, 90_000_000, socket=75)

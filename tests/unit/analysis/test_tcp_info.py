@@ -28,7 +28,7 @@ def test_the_readings_around_the_stretch_are_subtracted() -> None:
     }  # fmt: skip
 
 
-def test_a_socket_first_read_amid_the_stretch_counts_from_its_birth() -> None:
+def test_a_socket_first_read_within_the_stretch_counts_from_its_creation() -> None:
     found = tcp_info.verdict(process(reading(300, 60, 20)), 70, (200, 400), 0)
     assert found is not None
     assert (found["busy_us"], found["from"], found["until"]) == (60, 50, 300)
@@ -40,7 +40,7 @@ def test_without_a_reading_after_the_begin_there_is_no_verdict() -> None:
     assert tcp_info.verdict(process(reading(300, 10, 0, socket=71)), 70, (200, 400), 0) is None
 
 
-def test_several_sockets_add_up_but_for_what_is_the_latest() -> None:
+def test_several_sockets_add_up_except_for_the_latest_values() -> None:
     both = process(reading(300, 60, 20, 1), reading(310, 40, 0, 2, socket=71))
     found = tcp_info.together(both, {70, 71, 99}, (200, 400), 0)
     assert found is not None
@@ -49,6 +49,6 @@ def test_several_sockets_add_up_but_for_what_is_the_latest() -> None:
     assert tcp_info.together(both, set(), (200, 400), 0) is None
 
 
-def test_a_reading_that_lacks_a_figure_says_nothing_of_it() -> None:
+def test_a_reading_without_a_figure_leaves_it_out() -> None:
     found = tcp_info.verdict(Process(1, tcp=[TcpInfo(300, 1, 70, {"busy_time": 5})]), 70, (200, 400), 0)
     assert found == {"busy_us": 5, "resolution_us": 0, "from": 300, "until": 300}

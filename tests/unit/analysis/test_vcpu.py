@@ -75,7 +75,7 @@ def test_a_long_call_that_ends_with_eintr_ran_the_guest() -> None:
     assert gaps(line) == [(40, 55), (1056, None)]
 
 
-def test_a_kick_inside_the_call_tells_that_it_ran_the_guest() -> None:
+def test_a_kick_inside_the_call_shows_that_it_ran_the_guest() -> None:
     events = (left(40), enter(55, 40, -4), left(255, 55))
     assert gaps(timeline(*events, kicks=(30,))) == [(40, None)]
     assert gaps(timeline(*events, kicks=(30, 250))) == [(40, 55), (255, None)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits are booked to the phase in which they held up the side that was on the critical path."""
+"""Waits are assigned to the phase in which they delayed the side on the critical path."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_wait_is_cut_to_the_phase_that_it_overlaps_most() -> None:
     assert waits(script) == [("fetch.user", "1001", 3010, ["wait_for_completion"])]
 
 
-def test_idle_threads_hold_nobody_up() -> None:
+def test_idle_threads_delay_nothing() -> None:
     script = scripts.qemu_7_2()
     source, destination = script.vms
     sleep(source, 3000, 45_000, "hrtimer_nanosleep", tid=9)
@@ -93,5 +93,5 @@ def test_only_the_longest_are_kept() -> None:
     assert found[0] == Wait(phase="memory.send", thread="1001", duration_ns=119 * US, stack=["f19"])
 
 
-def test_without_a_window_there_is_nothing_to_tell() -> None:
+def test_without_a_window_there_are_no_waits() -> None:
     assert Script().result().breakdown.waits is None

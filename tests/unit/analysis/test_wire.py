@@ -92,7 +92,7 @@ def test_short_stretches_and_silence_without_bytes_are_left_out() -> None:
     assert wire.gather([], [], [], (0, 1)) == []
 
 
-def test_calls_that_were_folded_tell_no_reason() -> None:
+def test_batched_calls_show_no_reason() -> None:
     folded = msgspec.structs.replace(receive(160, 9010, 16, 43_047), calls=300)
     found = only(SENDS, [receive(90, 150, 0, 16), folded], [data(140, 16)])
     assert found.reason == "unknown" and "one by one" in found.evidence

@@ -122,7 +122,7 @@ def test_file_round_trip_and_hostile_files() -> None:
             decode(data, "f")
 
 
-def test_a_file_without_phases_is_compared_by_what_it_has() -> None:
+def test_a_file_without_phases_is_compared_by_its_other_figures() -> None:
     bare = Run(breakdown=msgspec.structs.replace(breakdowns.precopy(), phases=[]))
     whole = Benchmark(scenario="s", runs=[bare] * 5)
     found = verdicts(whole, whole)

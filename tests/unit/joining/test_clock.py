@@ -29,12 +29,12 @@ def test_a_pair_each_way_bounds_the_offset() -> None:
     assert known.bound == 10
 
 
-def test_a_pair_further_away_says_less_by_the_rates_that_clocks_can_have() -> None:
+def test_a_pair_further_away_bounds_less_because_rates_can_differ() -> None:
     known = bounds(Evidence([hull((4 * S, 120))], [hull((5 * S, -100))]), 5 * S)
     assert known.most == 120 + S // 1000 + S // 10**6
 
 
-def test_pairs_far_apart_tell_the_rate_and_so_bound_the_offset_between_them() -> None:
+def test_pairs_far_apart_bound_the_rate_and_the_offset_between_them() -> None:
     drift = 50e-6
     points = [(x, round(x * drift)) for x in range(0, 10 * S, S)]
     exact = Evidence([hull(*points)], [hull(*((x, -y) for x, y in points))])
@@ -56,7 +56,7 @@ def test_without_pairs_one_way_that_side_is_open(side: str) -> None:
     assert known.offset == (7 if side == "least" else -7)
 
 
-def test_what_no_clocks_can_do_is_a_contradiction() -> None:
+def test_pairs_that_fit_no_clocks_are_a_contradiction() -> None:
     with pytest.raises(ContradictionError):
         bounds(Evidence([hull((S, 99))], [hull((S, -100))]), S)
     with pytest.raises(ContradictionError):  # a second apart, and 2 ms of difference: 2000 ppm

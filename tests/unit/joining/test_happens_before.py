@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sends, receives and TCP segments of two hosts say of their clocks, on streams whose every byte is known."""
+"""Clock bounds from sends, receives and TCP segments of two hosts, on streams in which every byte is known."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_random_streams_never_bound_the_offset_below_the_truth() -> None:
 
 
 def _folded(sends: list[Transfer]) -> list[Transfer]:
-    """Three calls a run, as tracing does outside the blackout."""
+    """Three calls per batch, as tracing does outside the blackout."""
     found = []
     for at in range(0, len(sends), 3):
         part = sends[at : at + 3]

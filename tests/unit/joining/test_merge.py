@@ -63,7 +63,7 @@ def test_the_order_of_the_two_does_not_matter(path: Path) -> None:
     assert analyse(there).breakdown == analyse(back).breakdown
 
 
-def test_the_breakdown_says_whose_clock_is_how_far_ahead() -> None:
+def test_the_breakdown_reports_which_clock_is_ahead_and_by_how_much() -> None:
     whole = joined(*sides(QEMU))
     breakdown = analyse(whole).breakdown
     assert breakdown.migration.source is not None
@@ -90,7 +90,7 @@ def test_a_joined_recording_can_be_written_and_read_again(tmp_path: Path) -> Non
         joined(again, sides(CH)[0])
 
 
-def test_through_nat_the_bytes_tell_the_connection() -> None:
+def test_through_nat_the_bytes_identify_the_connection() -> None:
     source, destination = sides(CH)
     other = changed(destination, only(Socket, local="10.0.0.7:4444", remote="192.0.2.1:1024"))
     whole = joined(source, other)
@@ -221,7 +221,7 @@ def test_of_several_migrations_in_one_recording_one_is_chosen() -> None:
         joined(*sides(CH), pid=1)
 
 
-def test_tracing_that_began_amid_the_connection_bounds_nothing_by_its_bytes() -> None:
+def test_tracing_that_began_during_the_connection_bounds_nothing_by_its_bytes() -> None:
     source, destination = sides(QEMU)
     late = 3 * 10**4
 
@@ -298,12 +298,12 @@ def test_a_hint_is_an_offset_and_its_doubt(text: str, hint: Hint) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "+-5us", "5", "1ms+-", "1ms+-2", "--1ms"])
-def test_what_is_no_hint_is_refused(text: str) -> None:
+def test_an_invalid_hint_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
         Offset().convert(text, None, None)
 
 
-def test_the_command_prints_what_its_joined_recording_says(tmp_path: Path) -> None:
+def test_the_command_prints_the_report_of_its_joined_recording(tmp_path: Path) -> None:
     halves = [str(DATA / "hosts" / f"{role}.rec") for role in ("destination", "source")]
     both = str(tmp_path / "both.rec")
     joined = run("join", *halves, "--recording", both, "--format", "json")
