@@ -17,8 +17,8 @@ ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals that the phases need. The other signals only add detail."""
 
 _NO_CARRIER = (
-    "no send of the migration was recognised: what carries it (a pipe, a file, RDMA) is not known, and phases in which "
-    "the source sends have no time"
+    "no send of the migration was recognised: its carrier is unknown (a pipe, a file, RDMA), and the source's sending "
+    "phases have no time"
 )
 
 
