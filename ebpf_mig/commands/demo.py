@@ -143,7 +143,7 @@ def _two_hosts(
             recorder.armed()
         outcome = both.driven(migration, timeout / 10**9)
         found = {role: both.taken(recorder) for role, recorder in recorders.items()}
-    halves = {role: both.told(half, targets, outcome.marks) for role, half in found.items() if half is not None}
+    halves = {role: both.with_marks(half, targets, outcome.marks) for role, half in found.items() if half is not None}
     if not halves:
-        raise RecordingError("neither recorder left a recording")
+        raise RecordingError("neither recorder made a recording")
     return outcome, halves

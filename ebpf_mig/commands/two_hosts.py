@@ -83,20 +83,20 @@ def driven(migration: Migration, timeout_s: float) -> Outcome:
     return outcome[0]
 
 
-def told(
+def with_marks(
     recording: Recording, targets: Sequence[Target], marks: Sequence[AnyEvent], key: int | None = None
 ) -> Recording:
-    """The recording of a side, with the version and the marks of its VMM. `key`: see `vmm.base.Elsewhere`."""
+    """The recording of a side, with the version and the marks of its VMM. `key`: see `vmm.base.RemoteEnd`."""
     pids = _traced(recording)
     own = next(iter(pids), 0)
     known = [target for target in targets if target.pid in pids]
     if not recording.header.targets and key is not None and own:  # it started after its recorder
         known = [msgspec.structs.replace(target, pid=own) for target in targets]
-    said = [mark for mark in marks if isinstance(mark, Mark) and mark.pid in (pids if key is None else {key})]
+    own_marks = [mark for mark in marks if isinstance(mark, Mark) and mark.pid in (pids if key is None else {key})]
     if key is not None:
-        said = [msgspec.structs.replace(mark, pid=own) for mark in said]
+        own_marks = [msgspec.structs.replace(mark, pid=own) for mark in own_marks]
     header = msgspec.structs.replace(recording.header, targets=known or recording.header.targets)
-    return msgspec.structs.replace(recording, header=header, events=[*recording.events, *said])
+    return msgspec.structs.replace(recording, header=header, events=[*recording.events, *own_marks])
 
 
 def _traced(recording: Recording) -> set[int]:
@@ -129,19 +129,19 @@ def show(
             say(f"the two recordings cannot be joined: {error}; this is the source's half")
     breakdown = analyse(whole).breakdown
     write_result(rendered(breakdown, form, "-", color))
-    say(f"recordings: {kept}; see it again with: {again}")
+    say(f"recordings: {kept}; show the report again with: {again}")
     return breakdown
 
 
 def taken(recorder: Recorder) -> Recording | None:
-    """The recording of a recorder. If there is none, None, and a line that says why."""
+    """The recording of a recorder. If there is none, prints the reason and returns None."""
     try:
         recording = recorder.finish()
     except RecordingError as error:
         say(f"{recorder.name}: its recording is lost: {error}; {recorder.complaint()}")
         return None
     if recorder.lost:
-        say(f"{recorder.name}: its recording is not whole: {recorder.lost}")
+        say(f"{recorder.name}: its recording is incomplete: {recorder.lost}")
     return recording
 
 
@@ -212,7 +212,7 @@ def across(
         halves = {here: read_recording(names[here])}
         other = taken(remote.recorder) if remote.recorder else None
     if other is not None:
-        far = told(other, [target], outcome.marks, remote.end.key)
+        far = with_marks(other, [target], outcome.marks, remote.end.key)
         keep({role: far}, names, force)
         halves[role] = far
     return outcome, halves, remote.problem

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells from the events alone when a migration is over, for tracing that does not drive the VMM.
+"""Decides from the events alone when a migration is over, for tracing that does not drive the VMM.
 
-In: batches of events, which connections were closed, the time. Out: the reason to stop, once one holds. Pure: it opens
-nothing.
+In: batches of events, closed connections, the time. Out: the reason to stop, or None. Pure: it opens nothing.
 
-Silence is not an end. A source that is traced alone has handed over once the other end answered its last bytes, or
-once its VMM closed the connection, and its guest stays stopped. Else its end, or its guest's return, is awaited.
+A pause in the events does not end a migration. A source that is traced alone has handed over when its guest stays
+stopped and either the other end has answered its last bytes or its VMM has closed the connection. Otherwise tracing
+goes on until the source ends or its guest runs again.
 
-A guest that runs for the first time is no end either: it may have booted. Its state must have come in over a
-connection, or the source that is traced, too, must have stopped.
+A guest that runs for the first time does not end a migration either, since it may have booted. Its state must have
+arrived over a connection, or a traced source must have stopped.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
 
 QUIET_NS = 300_000_000
-"""How long the last act must lie back: the destination starts after the source is done, and its late work counts."""
+"""A migration is over only this long after its last activity. The destination starts after the source is done, and its
+late work belongs to the migration."""
 STOPPED_NS = 2_000_000_000
-"""A source that has handed over is given this long to take its guest back: the destination may have refused it."""
+"""How long a source that has handed over may take to resume its guest: the destination may have refused it."""
 SILENCE_NS = 60_000_000_000
-"""Stop waiting for a migration that does nothing for this long."""
+"""Stop waiting for a migration after this long without activity."""
 LARGE_BYTES = 1 << 20
-"""Logging is switched on for the VGA slot without any migration; RAM slots are larger."""
+"""Smallest memslot that counts as RAM. The VGA slot is smaller, and is logged without a migration, too."""
 COMPANION_SHARE = 4
-"""Sockets with less than this part of the busiest one's bytes are monitors or consoles, no connection of the
-migration; multifd channels have about the same."""
+"""A socket with less than 1/COMPANION_SHARE of the busiest socket's bytes is a monitor or a console, not a connection
+of the migration. multifd channels carry about the same amount each.
+"""
 
 
 CARRIER_BYTES = 64 << 10
-"""Less than the page headers of a tiny VM's memory: a socket over which less was sent is not taken for the carrier."""
+"""A socket that sent less does not carry the migration. The page headers of even a tiny VM's memory take more."""
 
 
 class MigrationWatch:
-    """Feed it with `saw` and `closed`, ask it with `verdict`."""
+    """Pass events to `saw` and closed connections to `closed`. `verdict` returns the result."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = tuple(pids)
@@ -61,7 +63,7 @@ class MigrationWatch:
         self._unlogged_at = 0
         self._last_ns = 0
         self._moved_ns = 0
-        """When anything was last sent or received. It counts as activity once the process is known as a source."""
+        """Time of the last transfer on any socket. It counts as activity once a process is known to be a source."""
 
     def joined(self, pid: int) -> None:
         """Adds a process that is traced from now on."""
@@ -96,12 +98,12 @@ class MigrationWatch:
         return frozenset(self._fetched)
 
     def closed(self, pid: int, at_ns: int) -> None:
-        """The VMM `pid` lives and has closed the connection that `connections` named."""
+        """The VMM `pid` still lives, and has closed the connection that `connections` lists."""
         self._closed_at.setdefault(pid, at_ns)
 
     @property
     def connections(self) -> dict[int, int]:
-        """The sources whose guest may have stopped for good, with the inode of the socket that carries most."""
+        """The sources whose guest may have stopped for good, with the inode of the socket that sent most."""
         sources = [pid for pid in self._fetched if pid in self._sent and pid not in self._closed_at]
         stopped = [pid for pid in sources if pid not in self._ran or not self._runs(pid)]
         return {pid: socket for pid in stopped if (socket := self._busiest(pid))}
@@ -114,7 +116,7 @@ class MigrationWatch:
         return frozenset(pid for pid in ran if handed or self._receptions[pid].loaded)
 
     def passed(self, pid: int) -> str | None:
-        """Why the migration is over for `pid`, which begins another one just now; None if it is not over."""
+        """Why the migration of `pid` is over, now that `pid` begins another one; None if it is not over."""
         if pid in self.arrived:
             return "migrated"
         if pid in self._fetched and self._unlogged_at:
@@ -123,7 +125,7 @@ class MigrationWatch:
 
     @property
     def under_way(self) -> bool:
-        """A source has begun to migrate, and the end was not seen."""
+        """Whether a source has begun to migrate and no end was seen."""
         return bool(self._fetched) and not self._unlogged_at and not self.arrived
 
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
@@ -143,11 +145,11 @@ class MigrationWatch:
         return None
 
     def _runs(self, pid: int) -> bool:
-        """Its guest runs, as far as is known of a process that was seen to run it."""
+        """Whether its guest runs. Call it only for a process that was seen to run its guest."""
         return pid not in self._stopped_at
 
     def _runs_again(self, pid: int) -> bool:
-        """Its guest runs as any guest does: the interruptions of a busy one are no acts of the migration."""
+        """Whether its guest runs outside of a migration. The interruptions of a busy guest are no activity then."""
         return bool(self._unlogged_at) if pid in self._fetched else pid in self._started
 
     def _enter(self, event: VcpuEnter) -> None:
@@ -196,14 +198,14 @@ class MigrationWatch:
         made = key in self._unlogged
         self._unlogged.add(key)
         if not made and event.pid in self._sent and event.pid not in self._fetched and self._busiest(event.pid):
-            self.missed_beginning(event.pid)  # a slot that is there loses the flag, after much was sent
+            self.missed_beginning(event.pid)  # an existing slot loses the flag after much was sent
         if key in self._logged or event.pid in self._missed:
             self._logged.discard(key)
             if not self._logged:
                 self._unlogged_at = event.end_ns
 
     def _transfer(self, event: Transfer) -> None:
-        """Only what goes over the migration's connection is its activity: a monitor answers at any time."""
+        """Only transfers on the migration's connection count as activity: a monitor may answer at any time."""
         if event.pid not in self._ran or event.begin_ns < self._started.get(event.pid, 0):
             self._receptions[event.pid].transfer(event)
         sent = self._sent.setdefault(event.pid, Counter())
@@ -222,13 +224,15 @@ class MigrationWatch:
         return most if sent[most] >= CARRIER_BYTES else 0
 
     def _source_stopped(self) -> bool:
-        """A source has read its vCPUs' state, or they left the guest, and it has not run since."""
+        """Whether a source's guest has stopped: its vCPUs were interrupted or their state was read, and none ran
+        since.
+        """
         return any(pid in self._stopped_at for pid in self._fetched)
 
     def _handed_over(self, now_ns: int) -> bool:
-        """A source's last bytes were answered, or its VMM closed the connection; and its guest did not come back.
+        """Whether a source's last bytes were answered or its VMM closed the connection, and its guest stays stopped.
 
-        Where the destination is traced too, its start is awaited, unless the guest was paused all the time.
+        If the destination is also traced, its start is the end instead, unless the guest was paused all the time.
         """
         for pid in self._fetched:
             if len(self._pids) > 1 and pid in self._ran and pid not in self._paused:

@@ -42,7 +42,7 @@ class Recorder:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.lost = ""
-        """Why it ended before we stopped it; empty if it did not."""
+        """Why it ended by itself before we stopped it; empty if it did not."""
         self._data = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`; it has no name
         self._size = 0
         self._head = bytearray()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One host's tracing run, top to bottom: load, attach, arm, wait, drain, detach.
 
-In: the processes to trace, where the recording goes, and a function that says when it is over. Out: the events are in
-the recording, the last of them an `Ending`. Others run the migration: an error in here ends the
-tracing, never the migration.
+In: the processes to trace, where the recording goes, and a function that returns the reason to stop. Out: the
+recording has the events, and an `Ending` as the last one. The migration does not depend on this module: an error here
+ends the tracing, never the migration.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def require_alive(targets: Sequence[Target]) -> None:
 
 
 def require_kvm(targets: Sequence[Target]) -> None:
-    """UsageError if a target has no KVM VM. Exempt are VMMs that create their VM later."""
+    """UsageError if a target has no KVM VM. VMMs that create their VM later are exempt."""
     for target in targets:
         try:
             procfs.names(target.pid, "fd")

@@ -26,7 +26,7 @@ from ebpf_mig.recording.events import Header
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.recorder import Recorder, RemoteError
 from ebpf_mig.vmm.adapter import FarEnd
-from ebpf_mig.vmm.base import Elsewhere
+from ebpf_mig.vmm.base import RemoteEnd
 
 CONNECT_S = 20.0
 _MOST_READ = 1 << 20
@@ -88,11 +88,11 @@ class Remote:
         self._stack.close()
 
     @property
-    def end(self) -> Elsewhere:
+    def end(self) -> RemoteEnd:
         """The process on the other host, as its recorder reports it."""
         if self.header is None or not self.header.targets:
-            return Elsewhere(run=self._run)
-        return Elsewhere(self.header.targets[0].pid, self.header.clock, self._run)
+            return RemoteEnd(run=self._run)
+        return RemoteEnd(self.header.targets[0].pid, self.header.clock, self._run)
 
     def _run(self, command: list[str]) -> str:
         """A command's output on the other host, up to a limit; empty if it cannot be run."""
@@ -108,12 +108,12 @@ class Remote:
         try:
             assert process.stdout is not None  # noqa: S101 - asked for above
             with process.stdout:
-                said = process.stdout.read(_MOST_READ)
+                output = process.stdout.read(_MOST_READ)
         finally:
             patience.cancel()
             patience.join()
             end_group(process)
-        return said.decode(errors="replace")
+        return output.decode(errors="replace")
 
     def _start(self, guard: contextlib.ExitStack) -> None:
         """Starts the recorder and forwards the socket, if one is needed. If recording fails, only the socket is

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from /proc what no probe reports: which VMMs ended, closed their connection or wrote data.
 
-In: the traced pids, a `MigrationWatch`, the time. Out: marks for the recording; the watch hears of closed connections.
+In: the traced pids, a `MigrationWatch`, the time. Out: marks for the recording. The watch also gets each closed
+connection.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from ebpf_mig.tracing.lifecycle import MigrationWatch
 
 INTERVAL_NS = 50_000_000
 SURE_NS = 200_000_000
-"""A VMM that still lives this long after it closed its connection is not about to end."""
+"""A VMM that still lives this long after it closed its connection is not exiting."""
 
 
 class Witness:
-    """One of a migration; look now and then, take `marks` at the end."""
+    """Observes the processes of one migration. Call `look` repeatedly, and `marks` at the end."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = set(pids)
@@ -32,7 +33,7 @@ class Witness:
         self._due_ns = 0
 
     def look(self, watch: MigrationWatch, now_ns: int) -> None:
-        """Looks at every process, if the last time was long enough ago."""
+        """Checks every process, at most once in `INTERVAL_NS`."""
         if now_ns < self._due_ns:
             return
         self._due_ns = now_ns + INTERVAL_NS
@@ -49,12 +50,12 @@ class Witness:
                 watch.closed(pid, since)
 
     def joined(self, pid: int) -> None:
-        """One more process is traced from now on."""
+        """Adds a process that is traced from now on."""
         self._pids.add(pid)
         self._before[pid] = bytes_written(pid)
 
     def merge(self, other: Witness) -> None:
-        """Takes over what another saw."""
+        """Takes over the state of another witness."""
         self._pids |= other._pids
         self._before |= other._before
         self._written |= other._written
@@ -64,7 +65,7 @@ class Witness:
         self._marks += other._marks
 
     def marks(self, now_ns: int) -> Sequence[AnyEvent]:
-        """All that was seen."""
+        """The marks so far, and the bytes that each process wrote."""
         written = [
             Mark(now_ns, pid, WRITTEN, value=after - before)
             for pid, after in self._written.items()

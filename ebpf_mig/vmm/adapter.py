@@ -20,7 +20,7 @@ from ebpf_mig.linux.check import Check
 if TYPE_CHECKING:  # these load libraries that a report does not need
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
-    from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.base import Migration, RemoteEnd
     from ebpf_mig.vmm.witness import VmmWitness
 
 Values = Mapping[str, Any]
@@ -98,7 +98,7 @@ class Adapter:
 
         return VmmWitness()
 
-    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+    def connect(self, values: Values, remote: tuple[str, RemoteEnd] | None = None) -> Migration:
         """The migration that the options describe. `remote`: role and facts of the end on another host.
 
         If the other end's control socket is forwarded, `values` hold the local path. UsageError, VmmError.
@@ -123,5 +123,5 @@ class Adapter:
         return ()
 
     def process_behind(self, path: str) -> int | None:
-        """The VMM's pid if another process created its control socket; else None."""
+        """The VMM's pid if another process created its control socket, otherwise None."""
         return None

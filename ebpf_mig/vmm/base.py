@@ -29,7 +29,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class RemoteEnd:
     """An end on another host, as its recorder reports it."""
 
     pid: int = 0
@@ -45,7 +45,7 @@ class Elsewhere:
         """Stands for its pid in marks. No process on this host has this number."""
         return -1 - self.pid
 
-    def said(self, *command: str) -> str:
+    def output(self, *command: str) -> str:
         """The output of a command on that host; see `run`."""
         return self.run(list(command)) if self.run else ""
 
@@ -56,8 +56,8 @@ class Elsewhere:
         """
         port = url.rpartition(":")[2]
         network = (self.pid, "net") if self.pid else ("net",)
-        said = self.said("cat", *(procfs.path(*network, table) for table in ("tcp", "tcp6")))
-        return port.isdecimal() and int(port) in {found for found, _ in sockets.tcp_listeners(said.encode())}
+        tables = self.output("cat", *(procfs.path(*network, table) for table in ("tcp", "tcp6")))
+        return port.isdecimal() and int(port) in {found for found, _ in sockets.tcp_listeners(tables.encode())}
 
 
 class Migration(Protocol):

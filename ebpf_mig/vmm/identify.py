@@ -20,7 +20,8 @@ _REMEDY = "give the socket's path as it is on that host, or use --pid"
 def process_behind(path: str) -> int:
     """The pid; VmmError if no VMM listens at the socket.
 
-    It is the socket's creator (SO_PEERCRED) if that process has KVM open. Else a manager created it; ask the VMMs.
+    It is the socket's creator (SO_PEERCRED) if that process has KVM open. Otherwise a manager created it, and the VMMs
+    are asked.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         try:

@@ -32,8 +32,8 @@ class VmmWitness:
 
     marks = MarkNames()
     parts: ClassVar[Mapping[str, int]] = {}
-    """Rows that are parts of its downtime, not figures for the blackout. The value says how readily a crowded report
-    drops each.
+    """Rows that are parts of its downtime, not figures for the blackout. The higher the value, the earlier a crowded
+    report leaves the row out.
     """
     references: tuple[Reference, ...] = ()
     words: frozenset[str] = frozenset()

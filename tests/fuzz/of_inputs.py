@@ -127,7 +127,7 @@ def ch_events(data: bytes) -> None:
     """An event file of Cloud Hypervisor."""
     found, rest = event_monitor.decode(data.decode(errors="replace"))
     assert len(rest) <= len(data)
-    told = [event_monitor.Told(name, stamp, 10**15) for name, stamp in found]
+    told = [event_monitor.MonitorEvent(name, stamp, 10**15) for name, stamp in found]
     marks = event_monitor.marks(1, told, (0, 0))
     assert all(mark.doubt_ns >= 0 for mark in marks)
 

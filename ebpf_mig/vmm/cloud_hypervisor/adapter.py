@@ -20,7 +20,7 @@ from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
 if TYPE_CHECKING:
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
-    from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.base import Migration, RemoteEnd
     from ebpf_mig.vmm.witness import VmmWitness
 
 
@@ -67,7 +67,7 @@ class CloudHypervisorAdapter(Adapter):
 
         return WITNESS
 
-    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+    def connect(self, values: Values, remote: tuple[str, RemoteEnd] | None = None) -> Migration:
         """See `Adapter.connect`."""
         from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration, ChOptions
 
@@ -81,7 +81,7 @@ class CloudHypervisorAdapter(Adapter):
     def far_end(self, role: str, values: Values) -> FarEnd:
         """See `Adapter.far_end`."""
         if values[f"{role}_events"]:
-            why = "events of a VMM elsewhere have no stamps on a clock that is known"
+            why = "the events of a VMM on another host have no time stamps on a known clock"
             raise UsageError(why, f"leave --{role}-events out; --{role}-log works there, too")
         return FarEnd(["--api-socket", values[role]], values[role])
 

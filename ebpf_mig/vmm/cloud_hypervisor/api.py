@@ -29,7 +29,7 @@ _REMEDY = "start Cloud Hypervisor with --api-socket path=PATH and give that PATH
 
 
 class RefusedError(VmmError):
-    """The VMM answered, and the answer was no."""
+    """The VMM refused a request."""
 
 
 class _Ping(msgspec.Struct):
@@ -157,9 +157,9 @@ class Api:
     def knows(self, name: str, field: str) -> bool | None:
         """Whether a call that takes JSON knows a field; None if its answer does not show it.
 
-        Unknown fields are ignored without a word, known ones of the wrong type are refused while the body is being
-        read (serde), before anything is done. So both this field and the URL are of a wrong type, and the refusal
-        is about the first of them that is known.
+        The VMM silently ignores unknown fields. It refuses known fields of a wrong type while it parses the body
+        (serde), before it acts. So the request has a wrong type for both this field and the URL, and the refusal names
+        the first of them that the VMM knows.
         """
         try:
             self.call("PUT", name, {field: {_MARKER: 0}, _URL_OF.get(name, "destination_url"): _NO_URL})

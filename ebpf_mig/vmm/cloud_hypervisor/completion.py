@@ -60,7 +60,7 @@ class Ending:
                     if self._soon(self.receive.fd):
                         continue
                     return "failed", (
-                        "the source ended, and the destination does not say that it has the VM; it may wait for "
+                        "the source ended, and the destination does not report that it has the VM; it may wait for "
                         "its sender for ever"
                     )
                 if self.source.gave_up(self.send):

@@ -42,7 +42,7 @@ FOLLOWS = {
 
 
 @dataclass(frozen=True)
-class Told:
+class MonitorEvent:
     """One event that was read."""
 
     name: str
@@ -87,7 +87,7 @@ def _event(value: Any) -> tuple[str, int] | None:
     return event.event[:64], event.timestamp.secs * 10**9 + event.timestamp.nanos
 
 
-def marks(pid: int, told: list[Told], asked_ns: tuple[int, int]) -> list[Mark]:
+def marks(pid: int, events: list[MonitorEvent], asked_ns: tuple[int, int]) -> list[Mark]:
     """Marks named `ch.event.NAME`. `asked_ns`: when the receive and the send call were begun.
 
     The VMM's start lies between the two bounds. The fastest of about ten reads is much closer to its event than
@@ -95,15 +95,15 @@ def marks(pid: int, told: list[Told], asked_ns: tuple[int, int]) -> list[Mark]:
     distance of the bounds, all on the early side. None if the bounds contradict each other, e.g. after a migration
     that another client started.
     """
-    latest = min((event.read_ns - event.stamp_ns for event in told), default=None)
-    begins = [asked_ns[FOLLOWS[event.name]] - event.stamp_ns for event in told if event.name in FOLLOWS]
+    latest = min((event.read_ns - event.stamp_ns for event in events), default=None)
+    begins = [asked_ns[FOLLOWS[event.name]] - event.stamp_ns for event in events if event.name in FOLLOWS]
     if latest is None or not begins:
         return []
     earliest = max(begins)
     if earliest > latest:
         return []
     doubt = latest - earliest
-    return [Mark(latest + event.stamp_ns, pid, f"ch.event.{event.name}", "", 0, doubt) for event in told]
+    return [Mark(latest + event.stamp_ns, pid, f"ch.event.{event.name}", "", 0, doubt) for event in events]
 
 
 class EventFile:
@@ -111,7 +111,7 @@ class EventFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._told: list[Told] = []
+        self._events: list[MonitorEvent] = []
         self._rest = ""
         self._size = 0
         self._closed = threading.Event()
@@ -140,7 +140,7 @@ class EventFile:
         self._thread = threading.Thread(target=self._watch, name="events", daemon=True)
         self._thread.start()
 
-    def stop(self) -> list[Told]:
+    def stop(self) -> list[MonitorEvent]:
         """Everything that was read, in order. May be called again, or without `start`."""
         if self._thread is not None:
             self._closed.set()
@@ -151,7 +151,7 @@ class EventFile:
             self._file.close()
             for fd in (self._notify, self._wake, self._waker):
                 os.close(fd)
-        return list(self._told)
+        return list(self._events)
 
     def _watch(self) -> None:
         while not self._closed.is_set():
@@ -167,8 +167,8 @@ class EventFile:
                 break
             now = clock.monotonic_ns()
             self._size += len(data)
-            if self._size > _LOOKED_AT_BYTES or len(self._told) >= _MOST:
+            if self._size > _LOOKED_AT_BYTES or len(self._events) >= _MOST:
                 continue  # Cloud Hypervisor never writes this much: read and discard
             found, rest = decode(self._rest + data.decode(errors="replace"))
             self._rest = rest if len(rest) <= _MOST_REST else ""
-            self._told += [Told(name, stamp, now) for name, stamp in found][: _MOST - len(self._told)]
+            self._events += [MonitorEvent(name, stamp, now) for name, stamp in found][: _MOST - len(self._events)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two Cloud Hypervisors with the tiny guest: the counterpart of `lab.qemu`.
+"""Two Cloud Hypervisors with the tiny guest: the counterpart of `vmm.qemu.lab`.
 
-In: a `Scenario`. Out: pids, API sockets, a URL to migrate to, heartbeats, notes for the report. Where this KVM cannot
-save nested state a small library is compiled and preloaded, and the report says so.
+In: a `Scenario`. Out: pids, API sockets, a URL to migrate to, heartbeats, notes for the report. If this KVM cannot
+save nested state, a small library is compiled and preloaded, and the report has a note on it.
 """
 
 from __future__ import annotations

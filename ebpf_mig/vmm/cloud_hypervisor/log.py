@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebpf_mig.vmm.base import Elsewhere
+from ebpf_mig.vmm.base import RemoteEnd
 
 LOG_MOST_BYTES = 1 << 24
 """Bytes read from the log's end. With -vv the VMM logs a line for each dirty range."""
@@ -37,11 +37,11 @@ class LogPlace:
 
     path: str
     offset: int
-    there: Elsewhere | None = None
+    there: RemoteEnd | None = None
     """The host of the file; None: this one."""
 
     @classmethod
-    def now(cls, path: str, there: Elsewhere | None = None) -> LogPlace:
+    def now(cls, path: str, there: RemoteEnd | None = None) -> LogPlace:
         """The file's present end; 0 if the file does not exist yet."""
         if there is not None:
             return cls(path, _size_there(there, path), there)
@@ -55,7 +55,7 @@ class LogPlace:
         if self.there is not None:
             end = _size_there(self.there, self.path)
             since = end - self.offset if self.offset <= end else end
-            return self.there.said("tail", "-c", str(min(since, MOST_THERE_BYTES)), self.path).splitlines()
+            return self.there.output("tail", "-c", str(min(since, MOST_THERE_BYTES)), self.path).splitlines()
         try:
             with Path(self.path).open("rb") as file:
                 end = file.seek(0, 2)
@@ -88,6 +88,6 @@ class LogPlace:
         return found[-1][:500] if found else ""
 
 
-def _size_there(there: Elsewhere, path: str) -> int:
-    size = there.said("wc", "-c", path).split()
+def _size_there(there: RemoteEnd, path: str) -> int:
+    size = there.output("wc", "-c", path).split()
     return int(size[0]) if size and re.fullmatch(r"\d{1,18}", size[0], re.ASCII) else 0

@@ -21,7 +21,7 @@ from ebpf_mig.errors import UsageError, VmmError
 from ebpf_mig.linux import clock
 from ebpf_mig.linux.listening import listens
 from ebpf_mig.recording.events import AnyEvent, Target
-from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
+from ebpf_mig.vmm.base import Outcome, RemoteEnd, mark
 from ebpf_mig.vmm.cloud_hypervisor import event_monitor
 from ebpf_mig.vmm.cloud_hypervisor.api import Api
 from ebpf_mig.vmm.cloud_hypervisor.completion import Ending
@@ -87,7 +87,7 @@ class ChMigration:
         destination: str,
         url: str,
         options: ChOptions | None = None,
-        remote: tuple[str, Elsewhere] | None = None,
+        remote: tuple[str, RemoteEnd] | None = None,
     ) -> None:
         """`remote`: role and facts of the end on another host."""
         self._away = dict([remote]) if remote else {}
@@ -232,10 +232,10 @@ class ChMigration:
         """Marks of both VMMs: `ch.NAME_ms` from their logs and `ch.event.NAME` from their event monitors."""
         found: list[AnyEvent] = []
         for pid, place in self._places.items():
-            told = [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(place.figures().items())]
+            figures = [mark(pid, f"ch.{name}_ms", value=ms) for name, ms in sorted(place.figures().items())]
             if place.there is not None:  # our reading time and its process's events use different clocks
-                told = [replace(one, at_ns=0) for one in told]
-            found += told
+                figures = [replace(one, at_ns=0) for one in figures]
+            found += figures
         for pid, file in self._watched.items():
             found += event_monitor.marks(pid, file.stop(), (self._asked[0], self._asked[1]))
         return found

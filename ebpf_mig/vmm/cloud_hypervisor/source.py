@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detects whether the source's process or its sending thread has ended.
 
-In: a pid here, or a host elsewhere. Out: descriptors to poll, and answers. A process here is watched with pidfds.
+In: a pid on this host, or another host. Out: descriptors to poll, and answers. A process here is watched with pidfds.
 One on another host is checked by a command there, rarely while it migrates, since a login takes CPU time.
 """
 
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
-from ebpf_mig.vmm.base import Elsewhere
+from ebpf_mig.vmm.base import RemoteEnd
 
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
@@ -140,7 +140,7 @@ class FarSource:
 
     far = True
 
-    def __init__(self, there: Elsewhere) -> None:
+    def __init__(self, there: RemoteEnd) -> None:
         self._there, self._pid = there, there.pid
         self._pause = FIRST_LOOK_S
         self._next = time.monotonic() + self._pause
@@ -180,7 +180,7 @@ class FarSource:
         if not self._pid or self._threads == [] or time.monotonic() < self._next:
             return
         places = [procfs.path("self", "comm"), procfs.path(self._pid, "task")]
-        names = self._there.said("find", *places, *_COMMS).splitlines()
+        names = self._there.output("find", *places, *_COMMS).splitlines()
         self._threads = names[1:] if names else None
         self._pid = self._pid if names else 0
         self._next = time.monotonic() + self._pause

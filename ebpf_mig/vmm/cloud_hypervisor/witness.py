@@ -95,21 +95,23 @@ def _parts(
     traced: TracedMigration, window: Span, parts: Sequence[Phase], wires: Sequence[Wire] | None, found: Talk
 ) -> list[Witness]:
     """The components that have a span in the kernel's events, in the order of the downtime."""
-    told = {m.name[3:-3]: m.value for m in traced.material.marks if m.name.startswith("ch.") and m.name.endswith("_ms")}
-    if not told:
+    figures = {
+        m.name[3:-3]: m.value for m in traced.material.marks if m.name.startswith("ch.") and m.name.endswith("_ms")
+    }
+    if not figures:
         return []
     origin = window[0]
     rows = []
     for name in (*_ORDER[:1], "overhead", *_ORDER[1:]):
-        if name in told and name in found.spans:
+        if name in figures and name in found.spans:
             begin, end = found.spans[name]
             why = _why(name, (begin - origin, end - origin), parts, wires or (), found)
             doubt = found.doubts.get(name, 0)
             if doubt >= MS:
                 why += f"; {doubt / MS:.3f} of user time may be its neighbour's"
-            row = _row(name, told[name], (begin - origin, end - origin), end - begin, why)
+            row = _row(name, figures[name], (begin - origin, end - origin), end - begin, why)
             rows.append(msgspec.structs.replace(row, doubt_ns=doubt))
-    rows += _unnamed(told, found, origin, parts)
+    rows += _unnamed(figures, found, origin, parts)
     return rows
 
 
@@ -146,27 +148,27 @@ def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], f
     least = max(_NAMED_NS, (span[1] - span[0]) // _NAMED_SHARE)
     shares: list[tuple[str, int]] = [(phase.phase, covered(phase.spans, span)) for phase in parts]
     shares.append(("after the start", span[1] - span[0] - sum(ns for _, ns in shares)))
-    said = [", ".join(f"{phase} {ns / MS:.3f}" for phase, ns in shares if ns >= least)]
+    clauses = [", ".join(f"{phase} {ns / MS:.3f}" for phase, ns in shares if ns >= least)]
     if name in _ALSO:
-        said.insert(0, _ALSO[name])
+        clauses.insert(0, _ALSO[name])
     second = found.second_fetch
     if name == "state" and second is not None:
-        said.append(f"of which {(second[1] - second[0]) / MS:.3f} ms is a second dirty-log fetch")
+        clauses.append(f"of which {(second[1] - second[0]) / MS:.3f} ms is a second dirty-log fetch")
     stalled = sum(covered([(w.sent, w.received)], span) for w in wires)
     if stalled >= MS and name not in ("final_iter", "overhead"):
         longest = max(wires, key=lambda w: covered([(w.sent, w.received)], span))
-        said.append(f"of which {stalled / MS:.3f} ms sent but not received ({longest.reason})")
-    return "; ".join(filter(None, said))
+        clauses.append(f"of which {stalled / MS:.3f} ms sent but not received ({longest.reason})")
+    return "; ".join(filter(None, clauses))
 
 
-def _unnamed(told: dict[str, int], found: Talk, origin: int, parts: Sequence[Phase]) -> list[Witness]:
-    """What is in its total but in none of its components: the pause, and the gaps between components."""
-    if "downtime" not in found.spans or not all(name in told for name in ("downtime", *_SOURCE_PARTS)):
+def _unnamed(figures: dict[str, int], found: Talk, origin: int, parts: Sequence[Phase]) -> list[Witness]:
+    """The part of its total that is in none of its components: the pause, and the gaps between components."""
+    if "downtime" not in found.spans or not all(name in figures for name in ("downtime", *_SOURCE_PARTS)):
         return []
     begin, end = found.spans["downtime"]
     known = sorted(found.spans[name] for name in _SOURCE_PARTS if name in found.spans)
     ours = end - begin - total(known)
-    rest = told["downtime"] - sum(told[name] for name in _SOURCE_PARTS)
+    rest = figures["downtime"] - sum(figures[name] for name in _SOURCE_PARTS)
     gaps = uncovered(known, (begin, end))
     shares = [(p.phase, sum(covered(p.spans, (b - origin, e - origin)) for b, e in gaps)) for p in parts]
     why = "in its total, in none of its parts: " + ", ".join(

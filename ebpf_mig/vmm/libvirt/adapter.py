@@ -21,7 +21,7 @@ from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
 if TYPE_CHECKING:
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
-    from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.base import Migration, RemoteEnd
     from ebpf_mig.vmm.witness import VmmWitness
 
 
@@ -73,7 +73,7 @@ if it is on this host, or with --destination-host."""
 
         return WITNESS
 
-    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+    def connect(self, values: Values, remote: tuple[str, RemoteEnd] | None = None) -> Migration:
         """See `Adapter.connect`."""
         from ebpf_mig.vmm.libvirt.client import Request
         from ebpf_mig.vmm.libvirt.migration import LibvirtMigration
@@ -126,7 +126,7 @@ if it is on this host, or with --destination-host."""
                 yield migration, []
 
     def checks(self) -> Iterator[Check]:
-        """Whether libvirt can be asked."""
+        """Whether libvirt answers."""
         binding = importlib.util.find_spec("libvirt") is not None
         virsh = shutil.which("virsh")
         if not binding and virsh is None:

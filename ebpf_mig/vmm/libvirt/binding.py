@@ -15,7 +15,7 @@ from typing import Any
 import libvirt
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.libvirt.client import Domain, Listener, Request, Said, checked, error_of, mib
+from ebpf_mig.vmm.libvirt.client import Domain, Event, Listener, Request, checked, error_of, mib
 
 try:
     import libvirt_qemu
@@ -139,17 +139,17 @@ class Binding:
     def _register(self, connection: Any, role: str, domain: Domain) -> None:
         """The destination has no such domain yet. So we receive events of all domains and filter them."""
 
-        def say(about: Any, said: Said) -> None:
+        def pass_on(about: Any, event: Event) -> None:
             listener = self._listener
             if listener is not None and about.UUIDString() == domain.uuid:
-                listener(role, said)
+                listener(role, event)
 
         def lifecycle(_c: Any, about: Any, event: int, _detail: int, _o: Any) -> None:
             if event in _LIFECYCLE:
-                say(about, Said(f"libvirt.{_LIFECYCLE[event]}"))
+                pass_on(about, Event(f"libvirt.{_LIFECYCLE[event]}"))
 
         def iteration(_c: Any, about: Any, number: int, _o: Any) -> None:
-            say(about, Said("libvirt.MIGRATION_ITERATION", number))
+            pass_on(about, Event("libvirt.MIGRATION_ITERATION", number))
 
         def completed(_c: Any, about: Any, figures: dict[str, Any], _o: Any) -> None:
             if about.UUIDString() == domain.uuid:
@@ -157,7 +157,7 @@ class Binding:
 
         def qemu(_c: Any, about: Any, event: str, seconds: int, micros: int, details: str | None, _o: Any) -> None:
             if event in _KEPT:
-                say(about, _qemu_event(event, seconds * 10**9 + micros * 1000, details))
+                pass_on(about, _qemu_event(event, seconds * 10**9 + micros * 1000, details))
 
         with _translated():
             for number, callback in (
@@ -174,7 +174,7 @@ class Binding:
         self._figures = {name: value for name, value in figures.items() if isinstance(value, int)}
 
 
-def _qemu_event(event: str, wall_ns: int, details: str | None) -> Said:
+def _qemu_event(event: str, wall_ns: int, details: str | None) -> Event:
     data: Any = {}
     with contextlib.suppress(ValueError):
         data = json.loads(details or "{}")
@@ -182,7 +182,7 @@ def _qemu_event(event: str, wall_ns: int, details: str | None) -> Said:
         data = {}
     name = f"qmp.{event}" + (f".{str(data.get('status', ''))[:64]}" if event == "MIGRATION" else "")
     number = data.get("pass", 0)
-    return Said(name, number if isinstance(number, int) and number >= 0 else 0, wall_ns)
+    return Event(name, number if isinstance(number, int) and number >= 0 else 0, wall_ns)
 
 
 def _run_events() -> None:

@@ -29,7 +29,7 @@ class Request:
     to: str
     """URI of the destination's libvirt: as the source's libvirt reaches it (peer to peer), or as we do (direct)."""
     direct: bool = False
-    """We drive both; False: the source's libvirt speaks to the destination's."""
+    """We drive both. False: the source's libvirt drives the destination's (peer to peer)."""
     tunnelled: bool = False
     parallel: int | None = None
     """Number of connections."""
@@ -50,7 +50,7 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class Said:
+class Event:
     """An event as it reached us."""
 
     name: str
@@ -60,7 +60,7 @@ class Said:
     """QEMU's own stamp; None: libvirt's events have none."""
 
 
-Listener = Callable[[str, Said], None]
+Listener = Callable[[str, Event], None]
 """Called with a role and an event, in a thread of its own."""
 
 

@@ -90,7 +90,7 @@ class Host:
                 lines = (self.directory / name).read_text(errors="replace").strip().splitlines()
                 if lines:
                     return lines[-1]
-        return "it says nothing"
+        return "it wrote nothing"
 
 
 def require_programs() -> None:
@@ -192,15 +192,16 @@ class LibvirtHosts:
         """Waits until every vCPU of the guest has written its letter."""
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
         deadline = time.monotonic() + _START_S + 2 * self.scenario.round_s()
-        heard = ""
-        while not letters <= set(heard):
+        beats = ""
+        while not letters <= set(beats):
             if time.monotonic() > deadline:
                 raise VmmError(
-                    f"the guest did not come up: {len(set(heard) & letters)} of {len(letters)} vCPUs were heard"
+                    f"the guest did not come up: {len(set(beats) & letters)} of {len(letters)} vCPUs "
+                    "wrote to the serial port"
                 )
             time.sleep(0.02)
             with contextlib.suppress(OSError):
-                heard = self._serial.read_text(errors="replace")
+                beats = self._serial.read_text(errors="replace")
 
 
 def _virsh(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:

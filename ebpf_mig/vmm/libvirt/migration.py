@@ -17,8 +17,8 @@ from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import clock
 from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.vmm import processes
-from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
-from ebpf_mig.vmm.libvirt.client import CancelledError, Client, Request, Said, connect
+from ebpf_mig.vmm.base import Outcome, RemoteEnd, mark
+from ebpf_mig.vmm.libvirt.client import CancelledError, Client, Event, Request, connect
 from ebpf_mig.vmm.libvirt.witness import FIGURES
 
 _MOST_EVENTS = 10_000
@@ -29,9 +29,9 @@ _QMP_GRAIN_NS = 1000
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _Received:
     role: str
-    said: Said
+    event: Event
     at_ns: int
     """When we received it, CLOCK_MONOTONIC."""
 
@@ -47,14 +47,14 @@ class LibvirtMigration:
         request: Request,
         uri: str | None = None,
         destination_uri: str | None = None,
-        remote: tuple[str, Elsewhere] | None = None,
+        remote: tuple[str, RemoteEnd] | None = None,
     ) -> None:
         """`uri`: the source's libvirt, None for its default. `destination_uri`: how we reach the destination's, for
         its events; None: not at all. `remote`: the role of the end that is on another host, and what is known of it.
         """
         self.request = request
         self._away = dict([remote]) if remote else {}
-        self._heard: list[_Heard] = []
+        self._received: list[_Received] = []
         self._pids: dict[str, int] = {}
         self._passes = threading.Event()
         self._cancelled = threading.Event()
@@ -62,7 +62,7 @@ class LibvirtMigration:
         try:
             self.domain = self._client.domain(domain)
             self._version = self._client.version()
-            self._client.listen(self.domain, request.to if request.direct else destination_uri, self._hear)
+            self._client.listen(self.domain, request.to if request.direct else destination_uri, self._on_event)
         except BaseException:
             self._client.close()
             raise
@@ -125,8 +125,8 @@ class LibvirtMigration:
         """Waits for the events and figures, which arrive shortly after the call returns. virsh passes on no events."""
         deadline = time.monotonic() + _LATE_S
         while time.monotonic() < deadline:
-            heard = any(one.said.name == f"qmp.MIGRATION.{result}" for one in self._heard)
-            if self._client.figures() if result == "completed" else heard or not self._heard:
+            ended = any(one.event.name == f"qmp.MIGRATION.{result}" for one in self._received)
+            if self._client.figures() if result == "completed" else ended or not self._received:
                 return
             time.sleep(0.02)
 
@@ -158,27 +158,28 @@ class LibvirtMigration:
                 self._client.abort(self.domain)  # repeated, since the job may not have begun
                 over.wait(0.1)
 
-    def _hear(self, role: str, said: Said) -> None:
+    def _on_event(self, role: str, event: Event) -> None:
         """Runs in libvirt's event thread."""
-        if len(self._heard) < _MOST_EVENTS:
-            self._heard.append(_Heard(role, said, clock.monotonic_ns()))
-        if said.name in ("libvirt.MIGRATION_ITERATION", "qmp.MIGRATION_PASS") and role == "source" and said.value >= 2:
+        if len(self._received) < _MOST_EVENTS:
+            self._received.append(_Received(role, event, clock.monotonic_ns()))
+        passes = ("libvirt.MIGRATION_ITERATION", "qmp.MIGRATION_PASS")
+        if event.name in passes and role == "source" and event.value >= 2:
             self._passes.set()
 
     def _marks(self) -> list[AnyEvent]:
         found: list[AnyEvent] = []
-        for heard in list(self._heard):
-            pid, away = self._pids.get(heard.role), self._away.get(heard.role)
-            said = heard.said
-            if away is not None and (away.clock is None or said.wall_ns is None):
+        for received in list(self._received):
+            pid, away = self._pids.get(received.role), self._away.get(received.role)
+            event = received.event
+            if away is not None and (away.clock is None or event.wall_ns is None):
                 continue
-            if away is not None and away.clock is not None and said.wall_ns is not None:
-                at = said.wall_ns - away.clock.realtime_ns + away.clock.monotonic_ns + _QMP_GRAIN_NS // 2
-                found.append(Mark(at, away.key, said.name, "", said.value, away.clock.doubt_ns + _QMP_GRAIN_NS))
-            elif pid is not None and said.wall_ns is not None:
-                found.append(mark(pid, said.name, "", said.value, said.wall_ns, _QMP_GRAIN_NS))
+            if away is not None and away.clock is not None and event.wall_ns is not None:
+                at = event.wall_ns - away.clock.realtime_ns + away.clock.monotonic_ns + _QMP_GRAIN_NS // 2
+                found.append(Mark(at, away.key, event.name, "", event.value, away.clock.doubt_ns + _QMP_GRAIN_NS))
+            elif pid is not None and event.wall_ns is not None:
+                found.append(mark(pid, event.name, "", event.value, event.wall_ns, _QMP_GRAIN_NS))
             elif pid is not None:
-                found.append(Mark(heard.at_ns, pid, said.name, "", said.value, 0))
+                found.append(Mark(received.at_ns, pid, event.name, "", event.value, 0))
         figures = self._client.figures()
         if source := self._pids.get("source"):
             found += [mark(source, FIGURES[key], "", value) for key, value in figures.items() if key in FIGURES]

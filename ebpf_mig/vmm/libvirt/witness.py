@@ -2,8 +2,9 @@
 """The meaning of libvirt's marks, which come from its events and the job's statistics.
 
 In: nothing. Out: `WITNESS`. `downtime` (virDomainGetJobStats, VIR_DOMAIN_JOB_DOWNTIME) counts, by the daemons' wall
-clocks, from the arrival of QEMU's STOP event at the source's libvirtd until the destination's has had `cont` answered
-(qemuDomainJobDataUpdateDowntime, src/qemu/qemu_domainjob.c, 9.0). With postcopy QEMU starts the guest only later.
+clocks, from the arrival of QEMU's STOP event at the source's libvirtd until QEMU has answered the destination
+libvirtd's `cont` (qemuDomainJobDataUpdateDowntime, src/qemu/qemu_domainjob.c, 9.0). With postcopy QEMU starts the
+guest only later.
 """
 
 from __future__ import annotations

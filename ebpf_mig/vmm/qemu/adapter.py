@@ -20,7 +20,7 @@ from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
 if TYPE_CHECKING:
     from ebpf_mig.lab.netns import Link
     from ebpf_mig.lab.scenario import Scenario
-    from ebpf_mig.vmm.base import Elsewhere, Migration
+    from ebpf_mig.vmm.base import Migration, RemoteEnd
     from ebpf_mig.vmm.witness import VmmWitness
 
 DEFAULT_BINARY = "qemu-system-x86_64"
@@ -65,13 +65,13 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
 
         return WITNESS
 
-    def connect(self, values: Values, remote: tuple[str, Elsewhere] | None = None) -> Migration:
+    def connect(self, values: Values, remote: tuple[str, RemoteEnd] | None = None) -> Migration:
         """See `Adapter.connect`."""
         from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 
         scheme, colon, _ = values["uri"].partition(":")
         if not colon or scheme not in _SCHEMES:
-            why = f"{printable(values['uri'], 80)} leads from no QEMU to another one"
+            why = f"{printable(values['uri'], 80)} is no URI through which one QEMU can reach another"
             raise UsageError(
                 why, f"give --uri as one of {', '.join(f'{s}:' for s in _SCHEMES)}; watch others with record"
             )

@@ -17,7 +17,7 @@ from typing import Any
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import LATEST, AnyEvent, Mark
-from ebpf_mig.vmm.base import Elsewhere, mark
+from ebpf_mig.vmm.base import RemoteEnd, mark
 from ebpf_mig.vmm.qemu.monitor import Monitor
 
 FINAL = frozenset({"completed", "failed", "cancelled"})
@@ -33,7 +33,7 @@ _RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy
 class Side:
     """One end while the migration runs: its reports, and whether it is done."""
 
-    def __init__(self, monitor: Monitor, pid: int, remote: Elsewhere | None = None) -> None:
+    def __init__(self, monitor: Monitor, pid: int, remote: RemoteEnd | None = None) -> None:
         self.monitor = monitor
         self.pid = pid
         self.remote = remote
@@ -95,8 +95,8 @@ class Side:
             value = _count(values.get(key))
             if value is not None:
                 found += self._marks(f"qmp.{name.replace('-', '_')}", value=value)
-        told = answer.get("error-desc")
-        error = told[:1000] if isinstance(told, str) else ""
+        reason = answer.get("error-desc")
+        error = reason[:1000] if isinstance(reason, str) else ""
         if error:
             found += self._marks("qmp.error", error)
         return found, error

@@ -139,13 +139,13 @@ class QemuPair:
             for vm in (self.source, self.destination):
                 if (status := vm.process.poll()) is not None:
                     raise VmmError(f"the {vm.role} QEMU ended at once (status {status}): {vm.complaint()}")
-            heard = letters & self.source.heartbeat.letters()
-            if heard == letters and Path(self.destination.qmp).exists():
+            seen = letters & self.source.heartbeat.letters()
+            if seen == letters and Path(self.destination.qmp).exists():
                 return
             if time.monotonic() > deadline:
                 raise VmmError(
-                    f"the guest did not come up within {patience:.0f} s: {len(heard)} of {len(letters)} vCPUs "
-                    f"were heard; QEMU says: {self.source.complaint()}"
+                    f"the guest did not come up within {patience:.0f} s: {len(seen)} of {len(letters)} vCPUs "
+                    f"wrote to the serial port; QEMU says: {self.source.complaint()}"
                 )
             time.sleep(0.01)
 

@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.recording.events import Mark, Target
-from ebpf_mig.vmm.base import Elsewhere, Outcome, mark
+from ebpf_mig.vmm.base import Outcome, RemoteEnd, mark
 from ebpf_mig.vmm.qemu.endpoint import ENDED, Side
 from ebpf_mig.vmm.qemu.monitor import Monitor, UnansweredError
 
 _SILENCE_S = 10.0
-"""After this long without an event, ask for the status once, since an event can have been missed."""
+"""After this long without an event, query the status once: an event may have been lost."""
 _DESTINATION_S = 30.0
-"""The destination starts its vCPUs after the source has said `completed`."""
+"""How long the destination may take to start its vCPUs after the source has reported `completed`."""
 _CANCEL_S = 10.0
 """A cancellation takes about 10 ms, but waits for the big lock during the switchover."""
 _CONTRADICTION_S = 5.0
@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class QemuOptions:
-    """Settings of the migration. None keeps QEMU's own setting."""
+    """Settings of the migration. None keeps QEMU's setting."""
 
     bandwidth_bytes: int | None = None
     """max-bandwidth in bytes/s, 0 for unlimited."""
@@ -65,7 +65,7 @@ class QemuOptions:
 
 
 class QemuMigration:
-    """One migration between two QEMUs on this host, or of one whose destination is elsewhere (`destination` None)."""
+    """One migration between two QEMUs on this host, or with the destination on another host (`destination` None)."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class QemuMigration:
         destination: str | None,
         uri: str,
         options: QemuOptions | None = None,
-        remote: tuple[str, Elsewhere] | None = None,
+        remote: tuple[str, RemoteEnd] | None = None,
     ) -> None:
         """`remote`: role and facts of the end on another host."""
         self.uri = uri
@@ -113,11 +113,11 @@ class QemuMigration:
         return side.monitor.version if side else ""
 
     def prepare(self) -> None:
-        """Capabilities and parameters on both sides; a destination in `-incoming defer` is told to listen."""
+        """Capabilities and parameters on both sides; lets a destination in `-incoming defer` listen."""
         self._call(self._prepare())
 
     def run(self, timeout_s: float) -> Outcome:
-        """Migrates; see `Migration.run`. Never raises if the migration fails: the outcome says so."""
+        """Migrates; see `Migration.run`. A failed migration does not raise: the outcome reports it."""
         return self._call(self._run(timeout_s))
 
     def cancel(self) -> None:
@@ -189,7 +189,7 @@ class QemuMigration:
 
     @staticmethod
     async def _is_listening(monitor: Monitor) -> bool:
-        """A destination started with -incoming URI, not defer, is in status `setup` or tells its address."""
+        """A destination started with -incoming URI, not defer, is in status `setup` or reports its address."""
         answer = await monitor.query("query-migrate")
         return bool(answer.get("socket-address")) or str(answer.get("status")) in {"setup", "active"}
 
@@ -202,11 +202,11 @@ class QemuMigration:
         problem = await self._migrate(timeout_s)
         patience = _DESTINATION_S if self._source.status == "completed" else 1.0
         await self._until(self._destination_done, patience)
-        figures, said = await self._source.figures()
+        figures, reason = await self._source.figures()
         for listener in listeners:
             listener.cancel()
         await asyncio.gather(*listeners, return_exceptions=True)
-        result, error = self._judge(problem, said)
+        result, error = self._judge(problem, reason)
         marks = [*triggers, *(event for side in self._sides for event in side.marks), *figures]
         return Outcome(result, error, tuple(marks), self._remark(result))
 
@@ -217,7 +217,7 @@ class QemuMigration:
         return "--postcopy was without effect: the pre-copy converged before the switch"
 
     async def _migrate(self, timeout_s: float) -> str:
-        """Waits until the source is done or our attempts to end it are over. Returns what went wrong on our side."""
+        """Waits until the source is done, or has not ended although we cancelled. Returns the error on our side."""
         source = self._source
         try:
             await source.monitor.execute("migrate", {"uri": self.uri})
@@ -279,7 +279,7 @@ class QemuMigration:
             await self._source.monitor.execute("migrate_cancel", timeout_s=_CANCEL_S)
             await self._until(lambda: self._source.ended, _CANCEL_S)
 
-    def _judge(self, problem: str, said: str) -> tuple[str, str]:
+    def _judge(self, problem: str, reason: str) -> tuple[str, str]:
         """(result, error) from the reports of both ends and whether they live."""
         source = self._source
         died = "; the destination QEMU has ended" if self._destination_dead() else ""
@@ -295,16 +295,16 @@ class QemuMigration:
                 # migrate_fd_cancel() in older ones), so the error of the return path can come first; seen on 10.0.
                 return "cancelled", problem or "on request"
             case "failed":
-                return "failed", (said or problem or "QEMU gives no reason") + died
+                return "failed", (reason or problem or "QEMU gives no reason") + died
             case "postcopy-paused":
-                return "failed", (said or "the connection broke after the switch to postcopy") + died
+                return "failed", (reason or "the connection broke after the switch to postcopy") + died
         if source.dead:
             return "failed", "the source QEMU ended during the migration"
         if source.gone:
             return "unknown", "the connection to the source QEMU's monitor broke; the migration may go on"
         if not source.status and problem:
             return "failed", problem
-        return "unknown", f"{problem or 'QEMU did not say how the migration ended'}; it may go on"
+        return "unknown", f"{problem or 'QEMU did not report how the migration ended'}; it may go on"
 
     def _judge_destination(self) -> tuple[str, str]:
         """(result, error) of the destination, after the source is done."""
@@ -313,11 +313,11 @@ class QemuMigration:
             return "completed", ""
         if destination.dead or destination.status in ENDED:
             return "failed", "the destination QEMU ended or failed after the source was done"
-        why = "its monitor's connection broke" if destination.gone else f"it said nothing for {_DESTINATION_S:g} s"
+        why = "its monitor's connection broke" if destination.gone else f"it sent no event for {_DESTINATION_S:g} s"
         return "unknown", f"the source is done; whether the destination runs is not known: {why}"
 
 
-async def _open_side(path: str, role: str, remote: Elsewhere | None) -> Side:
+async def _open_side(path: str, role: str, remote: RemoteEnd | None) -> Side:
     """Connects to one end and finds its process; VmmError, with nothing left open."""
     monitor = await Monitor.open(path, role)
     if remote is not None:

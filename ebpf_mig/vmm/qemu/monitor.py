@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One QMP monitor of one QEMU, with clear errors and a time-out for every wait.
 
-In: the path of a UNIX socket. Out: commands as coroutines, events as they come. Speaks through `qemu.qmp`, which
-QEMU's own tests use and which bounds a reply to 10 MiB; all calls must come from one event loop. Replies are
-checked, because the other end may not be QEMU.
+In: the path of a UNIX socket. Out: commands as coroutines, events as they come. It uses the library
+`qemu.qmp`, which QEMU's own tests use and which limits a reply to 10 MiB. All calls must come from one event loop.
+Replies are checked, because the other end may not be QEMU.
 """
 
 from __future__ import annotations
@@ -95,21 +95,21 @@ class Monitor:
             raise VmmError(f"the {self.role} QEMU refuses {command}: {str(error)[:1000]}") from error
         except (QMPError, OSError, EOFError, ValueError) as error:
             if self._client.runstate is Runstate.RUNNING:
-                raise self._nonsense(command) from error
+                raise self._invalid_reply(command) from error
             raise VmmError(f"the {self.role} QEMU went away during {command}") from error
 
     async def query(self, command: str) -> dict[str, Any]:
         """The object that a command without arguments returns; as `execute`."""
         answer = await self.execute(command)
         if not isinstance(answer, dict):
-            raise self._nonsense(command)
+            raise self._invalid_reply(command)
         return answer
 
     async def status(self, command: str) -> str:
         """The state in the reply of `query-status` or `query-migrate`; empty if it has none. As `execute`."""
         status = (await self.query(command)).get("status", "")
         if not isinstance(status, str):
-            raise self._nonsense(command)
+            raise self._invalid_reply(command)
         return status[:64]
 
     async def next_event(self) -> dict[str, Any] | None:
@@ -141,7 +141,7 @@ class Monitor:
             candidates.append(self._peer)
         if not candidates:
             raise VmmError(
-                f"cannot tell the pid of the QEMU behind {self.path}", "run ebpf-mig in the host's pid namespace"
+                f"cannot find the pid of the QEMU behind {self.path}", "run ebpf-mig in the host's pid namespace"
             )
         return next((pid for pid in candidates if procfs.holds_vm(pid)), candidates[0])
 
@@ -184,15 +184,15 @@ class Monitor:
         qemu = answer.get("qemu")
         parts = [qemu.get(part) for part in ("major", "minor", "micro")] if isinstance(qemu, dict) else [None]
         if not all(type(part) is int and 0 <= part < 10**6 for part in parts):
-            raise self._nonsense("query-version")
+            raise self._invalid_reply("query-version")
         return ".".join(map(str, parts))
 
-    def _nonsense(self, command: str) -> VmmError:
+    def _invalid_reply(self, command: str) -> VmmError:
         return VmmError(f"what listens at {self.path} does not answer {command} as a QEMU does", _REMEDY)
 
 
 async def pid_behind(path: str) -> int:
-    """The QEMU whose monitor listens there, asked over a connection of its own; VmmError."""
+    """The pid of the QEMU whose monitor listens there. Uses a connection of its own. VmmError."""
     monitor = await Monitor.open(path, "traced")
     try:
         return await monitor.pid()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ebpf_mig.commands.two_hosts import told
+from ebpf_mig.commands.two_hosts import with_marks
 from ebpf_mig.recording.events import Header, Kick, Mark, Target
 from ebpf_mig.recording.file import Recording
 
@@ -17,18 +17,18 @@ def half(*targets: Target, events: tuple[Kick, ...] = (KICK,)) -> Recording:
 
 def test_a_process_that_started_after_its_recorder_gets_its_role_and_its_marks() -> None:
     known = Target(pid=0, role="destination", vmm="qemu", vmm_version="9.1")
-    got = told(half(), [known], [SAID], key=-1)
+    got = with_marks(half(), [known], [SAID], key=-1)
     assert got.header.targets == [Target(pid=77, role="destination", vmm="qemu", vmm_version="9.1")]
     assert got.events == [KICK, Mark(5, 77, "qmp.RESUME")]
 
 
 def test_a_process_that_never_started_is_not_invented() -> None:
-    got = told(half(events=()), [Target(pid=0, role="destination", vmm="qemu")], [], key=-1)
+    got = with_marks(half(events=()), [Target(pid=0, role="destination", vmm="qemu")], [], key=-1)
     assert got.header.targets == []
 
 
 def test_marks_of_the_other_end_stay_out() -> None:
     target = Target(pid=77, role="source", vmm="qemu")
-    got = told(half(Target(pid=77, role="unknown")), [target], [SAID, Mark(6, 77, "qmp.STOP")])
+    got = with_marks(half(Target(pid=77, role="unknown")), [target], [SAID, Mark(6, 77, "qmp.STOP")])
     assert got.header.targets == [target]
     assert got.events == [KICK, Mark(6, 77, "qmp.STOP")]

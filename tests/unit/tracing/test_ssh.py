@@ -21,15 +21,15 @@ def there() -> Remote:
 
 
 def test_an_endless_answer_is_cut(there: Remote) -> None:
-    assert len(there.end.said("yes")) == 1 << 20
+    assert len(there.end.output("yes")) == 1 << 20
 
 
 def test_no_answer_is_not_waited_for(there: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "CONNECT_S", 0.3)
     begin = time.monotonic()
-    assert there.end.said("sleep", "60") == ""
+    assert there.end.output("sleep", "60") == ""
     assert time.monotonic() - begin < 10
-    assert there.end.said("no-such-program") == ""
+    assert there.end.output("no-such-program") == ""
 
 
 def test_ssh_gets_each_word_as_it_is() -> None:

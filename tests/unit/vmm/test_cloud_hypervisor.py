@@ -16,7 +16,7 @@ import pytest
 
 from ebpf_mig.cli import main
 from ebpf_mig.errors import PreflightError, UsageError, VmmError
-from ebpf_mig.vmm.base import Elsewhere
+from ebpf_mig.vmm.base import RemoteEnd
 from ebpf_mig.vmm.cloud_hypervisor.api import Api
 from ebpf_mig.vmm.cloud_hypervisor.lab import ENVIRONMENT, find_binary
 from ebpf_mig.vmm.cloud_hypervisor.migration import ChMigration, ChOptions
@@ -105,11 +105,11 @@ def test_the_same_vmm_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("role", ["source", "destination"])
 def test_two_hosts_need_a_network(role: str) -> None:
     with pytest.raises(UsageError, match="only a network"):
-        ChMigration("/a", "/b", "unix:/m", remote=(role, Elsewhere()))
+        ChMigration("/a", "/b", "unix:/m", remote=(role, RemoteEnd()))
 
 
 @pytest.mark.parametrize("role", ["source", "destination"])
-def test_events_of_a_vmm_elsewhere_are_refused(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_of_a_vmm_on_another_host_are_refused(role: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["migrate", "cloud-hypervisor", "--source", "/a", "--destination", "/b", "--url", "tcp:h:1"]
     assert main([*arguments, f"--{role}-host", "far", f"--{role}-events", "/e"]) == 2
     assert f"--{role}-log works there" in capsys.readouterr().err

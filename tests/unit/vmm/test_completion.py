@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.base import Elsewhere
+from ebpf_mig.vmm.base import RemoteEnd
 from ebpf_mig.vmm.cloud_hypervisor import completion, source
 from ebpf_mig.vmm.cloud_hypervisor.api import RefusedError
 from ebpf_mig.vmm.cloud_hypervisor.completion import Ending
@@ -37,11 +37,11 @@ class World:
         self.fds = [os.pidfd_open(process.pid) for process in (self.source, self.destination)]
         self.send, self.receive, self.cancelled = Call(), Call(), Call()
         self.log, self.has_vm = "", True
-        self.far: Elsewhere | None = None
+        self.far: RemoteEnd | None = None
 
     def source_is_far(self, run: Callable[[list[str]], str] | None = None) -> None:
         """The source is checked with real commands, as over ssh."""
-        self.far = Elsewhere(pid=self.source.pid, run=run or said)
+        self.far = RemoteEnd(pid=self.source.pid, run=run or said)
 
     def judge(self, *acts: Callable[[World], object], long: bool = False, timeout_s: float = 20) -> tuple[str, str]:
         near = NearSource(self.source.pid, self.fds[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.cloud_hypervisor.event_monitor import EventFile, Told, decode, marks
+from ebpf_mig.vmm.cloud_hypervisor.event_monitor import EventFile, MonitorEvent, decode, marks
 
 MS = 1_000_000
 
@@ -39,8 +39,8 @@ def test_what_is_no_event(junk: str) -> None:
 def test_an_event_lies_between_what_it_follows_and_its_reading() -> None:
     start = 1000 * MS  # the VMM's start, which is not known to us
     told = [
-        Told("migration-started", 50 * MS, start + 51 * MS),
-        Told("paused", 90 * MS, start + 90 * MS + 100_000),
+        MonitorEvent("migration-started", 50 * MS, start + 51 * MS),
+        MonitorEvent("paused", 90 * MS, start + 90 * MS + 100_000),
     ]
     found = marks(7, told, (0, start + 49 * MS + 500_000))
     assert [mark.name for mark in found] == ["ch.event.migration-started", "ch.event.paused"]
@@ -50,17 +50,17 @@ def test_an_event_lies_between_what_it_follows_and_its_reading() -> None:
 
 def test_the_send_call_bounds_what_a_destination_says() -> None:
     told = [
-        Told("migration-receive-ready", 10 * MS, 1011 * MS),
-        Told("migration-receive-started", 500 * MS, 1500 * MS + 200_000),
+        MonitorEvent("migration-receive-ready", 10 * MS, 1011 * MS),
+        MonitorEvent("migration-receive-started", 500 * MS, 1500 * MS + 200_000),
     ]
     (ready, _) = marks(7, told, (1005 * MS, 1499 * MS + 900_000))
     assert 0 <= ready.at_ns - 1010 * MS <= ready.doubt_ns == 300_000
 
 
 def test_no_marks_without_bounds_or_against_them() -> None:
-    paused = Told("paused", 90 * MS, 2000 * MS)
+    paused = MonitorEvent("paused", 90 * MS, 2000 * MS)
     assert marks(7, [], (0, 0)) == [] and marks(7, [paused], (0, 0)) == []
-    assert marks(7, [paused, Told("migration-started", 0, 2000 * MS)], (0, 10**12)) == []
+    assert marks(7, [paused, MonitorEvent("migration-started", 0, 2000 * MS)], (0, 10**12)) == []
 
 
 def test_a_file_that_grows_is_read_as_it_does(tmp_path: Path) -> None:
