@@ -121,7 +121,7 @@ class Phase(Struct, frozen=True, kw_only=True):
     phase: PhaseName
     """Its name."""
     side: Side
-    """Whose it is."""
+    """The side that it belongs to."""
     duration_ns: int | None
     """Sum of its spans, ns. 0: it took no time. Null: not measured; there is no window, or its side was not traced."""
     spans: list[Span]
@@ -151,7 +151,7 @@ class Pausing(Struct, frozen=True, kw_only=True):
     stop_ns: int
     """From the pause request to the last vCPU's stop, ns."""
     noticed_ns: int
-    """From there to the next call of that thread, ns: only then does it go on."""
+    """From there to the next call of that thread, ns: the thread notices the stop only then."""
     naps: int | None
     """Number of times that it slept between its request and that call; null: not measured."""
     asleep_ns: int | None
@@ -206,7 +206,7 @@ class Witness(Struct, frozen=True, kw_only=True):
 
 class Completeness(Struct, frozen=True, kw_only=True):
     verdict: Verdict
-    """How far the result can be relied upon."""
+    """How reliable the result is."""
     lost: dict[str, int] | None
     """Number of events lost in the kernel, by probe; null: the recording was cut off before the counts."""
     unpaired: dict[str, int] | None
@@ -231,7 +231,7 @@ class Clock(Struct, frozen=True, kw_only=True):
     bound_ns: int | None = 0
     """How far `offset_ns`, and so `blackout_ns`, can be off, ns; null: on one side there is no limit."""
     open: str = ""
-    """With `bound_ns` null: `least`, figures that span the hosts are at least as long as said; `most`: at most."""
+    """With `bound_ns` null: durations that span the hosts are lower limits (`least`) or upper limits (`most`)."""
     drift_ppb: int = 0
     """How much the clocks' rates differ at most, in parts per billion."""
     pairs_there: int = 0
@@ -241,7 +241,7 @@ class Clock(Struct, frozen=True, kw_only=True):
 
 
 class Change(Struct, frozen=True, kw_only=True):
-    """The effect of one what-if wish on the blackout."""
+    """The effect of one `--what-if` change on the blackout."""
 
     wish: str
     """As the user wrote it: `fetch=0`."""
@@ -257,7 +257,7 @@ class WhatIf(Struct, frozen=True, kw_only=True):
     blackout_ns: int | None
     """The predicted blackout, ns; null: one of the changes cannot be predicted."""
     changes: list[Change]
-    """One row for each wish."""
+    """One row for each change."""
     assumptions: list[str]
     """Assumptions of the prediction, one line each."""
 

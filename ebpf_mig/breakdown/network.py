@@ -43,7 +43,7 @@ class Wire(Struct, frozen=True, kw_only=True):
     received: int
     """When it was received, ns from the window's begin."""
     in_flight_ns: int
-    """From one to the other, ns."""
+    """From `sent` to `received`, ns."""
     reason: str
     """Why it took so long, by the kernel's events."""
     evidence: str
@@ -51,7 +51,7 @@ class Wire(Struct, frozen=True, kw_only=True):
     bound_ns: int | None = 0
     """Error bound of `in_flight_ns`, as `Phase.bound_ns`, ns."""
     message: str = ""
-    """What they belonged to: `pages`, `state`, or `state and pages` where pages follow on the same connection
+    """What the bytes were: `pages`, `state`, or `state and pages` where pages follow on the same connection
     (postcopy); empty if the source's work is unknown."""
 
 

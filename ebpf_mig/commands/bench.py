@@ -101,7 +101,7 @@ def command(
             write_result(bench_table(result))
             tracing.say(f"result: {name}; compare it with: ebpf-mig diff OTHER {name}")
     if all(run.breakdown is None for run in kept):
-        raise VmmError(f"no run gave anything to analyse: {kept[-1].error}")
+        raise VmmError(f"no run made a recording that can be analysed: {kept[-1].error}")
 
 
 Settings = dict[str, int | str | bool | None]
@@ -118,12 +118,12 @@ def _subject(words: Sequence[str], vmm: Adapter, vmm_binary: str | None, timeout
         return about, functools.partial(_run_command, words, timeout_ns / 10**9)
     if len(words) > 1:
         raise UsageError(
-            f"{words[0]} is given no place for its recording", f"write {PLACEHOLDER} where it takes the file's name"
+            f"{words[0]} gets no file name for its recording", f"put {PLACEHOLDER} where it expects the file name"
         )
     if words[0] not in CATALOGUE and (os.sep in words[0] or shutil.which(words[0])):
         raise UsageError(
-            f"{words[0]} is no scenario, and as a command it is given no place for its recording",
-            f"write {PLACEHOLDER} where it takes the file's name",
+            f"{words[0]} is no scenario, and as a command it gets no file name for its recording",
+            f"put {PLACEHOLDER} where it expects the file name",
         )
     scenario = named(words[0])
     about = _about(words[0], settings=dataclasses.asdict(scenario))

@@ -92,4 +92,4 @@ class Child:
             return
         if not (by_terminal and os.getpgid(self.pid) == os.getpgrp()):
             os.kill(self.pid, number)  # our child, not reaped yet: the pid cannot belong to another process
-        say(f"{number.name}: waiting for {self._name} to end; once more leaves it alone")
+        say(f"{number.name}: waiting for {self._name} to end; interrupt again to stop waiting")

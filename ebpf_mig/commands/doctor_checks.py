@@ -129,8 +129,8 @@ def _loads() -> Check:
         tiers: dict[str, list[str]] = {}
         for signal, tier in sorted(json.loads(run.stdout).items()):
             tiers.setdefault(tier, []).append(signal)
-        told = "; ".join(f"{tier}: {', '.join(signals)}" for tier, signals in sorted(tiers.items()))
-        return Check("probes", OK, f"load, attach and fire ({told})", required=True)
+        by_tier = "; ".join(f"{tier}: {', '.join(signals)}" for tier, signals in sorted(tiers.items()))
+        return Check("probes", OK, f"load, attach and fire ({by_tier})", required=True)
     why = (run.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition("PreflightError: ")[2]
     remedy = "see the lines above; kernel 5.8 or newer with CONFIG_BPF_SYSCALL is needed"
     return Check("probes", MISSING, why, remedy, required=True)
@@ -176,8 +176,8 @@ def _statistics() -> Check:
     statistics = BpfStatistics()
     try:
         if statistics.enabled:
-            return Check("BPF statistics", OK, "our own cost can be measured")
-        fact = "refused: own cost and silent probes stay unknown"
+            return Check("BPF statistics", OK, "our overhead can be measured")
+        fact = "refused: overhead and silent probes stay unknown"
         return Check("BPF statistics", WARN, fact, "run as root on Linux 5.8 or newer")
     finally:
         statistics.close()

@@ -77,7 +77,7 @@ def command(
         with _server(listener, vm_label, web_config, otlp) as (server, pipe):
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
-            with NodeWatch(store, pipe.tell, only) as node:
+            with NodeWatch(store, pipe.send, only) as node:
                 capabilities.keep_only((*capabilities.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
                 node.verify()
                 asked = stopping()
@@ -122,7 +122,7 @@ class Pipe:
         self._file = os.fdopen(fd, "wb", buffering=0)
         self._lock = threading.Lock()
 
-    def tell(self, answer: Answer) -> None:
+    def send(self, answer: Answer) -> None:
         """Sends the results of a migration."""
         for message in (answer.observation, answer.trace):
             if message is not None:
@@ -155,9 +155,9 @@ def _server(
         web_config=str(Path(web_config).absolute()) if web_config else "",
         otlp=otlp,
     )
-    told = msgspec.json.encode(options).decode()
+    encoded = msgspec.json.encode(options).decode()
     leash = Leash()
-    server = start("ebpf_mig.exporter.serve", told, fds=[listener.fileno(), read_end, leash.theirs])
+    server = start("ebpf_mig.exporter.serve", encoded, fds=[listener.fileno(), read_end, leash.theirs])
     leash.tie(server.pid)
     os.close(read_end)
     pipe = Pipe(write_end)

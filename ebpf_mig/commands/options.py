@@ -83,7 +83,7 @@ RATE = Quantity(
 
 
 def format_option(*formats: str) -> Decorator:
-    """`--format`, the first of `formats` being the default."""
+    """`--format`. The first of `formats` is the default."""
     return click.option(
         "--format",
         "form",

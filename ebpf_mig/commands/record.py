@@ -29,7 +29,7 @@ from ebpf_mig.vmm.identify import process_behind
 from ebpf_mig.vmm.processes import Followed
 
 _AFTER_COMMAND_NS = 1_000_000_000
-"""How long tracing continues after COMMAND ended: the destination may start a little later."""
+"""How long tracing continues after the end of COMMAND: the destination may start a little later."""
 
 _EXAMPLES = examples(
     "ebpf-mig record --pid 4711 --pid 4712",
@@ -60,33 +60,33 @@ def command(
 ) -> None:
     """Trace running VMMs until the migration or COMMAND ends, or Ctrl-C.
 
-    COMMAND is never ended: only your interruption is passed on to it. Its exit code is the exit code of `record`.
-    With --vm, a process of the VM that starts later is traced from then on, as on a destination, where there is
-    none before the migration.
+    record never ends COMMAND. It only passes your interruption on, and exits with the exit code of COMMAND.
+    With --vm, a process of the VM that starts later is traced, too: on a destination there is none before the
+    migration.
     """
     if sum((bool(pids), vm is not None, api_socket is not None)) != 1:
-        raise UsageError("record needs to know whom to trace", "give --pid, --vm or --api-socket")
+        raise UsageError("record needs exactly one of --pid, --vm and --api-socket", "give --pid PID, for example")
     followed = Followed(vm) if vm is not None else None
     if followed is not None:
         pids = list(followed.pids)
     elif api_socket is not None:
         pids = [process_behind(api_socket)]
     if len(set(pids)) != len(pids) or len(pids) > 2:
-        raise UsageError("--pid takes the source and, if it runs on this host, one other process, the destination")
+        raise UsageError("--pid can be given for two processes at most, the source and the destination")
     roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=False)]
     with Session(targets, tier, grows=followed is not None) as session:
         require_kvm(targets)
         header = session.arm()
         if pids:
-            _say_if_paused(pids[0], alone=len(pids) == 1)
+            _report_if_paused(pids[0], alone=len(pids) == 1)
         to = 2 if output == "-" else 1
         with (
             run.open_recording(output, "record", header, force) as (writer, where),
             Child(command, stdout=to) if command else nullcontext() as child,
         ):
-            traced = ", ".join(map(str, pids)) or f"as soon as {printable(vm or '')} starts"
-            run.say(f"tracing {traced}; Ctrl-C ends it")
+            traced = ", ".join(map(str, pids)) or f"begins as soon as {printable(vm or '')} starts"
+            run.say(f"tracing {traced}; Ctrl-C stops it")
             reason = "interrupted"
             witness = Witness(pids)
             arrive = functools.partial(_arrive, session, followed)
@@ -95,7 +95,7 @@ def command(
             finally:
                 try:
                     session.finish(writer, reason, witness.marks(clock.monotonic_ns()))
-                    run.say(f"{reason}; look at it with: ebpf-mig report {where}" if not is_private(where) else reason)
+                    run.say(f"{reason}; show it with: ebpf-mig report {where}" if not is_private(where) else reason)
                 finally:
                     if child is not None:
                         child.wait()
@@ -112,13 +112,13 @@ def _arrive(session: Session, followed: Followed | None) -> list[int]:
     return found
 
 
-def _say_if_paused(pid: int, *, alone: bool) -> None:
-    """Prints a line if no vCPU of a VM runs in several checks: its migration then has no blackout."""
+def _report_if_paused(pid: int, *, alone: bool) -> None:
+    """Prints a line if no vCPU of a VM runs in any of several checks. Its migration then has no blackout."""
     for _ in range(3):
         if not procfs.vcpus_of(pid) or any(procfs.may_run_vcpu(pid, tid) for tid in procfs.threads_of(pid)):
             return
         time.sleep(0.02)
-    either = "paused, or waits for its migration" if alone else "paused"
+    either = "paused or waiting for its migration" if alone else "paused"
     run.say(f"the guest of process {pid} is {either}: no vCPU runs")
 
 

@@ -95,7 +95,7 @@ _PREDICTING = ("text", "json", "html")
 @output_option()
 @click.option(
     "--what-if",
-    "wishes",
+    "changes",
     multiple=True,
     metavar="CHANGE",
     help="Predict the blackout after a change: bandwidth=25Gbit, fetch=0 (a free final fetch; fetch=50%: half"
@@ -110,7 +110,7 @@ def command(
     form: str,
     output: str,
     force: bool,
-    wishes: Sequence[str],
+    changes: Sequence[str],
     redact: bool,
     color: str,
     strict: bool,
@@ -119,11 +119,11 @@ def command(
 
     FILE is a recording that `demo`, `migrate` or `record` made; `-` is stdin.
     """
-    if wishes and form not in _PREDICTING:
-        raise UsageError(f"no prediction goes into {form}", f"use --format {', '.join(_PREDICTING)}")
-    wanted = parse_wishes(wishes)
+    if changes and form not in _PREDICTING:
+        raise UsageError(f"--format {form} has no place for a prediction", f"use --format {', '.join(_PREDICTING)}")
+    wanted = parse_changes(changes)
     analysis = _analysis(file, redact, form in _WITH_AXIS)
-    if wishes:
+    if changes:
         from ebpf_mig.analysis import whatif
 
         predicted = whatif.predict(analysis, wanted)
@@ -162,7 +162,7 @@ def require_complete(breakdown: Breakdown, strict: bool) -> None:
         raise IncompleteError(f"incomplete: {reasons[0]}" if reasons else "the recording is incomplete")
 
 
-def parse_wishes(texts: Sequence[str]) -> Hypothesis:
+def parse_changes(texts: Sequence[str]) -> Hypothesis:
     """Parses `NAME=VALUE` items; UsageError if one cannot be read or is given twice."""
     values: dict[str, tuple[str, str]] = {}
     for text in texts:

@@ -157,7 +157,7 @@ def _pump_until_done(
         for target in migration.appeared():
             session.add(target)
         if give_up_ns and not run.ended_ns and clock.monotonic_ns() >= give_up_ns:
-            say(f"the VMM has not cancelled the migration within {CANCEL_S:.0f} s; it is left alone, and may go on")
+            say(f"the VMM has not cancelled the migration within {CANCEL_S:.0f} s; it is left alone and may complete")
             run.given_up = True
             return "done"
         return "done" if run.ended_ns and clock.monotonic_ns() - run.ended_ns >= LATE_CALLS_NS else None
@@ -200,7 +200,7 @@ def show(name: str, form: str, color: str) -> Breakdown:
     breakdown = analyse(recording).breakdown
     write_result(rendered(breakdown, form, "-", color))
     if not is_private(name):
-        say(f"recording: {name}; see it again with: ebpf-mig report {name}")
+        say(f"recording: {name}; show the report again with: ebpf-mig report {name}")
     return breakdown
 
 

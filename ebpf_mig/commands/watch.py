@@ -42,12 +42,12 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
     store = Store(state_directory, keep, keep_size)
     seen, gone = 0, False
 
-    def tell(answer: Answer) -> None:
+    def show(answer: Answer) -> None:
         nonlocal seen, gone
         if gone or (count is not None and seen >= count):
             return  # migrations still traced at the end are recorded but not printed
         observation = answer.observation
-        assert observation is not None  # noqa: S101 - none is told as an error
+        assert observation is not None  # noqa: S101 - only an error has none
         seen += 1
         text = msgspec.json.encode(observation) if form == "json" else encoded(line(observation))
         try:
@@ -56,8 +56,8 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         except OSError:
             gone = True  # the reader is gone
 
-    with NodeWatch(store, tell, only) as node:
-        say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C ends it")
+    with NodeWatch(store, show, only) as node:
+        say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C stops it")
         node.run(lambda: gone or (count is not None and seen >= count))
 
 

@@ -47,9 +47,9 @@ class Case:
 class Analysis:
     """Takes cases in the loop's thread, and passes answers on in its own. Create it before privilege is given up."""
 
-    def __init__(self, store: Store, tell: Callable[[Answer], None], troubles: Troubles) -> None:
+    def __init__(self, store: Store, report: Callable[[Answer], None], troubles: Troubles) -> None:
         self._store = store
-        self._tell = tell
+        self._report = report
         self._troubles = troubles
         self._queue: queue.Queue[Case | None] = queue.Queue()
         self._events = 0
@@ -68,10 +68,10 @@ class Analysis:
     def verify(self) -> None:
         """Waits until the analyst has given up its privilege. PreflightError if it cannot."""
         try:
-            said = self._answers.readline()
+            line = self._answers.readline()
         except OSError as error:  # not in time
             raise PreflightError(f"the analyst process does not start: {error}") from error
-        if said != READY:
+        if line != READY:
             raise PreflightError(f"the analyst process ended with status {self._process.wait()}")
 
     def check(self) -> None:
@@ -132,7 +132,7 @@ class Analysis:
         answer = msgspec.json.decode(line, type=Answer)
         if answer.observation is None:
             raise ValueError(answer.error)
-        self._tell(answer)
+        self._report(answer)
 
     def _keep(self, case: Case) -> tuple[str, int]:
         """The recording's name, empty if the store could not keep it, and a descriptor to read it from."""

@@ -83,12 +83,12 @@ class _Known:
 class NodeWatch:
     """Use as a context manager, then call `run`. Raises PreflightError if probes cannot be loaded."""
 
-    def __init__(self, store: Store, tell: Callable[[Answer], None], only: str = "*") -> None:
+    def __init__(self, store: Store, report: Callable[[Answer], None], only: str = "*") -> None:
         """`only`: a glob. VMs whose name does not match are ignored."""
         self._store = store
         self._only = only
         self._troubles = Troubles()
-        self._analysis = Analysis(store, tell, self._troubles)  # it starts while the loader compiles
+        self._analysis = Analysis(store, report, self._troubles)  # it starts while the loader compiles
         self._probe, self._tracer = load_apart()
         self._analysis.verify()
         self._tracks = Tracks(Witness)

@@ -34,7 +34,9 @@ QUIT_MS = 3000
 
 
 def url_of(endpoint: str) -> str:
-    """The URL for traces of an OTLP endpoint, formed as the specification says. UsageError if it is no URL."""
+    """The URL for traces of an OTLP endpoint, as OpenTelemetry's specification builds it. UsageError if it is no
+    URL.
+    """
     try:
         parts = urlsplit(endpoint)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0

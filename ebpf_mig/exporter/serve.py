@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="ebpf-mig: %(message)s", stream=sys.stderr)
     options = msgspec.json.decode(arguments[0], type=Options)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # the watch closes the pipe after draining, and says when to reload
+        # The watch closes the pipe after draining, and sends the request to reload.
+        signal.signal(signum, signal.SIG_IGN)
     metrics = Metrics(options.vm_label, options.vmms)
     metrics.build(__version__, platform.release())
     web = Web(socket.socket(fileno=options.listener), metrics)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that only we can write to, held by a descriptor. Later changes to its path do not redirect us.
+"""A directory that only we can write to, held by a descriptor. A later change of its path has no effect.
 
 In: a path, which may lead through directories that others can write to. Out: files that are created, read, listed and
 removed relative to the descriptor, without following links. UsageError if the directory cannot be trusted.

@@ -180,7 +180,7 @@ class Tracks:
         for again in (pid, *waiting):
             self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
             self._by_pid[again].begin_ns = at_ns
-            # The kernel tells each socket once, and the next connection was opened before logging began.
+            # Each socket is reported once, and the next connection was opened before logging began.
             self._by_pid[again].events += [e for e in track.events if isinstance(e, Socket) and e.pid == again]
         for other in [other for other in track.pids if self._by_pid.get(other) is track]:
             del self._by_pid[other]

@@ -123,7 +123,7 @@ class Web(TCPServer):
         """Answers one connection. A client's misbehaviour affects only its own."""
         wrapped: socket.socket = request
         try:
-            # The client may go away, not speak TLS, or be cut.
+            # The client may go away, not use TLS, or be cut off.
             with contextlib.suppress(OSError, ValueError):
                 request.settimeout(SECONDS)
                 if self.tls is not None:
@@ -131,7 +131,7 @@ class Web(TCPServer):
                     with self._lock:
                         connection = self._open.pop(request, None)
                         if connection is None:
-                            return  # it was cut meanwhile
+                            return  # it was cut off meanwhile
                         self._open[wrapped] = connection
                     wrapped.do_handshake()
                 self.finish_request(wrapped, client_address)

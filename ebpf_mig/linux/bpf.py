@@ -75,8 +75,8 @@ def load(code: bytes, how: str, btf_id: int = 0, btf_fd: int = 0) -> int:
         return _bpf(_PROG_LOAD, _attributes(*parts))
     except OSError as error:
         with contextlib.suppress(OSError):
-            said = [(24, "I", 1), (28, "I", _LOG_BYTES), (32, "Q", ctypes.addressof(log))]
-            return _bpf(_PROG_LOAD, _attributes(*parts, *said))
+            log_buffer = [(24, "I", 1), (28, "I", _LOG_BYTES), (32, "Q", ctypes.addressof(log))]
+            return _bpf(_PROG_LOAD, _attributes(*parts, *log_buffer))
         lines = [line for line in log.value.decode(errors="replace").splitlines() if line.strip()]
         detail = next((line for line in reversed(lines) if not line.startswith("processed ")), error.strerror)
         raise OSError(error.errno, detail) from error

@@ -36,7 +36,7 @@ def path(*parts: int | str) -> str:
 
 
 def read(*parts: int | str, limit: int = FILE_MOST_BYTES) -> bytes:
-    """The first `limit` bytes of a file below /proc. Raises as the module docstring says."""
+    """The first `limit` bytes of a file below /proc. Raises the errors of the module docstring."""
     with _translated():
         fd = os.open(path(*parts), os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -101,13 +101,13 @@ class Program:
 
         PreflightError if refused.
         """
-        said: list[str] = []
+        output: list[str] = []
         kind = self._sampling_type if sampling else self._raw_type
         try:
-            with _stderr_to(said):
+            with _stderr_to(output):
                 self._functions[function] = self._bpf.load_func(function.encode(), kind)
         except Exception as error:
-            detail = _last_line(said) or str(error)
+            detail = _last_line(output) or str(error)
             raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
         self._fds[function] = int(self._functions[function].fd)
         return self._fds[function]
@@ -210,6 +210,6 @@ class Program:
         self._bpf.cleanup()
 
 
-def _last_line(said: list[str]) -> str:
-    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+def _last_line(output: list[str]) -> str:
+    lines = [line.strip() for text in output for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

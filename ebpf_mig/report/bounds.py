@@ -27,13 +27,13 @@ def blackout(breakdown: Breakdown) -> str:
     return f"{text} ± {ms(bound)} ms" if bound and bound <= ns else text
 
 
-def told(clock: Clock) -> str:
+def alignment(clock: Clock) -> str:
     """How the destination's clock was aligned, and what is uncertain about it."""
     offset = f"{clock.offset_ns / 1e6:+.3f} ms"
     if clock.bound_ns is None:
         missing = "came back" if clock.open == "least" else "went there"
         limit, longer = ("at most", "at least") if clock.open == "least" else ("at least", "at most")
-        return f"{limit} {offset}, since nothing {missing}: what spans the hosts took {longer} as long as said"
+        return f"{limit} {offset}, since nothing {missing}: durations across both hosts are {longer} those shown"
     return (
         f"{offset} ± {ms(clock.bound_ns)} ms, by {clock.pairs_there} pairs of events there and {clock.pairs_back} back"
     )

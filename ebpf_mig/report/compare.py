@@ -85,9 +85,9 @@ def _difference(d: Difference) -> str:
 
 
 def _summary(differences: Sequence[Difference]) -> str:
-    told = [d for d in differences if d.verdict in (Finding.SLOWER, Finding.FASTER)]
-    if told:
-        return "\n".join(f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms" for d in told)
+    clear = [d for d in differences if d.verdict in (Finding.SLOWER, Finding.FASTER)]
+    if clear:
+        return "\n".join(f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms" for d in clear)
     if all(d.verdict in (Finding.TOO_FEW_RUNS, Finding.NOT_MEASURED) for d in differences):
         return f"too few runs to tell: {stats.MIN_RUNS} completed ones are needed on each side"
     return "no median differs"

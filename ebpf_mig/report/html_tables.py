@@ -310,7 +310,7 @@ def completeness(b: Breakdown) -> Iterator[str]:
     ]
     cost = "not measured" if state.observer_ns is None else f"{milliseconds(state.observer_ns)} ms in all"
     rows.append(f"<td>cost of the observation</td><td>{cost}</td>")
-    clock = bounds.told(b.clock) if b.clock != Clock() else "one clock"
+    clock = bounds.alignment(b.clock) if b.clock != Clock() else "one clock"
     rows.append(f"<td>clock of the destination</td><td>{clock}</td>")
     yield table("completeness", ("what", "how much"), rows)
     if b.notes:

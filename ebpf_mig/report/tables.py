@@ -3,7 +3,7 @@
 
 In: recordings with the breakdowns made of them. Out: rows, their columns, and the tables as CSV or Parquet bytes.
 Columns are a public format: added, never renamed or removed. Durations are ns, `began` is UTC; what was not measured is
-null. A recording that cannot be read has a row that says so: a sum over the fleet cannot omit it silently.
+null. A recording that cannot be read has a row with the reason, so that a sum over the fleet cannot omit it silently.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def phase_rows(name: str, b: Breakdown) -> list[Row]:
 
 
 def _began(header: Header) -> datetime | None:
-    """When tracing was armed, by the wall clock of the recording's host; None if it does not say, or nonsense."""
+    """When tracing was armed, by the wall clock of the recording's host; None if it is missing or no valid time."""
     if header.clock is None:
         return None
     wall = header.clock.realtime_ns + header.begin_ns - header.clock.monotonic_ns

@@ -289,7 +289,7 @@ def _trust(breakdown: Breakdown) -> Iterator[Row]:
     for reason in state.reasons:
         yield remark("  because", printable(reason, 400))
     if breakdown.clock != Clock():
-        yield remark("clock of destination", bounds.told(breakdown.clock))
+        yield remark("clock of destination", bounds.alignment(breakdown.clock))
     for at, note in enumerate(breakdown.notes[:MAX_LISTED]):
         yield remark("note", printable(note, 400))._replace(spare=2 if at or note.endswith(IMMEDIATE) else 0)
     if len(breakdown.notes) > MAX_LISTED:

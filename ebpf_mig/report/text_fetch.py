@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of the terminal report that say why a fetch took its time, and what the passes cost the guest.
+"""Lines of the terminal report on where a fetch spent its time, and on what the passes cost the guest.
 
 In: parts of a breakdown. Out: rows, only for what is significant; the other formats have everything.
 """
@@ -56,17 +56,17 @@ def brownout(passes: list[Pass]) -> Iterator[Row]:
 
 
 def tcp(info: dict[str, int] | None) -> str:
-    """TCP's verdict where it has one: what held it up for a tenth of its busy time, or retransmissions."""
+    """What limited TCP for at least a tenth of its busy time, and retransmissions; empty if neither."""
     if not info:
         return ""
     busy = info.get("busy_us", 0)
-    said = [
+    clauses = [
         f"{name}-limited {limited // 1000} of {busy // 1000} ms busy"
         for name in ("rwnd", "sndbuf")
         if (limited := info.get(f"{name}_limited_us", 0)) and limited * 10 >= busy
     ]
     if retransmits := info.get("retransmits", 0):
-        said.append(f"{retransmits} retransmit{'s' if retransmits > 1 else ''}")
-    doubt = f" (± {info.get('resolution_us', 0) // 1000} ms)" if said and info.get("resolution_us") else ""
+        clauses.append(f"{retransmits} retransmit{'s' if retransmits > 1 else ''}")
+    doubt = f" (± {info.get('resolution_us', 0) // 1000} ms)" if clauses and info.get("resolution_us") else ""
     over = round((info["until"] - info["from"]) / 1e6)
-    return f"; TCP, {over} ms: {', '.join(said)}{doubt}" if said else ""
+    return f"; TCP, {over} ms: {', '.join(clauses)}{doubt}" if clauses else ""

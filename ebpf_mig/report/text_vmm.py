@@ -20,7 +20,7 @@ _LATE_NS = 500_000
 
 
 def throttled(found: Throttled | None) -> Iterator[Row]:
-    """How long the guest was dark before the switchover because the VMM slowed it down."""
+    """How long no vCPU ran before the switchover because the VMM throttled the guest."""
     if found is None:
         return
     last = f", {ms(found.before_request_ns)} right before the pause request" if found.before_request_ns else ""

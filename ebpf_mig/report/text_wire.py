@@ -47,8 +47,8 @@ def sockets(uses: list[SocketUse]) -> Iterator[Row]:
 def in_flight(breakdown: Breakdown) -> Iterator[Row]:
     """The longest stretch on the wire, if it matters, and the longest waits, where they were measured."""
     share = (breakdown.window_ns or 0) // 20
-    told = [wire for wire in breakdown.wire or [] if wire.in_flight_ns >= share]
-    for wire in sorted(told, key=lambda w: -w.in_flight_ns)[:1]:
+    long = [wire for wire in breakdown.wire or [] if wire.in_flight_ns >= share]
+    for wire in sorted(long, key=lambda w: -w.in_flight_ns)[:1]:
         what = f"{size(wire.bytes)}{f' of {wire.message}' * bool(wire.message)}, {printable(wire.reason)}"
         why = _short(printable(wire.evidence), _EVIDENCE_ROOM - len(what))
         much = wire.in_flight_ns >= (breakdown.window_ns or 0) // _MUCH
@@ -76,7 +76,7 @@ def _short(text: str, room: int) -> str:
 
 
 def _stack(wait: Wait) -> str:
-    """The innermost functions that tell something, as many as fit on the line beside the thread's name."""
+    """The innermost functions except the scheduler's, as many as fit on the line beside the thread's name."""
     frames = [frame for frame in wait.stack if not frame.startswith("schedule")] or wait.stack
     shown = ""
     for frame in frames[:3]:

@@ -15,7 +15,7 @@ from ebpf_mig.analysis.whatif import predict
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run
-from ebpf_mig.commands.report import parse_wishes
+from ebpf_mig.commands.report import parse_changes
 from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording.file import Recording, read_recording
@@ -48,7 +48,7 @@ def test_another_bandwidth_is_predicted_within_15_per_cent(tmp_path: Path) -> No
     measured = {rate: statistics.median(run.breakdown.blackout_ns or 0 for run in runs[rate]) for rate in runs}
     assert measured[SLOW] > 1.5 * measured[FAST], "tc limits the link, and the link the migration"
     for here, there in ((SLOW, FAST), (FAST, SLOW)):
-        wishes = parse_wishes([f"bandwidth={there}Mbit"])
+        wishes = parse_changes([f"bandwidth={there}Mbit"])
         predicted = [predict(run, wishes).blackout_ns or 0 for run in runs[here]]
         off = statistics.median(predicted) / measured[there] - 1
         said = f"{here} -> {there} Mbit/s: {statistics.median(predicted) / 1e6:.1f} ms predicted, "

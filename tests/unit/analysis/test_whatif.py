@@ -13,7 +13,7 @@ import pytest
 from ebpf_mig.analysis.whatif import PAYLOAD, Hypothesis, predict
 from ebpf_mig.breakdown import Split, WhatIf
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands.report import parse_wishes
+from ebpf_mig.commands.report import parse_changes
 from ebpf_mig.errors import UsageError
 from ebpf_mig.recording import events as ev
 from ebpf_mig.report import whatif
@@ -148,7 +148,7 @@ def test_what_is_unknown_is_not_predicted() -> None:
 
 
 def test_changes_as_users_write_them() -> None:
-    hypothesis = parse_wishes(["bandwidth=25Gbit", "fetch=0", "rearm=12.5%"])
+    hypothesis = parse_changes(["bandwidth=25Gbit", "fetch=0", "rearm=12.5%"])
     assert (hypothesis.bandwidth, hypothesis.fetch, hypothesis.rearm) == (3_125_000_000, 0, Fraction(1, 8))
     for bad in ("", "bandwidth", "fetch=1ms", "speed=2", "fetch=-1", "bandwidth=0", "fetch=", "rearm=5"):
         done = run("report", RECORDING, "--what-if", bad)
