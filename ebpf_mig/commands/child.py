@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's COMMAND, which `record` starts and traces next to, and never ends.
+"""The user's COMMAND. `record` starts it, traces while it runs, and never ends it.
 
 In: a command line. Out: its exit code. The only signal that COMMAND gets from us is the user's interruption, once. It
 stays in our process group, so that it can read the terminal and receives Ctrl-C from there directly.

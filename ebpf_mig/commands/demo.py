@@ -142,7 +142,7 @@ def _two_hosts(
         for recorder in recorders.values():
             recorder.armed()
         outcome = both.driven(migration, timeout / 10**9)
-        found = {role: both.taken(recorder) for role, recorder in recorders.items()}
+        found = {role: both.recording_of(recorder) for role, recorder in recorders.items()}
     halves = {role: both.with_marks(half, targets, outcome.marks) for role, half in found.items() if half is not None}
     if not halves:
         raise RecordingError("neither recorder made a recording")

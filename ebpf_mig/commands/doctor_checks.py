@@ -53,7 +53,7 @@ def _answers(name: str, required: bool, ask: Callable[[], Iterable[Check]]) -> I
         yield Check(name, MISSING if required else WARN, f"no answer within {error.timeout:.0f} s", required=required)
     except Exception as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        yield Check(name, MISSING if required else WARN, f"cannot be asked: {why}", "run as root", required)
+        yield Check(name, MISSING if required else WARN, f"the check failed: {why}", "run as root", required)
 
 
 def _read(path: str) -> str:

@@ -92,9 +92,9 @@ def _tables(directory: Path, files: Sequence[Path], redact: bool) -> tuple[list[
 
 def _rows(name: str, file: Path, names: Names | None) -> tuple[Row, list[Row]]:
     from ebpf_mig.collector import analyse
-    from ebpf_mig.recording.coalesce import read_whole_or_folded
+    from ebpf_mig.recording.coalesce import read_whole_or_coalesced
 
-    recording = read_whole_or_folded(str(file))
+    recording = read_whole_or_coalesced(str(file))
     if names is not None:
         recording = redacted(recording, names)
     breakdown = analyse(recording).breakdown

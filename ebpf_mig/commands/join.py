@@ -88,14 +88,14 @@ def command(
     """
     from ebpf_mig.collector import analyse
     from ebpf_mig.joining.merge import joined
-    from ebpf_mig.recording.coalesce import read_folded
+    from ebpf_mig.recording.coalesce import read_coalesced
     from ebpf_mig.recording.file import RecordingWriter
     from ebpf_mig.text import printable
 
     if recording is not None and recording == output:
         raise UsageError("the report and the joined recording cannot be one file", "give them two names")
     names = printable(first), printable(second)
-    both = [read_folded(file, with_axis=form in ("html", "perfetto"), share=2) for file in (first, second)]
+    both = [read_coalesced(file, with_axis=form in ("html", "perfetto"), share=2) for file in (first, second)]
     for name, one in zip(names, both, strict=True):
         warn(name, one)
     whole = joined(both[0], both[1], names, hint, pid)

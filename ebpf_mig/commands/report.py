@@ -174,7 +174,7 @@ def parse_changes(texts: Sequence[str]) -> Hypothesis:
         values[name] = (value, text)
     bandwidth = RATE.convert(values["bandwidth"][0], None, None) if "bandwidth" in values else None
     if bandwidth == 0:
-        raise UsageError("no migration ends over a link without bandwidth", "write it like bandwidth=25Gbit")
+        raise UsageError("the bandwidth cannot be 0", "write it like bandwidth=25Gbit")
     fetch, rearm = (_share(*values[name]) if name in values else None for name in ("fetch", "rearm"))
     return Hypothesis(bandwidth, fetch, rearm, tuple((name, text) for name, (_, text) in values.items()))
 
@@ -191,7 +191,7 @@ def _share(value: str, text: str) -> Fraction:
 
 def _analysis(file: str, redact: bool, with_axis: bool) -> Analysis:
     from ebpf_mig.collector import analyse
-    from ebpf_mig.recording.coalesce import read_whole_or_folded
+    from ebpf_mig.recording.coalesce import read_whole_or_coalesced
     from ebpf_mig.recording.file import read_recording
     from ebpf_mig.recording.redact import Names, redacted
     from ebpf_mig.vmm import words
@@ -199,7 +199,7 @@ def _analysis(file: str, redact: bool, with_axis: bool) -> Analysis:
     if file == "-":
         recording = read_recording(sys.stdin.buffer, within_budget=True, with_axis=with_axis)
     else:
-        recording = read_whole_or_folded(file, with_axis=with_axis)
+        recording = read_whole_or_coalesced(file, with_axis=with_axis)
     warn(file, recording)
     if redact:
         recording = redacted(recording, Names(words()))

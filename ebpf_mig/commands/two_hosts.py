@@ -31,7 +31,7 @@ from ebpf_mig.recording.events import AnyEvent, Mark, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, default_name, read_recording
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.recorder import Recorder
-from ebpf_mig.tracing.ssh import Remote, Way
+from ebpf_mig.tracing.ssh import Remote, RemoteHost
 from ebpf_mig.vmm.adapter import Adapter, Values
 from ebpf_mig.vmm.base import Migration, Outcome
 
@@ -133,12 +133,12 @@ def show(
     return breakdown
 
 
-def taken(recorder: Recorder) -> Recording | None:
+def recording_of(recorder: Recorder) -> Recording | None:
     """The recording of a recorder. If there is none, prints the reason and returns None."""
     try:
         recording = recorder.finish()
     except RecordingError as error:
-        say(f"{recorder.name}: its recording is lost: {error}; {recorder.complaint()}")
+        say(f"{recorder.name}: its recording is lost: {error}; {recorder.last_line()}")
         return None
     if recorder.lost:
         say(f"{recorder.name}: its recording is incomplete: {recorder.lost}")
@@ -169,22 +169,25 @@ def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def way_of(
     source_host: str | None, destination_host: str | None, remote_command: str | None, tool: str
-) -> tuple[str, Way] | None:
+) -> tuple[str, RemoteHost] | None:
     """(role of the remote end, how to reach it); None if both ends are local."""
     if source_host and destination_host:
         raise UsageError("one of the two hosts must be this host", "run ebpf-mig on the source's host")
     role, host = ("source", source_host) if source_host else ("destination", destination_host)
     if host is None:
         if remote_command is not None:
-            raise UsageError("which end does --remote-command lead to?", "add --source-host or --destination-host")
+            raise UsageError(
+                "--remote-command is given, but neither --source-host nor --destination-host",
+                "name the host that it reaches with one of them",
+            )
         return None
     if host.startswith("-"):
-        raise UsageError(f"{host} is no host's name")
-    return role, Way(host, remote_command, tool)
+        raise UsageError(f"{host} is not a host name")
+    return role, RemoteHost(host, remote_command, tool)
 
 
 def across(
-    way: tuple[str, Way],
+    way: tuple[str, RemoteHost],
     adapter: Adapter,
     values: Values,
     timeout_s: float,
@@ -210,7 +213,7 @@ def across(
             vmm = here_is[0].vmm if here_is else ""
             target = Target(pid=remote.end.pid, role=role, vmm=vmm, vmm_version=migration.version(role))
         halves = {here: read_recording(names[here])}
-        other = taken(remote.recorder) if remote.recorder else None
+        other = recording_of(remote.recorder) if remote.recorder else None
     if other is not None:
         far = with_marks(other, [target], outcome.marks, remote.end.key)
         keep({role: far}, names, force)

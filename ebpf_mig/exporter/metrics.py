@@ -214,7 +214,7 @@ class Metrics:
         yield up
         yield from _last(vms)
         dropped = CounterMetricFamily(
-            "ebpf_mig_series_dropped", "VMs whose last-migration series made room for others."
+            "ebpf_mig_series_dropped", "VMs whose last-migration series were dropped to make room for others."
         )
         dropped.add_metric([], evicted)
         yield dropped

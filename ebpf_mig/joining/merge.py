@@ -24,7 +24,7 @@ from ebpf_mig.joining.clock import Bounds, ContradictionError, Evidence
 from ebpf_mig.joining.evidence import Survey, gathered, rough, started, survey
 from ebpf_mig.joining.match import JoinError, Match
 from ebpf_mig.recording import events as ev
-from ebpf_mig.recording.coalesce import read_folded
+from ebpf_mig.recording.coalesce import read_coalesced
 from ebpf_mig.recording.events import LATEST
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS
@@ -47,7 +47,7 @@ def read_both(
     first: str, second: str, names: tuple[str, str] | None = None, hint: Hint | None = None, pid: int | None = None
 ) -> Recording:
     """Reads two files and joins them; see `joined`. RecordingError if one is not a recording."""
-    both = read_folded(first, share=2), read_folded(second, share=2)
+    both = read_coalesced(first, share=2), read_coalesced(second, share=2)
     return joined(*both, names or (printable(first), printable(second)), hint, pid)
 
 

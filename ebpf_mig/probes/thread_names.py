@@ -37,7 +37,7 @@ class ThreadNames:
                 self._host_tids[pid] = self._host_tids.get(pid, {}) | found
 
     def seen(self, pid: int, tid: int) -> None:
-        """An event of a thread arrived. It may be newer than the last reading, and may exit before the next one."""
+        """Notes a thread of which an event arrived. It may be newer than the last reading, and exit before the next."""
         if (pid, tid) not in self._threads:
             self._note(pid, tid, comm(pid, tid))
 

@@ -29,7 +29,7 @@ pre-copy.
 """
 
 
-def read_folded(path: str, *, with_axis: bool = False, share: int = 1) -> Recording:
+def read_coalesced(path: str, *, with_axis: bool = False, share: int = 1) -> Recording:
     """Reads a whole recording; `with_axis` and `share` as for `Budget`. Raises as `read_recording`."""
     with RecordingReader(path) as reader:
         coalescer = _Coalescer(reader, Budget(reader.name, with_axis=with_axis, share=share))
@@ -47,11 +47,11 @@ def read_folded(path: str, *, with_axis: bool = False, share: int = 1) -> Record
         )
 
 
-def read_whole_or_folded(path: str, *, with_axis: bool = False) -> Recording:
+def read_whole_or_coalesced(path: str, *, with_axis: bool = False) -> Recording:
     """Reads a recording unchanged, or coalesced if it is too large for that. Raises as `read_recording`."""
     with contextlib.suppress(TooLargeError):
         return read_recording(path, within_budget=True, with_axis=with_axis)
-    return read_folded(path, with_axis=with_axis)  # here the first attempt holds no memory any more
+    return read_coalesced(path, with_axis=with_axis)  # here the first attempt holds no memory any more
 
 
 class _Coalescer:
@@ -87,7 +87,7 @@ class _Coalescer:
             self._spared -= 1
             self._keep(block)
         else:
-            self._keep(list(folded(block)))
+            self._keep(list(coalesced(block)))
 
 
 _MOST = (1 << 63) - 1
@@ -97,7 +97,7 @@ _calls, _bytes, _failed = map(attrgetter, ("calls", "bytes", "failed"))
 _end, _in_call, _max_call, _off_cpu = map(attrgetter, ("end_ns", "in_call_ns", "max_call_ns", "off_cpu_ns"))
 
 
-def folded(block: list[AnyEvent]) -> Iterator[AnyEvent]:
+def coalesced(block: list[AnyEvent]) -> Iterator[AnyEvent]:
     """A block with batches instead of calls. Waits are left out, since they matter in the window only.
 
     A fetch ends a pass, so no batch extends across an ioctl.

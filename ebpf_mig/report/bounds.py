@@ -12,7 +12,7 @@ from ebpf_mig.report.rows import ms
 
 
 def limited(ns: int, bound: int | None, clock: Clock) -> str:
-    """For a column: the duration, or a limit that it lies below or above."""
+    """The duration, or its upper or lower limit, for a column."""
     if bound is None:
         return f"{'≤' if clock.open == 'most' else '≥'} {ms(ns)}"
     return f"≤ {ms(ns + bound)}" if bound > ns else ms(ns)

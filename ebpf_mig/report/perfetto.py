@@ -46,7 +46,7 @@ def chunk(tag: int, data: bytes) -> bytes:
 
 
 def text(tag: int, value: str) -> bytes:
-    """A string field; what a terminal or a page would act on is escaped."""
+    """A string field. Control characters are escaped, so that no terminal or page interprets them."""
     return chunk(tag, printable(value).encode())
 
 

@@ -60,7 +60,7 @@ def render(breakdown: Breakdown, canvas: Canvas = PLAIN) -> str:
         legacy_windows=False,
         _environ={},
     )
-    rows = [(row, list(_folded(row, canvas.width, console))) for row in _rows(breakdown, canvas)]
+    rows = [(row, list(_wrapped(row, canvas.width, console))) for row in _rows(breakdown, canvas)]
     for _, lines in _on_one_screen(rows):
         for line in lines:
             line.rstrip()
@@ -103,7 +103,7 @@ def _on_one_screen(rows: list[tuple[Row, list[Text]]]) -> list[tuple[Row, list[T
     return kept
 
 
-def _folded(row: Row, width: int, console: Console) -> Iterator[Text]:
+def _wrapped(row: Row, width: int, console: Console) -> Iterator[Text]:
     if row.text.cell_len <= width:
         yield row.text
         return

@@ -12,7 +12,7 @@ from ebpf_mig.breakdown import Breakdown, Pass, VcpuShare
 from ebpf_mig.report.reference import REARM
 from ebpf_mig.report.rows import Row, figure, ms
 
-_TOLD_SHARE = 100
+_REPORTED_SHARE = 100
 """Parts that take less than this share of the window are only in the other formats."""
 
 
@@ -29,7 +29,7 @@ def inside(breakdown: Breakdown) -> Iterator[Row]:
         how = "exact" if split.samples == "exact" else f"±{100 * error / total:.0f}, n={split.samples}"
         yield figure("  on CPU in ioctls", sum(parts.values()), f"{shares} ({how})")
     rearm, window = final.rearm, breakdown.window_ns or 0
-    if rearm is not None and rearm.ns * _TOLD_SHARE >= window:
+    if rearm is not None and rearm.ns * _REPORTED_SHARE >= window:
         doubt = f" ±{ms(rearm.error_ns)}" if rearm.error_ns else ""
         rate = f"{rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page"
         published = "; ".join(f"{r.short} {r.figure}" for r in REARM if r.short)
@@ -37,14 +37,16 @@ def inside(breakdown: Breakdown) -> Iterator[Row]:
 
 
 def brownout(passes: list[Pass]) -> Iterator[Row]:
-    """The pass in which a vCPU lost most, if it was more than a hundredth of its time, beside the time before."""
+    """The pass in which a vCPU lost the largest share of its time, if it was over 1 %; with its share before
+    logging.
+    """
     worst: tuple[float, VcpuShare, Pass] | None = None
     for one in passes:
         for vcpu in one.brownout.vcpus if one.brownout else ():
             share = vcpu.outside_ns / max(1, one.brownout.duration_ns if one.brownout else 1)
             if worst is None or share > worst[0]:
                 worst = share, vcpu, one
-    if worst is None or worst[0] < 1 / _TOLD_SHARE:
+    if worst is None or worst[0] < 1 / _REPORTED_SHARE:
         return
     share, vcpu, one = worst
     before = next((v for v in one.baseline.vcpus if v.vcpu == vcpu.vcpu), None) if one.baseline else None

@@ -14,7 +14,7 @@ from ebpf_mig.report.rows import Row, figure, ms
 from ebpf_mig.text import printable, size
 
 _PART_SPARE = {name: spare for one in vmm.adapters() for name, spare in one.witness.parts.items()}
-"""Rows of the VMMs' own figures: how much they can be spared."""
+"""`Row.spare` of the rows with the VMMs' own parts, by witness name."""
 _LATE_NS = 500_000
 """A shorter sleep after the stop gets no line."""
 
@@ -52,7 +52,7 @@ def _served(found: Served) -> str:
 
 
 def witnesses(found: list[Witness]) -> Iterator[Row]:
-    """Those of the blackout, then the VMM's own parts, of which the destination's go first where room is scarce."""
+    """The blackout's witnesses, then the VMM's own parts. The parts with the highest `spare` are left out first."""
     for witness in found:
         ours = witness.value_ns - witness.difference_ns
         why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""

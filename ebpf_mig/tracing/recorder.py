@@ -71,9 +71,9 @@ class Recorder:
         """Waits until it traces. RemoteError if it ended, sent invalid data or took too long."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended or self._complete(), timeout_s):
-                raise RemoteError(f"{self.name} does not begin to trace within {timeout_s:.0f} s: {self.complaint()}")
+                raise RemoteError(f"{self.name} does not begin to trace within {timeout_s:.0f} s: {self.last_line()}")
         if not self._complete() and (not self._head or MAGIC.startswith(bytes(self._head[: len(MAGIC)]))):
-            raise RemoteError(f"{self.name} cannot trace: {self.complaint()}", self._remedy())
+            raise RemoteError(f"{self.name} cannot trace: {self.last_line()}", self._remedy())
         try:
             return RecordingReader(io.BytesIO(bytes(self._head))).header
         except RecordingError as error:
@@ -92,7 +92,7 @@ class Recorder:
         if not recording.truncated:
             self.lost = ""  # it had already seen the migration's end
         elif self.lost in ("", _EARLY):
-            self.lost = self.complaint()
+            self.lost = self.last_line()
         return recording
 
     @property
@@ -108,7 +108,7 @@ class Recorder:
             thread.join(5)
         self._data.close()
 
-    def complaint(self) -> str:
+    def last_line(self) -> str:
         """The last line that it, or ssh, wrote."""
         if self._ended and self.status is not None:
             self._threads[1].join(2)

@@ -38,7 +38,7 @@ _SSH = (
 
 
 @dataclass(frozen=True)
-class Way:
+class RemoteHost:
     """How to reach the other host."""
 
     host: str
@@ -49,21 +49,21 @@ class Way:
 
     def line(self, arguments: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
         """The local command line that runs ebpf-mig on the other host."""
-        return self.there([*shlex.split(self.tool), *arguments], forward)
+        return self.command_line([*shlex.split(self.tool), *arguments], forward)
 
-    def there(self, command: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
+    def command_line(self, command: Sequence[str], forward: tuple[str, str] | None = None) -> list[str]:
         """The local command line that runs any command on the other host."""
         if self.command is not None:
             return [*shlex.split(self.command), *command]
-        ways = ["-L", f"{forward[0]}:{forward[1]}"] if forward else []
-        return [*_SSH, *ways, "--", self.host, shlex.join(command)]
+        forwarding = ["-L", f"{forward[0]}:{forward[1]}"] if forward else []
+        return [*_SSH, *forwarding, "--", self.host, shlex.join(command)]
 
 
 @dataclass
 class Remote:
     """The connection; use as a context manager. Start with `record`."""
 
-    way: Way
+    host: RemoteHost
     role: str
     far: FarEnd
     """What the migration needs on the other host."""
@@ -96,7 +96,7 @@ class Remote:
 
     def _run(self, command: list[str]) -> str:
         """A command's output on the other host, up to a limit; empty if it cannot be run."""
-        line = self.way.there(command)
+        line = self.host.command_line(command)
         try:
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
@@ -119,22 +119,22 @@ class Remote:
         """Starts the recorder and forwards the socket, if one is needed. If recording fails, only the socket is
         forwarded.
         """
-        name = f"the {self.role}'s host {printable(self.way.host)}"
+        name = f"the {self.role}'s host {printable(self.host.host)}"
         options = ["record", *self.far.record, "--tier", self.tier, "--until-eof", "--output", "-"]
-        if self.api and self.way.command is not None:
-            guard.enter_context(_Relay(self.way, self.far.socket, self.api))
+        if self.api and self.host.command is not None:
+            guard.enter_context(_Relay(self.host, self.far.socket, self.api))
         forward = (self.api, self.far.socket) if self.api else None
-        self.recorder = Recorder(name, self.way.line(options, forward))
+        self.recorder = Recorder(name, self.host.line(options, forward))
         guard.callback(self.recorder.close)
         try:
             self.header = self.recorder.armed()
         except RemoteError as error:
-            if self.recorder.status == _SSH_FAILED and self.way.command is None:
+            if self.recorder.status == _SSH_FAILED and self.host.command is None:
                 raise
             self.problem = "; ".join(filter(None, (str(error), error.remedy)))
             self.recorder.close()
             self.recorder = None
-            if self.api and self.way.command is None:
+            if self.api and self.host.command is None:
                 self._forward_only(guard, name)
 
     def _forward_only(self, guard: contextlib.ExitStack, name: str) -> None:
@@ -142,7 +142,7 @@ class Remote:
         us.
         """
         Path(self.api).unlink(missing_ok=True)
-        command = [*_SSH, "-L", f"{self.api}:{self.far.socket}", "--", self.way.host, "cat"]
+        command = [*_SSH, "-L", f"{self.api}:{self.far.socket}", "--", self.host.host, "cat"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
         )
@@ -161,8 +161,8 @@ _SSH_FAILED = 255
 class _Relay:
     """A local UNIX socket. A remote command carries each connection to the socket on the other host."""
 
-    def __init__(self, way: Way, path: str, here: str) -> None:
-        self._command = way.line(["relay", path])
+    def __init__(self, host: RemoteHost, path: str, here: str) -> None:
+        self._command = host.line(["relay", path])
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(here)
         self._listener.listen(8)

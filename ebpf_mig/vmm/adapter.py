@@ -76,7 +76,7 @@ class Adapter:
     comms: tuple[str, ...] = ()
     """Prefixes of its process names, which the kernel cuts to 15 characters."""
     options: tuple[Option, ...] = ()
-    """Options of `migrate`; empty: it cannot be asked to migrate."""
+    """Options of `migrate`; empty: it has no API to migrate."""
     about = ""
     """First line of the help of `migrate`."""
     epilog = ""
@@ -103,7 +103,7 @@ class Adapter:
 
         If the other end's control socket is forwarded, `values` hold the local path. UsageError, VmmError.
         """
-        raise UsageError(f"{self.title} cannot be asked to migrate")
+        raise UsageError(f"{self.title} has no API to migrate")
 
     def far_end(self, role: str, values: Values) -> FarEnd:
         """What the other host needs if that end is on it; UsageError if the options do not allow that."""

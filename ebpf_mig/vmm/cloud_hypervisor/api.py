@@ -89,7 +89,7 @@ class Api:
         try:
             return json.loads(data) if data else None
         except (ValueError, RecursionError) as error:
-            raise self._nonsense() from error
+            raise self._invalid_answer() from error
 
     def _exchange(self, method: str, name: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
         """The answer's body, of at most ANSWER_BYTES, within a total of `timeout_s`."""
@@ -107,7 +107,7 @@ class Api:
         finally:
             connection.close()
         if len(data) > ANSWER_BYTES:
-            raise self._nonsense()
+            raise self._invalid_answer()
         if answer.status >= 300:
             raise RefusedError(f"the {self.role} refuses {name}: {_refusal(data) or f'status {answer.status}'}")
         return data
@@ -118,7 +118,7 @@ class Api:
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise self._nonsense() from error
+            raise self._invalid_answer() from error
 
     def _unusable(self, name: str, connection: _UnixConnection, error: Exception) -> VmmError:
         if connection.late or isinstance(error, TimeoutError):
@@ -130,7 +130,7 @@ class Api:
             why = error.strerror or type(error).__name__
         return VmmError(f"cannot use {self.path} as the {self.role}'s API socket: {why}", _REMEDY)
 
-    def _nonsense(self) -> VmmError:
+    def _invalid_answer(self) -> VmmError:
         return VmmError(f"{self.path} does not answer like Cloud Hypervisor", _REMEDY)
 
     def ping(self) -> tuple[int, str]:

@@ -5,8 +5,8 @@ In: the send and the receive call, each in a thread of its own, and the two proc
 poll(2) waits for all of them, without periodic wake-ups:
 
 - the source's process exits after success, and only then;
-- the receive call answers when the destination has the VM, or has given up. Up to v52 it answers success to an
-  aborted migration, too;
+- the receive call answers when the destination has the VM, or has given up. Up to v52 it reports success for
+  an aborted migration, too;
 - the send call answers at the end up to v52, at once from v53 on. From then on a thread of the source migrates, and
   if it ends and the process does not exit, the migration failed. There may be no other sign.
 """
@@ -103,7 +103,7 @@ class Ending:
         if self.destination_has_vm():
             return "completed", ""
         if self.source.gone():
-            return "failed", "the source ended, and the destination has no VM although it answers success"
+            return "failed", "the source ended, and the destination has no VM although it reported success"
         return "failed", self._sources_reason() or "the destination has no VM and the source goes on"
 
     def _sources_reason(self) -> str:

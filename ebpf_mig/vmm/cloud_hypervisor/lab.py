@@ -207,13 +207,13 @@ class ChPair:
             for vm in (self.source, self.destination):
                 if (status := vm.process.poll()) is not None:
                     raise VmmError(
-                        f"the {vm.role} Cloud Hypervisor ended at once (status {status}): {self._complaint(vm)}"
+                        f"the {vm.role} Cloud Hypervisor ended at once (status {status}): {self._last_line(vm)}"
                     )
             if time.monotonic() > deadline:
-                raise VmmError(f"the guest did not come up; Cloud Hypervisor says: {self._complaint(self.source)}")
+                raise VmmError(f"the guest did not come up; Cloud Hypervisor says: {self._last_line(self.source)}")
             time.sleep(0.01)
 
-    def _complaint(self, vm: ChVm) -> str:
+    def _last_line(self, vm: ChVm) -> str:
         for name in (f"{vm.role}.err", f"{vm.role}.log"):
             with contextlib.suppress(OSError):
                 lines = (self.directory / name).read_text(errors="replace").strip().splitlines()

@@ -83,16 +83,16 @@ class CloudHypervisorWitness(VmmWitness):
         """`found` with the downtime's row explained, and a row for each logged component."""
         if attribution.window is None or not any(m.name.startswith("ch.") for m in traced.material.marks):
             return list(found)
-        talk = follow(traced, _snapshotted(traced))
-        parts = _parts(traced, attribution.window, attribution.phases, wires, talk)
-        return _explained(found, traced, attribution.window, talk, late_ns) + parts
+        matched = match_log_figures(traced, _snapshotted(traced))
+        parts = _parts(traced, attribution.window, attribution.phases, wires, matched)
+        return _explained(found, traced, attribution.window, matched, late_ns) + parts
 
 
 WITNESS = CloudHypervisorWitness()
 
 
 def _parts(
-    traced: TracedMigration, window: Span, parts: Sequence[Phase], wires: Sequence[Wire] | None, found: Talk
+    traced: TracedMigration, window: Span, parts: Sequence[Phase], wires: Sequence[Wire] | None, found: LogSpans
 ) -> list[Witness]:
     """The components that have a span in the kernel's events, in the order of the downtime."""
     figures = {
@@ -116,10 +116,10 @@ def _parts(
 
 
 def _explained(
-    witnesses: Sequence[Witness], traced: TracedMigration, window: Span, talk: Talk, late_ns: int
+    witnesses: Sequence[Witness], traced: TracedMigration, window: Span, matched: LogSpans, late_ns: int
 ) -> list[Witness]:
     """The downtime's row with its kernel span, and the position of that span relative to the blackout."""
-    found, switchover = talk.spans.get("downtime"), traced.switchover
+    found, switchover = matched.spans.get("downtime"), traced.switchover
     if found is None or switchover is None or switchover.first_start is None:
         return list(witnesses)
     span = found[0] - window[0], found[1] - window[0]
@@ -144,7 +144,7 @@ def _snapshotted(traced: TracedMigration) -> int | None:
     return next((m.at_ns for m in traced.material.marks if m.name == "ch.event.snapshotted" and m.pid == pid), None)
 
 
-def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], found: Talk) -> str:
+def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], found: LogSpans) -> str:
     least = max(_NAMED_NS, (span[1] - span[0]) // _NAMED_SHARE)
     shares: list[tuple[str, int]] = [(phase.phase, covered(phase.spans, span)) for phase in parts]
     shares.append(("after the start", span[1] - span[0] - sum(ns for _, ns in shares)))
@@ -161,7 +161,7 @@ def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], f
     return "; ".join(filter(None, clauses))
 
 
-def _unnamed(figures: dict[str, int], found: Talk, origin: int, parts: Sequence[Phase]) -> list[Witness]:
+def _unnamed(figures: dict[str, int], found: LogSpans, origin: int, parts: Sequence[Phase]) -> list[Witness]:
     """The part of its total that is in none of its components: the pause, and the gaps between components."""
     if "downtime" not in found.spans or not all(name in figures for name in ("downtime", *_SOURCE_PARTS)):
         return []
@@ -198,8 +198,8 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Talk:
-    """The result: spans by the name of the log's figure."""
+class LogSpans:
+    """The spans that the kernel's events show for the figures in the log, by the figure's name."""
 
     spans: dict[str, Span]
     second_fetch: Span | None = None
@@ -228,15 +228,15 @@ def messages(transfers: Sequence[Transfer], first: int) -> list[Message]:
     return found
 
 
-def follow(traced: TracedMigration, snapshotted: int | None = None) -> Talk:
+def match_log_figures(traced: TracedMigration, snapshotted: int | None = None) -> LogSpans:
     """The spans of a completed migration. `snapshotted`: when the VMM reports that its state was saved, if known."""
     source, found = traced.source, traced.switchover
     if source is None or found is None or found.kind != SwitchoverKind.COMPLETED:
-        return Talk({})
+        return LogSpans({})
     spans, second, serialising = _source(traced, source, found, snapshotted)
     loading, parsing = _destination(traced, found)
     doubts = dict.fromkeys(("state", "send_state"), serialising) | dict.fromkeys(("recv_snapshot", "restore"), parsing)
-    return Talk(spans | loading, second, doubts)
+    return LogSpans(spans | loading, second, doubts)
 
 
 def _source(
@@ -247,15 +247,15 @@ def _source(
     last = next((t for t in reversed(own) if t.direction == RECEIVE and t.bytes), None)
     if last is None:
         return {}, None, 0
-    talk = messages([t for t in own if key_of(t) == key_of(last)], SEND)
-    if len(talk) < 2 or talk[-1].bytes > HEADER:
+    requests = messages([t for t in own if key_of(t) == key_of(last)], SEND)
+    if len(requests) < 2 or requests[-1].bytes > HEADER:
         return {}, None, 0
-    state, complete = talk[-2:]
+    state, complete = requests[-2:]
     begin = _snapshot_begin(source, found, tid, state.begin)
     if begin is None:
         return {}, None, 0
     saved = max((i.end_ns for i in source.other_ioctls if begin <= i.begin_ns < state.begin), default=begin)
-    second = _second_fetch(traced, begin, state, talk[:-2])
+    second = _second_fetch(traced, begin, state, requests[:-2])
     done = max(saved, second[1] if second else 0)
     if second is None and snapshotted is not None:
         done = min(max(done, snapshotted), state.begin)
@@ -308,11 +308,11 @@ def _destination(traced: TracedMigration, found: Switchover) -> tuple[dict[str, 
         return {}, 0
     loader = restores[-1].tid
     own = [t for t in process.ended(traced.transfers(process), found.requested + 1) if t.tid == loader]
-    talk = messages(own, RECEIVE)
-    talk = [m for m in talk if m.first[-1].end_ns < found.first_start]
-    if len(talk) < 2 or talk[-1].bytes > HEADER:
+    requests = messages(own, RECEIVE)
+    requests = [m for m in requests if m.first[-1].end_ns < found.first_start]
+    if len(requests) < 2 or requests[-1].bytes > HEADER:
         return {}, 0
-    state, complete = talk[-2:]
+    state, complete = requests[-2:]
     header = state.first[0].end_ns
     work = [i for i in process.ioctls if i.tid == loader]
     restoring, parsing = _restoring(work, state)

@@ -83,7 +83,7 @@ class Host:
         """Its URI from the other host."""
         return f"qemu+tcp://{self.address}/system"
 
-    def complaint(self) -> str:
+    def last_line(self) -> str:
         """The last line that it, or what started it, wrote."""
         for name in ("var/log/libvirt/libvirtd.log", "out"):
             with contextlib.suppress(OSError):
@@ -159,7 +159,7 @@ class LibvirtHosts:
         deadline = time.monotonic() + _START_S
         while _virsh(host, "version").returncode:
             if host.process.poll() is not None or time.monotonic() > deadline:
-                raise VmmError(f"libvirtd of the lab's {host.role} does not answer: {host.complaint()}")
+                raise VmmError(f"libvirtd of the lab's {host.role} does not answer: {host.last_line()}")
             time.sleep(0.05)
 
     def _create(self, directory: Path, guest: Path) -> None:

@@ -44,7 +44,7 @@ class QemuVm:
     def pid(self) -> int:
         return self.process.pid
 
-    def complaint(self) -> str:
+    def last_line(self) -> str:
         """The last line the VMM printed, to be quoted in an error."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if "warning" not in line]
         return lines[-1] if lines else "it printed nothing"
@@ -138,14 +138,14 @@ class QemuPair:
         while True:
             for vm in (self.source, self.destination):
                 if (status := vm.process.poll()) is not None:
-                    raise VmmError(f"the {vm.role} QEMU ended at once (status {status}): {vm.complaint()}")
+                    raise VmmError(f"the {vm.role} QEMU ended at once (status {status}): {vm.last_line()}")
             seen = letters & self.source.heartbeat.letters()
             if seen == letters and Path(self.destination.qmp).exists():
                 return
             if time.monotonic() > deadline:
                 raise VmmError(
                     f"the guest did not come up within {patience:.0f} s: {len(seen)} of {len(letters)} vCPUs "
-                    f"wrote to the serial port; QEMU says: {self.source.complaint()}"
+                    f"wrote to the serial port; QEMU says: {self.source.last_line()}"
                 )
             time.sleep(0.01)
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from bench.reading import SEED, stretched
 from ebpf_mig.collector import analyse
-from ebpf_mig.recording.coalesce import folded, read_folded, run_of
+from ebpf_mig.recording.coalesce import coalesced, read_coalesced, run_of
 from ebpf_mig.recording.events import Ending, OffCpu, Transfer
 from ebpf_mig.recording.file import RecordingWriter, read_recording
 from tests.unit.joining.test_happens_before import send
@@ -25,21 +25,21 @@ def bytes_by_socket(events: list[object]) -> Counter[tuple[int, int, int]]:
 
 
 def test_a_short_recording_is_read_as_it_is() -> None:
-    folded, plain = read_folded(str(SEED)), read_recording(SEED)
-    assert folded == plain
+    coalesced, plain = read_coalesced(str(SEED)), read_recording(SEED)
+    assert coalesced == plain
 
 
 def test_a_long_one_is_smaller_and_says_the_same(tmp_path: Path) -> None:
     seed = read_recording(SEED)
     with RecordingWriter(tmp_path / "long.rec", seed.header) as writer:
         writer.write_many(stretched(seed.header, seed.events, 150_000))
-    folded, plain = read_folded(str(tmp_path / "long.rec")), read_recording(tmp_path / "long.rec")
-    assert len(folded.events) < 0.8 * len(plain.events)
-    assert not folded.truncated
+    coalesced, plain = read_coalesced(str(tmp_path / "long.rec")), read_recording(tmp_path / "long.rec")
+    assert len(coalesced.events) < 0.8 * len(plain.events)
+    assert not coalesced.truncated
     waits = [e for e in plain.events if isinstance(e, OffCpu)]
-    assert len(waits) > sum(isinstance(e, OffCpu) for e in folded.events), "those far from the window are left out"
-    assert bytes_by_socket(list(folded.events)) == bytes_by_socket(list(plain.events))
-    one, two = analyse(folded).breakdown, analyse(plain).breakdown
+    assert len(waits) > sum(isinstance(e, OffCpu) for e in coalesced.events), "those far from the window are left out"
+    assert bytes_by_socket(list(coalesced.events)) == bytes_by_socket(list(plain.events))
+    one, two = analyse(coalesced).breakdown, analyse(plain).breakdown
     assert one.phases == two.phases
     assert one.vcpus == two.vcpus
     assert one.waits == two.waits
@@ -61,7 +61,7 @@ def calls_of(tid: int, *spans: tuple[int, int, int, int]) -> list[Transfer]:
 
 
 def runs(block: list[Transfer]) -> list[tuple[int, int, int]]:
-    return [(e.position, e.bytes, e.calls) for e in folded(list(block)) if isinstance(e, Transfer)]
+    return [(e.position, e.bytes, e.calls) for e in coalesced(list(block)) if isinstance(e, Transfer)]
 
 
 def test_a_run_ends_where_bytes_are_missing_and_after_a_second() -> None:
@@ -88,6 +88,6 @@ def test_what_a_hostile_recording_claims_can_still_be_stored(tmp_path: Path) -> 
     ]
     with RecordingWriter(tmp_path / "huge.rec", seed.header) as writer:
         writer.write_many([*huge, Ending(1, "migrated")])
-    read = read_folded(str(tmp_path / "huge.rec"))
+    read = read_coalesced(str(tmp_path / "huge.rec"))
     with RecordingWriter(tmp_path / "again.rec", read.header) as writer:
         writer.write_many(read.events)

@@ -13,7 +13,7 @@ from ebpf_mig.errors import UsageError
 from ebpf_mig.recording.events import Target
 from ebpf_mig.tracing.recorder import Recorder, RemoteError
 from ebpf_mig.tracing.session import require_alive
-from ebpf_mig.tracing.ssh import Remote, Way
+from ebpf_mig.tracing.ssh import Remote, RemoteHost
 
 
 def alive(pid: int) -> bool:
@@ -60,7 +60,9 @@ def test_a_question_there_leaves_nothing_here(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     started = time.monotonic()
     remote = Remote(
-        Way("there", f"timeout 1 sh -c 'sleep 1000 >/dev/null & echo $! > {note}; echo said' --"), "source", "/none"
+        RemoteHost("there", f"timeout 1 sh -c 'sleep 1000 >/dev/null & echo $! > {note}; echo said' --"),
+        "source",
+        "/none",
     )
     assert remote._run(["true"]) == "said\n"
     assert until_gone(grandchild(note)) and time.monotonic() - started < 15

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.tracing import ssh
-from ebpf_mig.tracing.ssh import Remote, Way
+from ebpf_mig.tracing.ssh import Remote, RemoteHost
 from ebpf_mig.vmm.adapter import FarEnd
 from ebpf_mig.vmm.cloud_hypervisor.log import LogPlace
 
@@ -17,7 +17,7 @@ from ebpf_mig.vmm.cloud_hypervisor.log import LogPlace
 @pytest.fixture
 def there() -> Remote:
     """A host that is reached with `env` in place of ssh: this one."""
-    return Remote(Way("pod", command="env"), "source", FarEnd(["--api-socket", "/none"], "/none"))
+    return Remote(RemoteHost("pod", command="env"), "source", FarEnd(["--api-socket", "/none"], "/none"))
 
 
 def test_an_endless_answer_is_cut(there: Remote) -> None:
@@ -33,7 +33,7 @@ def test_no_answer_is_not_waited_for(there: Remote, monkeypatch: pytest.MonkeyPa
 
 
 def test_ssh_gets_each_word_as_it_is() -> None:
-    line = Way("far").there(["cat", "a b", "$(reboot)"])
+    line = RemoteHost("far").command_line(["cat", "a b", "$(reboot)"])
     assert line[-2:] == ["far", "cat 'a b' '$(reboot)'"]
     assert line[-3] == "--"
 
