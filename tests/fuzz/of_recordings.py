@@ -16,7 +16,7 @@ from random import Random
 from ebpf_mig.analysis import lanes, whatif
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands.report import parse_wishes
+from ebpf_mig.commands.report import parse_changes
 from ebpf_mig.errors import EbpfMigError, RecordingError
 from ebpf_mig.joining.merge import joined
 from ebpf_mig.recording.events import AnyEvent
@@ -111,7 +111,7 @@ OTHERS: list[Callable[[Analysis], object]] = [
     _html,
     _tables,
     lambda analysis: perfetto.render(analysis.breakdown, analysis.header, lanes.view(analysis)),
-    lambda analysis: whatif.predict(analysis, parse_wishes(["bandwidth=25Gbit", "fetch=0", "rearm=0"])),
+    lambda analysis: whatif.predict(analysis, parse_changes(["bandwidth=25Gbit", "fetch=0", "rearm=0"])),
 ]
 
 
