@@ -154,14 +154,14 @@ def lab(runs: int) -> int:
             command = [sys.executable, "-m", "ebpf_mig.cli", "demo", "--two-hosts", "--format", "json"]
             command += ["--bandwidth", "10Gbit", "-o", f"{directory}/lab.rec"]
             done = subprocess.run(command, check=True, capture_output=True)
-        told = msgspec.json.decode(done.stdout, type=Breakdown)
-        clock = told.clock
-        if clock.bound_ns is None or told.blackout_ns is None:
+        measured = msgspec.json.decode(done.stdout, type=Breakdown)
+        clock = measured.clock
+        if clock.bound_ns is None or measured.blackout_ns is None:
             raise ValueError("one side is open")
         widths.append(clock.bound_ns)
         wrong += abs(clock.offset_ns) > clock.bound_ns
         print(
-            f"| {run} | {told.blackout_ns / 1e6:.3f} | {clock.bound_ns / 1e3:.1f} | {clock.offset_ns / 1e3:+.1f} | "
+            f"| {run} | {measured.blackout_ns / 1e6:.3f} | {clock.bound_ns / 1e3:.1f} | {clock.offset_ns / 1e3:+.1f} | "
             f"{clock.pairs_there} | {clock.pairs_back} |",
             flush=True,
         )

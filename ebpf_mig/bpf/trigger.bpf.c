@@ -20,11 +20,11 @@
 #define TCP_CLOSE 7
 #define TCP_LISTEN 10
 
-#define STRANGER_PAUSE_NS 5000000000ULL	/* a process that owns no VM is reported at most this often */
+#define PROCESS_PAUSE_NS 5000000000ULL	/* a process that owns no VM is reported at most this often */
 #define VM_PAUSE_NS 1000000ULL		/* a burst of new threads is one sign */
 
 enum sign {
-	SIGN_STRANGER = 1,
+	SIGN_PROCESS = 1,
 	SIGN_THREAD = 2,
 	SIGN_CONNECT = 3,
 	SIGN_ACCEPT = 4,
@@ -39,7 +39,7 @@ BPF_RINGBUF_OUTPUT(signs, 16);
 BPF_PERCPU_ARRAY(lost, u64, 1);
 BPF_HASH(vms, u32, u64, 4096);		/* tgid -> when its last new thread was reported */
 BPF_ARRAY(ports, u32, 65536);		/* listening port -> tgid, or 0; has room for every port */
-BPF_TABLE("lru_hash", u32, u64, strangers, 4096);
+BPF_TABLE("lru_hash", u32, u64, unowned, 4096);
 BPF_TABLE("lru_hash", u32, u64, logging, 4096);	/* tgid -> when dirty logging last started */
 
 static __always_inline void emit_sign(u64 now, u32 pid, u64 sign)
@@ -77,11 +77,11 @@ int on_newtask(struct bpf_raw_tracepoint_args *ctx)
 		}
 		return 0;
 	}
-	last = strangers.lookup(&tgid);
-	if (last && now - *last < STRANGER_PAUSE_NS)
+	last = unowned.lookup(&tgid);
+	if (last && now - *last < PROCESS_PAUSE_NS)
 		return 0;
-	strangers.update(&tgid, &now);
-	emit_sign(now, tgid, SIGN_STRANGER);
+	unowned.update(&tgid, &now);
+	emit_sign(now, tgid, SIGN_PROCESS);
 	return 0;
 }
 

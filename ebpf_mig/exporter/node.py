@@ -195,7 +195,7 @@ class NodeWatch:
             vm = discovery.vm_of(sign.pid)
             if vm is not None:
                 self._found(vm, new=True)
-        elif sign.kind == "stranger":
+        elif sign.kind == "process":
             if len(self._checks) >= CHECKS:
                 self._troubles.exceeded("new-processes", CHECKS)
                 return

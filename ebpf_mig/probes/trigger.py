@@ -27,8 +27,8 @@ from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO, Chooser
 from ebpf_mig.recording.layout import Layout
 
-KINDS = {1: "stranger", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
-"""`stranger`: a new thread in a process that is not known to own a VM. `logging`: dirty logging of a VM starts, in any
+KINDS = {1: "process", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
+"""`process`: a new thread in a process that is not known to own a VM. `logging`: dirty logging of a VM starts, in any
 process. The other signs come from known owners.
 """
 

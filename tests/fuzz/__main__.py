@@ -54,7 +54,7 @@ def main() -> int:
         return _fuzz(names[0], asked.seconds, asked.seed, asked.inputs)
     each = asked.seconds / len(names)
     seed = asked.seed or time.time_ns() % (1 << 32)
-    told = [
+    options_given = [
         "--seconds",
         str(each),
         "--seed",
@@ -66,7 +66,7 @@ def main() -> int:
         "--child",
     ]
     codes = [
-        subprocess.run([sys.executable, "-m", "tests.fuzz", "--target", name, *told], check=False).returncode
+        subprocess.run([sys.executable, "-m", "tests.fuzz", "--target", name, *options_given], check=False).returncode
         for name in names
     ]
     return int(any(codes))

@@ -127,8 +127,8 @@ def ch_events(data: bytes) -> None:
     """An event file of Cloud Hypervisor."""
     found, rest = event_monitor.decode(data.decode(errors="replace"))
     assert len(rest) <= len(data)
-    told = [event_monitor.MonitorEvent(name, stamp, 10**15) for name, stamp in found]
-    marks = event_monitor.marks(1, told, (0, 0))
+    written_events = [event_monitor.MonitorEvent(name, stamp, 10**15) for name, stamp in found]
+    marks = event_monitor.marks(1, written_events, (0, 0))
     assert all(mark.doubt_ns >= 0 for mark in marks)
 
 

@@ -32,12 +32,12 @@ def main(number: int, ports: int) -> None:
     """See the module."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    ready, told = os.pipe()
+    ready, ready_end = os.pipe()
     over, ended = os.pipe()
     for _ in range(number):
         if os.fork() == 0:
             os.close(ended)
-            _live(told, over, ports)
+            _live(ready_end, over, ports)
             os._exit(0)
     for _ in range(number):
         assert os.read(ready, 1) == b"r"

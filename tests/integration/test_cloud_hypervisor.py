@@ -151,8 +151,10 @@ def test_postcopy(tmp_path: Path, binary: str) -> None:
     assert b.postcopy is not None and b.postcopy.while_dark is not None and b.postcopy.while_dark.bytes > 0
     fetched = b.postcopy.while_dark.bytes + b.postcopy.after.bytes
     assert QUICK.memory_bytes <= fetched <= 1.02 * QUICK.memory_bytes, "each page once, and a header each"
-    told = [e for e in run.recording.events if getattr(e, "name", "") == "ch.event.postcopy-migration-completed"]
-    assert told and b.postcopy.drained_ns > 100 * MS
+    drained_events = [
+        e for e in run.recording.events if getattr(e, "name", "") == "ch.event.postcopy-migration-completed"
+    ]
+    assert drained_events and b.postcopy.drained_ns > 100 * MS
 
 
 def test_an_old_version_is_not_asked_for_what_it_does_not_know(tmp_path: Path, binary: str) -> None:

@@ -109,12 +109,12 @@ def test_ssh_reaches_the_destination_and_both_halves_are_joined(tmp_path: Path, 
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert status_of(pair) == "running"
-    told = json.loads(out)
-    assert told["migration"]["result"] == "completed"
-    assert told["migration"]["vmm"] == "qemu"
-    assert told["migration"]["destination"]["pid"] == pair.destination.pid
-    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
-    names = {witness["name"] for witness in told["witnesses"]}
+    document = json.loads(out)
+    assert document["migration"]["result"] == "completed"
+    assert document["migration"]["vmm"] == "qemu"
+    assert document["migration"]["destination"]["pid"] == pair.destination.pid
+    assert abs(document["clock"]["offset_ns"]) <= document["clock"]["bound_ns"]
+    names = {witness["name"] for witness in document["witnesses"]}
     assert {"qmp.STOP..RESUME", "qmp.downtime_ms"} <= names
     assert sorted(p.name for p in tmp_path.glob("*.rec")) == ["x.destination.rec", "x.source.rec"]
 
@@ -124,9 +124,9 @@ def test_the_source_can_be_the_one_elsewhere(tmp_path: Path, link: Link) -> None
         process = migrate(pair, link, server, "--source-host", "far", "--format", "json", cwd=tmp_path)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    told = json.loads(out)
-    assert told["migration"]["source"]["pid"] == pair.source.pid
-    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
+    document = json.loads(out)
+    assert document["migration"]["source"]["pid"] == pair.source.pid
+    assert abs(document["clock"]["offset_ns"]) <= document["clock"]["bound_ns"]
 
 
 def test_what_is_not_ssh_works_through_a_relay(tmp_path: Path, link: Link) -> None:
@@ -155,14 +155,14 @@ def test_cloud_hypervisor_with_one_end_elsewhere(tmp_path: Path, link: Link, far
         out, err = process.communicate(timeout=120)
         assert Api(pair.destination.api, "destination").state() == "Running", err
     assert process.returncode == 0, err
-    told = json.loads(out)
-    assert told["migration"]["vmm"] == "cloud-hypervisor"
-    assert told["migration"]["result"] == "completed"
-    pids = {role: told["migration"][role]["pid"] for role in ("source", "destination")}
+    document = json.loads(out)
+    assert document["migration"]["vmm"] == "cloud-hypervisor"
+    assert document["migration"]["result"] == "completed"
+    pids = {role: document["migration"][role]["pid"] for role in ("source", "destination")}
     assert pids == {"source": pair.source.process.pid, "destination": pair.destination.process.pid}
-    assert abs(told["clock"]["offset_ns"]) <= told["clock"]["bound_ns"]
+    assert abs(document["clock"]["offset_ns"]) <= document["clock"]["bound_ns"]
     # The destination's log was read on its host.
-    names = {witness["name"] for witness in told["witnesses"]}
+    names = {witness["name"] for witness in document["witnesses"]}
     assert "ch.downtime_ms" in names
     assert "ch.state_to_resume_ms" in names
 

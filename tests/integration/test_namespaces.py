@@ -84,8 +84,8 @@ def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tmp_path: Path
     belong to kernel threads.
     """
     inside = f'exec {" ".join(PID_NAMESPACE)} {" ".join(TIME_NAMESPACE)} qemu-system-x86_64 "$@"'
-    path, told = tmp_path / "a.rec", tmp_path / "signals"
-    with told.open("w") as sink, subprocess.Popen([*_WITNESS, _SIGNALS], stdout=sink) as witness:
+    path, signals_file = tmp_path / "a.rec", tmp_path / "signals"
+    with signals_file.open("w") as sink, subprocess.Popen([*_WITNESS, _SIGNALS], stdout=sink) as witness:
         try:
             time.sleep(3)
             done = demo("--vmm-binary", wrapped(tmp_path / "qemu", inside), "--output", str(path))
@@ -93,7 +93,11 @@ def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tmp_path: Path
             witness.terminate()
     assert done.returncode == 0, done.stderr
     recording = read_recording(path)
-    rows = [tuple(map(int, row.split())) for row in told.read_text().splitlines() if re.fullmatch(r"\d+ \d+ \d+", row)]
+    rows = [
+        tuple(map(int, row.split()))
+        for row in signals_file.read_text().splitlines()
+        if re.fullmatch(r"\d+ \d+ \d+", row)
+    ]
     _kicks_are_the_kernels(recording, rows)
     breakdown = analyse(recording).breakdown
     assert breakdown.phase_ns("pause") > 0

@@ -47,7 +47,7 @@ def tiers() -> list[str]:
     return found
 
 
-def told(run: Run) -> dict[str, str]:
+def attached_by(run: Run) -> dict[str, str]:
     return run.breakdown.completeness.attach
 
 
@@ -75,7 +75,7 @@ def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
     for _ in range(4):
         runs = migrate_by(names, plan, unix=unix)
         for name, run in zip(names, runs, strict=True):
-            assert {told(run)[signal] for signal in ESSENTIAL} == {name}
+            assert {attached_by(run)[signal] for signal in ESSENTIAL} == {name}
             assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
         for one, other in itertools.combinations(runs, 2):
             assert_same_calls(one, other)
@@ -141,7 +141,7 @@ def test_the_split_of_function_tiers_is_bpftraces(record_property: Callable[[str
     assert len(witness) >= 10, "each pass but the first finds dirty pages, which are protected again and flushed"
     programs_ns = sum(map(a_program_ns, runs))
     for name, run in zip(names, runs, strict=True):
-        assert told(run)["split"] == name
+        assert attached_by(run)["split"] == name
         record_property("split", assert_split(run, witness, programs_ns))
 
 
@@ -159,7 +159,7 @@ def assert_split(run: Run, witness: list[tuple[int, int, int]], programs_ns: flo
     assert len(ours) == len(witness)
     doubts = [0.03 * MS + max(e.off_cpu_ns, 0) + max(e.spin_ns, 0) for e in ours]  # bpftrace does not subtract waits
     split = [(e.walk_ns, e.flush_ns) for e in ours]
-    figures = f"{told(run)['split']}: {split}; bpftrace: {witness}; programs {programs_ns:.0f}, doubts {doubts}"
+    figures = f"{attached_by(run)['split']}: {split}; bpftrace: {witness}; programs {programs_ns:.0f}, doubts {doubts}"
     both = sum(walk + flush for walk, flush, _ in witness)
     assert sum(map(sum, split)) == pytest.approx(both, rel=0.1, abs=sum(doubts)), figures
     for part in (0, 1):
@@ -203,7 +203,7 @@ def test_what_auto_takes_was_seen_to_fire(record_property: Callable[[str, object
     """`auto` takes fentry if it was seen to fire, else kprobes. Each signal's tier is in the report."""
     names = tiers()
     (run,) = migrate_by((AUTO,), Plan())
-    attach = told(run)
+    attach = attached_by(run)
     record_property("attach", json.dumps(attach))
     assert run.breakdown.completeness.verdict == "complete"
     best = {tier for tier in ("fentry", "kprobe") if tier in names}

@@ -75,11 +75,11 @@ def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path
     run = [*command("demo", "--two-hosts", "--bandwidth", "1Gbit", "--vmm", vmm, *GUEST), "--format", "json"]
     done = subprocess.run([*run, "-o", "x.rec"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["migration"]["result"] == "completed"
-    assert told["migration"]["transport"] == "tcp"
-    assert told["sockets"][0]["local"].startswith("10.77.0.1:")
-    clock = told["clock"]
+    document = json.loads(done.stdout)
+    assert document["migration"]["result"] == "completed"
+    assert document["migration"]["transport"] == "tcp"
+    assert document["sockets"][0]["local"].startswith("10.77.0.1:")
+    clock = document["clock"]
     # Both hosts share one kernel and so one clock: the true offset is 0.
     assert abs(clock["offset_ns"]) <= clock["bound_ns"] < 1_000_000
     files = sorted(path.name for path in tmp_path.iterdir())
@@ -89,7 +89,7 @@ def test_two_recorders_make_one_breakdown_and_the_bound_holds_the_truth(tmp_path
         command("join", "x.destination.rec", "x.source.rec", "--format", "json"),
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert json.loads(again.stdout) == told
+    assert json.loads(again.stdout) == document
 
 
 @pytest.mark.timeout(120)

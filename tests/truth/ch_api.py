@@ -66,8 +66,8 @@ class Monitor:
     def event(self, name: str) -> None:
         """Writes an event as event_monitor/src/lib.rs does."""
         secs, nanos = divmod(time.monotonic_ns() - self._start, 10**9)
-        told = {"timestamp": {"secs": secs, "nanos": nanos}, "source": "vm", "event": name, "properties": None}
-        _append(self._events, json.dumps(told, indent=2) + "\n\n")
+        record = {"timestamp": {"secs": secs, "nanos": nanos}, "source": "vm", "event": name, "properties": None}
+        _append(self._events, json.dumps(record, indent=2) + "\n\n")
 
     def log(self, line: str) -> None:
         """Writes a log line with the default prefix."""

@@ -40,7 +40,7 @@ def measure(count: int, rounds: int) -> tuple[list[tuple[str, float, float]], bo
             ending = next(e for e in events if isinstance(e, Ending))
             counted = sum(e.calls for e in sends), sum(e.bytes for e in sends)
             exact &= not ending.lost and counted == (said["calls"], said["bytes"])
-        for told, values in (("untraced", alone), ("traced", watched)):
-            rows.append((f"{what}, {told}", median(values), 1e9 / median(values)))
+        for label, values in (("untraced", alone), ("traced", watched)):
+            rows.append((f"{what}, {label}", median(values), 1e9 / median(values)))
         rows.append((f"{what}, added (median of pairs)", median(added), 0.0))
     return rows, exact

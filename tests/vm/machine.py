@@ -102,11 +102,11 @@ def _major(command: list[str]) -> int:
 
 
 def _arguments(emulated: Emulator, kernel: KernelImage, root: Path, place: Path) -> list[str]:
-    machine, told = MACHINES[emulated.architecture]
+    machine, console_options = MACHINES[emulated.architecture]
     arguments = [
         "-accel", "tcg", "-smp", str(emulated.processors), *machine, "-m", str(MEMORY_MIB),
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
-        "-serial", "stdio", "-kernel", str(kernel.vmlinuz), "-append", f"{told} {COMMAND_LINE}",
+        "-serial", "stdio", "-kernel", str(kernel.vmlinuz), "-append", f"{console_options} {COMMAND_LINE}",
     ]  # fmt: skip
     disks = [
         (root, "snapshot=on,cache=unsafe"), (kernel.disk, "readonly=on"),

@@ -95,17 +95,17 @@ def listened(source: Ear, destination: Ear) -> Heard:
     return Heard(first - last, max(periods, default=0), here - there, one + other)
 
 
-def agree(told: Breakdown, heard: Heard) -> bool:
+def agree(measured: Breakdown, heard: Heard) -> bool:
     """Whether the joined figures agree with the outer host's, within the bound of the clocks and the witness's
     precision.
 
     The guest beats once per period of run time, so it is silent for the blackout and up to one period more.
     """
-    bound = told.clock.bound_ns
-    if told.blackout_ns is None or bound is None:
+    bound = measured.clock.bound_ns
+    if measured.blackout_ns is None or bound is None:
         return False
-    silent = abs(heard.silent_ns - told.blackout_ns) <= bound + heard.period_ns
-    return silent and abs(told.clock.offset_ns - heard.ahead_ns) <= bound + heard.doubt_ns
+    silent = abs(heard.silent_ns - measured.blackout_ns) <= bound + heard.period_ns
+    return silent and abs(measured.clock.offset_ns - heard.ahead_ns) <= bound + heard.doubt_ns
 
 
 @dataclass
@@ -133,13 +133,13 @@ class Meeting:
         ]
         lines += self.trouble
         if self.breakdown is not None and self.heard is not None:
-            told = self.breakdown
-            bound = "open" if told.clock.bound_ns is None else f"{told.clock.bound_ns / 1e6:.3f}"
-            lines.append(f"blackout {(told.blackout_ns or 0) / 1e6:.3f} ms, bound of the clocks {bound} ms")
+            measured = self.breakdown
+            bound = "open" if measured.clock.bound_ns is None else f"{measured.clock.bound_ns / 1e6:.3f}"
+            lines.append(f"blackout {(measured.blackout_ns or 0) / 1e6:.3f} ms, bound of the clocks {bound} ms")
             silent, period = self.heard.silent_ns / 1e6, self.heard.period_ns / 1e6
             lines.append(f"the guest was silent for {silent:.3f} ms, its period {period:.3f} ms")
             ahead, doubt = self.heard.ahead_ns / 1e6, self.heard.doubt_ns / 1e6
-            lines.append(f"the destination's clock is ahead by {told.clock.offset_ns / 1e6:.3f} ms;")
+            lines.append(f"the destination's clock is ahead by {measured.clock.offset_ns / 1e6:.3f} ms;")
             lines.append(f"by the machines' clock readings, {ahead:.3f} ms +- {doubt:.3f} ms")
             lines.append(f"they agree: {'yes' if self.good else 'NO'}; {self.seconds:.0f} s total")
         return lines

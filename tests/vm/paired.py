@@ -124,9 +124,9 @@ async def _migrate(qmp: str) -> str:
         await monitor.execute("migrate", {"uri": f"tcp:{ADDRESSES['destination']}:{MIGRATION}"})
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
-            told = await monitor.query("query-migrate")
-            if told.get("status") in {"completed", "failed", "cancelled"}:
-                return f"{told['status']} {told.get('error-desc', '')} downtime {told.get('downtime')} ms"
+            answer = await monitor.query("query-migrate")
+            if answer.get("status") in {"completed", "failed", "cancelled"}:
+                return f"{answer['status']} {answer.get('error-desc', '')} downtime {answer.get('downtime')} ms"
             await asyncio.sleep(0.2)
         return "no end"
     finally:

@@ -51,15 +51,15 @@ def test_silence_period_and_clocks_by_the_outer_clock(ears: tuple[Ear, Ear]) -> 
 
 def test_two_kernels_and_two_clocks_agree_with_what_was_heard_outside() -> None:
     whole = read_both(*(str(DATA / f"{role}.rec") for role in ("destination", "source")))
-    told = analyse(whole).breakdown
+    outcome = analyse(whole).breakdown
     heard = Heard(**json.loads((DATA / "heard.json").read_text()))
-    assert told.completeness.verdict != "incomplete"
-    assert told.migration.result == "completed"
+    assert outcome.completeness.verdict != "incomplete"
+    assert outcome.migration.result == "completed"
     remote = whole.header.remote
     assert remote is not None
     assert remote.kernel != whole.header.kernel
     assert remote.boot_id != whole.header.boot_id
-    assert agree(told, heard)
-    assert told.blackout_ns is not None
-    moved = heard.period_ns + 2 * (told.clock.bound_ns or 0)
-    assert not agree(told, Heard(heard.silent_ns + 2 * moved, heard.period_ns, heard.ahead_ns, heard.doubt_ns))
+    assert agree(outcome, heard)
+    assert outcome.blackout_ns is not None
+    moved = heard.period_ns + 2 * (outcome.clock.bound_ns or 0)
+    assert not agree(outcome, Heard(heard.silent_ns + 2 * moved, heard.period_ns, heard.ahead_ns, heard.doubt_ns))

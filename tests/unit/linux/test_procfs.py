@@ -44,11 +44,11 @@ NAMES = [
 def named(request: pytest.FixtureRequest) -> Iterator[tuple[int, bytes]]:
     """A thread of ours with such a name."""
     name: bytes = request.param
-    told, ready, over = [], threading.Event(), threading.Event()
+    tids, ready, over = [], threading.Event(), threading.Event()
 
     def live() -> None:
         _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
-        told.append(threading.get_native_id())
+        tids.append(threading.get_native_id())
         ready.set()
         over.wait()
 
@@ -56,7 +56,7 @@ def named(request: pytest.FixtureRequest) -> Iterator[tuple[int, bytes]]:
     thread.start()
     ready.wait()
     try:
-        yield told[0], name
+        yield tids[0], name
     finally:
         over.set()
         thread.join()
@@ -170,9 +170,9 @@ def test_symbols_of_any_bytes() -> None:
 def _reads_of_proc(path: Path) -> Iterator[str]:
     """Strings that begin with /proc and are not docstrings."""
     tree = ast.parse(path.read_text())
-    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    tids = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and id(node) not in told and isinstance(node.value, (str, bytes)):
+        if isinstance(node, ast.Constant) and id(node) not in tids and isinstance(node.value, (str, bytes)):
             words = node.value.encode() if isinstance(node.value, str) else node.value
             if words.startswith(b"/proc"):
                 yield f"{path.relative_to(PACKAGE)}:{node.lineno}"

@@ -127,8 +127,8 @@ def test_without_run_statistics_no_function_is_trusted() -> None:
 
 
 def test_every_signal_has_a_function_and_every_program_exists() -> None:
-    told = {signal for function in FUNCTIONS for signal in function.signals}
-    assert ESSENTIAL | {"brownout", "split", "hidden-sends"} == told
+    known = {signal for function in FUNCTIONS for signal in function.signals}
+    assert ESSENTIAL | {"brownout", "split", "hidden-sends"} == known
     text = source_text("from_functions.bpf.c")
     for function in (*FUNCTIONS, *hook_points.VCPU_RETURNS):
         for program in (*function.entry.values(), *function.exit.values()):

@@ -29,10 +29,10 @@ class Clock:
 
 class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.told, self.clocks = 0, list[int](), list[Clock]()
+        self.now, self.periods, self.clocks = 0, list[int](), list[Clock]()
         monkeypatch.setattr(stack_sampler, "ThreadClock", self.open)
         monkeypatch.setattr(stack_sampler.clock, "monotonic_ns", lambda: self.now)
-        self.sampler = Sampler(5, self.told.append)
+        self.sampler = Sampler(5, self.periods.append)
 
     def open(self, tid: int, program_fd: int, _period_ns: int) -> Clock:
         assert program_fd == 5
@@ -83,7 +83,7 @@ def test_slow_while_the_guest_runs_fast_in_the_stop_and_off_after_it(rig: Rig) -
     assert rig.see(get(101, 5)) == FASTEST_NS
     assert rig.see(send(107)) == 0
     assert rig.clocks[0].paces == [0, SLOW_NS, FASTEST_NS, 0]
-    assert rig.told == [SLOW_NS, FASTEST_NS, FASTEST_NS]
+    assert rig.periods == [SLOW_NS, FASTEST_NS, FASTEST_NS]
 
 
 def test_a_long_fetch_needs_no_fast_samples(rig: Rig) -> None:
@@ -94,12 +94,12 @@ def test_a_long_fetch_needs_no_fast_samples(rig: Rig) -> None:
 
 def test_where_a_sample_is_dear_there_are_fewer(rig: Rig) -> None:
     """A sample costs 12 us: one every 1.2 ms is an overhead of 1 %."""
-    dear = Sampler(5, rig.told.append, 12_000)
+    dear = Sampler(5, rig.periods.append, 12_000)
     dear.follow([get(1, 5)])
     assert dear.period_ns == 1_200_000
     dear.follow([kick(100)])
     assert dear.period_ns == 1_200_000
-    cheap = Sampler(5, rig.told.append, 2_000)
+    cheap = Sampler(5, rig.periods.append, 2_000)
     cheap.follow([get(1, 5), kick(100)])
     assert cheap.period_ns == 200_000
 

@@ -148,11 +148,11 @@ def test_varints() -> None:
 
 def test_ioctls_have_their_arguments() -> None:
     trace, b, recording = decode(next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
-    told = {(e.begin_ns, e.tid): e for e in recording.events if isinstance(e, Ioctl)}
+    called = {(e.begin_ns, e.tid): e for e in recording.events if isinstance(e, Ioctl)}
     seen = [(t.thread.tid, s) for u, t in trace.tracks.items() if t.HasField("thread") for s in trace.slices[u]]
-    clears = [(told[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "CLEAR_DIRTY_LOG"]
+    clears = [(called[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "CLEAR_DIRTY_LOG"]
     assert clears and all(a["pages"] == e.size and a["first_page"] == e.addr and a["slot"] == e.slot for e, a in clears)
-    regions = [(told[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "SET_USER_MEMORY_REGION"]
+    regions = [(called[begin, tid], args) for tid, (name, begin, _, args) in seen if name == "SET_USER_MEMORY_REGION"]
     assert regions and all(a["bytes"] == e.size and a["guest_address"] == e.addr for e, a in regions)
     window = next(args for _, _, _, args in trace.named("window"))
     assert (window["clock_offset_ns"], window["clock_bound_ns"]) == (b.clock.offset_ns, b.clock.bound_ns)

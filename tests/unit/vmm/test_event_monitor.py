@@ -38,22 +38,22 @@ def test_what_is_no_event(junk: str) -> None:
 
 def test_an_event_lies_between_what_it_follows_and_its_reading() -> None:
     start = 1000 * MS  # the VMM's start, which is not known to us
-    told = [
+    seen = [
         MonitorEvent("migration-started", 50 * MS, start + 51 * MS),
         MonitorEvent("paused", 90 * MS, start + 90 * MS + 100_000),
     ]
-    found = marks(7, told, (0, start + 49 * MS + 500_000))
+    found = marks(7, seen, (0, start + 49 * MS + 500_000))
     assert [mark.name for mark in found] == ["ch.event.migration-started", "ch.event.paused"]
-    for mark, event in zip(found, told, strict=True):
+    for mark, event in zip(found, seen, strict=True):
         assert mark.pid == 7 and 0 <= mark.at_ns - (start + event.stamp_ns) <= mark.doubt_ns == 600_000
 
 
 def test_the_send_call_bounds_what_a_destination_says() -> None:
-    told = [
+    seen = [
         MonitorEvent("migration-receive-ready", 10 * MS, 1011 * MS),
         MonitorEvent("migration-receive-started", 500 * MS, 1500 * MS + 200_000),
     ]
-    (ready, _) = marks(7, told, (1005 * MS, 1499 * MS + 900_000))
+    (ready, _) = marks(7, seen, (1005 * MS, 1499 * MS + 900_000))
     assert 0 <= ready.at_ns - 1010 * MS <= ready.doubt_ns == 300_000
 
 
@@ -79,10 +79,10 @@ def test_a_file_that_grows_is_read_as_it_does(tmp_path: Path) -> None:
             out.flush()
             written.append(time.monotonic_ns())
             time.sleep(0.02)
-    told = file.stop()
-    assert [event.name for event in told] == ["migration-started", "pausing", "paused"]
-    assert all(at <= event.read_ns + 5 * MS < at + 200 * MS for at, event in zip(written, told, strict=True))
-    assert file.stop() == told
+    seen = file.stop()
+    assert [event.name for event in seen] == ["migration-started", "pausing", "paused"]
+    assert all(at <= event.read_ns + 5 * MS < at + 200 * MS for at, event in zip(written, seen, strict=True))
+    assert file.stop() == seen
 
 
 def test_no_such_file() -> None:
