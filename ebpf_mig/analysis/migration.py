@@ -154,11 +154,13 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     transfers = _on(channels.source, source)
     sends = _sends(transfers, material.header.begin_ns)
     stop_marks = [m.at_ns for m in material.marks if m.name in names.stopped and m.pid == source.pid]
-    found = switchovers.find(source, destination, sends, stop_marks)
+    triggers = [m.at_ns for m in material.marks if m.name == "session.trigger"]
+    last = dirty_log.switched_on(source, None)
+    paused = switchovers.paused(source, last if last is not None else max(triggers, default=None), sends)
+    found = switchovers.find(source, destination, sends, stop_marks, paused)
     stop = found.stop if found else None
     on = dirty_log.switched_on(source, stop)
-    triggers = [m.at_ns for m in material.marks if m.name == "session.trigger" and (stop is None or m.at_ns < stop)]
-    began = on if on is not None else max(triggers, default=None)
+    began = on if on is not None else max([at for at in triggers if stop is None or at < stop], default=None)
     if began is not None:
         first, channels = channels, sockets.choose(source, destination, began, source.fetchers)
         transfers = transfers if channels.source == first.source else _on(channels.source, source)

@@ -50,11 +50,20 @@ def result(case: TracedMigration) -> Result:
         return Result.COMPLETED if _started(case.destination) and not booted(case) else Result.UNKNOWN
     if _saved(case):
         return Result.SAVED
+    if found is None and paused_before(case):
+        return _of_a_paused_guest(case)
     if found is not None and _handed_over(case, found.stop):
         return Result.COMPLETED
     if found is None and (_destination_ended(case) or _died_running(case)):
         return Result.FAILED
     return Result.UNKNOWN
+
+
+def _of_a_paused_guest(case: TracedMigration) -> Result:
+    """No vCPU stopped for the migration; its destination may be set going at any time later."""
+    if _started(case.destination) or (not _runs(case.source) and _handed_over(case, case.since)):
+        return Result.COMPLETED
+    return Result.FAILED if _destination_ended(case) else Result.UNKNOWN
 
 
 def paused_before(case: TracedMigration) -> bool | None:
@@ -65,6 +74,8 @@ def paused_before(case: TracedMigration) -> bool | None:
     began = case.began if case.began is not None else dirty_log.switched_on(source, None)
     if began is None:
         return None
+    if case.switchover is not None and case.switchover.dark < began:
+        return False  # a snapshot stops the guest by itself
     if not source.vcpus:
         return not source.states
     return all(begin < began and (end is None or end > began) for begin, end in _around(source, began))
@@ -84,6 +95,8 @@ def paused_after(case: TracedMigration) -> bool | None:
     if _absent(case, "vcpu"):
         return None
     source, destination, found = case.source, case.destination, case.switchover
+    if found is None and paused_before(case) and _runs(source):
+        return False
     if _started(destination) or (found is not None and found.kind != SwitchoverKind.STOPPED):
         return False
     ended = result(case)
@@ -92,6 +105,11 @@ def paused_after(case: TracedMigration) -> bool | None:
     known = source is not None and bool(source.vcpus or source.states)
     runs = known and not (source and source.gaps and source.gaps[-1][1] is None)
     return not runs
+
+
+def _runs(source: Process | None) -> bool:
+    """Whether its guest was last seen to run again after a stop."""
+    return source is not None and bool(source.gaps) and source.gaps[-1][1] is not None
 
 
 def _absent(case: TracedMigration, signal: str) -> bool:

@@ -6,6 +6,8 @@ In: the two processes, the source's sends and the VMM's stop marks. Out: a `Swit
 After a completed migration the source's guest never runs again. If it does, the migration failed or was cancelled.
 The blackout is then the gap around the attempt. That need not be the longest gap, because throttling makes gaps too.
 
+A guest that was paused when the migration began was stopped by somebody else: the migration has no switchover.
+
 Throttling can already hold all vCPUs outside KVM_RUN when the pause is requested. The switchover then begins with the
 request, not when throttling stopped the last vCPU: see `throttle.py`.
 """
@@ -24,6 +26,8 @@ from ebpf_mig.breakdown import SwitchoverKind
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Transfer
 
+Gap = tuple[int, int | None]
+"""From the last stop to the first entry; None: none was seen."""
 LONG_GONE_NS = 1_000_000_000
 """A vCPU that left KVM_RUN more than this before the last one did not leave because of the pause."""
 VOLLEY_NS = 1_000_000
@@ -53,10 +57,14 @@ class Switchover:
 
 
 def find(
-    source: Process, destination: Process | None, sends: Sequence[Transfer], stop_marks: Sequence[int]
+    source: Process,
+    destination: Process | None,
+    sends: Sequence[Transfer],
+    stop_marks: Sequence[int],
+    paused: Gap | None = None,
 ) -> Switchover | None:
-    """The switchover of `source`. `sends` are its sends on the migration's sockets."""
-    gaps = source.gaps
+    """The switchover of `source`. `sends` are its sends on the migration's sockets; `paused` is what `paused` gave."""
+    gaps = [gap for gap in source.gaps if gap != paused]
     if not gaps:
         return None
     workers = Workers(source.fetchers, frozenset(send.tid for send in sends))
@@ -83,6 +91,21 @@ def find(
         if (gap := line.covering(begin)) is not None and gap.end is not None
     }
     return _at(source, SwitchoverKind.ABORTED, begin, starts, workers)
+
+
+def paused(source: Process, began: int | None, sends: Sequence[Transfer]) -> Gap | None:
+    """The stretch without guest in which the migration began; None if the guest ran then.
+
+    A snapshot stops the guest first: the thread that asked for the stop then switches logging on, and sends nothing
+    (QEMU: migration/savevm.c, `save_snapshot`).
+    """
+    if began is None:
+        return None
+    found = next((gap for gap in source.gaps if gap[0] < began and (gap[1] is None or gap[1] > began)), None)
+    if found is None or sends:
+        return found
+    loggers = {i.tid for i in source.memslots if i.begin_ns == began}
+    return None if stoppers.find(source, found[0], Workers(frozenset(), frozenset())).tid in loggers else found
 
 
 def _first_start(destination: Process | None) -> int | None:

@@ -52,6 +52,8 @@ def size(count: int | None) -> str:
 def headline(b: Breakdown) -> str:
     """The blackout, or why there is none."""
     if b.blackout_ns is None:
+        if b.window_ns is None and b.migration.paused_before:
+            return "no blackout: the guest was paused before the migration"
         if b.window_ns is None and b.migration.result in (Result.FAILED, Result.CANCELLED):
             return "no blackout: the migration ended before the vCPUs stopped"
         return "blackout not measured"

@@ -119,6 +119,8 @@ def _headline(breakdown: Breakdown) -> Row:
 def _headline_text(breakdown: Breakdown) -> str:
     result = breakdown.migration.result
     if breakdown.blackout_ns is None:
+        if breakdown.migration.paused_before and breakdown.window_ns is None:
+            return "no blackout: the guest was paused before the migration"
         if result in (Result.FAILED, Result.CANCELLED) and breakdown.window_ns is None:
             return "no blackout: the migration ended before the vCPUs stopped"
         alone = breakdown.migration.source is None

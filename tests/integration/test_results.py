@@ -180,14 +180,66 @@ def test_a_state_that_went_to_a_file_was_saved(act: Act, tmp_path: Path) -> None
 
 def paused(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
     source("stop")
+    time.sleep(0.5)
     complete_with_return_path(pair, source, destination)
 
 
+def paused_and_set_going_there(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source("stop")
+    time.sleep(0.5)
+    complete(pair, source, destination)
+    time.sleep(0.5)
+    destination("cont")
+
+
+def paused_and_taken_back(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    source("stop")
+    time.sleep(0.5)
+    kill_the_destination(pair, source, destination)
+    source("cont")
+    time.sleep(0.5)
+
+
 @pytest.mark.parametrize("both", [False, True])
-def test_a_paused_guest(both: bool, tmp_path: Path) -> None:
-    seen, reason = record(tmp_path, paused, both=both)
-    assert seen.migration.paused_before is True and "handed-over" in reason
-    assert seen.migration.paused_after is (True if both else None)
+@pytest.mark.parametrize(
+    ("act", "result", "after"),
+    [
+        (paused, "completed", True),
+        (paused_and_set_going_there, "completed", False),
+        (paused_and_taken_back, "failed", False),
+    ],
+)
+def test_a_paused_guest(act: Act, result: str, after: bool, both: bool, tmp_path: Path) -> None:
+    """The user stopped it, not the migration, however long before or after."""
+    seen, reason = record(tmp_path, act, both=both)
+    assert (seen.window_ns, seen.blackout_ns, seen.throttled) == (None, None, None), reason
+    assert seen.migration.paused_before is True
+    if both:
+        assert (seen.migration.result, seen.migration.paused_after) == (result, after)
+    else:
+        assert seen.migration.result in (result, "unknown") and seen.migration.paused_after in (after, None)
+
+
+def snapshot(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+    """Stops the guest by itself; the disk that takes the state belongs to no device."""
+    path = str(pair.directory / "state")
+    for driver, more in (("file", {"filename": path}), ("qcow2", {"file": "file"})):
+        job = {"driver": driver, "size": 0 if driver == "file" else 1 << 20, **more}
+        source("blockdev-create", **{"job-id": driver, "options": job})
+        while not any(one["status"] == "concluded" for one in source("query-jobs")):
+            time.sleep(0.01)
+        source("job-dismiss", id=driver)
+        source("blockdev-add", **{"driver": driver, "node-name": driver, **more})
+    source("snapshot-save", **{"job-id": "s", "tag": "s", "vmstate": "qcow2", "devices": ["qcow2"]})
+    while not any(one["status"] == "concluded" for one in source("query-jobs")):
+        time.sleep(0.01)
+    assert "error" not in source("query-jobs")[0] and source.runs()
+
+
+def test_a_snapshot_has_the_blackout_that_it_causes(tmp_path: Path) -> None:
+    seen, _ = record(tmp_path, snapshot)
+    assert (seen.migration.result, seen.migration.paused_before) == ("saved", False)
+    assert seen.blackout_ns is not None and 0 < seen.blackout_ns < 10**10
 
 
 def kill_the_destination(pair: QemuPair, source: Qmp, destination: Qmp) -> None:

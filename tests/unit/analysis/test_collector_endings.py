@@ -253,6 +253,55 @@ def test_without_the_source_the_loading_is_known() -> None:
     assert "the source was not traced" in shown and "no dirty logging" not in shown
 
 
+def paused(script: Script, *, sends: bool = True, thread: int = 3) -> tuple[Vm, Vm]:
+    """The user pauses the guest with another thread, or a snapshot with its own, and half a second later it begins."""
+    source, destination = script.pair()
+    source.kick(-500_000, tid=thread)
+    source.interrupted(-499_900)
+    source.logging(0)
+    source.gets(100)
+    if sends:
+        source.send(200, 30_000, 10_000_000)
+    source.gets(40_000)
+    source.ioctls("GET_REGS GET_MSRS", 40_100, 40_200)
+    if sends:
+        source.send(40_300, 40_400, 50_000)
+    return source, destination
+
+
+def test_a_paused_guest_has_no_blackout() -> None:
+    """Nobody takes it over yet, it is set going there, or the source takes it back."""
+    for after in ("nothing", "there", "back"):
+        script = Script()
+        source, destination = paused(script)
+        destination.ioctls("SET_REGS SET_MSRS", 41_000, 41_100)
+        source.receive(45_000, 45_100, 8, calls=1)
+        if after == "there":
+            destination.entered(900_000)
+        elif after == "back":
+            source.entered(900_000, left=-499_900, ret=-4)
+        ending(script, "command-ended")
+        found = script.result().breakdown
+        assert (found.window_ns, found.blackout_ns, found.throttled) == (None, None, None)
+        assert found.migration.result == ("unknown" if after == "back" else "completed")
+        assert found.migration.paused_before is True and found.migration.paused_after is (after == "nothing")
+        assert "no blackout: the guest was paused before the migration" in render(found)
+        assert len(found.dirty_log.passes) == 2
+
+
+def test_a_snapshot_stops_the_guest_by_itself() -> None:
+    """The thread that stops the guest then logs. That of a user who pauses the guest and saves it later does not."""
+    for thread, blackout in ((1, 550_000), (3, None)):
+        script = Script()
+        source, _ = paused(script, sends=False, thread=thread)
+        source.ioctl("GET_CLOCK", -499_000)
+        source.entered(50_100, left=-499_900, ret=-4)
+        ending(script, "logging-ended")
+        found = script.result().breakdown
+        assert found.blackout_ns == (None if blackout is None else blackout * US)
+        assert found.migration.paused_before is (blackout is None)
+
+
 def test_a_guest_that_boots_has_not_migrated() -> None:
     """It has the work of a destination that runs at once, and its disk was read before."""
     for came, result in ((-500, "completed"), (300, "unknown")):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ebpf_mig import breakdown as b
 from ebpf_mig.collector import analyse
+from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import Recording
 from ebpf_mig.recording.kinds import BY_TYPE
@@ -185,6 +186,8 @@ def test_any_steps_of_a_switchover(
     source.ioctl("GET_REGS", 2020)
     source.gets(2050)
     destination.ioctl("SET_REGS", 10_050)
+    # A guest that does not run when logging is switched on was paused before: the next property.
+    steps = [s for s in steps if not _logs(s, source.pid)]
     found = analyse(Recording(header=script.header, events=script.events + steps)).breakdown
     check(found)
     assert found.window_ns is not None
@@ -193,6 +196,36 @@ def test_any_steps_of_a_switchover(
     else:
         assert found.blackout_ns == (min(starts) - max(stops)) * 1000
         assert found.window_ns == (max(starts) - min(stops) + 50) * 1000
+
+
+def _logs(event: ev.AnyEvent, pid: int) -> bool:
+    """Whether it may switch dirty logging on."""
+    return isinstance(event, ev.Ioctl) and event.cmd in kvm.MEMSLOT and event.pid == pid
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(step(), max_size=60), st.sampled_from([None, 2000, 1000]), st.integers(0, 9000))
+def test_any_steps_of_the_migration_of_a_paused_guest(
+    steps: list[ev.AnyEvent], runs_again: int | None, began: int
+) -> None:
+    """The source was stopped before logging: no blackout, whatever follows, and whoever runs at last."""
+    script = Script()
+    source, destination = script.pair()
+    source.kick(-500, tid=3)
+    source.interrupted(-450)
+    source.logging(began)
+    source.gets(began + 100)
+    source.send(began + 150, began + 160, 100_000)
+    destination.ioctl("SET_REGS", 10_050)
+    if runs_again == 2000:
+        destination.entered(10_100)
+    elif runs_again == 1000:
+        source.entered(10_100, left=-450, ret=-4)
+    steps = [s for s in steps if not _logs(s, source.pid)]
+    found = analyse(Recording(header=script.header, events=script.events + steps)).breakdown
+    check(found)
+    assert (found.window_ns, found.blackout_ns, found.throttled) == (None, None, None)
+    assert found.migration.paused_before is True
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
