@@ -6,72 +6,39 @@ and why it ended, or that a sign led to nothing. Pure: only a `Witness` reads /p
 
 A process is on probation at first. It stays traced while it logs dirty memory, or waits and receives. Two processes
 belong to one migration once a socket of one is the other end of a socket of the other. A process that begins to
-migrate again, or migrates on, starts a new track. The track before ends at that instant.
+migrate again, or migrates on, starts a new track. The track before ends at that instant, or once its guest has run.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ebpf_mig.analysis.reception import LOADED_BYTES
-from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.exporter.track import Track, found_out, has_run, switches_on, take_ioctl, take_transfer
+from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
-from ebpf_mig.tracing.lifecycle import LARGE_BYTES, SILENCE_NS, MigrationWatch
+from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
 
 PROBATION_NS = 2_000_000_000
 """How long a VM is traced after a sign. A destination may wait this long between two bursts."""
-FILLED_BYTES = 1 << 20
-"""A VM that received this much from another VM is its destination."""
 UNPROVEN_NS = 600_000_000_000
 """A VM that sends in bursts is traced at most this long: its first pass may be long, or its disk is busy."""
 BURST_BYTES = 64 << 10
 """A VM that moves this much at a time may be migrating."""
-SLOTS = 3
-"""A VM that fetches the dirty logs of this many memslots is migrating. A display fetches fewer."""
 KEPT_EVENTS = 300_000
 """Events held of one migration. Beyond it, the earliest transfers are dropped: they only add to pre-copy totals."""
 
 
 @dataclass
-class Track:
-    """The state of one migration, or of one sign that may be a migration."""
+class _Passed:
+    """A track that ended because `pid` began to migrate again."""
 
-    pids: list[int]
-    trigger: str
-    begin_ns: int
+    track: Track
+    reason: str
+    pid: int
     until_ns: int
-    fresh: set[int]
-    watch: MigrationWatch
-    witness: Witness | None = None
-    events: list[AnyEvent] = field(default_factory=list)
-    logging: set[int] = field(default_factory=set)
-    fetched: set[tuple[int, int]] = field(default_factory=set)
-    restored: set[int] = field(default_factory=set)
-    ran: set[int] = field(default_factory=set)
-    stopped: set[int] = field(default_factory=set)
-    saved: set[int] = field(default_factory=set)
-    received: dict[int, int] = field(default_factory=dict)
-    fetchers: set[tuple[int, int]] = field(default_factory=set)
-    handed: dict[int, int] = field(default_factory=dict)
-    """By pid: bytes sent by the threads that fetch dirty logs, while the VM was stopped."""
-    last_ns: int = 0
-    thinned: int = 0
-
-    @property
-    def proven(self) -> bool:
-        """Whether this is a migration: RAM is logged, or a VM was loaded and then ran."""
-        if self.logging or self.between_vms:
-            return True
-        return bool(self.fresh & self.watch.arrived)
-
-    @property
-    def between_vms(self) -> bool:
-        """Whether one VM fills another that has not run. This holds even if the beginning was missed."""
-        return len(self.pids) > 1 and any(self.received.get(pid, 0) >= FILLED_BYTES for pid in self.fresh)
+    """Its guest's first run is awaited until then; 0: it has run, or that does not matter."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +60,7 @@ class Tracks:
         """`witness` makes one for the pids of a track. Without it, closed connections and ends are not marked."""
         self._witness = witness
         self._by_pid: dict[int, Track] = {}
-        self._passed: list[tuple[Track, str]] = []
-        """Tracks that ended because one of their processes began to migrate again."""
+        self._passed: list[_Passed] = []
         self._ends: dict[tuple[str, str], int] = {}
         self._inodes: dict[int, int] = {}
 
@@ -127,20 +93,23 @@ class Tracks:
         batches: dict[int, list[AnyEvent]] = {}
         for event in events:
             pid = pid_of(event)
-            if pid in self._by_pid:
+            if pid is not None and (pid in self._by_pid or self._passed_with(pid)):
                 batches.setdefault(pid, []).append(event)
                 if isinstance(event, Socket):
                     self._link(event)
         for pid, batch in batches.items():
             if pid in self._by_pid:
                 self._take_in_turns(pid, batch, now_ns)
-            else:  # the other side of its migration has just begun a new one
-                next(track for track, _ in reversed(self._passed) if pid in track.pids).events.extend(batch)
+            elif passed := self._passed_with(pid):  # the other side of its migration has just begun a new one
+                passed.track.events.extend(batch)
+
+    def _passed_with(self, pid: int) -> _Passed | None:
+        return next((passed for passed in reversed(self._passed) if pid in passed.track.pids), None)
 
     def over(self, now_ns: int, is_alive: Callable[[int], bool]) -> list[Ended]:
         """The tracks that ended. Their processes are no longer traced."""
-        ended = [self._ended(track, reason, now_ns) for track, reason in self._passed]
-        self._passed.clear()
+        ended = [self._ended(p.track, p.reason, now_ns) for p in self._passed if now_ns >= p.until_ns]
+        self._passed = [passed for passed in self._passed if now_ns < passed.until_ns]
         for track in {id(track): track for track in self._by_pid.values()}.values():
             if track.witness is not None and track.proven:
                 track.witness.look(track.watch, now_ns)
@@ -153,7 +122,7 @@ class Tracks:
 
     def abandon(self, now_ns: int = 0) -> list[Ended]:
         """Ends all tracks because the watch ends: `interrupted` if a migration was under way."""
-        ended = [self._ended(track, reason, now_ns) for track, reason in self._passed]
+        ended = [self._ended(passed.track, passed.reason, now_ns) for passed in self._passed]
         self._passed.clear()
         tracks = list({id(track): track for track in self._by_pid.values()}.values())
         for track in tracks:
@@ -164,18 +133,30 @@ class Tracks:
         """Sorts a process's events. If it begins another migration, the events before that belong to the old track."""
         begin = 0
         for at, event in enumerate(batch):
-            if isinstance(event, Ioctl) and _switches_on(event):
+            if isinstance(event, Ioctl) and switches_on(event):
+                self._await(pid, batch[begin:at])
                 self._take(self._by_pid[pid], batch[begin:at], now_ns)
                 begin = at
                 reason = self._by_pid[pid].watch.passed(pid)
                 if reason is not None:
                     self._begin_again(pid, reason, event.begin_ns, now_ns)
+        self._await(pid, batch[begin:])
         self._take(self._by_pid[pid], batch[begin:], now_ns)
+
+    def _await(self, pid: int, batch: list[AnyEvent]) -> None:
+        """The first run of its guest belongs to the migration before, too."""
+        for passed in self._passed:
+            if passed.pid == pid and passed.until_ns:
+                entry = next((event for event in batch if isinstance(event, VcpuEnter)), None)
+                if entry is not None:
+                    passed.track.events.append(entry)
+                    passed.until_ns = 0
 
     def _begin_again(self, pid: int, reason: str, at_ns: int, now_ns: int) -> None:
         """Ends the track of `pid`. Starts a new one for it, and one for each possible destination."""
         track = self._by_pid[pid]
-        self._passed.append((track, reason))
+        until = now_ns + QUIET_NS if reason == "migrated" and not has_run(track, pid) else 0
+        self._passed.append(_Passed(track, reason, pid, until))
         waiting = [other for other in track.pids if other != pid and other in track.fresh - track.ran]
         for again in (pid, *waiting):
             self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
@@ -185,6 +166,9 @@ class Tracks:
         for other in [other for other in track.pids if self._by_pid.get(other) is track]:
             del self._by_pid[other]
         self._forget_ends(set(track.pids) - {pid, *waiting})
+        # Where the next connection was seen before logging, both its ends were in the old track.
+        for event in [e for again in (pid, *waiting) for e in self._by_pid[again].events if isinstance(e, Socket)]:
+            self._link(event)
 
     def _verdict(self, track: Track, now_ns: int, alive: Sequence[int]) -> str | None:
         if not track.proven:
@@ -203,7 +187,7 @@ class Tracks:
         for event in batch:
             if isinstance(event, Ioctl):
                 track.last_ns = now_ns
-                _ioctl(track, event)
+                take_ioctl(track, event)
             elif isinstance(event, VcpuEnter):
                 track.ran.add(event.pid)
                 track.stopped.discard(event.pid)
@@ -213,12 +197,12 @@ class Tracks:
                 track.stopped.add(event.pid)
             elif isinstance(event, Transfer):
                 burst += event.bytes
-                _transfer(track, event)
+                take_transfer(track, event)
         if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
             track.last_ns = now_ns
             track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)
         track.logging |= track.watch.sources & set(track.pids)
-        for pid in _found_out(track):
+        for pid in found_out(track):
             track.logging.add(pid)
             track.watch.missed_beginning(pid)
         if track.between_vms and not track.logging:
@@ -293,38 +277,3 @@ class Tracks:
         marks = track.witness.marks(now_ns) if track.witness is not None else ()
         events = [*track.events, *marks]
         return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned)
-
-
-def _switches_on(event: Ioctl) -> bool:
-    """Whether RAM is logged from now on. A display logs one small slot only, a migration all slots."""
-    return event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and bool(event.flags & kvm.MEM_LOG_DIRTY_PAGES)
-
-
-def _ioctl(track: Track, event: Ioctl) -> None:
-    if _switches_on(event):
-        track.logging.add(event.pid)
-    if event.cmd in kvm.DIRTY_LOG:
-        track.fetched.add((event.pid, event.slot))
-        track.fetchers.add((event.pid, event.tid))
-    if event.pid in track.stopped and kvm.name_of(event.cmd) in kvm.VCPU_STATE_GET:
-        track.saved.add(event.pid)
-    if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
-        track.restored.add(event.pid)
-
-
-def _transfer(track: Track, event: Transfer) -> None:
-    if event.direction == RECEIVE:
-        track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
-    elif event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
-        track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
-
-
-def _found_out(track: Track) -> set[int]:
-    """Sources whose beginning was missed.
-
-    They fetch more dirty logs than a display does. Or, with fewer slots, they are stopped, their registers are read,
-    and the thread that fetches dirty logs sends.
-    """
-    fetched = Counter(pid for pid, _ in track.fetched if pid not in track.logging)
-    handed = {pid for pid in track.saved if track.handed.get(pid, 0) >= LOADED_BYTES}
-    return {pid for pid, slots in fetched.items() if slots >= SLOTS or pid in handed}

@@ -111,13 +111,20 @@ class MigrationWatch:
     @property
     def arrived(self) -> frozenset[int]:
         """The destinations whose guest has run."""
-        ran = [pid for pid in self._started if pid not in self._fetched]
-        handed = self._source_stopped() if ran else False
-        return frozenset(pid for pid in ran if handed or self._receptions[pid].loaded)
+        return frozenset(pid for pid in self._started if self._took_over(pid))
+
+    def _took_over(self, pid: int) -> bool:
+        """Whether its vCPUs have the state of a guest that ran elsewhere."""
+        if pid not in self._loaded or pid in self._fetched:
+            return False
+        return self._source_stopped() or self._receptions[pid].loaded
 
     def passed(self, pid: int) -> str | None:
-        """Why the migration of `pid` is over, now that `pid` begins another one; None if it is not over."""
-        if pid in self.arrived:
+        """Why the migration of `pid` is over, now that `pid` begins another one; None if it is not over.
+
+        A destination may begin the next one before its guest has run: its manager does not wait for that.
+        """
+        if (pid in self._started or pid not in self._ran) and self._took_over(pid):
             return "migrated"
         if pid in self._fetched and self._unlogged_at:
             return "logging-ended"

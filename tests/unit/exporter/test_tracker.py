@@ -10,6 +10,7 @@ from ebpf_mig.exporter.tracker import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, End
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import KINDS
+from ebpf_mig.tracing.lifecycle import QUIET_NS
 
 SOURCE, DESTINATION, OTHER = 10, 20, 30
 MS, S = 10**6, 10**9
@@ -135,6 +136,44 @@ def test_a_destination_that_migrates_on_at_once_begins_another_migration() -> No
     (end,) = ended(tracks, S)
     assert set(end.pids) == {DESTINATION, OTHER} and end.reason == "migrated"
     assert logging(DESTINATION, 5 * MS) in end.events and logging(SOURCE, MS) not in end.events
+
+
+def test_a_destination_that_migrates_on_before_its_guest_has_run() -> None:
+    """Its manager does not wait for that. The first run then belongs to both migrations."""
+    at_once = [VcpuEnter(4 * MS, DESTINATION, 21, 6, 0, 0, 1), VcpuExit(4 * MS + 9, DESTINATION, 21, 6, 4 * MS, -4)]
+    for before in ([], at_once):
+        tracks = begun()
+        link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
+        first = [logging(SOURCE, MS), *link, stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS), *before]
+        tracks.saw([*first, logging(DESTINATION, 5 * MS)], 5 * MS)
+        assert ended(tracks, 6 * MS) == []
+        began = run(DESTINATION, 7 * MS)
+        tracks.saw([began, stop(DESTINATION, 8 * MS), stop(SOURCE, 8 * MS)], 8 * MS)
+        (end,) = ended(tracks, 8 * MS)
+        assert set(end.pids) == {SOURCE, DESTINATION} and end.reason == "migrated"
+        assert began in end.events and stop(DESTINATION, 8 * MS) not in end.events
+        assert stop(SOURCE, 8 * MS) in end.events
+        assert tracks.pids == [DESTINATION]
+    tracks = begun()
+    tracks.saw([*first, logging(DESTINATION, 5 * MS)], 5 * MS)
+    (end,) = ended(tracks, 5 * MS + QUIET_NS)
+    assert set(end.pids) == {SOURCE, DESTINATION}, "it is not waited for for long"
+
+
+def test_a_connection_that_was_seen_before_logging_joins_the_next_migration() -> None:
+    """QEMU connects before it logs. Both ends may be read before that, in one batch with it or in the one before."""
+    link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
+    for batches in ([[*link, logging(SOURCE, 5 * MS)]], [link, [logging(SOURCE, 5 * MS)]]):
+        tracks = begun()
+        tracks.saw([logging(SOURCE, MS), logging(SOURCE, 2 * MS, on=False)], 2 * MS)
+        for batch in batches:
+            tracks.saw(batch, 5 * MS)
+        (end,) = ended(tracks, 5 * MS)
+        assert end.reason == "logging-ended"
+        tracks.saw([stop(SOURCE, 7 * MS), restore(DESTINATION, 8 * MS), run(DESTINATION, 9 * MS)], 9 * MS)
+        (end,) = ended(tracks, S)
+        assert set(end.pids) == {SOURCE, DESTINATION} and end.reason == "migrated"
+        assert not tracks
 
 
 def test_each_try_of_a_migration_is_there() -> None:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one migration, or of one sign that may be a migration, and what single events say of it.
+
+In: events of its processes. Out: a `Track`, which `tracker.py` begins, feeds, merges and ends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ebpf_mig.analysis.reception import LOADED_BYTES
+from ebpf_mig.analysis.vcpu import IMMEDIATE_NS
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.tracing.lifecycle import LARGE_BYTES, MigrationWatch
+from ebpf_mig.tracing.witness import Witness
+
+FILLED_BYTES = 1 << 20
+"""A VM that received this much from another VM is its destination."""
+SLOTS = 3
+"""A VM that fetches the dirty logs of this many memslots is migrating. A display fetches fewer."""
+
+
+@dataclass
+class Track:
+    """Its state so far."""
+
+    pids: list[int]
+    trigger: str
+    begin_ns: int
+    until_ns: int
+    fresh: set[int]
+    watch: MigrationWatch
+    witness: Witness | None = None
+    events: list[AnyEvent] = field(default_factory=list)
+    logging: set[int] = field(default_factory=set)
+    fetched: set[tuple[int, int]] = field(default_factory=set)
+    restored: set[int] = field(default_factory=set)
+    ran: set[int] = field(default_factory=set)
+    stopped: set[int] = field(default_factory=set)
+    saved: set[int] = field(default_factory=set)
+    received: dict[int, int] = field(default_factory=dict)
+    fetchers: set[tuple[int, int]] = field(default_factory=set)
+    handed: dict[int, int] = field(default_factory=dict)
+    """By pid: bytes sent by the threads that fetch dirty logs, while the VM was stopped."""
+    last_ns: int = 0
+    thinned: int = 0
+
+    @property
+    def proven(self) -> bool:
+        """Whether this is a migration: RAM is logged, or a VM was loaded and then ran."""
+        if self.logging or self.between_vms:
+            return True
+        return bool(self.fresh & self.watch.arrived)
+
+    @property
+    def between_vms(self) -> bool:
+        """Whether one VM fills another that has not run. This holds even if the beginning was missed."""
+        return len(self.pids) > 1 and any(self.received.get(pid, 0) >= FILLED_BYTES for pid in self.fresh)
+
+
+def has_run(track: Track, pid: int) -> bool:
+    """Whether its guest has run: not if each entry into KVM_RUN returned at once, for an old kick."""
+    exits = [e for e in track.events if isinstance(e, VcpuExit) and e.pid == pid]
+    at_once = {e.enter_ns for e in exits if e.at_ns - e.enter_ns <= IMMEDIATE_NS}
+    return any(isinstance(e, VcpuEnter) and e.pid == pid and e.at_ns not in at_once for e in track.events)
+
+
+def switches_on(event: Ioctl) -> bool:
+    """Whether RAM is logged from now on. A display logs one small slot only, a migration all slots."""
+    return event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and bool(event.flags & kvm.MEM_LOG_DIRTY_PAGES)
+
+
+def take_ioctl(track: Track, event: Ioctl) -> None:
+    if switches_on(event):
+        track.logging.add(event.pid)
+    if event.cmd in kvm.DIRTY_LOG:
+        track.fetched.add((event.pid, event.slot))
+        track.fetchers.add((event.pid, event.tid))
+    if event.pid in track.stopped and kvm.name_of(event.cmd) in kvm.VCPU_STATE_GET:
+        track.saved.add(event.pid)
+    if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
+        track.restored.add(event.pid)
+
+
+def take_transfer(track: Track, event: Transfer) -> None:
+    if event.direction == RECEIVE:
+        track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
+    elif event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
+        track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
+
+
+def found_out(track: Track) -> set[int]:
+    """Sources whose beginning was missed.
+
+    They fetch more dirty logs than a display does. Or, with fewer slots, they are stopped, their registers are read,
+    and the thread that fetches dirty logs sends.
+    """
+    fetched = Counter(pid for pid, _ in track.fetched if pid not in track.logging)
+    handed = {pid for pid in track.saved if track.handed.get(pid, 0) >= LOADED_BYTES}
+    return {pid for pid, slots in fetched.items() if slots >= SLOTS or pid in handed}
