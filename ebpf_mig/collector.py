@@ -47,6 +47,7 @@ from ebpf_mig.breakdown import (
     DirtyLogMode,
     Endpoint,
     FinalFetch,
+    ManagerWait,
     Migration,
     Mode,
     Pausing,
@@ -93,6 +94,7 @@ def analyse(recording: Recording) -> Analysis:
         pausing=pausing,
         postcopy=postcopy.observe(traced),
         throttled=_throttled(traced),
+        management=_management(traced, attribution),
     )
     if recording.header.remote is not None:
         breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)
@@ -140,6 +142,16 @@ def _completeness(traced: TracedMigration, window: Span | None) -> Completeness:
 def _throttled(traced: TracedMigration) -> Throttled | None:
     found = traced.switchover
     return throttle.observe(traced.source, traced.since, found.requested, found.stopper) if found else None
+
+
+def _management(traced: TracedMigration, attribution: Attribution) -> list[ManagerWait] | None:
+    window = attribution.window
+    if window is None or (PhaseName.MANAGEMENT in traced.unmeasured and not attribution.managed):
+        return None
+    return [
+        ManagerWait(side=w.side, begin=w.begin - window[0], duration_ns=w.end - w.begin, commands=w.commands)
+        for w in attribution.managed
+    ]
 
 
 def _recognised(traced: TracedMigration) -> str:

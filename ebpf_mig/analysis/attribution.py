@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebpf_mig.analysis import phases, source_work
+from ebpf_mig.analysis import management, phases, source_work
+from ebpf_mig.analysis.management import Managed
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.phases import Loading, Partition
 from ebpf_mig.analysis.process import Process
@@ -33,6 +34,8 @@ class Attribution:
     """All phases, with spans relative to the window's begin."""
     work: Work | None = None
     """The source's work in the window."""
+    managed: Sequence[Managed] = ()
+    """When a side waited for its manager, in order."""
 
 
 def attribute(traced: TracedMigration) -> Attribution:
@@ -57,7 +60,8 @@ def attribute(traced: TracedMigration) -> Attribution:
     handed = min(handed, found.first_start if found.first_start is not None else end)
     partition.until(found.stop, PhaseName.PAUSE)
     work = activity.work(handed)
-    phases.source(partition, found.stop, handed, work)
+    managed = _managed(traced, found.stop, handed, load, found.first_start)
+    phases.source(partition, found.stop, handed, work, management.spans(managed))
     if found.first_start is not None or load is not None:
         begin = found.first_start if found.first_start is not None else partition.end
         restores = [i for i in traced.destination.ioctls if phases.is_restore(i)] if traced.destination else []
@@ -71,7 +75,19 @@ def attribute(traced: TracedMigration) -> Attribution:
         waits = phases.arrivals(receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, PhaseName.HANDOVER)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), work)
+    partition.give(management.spans(managed), PhaseName.MANAGEMENT)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), work, managed)
+
+
+def _managed(traced: TracedMigration, stop: int, handed: int, load: Loading | None, start: int | None) -> list[Managed]:
+    """When the source, and then the destination, waited for its manager."""
+    found: list[Managed] = []
+    if traced.source is not None and traced.switchover is not None:
+        keys = traced.channels.source
+        found += management.of_source(traced.source, traced.switchover.stopper, keys, stop, handed)
+    if traced.destination is not None and load is not None:
+        found += management.of_destination(traced.destination, traced.channels.destination, load.end, start)
+    return found
 
 
 def _loading(traced: TracedMigration, found: Switchover, work: Work) -> Loading | None:
@@ -122,9 +138,14 @@ def _aborted(
     labels = {label for _, _, label in work.intervals}
     if source_work.SAVE in labels and not labels & {source_work.MEMORY, source_work.STATE}:
         resume = last  # The state was saved without a receiver. The rest is the wait for the command to resume.
-    phases.source(partition, found.stop, resume, activity.work(resume))
+    managed = _managed(traced, found.stop, back, None, None)
+    if managed and managed[-1].end >= last:
+        resume = managed[-1].end  # the manager gave up
+    phases.source(partition, found.stop, resume, activity.work(resume), management.spans(managed))
     partition.until(partition.end, PhaseName.RESUME)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured, aborted=True), work)
+    partition.give(management.spans(managed), PhaseName.MANAGEMENT)
+    parts = partition.phases(traced.unmeasured, aborted=True)
+    return Attribution((partition.begin, partition.end), parts, work, managed)
 
 
 def _by_loaders(receives: list[Transfer], restores: list[Ioctl], until: int) -> list[Transfer]:
@@ -152,4 +173,6 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     restores = [i for i in destination.ioctls if phases.is_restore(i)]
     waits = phases.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, load.begin, min(starts))
     phases.destination(partition, load.begin, load, None, min(starts), waits)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured))
+    managed = _managed(traced, load.begin, load.begin, load, min(starts))
+    partition.give(management.spans(managed), PhaseName.MANAGEMENT)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), None, managed)

@@ -25,16 +25,17 @@ AFTER_START_BYTES = 65536
 
 
 _SHOWN_BY = {
-    PhaseName.PAUSE: "kick",
-    PhaseName.FETCH_KERNEL: "dirty-log",
-    PhaseName.FETCH_USER: "dirty-log",
-    PhaseName.MEMORY_SEND: "socket",
-    PhaseName.STATE_SAVE: "state",
-    PhaseName.STATE_SEND: "socket",
-    PhaseName.HANDOVER: "socket",
-    PhaseName.STATE_LOAD: "state",
+    PhaseName.PAUSE: ("kick",),
+    PhaseName.FETCH_KERNEL: ("dirty-log",),
+    PhaseName.FETCH_USER: ("dirty-log",),
+    PhaseName.MEMORY_SEND: ("socket",),
+    PhaseName.STATE_SAVE: ("state",),
+    PhaseName.STATE_SEND: ("socket",),
+    PhaseName.HANDOVER: ("socket",),
+    PhaseName.STATE_LOAD: ("state",),
+    PhaseName.MANAGEMENT: ("socket", "off-cpu"),
 }
-"""For each phase, the signal that shows it."""
+"""For each phase, the signals that show it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ class TracedMigration:
         return frozenset(
             name
             for name, side in PHASES
-            if name != PhaseName.UNATTRIBUTED and (side in missing or self.material.absent(_SHOWN_BY.get(name, "")))
+            if name != PhaseName.UNATTRIBUTED
+            and (
+                # A side that was not traced has no part of the window, so no wait of it can be missing.
+                (side in missing and name != PhaseName.MANAGEMENT)
+                or any(map(self.material.absent, _SHOWN_BY.get(name, ())))
+            )
         )
 
     def transfers(self, process: Process | None) -> list[Transfer]:

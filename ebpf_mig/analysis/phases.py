@@ -11,7 +11,7 @@ source, time belongs to the source. After that it belongs to the destination.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ebpf_mig import breakdown
@@ -57,6 +57,19 @@ class Partition:
         else:
             self.spans.append((self.cursor, at, phase))
         self.cursor = at
+
+    def give(self, spans: Iterable[tuple[int, int]], phase: PhaseName) -> None:
+        """Assigns these spans to `phase` instead of their phase so far. Time that has no phase yet is unchanged."""
+        for begin, end in spans:
+            rest: list[tuple[int, int, PhaseName]] = []
+            for since, until, owner in self.spans:
+                cut = max(since, begin), min(until, end)
+                if cut[0] >= cut[1]:
+                    rest.append((since, until, owner))
+                    continue
+                parts = [(since, cut[0], owner), (*cut, phase), (cut[1], until, owner)]
+                rest += [part for part in parts if part[0] < part[1]]
+            self.spans = rest
 
     def phases(self, unmeasured: Collection[PhaseName] = (), *, aborted: bool = False) -> list[breakdown.Phase]:
         """Every phase, with instants relative to `begin`. `aborted`: the source resumed.
@@ -114,13 +127,14 @@ _BETWEEN_SHORT = {
 """The same, but only up to SHORT_NS."""
 
 
-def source(partition: Partition, stop: int, until: int, work: Work) -> None:
-    """Assigns [stop, until) to the source's phases."""
+def source(partition: Partition, stop: int, until: int, work: Work, managed: Sequence[tuple[int, int]] = ()) -> None:
+    """Assigns [stop, until) to the source's phases. `managed`: when it waited for its manager."""
+    idle = [*work.preempted, *managed]
     previous: int | None = None
     for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
         if label == REPLY and previous not in (MEMORY, STATE, REPLY):
             continue
-        waited = begin - partition.cursor - covered(work.preempted, (partition.cursor, begin))
+        waited = begin - partition.cursor - covered(idle, (partition.cursor, begin))
         partition.until(begin, _between(previous, label, waited, work.fetched is not None))
         if label == REPLY:
             # Waiting for a reply to pages is part of sending them. A reply to state means that the destination works.
@@ -132,7 +146,9 @@ def source(partition: Partition, stop: int, until: int, work: Work) -> None:
             continue
         previous = _after(previous, label)
     if previous is None:
-        partition.until(min(work.quiet_until, until), PhaseName.QUIESCE)
+        # What a manager had to allow came after the quiescing.
+        quiet = max([work.quiet_until, *(begin for begin, _ in managed)])
+        partition.until(min(quiet, until), PhaseName.QUIESCE)
     elif previous in (STATE, REPLY):
         partition.until(until, PhaseName.HANDOVER)
     partition.until(until, PhaseName.UNATTRIBUTED)
@@ -188,6 +204,11 @@ class Loading:
 
     begin: int
     end: int
+
+
+def is_clock(ioctl: Ioctl) -> bool:
+    """Works on the guest's clock, which is part of resuming."""
+    return kvm.name_of(ioctl.cmd) in _CLOCK
 
 
 def is_restore(ioctl: Ioctl) -> bool:

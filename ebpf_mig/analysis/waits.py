@@ -55,6 +55,7 @@ class Party:
 
 def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Wait]:
     """The longest waits of all sides. Each is assigned to the phase that it overlaps most, and cut to it."""
+    sources = {p.phase for p in phases if p.side == Side.SOURCE}
     covers = {p.phase: Cover((origin + begin, origin + end) for begin, end in p.spans) for p in phases}
     spans = [span for phase in phases for span in phase.spans]
     first, last = (origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0))
@@ -67,6 +68,8 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
         ]
         for event in near:
             names = _phases_of(party, event.tid, vcpus)
+            if party.side == Side.DESTINATION:
+                names = [name for name in names if name not in sources]
             overlaps = [(covers[name].within(event.begin_ns, event.end_ns), name) for name in names]
             duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
             if duration < LONG_WAIT_NS:

@@ -53,6 +53,7 @@ __all__ = [
     "FetchIoctl",
     "FinalFetch",
     "Logging",
+    "ManagerWait",
     "Migration",
     "Mode",
     "Pass",
@@ -160,6 +161,19 @@ class Pausing(Struct, frozen=True, kw_only=True):
     """Whether it slept on a timer, so that nothing wakes it when the vCPUs have stopped; null: not measured."""
     kicked_late_ns: int | None
     """How long it had lost the CPU right before its request, and so before the window, ns; null: not measured."""
+
+
+class ManagerWait(Struct, frozen=True, kw_only=True):
+    """The VMM was ready, and waited for its manager to tell it to go on. All of them are the phase `management`."""
+
+    side: Side
+    """Whose VMM waited."""
+    begin: int
+    """When it was ready, ns from the window's begin."""
+    duration_ns: int
+    """Until the first byte of the command that ended the wait arrived, ns."""
+    commands: int
+    """Number of commands that arrived, the last included; others are questions, such as `query-migrate`."""
 
 
 class Throttled(Struct, frozen=True, kw_only=True):
@@ -304,6 +318,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """What the destination fetched; null in another mode."""
     throttled: Throttled | None = None
     """Null: no throttling was seen."""
+    management: list[ManagerWait] | None = None
+    """Each wait for the manager, in order; null: not measured."""
 
     @property
     def came_back(self) -> bool:

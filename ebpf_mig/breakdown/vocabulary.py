@@ -48,6 +48,8 @@ class PhaseName(StrEnum):
     """The destination writes vCPU and device state."""
     RESUME = "resume"
     """From the end of `state.load` to the last vCPU's start."""
+    MANAGEMENT = "management"
+    """The VMM is ready, and waits for its manager to tell it to go on: at pre-switchover, before `cont`."""
     UNATTRIBUTED = "unattributed"
     """Time that no rule explains."""
 
@@ -141,6 +143,7 @@ PHASES: tuple[tuple[PhaseName, Side], ...] = (
     (PhaseName.HANDOVER, Side.BOTH),
     (PhaseName.STATE_LOAD, Side.DESTINATION),
     (PhaseName.RESUME, Side.DESTINATION),
+    (PhaseName.MANAGEMENT, Side.BOTH),
     (PhaseName.UNATTRIBUTED, Side.BOTH),
 )
 """Every phase and its side, in the order in which reports print them. In an aborted blackout, `resume` is the source's:

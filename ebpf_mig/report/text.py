@@ -43,6 +43,8 @@ SCREEN = 40
 _BAR_AT = 39
 _SIDES = {Side.SOURCE: ("src", "cyan"), Side.DESTINATION: ("dst", "magenta"), Side.BOTH: ("both", "blue")}
 _VERDICTS = {Verdict.COMPLETE: "green", Verdict.BOUNDED: "yellow", Verdict.INCOMPLETE: "bold red"}
+_NOT_MISSED = frozenset({PhaseName.MANAGEMENT, PhaseName.UNATTRIBUTED})
+"""Phases that most migrations do without; that they were not seen needs no mention."""
 _PLAIN = str.maketrans({"…": "...", "→": "->", "±": "+-", "≤": "<="})
 
 
@@ -78,6 +80,7 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
         [
             *text_vmm.throttled(breakdown.throttled),
             *text_vmm.pausing(breakdown.pausing),
+            *text_vmm.management(breakdown.management),
             *text_vmm.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),
             *text_wire.sockets(breakdown.sockets),
@@ -182,7 +185,7 @@ def _waterfall(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
     unseen = [
         phase.phase
         for phase in breakdown.phases
-        if not (phase.duration_ns or phase.bound_ns) and phase.phase != PhaseName.UNATTRIBUTED
+        if not (phase.duration_ns or phase.bound_ns or phase.phase in _NOT_MISSED)
     ]
     if unseen:
         yield Row(Text("not seen: " + ", ".join(unseen), "dim"), spare=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig import vmm
-from ebpf_mig.breakdown import Pausing, Postcopy, Served, Throttled, Witness
+from ebpf_mig.breakdown import ManagerWait, Pausing, Postcopy, Served, Throttled, Witness
 from ebpf_mig.report.rows import Row, figure, ms
 from ebpf_mig.text import printable, size
 
@@ -35,6 +35,14 @@ def pausing(found: Pausing | None) -> Iterator[Row]:
     why = "polls" if found.polling else "asleep"
     text = f"stop {ms(found.stop_ns)}, noticed {ms(found.noticed_ns)} later ({why} {ms(found.asleep_ns)})"
     yield figure("kick latency", found.stop_ns + found.noticed_ns, text)
+
+
+def management(found: list[ManagerWait] | None) -> Iterator[Row]:
+    """How long each side was ready and waited for its manager."""
+    if not found:
+        return
+    each = ", ".join(f"{wait.side} {ms(wait.duration_ns)}" for wait in found)
+    yield figure("waited for manager", sum(wait.duration_ns for wait in found), f"to go on: {each}")
 
 
 def postcopy(found: Postcopy | None) -> Iterator[Row]:

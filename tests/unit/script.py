@@ -95,6 +95,16 @@ class Vm:
     def receive(self, us: float, until: float, size: int, socket: int = 70, tid: int = 1, **more: int) -> None:
         self._transfer(1, us, until, size, socket, tid, more)
 
+    def command(self, us: float, size: int, socket: int = 79, tid: int = 3) -> None:
+        """A command on QEMU's monitor, which reads it one byte at a time: here in 2 us each."""
+        for index in range(size):
+            self.receive(us + 2 * index, us + 2 * index + 1, 1, socket, tid)
+
+    def off(self, us: float, until: float, stack: str = "", *, tid: int = 1, preempted: bool = False) -> None:
+        """Thread pid + tid was off the CPU; `stack`: the innermost function."""
+        frames = (stack,) if stack else ()
+        self.events.append(ev.OffCpu(at(us), at(until), self.pid, self.pid + tid, frames, preempted))
+
     def socket(self, inode: int, local: str = "", remote: str = "", *, family: int = TCP, peer: int = 0) -> None:
         self.events.append(ev.Socket(at(0), self.pid, 20, inode, family, local, remote, peer))
 

@@ -123,7 +123,7 @@ def kept(event: ev.AnyEvent, signal: str) -> bool:
         ("kick", {"pause"}),
         ("dirty-log", {"fetch.kernel", "fetch.user"}),
         ("state", {"state.save", "state.load"}),
-        ("socket", {"memory.send", "state.send", "handover"}),
+        ("socket", {"memory.send", "state.send", "handover", "management"}),
     ],
 )
 def test_a_phase_whose_signal_was_not_traced_has_no_duration(signal: str, unmeasured: set[str]) -> None:

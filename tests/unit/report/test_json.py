@@ -148,6 +148,7 @@ def test_names_and_order_of_the_schema() -> None:
             "pausing": None,
             "postcopy": None,
             "throttled": None,
+            "management": None,
         }
     )
 
@@ -172,7 +173,7 @@ def test_what_was_not_measured_is_present_and_null() -> None:
     value = json.loads(render(breakdowns.cancelled_early()))
     assert value["window_ns"] is value["blackout_ns"] is value["blackout"] is None
     assert value["wire"] is value["waits"] is value["dirty_log"]["final"] is None
-    assert len(value["phases"]) == 11
+    assert len(value["phases"]) == 12
 
 
 def test_it_reads_back_as_the_same_breakdown() -> None:
