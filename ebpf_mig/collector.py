@@ -63,6 +63,7 @@ from ebpf_mig.breakdown import (
     Witness,
 )
 from ebpf_mig.joining import error_bounds
+from ebpf_mig.recording.events import FORWARDER, NEIGHBOUR
 from ebpf_mig.recording.file import Recording
 
 _tid = attrgetter("tid")
@@ -127,7 +128,16 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
         source=_endpoint(traced, traced.source),
         destination=_endpoint(traced, traced.destination),
         total_ns=window[1] - traced.began if window and traced.began is not None else None,
+        through=_through(traced),
     )
+
+
+def _through(traced: TracedMigration) -> list[str]:
+    """Who holds the other ends of the carriers, each process once."""
+    marks = [mark for mark in traced.material.marks if mark.name in (NEIGHBOUR, FORWARDER)]
+    ends = ((traced.source, traced.channels.source), (traced.destination, traced.channels.destination))
+    found = [m.detail for side, keys in ends if side for m in marks if m.pid == side.pid and m.value in keys]
+    return list(dict.fromkeys(found))
 
 
 def _connections(traced: TracedMigration) -> int | None:

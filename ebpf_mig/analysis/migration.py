@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ebpf_mig.analysis import dirty_log, roles, sockets
+from ebpf_mig.analysis import carrier, dirty_log, roles
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.process import Material, Process, begun, key_of
@@ -154,9 +154,9 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     """Finds a migration's sides, switchover, begin, sockets and fetches. `names` are the names of the VMMs' marks."""
     source, destination, notes = roles.assign(material.processes.values())
     if source is None:
-        channels = sockets.choose(None, destination, 0, frozenset())
+        channels = carrier.choose(None, destination, 0, frozenset())
         return TracedMigration(material, None, destination, notes, None, channels, None, [], [], [])
-    channels = sockets.choose(source, destination, 0, source.fetchers)
+    channels = carrier.choose(source, destination, 0, source.fetchers)
     transfers = _on(channels.source, source)
     sends = _sends(transfers, material.header.begin_ns)
     stop_marks = [m.at_ns for m in material.marks if m.name in names.stopped and m.pid == source.pid]
@@ -168,7 +168,7 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     on = dirty_log.switched_on(source, stop)
     began = on if on is not None else max([at for at in triggers if stop is None or at < stop], default=None)
     if began is not None:
-        first, channels = channels, sockets.choose(source, destination, began, source.fetchers)
+        first, channels = channels, carrier.choose(source, destination, began, source.fetchers)
         transfers = transfers if channels.source == first.source else _on(channels.source, source)
         sends = _sends(transfers, began)
     reported = any(m.name in names.postcopy for m in material.marks)

@@ -10,7 +10,7 @@ the source again is no failure by itself: savevm, a migration to a file and a pa
     failed      the VMM or the migration's driver reported it; or the destination's process ended and the source kept
                 its guest; or the source's process ended while its guest ran
     cancelled   the VMM or the migration's driver reported it
-    saved       the state went to a file or a pipe, and no destination was seen
+    saved       the state was seen to go to a file or into a pipe, and no destination was seen
     unknown     anything else
 """
 
@@ -19,17 +19,21 @@ from __future__ import annotations
 from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
-from ebpf_mig.breakdown import Result, SwitchoverKind
+from ebpf_mig.analysis.sockets import family_of
+from ebpf_mig.breakdown import Result, SwitchoverKind, Transport
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import CLOSED, ENDED, RECEIVE, WRITTEN, Mark
+from ebpf_mig.recording.events import CLOSED, ENDED, FILE, FORWARDER, RECEIVE, SEND, Mark
 
 _REPORTED = (Result.COMPLETED, Result.FAILED, Result.CANCELLED)
 _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": Result.CANCELLED}
 """Reasons of an `Ending` that state the result that the migration's driver got. In a recording without a driver,
 `migrated` only means that a destination was seen to start, or, in old ones, that a lone source was silent for 2 s."""
 SAVED_BYTES = 64 << 10
-"""A saved state is larger than this. Writes count only if no connection carried the migration: threads also wake each
-other through eventfds, and in some seconds those writes alone exceed this."""
+"""A saved state is larger than this."""
+LOCKED_NS = 100_000_000
+"""vCPUs outside KVM_RUN for less than this when a migration begins may wait for the VMM: QEMU sets it up under the lock
+that a vCPU needs for device access.
+"""
 
 
 def result(case: TracedMigration) -> Result:
@@ -78,16 +82,11 @@ def paused_before(case: TracedMigration) -> bool | None:
         return False  # a snapshot stops the guest by itself
     if not source.vcpus:
         return not source.states
-    return all(begin < began and (end is None or end > began) for begin, end in _around(source, began))
-
-
-def _around(source: Process, at: int) -> list[tuple[int, int | None]]:
-    """For each vCPU that ever ran: the gap around the instant, an empty gap if the vCPU ran then."""
-    found = []
-    for line in source.vcpus.values():
-        gap = line.covering(at)
-        found.append((gap.begin or 0, gap.end) if gap else (at, at))
-    return found
+    since = began - LOCKED_NS
+    gaps = [line.covering(began) for line in source.vcpus.values()]
+    return all(
+        gap is not None and (gap.end is None or (gap.begin or case.material.header.begin_ns) <= since) for gap in gaps
+    )
 
 
 def paused_after(case: TracedMigration) -> bool | None:
@@ -169,14 +168,38 @@ def _handed_over(case: TracedMigration, stop: int) -> bool:
 
 
 def _saved(case: TracedMigration) -> bool:
-    """Whether the source's state was read and written to files or pipes, not sent over a connection."""
+    """Whether the source's state was read and went to a file, or into a pipe that no process is known to pass on."""
     source = case.source
     if source is None or _started(case.destination):
         return False
     if not any(kvm.name_of(i.cmd) in kvm.VCPU_STATE_GET for i in source.other_ioctls):
         return False
-    written = sum(m.value for m in case.material.marks if m.name == WRITTEN and m.pid == source.pid)
-    return sum(t.bytes for t in case.sends) < SAVED_BYTES <= written
+    if case.channels.transport == Transport.NONE:
+        return _into_files(case, source) >= SAVED_BYTES
+    if case.channels.transport == Transport.PIPE and (_passed_on(case) or case.channels.ends):
+        return False
+    carried = case.channels.transport in (Transport.FILE, Transport.PIPE)
+    return carried and sum(t.bytes for t in case.sends) >= SAVED_BYTES
+
+
+def _passed_on(case: TracedMigration) -> bool:
+    """Whether a process with sockets of its own reads the source's carrier."""
+    carriers = case.channels.source
+    return any(mark.name == FORWARDER and mark.value in carriers for mark in case.material.marks)
+
+
+def _into_files(case: TracedMigration, source: Process) -> int:
+    """Bytes that any thread wrote to files while the guest was stopped, if it then ran on: a snapshot (savevm)."""
+    found = case.switchover
+    if found is None or found.kind != SwitchoverKind.ABORTED or found.first_start is None:
+        return 0
+    return sum(
+        t.bytes
+        for (direction, key), transfers in source.streams.items()
+        if direction == SEND and family_of(source, key) == FILE
+        for t in transfers
+        if found.stop <= t.begin_ns < found.first_start
+    )
 
 
 def _died_running(case: TracedMigration) -> bool:

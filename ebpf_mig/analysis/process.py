@@ -140,7 +140,8 @@ class Process:
         if started is None:
             return False
         calls = (i for i in self.ioctls if i.begin_ns < started)
-        return Reception.of(calls, (t for t in self.transfers if t.begin_ns < started)).loaded
+        files = {key for key, socket in self.sockets.items() if socket.family == ev.FILE}
+        return Reception.of(calls, (t for t in self.transfers if t.begin_ns < started and t.socket not in files)).loaded
 
     @cached_property
     def _longest_ns(self) -> int:

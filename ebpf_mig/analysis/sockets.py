@@ -1,43 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sockets carry the migration, and how they were used in the window.
+"""The migration's carriers (sockets, pipes, files), their two ends, and what they did in the window.
 
-In: the two processes and the threads that fetch the dirty log. Out: the set of sockets on each side, and the
-report's rows about them.
-
-A VMM's threads also write to monitors, consoles, backends and displays. QEMU's migration thread even writes QMP events
-during the blackout. So a socket needs evidence. The best is that the other process has its other end. The next is that
-the thread that fetches the dirty log sends on it. The last is the traffic's shape: large calls and, if a fetching
-thread is known, all in one direction. A thread's name or a large number of bytes is no evidence. Without evidence the
-carrier is unknown.
+In: the two processes, and the carriers that `carrier.py` chose. Out: which end belongs to which, and the rows of the
+report.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ebpf_mig.analysis import tcp_info
 from ebpf_mig.analysis.process import Process, begun, key_of
-from ebpf_mig.analysis.reception import STREAM_BYTES
 from ebpf_mig.breakdown import Side, SocketUse, Transport
-from ebpf_mig.recording.events import RECEIVE, SEND, Socket, Transfer
+from ebpf_mig.recording.events import AF_UNIX, AF_VSOCK, FILE, PIPE, RECEIVE, SEND, Socket, Transfer
 
-AF_UNIX = 1
 LEAST_BYTES = 4096
 """Without other evidence, a socket that carried less is not a migration socket. Nor are its bytes enough to recognise
 it in another host's recording."""
-EXTRA_SHARE = 100
-"""UNIX sockets have no address. One with at least 1/100 of the main socket's bytes is a further connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The migration's sockets, as keys made by `process.key_of`."""
+    """The migration's carriers, as keys made by `process.key_of`."""
 
     source: frozenset[int] = frozenset()
     destination: frozenset[int] = frozenset()
     transport: Transport = Transport.UNKNOWN
+    ends: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """(source's, destination's) of each carrier of which both are known."""
 
     @property
     def connections(self) -> int:
@@ -45,111 +37,35 @@ class Channels:
         return max(len(self.source), len(self.destination))
 
 
-def choose(source: Process | None, destination: Process | None, since: int, fetchers: Collection[int]) -> Channels:
-    """The migration's sockets, of all sockets that the two processes used from `since` on."""
-    if source is None:
-        keys = _busiest(destination, RECEIVE, since, ()) if destination else frozenset()
-        return Channels(frozenset(), keys, _transport(destination, keys))
-    mirrored = mirrors(source, destination) if destination else {}
-    keys = _busiest(source, SEND, since, fetchers, mirrored)
-    if destination is None:
-        return Channels(keys, frozenset(), _transport(source, keys))
-    other = frozenset(mirrored[key] for key in keys if key in mirrored)
-    if not other:
-        other = _busiest(destination, RECEIVE, since, ())
-    return Channels(keys, other, _transport(source, keys))
-
-
-def _busiest(
-    process: Process | None,
-    direction: int,
-    since: int,
-    tids: Collection[int],
-    mirrors: Collection[int] = (),
-) -> frozenset[int]:
-    """The socket with the most bytes, and the further connections of the same migration."""
-    if process is None:
-        return frozenset()
-    total: Counter[int] = Counter()
-    by_tids: Counter[int] = Counter()
-    calls: Counter[int] = Counter()
-    for (way, key), transfers in process.streams.items():
-        late = [t for t in transfers if t.end_ns >= since] if way == direction else ()
-        if late:
-            total[key] = sum([t.bytes for t in late])
-            calls[key] = sum([t.calls for t in late])
-            by_tids[key] = sum([t.bytes for t in late if t.tid in tids])
-    crossing = {key: total[key] for key in total if key in mirrors}
-    candidates = crossing or {k: size for k, size in total.items() if size >= max(LEAST_BYTES, STREAM_BYTES * calls[k])}
-    # Multifd: the bulk leaves through further sockets, but the fetching thread keeps the main one.
-    fetching = {key: by_tids[key] for key in candidates if by_tids[key] >= LEAST_BYTES}
-    if tids and not crossing and not fetching:
-        # No send of the fetching thread was seen. Only the migration's stream goes all in one direction.
-        candidates = {key: size for key, size in candidates.items() if _one_way(process, direction, key)}
-    if not candidates:
-        return frozenset()
-    main = max(fetching or candidates, key=lambda key: (fetching.get(key, 0), total[key], -key))
-    return frozenset({main}) | _company(process, direction, main, candidates, crossing)
-
-
-def _company(
-    process: Process, direction: int, main: int, candidates: dict[int, int], crossing: Collection[int]
-) -> frozenset[int]:
-    """Further connections of the same migration."""
-    known = process.sockets.get(main)
-    if known is None:
-        return frozenset()
-    if known.family == AF_UNIX:
-        enough = max(LEAST_BYTES, candidates[main] // EXTRA_SHARE)
-        return frozenset(
-            key
-            for key, size in candidates.items()
-            if _family(process, key) == AF_UNIX
-            and (key in crossing or (not crossing and size >= enough and not _answered(process, direction, key)))
-        )
-    # All connections share the port on which the destination listened.
-    address = _end(known, direction)
-    return frozenset(
-        key
-        for key in candidates
-        if (s := process.sockets.get(key)) and s.family != AF_UNIX and _end(s, direction) == address
-    )
-
-
-def _one_way(process: Process, direction: int, key: int) -> bool:
-    """Whether the socket's threads use it in this direction only. Disk, display and network threads use both."""
-    other = SEND if direction == RECEIVE else RECEIVE
-    here = {t.tid for t in process.streams[direction, key]}
-    return not any(t.tid in here and t.bytes for t in process.streams.get((other, key), ()))
-
-
-def _answered(process: Process, direction: int, key: int) -> bool:
-    """Whether bytes also went the other way. A migration's further connections carry pages one way (QEMU's multifd)."""
-    other = SEND if direction == RECEIVE else RECEIVE
-    return sum(t.bytes for t in process.streams.get((other, key), ())) >= LEAST_BYTES
-
-
-def _end(socket: Socket, direction: int) -> str:
+def end_of(socket: Socket, direction: int) -> str:
+    """The address of the side that receives."""
     return normal(socket.remote if direction == SEND else socket.local)
 
 
-def _family(process: Process, key: int) -> int:
+def family_of(process: Process, key: int) -> int:
+    """AF_UNIX, AF_INET, PIPE...; 0: not known."""
     socket = process.sockets.get(key)
     return socket.family if socket else 0
 
 
 def mirrors(source: Process, destination: Process) -> dict[int, int]:
-    """The destination's end of each connection between the two: source inode to destination inode."""
+    """The destination's end of each connection between the two: source inode to destination inode.
+
+    A pipe has one inode. A file that both use is a connection only if one writes it and the other reads it.
+    """
     by_ends: dict[tuple[str, str], int] = {}
     by_peer: dict[int, int] = {}
     for inode, socket in sorted(destination.sockets.items()):
         if socket.peer:
             by_peer[socket.peer] = inode
-        elif socket.family != AF_UNIX and socket.local and socket.remote:
+        elif socket.local and socket.remote:
             by_ends[(normal(socket.remote), normal(socket.local))] = inode
     result: dict[int, int] = {}
     for inode, socket in sorted(source.sockets.items()):
-        if inode in by_peer:
+        if socket.family in (PIPE, FILE):
+            if (SEND, inode) in source.streams and (RECEIVE, inode) in destination.streams:
+                result[inode] = inode
+        elif inode in by_peer:
             result[inode] = by_peer[inode]
         elif socket.family == AF_UNIX:
             if socket.peer in destination.sockets:
@@ -187,15 +103,17 @@ def normal(address: str) -> str:
     return f"{host.strip('[]').removeprefix('::ffff:')}:{port}"
 
 
-def _transport(process: Process | None, keys: Collection[int]) -> Transport:
+_TRANSPORTS = {AF_UNIX: Transport.UNIX, AF_VSOCK: Transport.VSOCK, PIPE: Transport.PIPE, FILE: Transport.FILE}
+
+
+def transport_of(process: Process | None, keys: Collection[int]) -> Transport:
+    """What the carriers of a process are."""
     if process is None or not process.transfers:
         return Transport.UNKNOWN
     if not keys:
         return Transport.NONE
-    families = {_family(process, key) for key in keys} - {0}
-    if not families:
-        return Transport.UNKNOWN
-    return Transport.UNIX if families == {AF_UNIX} else Transport.TCP
+    found = {_TRANSPORTS.get(family, Transport.TCP) for key in keys if (family := family_of(process, key))}
+    return min(found, key=list(Transport).index, default=Transport.UNKNOWN)
 
 
 def usage(

@@ -52,6 +52,8 @@ PEEKED_BYTES = 64
 
 
 BOTH = "state and pages"
+PASSED_ON = "processes in between had them"
+WIRELESS = {Transport.UNIX: "a UNIX socket", Transport.PIPE: "a pipe", Transport.FILE: "a file"}
 
 
 def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> list[Wire] | None:
@@ -61,20 +63,22 @@ def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> 
         return None
     found: list[Wire] = []
     state_from, answering = work.state_from if work else None, traced.answering
-    for near, far in sorted(sockets.mirrors(source, destination).items()):
-        if near in traced.channels.source:
-            sends = source.streams.get((SEND, near), [])
-            receives = destination.ended(destination.streams.get((RECEIVE, far), []), window[0])
-            segments = [
-                s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)
-            ]
-            segments.sort(key=attrgetter("at_ns", "pid"))
-            again = [r for r in source.retransmits if r.socket == near]
-            state = None if state_from is None else FOREVER if near in answering else state_from
-            rows = gather(sends, receives, segments, window, again, state)
-            if traced.postcopy and not answering:
-                rows = [msgspec.structs.replace(row, message=row.message.replace("state", BOTH)) for row in rows]
-            found += rows if traced.channels.transport != Transport.UNIX else map(without_wire, rows)
+    direct = sockets.mirrors(source, destination)
+    for near, far in traced.channels.ends:
+        sends = source.streams.get((SEND, near), [])
+        receives = destination.ended(destination.streams.get((RECEIVE, far), []), window[0])
+        segments = [s for p in (source, destination) for s in _since(p.segments, window[0]) if s.socket in (near, far)]
+        segments.sort(key=attrgetter("at_ns", "pid"))
+        again = [r for r in source.retransmits if r.socket == near]
+        state = None if state_from is None else FOREVER if near in answering else state_from
+        rows = gather(sends, receives, segments, window, again, state)
+        if traced.postcopy and not answering:
+            rows = [msgspec.structs.replace(row, message=row.message.replace("state", BOTH)) for row in rows]
+        if near not in direct:
+            rows = [msgspec.structs.replace(row, reason="passed on", evidence=PASSED_ON) for row in rows]
+        elif traced.channels.transport in WIRELESS:
+            rows = [without_wire(row, WIRELESS[traced.channels.transport]) for row in rows]
+        found += rows
     return sorted(found, key=lambda w: (-w.in_flight_ns, w.sent))[:MOST_STRETCHES]
 
 
@@ -119,9 +123,9 @@ def gather(
     ]
 
 
-def without_wire(row: Wire) -> Wire:
-    """The row for a UNIX socket. Written bytes can be read immediately, so only the reader can be late."""
-    return msgspec.structs.replace(row, reason="late reader", evidence="a UNIX socket has no wire")
+def without_wire(row: Wire, carrier: str) -> Wire:
+    """The row for a carrier without a wire. Written bytes can be read immediately, so only the reader can be late."""
+    return msgspec.structs.replace(row, reason="late reader", evidence=f"{carrier} has no wire")
 
 
 def _reaches(transfer: Transfer) -> int:

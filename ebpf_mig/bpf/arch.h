@@ -14,6 +14,8 @@ struct call_args {
 #define NR_read 0
 #define NR_write 1
 #define NR_ioctl 16
+#define NR_pread64 17
+#define NR_pwrite64 18
 #define NR_readv 19
 #define NR_writev 20
 #define NR_sendfile 40
@@ -22,6 +24,11 @@ struct call_args {
 #define NR_sendmsg 46
 #define NR_recvmsg 47
 #define NR_tgkill 234
+#define NR_splice 275
+#define NR_preadv 295
+#define NR_pwritev 296
+#define NR_preadv2 327
+#define NR_pwritev2 328
 
 #define REG_FIRST_ARGUMENT 112		/* struct pt_regs: di, si, ax */
 #define REG_SECOND_ARGUMENT 104
@@ -46,12 +53,19 @@ static __always_inline void read_args(const void *regs, struct call_args *out)
 #define NR_write 64
 #define NR_readv 65
 #define NR_writev 66
+#define NR_pread64 67
+#define NR_pwrite64 68
+#define NR_preadv 69
+#define NR_pwritev 70
 #define NR_sendfile 71
+#define NR_splice 76
 #define NR_tgkill 131
 #define NR_sendto 206
 #define NR_recvfrom 207
 #define NR_sendmsg 211
 #define NR_recvmsg 212
+#define NR_preadv2 286
+#define NR_pwritev2 287
 
 #define REG_FIRST_ARGUMENT 0		/* struct pt_regs: regs[0], regs[1]; x0 is also the return value */
 #define REG_SECOND_ARGUMENT 8

@@ -242,12 +242,42 @@ static __always_inline int transfer_entry(void *ctx, u32 how, u32 nr)
 	return 0;
 }
 
+/*
+ * Three kinds of functions are hooked: those of sockets, with struct socket * first; those of pipes, with struct kiocb *;
+ * and system calls on vectors, of which only those on regular files count, with the registers of the caller.
+ */
+static __always_inline bool is_socket_call(u32 nr)
+{
+	return nr == NR_sendmsg || nr == NR_recvmsg;
+}
+
+static __always_inline u32 arguments_of(u32 nr)
+{
+	switch (nr) {
+	case NR_sendmsg:
+		return 3;			/* sock, msg, size */
+	case NR_recvmsg:
+		return 4;			/* and flags */
+	case NR_write:
+	case NR_read:
+		return 2;			/* iocb, iter */
+	}
+	return 1;				/* registers */
+}
+
+static __always_inline u64 file_behind(u64 argument, u32 nr)
+{
+	if (nr == NR_writev || nr == NR_readv)
+		return file_of(argument);
+	return read_u64(argument, is_socket_call(nr) ? OFF_socket_file : OFF_kiocb_file);
+}
+
 static __always_inline int transfer_exit(void *ctx, u32 how, u32 nr)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
-	u32 arguments = nr == NR_sendmsg ? 3 : 4;	/* sock, msg, size; a receive also has flags */
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now, file;
 	struct process_state *p;
 	struct thread_state *s;
+	bool sends;
 	s64 ret;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
@@ -260,12 +290,67 @@ static __always_inline int transfer_exit(void *ctx, u32 how, u32 nr)
 	p = this_process(pid_tgid);
 	if (!p)
 		return 0;
-	ret = (s32)returned(ctx, how, arguments);
-	transfer_done(s, p, pid_tgid, now, nr == NR_sendmsg ? SEND : RECEIVE, ret, read_u64(s->a0, OFF_socket_file), -1);
+	ret = (s32)returned(ctx, how, arguments_of(nr));
+	file = file_behind(s->a0, nr);
+	sends = nr == NR_sendmsg || nr == NR_write || nr == NR_writev;
+	transfer_done(s, p, pid_tgid, now, sends ? SEND : RECEIVE, ret, file, -1);
+	return 0;
+}
+
+/* The other files behind vectors have hooks of their own further down. */
+static __always_inline int vector_entry(u32 nr)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct thread_state *s;
+	struct call_args c;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	read_args(user_regs(), &c);
+	if (type_of(read_u64(file_of(c.a0), OFF_file_inode)) != S_IFREG)
+		return 0;
+	s = this_thread(pid_tgid);
+	if (!s || s->nr == NR_ioctl + 1)
+		return 0;
+	if (s->nr)
+		forget_call(s);
+	begin_call(s, bpf_ktime_get_ns(), nr, c.a0, 0);
 	return 0;
 }
 
 #define TRANSFER_HOOKS(how, entry, exit)				\
+int on_writev_##entry(void *ctx)					\
+{									\
+	return vector_entry(NR_writev);					\
+}									\
+int on_writev_##exit(void *ctx)						\
+{									\
+	return transfer_exit(ctx, how, NR_writev);			\
+}									\
+int on_readv_##entry(void *ctx)						\
+{									\
+	return vector_entry(NR_readv);					\
+}									\
+int on_readv_##exit(void *ctx)						\
+{									\
+	return transfer_exit(ctx, how, NR_readv);			\
+}									\
+int on_write_##entry(void *ctx)						\
+{									\
+	return transfer_entry(ctx, how, NR_write);			\
+}									\
+int on_write_##exit(void *ctx)						\
+{									\
+	return transfer_exit(ctx, how, NR_write);			\
+}									\
+int on_read_##entry(void *ctx)						\
+{									\
+	return transfer_entry(ctx, how, NR_read);			\
+}									\
+int on_read_##exit(void *ctx)						\
+{									\
+	return transfer_exit(ctx, how, NR_read);			\
+}									\
 int on_send_##entry(void *ctx)						\
 {									\
 	return transfer_entry(ctx, how, NR_sendmsg);			\

@@ -19,15 +19,39 @@ static __always_inline int direction_of(u64 nr)
 	case NR_sendto:
 	case NR_write:
 	case NR_writev:
+	case NR_pwrite64:
+	case NR_pwritev:
+	case NR_pwritev2:
 	case NR_sendfile:
+	case NR_splice:
 		return SEND;
 	case NR_recvmsg:
 	case NR_recvfrom:
 	case NR_read:
 	case NR_readv:
+	case NR_pread64:
+	case NR_preadv:
+	case NR_preadv2:
 		return RECEIVE;
 	}
 	return -1;
+}
+
+/*
+ * splice moves bytes between two descriptors, at least one of which is a pipe. The other one counts, since the pipe is
+ * an intermediate buffer; of two pipes the one that is written. Stores the descriptor in a0 and its direction in a1.
+ */
+static __always_inline void choose_end(struct call_args *c)
+{
+	u64 out = file_of(c->a2);
+
+	if (type_of(read_u64(out, OFF_file_inode)) == S_IFIFO &&
+	    type_of(read_u64(file_of(c->a0), OFF_file_inode)) != S_IFIFO) {
+		c->a1 = RECEIVE;
+	} else {
+		c->a0 = c->a2;
+		c->a1 = SEND;
+	}
 }
 
 /*
@@ -61,6 +85,8 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (nr == NR_ioctl)
 		any_ioctl_enter(s, p, pid_tgid, now, &c);
+	else if (nr == NR_splice)
+		choose_end(&c);
 	begin_call(s, now, nr, c.a0, c.a1);
 	return 0;
 }
@@ -107,6 +133,6 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	else if (nr == NR_ioctl)
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
 	else
-		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret, file_of(s->a0), s->a0);
+		transfer_done(s, p, pid_tgid, now, nr == NR_splice ? s->a1 : direction_of(nr), ret, file_of(s->a0), s->a0);
 	return 0;
 }

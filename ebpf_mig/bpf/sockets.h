@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Sends and receives. Calls of one thread on one socket are coalesced into batches. While no vCPU runs, each call is
- * kept.
+ * Sends and receives on everything that can carry a migration: sockets, pipes and files. Calls of one thread on one of
+ * them are coalesced into batches. While no vCPU runs, each call is kept.
  *
- * In: completed calls. Out: TRANSFER records, and one SOCKET record for each socket inode on first use. The mode of
- * the inode shows whether a file is a socket; pipes, eventfds and log files are ignored.
+ * In: completed calls. Out: TRANSFER records, and one SOCKET record for each process and carrier on first use. The
+ * inode shows what a file is. Eventfds and other files without a place are ignored, and so are small calls on regular
+ * files: log lines, for example.
  */
 #pragma once
 
@@ -15,6 +16,12 @@
 #define UNTRACKED 2			/* sent by a system call that is not traced: see untracked_sends.bpf.c */
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
+#define S_IFREG 0100000
+#define S_IFIFO 0010000
+#define PIPEFS_MAGIC 0x50495045			/* include/uapi/linux/magic.h */
+#define ANON_INODE_FS_MAGIC 0x09041934
+#define PLACED (1ULL << 61)			/* set in the key of a file or a named pipe: see carrier_of */
+#define FILE_LEAST_BYTES 512
 #define AF_UNIX 1
 #define AF_INET 2
 #define AF_INET6 10
@@ -37,16 +44,39 @@ struct stream {
 };
 BPF_HASH(streams, u64, struct stream, 4096);
 
-/* The inode number if the file is a socket, otherwise 0. */
-static __always_inline u64 socket_of(u64 file)
+static __always_inline u32 type_of(u64 inode)
 {
-	u64 inode = read_u64(file, OFF_file_inode);
 	u16 mode = 0;
 
 	bpf_probe_read_kernel(&mode, sizeof(mode), (void *)(inode + OFF_inode_mode));
-	if ((mode & S_IFMT) != S_IFSOCK)
+	return mode & S_IFMT;
+}
+
+/*
+ * The key of a socket, a pipe or a file that may carry a migration; 0 for all others. Sockets and pipes have inode
+ * numbers of one number space (get_next_ino in fs/inode.c). Those of files and named pipes belong to their file system,
+ * so its device number (dev_t) becomes part of the key. `moved` is what the call returned. Since Linux 6.16 an
+ * eventfd has the mode of a regular file, too.
+ */
+static __always_inline u64 carrier_of(u64 file, s64 moved)
+{
+	u64 inode = read_u64(file, OFF_file_inode), number, place;
+	u32 type = type_of(inode), device = 0;
+
+	if (type != S_IFSOCK && type != S_IFIFO && (type != S_IFREG || moved < FILE_LEAST_BYTES))
 		return 0;
-	return read_u64(inode, OFF_inode_ino);
+	number = read_u64(inode, OFF_inode_ino);
+	if (type == S_IFSOCK)
+		return number;
+	place = read_u64(inode, OFF_inode_sb);
+	switch (read_u64(place, OFF_sb_magic)) {
+	case PIPEFS_MAGIC:
+		return number;
+	case ANON_INODE_FS_MAGIC:
+		return 0;
+	}
+	bpf_probe_read_kernel(&device, sizeof(device), (void *)(place + OFF_sb_dev));
+	return PLACED | (u64)(device & 0x1fffff) << 40 | (number & 0xffffffffffULL);
 }
 
 /* Inode number of a struct sock, 0 once its file is closed. */
@@ -69,6 +99,7 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 {
 	struct socket_record *r = events.ringbuf_reserve(sizeof(*r));
 	u64 sk = read_u64(read_u64(file, OFF_file_private), OFF_socket_sk);
+	u32 type = type_of(read_u64(file, OFF_file_inode));
 	u16 family = 0, port = 0;
 	struct owner owner = {};
 
@@ -76,7 +107,10 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 		count(KIND_SOCKET, true);
 		return;
 	}
-	bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + OFF_skc_family));
+	if (type == S_IFSOCK)
+		bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + OFF_skc_family));
+	else
+		family = type;
 	r->kind = KIND_SOCKET;
 	r->at_ns = now;
 	r->pid = pid_tgid >> 32;
@@ -106,16 +140,22 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
-/* Bytes seen on the socket in this direction before this batch; emits the socket on first use. */
+/* Processes can share a carrier: one writes into a pipe, the other reads from it. Python: `tables.stream_key`. */
+static __always_inline u64 stream_key(u64 pid_tgid, u64 socket)
+{
+	return socket ^ (pid_tgid >> 32) << 40;
+}
+
+/* Bytes seen on the carrier in this direction before this batch; emits the carrier on first use. */
 static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_batch *batch, u32 direction)
 {
-	struct stream *st = streams.lookup(&batch->socket), fresh = {};
-	u64 before;
+	u64 key = stream_key(pid_tgid, batch->socket), before;
+	struct stream *st = streams.lookup(&key), fresh = {};
 
 	if (!st) {
 		emit_socket(pid_tgid, now, batch->fd, batch->file, batch->socket);
-		streams.update(&batch->socket, &fresh);
-		st = streams.lookup(&batch->socket);
+		streams.update(&key, &fresh);
+		st = streams.lookup(&key);
 		if (!st) {
 			count(KIND_SOCKET, true);
 			return 0;
@@ -175,7 +215,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 
 	if (!batch->calls || batch->file != file || batch->fd != fd || batch->epoch != p->epoch || detail ||
 	    s->enter - batch->end_ns > COALESCE_GAP_NS || now - batch->begin_ns > COALESCE_MAX_NS) {
-		socket = socket_of(file);
+		socket = carrier_of(file, ret);
 		if (!socket)
 			return;
 		if (ret <= 0) {			/* no data moved: do not end or begin a batch */

@@ -8,6 +8,8 @@ integer nanoseconds; instants are nanoseconds from the window's begin (negative 
 
 from __future__ import annotations
 
+from msgspec import field
+
 from ebpf_mig.breakdown.dirty_log import (
     DirtyLog,
     Fetch,
@@ -116,6 +118,9 @@ class Migration(Struct, frozen=True, kw_only=True):
     """Whether the guest was paused when the migration began; null: not known."""
     paused_after: bool | None = None
     """Whether no vCPU ran on either side when tracing ended; null: not known, because the other side was not traced."""
+    through: list[str] = field(default_factory=list)
+    """Processes between the two on this host, as name and pid, from the source on: who reads the source's pipe or UNIX
+    socket, and who feeds the destination's. Empty: none is known."""
 
 
 class Phase(Struct, frozen=True, kw_only=True):

@@ -94,7 +94,7 @@ def command(
                 reason = session.pump(writer, _until(pids, duration, child, until_eof, witness, arrive))
             finally:
                 try:
-                    session.finish(writer, reason, witness.marks(clock.monotonic_ns()))
+                    session.finish(writer, reason, witness.marks())
                     run.say(f"{reason}; show it with: ebpf-mig report {where}" if not is_private(where) else reason)
                 finally:
                     if child is not None:

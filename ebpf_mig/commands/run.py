@@ -28,7 +28,9 @@ from ebpf_mig.linux.process import is_private
 from ebpf_mig.probes.tiers import AUTO, NAMES
 from ebpf_mig.recording.events import AnyEvent, Header, Mark
 from ebpf_mig.recording.file import RecordingWriter, default_name, read_recording
+from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.session import Session
+from ebpf_mig.tracing.witness import Witness
 from ebpf_mig.vmm.base import Migration, Outcome
 
 LATE_CALLS_NS = 200_000_000
@@ -92,6 +94,8 @@ class _Run:
     ended_ns: int = 0
     given_up: bool = False
     """The VMM did not cancel in time, and we do not wait any longer."""
+    neighbours: list[Mark] = field(default_factory=list)
+    """Who holds the other ends of pipes and UNIX sockets."""
     called_off: threading.Event = field(default_factory=threading.Event)
     """Set by an interruption, which may come before the trigger."""
 
@@ -129,7 +133,7 @@ def trace_migration(
             outcome = run.outcome or Outcome("unknown")
             reason = "migrated" if outcome.result == "completed" else outcome.result
             here = [event for event in outcome.marks if not (isinstance(event, Mark) and event.pid < 0)]
-            session.finish(writer, reason, here)
+            session.finish(writer, reason, [*here, *run.neighbours])
     if interrupted is not None:
         raise interrupted
     return outcome, name
@@ -149,6 +153,8 @@ def _pump_until_done(
 ) -> BaseException | None:
     """Pumps events until the migration's thread and the quiet time end. An interruption cancels the migration."""
     count, give_up_ns = 0, 0
+    pids = [target.pid for target in session.targets]
+    watch, witness = MigrationWatch(pids), Witness(pids)
 
     def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal count
@@ -156,6 +162,10 @@ def _pump_until_done(
         progress(count)
         for target in migration.appeared():
             session.add(target)
+            watch.joined(target.pid)
+            witness.joined(target.pid)
+        watch.saw(events)
+        run.neighbours += witness.meet(watch, clock.monotonic_ns())
         if give_up_ns and not run.ended_ns and clock.monotonic_ns() >= give_up_ns:
             say(f"the VMM has not cancelled the migration within {CANCEL_S:.0f} s; it is left alone and may complete")
             run.given_up = True

@@ -179,7 +179,7 @@ class NodeWatch:
 
     def close(self) -> None:
         """Ends tracing, keeps the recordings, waits for their analysis, and detaches."""
-        for ended in self._tracks.abandon(clock.monotonic_ns()):
+        for ended in self._tracks.abandon():
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
                 self._end(ended)
         self._analysis.close()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig.exporter.track import Track, found_out, has_run, switches_on, take_ioctl, take_transfer
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import PIPE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
@@ -108,7 +108,7 @@ class Tracks:
 
     def over(self, now_ns: int, is_alive: Callable[[int], bool]) -> list[Ended]:
         """The tracks that ended. Their processes are no longer traced."""
-        ended = [self._ended(p.track, p.reason, now_ns) for p in self._passed if now_ns >= p.until_ns]
+        ended = [self._ended(p.track, p.reason) for p in self._passed if now_ns >= p.until_ns]
         self._passed = [passed for passed in self._passed if now_ns < passed.until_ns]
         for track in {id(track): track for track in self._by_pid.values()}.values():
             if track.witness is not None and track.proven:
@@ -116,18 +116,18 @@ class Tracks:
             alive = [pid for pid in track.pids if is_alive(pid)]
             reason = self._verdict(track, now_ns, alive)
             if reason is not None:
-                ended.append(self._ended(track, reason, now_ns))
+                ended.append(self._ended(track, reason))
                 self._forget(track)
         return ended
 
-    def abandon(self, now_ns: int = 0) -> list[Ended]:
+    def abandon(self) -> list[Ended]:
         """Ends all tracks because the watch ends: `interrupted` if a migration was under way."""
-        ended = [self._ended(passed.track, passed.reason, now_ns) for passed in self._passed]
+        ended = [self._ended(passed.track, passed.reason) for passed in self._passed]
         self._passed.clear()
         tracks = list({id(track): track for track in self._by_pid.values()}.values())
         for track in tracks:
             self._forget(track)
-        return ended + [self._ended(track, "interrupted" if track.proven else "nothing", now_ns) for track in tracks]
+        return ended + [self._ended(track, "interrupted" if track.proven else "nothing") for track in tracks]
 
     def _take_in_turns(self, pid: int, batch: list[AnyEvent], now_ns: int) -> None:
         """Sorts a process's events. If it begins another migration, the events before that belong to the old track."""
@@ -162,7 +162,9 @@ class Tracks:
             self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
             self._by_pid[again].begin_ns = at_ns
             # Each socket is reported once, and the next connection was opened before logging began.
-            self._by_pid[again].events += [e for e in track.events if isinstance(e, Socket) and e.pid == again]
+            sockets = [e for e in track.events if isinstance(e, Socket) and e.pid == again]
+            self._by_pid[again].events += sockets
+            self._by_pid[again].watch.saw(sockets)
         for other in [other for other in track.pids if self._by_pid.get(other) is track]:
             del self._by_pid[other]
         self._forget_ends(set(track.pids) - {pid, *waiting})
@@ -195,7 +197,7 @@ class Tracks:
                 track.handed.pop(event.pid, None)
             elif isinstance(event, VcpuExit):
                 track.stopped.add(event.pid)
-            elif isinstance(event, Transfer):
+            elif isinstance(event, Transfer) and not track.watch.is_of_a_file(event):
                 burst += event.bytes
                 take_transfer(track, event)
         if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
@@ -227,7 +229,7 @@ class Tracks:
 
     def _link(self, event: Socket) -> None:
         """Merges two tracks that have one end of a connection each."""
-        other = self._inodes.get(event.peer) if event.peer else None
+        other = self._inodes.get(event.socket if event.family == PIPE else event.peer or -1)
         self._inodes[event.socket] = event.pid
         if event.local and event.remote:
             other = self._ends.get((event.remote, event.local), other)
@@ -273,7 +275,7 @@ class Tracks:
         self._inodes = {inode: pid for inode, pid in self._inodes.items() if pid not in gone}
 
     @staticmethod
-    def _ended(track: Track, reason: str, now_ns: int) -> Ended:
-        marks = track.witness.marks(now_ns) if track.witness is not None else ()
+    def _ended(track: Track, reason: str) -> Ended:
+        marks = track.witness.marks() if track.witness is not None else ()
         events = [*track.events, *marks]
         return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned)

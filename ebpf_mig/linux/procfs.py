@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 
 from ebpf_mig.linux import kvm
@@ -26,6 +27,7 @@ _PF_EXITING = 0x4
 """include/linux/sched.h: getting shut down."""
 _PF_USER_WORKER = 0x4000
 """include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
+_UNPLACED = re.compile(r"(?:socket|pipe):\[(\d+)\]", re.ASCII)
 _VM, _VCPU = "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:"
 """Link texts: kvm_dev_ioctl_create_vm and create_vcpu_fd in virt/kvm/kvm_main.c."""
 
@@ -221,28 +223,41 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
             yield int(name), link(pid, "fd", name)
 
 
-def socket_descriptor(pid: int, inode: int) -> int | None:
-    """The descriptor of an open socket of a process; None if the process has closed it, -1 if that cannot be read."""
+PLACED = 1 << 61
+"""Set in the key of a file or a named pipe, see `carrier_key` and bpf/sockets.h."""
+
+
+def carrier_key(pid: int, descriptor: int | str) -> int | None:
+    """The key of an open socket, pipe or file, as in `Transfer.socket`; None: another kind. Raises as `read`.
+
+    The device number is the kernel's own (include/linux/kdev_t.h). btrfs shows another one to user space.
+    """
+    target = link(pid, "fd", descriptor)
+    if match := _UNPLACED.fullmatch(target):
+        return int(match[1])
+    if not target.startswith("/"):
+        return None
+    with _translated():
+        found = os.stat(path(pid, "fd", descriptor))  # noqa: PTH116
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
+        return None
+    device = os.major(found.st_dev) << 20 | os.minor(found.st_dev)
+    return PLACED | (device & 0x1FFFFF) << 40 | found.st_ino & 0xFFFFFFFFFF
+
+
+def carrier_descriptor(pid: int, key: int) -> int | None:
+    """The descriptor of a carrier that a process has open; None if it has closed it, -1 if that cannot be read."""
+    unplaced = (f"socket:[{key}]", f"pipe:[{key}]")
     try:
         found = names(pid, "fd")
         for name in found:
             with contextlib.suppress(ProcessLookupError):
-                if link(pid, "fd", name) == f"socket:[{inode}]":
+                target = link(pid, "fd", name)
+                if target in unplaced or (key & PLACED and target.startswith("/") and carrier_key(pid, name) == key):
                     return int(name)
     except OSError:
         return -1
     return None
-
-
-def bytes_written(pid: int) -> int | None:
-    """Bytes that a process has written with write(2) and similar calls (`wchar` of /proc/PID/io): to files, to pipes,
-    and to sockets other than with sendmsg. None if that cannot be read.
-    """
-    try:
-        rows = dict(row.split(": ", 1) for row in text(pid, "io").splitlines() if ": " in row)
-        return int(rows["wchar"])
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def holds_vm(pid: int) -> bool:

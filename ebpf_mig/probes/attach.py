@@ -106,6 +106,7 @@ def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
     """The table of signal -> tier. A return probe has the tier of the probe at the entry."""
     table = {extra.signal: TRACEPOINT if _has(extra, tracepoints) else "absent: no such tracepoint" for extra in EXTRAS}
     table |= dict.fromkeys((*KVM_SIGNALS, "socket"), TRACEPOINT)
+    table |= dict.fromkeys(("pipe", "file"), "absent: not hooked" if "socket" in choice.groups else TRACEPOINT)
     entries = {"fexit": "fentry", "kretprobe": "kprobe"}
     kinds: dict[str, set[str]] = {}
     for hook in choice.hooks:

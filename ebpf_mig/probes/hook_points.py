@@ -69,6 +69,13 @@ def _ioctls(name: str, signals: tuple[str, ...], *, required: bool = True) -> Fu
     return Function((name,), "kvm", signals, _both("on_kvm_ioctl"), _IOCTL_RETURN, 3, required, provoked=required)
 
 
+def _extra_transfers(names: tuple[str, ...], way: str, signal: str, arguments: int) -> Function:
+    """Hooked beside the socket functions where possible."""
+    at_entry = {how: f"on_{way}_{how}" for how in (FENTRY, KPROBE)}
+    at_exit = {how: f"on_{way}_{RETURN_OF[how]}" for how in (FENTRY, KPROBE)}
+    return Function(names, "socket", (signal,), at_entry, at_exit, arguments, required=False, provoked=False)
+
+
 def _transfers(name: str, way: str, *, required: bool = False) -> Function:
     at_entry = {how: f"on_{way}_{how}" for how in (FENTRY, KPROBE)}
     at_exit = {how: f"on_{way}_{RETURN_OF[how]}" for how in (FENTRY, KPROBE)}
@@ -99,6 +106,10 @@ FUNCTIONS = (
     _transfers("unix_stream_recvmsg", "receive", required=True),
     _transfers("inet6_sendmsg", "send"),
     _transfers("inet6_recvmsg", "receive"),
+    _extra_transfers(("pipe_write", "anon_pipe_write"), "write", "pipe", 2),
+    _extra_transfers(("pipe_read", "anon_pipe_read"), "read", "pipe", 2),
+    *(_extra_transfers((f"{_SYSCALL}{name}",), name.strip("p2"), "file", 1)
+      for name in ("writev", "pwritev", "pwritev2", "readv", "preadv", "preadv2")),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
     *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
       for name in FLUSHES),

@@ -139,16 +139,22 @@ def vcpu_state(at_ns: int, tid: int, thread: Any) -> VcpuState | None:
     )
 
 
+def stream_key(pid: int, socket: int) -> int:
+    """The key of a process's carrier in the table `streams` (bpf/sockets.h)."""
+    return (socket ^ pid << 40) & (1 << 64) - 1
+
+
 def open_batches(tid: int, thread: Any, streams: Mapping[int, Any]) -> list[Transfer]:
     """The open batches in a `struct thread_state`, to which calls were still being added.
 
-    `streams` holds, by socket inode, the bytes sent and received on each socket before them (`struct stream`).
+    `streams` holds, by `stream_key`, the bytes sent and received on each carrier before them (`struct stream`).
     """
     batches = []
     for which, batch in enumerate(thread.batch):
         if not batch.calls and batch.failed < MANY_FAILED:
             continue
-        direction, stream = RECEIVE if which == RECEIVE else SEND, streams.get(batch.socket)
+        direction = RECEIVE if which == RECEIVE else SEND
+        stream = streams.get(stream_key(thread.tgid, batch.socket))
         # Without calls, the other members belong to the last batch, which already has its event.
         timed = batch.calls and which != UNTRACKED
         batches.append(

@@ -53,9 +53,14 @@ def kick() -> None:
 
 
 def sockets() -> None:
-    """One message each over IPv4, IPv6 and a UNIX stream socket."""
+    """One message each over IPv4, IPv6, a UNIX stream socket and a pipe; and a file."""
     left, right = socket.socketpair()
     _talk(left, right)
+    read_end, write_end = os.pipe()
+    with _held(read_end), _held(write_end):
+        os.write(write_end, b"?")
+        os.read(read_end, 1)
+    _file()
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as near:
             near.bind((address, 0))
@@ -63,6 +68,25 @@ def sockets() -> None:
             near.settimeout(1)
             near.send(b"?")
             near.recv(1)
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def _file() -> None:
+    """Writes and reads a file without a name, with vectors. Python itself makes pwritev2 of pwritev."""
+    room = ctypes.create_string_buffer(_PAGE)
+    vector = ctypes.byref(_Vector(ctypes.addressof(room), _PAGE))
+    with contextlib.suppress(OSError), _held(os.memfd_create("ebpf-mig")) as fd:
+        for call in (_libc.pwritev, _libc.preadv):
+            call(fd, vector, 1, ctypes.c_long(0))
+        os.writev(fd, [room])
+        os.readv(fd, [room])
+        os.pwritev(fd, [room], 0)
+        os.preadv(fd, [room], 0)
 
 
 def _talk(left: socket.socket, right: socket.socket) -> None:

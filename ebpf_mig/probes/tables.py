@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from ebpf_mig.linux.procfs import in_kvm_run, threads_of
 from ebpf_mig.probes.program import BpfProgram
-from ebpf_mig.probes.records import open_batches, vcpu_state
+from ebpf_mig.probes.records import open_batches, stream_key, vcpu_state
 from ebpf_mig.recording.events import Socket, Transfer, VcpuState
 from ebpf_mig.recording.kinds import RECORD_NAMES
 
@@ -75,7 +75,7 @@ class SocketTable:
         streams, owners = self._program.table("streams"), self._program.table("tcp_owners")
         for inode in self._inodes.pop(pid, ()):
             with contextlib.suppress(KeyError):
-                del streams[ctypes.c_uint64(inode)]
+                del streams[ctypes.c_uint64(stream_key(pid, inode))]
         for sock in [sock for sock, owner in owners.items() if owner.pid == pid]:
             with contextlib.suppress(KeyError):
                 del owners[sock]

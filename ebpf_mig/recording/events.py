@@ -33,6 +33,10 @@ from ebpf_mig.recording.fields import (
 )
 from ebpf_mig.recording.header import ClockPair, Header, Remote, Target
 from ebpf_mig.recording.socket_events import (
+    AF_UNIX,
+    AF_VSOCK,
+    FILE,
+    PIPE,
     RECEIVE,
     SEND,
     Direction,
@@ -44,13 +48,18 @@ from ebpf_mig.recording.socket_events import (
 )
 
 __all__ = [
+    "AF_UNIX",
+    "AF_VSOCK",
     "CLOSED",
     "ENDED",
+    "FILE",
+    "FORWARDER",
     "LATEST",
+    "NEIGHBOUR",
+    "PIPE",
     "RECEIVE",
     "RECURSION_MISSES",
     "SEND",
-    "WRITTEN",
     "AnyEvent",
     "ClockPair",
     "CpuQuota",
@@ -267,10 +276,13 @@ class OwnCost(Event, frozen=True, tag=17):
     """Of the other host, in a joined recording."""
 
 
-CLOSED, ENDED, WRITTEN = "session.closed", "session.ended", "session.written"
-"""Marks of a passive tracer, from /proc. A VMM that continues to run closed the connection of its migration: `value` is
-the socket's inode. A traced process ended. A process wrote `value` bytes with write(2) and similar calls since tracing
-began.
+CLOSED, ENDED = "session.closed", "session.ended"
+"""Marks of a passive tracer, from /proc. A VMM that continues to run closed the carrier of its migration: `value` is
+its key as in `Transfer.socket`. A traced process ended.
+"""
+NEIGHBOUR, FORWARDER = "session.neighbour", "session.forwarder"
+"""Marks from /proc: who holds the other end of a carrier. `detail` is its name and pid, several after `, ` from the VMM
+on; `value` is the carrier's key. A forwarder has sockets of its own, with which it can pass the bytes on.
 """
 
 

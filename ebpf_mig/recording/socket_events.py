@@ -43,7 +43,7 @@ SEND, RECEIVE = Direction
 
 
 class Transfer(Event, frozen=True, tag=6):
-    """A batch of send or receive calls of one thread on one socket, without long gaps.
+    """A batch of send or receive calls of one thread on one socket, pipe or file, without long gaps.
 
     Outside a blackout many calls are coalesced into one batch. Inside (no vCPU of the process in KVM_RUN) each call has
     its own event until a budget is used up. `end_ns - begin_ns - in_call_ns` is the time between the calls.
@@ -57,7 +57,9 @@ class Transfer(Event, frozen=True, tag=6):
     direction: Way
     """A `Direction`."""
     socket: Inode
-    """Inode number of the socket; 0 if unknown."""
+    """Inode number of the socket or of the pipe, which has one for both its ends. Of a file or a named pipe: bit 61,
+    the device number (dev_t) from bit 40 on, and 40 bits of the inode number. 0 if unknown.
+    """
     calls: Count
     bytes: Size
     in_call_ns: Duration
@@ -76,15 +78,20 @@ class Transfer(Event, frozen=True, tag=6):
     """
 
 
+AF_UNIX, AF_VSOCK = 1, 40
+PIPE, FILE = 0o010000, 0o100000
+"""S_IFIFO and S_IFREG: no families of sockets, but `Socket.family` of the other carriers."""
+
+
 class Socket(Event, frozen=True, tag=7):
-    """Describes a socket inode; recorded once, when a traced call first uses it."""
+    """Describes a socket, a pipe or a file; recorded once for each process, when a traced call first uses it."""
 
     at_ns: Instant
     pid: Pid
     fd: Fd
     socket: Inode
     family: Bits64
-    """AF_UNIX 1, AF_INET 2, AF_INET6 10."""
+    """AF_UNIX 1, AF_INET 2, AF_INET6 10, AF_VSOCK 40; S_IFIFO 4096: a pipe; S_IFREG 32768: a file."""
     local: Address
     """Address and port as `ADDR:PORT`, or empty (UNIX)."""
     remote: Address

@@ -15,17 +15,18 @@ _MACHINES = frozenset({"x86_64", "aarch64", "arm64", "i686", "riscv64", "ppc64le
 _ROLES = frozenset({"source", "destination", "unknown", "both", "least", "most"})
 _REASONS = frozenset({
     "migrated", "failed", "cancelled", "duration", "interrupted", "target-died", "command-ended", "unknown", "done",
-    "completed", "logging-ended",
+    "completed", "logging-ended", "handed-over", "lost-sight",
 })  # fmt: skip
 _SIGNALS = frozenset({
     "dirty-log", "vcpu", "state", "kick", "socket", "wire", "lock", "off-cpu", "retransmits", "hidden-sends",
-    "brownout", "split", "samples",
+    "brownout", "split", "samples", "pipe", "file",
 })  # fmt: skip
 _TCP_INFO = frozenset({
     "busy_time", "rwnd_limited", "sndbuf_limited", "total_retrans", "bytes_retrans", "bytes_acked", "bytes_sent",
     "notsent_bytes", "rtt", "min_rtt", "snd_cwnd", "snd_mss", "snd_wnd", "delivery_rate", "queued", "jiffy_us",
 })  # fmt: skip
-_WORDS = _MACHINES | _ROLES | _REASONS | _SIGNALS | _TCP_INFO | {"session.trigger"}
+_MARKS = frozenset({"session.trigger", "session.closed", "session.ended", "session.neighbour", "session.forwarder"})
+_WORDS = _MACHINES | _ROLES | _REASONS | _SIGNALS | _TCP_INFO | _MARKS
 
 _FUNCTION = r"[a-z_][a-z0-9_]{0,126}(?:\.(?:isra|constprop|part|cold|llvm|\d+))*"
 """A function name in the style of the kernel. Names with capitals are few and listed."""
@@ -41,7 +42,8 @@ _PACKAGED = re.compile(
 """Version suffixes of distributions. Other builders add names of their own."""
 _WAY = r"(?:fentry|kprobe|tracepoint|samples)(?:\+(?:fentry|kprobe|tracepoint|samples))?"
 _TIER = re.compile(
-    rf"{_WAY}(?: and {_WAY})?|absent(?:: on the (?:source|destination))?(?:: (?:no such tracepoint|not known))?"
+    rf"{_WAY}(?: and {_WAY})?|absent(?:: on the (?:source|destination))?"
+    r"(?:: (?:no such tracepoint|not hooked|not known))?"
 )
 
 

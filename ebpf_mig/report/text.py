@@ -144,11 +144,14 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     mode = {Mode.PRECOPY: "pre-copy", Mode.POSTCOPY: "post-copy", Mode.UNKNOWN: "unknown mode"}.get(
         facts.mode, facts.mode
     )
-    way = "" if facts.transport == Transport.NONE else f" over {printable(facts.transport)}"
+    carrier = {Transport.PIPE: "a pipe", Transport.FILE: "a file"}.get(facts.transport, printable(facts.transport))
+    way = "" if facts.transport == Transport.NONE else f" over {carrier}"
     if facts.transport == Transport.UNKNOWN:
         way = " over an unknown transport"
     elif facts.connections is not None and facts.connections > 1:
         way += f" ({facts.connections} connections)"
+    if facts.through:
+        way += f" through {', '.join(map(printable, facts.through))}"
     result = {Result.UNKNOWN: "result unknown"}.get(facts.result, facts.result)
     after = "" if facts.total_ns is None else f" after {ms(facts.total_ns)} ms"
     style = {Result.COMPLETED: "green", Result.FAILED: "bold red", Result.CANCELLED: "yellow"}.get(facts.result, "")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from ebpf_mig.analysis.reception import Reception
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import AF_UNIX, FILE, PIPE, SEND, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 
 QUIET_NS = 300_000_000
 """A migration is over only this long after its last activity. The destination starts after the source is done, and its
@@ -57,6 +57,12 @@ class MigrationWatch:
         self._paused: set[int] = set()
         """Sources whose guest did not run when their migration began."""
         self._sent: dict[int, Counter[int]] = {}
+        self._sent_by_fetchers: dict[int, Counter[int]] = {}
+        self._fetchers: set[tuple[int, int]] = set()
+        """(pid, tid) of threads that fetch dirty logs."""
+        self._moved: Counter[tuple[int, int]] = Counter()
+        """Bytes in both directions by (pid, carrier)."""
+        self._told: dict[tuple[int, int], Socket] = {}
         self._sent_at: dict[int, int] = {}
         self._answered_at: dict[int, int] = {}
         self._closed_at: dict[int, int] = {}
@@ -84,7 +90,10 @@ class MigrationWatch:
                 self._stopped_at[event.pid] = event.at_ns
             elif isinstance(event, Transfer):
                 self._transfer(event)
+                self._moved[event.pid, event.socket] += event.bytes
                 self._moved_ns = max(self._moved_ns, event.end_ns)
+            elif isinstance(event, Socket):
+                self._told[event.pid, event.socket] = event
 
     def missed_beginning(self, pid: int) -> None:
         """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
@@ -100,6 +109,22 @@ class MigrationWatch:
     def closed(self, pid: int, at_ns: int) -> None:
         """The VMM `pid` still lives, and has closed the connection that `connections` lists."""
         self._closed_at.setdefault(pid, at_ns)
+
+    def is_of_a_file(self, event: Transfer) -> bool:
+        """Whether it read or wrote a file: a disk, a log or firmware, unless the fetching thread wrote it."""
+        known = self._told.get((event.pid, event.socket))
+        return known is not None and known.family == FILE
+
+    @property
+    def opaque(self) -> list[Socket]:
+        """Pipes and UNIX sockets that moved much, and whose other end no traced process holds."""
+        ends = Counter(key for _, key in self._told)
+        return [
+            told
+            for at, told in self._told.items()
+            if self._moved[at] >= CARRIER_BYTES
+            and ((told.family == PIPE and ends[told.socket] < 2) or (told.family == AF_UNIX and not ends[told.peer]))
+        ]
 
     @property
     def connections(self) -> dict[int, int]:
@@ -174,6 +199,8 @@ class MigrationWatch:
         if not self._runs_again(event.pid):
             self._last_ns = max(self._last_ns, event.end_ns)
         name = kvm.name_of(event.cmd)
+        if event.cmd in kvm.DIRTY_LOG:
+            self._fetchers.add((event.pid, event.tid))
         if event.pid not in self._ran:
             self._receptions[event.pid].ioctl(event)
         if event.cmd == kvm.GET_DIRTY_LOG and any(pid == event.pid for pid, _ in self._logged):
@@ -193,7 +220,7 @@ class MigrationWatch:
             return
         if event.flags & kvm.MEM_LOG_DIRTY_PAGES:
             if event.pid not in self._fetched or self._unlogged_at:
-                for known in (self._sent, self._answered_at, self._closed_at):
+                for known in (self._sent, self._sent_by_fetchers, self._answered_at, self._closed_at):
                     known.pop(event.pid, None)
                 running = event.pid in self._ran and self._runs(event.pid)
                 (self._paused.discard if running else self._paused.add)(event.pid)
@@ -212,13 +239,19 @@ class MigrationWatch:
                 self._unlogged_at = event.end_ns
 
     def _transfer(self, event: Transfer) -> None:
-        """Only transfers on the migration's connection count as activity: a monitor may answer at any time."""
-        if event.pid not in self._ran or event.begin_ns < self._started.get(event.pid, 0):
+        """Only transfers on the migration's carrier count as activity: a monitor may answer at any time."""
+        of_a_file = self.is_of_a_file(event)
+        if not of_a_file and (event.pid not in self._ran or event.begin_ns < self._started.get(event.pid, 0)):
             self._receptions[event.pid].transfer(event)
         sent = self._sent.setdefault(event.pid, Counter())
         if event.direction == SEND:
+            fetches = (event.pid, event.tid) in self._fetchers
+            if fetches:
+                self._sent_by_fetchers.setdefault(event.pid, Counter())[event.socket] += event.bytes
+            if of_a_file and not fetches:
+                return
             sent[event.socket] += event.bytes
-            if sent[event.socket] * COMPANION_SHARE >= max(sent.values()):
+            if fetches or sent[event.socket] * COMPANION_SHARE >= max(sent.values()):
                 if event.pid in self._fetched:
                     self._last_ns = max(self._last_ns, event.end_ns)
                 self._sent_at[event.pid] = max(self._sent_at.get(event.pid, 0), event.end_ns)
@@ -226,9 +259,13 @@ class MigrationWatch:
             self._answered_at[event.pid] = max(self._answered_at.get(event.pid, 0), event.end_ns)
 
     def _busiest(self, pid: int) -> int:
-        sent = self._sent[pid]
-        most = max(sent, key=lambda socket: (sent[socket], socket), default=0)
-        return most if sent[most] >= CARRIER_BYTES else 0
+        """The carrier: where the thread that fetches dirty logs sends most, or else where all threads do; 0: none."""
+        empty: Counter[int] = Counter()
+        for sent in (self._sent_by_fetchers.get(pid, empty), self._sent.get(pid, empty)):
+            most = max(sent, key=lambda socket: (sent[socket], socket), default=0)
+            if most and sent[most] >= CARRIER_BYTES:
+                return most
+        return 0
 
     def _source_stopped(self) -> bool:
         """Whether a source's guest has stopped: its vCPUs were interrupted or their state was read, and none ran

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import pytest
 
+from ebpf_mig.analysis.carrier import choose
 from ebpf_mig.analysis.process import Process, split
-from ebpf_mig.analysis.sockets import Channels, choose, normal
+from ebpf_mig.analysis.sockets import Channels, normal
+from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.recording.events import FILE, PIPE
 from tests.unit.script import BASE, UNIX, Script, Vm
 
 FETCHER = frozenset({1001})
@@ -199,3 +202,85 @@ def test_without_a_send_of_the_migration_the_verdict_is_bounded() -> None:
     state = script.result().breakdown.completeness
     assert state.verdict == "bounded"
     assert any("no send of the migration was recognised" in reason for reason in state.reasons)
+
+
+def test_a_pipe_between_the_two_has_one_key() -> None:
+    script = Script()
+    source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+    for vm in (source, destination):
+        vm.socket(70, family=PIPE)
+    source.send(100, 200, 90_000)
+    destination.receive(150, 250, 90_000)
+    found = chosen(script)
+    assert found == Channels(frozenset({70}), frozenset({70}), "pipe")
+    assert found.ends == ((70, 70),)
+
+
+def test_what_others_pass_on_is_recognised_by_its_bytes() -> None:
+    """The destination also serves a disk, which receives more."""
+    script = Script()
+    source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+    source.socket(70, family=PIPE)
+    destination.socket(80, family=PIPE)
+    destination.socket(85, "10.0.0.2:10809", "10.0.0.1:50000")
+    source.send(100, 200, 900_000)
+    destination.receive(150, 250, 899_936, socket=80)
+    destination.receive(150, 250, 9_000_000, socket=85)
+    found = chosen(script)
+    assert (found.source, found.destination, found.transport) == ({70}, {80}, "pipe")
+    assert found.ends == ((70, 80),)
+
+
+def test_a_connection_between_the_two_is_not_it_if_the_fetching_thread_sends_elsewhere() -> None:
+    """Memory goes through a pipe, and a disk over NBD between the same two processes."""
+    script = Script()
+    source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+    script.join(75, 85, port=10809)
+    source.socket(70, family=PIPE)
+    destination.socket(80, family=PIPE)
+    source.send(100, 200, 900_000)
+    source.send(100, 200, 9_000_000, socket=75, tid=5)
+    destination.receive(150, 250, 900_000, socket=80)
+    destination.receive(150, 250, 9_000_000, socket=85)
+    assert chosen(script) == Channels(frozenset({70}), frozenset({80}), "pipe")
+
+
+def test_a_disk_over_a_unix_socket_is_no_further_connection() -> None:
+    script = Script()
+    source, destination = script.pair(unix=True)
+    source.socket(75, family=UNIX, peer=85)
+    destination.socket(85, family=UNIX, peer=75)
+    source.send(100, 200, 900_000)
+    source.send(100, 200, 9_000_000, socket=75, tid=5)
+    source.receive(200, 210, 16, socket=75, tid=5)
+    destination.receive(150, 250, 900_000, socket=80)
+    assert chosen(script) == Channels(frozenset({70}), frozenset({80}), "unix")
+
+
+def test_a_file_is_it_only_if_the_fetching_thread_writes_it() -> None:
+    script = Script()
+    source = script.vm(1000, "source")
+    for inode in (PLACED | 7, PLACED | 8):
+        source.socket(inode, family=FILE)
+    source.send(100, 200, 9_000_000, socket=PLACED | 7, tid=5)
+    assert chosen(script, alone=True).source == frozenset(), "a disk"
+    assert chosen(script, alone=True, fetchers=frozenset()).source == frozenset()
+    source.send(100, 200, 90_000, socket=PLACED | 8)
+    assert chosen(script, alone=True) == Channels(frozenset({PLACED | 8}), frozenset(), "file")
+
+
+def test_a_destination_alone_is_filled_by_what_it_does_not_answer() -> None:
+    script = Script()
+    script.vm(1000, "source")
+    destination = script.vm(2000, "destination")
+    destination.socket(80, "10.0.0.2:4444", "10.0.0.1:50000")
+    destination.socket(85, "10.0.0.2:10809", "10.0.0.1:50001")
+    destination.socket(PLACED | 7, family=FILE)
+    destination.receive(100, 200, 900_000, socket=80)
+    destination.send(200, 210, 8, socket=80)
+    destination.receive(100, 200, 20_000_000, socket=PLACED | 7)
+    for at in range(100, 120):
+        destination.receive(at, at + 1, 1 << 20, socket=85)
+        destination.send(at + 1, at + 2, 16, socket=85)
+    process = split(script.recording).processes[2000]
+    assert choose(None, process, BASE, ()) == Channels(frozenset(), frozenset({80}), "tcp")

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+from msgspec.structs import replace
+
 from ebpf_mig.exporter import tracker as module
 from ebpf_mig.exporter.tracker import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, Ended, Tracks
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.recording.events import FILE, PIPE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.tracing.lifecycle import QUIET_NS
 
@@ -252,6 +256,26 @@ def test_a_busy_disk_is_let_go_in_the_end() -> None:
         if done:
             break
     assert [end.reason for end in done] == ["nothing"] and second * S >= UNPROVEN_NS
+
+
+def test_files_are_no_sign_of_a_migration() -> None:
+    """A VM that boots reads its firmware, kernel and disk, and a busy one writes its disk."""
+    tracks = begun()
+    files = [Socket(1, pid, 9, PLACED | pid, FILE, "", "") for pid in (SOURCE, DESTINATION)]
+    read = [replace(move(DESTINATION, MS, 1, 64 << 20), socket=PLACED | DESTINATION)]
+    written = [replace(move(SOURCE, MS, 0, 64 << 20), socket=PLACED | SOURCE)]
+    tracks.saw([*files, *read, *written, restore(DESTINATION, 3 * MS), run(DESTINATION, 4 * MS)], 4 * MS)
+    assert {end.reason for end in ended(tracks, 3 * S)} == {"nothing"}
+
+
+@pytest.mark.parametrize("first", [SOURCE, DESTINATION])
+def test_a_pipe_makes_one_migration_of_two_halves(first: int) -> None:
+    tracks = begun()
+    pipes = [Socket(1, pid, 9, 70, PIPE, "", "") for pid in (first, SOURCE + DESTINATION - first)]
+    tracks.saw([logging(SOURCE, MS), *pipes], MS)
+    tracks.saw([stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS), run(DESTINATION, 4 * MS)], 4 * MS)
+    (end,) = ended(tracks, 3 * S)
+    assert set(end.pids) == {SOURCE, DESTINATION}
 
 
 def test_silence_ends_the_wait() -> None:

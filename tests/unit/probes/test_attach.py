@@ -128,12 +128,16 @@ def test_without_run_statistics_no_function_is_trusted() -> None:
 
 def test_every_signal_has_a_function_and_every_program_exists() -> None:
     known = {signal for function in FUNCTIONS for signal in function.signals}
-    assert ESSENTIAL | {"brownout", "split", "hidden-sends"} == known
+    assert ESSENTIAL | {"brownout", "split", "hidden-sends", "pipe", "file"} == known
     text = source_text("from_functions.bpf.c")
     for function in (*FUNCTIONS, *hook_points.VCPU_RETURNS):
         for program in (*function.entry.values(), *function.exit.values()):
             way, _, kind = program.removeprefix("on_").partition("_")
-            made_by_macro = way in ("send", "receive") and f"on_{way}_##" in text and kind in text
+            made_by_macro = (
+                way in ("send", "receive", "write", "read", "writev", "readv")
+                and f"on_{way}_##" in text
+                and kind in text
+            )
             assert f"int {program}(" in text or made_by_macro, program
 
 

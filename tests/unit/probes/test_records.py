@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ebpf_mig.probes import leaf_types
-from ebpf_mig.probes.records import MANY_FAILED, NO_STACK, UNTRACKED, decode, open_batches, vcpu_state
+from ebpf_mig.probes.records import MANY_FAILED, NO_STACK, UNTRACKED, decode, open_batches, stream_key, vcpu_state
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.events import RECEIVE, SEND
 from ebpf_mig.recording.kinds import KINDS, Record
@@ -105,7 +105,7 @@ class Stream(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_uint64 * 2)]
 
 
-STREAMS = {80: Stream((500, 1000))}
+STREAMS = {stream_key(7, 80): Stream((500, 1000))}
 
 
 def thread(which: int, **values: int) -> Any:

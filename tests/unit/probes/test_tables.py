@@ -13,7 +13,7 @@ from ebpf_mig.probes.inherited import InheritedProgram
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.program import BpfProgram
-from ebpf_mig.probes.records import CONTRACT
+from ebpf_mig.probes.records import CONTRACT, stream_key
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
 from ebpf_mig.recording.events import RECEIVE, Socket, Transfer, VcpuState
 from tests.conftest import requires
@@ -57,7 +57,7 @@ def test_accounts_are_those_of_one_process_or_of_all(program: BpfProgram) -> Non
     put_thread(program, 8, 7)
     put_thread(program, 18, 17)
     streams = program.table("streams")
-    streams[ctypes.c_uint64(80)] = streams.Leaf((500, 1000))
+    streams[ctypes.c_uint64(stream_key(7, 80))] = streams.Leaf((500, 1000))
     table = ProcessTable(program)
     transfer = Transfer(100, 200, 7, 8, -1, 1, 80, 2, 4096, 0, 0, 0, 1000, 0, 0)
     account = VcpuState(999, 7, 8, 12, 300, 200, -4, 3, 70, 0, 0)
@@ -79,13 +79,13 @@ def test_a_process_is_traced_until_it_is_removed(program: BpfProgram) -> None:
 def test_only_the_sockets_of_a_process_are_forgotten(program: BpfProgram) -> None:
     streams, owners = program.table("streams"), program.table("tcp_owners")
     sockets = SocketTable(program)
-    for pid, inode in ((7, 80), (7, 81), (17, 90)):
+    for pid, inode in ((7, 80), (7, 81), (17, 80), (17, 90)):
         sockets.seen(Socket(1, pid, 3, inode, 2, "", ""))
-        streams[ctypes.c_uint64(inode)] = streams.Leaf((1, 2))
-        owners[ctypes.c_uint64(inode << 8)] = owners.Leaf(pid=pid, socket=inode)
+        streams[ctypes.c_uint64(stream_key(pid, inode))] = streams.Leaf((1, 2))
+        owners[ctypes.c_uint64(inode << 8 | pid)] = owners.Leaf(pid=pid, socket=inode)
     sockets.forget(7)
-    assert [key.value for key, _ in streams.items()] == [90]
-    assert [(leaf.pid, leaf.socket) for _, leaf in owners.items()] == [(17, 90)]
+    assert {key.value for key, _ in streams.items()} == {stream_key(17, 80), stream_key(17, 90)}
+    assert {(leaf.pid, leaf.socket) for _, leaf in owners.items()} == {(17, 80), (17, 90)}
     sockets.clear()
     assert list(streams.items()) == list(owners.items()) == []
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import AF_UNIX, FILE, PIPE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, STOPPED_NS, MigrationWatch
 
 SRC, DST = 10, 20
@@ -146,3 +146,36 @@ def test_a_source_that_is_found_late_was_active_when_it_last_sent() -> None:
     watch.missed_beginning(SRC)
     assert watch.verdict(late + QUIET_NS, (SRC, DST)) is None
     assert watch.verdict(late + SILENCE_NS, (SRC, DST)) == "lost-sight"
+
+
+def wrote(at: int, socket: int, size: int = 1 << 20, tid: int = SRC) -> Transfer:
+    return Transfer(at - MS, at, SRC, tid, 9, 0, socket, 3, size, MS, MS, 0, 0)
+
+
+def test_the_carrier_is_where_the_fetching_thread_sends() -> None:
+    """A disk that is copied moves more."""
+    watch = MigrationWatch([SRC])
+    watch.saw([logging(1, True), fetch(2 * MS), wrote(3 * MS, 70), wrote(3 * MS, 75, 100 << 20, tid=99), stop(4 * MS)])
+    assert watch.connections == {SRC: 70}
+
+
+def test_a_disk_or_a_log_is_no_carrier() -> None:
+    watch = MigrationWatch([SRC])
+    watch.saw([Socket(1, SRC, 9, 75, FILE, "", ""), logging(1, True), fetch(2 * MS), stop(4 * MS)])
+    watch.saw([wrote(3 * MS, 75, 100 << 20, tid=99)])
+    assert watch.connections == {}
+    watch.saw([wrote(5 * MS, 75)])
+    assert watch.connections == {SRC: 75}, "the fetching thread wrote it"
+
+
+def test_opaque_is_what_leads_out_of_the_traced_processes() -> None:
+    pipe = [Socket(1, SRC, 9, 70, PIPE, "", "")]
+    unix = [Socket(1, SRC, 9, 71, AF_UNIX, "", "", 81)]
+    tcp = [Socket(1, SRC, 9, 72, 2, "10.0.0.1:1", "10.0.0.2:2")]
+    watch = MigrationWatch([SRC, DST])
+    watch.saw([*pipe, *unix, *tcp, wrote(MS, 70, 9), wrote(MS, 71, 9)])
+    assert watch.opaque == [], "too little to be the migration"
+    watch.saw([wrote(2 * MS, inode) for inode in (70, 71, 72)])
+    assert watch.opaque == pipe + unix
+    watch.saw([Socket(2, DST, 9, 81, AF_UNIX, "", "", 71), Socket(2, DST, 9, 70, PIPE, "", "")])
+    assert watch.opaque == [], "the other process has the other ends"

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every call that can move a migration's bytes, on each kind of carrier, as each tier sees it.
+
+The witness is the process that makes the calls: it prints the bytes of each, by carrier and direction.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.linux import procfs
+from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.recording.events import FILE, PIPE, RECEIVE, SEND, Socket, Transfer
+from tests.conftest import FEATURES, requires
+
+pytestmark = requires("root", "bcc", "kernel BTF")
+
+MOVER = """
+import ctypes, json, os, socket, sys
+pipe_read, pipe_write = os.pipe()
+left, right = socket.socketpair()
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.truncate(file, 1 << 16)
+left_fd, k = left.fileno(), b"x" * 1024
+print("ready", flush=True)
+sys.stdin.readline()
+moved = []
+def moves(what, way, size, *, vectors=False, spliced=False):
+    moved.append((what, way, size, vectors, spliced))
+moves("pipe", 0, os.write(pipe_write, k * 3))
+moves("pipe", 1, len(os.read(pipe_read, 4096)))
+moves("pipe", 0, os.writev(pipe_write, [k, k]))
+moves("pipe", 1, os.readv(pipe_read, [bytearray(4096)]))
+moves("file", 0, os.write(file, k * 5))
+moves("file", 0, os.pwrite(file, k * 6, 0))
+moves("file", 1, len(os.read(file, 7 << 10)))
+moves("file", 1, len(os.pread(file, 8 << 10, 0)))
+moves("file", 0, os.writev(file, [k, k]), vectors=True)
+moves("file", 0, os.pwritev(file, [k] * 3, 0), vectors=True)
+moves("file", 1, os.readv(file, [bytearray(9 << 10)]), vectors=True)
+moves("file", 1, os.preadv(file, [bytearray(10 << 10)], 0), vectors=True)
+class Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+room, libc = ctypes.create_string_buffer(11 << 10), ctypes.CDLL(None)
+vector = ctypes.byref(Vector(ctypes.addressof(room), 11 << 10))
+moves("file", 0, libc.pwritev(file, vector, 1, ctypes.c_long(0)), vectors=True)  # Python's is pwritev2
+moves("file", 1, libc.preadv(file, vector, 1, ctypes.c_long(0)), vectors=True)
+os.write(file, b"a line of a log")
+event = os.eventfd(0)
+os.write(event, (1).to_bytes(8, "little"))
+os.read(event, 8)
+moves("left", 0, left.send(k * 2))
+moves("right", 1, len(right.recv(4096)))
+moves("left", 0, os.write(left_fd, k))
+moves("right", 1, len(os.read(right.fileno(), 4096)))
+moves("pipe", 0, os.write(pipe_write, k * 4))
+moves("left", 0, os.splice(pipe_read, left_fd, 4096), spliced=True)
+moves("right", 1, len(right.recv(4096)))
+moves("right", 0, right.send(k * 3))
+moves("left", 1, os.splice(left_fd, pipe_write, 4096), spliced=True)
+moves("pipe", 1, len(os.read(pipe_read, 4096)))
+moves("left", 0, os.sendfile(left_fd, file, 0, 2048), spliced=True)
+moves("right", 1, len(right.recv(4096)))
+print(json.dumps({"fds": {"pipe": pipe_read, "file": file, "left": left_fd, "right": right.fileno()}, "moved": moved}),
+      flush=True)
+sys.stdin.readline()
+"""
+
+
+def available(tier: str) -> str:
+    """Skips a tier that this kernel lacks."""
+    needs = {"kprobe": "kprobes", "fentry": "fentry on every function"}
+    if tier in needs and not FEATURES[needs[tier]]():
+        pytest.skip(f"missing feature: {needs[tier]}")
+    return tier
+
+
+@pytest.mark.everywhere("tiers")
+@pytest.mark.parametrize("tier", ["tracepoint", "kprobe", "fentry"])
+def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MOVER, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        with Tracer([process.pid], tier=available(tier)) as tracer:
+            tracer.arm()
+            process.stdin.write("\n")
+            process.stdin.flush()
+            said = json.loads(process.stdout.readline())
+            events = tracer.poll(100) + tracer.finish()
+            assert (tracer.losses()[0], tracer.attached["pipe"], tracer.attached["file"]) == ({}, tier, tier)
+        keys = {name: procfs.carrier_key(process.pid, fd) for name, fd in said["fds"].items()}
+        process.stdin.close()
+    all_calls = tier == "tracepoint"
+    expected: Counter[tuple[str, int]] = Counter()
+    for what, way, size, vectors, spliced in said["moved"]:
+        if all_calls or (not spliced and (what != "file" or vectors)):
+            expected[what, way] += size
+    names = {key: name for name, key in keys.items()}
+    seen: Counter[tuple[str, int]] = Counter()
+    for event in events:
+        if isinstance(event, Transfer) and event.socket in names and event.calls:
+            seen[names[event.socket], event.direction] += event.bytes
+    if not all_calls:  # what is spliced may pass the socket functions or not, as kernels differ
+        spliced = {("left", SEND), ("left", RECEIVE)}
+        expected = Counter({at: size for at, size in expected.items() if at not in spliced})
+        seen = Counter({at: size for at, size in seen.items() if at not in spliced})
+    assert seen == expected
+    families = {names[e.socket]: e.family for e in events if isinstance(e, Socket) and e.socket in names}
+    assert families == {"pipe": PIPE, "file": FILE, "left": 1, "right": 1}
+    others = {e.socket for e in events if isinstance(e, Socket)} - names.keys()
+    assert len(others) <= 2, "its standard input and output; the eventfd is none"

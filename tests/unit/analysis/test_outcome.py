@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a source that was traced alone, by what its state went to."""
+
+from __future__ import annotations
+
+from ebpf_mig.breakdown import Migration
+from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.recording.events import CLOSED, FILE, FORWARDER, NEIGHBOUR, PIPE, Ending
+from tests.unit.script import UNIX, Script, Vm, at
+
+
+def handing_over(script: Script, family: int, inode: int = 70, *, state: int = 100_000) -> Vm:
+    """A source that sends memory and state to one carrier, and stays stopped."""
+    source = script.vm(1000, "source")
+    source.socket(inode, family=family)
+    source.logging(-100_000)
+    source.gets(-99_900)
+    source.send(-98_000, -2_000, 10_000_000, socket=inode, calls=80)
+    source.interrupted(0)
+    source.gets(100)
+    source.send(300, 400, 200_000, socket=inode)
+    source.ioctls("GET_REGS GET_SREGS", 500, 600)
+    source.send(700, 800, state, socket=inode)
+    return source
+
+
+def outcome(script: Script, reason: str = "handed-over") -> Migration:
+    script.ending = Ending(at(3_000_000), reason)
+    return script.result().breakdown.migration
+
+
+def test_a_state_in_a_file_is_saved() -> None:
+    script = Script()
+    handing_over(script, FILE, PLACED | 7)
+    found = outcome(script)
+    assert (found.result, found.transport) == ("saved", "file")
+
+
+def test_a_state_in_a_pipe_is_saved_unless_its_reader_can_pass_it_on() -> None:
+    for mark, expected in ((NEIGHBOUR, "saved"), (FORWARDER, "unknown"), ("", "saved")):
+        script = Script()
+        handing_over(script, PIPE)
+        if mark:
+            script.mark(10, 1000, mark, 70)
+        assert outcome(script).result == expected
+    script.mark(10, 1000, FORWARDER, 70)
+    script.mark(900, 1000, CLOSED, 70)
+    assert outcome(script).result == "completed", "its VMM closed the pipe and lived on"
+
+
+def test_a_reader_of_another_pipe_tells_nothing() -> None:
+    script = Script()
+    handing_over(script, PIPE)
+    script.mark(10, 1000, FORWARDER, 71)
+    assert outcome(script).result == "saved"
+
+
+def test_what_is_written_while_nothing_is_known_to_carry_is_no_saved_state() -> None:
+    """RDMA beside a disk that is flushed at the stop; a monitor that is polled."""
+    script = Script()
+    source = script.vm(1000, "source")
+    source.socket(PLACED | 7, family=FILE)
+    source.socket(71, family=UNIX)
+    source.logging(-100_000)
+    source.gets(-99_900)
+    source.interrupted(0)
+    source.gets(100)
+    source.ioctls("GET_REGS GET_SREGS", 500, 600)
+    source.send(700, 800, 900_000, socket=PLACED | 7, tid=9)
+    source.send(700, 800, 60_000, socket=71, tid=8, calls=100)
+    assert outcome(script).result == "unknown"
+
+
+def test_a_snapshot_into_a_disk_is_saved_if_the_guest_runs_on() -> None:
+    """savevm: the threads that write the disk are not the one that fetches."""
+    script = Script()
+    source = script.vm(1000, "source")
+    source.socket(PLACED | 7, family=FILE)
+    source.logging(-100_000)
+    source.gets(-99_900)
+    source.interrupted(0)
+    source.ioctls("GET_CLOCK", 50, 60)
+    source.gets(100)
+    source.ioctls("GET_REGS GET_SREGS", 500, 600)
+    source.send(700, 800, 900_000, socket=PLACED | 7, tid=9)
+    source.entered(1000)
+    source.logging(1100, on=False)
+    assert outcome(script, "logging-ended").result == "saved"
+
+
+def test_a_guest_that_waits_for_the_lock_of_the_set_up_is_not_paused() -> None:
+    for left, paused in ((-105_000, False), (-300_000, True)):
+        script = Script()
+        source = script.vm(1000, "source")
+        source.socket(70, family=PIPE)
+        source.entered(-900_000)
+        source.interrupted(left, entered=-900_000)
+        source.entered(-99_000, left=left)
+        source.logging(-100_000)
+        source.gets(-99_900)
+        source.interrupted(0, entered=-99_000)
+        source.gets(100)
+        assert outcome(script).paused_before is paused

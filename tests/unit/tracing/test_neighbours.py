@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who holds the other end of a pipe or a UNIX socket, with real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from ebpf_mig.linux import procfs
+from ebpf_mig.recording.events import AF_UNIX, FORWARDER, NEIGHBOUR, PIPE, Mark, Socket
+from ebpf_mig.tracing import neighbours
+
+OURS = os.getpid()
+
+
+def marks_of(descriptor: int) -> list[Mark]:
+    """Of a pipe of which this process has one end."""
+    key = procfs.carrier_key(OURS, descriptor)
+    assert key is not None
+    return neighbours.marks([Socket(1, OURS, descriptor, key, PIPE, "", "")], [OURS], 9)
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait(10)
+
+
+def test_a_command_that_writes_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "state").open("wb") as file:
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+    assert process.stdin is not None
+    (found,) = marks_of(process.stdin.fileno())
+    assert (found.name, found.detail, found.at_ns, found.pid) == (NEIGHBOUR, f"cat {process.pid}", 9, OURS)
+    assert found.value == procfs.carrier_key(OURS, process.stdin.fileno())
+    ended(process)
+
+
+def test_a_pipeline_that_ends_in_a_socket() -> None:
+    """Only the last of them could pass the bytes on to another host."""
+    near, far = socket.socketpair()
+    with near, far:
+        last = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=near)
+        first = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=last.stdin)
+    assert first.stdin is not None and last.stdin is not None
+    last.stdin.close()
+    (found,) = marks_of(first.stdin.fileno())
+    assert (found.name, found.detail) == (FORWARDER, f"cat {first.pid}, cat {last.pid}")
+    ended(first)
+    last.wait(10)
+
+
+def test_a_pipeline_that_feeds_us_under_a_shell() -> None:
+    """The shell holds the end as well; its commands started later."""
+    process = subprocess.Popen(["sh", "-c", "cat | cat; true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    deadline = time.monotonic() + 10
+    while len(found := marks_of(process.stdout.fileno())[0].detail.split(", ")) < 2 or "cat" not in found[1]:
+        assert time.monotonic() < deadline, found
+    assert [name.split()[0] for name in found] == ["cat", "cat"]
+    ended(process)
+
+
+def test_complaints_over_a_socket_are_no_way_out() -> None:
+    """As under systemd, where standard error leads to the journal."""
+    near, far = socket.socketpair()
+    with near, far:
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=near)
+        assert process.stdin is not None
+        assert [mark.name for mark in marks_of(process.stdin.fileno())] == [NEIGHBOUR]
+        ended(process)
+
+
+def test_the_other_end_of_a_unix_socket() -> None:
+    near, far = socket.socketpair()
+    peer = procfs.carrier_key(OURS, far.fileno())
+    assert peer is not None
+    with near:
+        with far:
+            process = subprocess.Popen(["cat"], stdin=far, stdout=far)
+        (found,) = neighbours.marks([Socket(1, OURS, near.fileno(), 5, AF_UNIX, "", "", peer)], [OURS], 9)
+        assert (found.name, found.detail, found.value) == (FORWARDER, f"cat {process.pid}", 5)
+    process.wait(10)
+
+
+def test_what_nobody_else_holds() -> None:
+    read_end, write_end = os.pipe()
+    assert marks_of(write_end) == []
+    os.close(read_end)
+    os.close(write_end)
+    assert neighbours.marks([], [OURS], 9) == []
