@@ -33,6 +33,7 @@ _EXAMPLES = examples(
     "ebpf-mig demo --transport unix --format json",
     *(line for one in adapters() for line in one.examples.get("demo", ())),
 )
+_TUNNELS = ", ".join(one.title for one in adapters() if one.tunnels)
 _HANDS_OVER = ", ".join(one.title for one in adapters() if one.hands_over)
 
 
@@ -57,6 +58,7 @@ _HANDS_OVER = ", ".join(one.title for one in adapters() if one.hands_over)
 @click.option("--dirty-ring", type=click.IntRange(1024, 65536), help="Log dirty pages in rings of this size.")
 @click.option("--vmm", type=click.Choice(with_lab()), default=with_lab()[0], show_default=True)
 @click.option("--local", is_flag=True, help=f"Hand the memory over instead of sending it ({_HANDS_OVER}).")
+@click.option("--tunnelled", is_flag=True, help=f"Send through the VMs' managers ({_TUNNELS}).")
 @click.option(
     "--two-hosts", is_flag=True, help="Put each VM in its own network, linked at --bandwidth; use two recorders."
 )
@@ -80,6 +82,7 @@ def command(
     dirty_ring: int | None,
     vmm: str,
     local: bool,
+    tunnelled: bool,
     two_hosts: bool,
     vmm_binary: str | None,
     timeout: int,
@@ -98,7 +101,10 @@ def command(
     scenario = Scenario(
         memory, working_set, dirty_rate or None, vcpus, transport, multifd,
         None if downtime_limit is None else downtime_limit // 10**6, bandwidth, postcopy, dirty_ring,
+        tunnelled=tunnelled,
     )  # fmt: skip
+    if tunnelled and not adapter(vmm).tunnels:
+        raise UsageError(f"{adapter(vmm).title} has no manager here to tunnel through", f"use it with {_TUNNELS}")
     if two_hosts:
         if local or transport != "tcp":
             raise UsageError("two hosts share only a network", "leave --local and --transport out")

@@ -36,6 +36,8 @@ class Scenario:
     postcopy: bool = False
     dirty_ring: int | None = None
     auto_converge: bool = False
+    tunnelled: bool = False
+    """Through the VMs' managers."""
 
     def round_s(self) -> float:
         """The approximate time in which a vCPU dirties its working set once: the period of its beat."""

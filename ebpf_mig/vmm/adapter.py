@@ -90,6 +90,8 @@ class Adapter:
     """Whether `lab` works."""
     hands_over = False
     """Whether its lab can hand memory over by file descriptor (`--local`)."""
+    tunnels = False
+    """Whether its lab can send through the VMs' managers (`--tunnelled`)."""
 
     @property
     def witness(self) -> VmmWitness:

@@ -109,6 +109,18 @@ def test_peer_to_peer(tmp_path: Path, options: tuple[str, ...], mode: str, conne
     assert "libvirt.downtime_ms" in witnesses(b)
 
 
+def test_tunnelled(tmp_path: Path) -> None:
+    """Both QEMUs have a pipe only: each libvirtd holds the other end of one."""
+    scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB, pages_per_s=2000)
+    with LibvirtHosts(scenario) as hosts:
+        b = result(migrate(hosts, tmp_path / "x.rec", "--tunnelled", "--bandwidth", "8MiB/s"))
+    complete(b)
+    assert (b.migration.mode, b.migration.transport, b.migration.connections) == ("precopy", "pipe", 1)
+    assert {who.split()[0] for who in b.migration.through} <= {"libvirtd", "rpc-libvirtd"}
+    assert len(set(b.migration.through)) == 2
+    assert {s.role for s in b.sockets} == {"source migration", "destination migration"}
+
+
 def test_direct_hears_both_ends(hosts: LibvirtHosts, tmp_path: Path) -> None:
     options = ("--direct", "--migrate-uri", "tcp://10.77.0.2")
     b = result(migrate(hosts, tmp_path / "x.rec", *options, to=hosts.destination.uri))

@@ -54,7 +54,7 @@ class LibvirtAdapter(Adapter):
             "ebpf-mig migrate libvirt vm1 qemu+ssh://b/system --destination-host b",
             "ebpf-mig migrate libvirt vm1 qemu+tls://b/system --parallel 4",
         ),
-        "demo": ("ebpf-mig demo --vmm libvirt",),
+        "demo": ("ebpf-mig demo --vmm libvirt --tunnelled",),
         "record": (
             "ebpf-mig record --vm vm1 -- virsh migrate --live vm1 qemu+ssh://b/system",
             "ebpf-mig record --vm 'web-*' --duration 10m",
@@ -65,6 +65,7 @@ the destination's; with --direct, as this host does. The destination is traced
 if it is on this host, or with --destination-host."""
     timeout_help = "Abort the job after this."
     has_lab = True
+    tunnels = True
 
     @property
     def witness(self) -> VmmWitness:
@@ -112,9 +113,12 @@ if it is on this host, or with --destination-host."""
             raise UsageError("libvirt's lab has two hosts of its own already", "leave --two-hosts out")
         if scenario.transport != "tcp":
             raise UsageError("the hosts of libvirt's lab share only a network", "use --transport tcp")
+        if scenario.tunnelled and scenario.multifd_channels:
+            raise UsageError("a tunnel has one connection, between the libvirtds", "leave --multifd out")
         with LibvirtHosts(scenario, binary) as hosts:
             request = Request(
                 to=hosts.destination.uri_between,
+                tunnelled=scenario.tunnelled,
                 parallel=scenario.multifd_channels,
                 postcopy=scenario.postcopy,
                 bandwidth_bytes=scenario.bandwidth_bytes,
