@@ -17,7 +17,7 @@ from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.source_work import Work
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.switchover import Switchover
-from ebpf_mig.breakdown import Phase, PhaseName, Span, SwitchoverKind
+from ebpf_mig.breakdown import Phase, PhaseName, Span, SwitchoverKind, Transport
 from ebpf_mig.recording.events import SEND, Ioctl, Transfer
 
 PAGES_BYTES = 65536
@@ -136,7 +136,8 @@ def _aborted(
     resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
     resume = resuming[0].begin_ns if resuming else back
     labels = {label for _, _, label in work.intervals}
-    if source_work.SAVE in labels and not labels & {source_work.MEMORY, source_work.STATE}:
+    kept = traced.channels.transport in (Transport.FILE, Transport.PIPE) and not traced.channels.ends
+    if source_work.SAVE in labels and (kept or not labels & {source_work.MEMORY, source_work.STATE}):
         resume = last  # The state was saved without a receiver. The rest is the wait for the command to resume.
     managed = _managed(traced, found.stop, back, None, None)
     if managed and managed[-1].end >= last:

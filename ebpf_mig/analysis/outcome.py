@@ -20,6 +20,7 @@ from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.sockets import family_of
+from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import Result, SwitchoverKind, Transport
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import CLOSED, ENDED, FILE, FORWARDER, RECEIVE, SEND, Mark
@@ -31,9 +32,11 @@ _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": 
 SAVED_BYTES = 64 << 10
 """A saved state is larger than this."""
 LOCKED_NS = 100_000_000
-"""vCPUs outside KVM_RUN for less than this when a migration begins may wait for the VMM: QEMU sets it up under the lock
-that a vCPU needs for device access.
+"""A vCPU that is outside KVM_RUN for less than this when a migration begins, and was not kicked, may wait for the VMM:
+QEMU sets the migration up under the lock that a vCPU needs for device access.
 """
+KICKED_NS = 10_000_000
+"""A kick this close to the stop of a vCPU is the pause's."""
 
 
 def result(case: TracedMigration) -> Result:
@@ -82,11 +85,18 @@ def paused_before(case: TracedMigration) -> bool | None:
         return False  # a snapshot stops the guest by itself
     if not source.vcpus:
         return not source.states
-    since = began - LOCKED_NS
-    gaps = [line.covering(began) for line in source.vcpus.values()]
-    return all(
-        gap is not None and (gap.end is None or (gap.begin or case.material.header.begin_ns) <= since) for gap in gaps
-    )
+    return all(_was_paused(source, line, began, case.material.header.begin_ns) for line in source.vcpus.values())
+
+
+def _was_paused(source: Process, line: Timeline, at: int, since: int) -> bool:
+    """Whether a vCPU was out at that instant, and not only waiting for a lock. `since`: begin of the recording."""
+    gap = line.covering(at)
+    if gap is None:
+        return False
+    left = gap.begin or since
+    if gap.end is None or left <= at - LOCKED_NS:
+        return True
+    return any(left - KICKED_NS <= kick.at_ns <= left + KICKED_NS for kick in source.kicks_by_tid.get(line.tid, ()))
 
 
 def paused_after(case: TracedMigration) -> bool | None:

@@ -302,3 +302,9 @@ def test_a_way_that_leads_to_no_other_qemu_is_refused(tmp_path: Path) -> None:
         assert refused.returncode == 2 and uri in refused.stderr, refused.stderr
         assert "no URI through which one QEMU can reach another" in refused.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tunnel_needs_a_manager(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ebpf_mig", "demo", "--tunnelled"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert refused.returncode == 2 and "QEMU has no manager here" in refused.stderr and "libvirt" in refused.stderr

@@ -89,10 +89,12 @@ def test_a_snapshot_into_a_disk_is_saved_if_the_guest_runs_on() -> None:
 
 
 def test_a_guest_that_waits_for_the_lock_of_the_set_up_is_not_paused() -> None:
-    for left, paused in ((-105_000, False), (-300_000, True)):
+    for left, kicked, paused in ((-105_000, False, False), (-105_000, True, True), (-300_000, False, True)):
         script = Script()
         source = script.vm(1000, "source")
         source.socket(70, family=PIPE)
+        if kicked:
+            source.kick(left - 50, tid=3)
         source.entered(-900_000)
         source.interrupted(left, entered=-900_000)
         source.entered(-99_000, left=left)
@@ -101,3 +103,15 @@ def test_a_guest_that_waits_for_the_lock_of_the_set_up_is_not_paused() -> None:
         source.interrupted(0, entered=-99_000)
         source.gets(100)
         assert outcome(script).paused_before is paused
+
+
+def test_the_wait_for_cont_after_a_state_was_kept_is_part_of_resume() -> None:
+    for family, inode in ((FILE, PLACED | 7), (PIPE, 70)):
+        script = Script()
+        source = handing_over(script, family, inode)
+        source.entered(300_800)
+        script.ending = Ending(at(1_000_000), "logging-ended")
+        found = script.result()
+        assert found.breakdown.migration.result == "saved"
+        assert (found.phases["resume"], found.phases["state.send"]) == (300_000, 100)
+        assert "unattributed" not in found.phases and "handover" not in found.phases

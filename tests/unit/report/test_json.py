@@ -38,7 +38,7 @@ def test_names_and_order_of_the_schema() -> None:
                 "total_ns": None,
                 "paused_before": None,
                 "paused_after": None,
-                "through": [],
+                "through": None,
             },
             "window_ns": None,
             "blackout_ns": None,

@@ -85,6 +85,24 @@ def test_cancelled_before_the_vcpus_stopped() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("transport", "through", "expected"),
+    [
+        (
+            "pipe",
+            ["libvirtd 412", "libvirtd 530"],
+            "pre-copy over a pipe through libvirtd 412, libvirtd 530, cancelled",
+        ),
+        ("file", [], "pre-copy over a file, cancelled"),
+        ("unix", ["a\x1b[2J 5"], "pre-copy over unix through a\\x1b[2J 5, cancelled"),
+    ],
+)
+def test_what_carried_it_and_through_whom(transport: b.Transport, through: list[str], expected: str) -> None:
+    whole = breakdowns.cancelled_early()
+    facts = msgspec.structs.replace(whole.migration, transport=transport, through=through)
+    assert expected in " ".join(lines_of(msgspec.structs.replace(whole, migration=facts))[1:3])
+
+
 def test_failed_after_the_vcpus_stopped_and_in_ascii() -> None:
     assert lines_of(breakdowns.aborted(), unicode=False) == [
         "aborted blackout 12.000 ms",
