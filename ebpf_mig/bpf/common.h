@@ -31,6 +31,7 @@ enum kind {
 	KIND_SAMPLE = 10,
 	KIND_VCPU_SPAN = 11,
 	KIND_RETRANSMIT = 12,
+	KIND_EXEC = 13,
 	KIND_THREAD_TABLE = 15,		/* losses only: the table of threads was full */
 	KIND_MAX = 16,
 };
@@ -44,12 +45,14 @@ struct transfer_batch {
 	u64 begin_ns, end_ns;
 	s64 fd;
 	u64 file, socket, calls, bytes, in_call_ns, max_call_ns, failed, epoch, off_cpu_ns, off_before_ns;
+	u64 descriptors;
 };
 
 struct thread_state {
 	u64 tgid;
 	u64 nr, enter;				/* the tracked call in flight; nr is stored + 1, 0: none */
 	u64 a0, a1, a2;
+	u64 descriptors;			/* that the send in flight passes */
 	u64 slot, flags, addr, size;		/* from the argument of a memory ioctl */
 	u64 seen;				/* an entry was seen, so an exit without one is not KVM_RUN */
 	u64 vcpu_fd, run_enter_ns, run_exit_ns;
@@ -142,6 +145,7 @@ static __always_inline void begin_call(struct thread_state *s, u64 now, u64 nr, 
 	s->off_before = s->off_all;
 	s->a0 = a0;
 	s->a1 = a1;
+	s->descriptors = 0;
 	s->enter = now;
 }
 

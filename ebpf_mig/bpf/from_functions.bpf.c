@@ -225,6 +225,18 @@ int on_ring_was_reset(void *ctx)
 
 #if SOCKET_FUNCTIONS
 
+/* Number of descriptors that a send passes; `message` is a struct msghdr, whose control data the kernel has copied. */
+static __always_inline u64 passed_by_kernel(u64 message)
+{
+	u64 control = read_u64(message, OFF_msghdr_control), length = read_u64(message, OFF_msghdr_controllen);
+	struct control_header h = {};
+
+	if (!control || length < sizeof(h))
+		return 0;
+	bpf_probe_read_kernel(&h, sizeof(h), (const void *)control);
+	return descriptors_in(&h, length);
+}
+
 /* A send inside a KVM ioctl is made by the kernel itself, for example to fetch remote guest memory. */
 static __always_inline int transfer_entry(void *ctx, u32 how, u32 nr)
 {
@@ -239,6 +251,8 @@ static __always_inline int transfer_entry(void *ctx, u32 how, u32 nr)
 	if (s->nr)
 		forget_call(s);
 	begin_call(s, bpf_ktime_get_ns(), nr, first_argument(ctx, how), 0);
+	if (nr == NR_sendmsg)
+		s->descriptors = passed_by_kernel(context_word(ctx, how == FENTRY ? 8 : REG_SECOND_ARGUMENT));
 	return 0;
 }
 

@@ -37,6 +37,21 @@ static __always_inline int direction_of(u64 nr)
 	return -1;
 }
 
+/* Number of descriptors that sendmsg(2) passes; `message` points to a struct user_msghdr in user memory. */
+static __always_inline u64 passed(const void *message)
+{
+	struct control_header h = {};
+	struct {
+		u64 name, namelen, iov, iovlen, control, controllen;
+	} m = {};
+
+	bpf_probe_read_user(&m, sizeof(m), message);
+	if (!m.control || m.controllen < sizeof(h))
+		return 0;
+	bpf_probe_read_user(&h, sizeof(h), (const void *)m.control);
+	return descriptors_in(&h, m.controllen);
+}
+
 /*
  * splice moves bytes between two descriptors, at least one of which is a pipe. The other one counts, since the pipe is
  * an intermediate buffer; of two pipes the one that is written. Stores the descriptor in a0 and its direction in a1.
@@ -88,6 +103,8 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	else if (nr == NR_splice)
 		choose_end(&c);
 	begin_call(s, now, nr, c.a0, c.a1);
+	if (nr == NR_sendmsg)
+		s->descriptors = passed((const void *)c.a1);
 	return 0;
 }
 

@@ -23,6 +23,8 @@
 #define PLACED (1ULL << 61)			/* set in the key of a file or a named pipe: see carrier_of */
 #define FILE_LEAST_BYTES 512
 #define AF_UNIX 1
+#define SOL_SOCKET 1
+#define SCM_RIGHTS 1
 #define AF_INET 2
 #define AF_INET6 10
 
@@ -31,7 +33,7 @@ struct transfer_record {
 	s64 fd;
 	u64 direction, socket, calls, bytes, in_call_ns, max_call_ns, failed, position;
 	s64 off_cpu_ns, off_before_ns;			/* -1: unknown */
-	u64 hidden;
+	u64 hidden, descriptors;
 };
 struct socket_record {
 	u64 kind, at_ns, pid;
@@ -85,6 +87,20 @@ static __always_inline u64 inode_of(u64 sk)
 	u64 sock = read_u64(sk, OFF_sock_socket);
 
 	return sock ? read_u64(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino) : 0;
+}
+
+/* include/linux/socket.h; CMSG_DATA begins behind this header. */
+struct control_header {
+	u64 length;
+	u32 level, type;
+};
+
+/* Number of descriptors in the first control message of a send (SCM_RIGHTS); VMMs send no second one. */
+static __always_inline u64 descriptors_in(const struct control_header *h, u64 length)
+{
+	if (h->level != SOL_SOCKET || h->type != SCM_RIGHTS || h->length > length || h->length < sizeof(*h))
+		return 0;
+	return (h->length - sizeof(*h)) / 4;
 }
 
 /* Inode number of the other end of a UNIX socket, 0 if there is none. */
@@ -198,6 +214,7 @@ static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgi
 		r->off_cpu_ns = timed ? batch->off_cpu_ns : -1;
 		r->off_before_ns = timed ? batch->off_before_ns : -1;
 		r->hidden = way == UNTRACKED;
+		r->descriptors = way == UNTRACKED ? 0 : batch->descriptors;
 		events.ringbuf_submit(r, RB_NO_WAKEUP);
 	} else {
 		count(KIND_TRANSFER, true);
@@ -229,7 +246,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		batch->file = file;
 		batch->socket = socket;
 		batch->epoch = p->epoch;
-		batch->bytes = batch->in_call_ns = batch->max_call_ns = batch->off_cpu_ns = 0;
+		batch->bytes = batch->in_call_ns = batch->max_call_ns = batch->off_cpu_ns = batch->descriptors = 0;
 	}
 	if (ret <= 0) {
 		batch->failed++;
@@ -240,6 +257,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 	batch->bytes += ret;
 	batch->in_call_ns += took;
 	batch->off_cpu_ns += s->off_call;
+	batch->descriptors += s->descriptors;
 	if (took > batch->max_call_ns)
 		batch->max_call_ns = took;
 	if (detail) {

@@ -10,6 +10,7 @@
 #include "lock.bpf.c"
 #include "stack_sampler.bpf.c"
 #include "tcp.bpf.c"
+#include "exec.bpf.c"
 #if !KVM_FUNCTIONS || !SOCKET_FUNCTIONS
 #include "from_syscalls.bpf.c"
 #endif

@@ -2,8 +2,8 @@
 /*
  * The standing trigger of `watch` and `exporter`: detects activity of VMs that may be the start of a migration.
  *
- * It runs when a thread is created, when a TCP socket changes state and, where KVM's functions can be hooked, when a
- * memslot is set. It never runs on system calls, so a node without migrations has no other overhead.
+ * It runs when a thread is created, when a process calls execve(2), when a TCP socket changes state and, where KVM's
+ * functions can be hooked, when a memslot is set. It never runs on system calls, so a node without migrations has no other overhead.
  * In: `vms`, the processes known to own a KVM VM. Out: node records. Threads of other processes are reported, too,
  * but rarely: the vCPU threads of a new VM reveal it.
  */
@@ -29,6 +29,7 @@ enum sign {
 	SIGN_CONNECT = 3,
 	SIGN_ACCEPT = 4,
 	SIGN_LOGGING = 5,
+	SIGN_EXEC = 6,
 };
 
 struct node_record {
@@ -82,6 +83,16 @@ int on_newtask(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	unowned.update(&tgid, &now);
 	emit_sign(now, tgid, SIGN_PROCESS);
+	return 0;
+}
+
+/* sched_process_exec(task, pid of the thread before, bprm): a VMM replaces itself by another program. */
+int on_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+
+	if (vms.lookup(&tgid))
+		emit_sign(bpf_ktime_get_ns(), tgid, SIGN_EXEC);
 	return 0;
 }
 

@@ -34,6 +34,8 @@ EXTRAS = (
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
     Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
     Extra("retransmits", (("tcp_retransmit_skb", "on_tcp_retransmit_skb"),)),
+    Extra("exec", (("sched_process_exec", "on_process_exec"),)),
+    Extra("exec-begin", (("sched_prepare_exec", "on_prepare_exec"),)),
     HIDDEN_SENDS,
 )
 

@@ -50,6 +50,8 @@ OFFSETS = {
     "OFF_alloc_socket": ("socket_alloc", "socket"),
     "OFF_alloc_inode": ("socket_alloc", "vfs_inode"),
     "OFF_sock_socket": ("sock", "sk_socket"),
+    "OFF_msghdr_control": ("msghdr", "msg_control"),
+    "OFF_msghdr_controllen": ("msghdr", "msg_controllen"),
     "OFF_unix_peer": ("unix_sock", "peer"),
     "OFF_skc_family": ("sock_common", "skc_family"),
     "OFF_skc_daddr": ("sock_common", "skc_daddr"),

@@ -30,7 +30,7 @@ _TABLE_MEMBERS = (
     Layout("thread_state", "u64 tgid, vcpu_fd, run_enter_ns, run_exit_ns; s64 run_ret;"
            "u64 runs, in_ns, out_ns, max_gap_ns, counted"),
     Layout("transfer_batch", "u64 begin_ns, end_ns; s64 fd; u64 socket, calls, bytes, in_call_ns, max_call_ns, failed;"
-           "u64 off_cpu_ns, off_before_ns"),
+           "u64 off_cpu_ns, off_before_ns, descriptors"),
     Layout("stream", "u64 bytes[2]"),
     Layout("owner", "u64 pid"),
     Layout("process_state", "s64 running"),
@@ -175,6 +175,7 @@ def open_batches(tid: int, thread: Any, streams: Mapping[int, Any]) -> list[Tran
                 off_cpu_ns=batch.off_cpu_ns if timed else -1,
                 off_before_ns=batch.off_before_ns if timed else -1,
                 hidden=int(which == UNTRACKED),
+                descriptors=batch.descriptors if timed else 0,
             )
         )
     return batches

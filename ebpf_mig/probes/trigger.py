@@ -2,8 +2,8 @@
 """Watches a node's VMs for signs that a migration may begin, without overhead for system calls.
 
 In: the pids that own a KVM VM, added as they are found. Out: `Sign`s. New threads are seen by the tracepoint
-`task:task_newtask`, connections by `sock:inet_sock_set_state` (both exist since Linux 4.16 or earlier). Where a
-function of KVM can be hooked, the start of dirty logging is a sign, too.
+`task:task_newtask`, connections by `sock:inet_sock_set_state`, execve(2) by `sched:sched_process_exec` (all exist since
+Linux 4.16 or earlier). Where a function of KVM can be hooked, the start of dirty logging is a sign, too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO, Chooser
 from ebpf_mig.recording.layout import Layout
 
-KINDS = {1: "process", 2: "thread", 3: "connect", 4: "accept", 5: "logging"}
+KINDS = {1: "process", 2: "thread", 3: "connect", 4: "accept", 5: "logging", 6: "exec"}
 """`process`: a new thread in a process that is not known to own a VM. `logging`: dirty logging of a VM starts, in any
-process. The other signs come from known owners.
+process. `exec`: a known owner replaced itself by another program. The other signs come from known owners, too.
 """
 
-_HOOKS = (Hook(TRACEPOINT, "task_newtask", "on_newtask"), Hook(TRACEPOINT, "inet_sock_set_state", "on_state"))
+_HOOKS = (
+    Hook(TRACEPOINT, "task_newtask", "on_newtask"),
+    Hook(TRACEPOINT, "inet_sock_set_state", "on_state"),
+    Hook(TRACEPOINT, "sched_process_exec", "on_exec"),
+)
 SIGNS, LOGGING = "signs", "logging"
 """What the trigger relies on: new threads and TCP connections of a VM's process, which can be missed; or also the
 function in which KVM starts to log a VM's memory, which every migration calls.

@@ -94,6 +94,7 @@ _MOST = (1 << 63) - 1
 _LEFT_OUT = (Transfer, OffCpu)
 _way = attrgetter("pid", "tid", "socket", "direction", "hidden")
 _calls, _bytes, _failed = map(attrgetter, ("calls", "bytes", "failed"))
+_descriptors = attrgetter("descriptors")
 _end, _in_call, _max_call, _off_cpu = map(attrgetter, ("end_ns", "in_call_ns", "max_call_ns", "off_cpu_ns"))
 
 
@@ -159,6 +160,7 @@ def run_of(calls: list[Transfer]) -> Transfer:
         _total(_off_cpu, calls) if known else -1,
         first.off_before_ns,
         first.hidden,
+        _total(_descriptors, calls),
     )
 
 

@@ -19,6 +19,7 @@ from ebpf_mig.recording.fields import (
     Duration,
     Event,
     Fd,
+    Flag,
     FreeText,
     Instant,
     MaybeDuration,
@@ -66,6 +67,7 @@ __all__ = [
     "Direction",
     "Ending",
     "Event",
+    "Exec",
     "Header",
     "Ioctl",
     "Kick",
@@ -295,6 +297,22 @@ class CpuQuota(Event, frozen=True, tag=19):
     """Since the creation of the groups (`cpu.stat`: throttled_time, throttled_usec)."""
 
 
+class Exec(Event, frozen=True, tag=20):
+    """execve(2) of a traced process: the pid stays, the threads and the VM are new.
+
+    Source: sched:sched_process_exec and sched:sched_prepare_exec.
+    """
+
+    at_ns: Instant
+    """The new program begins."""
+    pid: Pid
+    begin_ns: Instant = 0
+    """The kernel begins to replace the old program: it ends the threads, frees the memory, closes descriptors; 0 if
+    unknown (Linux 6.9 and earlier)."""
+    had_vm: Flag = 0
+    """1: the process is known to have had a VM before. 0: only its earlier events tell."""
+
+
 RECURSION_MISSES = "recursion-misses"
 """Key in `Ending.lost`: how often the kernel skipped one of our programs, for any kind of event."""
 
@@ -336,4 +354,5 @@ AnyEvent = (
     | TcpInfo
     | OwnCost
     | CpuQuota
+    | Exec
 )

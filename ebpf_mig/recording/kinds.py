@@ -82,7 +82,7 @@ KINDS = (
         "transfer_record",
         "u64 kind, begin_ns, end_ns, pid, tid; s64 fd;"
         "u64 direction, socket, calls, bytes, in_call_ns, max_call_ns, failed, position;"
-        "s64 off_cpu_ns, off_before_ns; u64 hidden"))),
+        "s64 off_cpu_ns, off_before_ns; u64 hidden, descriptors"))),
     Kind(ev.Socket, "socket_events", Record(7, "socket", Layout(
         "socket_record",
         "u64 kind, at_ns, pid; s64 fd;"
@@ -106,6 +106,7 @@ KINDS = (
     Kind(ev.CpuQuota, "quotas"),
     Kind(ev.Retransmit, "retransmits", Record(12, "retransmit", Layout(
         "retransmit_record", "u64 kind, at_ns, pid, socket, bytes, seq, number"))),
+    Kind(ev.Exec, "execs", Record(13, "exec", Layout("exec_record", "u64 kind, at_ns, pid, begin_ns, had_vm"))),
 )  # fmt: skip
 
 THREAD_TABLE = (15, "thread-table")

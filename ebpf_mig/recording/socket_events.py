@@ -76,6 +76,8 @@ class Transfer(Event, frozen=True, tag=6):
     """1: sends that no traced system call made (io_uring, for example). sock:sock_send_length reports them when they
     end. So `begin_ns` is the end of the first send, `in_call_ns` is 0, and the durations are unknown.
     """
+    descriptors: Count = 0
+    """File descriptors that these sends passed to the other process (SCM_RIGHTS)."""
 
 
 AF_UNIX, AF_VSOCK = 1, 40

@@ -83,7 +83,7 @@ class Batch(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("calls", "bytes", "socket", "failed", "in_call_ns", "max_call_ns")),
-        *((name, ctypes.c_uint64) for name in ("begin_ns", "end_ns", "off_cpu_ns", "off_before_ns")),
+        *((name, ctypes.c_uint64) for name in ("begin_ns", "end_ns", "off_cpu_ns", "off_before_ns", "descriptors")),
         ("fd", ctypes.c_int64),
     ]
 
@@ -112,7 +112,7 @@ def thread(which: int, **values: int) -> Any:
     """Process 7's thread with one batch that is open; through words and back, as a process without bcc has it."""
     state = leaf_types.describe(Thread).ctype()(tgid=7)
     batch = {"begin_ns": 100, "end_ns": 200, "fd": -1, "socket": 80, "bytes": 4096, "in_call_ns": 50, "max_call_ns": 40}
-    for name, value in {**batch, "off_cpu_ns": 30, "off_before_ns": 20, **values}.items():
+    for name, value in {**batch, "off_cpu_ns": 30, "off_before_ns": 20, "descriptors": 4, **values}.items():
         setattr(state.batch[which], name, value)
     return state
 
@@ -122,7 +122,7 @@ def test_a_batch_that_goes_on(which: int, direction: int, position: int) -> None
     (transfer,) = open_batches(9, thread(which, calls=3, failed=1), STREAMS)
     hidden = which == UNTRACKED
     waits = (-1, -1) if hidden else (30, 20)
-    counts = (3, 4096, 50, 40, 1, position, *waits, int(hidden))
+    counts = (3, 4096, 50, 40, 1, position, *waits, int(hidden), 0 if hidden else 4)
     assert transfer == ev.Transfer(100, 200, 7, 9, -1, direction, 80, *counts)
 
 
