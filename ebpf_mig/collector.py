@@ -104,6 +104,8 @@ def analyse(recording: Recording) -> Analysis:
 
 
 def _mode(traced: TracedMigration) -> Mode:
+    if traced.live_update:
+        return Mode.CPR
     if traced.source is None:
         return Mode.UNKNOWN
     if traced.postcopy:
@@ -320,7 +322,7 @@ def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         notes.append(
             "sends in the blackout were recorded as one batch: the boundary between memory and state is estimated"
         )
-    if traced.bursts and traced.material.traced("brownout") and not _vcpus_accounted(traced):
+    if traced.bursts and traced.material.traced("brownout") and not (_vcpus_accounted(traced) or traced.live_update):
         notes.append("the recording has no vCPU times outside KVM_RUN: the brownout is unknown")
     notes += _unseen_sends(traced)
     notes += _spinning(traced)

@@ -47,7 +47,8 @@ def completeness(
     for signal, tier in sorted(material.header.attach.items()):
         if tier.startswith("absent") and signal in ESSENTIAL:
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
-    if source is not None and window is not None and not sends:
+    inherited = destination is not None and destination.born is not None  # the state may lie in memory, or in a file
+    if source is not None and window is not None and not sends and not inherited:
         bounds.append(_NO_CARRIER)
     observer = ending.observer_ns if ending else {}
     least, most = _cost(material, window)

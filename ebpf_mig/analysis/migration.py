@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ebpf_mig.analysis import carrier, dirty_log, roles
+from ebpf_mig.analysis import carrier, dirty_log, live_update, roles
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.process import Material, Process, begun, key_of
 from ebpf_mig.analysis.sockets import Channels
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
-from ebpf_mig.breakdown import PHASES, PhaseName, Side, SwitchoverKind
+from ebpf_mig.breakdown import PHASES, PhaseName, Side, SwitchoverKind, Transport
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
@@ -59,6 +59,8 @@ class TracedMigration:
     """The source's sends for the migration since it began."""
     reported_postcopy: bool = False
     """Whether the VMM reported that it switched to postcopy."""
+    live_update: bool = False
+    """A new program on the same host keeps the memory (CPR)."""
 
     @property
     def since(self) -> int:
@@ -155,24 +157,34 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     source, destination, notes = roles.assign(material.processes.values())
     if source is None:
         channels = carrier.choose(None, destination, 0, frozenset())
-        return TracedMigration(material, None, destination, notes, None, channels, None, [], [], [])
+        replaced = destination is not None and destination.born is not None
+        return TracedMigration(
+            material, None, destination, notes, None, channels, None, [], [], [], live_update=replaced
+        )
     channels = carrier.choose(source, destination, 0, source.fetchers)
     transfers = _on(channels.source, source)
     sends = _sends(transfers, material.header.begin_ns)
     stop_marks = [m.at_ns for m in material.marks if m.name in names.stopped and m.pid == source.pid]
     triggers = [m.at_ns for m in material.marks if m.name == "session.trigger"]
     last = dirty_log.switched_on(source, None)
+    found = switchovers.find(source, destination, sends, stop_marks)
+    updated = live_update.took_place(source, destination, found, last, sends)
     paused = switchovers.paused(source, last if last is not None else max(triggers, default=None), sends)
-    found = switchovers.find(source, destination, sends, stop_marks, paused)
+    if paused is not None and not updated:
+        found = switchovers.find(source, destination, sends, stop_marks, paused)
     stop = found.stop if found else None
     on = dirty_log.switched_on(source, stop)
     began = on if on is not None else max([at for at in triggers if stop is None or at < stop], default=None)
+    if updated and found is not None:
+        began = found.requested
     if began is not None:
         first, channels = channels, carrier.choose(source, destination, began, source.fetchers)
         transfers = transfers if channels.source == first.source else _on(channels.source, source)
         sends = _sends(transfers, began)
+    if destination is not None and destination.born is not None and not channels.source:
+        channels = Channels(transport=Transport.NONE)
     reported = any(m.name in names.postcopy for m in material.marks)
     bursts = dirty_log.bursts(source, began if began is not None else 0, stop, sends)
     return TracedMigration(
-        material, source, destination, notes, began, channels, found, bursts, transfers, sends, reported
+        material, source, destination, notes, began, channels, found, bursts, transfers, sends, reported, updated
     )

@@ -44,6 +44,8 @@ def result(case: TracedMigration) -> Result:
     found = case.switchover
     if found is not None and found.kind == SwitchoverKind.COMPLETED:
         return Result.COMPLETED
+    if _replaced_in_vain(case):
+        return Result.FAILED
     reported = _reported(case)
     if found is not None and found.kind == SwitchoverKind.ABORTED:
         if reported in (Result.FAILED, Result.CANCELLED):
@@ -136,7 +138,9 @@ def _started(destination: Process | None) -> bool:
 def booted(case: TracedMigration) -> bool:
     """Whether the process that was traced alone ran a guest whose state did not come in over a connection."""
     alone = case.destination if case.source is None else None
-    return _started(alone) and alone is not None and not (alone.was_loaded or case.material.absent("socket"))
+    if alone is None or alone.born is not None or not _started(alone):
+        return False
+    return not (alone.was_loaded or case.material.absent("socket"))
 
 
 def _reported(case: TracedMigration) -> Result | None:
@@ -210,6 +214,16 @@ def _into_files(case: TracedMigration, source: Process) -> int:
         for t in transfers
         if found.stop <= t.begin_ns < found.first_start
     )
+
+
+def _replaced_in_vain(case: TracedMigration) -> bool:
+    """The process called execve(2) and ended before its new program ran the guest."""
+    source, ending = case.source, case.material.ending
+    of_source = [p for p in case.material.processes.values() if source is not None and p.pid == source.pid]
+    if not any(process.execs for process in of_source) or any(_started(p) for p in of_source if p is not source):
+        return False
+    gone = any(mark.name == ENDED and mark.pid == of_source[0].pid for mark in case.material.marks)
+    return gone or (ending is not None and ending.reason == "target-died")
 
 
 def _died_running(case: TracedMigration) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ebpf_mig.analysis import vcpu
+from ebpf_mig.analysis import incarnations, vcpu
 from ebpf_mig.analysis.reception import Reception
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import Side
@@ -66,6 +66,9 @@ class Process:
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
     quotas: list[ev.CpuQuota] = field(default_factory=list)
+    execs: list[ev.Exec] = field(default_factory=list)
+    born: ev.Exec | None = None
+    """The execve(2) with which it replaced another process of the same pid that had a VM, too."""
 
     @property
     def hint(self) -> str:
@@ -229,6 +232,7 @@ class Material:
 
     header: ev.Header
     processes: dict[int, Process]
+    """By pid. One that called execve(2) and then has another VM is two: the later one has a key that is no pid."""
     marks: list[ev.Mark]
     ending: ev.Ending | None
     costs: list[ev.OwnCost]
@@ -247,6 +251,8 @@ class Material:
 
 
 _key = msgspec.structs.astuple
+_NO_PID = 1 << 34
+"""Added to a pid to make a key. No kernel assigns such a number, and joining makes none (`joining.merge`)."""
 
 
 def split(recording: Recording) -> Material:
@@ -265,7 +271,11 @@ def split(recording: Recording) -> Material:
             streams[pid][kind.stream] = _in_order(kind.event, _repaired(kind.event, found))
     targets = {target.pid: target for target in reversed(recording.header.targets)}
     pids = sorted(targets.keys() | streams.keys())
-    processes = {pid: Process(pid, targets.get(pid), **streams.get(pid, {})) for pid in pids}
+    processes = {
+        pid + number * _NO_PID: Process(pid, targets.get(pid), **found, born=born)
+        for pid in pids
+        for number, (found, born) in enumerate(incarnations.split(streams.get(pid, {})))
+    }
     marks: list[ev.Mark] = by_kind[ev.Mark]
     endings: list[ev.Ending] = by_kind[ev.Ending]
     costs: list[ev.OwnCost] = by_kind[ev.OwnCost]

@@ -19,20 +19,20 @@ from ebpf_mig.linux import kvm
 
 def assign(processes: Collection[Process]) -> tuple[Process | None, Process | None, list[str]]:
     """(source, destination, notes)."""
-    scores = {process.pid: (_as_source(process), _as_destination(process)) for process in processes}
+    scores = {id(process): (_as_source(process), _as_destination(process)) for process in processes}
 
     def leaning(process: Process) -> tuple[int, int, int]:
         """Sort key: the process most like a source comes first. Of equals, the one that ran first does."""
-        own = scores[process.pid]
+        own = scores[id(process)]
         return own[1] - own[0], _first(process), process.pid
 
     ranked = sorted(processes, key=leaning)
-    source = next((p for p in ranked if scores[p.pid][0] > 0), None)
-    destination = next((p for p in reversed(ranked) if p is not source and scores[p.pid][1] > 0), None)
-    if source is not None and destination is None and _leans_away(source, scores[source.pid]):
+    source = next((p for p in ranked if scores[id(p)][0] > 0), None)
+    destination = next((p for p in reversed(ranked) if p is not source and scores[id(p)][1] > 0), None)
+    if source is not None and destination is None and _leans_away(source, scores[id(source)]):
         # There is only one side. No role is better than a wrong one.
         alone, source = source, None
-        destination = alone if scores[alone.pid][1] > scores[alone.pid][0] else None
+        destination = alone if scores[id(alone)][1] > scores[id(alone)][0] else None
     notes = [
         f"process {process.pid} was given as the {process.hint}, but behaved as the {role}"
         for process, role in ((source, Side.SOURCE), (destination, Side.DESTINATION))
@@ -60,7 +60,11 @@ def _as_destination(process: Process) -> int:
     restored = any(
         kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET and (first is None or i.begin_ns < first) for i in process.ioctls
     )
-    return 4 * (fresh and restored) + (fresh and first is not None) + 2 * (process.hint == Side.DESTINATION)
+    return (
+        4 * (fresh and (restored or process.born is not None))
+        + (fresh and first is not None)
+        + 2 * (process.hint == Side.DESTINATION)
+    )
 
 
 def _fetches_for_migration(process: Process) -> bool:

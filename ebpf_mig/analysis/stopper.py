@@ -10,8 +10,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.process import Process, begun
 from ebpf_mig.analysis.vcpu import Timeline
+from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Kick
 
 
@@ -62,13 +63,20 @@ def find(source: Process, stop: int, workers: Workers) -> Stopper:
 
 
 def _in_gap(source: Process, line: Timeline, stop: int) -> Sequence[Kick]:
-    """The kicks after which the vCPU did not re-enter before `stop`, in order."""
+    """The kicks after which the vCPU did not re-enter before `stop`, in order.
+
+    Without those after the guest's clock was read, if there are others: the vCPUs have stopped by then, and kicks only
+    bring them to a task, such as reading their registers.
+    """
     gap = line.covering(stop)
     if gap is None:
         return ()
     kicks = source.kicks_by_tid.get(line.tid, [])
     begin = bisect_left(kicks, gap.entry or 0, key=_at)
-    return kicks[begin:] if gap.end is None else kicks[begin : bisect_left(kicks, gap.end, lo=begin, key=_at)]
+    end = len(kicks) if gap.end is None else bisect_left(kicks, gap.end, lo=begin, key=_at)
+    read = next((i.begin_ns for i in begun(source.ioctls, stop) if kvm.name_of(i.cmd) == "GET_CLOCK"), None)
+    before = end if read is None else bisect_left(kicks, read, lo=begin, hi=end, key=_at)
+    return kicks[begin:before] or kicks[begin:end]
 
 
 def _at(kick: Kick) -> int:

@@ -89,6 +89,9 @@ class Mode(StrEnum):
     """Also after the guest's start on the destination."""
     LOCAL = "local"
     """Never: both processes share it."""
+    CPR = "cpr"
+    """Never: a live update (CPR). A new program on the same host takes over the memory of a guest that was stopped
+    before the migration began."""
     UNKNOWN = "unknown"
     """The recording does not say."""
 

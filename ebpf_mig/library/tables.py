@@ -200,13 +200,19 @@ def waits(analysis: Analysis) -> Table:
 
 
 def _processes(analysis: Analysis) -> list[tuple[Side, Process]]:
-    sides = _sides(analysis)
-    return [(sides.get(pid, Side.UNKNOWN), process) for pid, process in analysis.traced.material.processes.items()]
+    known = {id(process): side for process, side in _sides(analysis)}
+    return [(known.get(id(process), Side.UNKNOWN), process) for process in analysis.traced.material.processes.values()]
 
 
-def _sides(analysis: Analysis) -> dict[int, Side]:
+def _sides(analysis: Analysis) -> list[tuple[Process, Side]]:
     known = ((analysis.traced.source, Side.SOURCE), (analysis.traced.destination, Side.DESTINATION))
-    return {process.pid: side for process, side in known if process is not None}
+    return [(process, side) for process, side in known if process is not None]
+
+
+def _side_at(sides: Sequence[tuple[Process, Side]], pid: int, at_ns: int) -> Side:
+    """The side of a process; after an execve(2) it can be the other one."""
+    of_pid = [(process.born.at_ns if process.born else 0, side) for process, side in sides if process.pid == pid]
+    return max(((since, side) for since, side in of_pid if since <= at_ns), default=(0, Side.UNKNOWN))[1]
 
 
 def _times(begin: int, end: int, origin: int) -> Row:
@@ -267,7 +273,8 @@ class Events(Table):
             fields = self._fields(BY_TYPE[type(event)], event)
             instants = [fields.pop(name) for name in BY_TYPE[type(event)].instants]
             pid = fields.pop("pid", None)
-            side = self._sides.get(pid, Side.UNKNOWN).value if isinstance(pid, int) else None
+            begun = next((at for name in BY_TYPE[type(event)].instants if (at := getattr(event, name))), 0)
+            side = _side_at(self._sides, pid, begun).value if isinstance(pid, int) else None
             own: Row = {"kind": type(event).__name__, "side": side, "pid": pid, "tid": fields.pop("tid", None)}
             rows.append(
                 own

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from ebpf_mig.analysis.lanes import Lane, Slice, View, apart
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.breakdown import Breakdown, Side
 from ebpf_mig.recording.events import Header
 from ebpf_mig.text import printable
 
@@ -72,18 +72,18 @@ class _Writer:
     def packets(self, breakdown: Breakdown) -> Iterator[bytes]:
         yield from self._clock()
         yield from self._migration(breakdown)
-        parents: dict[int, int] = {}
+        parents: dict[tuple[Side, int], int] = {}
         for side, pid in dict.fromkeys((lane.side, lane.pid) for lane in self._view.lanes):
-            parents[pid] = self._uuid()
+            parents[side, pid] = self._uuid()
             target = next((t for t in self._header.targets if t.pid == pid), None)
             name = f"{side} {target.comm or target.vmm if target else ''}".rstrip()
-            yield self._track(parents[pid], chunk(3, number(1, pid) + text(6, name)) + number(11, _EXPLICIT))
+            yield self._track(parents[side, pid], chunk(3, number(1, pid) + text(6, name)) + number(11, _EXPLICIT))
         threads: dict[tuple[int, int], int] = {}
         for rank, lane in enumerate(self._view.lanes):
-            yield from self._lane(lane, parents[lane.pid], threads, rank)
+            yield from self._lane(lane, parents[lane.side, lane.pid], threads, rank)
         for counter in self._view.counters:
             uuid = self._uuid()
-            about = number(5, parents[counter.pid]) + text(2, counter.name) + chunk(8, number(3, _BYTES))
+            about = number(5, parents[counter.side, counter.pid]) + text(2, counter.name) + chunk(8, number(3, _BYTES))
             yield self._track(uuid, about)
             for at, value in counter.points:
                 yield self._event(at, number(9, _COUNTER) + number(11, uuid) + number(30, value))

@@ -141,9 +141,7 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     facts = breakdown.migration
     known = " ".join(name for name in (facts.vmm, facts.vmm_version) if name and name != "unknown")
     vmm = printable(known) or "unknown VMM"
-    mode = {Mode.PRECOPY: "pre-copy", Mode.POSTCOPY: "post-copy", Mode.UNKNOWN: "unknown mode"}.get(
-        facts.mode, facts.mode
-    )
+    mode = _MODES.get(facts.mode, facts.mode)
     carrier = {Transport.PIPE: "a pipe", Transport.FILE: "a file"}.get(facts.transport, printable(facts.transport))
     way = "" if facts.transport == Transport.NONE else f" over {carrier}"
     if facts.transport == Transport.UNKNOWN:
@@ -160,6 +158,14 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     yield Row(Text.assemble(f"{vmm}, {printable(mode)}{way}, ", (printable(result), style), after))
     ends = [_endpoint("source", facts.source), _endpoint("destination", facts.destination)]
     yield Row(Text(" -> ".join(ends)))
+
+
+_MODES = {
+    Mode.PRECOPY: "pre-copy",
+    Mode.POSTCOPY: "post-copy",
+    Mode.CPR: "live update (cpr)",
+    Mode.UNKNOWN: "unknown mode",
+}
 
 
 def _endpoint(side: str, end: Endpoint | None) -> str:
