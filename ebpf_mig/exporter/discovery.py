@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebpf_mig.linux import procfs
-from ebpf_mig.vmm import vmm_named
+from ebpf_mig.vmm import adapter, vmm_named
 from ebpf_mig.vmm.processes import name_in
 
 BUSY_TICKS = 5
@@ -27,6 +27,8 @@ class Vm:
     """qemu, cloud-hypervisor, firecracker or unknown; guessed from the process's name."""
     name: str
     """From its command line; tenants may choose it. Empty if there is none."""
+    awaits_update: bool = False
+    """It waits to take over the VM of another process (CPR), and has none of its own yet."""
 
 
 def find_vms() -> dict[int, Vm]:
@@ -36,11 +38,14 @@ def find_vms() -> dict[int, Vm]:
 
 
 def vm_of(pid: int) -> Vm | None:
-    """The VM that the process owns, or None."""
-    if not procfs.holds_vm(pid):
+    """The VM that the process owns, or waits to take over; or None."""
+    owns, vmm = procfs.holds_vm(pid), vmm_named(procfs.comm(pid))
+    if not owns and not vmm:
         return None
-    comm, arguments, started = procfs.comm(pid), procfs.command_line(pid), procfs.start_time(pid)
-    return None if started is None else Vm(pid, started, vmm_named(comm) or "unknown", name_in(arguments))
+    arguments, started = procfs.command_line(pid), procfs.start_time(pid)
+    if started is None or not (owns or adapter(vmm).awaits_live_update(arguments)):
+        return None
+    return Vm(pid, started, vmm or "unknown", name_in(arguments), awaits_update=not owns)
 
 
 def is_fresh(pid: int) -> bool:

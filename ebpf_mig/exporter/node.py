@@ -32,7 +32,7 @@ from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
-from ebpf_mig.recording.events import AnyEvent, Ending, Target
+from ebpf_mig.recording.events import AnyEvent, Ending, Exec, Target
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.session import header_for
 from ebpf_mig.tracing.witness import Witness
@@ -51,7 +51,11 @@ VMS = 4096
 """VMs watched at a time: the size of the standing probe's table."""
 TRACED, RESERVED = 256, 64
 """VMs traced at a time, the size of the costly probes' table. `RESERVED` of them are for signs in `PLAIN` only."""
-PLAIN = frozenset({"logging", "connect", "accept"})
+PLAIN = frozenset({"logging", "connect", "accept", "exec", "update"})
+UPDATE_NS = 30_000_000_000
+"""How long a VM is traced after a process appeared that waits to take it over: its guest stops at once then."""
+UPDATED = 16
+"""If no VM has the name of that process, so many of the same VMM are traced."""
 CHECKS = 8192
 """Pending checks of new processes."""
 
@@ -203,6 +207,8 @@ class NodeWatch:
         elif sign.pid in self._vms:
             known = sign.pid in self._tracks
             self._suspect(sign.pid, sign.kind)
+            if sign.kind == "exec" and not known:  # it came before the costly probes
+                self._tracks.saw([Exec(sign.at_ns, sign.pid, had_vm=1)], clock.monotonic_ns())
             if not known and sign.pid in self._tracks:
                 delay = (clock.monotonic_ns() - sign.at_ns) / 1e9
                 self._delays[bisect.bisect_left(DELAYS_S, delay)] += 1
@@ -261,6 +267,18 @@ class NodeWatch:
         for port in listening_ports(vm.pid):
             self._probe.listens(vm.pid, port)
         self._suspect(vm.pid, "born" if new else "start")
+        if vm.awaits_update:
+            self._expect_update(vm)
+
+    def _expect_update(self, vm: Vm) -> None:
+        """Traces the VM that the process `vm` waits to take over, found by its name: the guest stops first."""
+        running = [known.vm for pid, known in self._vms.items() if pid != vm.pid and not known.vm.awaits_update]
+        named = [other for other in running if other.name and other.name == vm.name]
+        others = [other for other in running if other.vmm == vm.vmm]
+        until_ns = clock.monotonic_ns() + UPDATE_NS
+        for one in [vm, *(named or others[:UPDATED])]:
+            self._begin(one.pid, "update")
+            self._tracks.extend(one.pid, until_ns)
 
     def _suspect(self, pid: int, kind: str) -> None:
         """Traces a VM that showed a sign, and the VMs that may be its destination."""

@@ -49,10 +49,10 @@ class Track:
 
     @property
     def proven(self) -> bool:
-        """Whether this is a migration: RAM is logged, or a VM was loaded and then ran."""
+        """Whether this is a migration: RAM is logged, or a VM was loaded or replaced itself, and then ran."""
         if self.logging or self.between_vms:
             return True
-        return bool(self.fresh & self.watch.arrived)
+        return bool((self.fresh | self.watch.executed) & self.watch.arrived)
 
     @property
     def between_vms(self) -> bool:

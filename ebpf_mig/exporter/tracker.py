@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig.exporter.track import Track, found_out, has_run, switches_on, take_ioctl, take_transfer
-from ebpf_mig.recording.events import PIPE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
@@ -82,6 +82,11 @@ class Tracks:
             self._by_pid[pid] = self._new(pid, trigger, now_ns, fresh=fresh)
         else:
             track.until_ns = max(track.until_ns, now_ns + PROBATION_NS)
+
+    def extend(self, pid: int, until_ns: int) -> None:
+        """Keeps `pid` on probation until then, if it is traced."""
+        if pid in self._by_pid:
+            self._by_pid[pid].until_ns = max(self._by_pid[pid].until_ns, until_ns)
 
     def _new(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> Track:
         news, witness = {pid} if fresh else set(), self._witness([pid]) if self._witness else None
@@ -197,6 +202,10 @@ class Tracks:
                 track.handed.pop(event.pid, None)
             elif isinstance(event, VcpuExit):
                 track.stopped.add(event.pid)
+            elif isinstance(event, Exec):
+                track.last_ns = now_ns
+                for pids in (track.restored, track.ran, track.stopped, track.saved):
+                    pids.discard(event.pid)
             elif isinstance(event, Transfer) and not track.watch.is_of_a_file(event):
                 burst += event.bytes
                 take_transfer(track, event)

@@ -18,7 +18,19 @@ from collections.abc import Iterable, Sequence
 
 from ebpf_mig.analysis.reception import Reception
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AF_UNIX, FILE, PIPE, SEND, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import (
+    AF_UNIX,
+    FILE,
+    PIPE,
+    SEND,
+    AnyEvent,
+    Exec,
+    Ioctl,
+    Socket,
+    Transfer,
+    VcpuEnter,
+    VcpuExit,
+)  # fmt: skip
 
 QUIET_NS = 300_000_000
 """A migration is over only this long after its last activity. The destination starts after the source is done, and its
@@ -54,6 +66,8 @@ class MigrationWatch:
         self._stopped_at: dict[int, int] = {}
         self._ran: set[int] = set()
         self._started: dict[int, int] = {}
+        self._executed: set[int] = set()
+        """Processes that called execve(2), and are their own destination."""
         self._paused: set[int] = set()
         """Sources whose guest did not run when their migration began."""
         self._sent: dict[int, Counter[int]] = {}
@@ -94,6 +108,8 @@ class MigrationWatch:
                 self._moved_ns = max(self._moved_ns, event.end_ns)
             elif isinstance(event, Socket):
                 self._told[event.pid, event.socket] = event
+            elif isinstance(event, Exec):
+                self._replaced(event)
 
     def missed_beginning(self, pid: int) -> None:
         """`pid` is a source: it fetches dirty logs, but tracing began after logging was switched on."""
@@ -134,6 +150,11 @@ class MigrationWatch:
         return {pid: socket for pid in stopped if (socket := self._busiest(pid))}
 
     @property
+    def executed(self) -> frozenset[int]:
+        """The processes that replaced themselves by another program."""
+        return frozenset(self._executed)
+
+    @property
     def arrived(self) -> frozenset[int]:
         """The destinations whose guest has run."""
         return frozenset(pid for pid in self._started if self._took_over(pid))
@@ -142,7 +163,7 @@ class MigrationWatch:
         """Whether its vCPUs have the state of a guest that ran elsewhere."""
         if pid not in self._loaded or pid in self._fetched:
             return False
-        return self._source_stopped() or self._receptions[pid].loaded
+        return self._source_stopped() or pid in self._executed or self._receptions[pid].loaded
 
     def passed(self, pid: int) -> str | None:
         """Why the migration of `pid` is over, now that `pid` begins another one; None if it is not over.
@@ -158,7 +179,7 @@ class MigrationWatch:
     @property
     def under_way(self) -> bool:
         """Whether a source has begun to migrate and no end was seen."""
-        return bool(self._fetched) and not self._unlogged_at and not self.arrived
+        return bool(self._fetched or self._executed) and not self._unlogged_at and not self.arrived
 
     def verdict(self, now_ns: int, alive: Sequence[int]) -> str | None:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
@@ -194,6 +215,20 @@ class MigrationWatch:
             known.pop(event.pid, None)
         if first and event.pid in self._loaded and event.pid not in self._fetched:
             self._started[event.pid] = event.at_ns
+
+    def _replaced(self, event: Exec) -> None:
+        """The process continues with another program: nothing that was known of its VM holds any more."""
+        for pids in (self._fetched, self._missed, self._loaded, self._ran, self._paused):
+            pids.discard(event.pid)
+        for known in (self._stopped_at, self._started, self._sent_at, self._answered_at, self._closed_at):
+            known.pop(event.pid, None)
+        self._sent.pop(event.pid, None)
+        self._receptions.pop(event.pid, None)
+        self._logged = {(pid, slot) for pid, slot in self._logged if pid != event.pid}
+        self._unlogged = {(pid, slot) for pid, slot in self._unlogged if pid != event.pid}
+        self._unlogged_at = 0
+        self._executed.add(event.pid)
+        self._last_ns = max(self._last_ns, event.at_ns)
 
     def _ioctl(self, event: Ioctl) -> None:
         if not self._runs_again(event.pid):

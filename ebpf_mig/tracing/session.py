@@ -74,7 +74,9 @@ def require_kvm(targets: Sequence[Target]) -> None:
             continue  # no permission to look
         comm = procfs.comm(target.pid)
         vmm = vmm_named(comm)
-        if not procfs.holds_kvm(target.pid) and (not vmm or adapter(vmm).vm_from_start):
+        if procfs.holds_kvm(target.pid):
+            continue
+        if not vmm or not adapter(vmm).awaits_vm(procfs.command_line(target.pid)):
             raise UsageError(
                 f"process {target.pid} ({printable(comm)}) has no KVM VM",
                 "check the pid of the VMM, e.g. with pgrep; a guest without KVM (TCG) cannot be traced",

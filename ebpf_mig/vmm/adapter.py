@@ -84,8 +84,6 @@ class Adapter:
     examples: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Command lines for the help, by command: `migrate`, `demo`, `record`."""
     timeout_help = "Cancel the migration after this."
-    vm_from_start = False
-    """Whether each of its processes has a KVM VM from the start. Other VMMs create the VM on request."""
     has_lab = False
     """Whether `lab` works."""
     hands_over = False
@@ -119,6 +117,14 @@ class Adapter:
         `local`: hand the memory over. `link`: put each VM in its side's network. UsageError if the VMM cannot do this.
         """
         raise UsageError(f"there is no lab for {self.title}")
+
+    def awaits_vm(self, arguments: Sequence[str]) -> bool:
+        """Whether a process with this command line may have no KVM VM yet. Most VMMs create it on request."""
+        return True
+
+    def awaits_live_update(self, arguments: Sequence[str]) -> bool:
+        """Whether a process with this command line waits to take over the VM of another process on this host."""
+        return False
 
     def checks(self) -> Iterable[Check]:
         """The checks of `doctor` for this VMM."""

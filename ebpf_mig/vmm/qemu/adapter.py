@@ -7,9 +7,11 @@ In: values of the command line. Out: `ADAPTER`. The QMP client is imported only 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ebpf_mig.errors import UsageError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ebpf_mig.vmm.witness import VmmWitness
 
 DEFAULT_BINARY = "qemu-system-x86_64"
+_CPR_CHANNEL = re.compile(r"channel-type[\"']?\s*[:=]\s*[\"']?cpr\b")
 _SCHEMES = ("tcp", "unix", "vsock", "rdma")
 """Transports whose URI means the same to both ends. `exec:` and `file:` have no other end, `fd:` has two."""
 
@@ -55,7 +58,6 @@ class QemuAdapter(Adapter):
     }
     epilog = """The destination is a QEMU started like the source, plus -incoming defer. Each
 needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
-    vm_from_start = True
     has_lab = True
 
     @property
@@ -99,6 +101,15 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
             migration = QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())
             with contextlib.closing(migration):
                 yield migration, []
+
+    def awaits_vm(self, arguments: Sequence[str]) -> bool:
+        """QEMU has its VM from the start, unless it waits for the descriptors of its memory."""
+        return self.awaits_live_update(arguments)
+
+    def awaits_live_update(self, arguments: Sequence[str]) -> bool:
+        """A destination of mode cpr-transfer has an incoming channel of type `cpr` (docs/devel/migration/CPR.rst)."""
+        incoming = (value for option, value in itertools.pairwise(arguments) if option.lstrip("-") == "incoming")
+        return any(_CPR_CHANNEL.search(value) for value in incoming)
 
     def checks(self) -> Iterator[Check]:
         """Which QEMU the lab would use."""

@@ -12,7 +12,7 @@ from ebpf_mig.exporter import tracker as module
 from ebpf_mig.exporter.tracker import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, Ended, Tracks
 from ebpf_mig.linux import kvm
 from ebpf_mig.linux.procfs import PLACED
-from ebpf_mig.recording.events import FILE, PIPE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import FILE, PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.tracing.lifecycle import QUIET_NS
 
@@ -309,3 +309,19 @@ def test_every_kind_of_event_of_a_process_is_kept() -> None:
     tracks.saw(seen, MS)
     (kept,) = [e for e in tracks.abandon() if SOURCE in e.pids]
     assert kept.events == seen
+
+
+def test_a_vm_that_replaced_itself_was_updated_though_its_stop_was_missed() -> None:
+    """cpr-exec is over in milliseconds: the costly probes are attached once the new program starts."""
+    tracks = begun(fresh=(), pids=(SOURCE,))
+    tracks.saw([Exec(10, SOURCE, had_vm=1)], 10)
+    tracks.saw([restore(SOURCE, 20), run(SOURCE, 30)], 40)
+    (found,) = ended(tracks, 40 + 10**10)
+    assert (found.pids, found.reason) == ((SOURCE,), "migrated")
+
+
+def test_a_vm_may_be_kept_on_probation_for_longer() -> None:
+    tracks = begun(fresh=(), pids=(SOURCE,))
+    tracks.extend(SOURCE, 10**10)
+    assert ended(tracks, 10**10 - 1) == []
+    assert [found.reason for found in ended(tracks, 10**10)] == ["nothing"]

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import AF_UNIX, FILE, PIPE, AnyEvent, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import (
+    AF_UNIX, FILE, PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit,
+)  # fmt: skip
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, STOPPED_NS, MigrationWatch
 
 SRC, DST = 10, 20
@@ -179,3 +181,12 @@ def test_opaque_is_what_leads_out_of_the_traced_processes() -> None:
     assert watch.opaque == pipe + unix
     watch.saw([Socket(2, DST, 9, 81, AF_UNIX, "", "", 71), Socket(2, DST, 9, 70, PIPE, "", "")])
     assert watch.opaque == [], "the other process has the other ends"
+
+
+def test_a_source_that_replaces_itself_is_its_own_destination() -> None:
+    """cpr-exec: the new program's slots have no logging, and its first entry is a start, not a return."""
+    handed = [logging(1, True), fetch(2 * MS), Exec(3 * MS, SRC, 3 * MS - 5)]
+    assert verdict([stop(1), *handed, logging(4 * MS, False)], 60_000 * MS, (SRC,)) is None
+    events = [stop(1), *handed, logging(4 * MS, False), *start(9 * MS, SRC)]
+    assert verdict(events, 9 * MS + QUIET_NS - 1, (SRC,)) is None
+    assert verdict(events, 9 * MS + QUIET_NS, (SRC,)) == "migrated"

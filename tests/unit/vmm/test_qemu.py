@@ -23,6 +23,7 @@ from ebpf_mig.recording.events import Mark
 from ebpf_mig.vmm.base import Outcome, mark
 from ebpf_mig.vmm.qemu import endpoint, monitor
 from ebpf_mig.vmm.qemu import migration as adapter
+from ebpf_mig.vmm.qemu.adapter import ADAPTER
 from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 from tests.conftest import requires
 from tests.unit.vmm.qmp_server import GREETING, Connection, Reply, Talk, qemu, refusal, replies, serve
@@ -539,3 +540,20 @@ def test_wall_clock_stamps_become_monotonic() -> None:
     converted = mark(1, "x", wall_ns=wall - 5_000_000, grain_ns=1000)
     assert abs(converted.at_ns - (monotonic - 5_000_000)) <= converted.doubt_ns + 1_000_000
     assert converted.doubt_ns >= 500
+
+
+@pytest.mark.parametrize(
+    ("incoming", "waits"),
+    [
+        ('{"channel-type":"cpr","addr":{"transport":"socket","type":"unix","path":"/run/cpr"}}', True),
+        ("{'channel-type': 'cpr'}", True),
+        ("channel-type=cpr,addr.transport=socket,addr.type=unix,addr.path=/run/cpr", True),
+        ('{"channel-type":"main","addr":{"transport":"socket","type":"unix","path":"/run/cpr"}}', False),
+        ("unix:/run/cpr", False),
+        ("defer", False),
+    ],
+)
+def test_a_qemu_that_waits_for_a_live_update_has_no_vm_yet(incoming: str, waits: bool) -> None:
+    command = ["qemu-system-x86_64", "-name", "channel-type=cpr", "-incoming", "unix:/run/main", "-incoming", incoming]
+    assert ADAPTER.awaits_vm(command) is waits
+    assert ADAPTER.awaits_live_update(command) is waits
