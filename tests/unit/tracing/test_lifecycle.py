@@ -5,7 +5,16 @@ from __future__ import annotations
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import (
-    AF_UNIX, FILE, PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit,
+    AF_UNIX,
+    FILE,
+    PIPE,
+    AnyEvent,
+    Exec,
+    Ioctl,
+    Socket,
+    Transfer,
+    VcpuEnter,
+    VcpuExit,
 )  # fmt: skip
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, STOPPED_NS, MigrationWatch
 
