@@ -7,14 +7,16 @@ the source again is no failure by itself: savevm, a migration to a file and a pa
     completed   the destination's guest ran, and did not boot; or the VMM or the migration's driver reported it; or
                 the guest did not resume on the source, and the destination answered the source's last bytes, or
                 the source's VMM closed the connection and kept running
-    failed      the VMM or the migration's driver reported it; or the destination's process ended and the source kept
-                its guest; or the source's process ended while its guest ran
+    failed      the VMM or the migration's driver reported it; or the destination's process ended, or the connection
+                broke, and the source kept its guest; or the source's process ended while its guest ran
     cancelled   the VMM or the migration's driver reported it
     saved       the state was seen to go to a file or into a pipe, and no destination was seen
     unknown     anything else
 """
 
 from __future__ import annotations
+
+import errno
 
 from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.migration import TracedMigration
@@ -29,6 +31,8 @@ _REPORTED = (Result.COMPLETED, Result.FAILED, Result.CANCELLED)
 _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": Result.CANCELLED}
 """Reasons of an `Ending` that state the result that the migration's driver got. In a recording without a driver,
 `migrated` only means that a destination was seen to start, or, in old ones, that a lone source was silent for 2 s."""
+_BROKEN = {errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+"""What a call on a connection returns when the other end, or the way to it, is gone."""
 SAVED_BYTES = 64 << 10
 """A saved state is larger than this."""
 LOCKED_NS = 100_000_000
@@ -52,7 +56,7 @@ def result(case: TracedMigration) -> Result:
             return reported
         if _saved(case):
             return Result.SAVED
-        return Result.FAILED if _destination_ended(case) else Result.UNKNOWN
+        return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
     if reported:
         return reported
     if case.source is None:
@@ -63,7 +67,7 @@ def result(case: TracedMigration) -> Result:
         return _of_a_paused_guest(case)
     if found is not None and _handed_over(case, found.stop):
         return Result.COMPLETED
-    if found is None and (_destination_ended(case) or _died_running(case)):
+    if found is None and (_other_side_is_gone(case) or _died_running(case)):
         return Result.FAILED
     return Result.UNKNOWN
 
@@ -72,7 +76,7 @@ def _of_a_paused_guest(case: TracedMigration) -> Result:
     """No vCPU stopped for the migration; its destination may be set going at any time later."""
     if _started(case.destination) or (not _runs(case.source) and _handed_over(case, case.since)):
         return Result.COMPLETED
-    return Result.FAILED if _destination_ended(case) else Result.UNKNOWN
+    return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
 
 
 def paused_before(case: TracedMigration) -> bool | None:
@@ -237,3 +241,26 @@ def _destination_ended(case: TracedMigration) -> bool:
     gone = {mark.pid for mark in case.material.marks if mark.name == ENDED}
     others = gone - ({case.source.pid} if case.source else set())
     return bool(others) and (case.source is None or case.source.pid not in gone)
+
+
+def _other_side_is_gone(case: TracedMigration) -> bool:
+    return _destination_ended(case) or _stream_broke(case)
+
+
+def _stream_broke(case: TracedMigration) -> bool:
+    """Whether the connection broke before the source itself shut it down, as QEMU does to cancel a migration.
+
+    Where the shutdown would not be seen, EPIPE and a closed connection say nothing: the shutdown causes both.
+    """
+    source = case.source
+    if source is None:
+        return False
+    seen = case.material.header.attach.get("socket") == "tracepoint"
+    for error in source.socket_errors:
+        if error.socket not in case.channels.source or error.at_ns < case.since:
+            continue
+        if error.ret == 0 and error.direction == SEND:
+            return False
+        if -error.ret in _BROKEN or (seen and error.ret in (0, -errno.EPIPE)):
+            return True
+    return False

@@ -69,6 +69,7 @@ class Process:
     execs: list[ev.Exec] = field(default_factory=list)
     born: ev.Exec | None = None
     """The execve(2) with which it replaced another process of the same pid that had a VM, too."""
+    socket_errors: list[ev.SocketError] = field(default_factory=list)
 
     @property
     def hint(self) -> str:

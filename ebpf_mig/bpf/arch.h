@@ -23,6 +23,7 @@ struct call_args {
 #define NR_recvfrom 45
 #define NR_sendmsg 46
 #define NR_recvmsg 47
+#define NR_shutdown 48
 #define NR_tgkill 234
 #define NR_splice 275
 #define NR_preadv 295
@@ -62,6 +63,7 @@ static __always_inline void read_args(const void *regs, struct call_args *out)
 #define NR_tgkill 131
 #define NR_sendto 206
 #define NR_recvfrom 207
+#define NR_shutdown 210
 #define NR_sendmsg 211
 #define NR_recvmsg 212
 #define NR_preadv2 286

@@ -32,6 +32,7 @@ enum kind {
 	KIND_VCPU_SPAN = 11,
 	KIND_RETRANSMIT = 12,
 	KIND_EXEC = 13,
+	KIND_SOCKET_ERROR = 14,
 	KIND_THREAD_TABLE = 15,		/* losses only: the table of threads was full */
 	KIND_MAX = 16,
 };
@@ -67,6 +68,7 @@ struct thread_state {
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
 	u64 span_since, span_epoch, span_out, span_max, span_gaps, span_lock;	/* of a vCPU since its last record */
+	u64 failure;				/* of its calls on sockets, the last that has a record */
 	u64 samples;				/* taken in the ioctl in flight */
 	u64 part, part_since, part_idle, flushing;	/* its current part (SPLIT_* + 1): see fetch_split.h */
 	struct transfer_batch batch[3];		/* SEND, RECEIVE, UNTRACKED */

@@ -75,14 +75,14 @@ static __always_inline void choose_end(struct call_args *c)
  */
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr = ctx->args[1];
+	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr = ctx->args[1], socket;
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
-	if (direction_of(nr) < 0 && (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
+	if (direction_of(nr) < 0 && nr != NR_shutdown && (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
 		return 0;
 	read_args((const void *)ctx->args[0], &c);
 	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
@@ -96,6 +96,12 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	if (nr == NR_tgkill) {
 		emit_wait_before_kick(pid_tgid, now);
 		emit_kick(pid_tgid, now, c.a1, c.a2);
+		return 0;
+	}
+	if (nr == NR_shutdown) {
+		socket = carrier_of(file_of(c.a0), 0);
+		if (socket)
+			emit_socket_error(pid_tgid, now, socket, SEND, 0);
 		return 0;
 	}
 	if (nr == NR_ioctl)

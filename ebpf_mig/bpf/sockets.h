@@ -22,6 +22,8 @@
 #define ANON_INODE_FS_MAGIC 0x09041934
 #define PLACED (1ULL << 61)			/* set in the key of a file or a named pipe: see carrier_of */
 #define FILE_LEAST_BYTES 512
+#define EINTR 4
+#define EAGAIN 11
 #define AF_UNIX 1
 #define SOL_SOCKET 1
 #define SCM_RIGHTS 1
@@ -39,6 +41,11 @@ struct socket_record {
 	u64 kind, at_ns, pid;
 	s64 fd;
 	u64 socket, family, local[2], remote[2], local_port, remote_port, peer;
+};
+
+struct socket_error_record {
+	u64 kind, at_ns, pid, tid, socket, direction;
+	s64 ret;
 };
 
 struct stream {
@@ -222,6 +229,39 @@ static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgi
 	batch->calls = 0;
 }
 
+/* `ret` is a negative errno; 0: the thread shut the socket down (SEND), or the other end closed it (RECEIVE). */
+static __always_inline void emit_socket_error(u64 pid_tgid, u64 now, u64 socket, u32 direction, s64 ret)
+{
+	struct socket_error_record *r = events.ringbuf_reserve(sizeof(*r));
+
+	if (!r) {
+		count(KIND_SOCKET_ERROR, true);
+		return;
+	}
+	r->kind = KIND_SOCKET_ERROR;
+	r->at_ns = now;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->socket = socket;
+	r->direction = direction;
+	r->ret = ret;
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
+}
+
+/* A call moved no data. What fails again and again is one record. */
+static __always_inline void transfer_failed(struct thread_state *s, u64 pid_tgid, u64 now, u32 direction, s64 ret,
+					    u64 file)
+{
+	u64 failure = file + ret * 2 + direction, socket;
+
+	if (ret == -EAGAIN || ret == -EINTR || (!ret && direction == SEND) || s->failure == failure)
+		return;
+	s->failure = failure;
+	socket = carrier_of(file, ret);
+	if (socket)
+		emit_socket_error(pid_tgid, now, socket, direction, ret);
+}
+
 /* `fd` is -1 if a socket function was hooked instead of a call on a descriptor. */
 static __always_inline void transfer_done(struct thread_state *s, struct process_state *p, u64 pid_tgid,
 					  u64 now, u32 direction, s64 ret, u64 file, u64 fd)
@@ -230,6 +270,8 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 	u64 took = now - s->enter, socket;
 	bool detail = in_detail(p, now);
 
+	if (ret <= 0)
+		transfer_failed(s, pid_tgid, now, direction, ret, file);
 	if (!batch->calls || batch->file != file || batch->fd != fd || batch->epoch != p->epoch || detail ||
 	    s->enter - batch->end_ns > COALESCE_GAP_NS || now - batch->begin_ns > COALESCE_MAX_NS) {
 		socket = carrier_of(file, ret);

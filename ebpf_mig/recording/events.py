@@ -44,6 +44,7 @@ from ebpf_mig.recording.socket_events import (
     Retransmit,
     Segment,
     Socket,
+    SocketError,
     TcpInfo,
     Transfer,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "Segment",
     "Slot",
     "Socket",
+    "SocketError",
     "Target",
     "TcpInfo",
     "Thread",
@@ -349,6 +351,7 @@ AnyEvent = (
     | OffCpu
     | Segment
     | Retransmit
+    | SocketError
     | VcpuSpan
     | Samples
     | TcpInfo

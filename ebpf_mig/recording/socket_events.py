@@ -24,6 +24,7 @@ from ebpf_mig.recording.fields import (
     MaybeBits32,
     MaybeDuration,
     Pid,
+    Returned,
     Size,
     Way,
     Word,
@@ -142,6 +143,24 @@ class Retransmit(Event, frozen=True, tag=18):
     """Sequence number of its first byte, 32 bits as on the wire."""
     number: Count
     """Ordinal of this retransmission on the socket since tracing began. Earlier ones may have no event."""
+
+
+class SocketError(Event, frozen=True, tag=21):
+    """A send or receive failed, other than by -EAGAIN or -EINTR; or one side closed the socket.
+
+    One for each thread, until its calls fail on another socket or in another way.
+    """
+
+    at_ns: Instant
+    pid: Pid
+    tid: Pid
+    socket: Inode
+    direction: Way
+    """A `Direction`."""
+    ret: Returned
+    """The negative errno. 0: the traced process called shutdown(2) (SEND), or the other end closed (RECEIVE).
+    shutdown(2) is only seen in the tracepoint tier.
+    """
 
 
 class TcpInfo(Event, frozen=True, tag=16):

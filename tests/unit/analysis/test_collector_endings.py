@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+
 from ebpf_mig import breakdown as b
-from ebpf_mig.recording.events import RECURSION_MISSES, Ending
+from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.events import RECEIVE, RECURSION_MISSES, SEND, Ending
 from ebpf_mig.report.text import render
 from tests.unit import scripts
 from tests.unit.script import US, Script, Vm, at
@@ -251,6 +254,36 @@ def test_without_the_source_the_loading_is_known() -> None:
     assert unmeasured == [*source, "handover"], "the other phases are known, including those that took no time"
     shown = render(found)
     assert "the source was not traced" in shown and "no dirty logging" not in shown
+
+
+def broke(script: Script, *errors: tuple[int, int], socket: int = 70) -> str:
+    """The result of a try after which the source goes on alone. `errors`: direction and what the call returned."""
+    source, _ = precopy(script)
+    script.vms.pop()
+    source.last(entered=-500_000, left=-500_010, end=900_000)
+    for number, (direction, ret) in enumerate(errors):
+        source.events.append(ev.SocketError(at(1000 + number), source.pid, source.pid + 1, socket, direction, ret))
+    source.logging(2000, on=False)
+    ending(script, "logging-ended")
+    return script.result().breakdown.migration.result
+
+
+def test_a_broken_connection_is_a_failure_unless_the_source_shut_it_down() -> None:
+    shut, closed, pipe, reset = (SEND, 0), (RECEIVE, 0), (SEND, -errno.EPIPE), (RECEIVE, -errno.ECONNRESET)
+    assert broke(Script()) == "unknown"
+    for error in (closed, pipe, reset):
+        assert broke(Script(), error) == "failed"
+        assert broke(Script(), error, shut) == "failed"
+        assert broke(Script(), shut, error) == "unknown"
+        assert broke(Script(), error, socket=71) == "unknown", "a monitor's"
+    assert broke(Script(), (SEND, -errno.EFAULT)) == "unknown"
+
+
+def test_where_a_shutdown_is_not_seen_only_a_reset_tells() -> None:
+    for error, result in (((SEND, -errno.EPIPE), "unknown"), ((SEND, -errno.ECONNRESET), "failed")):
+        script = Script()
+        script.attach = {**script.attach, "socket": "fentry"}
+        assert broke(script, error) == result
 
 
 def paused(script: Script, *, sends: bool = True, thread: int = 3) -> tuple[Vm, Vm]:
