@@ -100,13 +100,17 @@ class Tracks:
             pid = pid_of(event)
             if pid is not None and (pid in self._by_pid or self._passed_with(pid)):
                 batches.setdefault(pid, []).append(event)
-                if isinstance(event, Socket):
+                if isinstance(event, Socket) and pid in self._by_pid:
                     self._link(event)
         for pid, batch in batches.items():
             if pid in self._by_pid:
                 self._take_in_turns(pid, batch, now_ns)
             elif passed := self._passed_with(pid):  # the other side of its migration has just begun a new one
                 passed.track.events.extend(batch)
+        # Once more: a socket of the next connection must join the tracks of the next migration.
+        for event in [e for pid, batch in batches.items() if pid in self._by_pid for e in batch]:
+            if isinstance(event, Socket):
+                self._link(event)
 
     def _passed_with(self, pid: int) -> _Passed | None:
         return next((passed for passed in reversed(self._passed) if pid in passed.track.pids), None)

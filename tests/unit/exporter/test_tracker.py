@@ -167,7 +167,8 @@ def test_a_destination_that_migrates_on_before_its_guest_has_run() -> None:
 def test_a_connection_that_was_seen_before_logging_joins_the_next_migration() -> None:
     """QEMU connects before it logs. Both ends may be read before that, in one batch with it or in the one before."""
     link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
-    for batches in ([[*link, logging(SOURCE, 5 * MS)]], [link, [logging(SOURCE, 5 * MS)]]):
+    again = logging(SOURCE, 5 * MS)
+    for batches in ([[*link, again]], [link, [again]], [[again, *link]], [[link[0], again, link[1]]]):
         tracks = begun()
         tracks.saw([logging(SOURCE, MS), logging(SOURCE, 2 * MS, on=False)], 2 * MS)
         for batch in batches:
