@@ -29,6 +29,7 @@ from ebpf_mig.breakdown.vocabulary import (
     PHASES,
     DirtyLogMode,
     Mode,
+    PairedBy,
     PhaseName,
     Result,
     Side,
@@ -58,6 +59,8 @@ __all__ = [
     "ManagerWait",
     "Migration",
     "Mode",
+    "PairedBy",
+    "Pairing",
     "Pass",
     "Pausing",
     "Phase",
@@ -95,6 +98,15 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     """Process id on its host."""
 
 
+class Pairing(Struct, frozen=True, kw_only=True):
+    """How sure it is that the two processes are the two sides of one migration."""
+
+    by: PairedBy
+    """What shows it."""
+    bytes: int | None = None
+    """Number of bytes that both sides counted, where that shows it."""
+
+
 class Migration(Struct, frozen=True, kw_only=True):
     vmm: str
     """Name of the VMM, as given when tracing started; empty: unknown."""
@@ -121,6 +133,8 @@ class Migration(Struct, frozen=True, kw_only=True):
     through: list[str] = field(default_factory=list)
     """Processes between the two on this host, as name and pid, from the source on: who reads the source's pipe or UNIX
     socket, and who feeds the destination's. Empty: none is known."""
+    pairing: Pairing | None = None
+    """How the two sides were found to belong together; null: one side was traced, or no socket was used."""
 
 
 class Phase(Struct, frozen=True, kw_only=True):

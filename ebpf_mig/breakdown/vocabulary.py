@@ -115,6 +115,20 @@ class Transport(StrEnum):
     """The recording does not say."""
 
 
+class PairedBy(StrEnum):
+    """What shows that the two sides belong together, the surest first."""
+
+    CONNECTION = "connection"
+    """Both ends of one connection were seen: certain."""
+    STREAM = "stream"
+    """One side sent as many bytes as the other received, to the byte, and none was received before it was sent.
+    Forwarders such as proxies change addresses, but not bytes."""
+    FLOW = "flow"
+    """One side was traced from later on. What is known of both fits in bytes and time: likely."""
+    REQUEST = "request"
+    """Nothing in the recording: both processes were named by the user."""
+
+
 class DirtyLogMode(StrEnum):
     """How KVM reports which pages are dirty."""
 

@@ -5,7 +5,8 @@ In: pids that showed a sign, batches of events, the time. Out: `Ended`: the proc
 and why it ended, or that a sign led to nothing. Pure: only a `Witness` reads /proc.
 
 A process is on probation at first. It stays traced while it logs dirty memory, or waits and receives. Two processes
-belong to one migration once a socket of one is the other end of a socket of the other. A process that begins to
+belong to one migration once a socket of one is the other end of a socket of the other, or once one is over and its
+stream fits the other's only (`halves.py`). A process that begins to
 migrate again, or migrates on, starts a new track. The track before ends at that instant, or once its guest has run.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ebpf_mig.exporter.halves import other_half
 from ebpf_mig.exporter.track import Track, found_out, has_run, switches_on, take_ioctl, take_transfer
 from ebpf_mig.recording.events import PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import pid_of
@@ -119,21 +121,30 @@ class Tracks:
         """The tracks that ended. Their processes are no longer traced."""
         ended = [self._ended(p.track, p.reason) for p in self._passed if now_ns >= p.until_ns]
         self._passed = [passed for passed in self._passed if now_ns < passed.until_ns]
-        for track in {id(track): track for track in self._by_pid.values()}.values():
+        for track in self._open():
+            if self._by_pid.get(track.pids[0]) is not track:
+                continue  # it is the other half of one before
             if track.witness is not None and track.proven:
                 track.witness.look(track.watch, now_ns)
-            alive = [pid for pid in track.pids if is_alive(pid)]
-            reason = self._verdict(track, now_ns, alive)
+            reason = self._verdict(track, now_ns, [pid for pid in track.pids if is_alive(pid)])
+            if reason not in (None, "nothing") and (other := other_half(track, self._open())) is not None:
+                first, second = (track, other) if track.logging else (other, track)
+                self._merge(first, second)
+                track = first  # noqa: PLW2901
+                reason = self._verdict(track, now_ns, [pid for pid in track.pids if is_alive(pid)])
             if reason is not None:
                 ended.append(self._ended(track, reason))
                 self._forget(track)
         return ended
 
+    def _open(self) -> list[Track]:
+        return list({id(track): track for track in self._by_pid.values()}.values())
+
     def abandon(self) -> list[Ended]:
         """Ends all tracks because the watch ends: `interrupted` if a migration was under way."""
         ended = [self._ended(passed.track, passed.reason) for passed in self._passed]
         self._passed.clear()
-        tracks = list({id(track): track for track in self._by_pid.values()}.values())
+        tracks = self._open()
         for track in tracks:
             self._forget(track)
         return ended + [self._ended(track, "interrupted" if track.proven else "nothing") for track in tracks]

@@ -25,6 +25,7 @@ from ebpf_mig.breakdown import (
 )
 from ebpf_mig.report import bounds
 from ebpf_mig.report.reference import REARM
+from ebpf_mig.report.rows import paired
 from ebpf_mig.text import printable
 
 SIDES = {Side.SOURCE: "src", Side.DESTINATION: "dst"}
@@ -70,7 +71,8 @@ def facts(b: Breakdown) -> Iterator[str]:
     total += f"; the guest was paused {' and '.join(paused)}" if paused else ""
     yield f"<p>{escaped(vmm)}, {escaped(m.mode)} over {escaped(m.transport)}, {_connections(m.connections)}"
     yield f", <b>{escaped(m.result)}</b>{total}</p>\n"
-    yield f"<p class='soft'>{_end('source', m.source)} &rarr; {_end('destination', m.destination)}</p>\n"
+    yield f"<p class='soft'>{_end('source', m.source)} &rarr; {_end('destination', m.destination)}"
+    yield f"{paired(m.pairing)}</p>\n"
     verdict = escaped(b.completeness.verdict)
     why = "".join(f"; {escaped(reason)}" for reason in b.completeness.reasons)
     yield f"<p class='{verdict}'>{verdict}{why}</p>\n"

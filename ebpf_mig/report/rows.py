@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from rich.text import Text
 
-from ebpf_mig.text import printable
+from ebpf_mig.breakdown import PairedBy, Pairing
+from ebpf_mig.text import printable, size
 
 _LABEL = 21
 _TEXT_AT = 23
@@ -40,3 +41,13 @@ def remark(label: str, text: str, style: str = "") -> Row:
 def ms(ns: int | None) -> str:
     """Milliseconds with three decimals."""
     return "-" if ns is None else f"{ns / 1e6:.3f}"
+
+
+def paired(found: Pairing | None) -> str:
+    """How the two sides were found to belong together, if no connection shows it."""
+    if found is None or found.by == PairedBy.CONNECTION:
+        return ""
+    if found.by == PairedBy.REQUEST:
+        return ", not seen to be connected"
+    moved = size(found.bytes or 0)
+    return f", paired by {moved} equal to the byte" if found.by == PairedBy.STREAM else f", likely: {moved} fit in time"

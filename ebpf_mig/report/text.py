@@ -31,7 +31,7 @@ from ebpf_mig.breakdown import (
 )
 from ebpf_mig.report import bounds, text_fetch, text_vmm, text_wire
 from ebpf_mig.report.canvas import PLAIN, Canvas
-from ebpf_mig.report.rows import Row, figure, ms, remark
+from ebpf_mig.report.rows import Row, figure, ms, paired, remark
 from ebpf_mig.report.waterfall import bar, ruler
 from ebpf_mig.text import printable, size
 
@@ -157,7 +157,7 @@ def _migration(breakdown: Breakdown) -> Iterator[Row]:
     after += f"; the guest was paused {' and '.join(paused)}" if paused else ""
     yield Row(Text.assemble(f"{vmm}, {printable(mode)}{way}, ", (printable(result), style), after))
     ends = [_endpoint("source", facts.source), _endpoint("destination", facts.destination)]
-    yield Row(Text(" -> ".join(ends)))
+    yield Row(Text(" -> ".join(ends) + paired(facts.pairing)))
 
 
 _MODES = {

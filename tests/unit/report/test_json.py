@@ -39,6 +39,7 @@ def test_names_and_order_of_the_schema() -> None:
                 "paused_before": None,
                 "paused_after": None,
                 "through": None,
+                "pairing": None,
             },
             "window_ns": None,
             "blackout_ns": None,

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether what one process sent is what another one received, where no address shows it.
+
+In: the transfers of two processes. Out: a `Fit`, or None.
+
+Forwarders (a proxy, ssh, socat, libvirtd) change addresses and the size of calls, but not the number of bytes, and they
+can pass nothing on before they have it. Both ends count the bytes since tracing began, so the counts differ by what
+only one of them saw. The end of the stream shows by how much. With that difference, nothing may have been received
+before it was sent, and everything soon after. No content is looked at, so this also holds for TLS and compression.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ebpf_mig.analysis.reception import LOADED_BYTES, STREAM_BYTES
+from ebpf_mig.analysis.wire import PEEKED_BYTES
+from ebpf_mig.recording.events import Transfer
+
+LATE_NS = 1_000_000_000
+"""Forwarders pass bytes on within this time."""
+WHOLE_BYTES = 64 << 10
+"""Two streams of at least this length that are equal to the byte are the same one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The two streams can be the same one."""
+
+    bytes: int
+    """What both ends counted."""
+    whole: bool
+    """The counts are equal to the byte."""
+    late_ns: int
+    """The longest time in which a byte was on its way, as far as the calls show, ns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One direction of one socket over time. All lists have the same length, in order of time."""
+
+    pid: int
+    socket: int
+    until: list[int]
+    """The number of bytes so far after each batch of calls."""
+    begin: list[int]
+    end: list[int]
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.until[-1]
+
+
+def flows(transfers: Iterable[Transfer], direction: int) -> list[Flow]:
+    """The flows that can be a migration's: large calls, and enough bytes for a VM's state."""
+    by_socket: dict[tuple[int, int], list[Transfer]] = {}
+    for transfer in transfers:
+        if transfer.direction == direction and transfer.bytes and transfer.socket:
+            by_socket.setdefault((transfer.pid, transfer.socket), []).append(transfer)
+    found = []
+    for (pid, socket), calls in by_socket.items():
+        calls.sort(key=lambda t: (t.position, t.end_ns))
+        until = [t.position + t.bytes for t in calls]
+        if until[-1] >= LOADED_BYTES and sum(t.bytes for t in calls) >= STREAM_BYTES * sum(t.calls for t in calls):
+            found.append(Flow(pid, socket, until, [t.begin_ns for t in calls], [t.end_ns for t in calls]))
+    return found
+
+
+def fits(sent: Flow, received: Flow) -> Fit | None:
+    """Whether `received` can be the other end of `sent`; both streams have ended. Both clocks are the same."""
+    unseen = sent.bytes - received.bytes
+    if received.end[-1] < sent.begin[-1] or received.end[-1] - sent.end[-1] > LATE_NS:
+        return None
+    late = _late(sent, received, unseen)
+    if late is None or late > LATE_NS:
+        return None
+    counted = min(sent.bytes, received.bytes)
+    return Fit(counted, -PEEKED_BYTES <= unseen <= 0 and counted >= WHOLE_BYTES, late)
+
+
+def _late(sent: Flow, received: Flow, unseen: int) -> int | None:
+    """The longest time on the way, ns; None if something was received before it was sent."""
+    for until, end in zip(received.until, received.end, strict=True):
+        begun = bisect_right(sent.begin, end)
+        if until + unseen > (sent.until[begun - 1] if begun else 0) + PEEKED_BYTES and until + unseen > 0:
+            return None
+    late = 0
+    for until, end in zip(sent.until, sent.end, strict=True):
+        at = bisect_left(received.until, until - unseen)
+        if at < len(received.until) and until - unseen > 0 and received.begin[0] <= end:
+            late = max(late, received.end[at] - end)
+    return late
+
+
+def best(sources: Sequence[Flow], destinations: Sequence[Flow]) -> tuple[Flow, Flow, Fit] | None:
+    """The pair of flows of two processes that fits best: whole ones first, then the one with most bytes."""
+    found = [(s, d, fit) for s in sources for d in destinations if (fit := fits(s, d)) is not None]
+    return max(found, key=lambda one: (one[2].whole, one[2].bytes, -one[2].late_ns), default=None)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two sides with a forwarder between them are one migration on one node, if their streams leave no doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ebpf_mig.exporter.tracker import Ended, Tracks
+from ebpf_mig.recording.events import RECEIVE, SEND, AnyEvent, Transfer
+from tests.unit.exporter.test_tracker import MS, S, ended, logging, restore, run, stop, unix
+
+SIZES = [(10, 300_000), (110, 200_000), (210, 100_000), (300, 50_000), (310, 30_000)]
+"""(ms, bytes) of each send of a source that stops at 250 ms."""
+
+
+def stream(
+    pid: int, direction: int, sizes: Sequence[tuple[int, int]], *, late: int = 0, missed: int = 0
+) -> list[AnyEvent]:
+    """One call each; of the first, `missed` bytes were not seen."""
+    found: list[AnyEvent] = []
+    position = 0
+    for at, size in sizes:
+        seen = size if found else size - missed
+        begin = (at + late) * MS
+        found.append(Transfer(begin, begin + 1, pid, pid, 7, direction, pid * 100, 1, seen, 1, 1, 0, position))
+        position += seen
+    return found
+
+
+def halves(pairs: Sequence[tuple[int, int]], *, late: int = 3, missed: int = 0, sizes: Sequence[int] = ()) -> Tracks:
+    """Migrations of `pairs` at the same time, each through a forwarder. `sizes`: bytes more in the first send."""
+    tracks = Tracks()
+    for source, destination in pairs:
+        tracks.begin(source, "thread", 0, fresh=False)
+        tracks.begin(destination, "thread", 0, fresh=True)
+    for at, (source, destination) in enumerate(pairs):
+        more = sizes[at] if sizes else 0
+        calls = [(ms, size + more * (ms == SIZES[0][0])) for ms, size in SIZES]
+        tracks.saw([unix(source, 1), unix(destination, 2), logging(source, MS)], MS)
+        tracks.saw([*stream(source, SEND, calls), stop(source, 250 * MS)], 320 * MS)
+        tracks.saw(stream(destination, RECEIVE, calls, late=late, missed=missed), 320 * MS)
+        tracks.saw([restore(destination, 320 * MS), run(destination, 330 * MS)], 330 * MS)
+    return tracks
+
+
+def found(tracks: Tracks, pids: Sequence[int]) -> dict[frozenset[int], str]:
+    over: list[Ended] = []
+    for now in (700 * MS, 3 * S, 100 * S):
+        over += ended(tracks, now, pids)
+    return {frozenset(end.pids): end.reason for end in over}
+
+
+def test_two_halves_become_one_migration() -> None:
+    tracks = halves([(10, 20)])
+    (end,) = ended(tracks, 700 * MS, (10, 20))
+    assert end.pids == (10, 20) and end.reason == "migrated"
+    assert {event.pid for event in end.events if isinstance(event, Transfer)} == {10, 20}
+    assert not tracks
+
+
+def test_one_that_missed_the_beginning_is_paired_if_nothing_else_fits() -> None:
+    assert found(halves([(10, 20)], missed=1000), (10, 20)) == {frozenset({10, 20}): "migrated"}
+
+
+def test_each_of_two_at_a_time_finds_its_own() -> None:
+    tracks = halves([(10, 20), (30, 40)], sizes=[0, 777])
+    assert found(tracks, (10, 20, 30, 40)) == {frozenset({10, 20}): "migrated", frozenset({30, 40}): "migrated"}
+
+
+def test_two_that_cannot_be_told_apart_stay_alone() -> None:
+    tracks = halves([(10, 20), (30, 40)], sizes=[0, 0])
+    assert set(found(tracks, (10, 20, 30, 40))) == {frozenset({pid}) for pid in (10, 20, 30, 40)}
+
+
+def test_another_stream_is_no_other_half() -> None:
+    assert set(found(halves([(10, 20)], late=-5), (10, 20))) == {frozenset({10}), frozenset({20})}
