@@ -30,8 +30,9 @@ COMMAND_GAP_NS = 1_000_000
 COMMAND_BYTES = 3
 """Fewer bytes are the end of a line, which QEMU reads after it has answered."""
 WAKE_NS = 200_000
-"""A thread falls asleep this soon after its last act, if it had nothing left to do, and reads a command this soon after
-it woke, if it reads them itself."""
+"""A thread that reads its commands itself does so this soon after it woke."""
+TIDY_NS = 1_000_000
+"""A thread that had nothing left to do falls asleep within this time on the CPU. QEMU needs up to 0.2 ms."""
 LARGE_BYTES = 4096
 """A send of this much is pages or state. QEMU 10.0 announces the switchover in fewer bytes."""
 
@@ -190,7 +191,7 @@ def _wait(side: Side, ready: int, off: Sequence[OffCpu], came: Sequence[Command]
         return []
     asleep = min(w.begin_ns for w in sleeps)
     lost = [(w.begin_ns, w.end_ns) for w in off if w.preempted]
-    begin = ready if asleep - ready - covered(lost, (ready, asleep)) <= WAKE_NS else asleep
+    begin = ready if asleep - ready - covered(lost, (ready, asleep)) <= TIDY_NS else asleep
     return [Managed(side, begin, woken[-1].at, sum(c.at > begin for c in woken))]
 
 

@@ -25,8 +25,9 @@ def other_half(track: Track, tracks: Iterable[Track]) -> Track | None:
 
 
 def is_half(track: Track) -> bool:
-    """Whether it may be one side of a migration whose other side is another track."""
-    return len(track.pids) == 1 and bool(track.logging) != bool(track.fresh & track.restored)
+    """Whether it may be one side of a migration whose other side is another track. A source may have just booted, so
+    its vCPUs' state was set, too."""
+    return len(track.pids) == 1 and bool(track.logging or track.fresh & track.restored)
 
 
 def _choice(track: Track, halves: Sequence[Track]) -> Track | None:

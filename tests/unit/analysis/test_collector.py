@@ -51,6 +51,7 @@ def test_qemu_7_2_migration() -> None:
         total_ns=445_780 * US,
         paused_before=False,
         paused_after=False,
+        pairing=b.Pairing(by=b.PairedBy.CONNECTION),
     )
 
 

@@ -27,9 +27,16 @@ def stream(
     return found
 
 
-def halves(pairs: Sequence[tuple[int, int]], *, late: int = 3, missed: int = 0, sizes: Sequence[int] = ()) -> Tracks:
+def halves(
+    pairs: Sequence[tuple[int, int]],
+    *,
+    late: int = 3,
+    missed: int = 0,
+    sizes: Sequence[int] = (),
+    tracks: Tracks | None = None,
+) -> Tracks:
     """Migrations of `pairs` at the same time, each through a forwarder. `sizes`: bytes more in the first send."""
-    tracks = Tracks()
+    tracks = tracks or Tracks()
     for source, destination in pairs:
         tracks.begin(source, "thread", 0, fresh=False)
         tracks.begin(destination, "thread", 0, fresh=True)
@@ -56,6 +63,13 @@ def test_two_halves_become_one_migration() -> None:
     assert end.pids == (10, 20) and end.reason == "migrated"
     assert {event.pid for event in end.events if isinstance(event, Transfer)} == {10, 20}
     assert not tracks
+
+
+def test_a_source_that_has_just_booted_is_a_source() -> None:
+    tracks = Tracks()
+    tracks.begin(10, "thread", 0, fresh=True)
+    tracks.saw([restore(10, 1), run(10, 2)], 3)
+    assert found(halves([(10, 20)], tracks=tracks), (10, 20)) == {frozenset({10, 20}): "migrated"}
 
 
 def test_one_that_missed_the_beginning_is_paired_if_nothing_else_fits() -> None:
