@@ -112,6 +112,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "kustomize": lambda: shutil.which("kustomize") is not None,
     "Grafana's schema (tools/grafana_dashboard)": lambda: shutil.which("grafana-dashboard") is not None,
     "otelcol": lambda: shutil.which("otelcol") is not None,
+    "socat": lambda: shutil.which("socat") is not None,
     "sshd": lambda: shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin") is not None,
     "kubeconform": lambda: shutil.which("kubeconform") is not None,
     "libvirtd and virsh": lambda: all(

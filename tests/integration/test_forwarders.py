@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations through a forwarder between UNIX sockets, the shape of KubeVirt and Proxmox, seen by `watch` on one node.
+
+The forwarders are a process of a few lines, socat, and ssh. The witness is QEMU's own STOP and RESUME.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.breakdown import PairedBy
+from ebpf_mig.lab.netns import Link
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.conftest import TRACING, requires
+from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, report, running, until
+from tests.integration.migrations import LASTING
+from tests.integration.sshd import Server
+from tests.integration.test_results import Qmp
+
+pytestmark = requires(*TRACING)
+
+Forwarder = Callable[[Path, Path, Path], AbstractContextManager[object]]
+
+
+def _pump(one: socket.socket, other: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := one.recv(65536):
+            other.sendall(data)
+        other.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def lines(listen: Path, target: Path, _: Path) -> Iterator[None]:
+    """Threads of ours that copy."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(listen))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    near, far = listener.accept()[0], socket.socket(socket.AF_UNIX)
+                    far.connect(str(target))
+                    for pair in ((near, far), (far, near)):
+                        threading.Thread(target=_pump, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield
+
+
+def socat(listen: Path, target: Path, _: Path) -> AbstractContextManager[object]:
+    return running("socat", f"UNIX-LISTEN:{listen},fork", f"UNIX-CONNECT:{target}")
+
+
+@contextlib.contextmanager
+def ssh(listen: Path, target: Path, directory: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        link = stack.enter_context(Link())
+        server = stack.enter_context(Server(directory / "sshd", link))
+        with link.inside("source"):
+            command = ["ssh", "-N", "-L", f"{listen}:{target}", "far"]
+            stack.enter_context(running(*command, env=server.environment))
+        yield
+
+
+@pytest.mark.parametrize(
+    "forwarder",
+    [
+        lines,
+        pytest.param(socat, marks=requires("socat")),
+        pytest.param(ssh, marks=[requires("sshd", "tc with tbf and veth"), pytest.mark.timeout(120)]),
+    ],
+)
+def test_watch_makes_one_migration_of_both_halves(forwarder: Forwarder, tmp_path: Path) -> None:
+    command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
+    command += ["--state-directory", str(tmp_path / "state")]
+    near, far = tmp_path / "near", tmp_path / "far"
+    with ExitStack() as stack:
+        watch = stack.enter_context(running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        assert watch.stderr is not None and watch.stdout is not None
+        assert "watching" in watch.stderr.readline()
+        pair = stack.enter_context(QemuPair(LASTING, None, NAMED))
+        stack.enter_context(forwarder(near, far, tmp_path))
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        time.sleep(SETTLED_S)
+        until(near.exists)
+        destination("migrate-incoming", uri=f"unix:{far}")
+        source("migrate-set-parameters", **{"max-bandwidth": LASTING.bandwidth_bytes, "downtime-limit": 1000})
+        source("migrate", uri=f"unix:{near}")
+        until(destination.runs)
+        out = watch.stdout.readline()
+        stop, resume = source.at("STOP"), destination.at("RESUME")
+    said = json.loads(out)
+    found = report(tmp_path / "state" / said["recording"])
+    assert said["role"] == "both" and said["result"] == "completed" and said["blackout_ns"] == found.blackout_ns
+    assert found.migration.pairing is not None and found.migration.pairing.by == PairedBy.STREAM
+    assert found.completeness.verdict == "complete"
+    assert found.window_ns is not None and found.blackout_ns is not None
+    assert (found.phase_ns("unattributed") or 0) <= found.window_ns * 0.02
+    # STOP comes after the stop and RESUME before the start, by what a busy machine takes for either.
+    assert 0 <= found.blackout_ns - (resume - stop) <= 20_000_000
