@@ -103,7 +103,9 @@ def test_watch_makes_one_migration_of_both_halves(forwarder: Forwarder, tmp_path
     said = json.loads(out)
     found = report(tmp_path / "state" / said["recording"])
     assert said["role"] == "both" and said["result"] == "completed" and said["blackout_ns"] == found.blackout_ns
-    assert found.migration.pairing is not None and found.migration.pairing.by == PairedBy.STREAM
+    # If the destination was found a little late, its first bytes were not counted.
+    assert found.migration.pairing is not None
+    assert found.migration.pairing.by in (PairedBy.STREAM, PairedBy.FLOW)
     assert found.completeness.verdict == "complete"
     assert found.window_ns is not None and found.blackout_ns is not None
     assert (found.phase_ns("unattributed") or 0) <= found.window_ns * 0.02
