@@ -6,22 +6,26 @@ result.
 
 The steps in order: split the events by process; assign source and destination; find the switchover, the migration's
 sockets and its fetches; assign every instant of the window to a phase; describe the dirty log, the sockets and the
-witnesses; state how reliable the result is.
+witnesses; state how reliable the result is; name what dominates.
 """
 
 from __future__ import annotations
 
 from operator import attrgetter
 
+from msgspec.structs import replace
+
 from ebpf_mig import vmm
+from ebpf_mig.analysis import bandwidth as link
 from ebpf_mig.analysis import (
     completeness,
+    diagnosis,
     dirty_log,
+    drivers,
     fetch_split,
     outcome,
     pairing,
     pause,
-    phases,
     postcopy,
     sockets,
     throttle,
@@ -38,7 +42,6 @@ from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.source_work import PAGE, Work
 from ebpf_mig.analysis.spans import FOREVER
-from ebpf_mig.analysis.waits import Party
 from ebpf_mig.breakdown import (
     IMMEDIATE,
     Breakdown,
@@ -59,7 +62,6 @@ from ebpf_mig.breakdown import (
     Throttled,
     Transport,
     Vcpu,
-    Wait,
     Wire,
     Witness,
 )
@@ -77,6 +79,7 @@ def analyse(recording: Recording) -> Analysis:
     window = attribution.window
     origin = window[0] if window else traced.since
     wires = wire.observe(traced, window, attribution.work)
+    slept = drivers.sleeps(traced, attribution)
     pausing = pause.observe(traced.source, traced.switchover, traced.material.traced("off-cpu"))
     breakdown = Breakdown(
         migration=_migration(traced, window),
@@ -88,7 +91,7 @@ def analyse(recording: Recording) -> Analysis:
         dirty_log=_dirty_log(traced, origin, attribution),
         sockets=sockets.usage(traced.channels, traced.source, traced.destination, window) if window else [],
         wire=wires,
-        waits=_waits(traced, attribution),
+        waits=None if slept is None else waits.longest(slept, attribution.phases, origin),
         witnesses=_witnesses(traced, attribution, wires, pausing),
         completeness=_completeness(traced, window),
         clock=Clock(),
@@ -100,6 +103,7 @@ def analyse(recording: Recording) -> Analysis:
     )
     if recording.header.remote is not None:
         breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)
+    breakdown = replace(breakdown, diagnosis=diagnosis.diagnose(breakdown, slept, link.observe(traced), origin))
     connection = sockets.connection(traced.source, traced.destination, traced.channels)
     return Analysis(breakdown, traced, attribution, origin, connection)
 
@@ -292,24 +296,6 @@ def _witnesses(
     for adapter in vmm.adapters():
         found = adapter.witness.rows(traced, attribution, found, wires, late_ns)
     return found
-
-
-def _waits(traced: TracedMigration, attribution: Attribution) -> list[Wait] | None:
-    """The longest waits; None if time off the CPU was not traced."""
-    window = attribution.window
-    if window is None or not traced.material.traced("off-cpu"):
-        return None
-    parties: list[Party] = []
-    if traced.source is not None:
-        senders = frozenset(map(_tid, traced.sends))
-        drivers = traced.source.fetchers & senders or senders or traced.source.fetchers
-        aborted = traced.switchover is not None and traced.switchover.kind == SwitchoverKind.ABORTED
-        parties.append(Party(traced.source, Side.BOTH if aborted else Side.SOURCE, drivers, senders))
-    if traced.destination is not None:
-        receivers = frozenset(map(_tid, traced.receives))
-        restorers = frozenset(i.tid for i in traced.destination.ioctls if phases.is_restore(i))
-        parties.append(Party(traced.destination, Side.DESTINATION, receivers & restorers or receivers))
-    return waits.gather(parties, attribution.phases, window[0])
 
 
 def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> list[str]:

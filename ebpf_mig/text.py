@@ -2,7 +2,7 @@
 """Text for people: sizes, and escaping of untrusted text.
 
 Names of threads, VMs, hosts and files can carry terminal escapes. In: any text. Out: the same text with every character
-that is not printable written as `\\x1b` and the like. In: bytes. Out: `1.4 MiB`.
+that is not printable written as `\\x1b` and the like. In: bytes. Out: `1.4 MiB`. In: ns. Out: `1.234`.
 """
 
 from __future__ import annotations
@@ -27,3 +27,8 @@ def size(count: int) -> str:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, 4)
     return f"{count / (1 << 10 * power):.1f} {'KMGT'[power - 1]}iB"
+
+
+def ms(ns: int | None) -> str:
+    """Milliseconds with three decimals; a dash for None."""
+    return "-" if ns is None else f"{ns / 1e6:.3f}"

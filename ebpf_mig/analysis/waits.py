@@ -53,13 +53,29 @@ class Party:
     """Threads that only send. They are idle most of the time."""
 
 
-def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Wait]:
-    """The longest waits of all sides. Each is assigned to the phase that it overlaps most, and cut to it."""
-    sources = {p.phase for p in phases if p.side == Side.SOURCE}
-    covers = {p.phase: Cover((origin + begin, origin + end) for begin, end in p.spans) for p in phases}
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """A stretch in which a thread was off the CPU, of LONG_WAIT_NS or more, that overlaps the window."""
+
+    begin: int
+    end: int
+    side: Side
+    thread: str
+    """Name and tid."""
+    stack: tuple[str, ...]
+    """As `Wait.stack`."""
+    phases: tuple[PhaseName, ...] = ()
+    """The phases in which it delays the migration; empty: it does not."""
+    vcpu: bool = False
+    """It is a vCPU's thread."""
+
+
+def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Sleep]:
+    """The waits of all threads of all sides, also of threads that do not delay the migration; absolute."""
     spans = [span for phase in phases for span in phase.spans]
     first, last = (origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0))
-    found: list[tuple[int, int, Wait]] = []
+    sources = {p.phase for p in phases if p.side == Side.SOURCE}
+    found: list[Sleep] = []
     for party in parties:
         vcpus = frozenset(line.tid for line in party.process.vcpus.values())
         # Nearly all waits lie before the window: a destination waits for every byte of the pre-copy.
@@ -67,19 +83,29 @@ def gather(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
             e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
         ]
         for event in near:
+            stack = (_not_running(party.process, event),) if event.preempted else event.stack
+            thread = party.process.threads.get(event.tid)
+            name = f"{thread.name if thread else ''} {event.tid}".strip()
             names = _phases_of(party, event.tid, vcpus)
             if party.side == Side.DESTINATION:
                 names = [name for name in names if name not in sources]
-            overlaps = [(covers[name].within(event.begin_ns, event.end_ns), name) for name in names]
-            duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
-            if duration < LONG_WAIT_NS:
-                continue
-            stack = [_not_running(party.process, event)] if event.preempted else list(event.stack)
-            thread = party.process.threads.get(event.tid)
-            name = f"{thread.name if thread else ''} {event.tid}".strip()
-            found.append((duration, event.begin_ns, Wait(phase=phase, thread=name, duration_ns=duration, stack=stack)))
-    found.sort(key=lambda item: (-item[0], item[1], item[2].thread, item[2].stack))
-    return [wait for _, _, wait in found[:MOST_WAITS]]
+            at = event.begin_ns, event.end_ns
+            found.append(Sleep(*at, party.side, name, stack, tuple(names), event.tid in vcpus))
+    return found
+
+
+def longest(found: Sequence[Sleep], phases: Sequence[Phase], origin: int) -> list[Wait]:
+    """The longest waits of all sides. Each is assigned to the phase that it overlaps most, and cut to it."""
+    covers = {p.phase: Cover((origin + begin, origin + end) for begin, end in p.spans) for p in phases}
+    rows: list[tuple[int, int, Wait]] = []
+    for sleep in found:
+        overlaps = [(covers[name].within(sleep.begin, sleep.end), name) for name in sleep.phases]
+        duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
+        if duration >= LONG_WAIT_NS:
+            wait = Wait(phase=phase, thread=sleep.thread, duration_ns=duration, stack=list(sleep.stack))
+            rows.append((duration, sleep.begin, wait))
+    rows.sort(key=lambda item: (-item[0], item[1], item[2].thread, item[2].stack))
+    return [wait for _, _, wait in rows[:MOST_WAITS]]
 
 
 def _not_running(process: Process, wait: OffCpu) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from msgspec import field
 
+from ebpf_mig.breakdown.diagnosis import SINGLE, Cause, Diagnosis, Innocent, Mostly
 from ebpf_mig.breakdown.dirty_log import (
     DirtyLog,
     Fetch,
@@ -45,20 +46,25 @@ __all__ = [
     "IMMEDIATE",
     "PHASES",
     "SCHEMA",
+    "SINGLE",
     "Breakdown",
+    "Cause",
     "Change",
     "Clock",
     "Completeness",
+    "Diagnosis",
     "DirtyLog",
     "DirtyLogMode",
     "Endpoint",
     "Fetch",
     "FetchIoctl",
     "FinalFetch",
+    "Innocent",
     "Logging",
     "ManagerWait",
     "Migration",
     "Mode",
+    "Mostly",
     "PairedBy",
     "Pairing",
     "Pass",
@@ -339,6 +345,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """Null: no throttling was seen."""
     management: list[ManagerWait] | None = None
     """Each wait for the manager, in order; null: not measured."""
+    diagnosis: Diagnosis | None = None
+    """What dominates the downtime, why, and what would help. Null: the breakdown was made by an earlier version."""
 
     @property
     def came_back(self) -> bool:

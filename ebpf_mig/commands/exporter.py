@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from ebpf_mig.commands.options import SIZE, examples, say
-from ebpf_mig.commands.watch import DIRECTORY
+from ebpf_mig.commands.watch import DIRECTORY, line
 from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.exporter.leash import Leash, is_stopped
 from ebpf_mig.exporter.messages import Answer
@@ -123,7 +123,9 @@ class Pipe:
         self._lock = threading.Lock()
 
     def send(self, answer: Answer) -> None:
-        """Sends the results of a migration."""
+        """Sends the results of a migration, and logs it. The log has no name of a VM: `--vm-label` may hide it."""
+        if answer.observation is not None:
+            say(line(answer.observation, named=False))
         for message in (answer.observation, answer.trace):
             if message is not None:
                 self.put(message)

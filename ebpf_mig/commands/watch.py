@@ -61,11 +61,12 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         node.run(lambda: gone or (count is not None and seen >= count))
 
 
-def line(o: Observation) -> str:
-    """One migration on one line; times in ms."""
+def line(o: Observation, *, named: bool = True) -> str:
+    """One migration on one line; times in ms. Not `named`: without the name of the VM."""
     blackout = "not known" if o.blackout_ns is None else f"{o.blackout_ns / 1e6:.3f} ms"
     final = sum(o.fetch.get("blackout", {}).values())
     figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
+    why = f", {printable(o.diagnosis)}" if o.diagnosis else ""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
-    what = f"{printable(o.vm, 64) or '-'} {o.vmm} {o.role} {o.result}"
-    return f"{moment} {what}: {figures}, {o.verdict}, {o.recording or '-'}"
+    who = f"{printable(o.vm, 64) or '-'} " if named else ""
+    return f"{moment} {who}{o.vmm} {o.role} {o.result}: {figures}{why}, {o.verdict}, {o.recording or '-'}"

@@ -44,6 +44,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     lost: dict[str, int]
     begin_seen: bool = True
     """For a source: dirty logging was seen to be switched on."""
+    diagnosis: str = ""
+    """What dominates the downtime, and why, on one line; empty without a downtime."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -110,6 +112,7 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
         verdict=b.completeness.verdict,
         reasons=b.completeness.reasons,
         lost=b.completeness.lost or {},
+        diagnosis=b.diagnosis.summary if b.diagnosis else "",
         begin_seen=m.source is None or m.total_ns is not None or b.window_ns is None,
     )
 

@@ -22,8 +22,8 @@ from ebpf_mig.breakdown import (
     Side,
     Split,
     Stretch,
+    bounds,
 )
-from ebpf_mig.report import bounds
 from ebpf_mig.report.reference import REARM
 from ebpf_mig.report.rows import paired
 from ebpf_mig.text import printable

@@ -11,7 +11,9 @@ from typing import NamedTuple
 from rich.text import Text
 
 from ebpf_mig.breakdown import PairedBy, Pairing
-from ebpf_mig.text import printable, size
+from ebpf_mig.text import ms, printable, size
+
+__all__ = ["Row", "figure", "ms", "paired", "remark"]
 
 _LABEL = 21
 _TEXT_AT = 23
@@ -36,11 +38,6 @@ def figure(label: str, ns: int, text: str, style: str = "") -> Row:
 def remark(label: str, text: str, style: str = "") -> Row:
     """A label and words."""
     return Row(Text.assemble((f"{printable(label, _LABEL):{_TEXT_AT}}", style or "dim"), text), _TEXT_AT)
-
-
-def ms(ns: int | None) -> str:
-    """Milliseconds with three decimals."""
-    return "-" if ns is None else f"{ns / 1e6:.3f}"
 
 
 def paired(found: Pairing | None) -> str:

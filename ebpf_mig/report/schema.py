@@ -24,8 +24,9 @@ def schema_of(struct: type[msgspec.Struct], title: str) -> dict[str, Any]:
     (reference,), definitions = msgspec.json.schema_components([struct])
     structs = {kind.__name__: kind for kind in _structs(struct, [])}
     for name, kind in structs.items():
+        written = {field.name: field.encode_name for field in msgspec.structs.fields(kind)}
         for key, text in field_docs(kind).items():
-            definitions[name]["properties"][key]["description"] = text
+            definitions[name]["properties"][written[key]]["description"] = text
     return {"$schema": _DIALECT, "title": title, **reference, "$defs": definitions}
 
 

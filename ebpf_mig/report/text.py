@@ -28,8 +28,9 @@ from ebpf_mig.breakdown import (
     Transport,
     Vcpu,
     Verdict,
+    bounds,
 )
-from ebpf_mig.report import bounds, text_fetch, text_vmm, text_wire
+from ebpf_mig.report import text_fetch, text_vmm, text_wire
 from ebpf_mig.report.canvas import PLAIN, Canvas
 from ebpf_mig.report.rows import Row, figure, ms, paired, remark
 from ebpf_mig.report.waterfall import bar, ruler

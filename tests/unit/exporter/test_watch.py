@@ -23,3 +23,11 @@ def test_what_is_not_known_is_not_a_number() -> None:
 def test_a_name_cannot_begin_another_line() -> None:
     said = line(observation(vm="a\nb\x1b[2J" + "x" * 1000))
     assert said.isprintable() and len(said) < 250
+
+
+def test_the_diagnosis_stands_on_the_line_and_a_log_has_no_name() -> None:
+    said = line(observation(at=1767225600.5, diagnosis="mostly handover (84 %): x\n (82 %)"), named=False)
+    assert said == (
+        "2026-01-01T00:00:00Z qemu both completed: blackout 12.346 ms, final fetch 0.000 ms, "
+        "mostly handover (84 %): x\\n (82 %), complete, 20260101T000000.000Z-1.rec"
+    )

@@ -151,6 +151,7 @@ def test_names_and_order_of_the_schema() -> None:
             "postcopy": None,
             "throttled": None,
             "management": None,
+            "diagnosis": None,
         }
     )
 

@@ -8,7 +8,7 @@ only its upper limit.
 from __future__ import annotations
 
 from ebpf_mig.breakdown import Breakdown, Clock
-from ebpf_mig.report.rows import ms
+from ebpf_mig.text import ms
 
 
 def limited(ns: int, bound: int | None, clock: Clock) -> str:

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finders that the rules are made of: each looks for one kind of evidence and returns the time that it explains.
+
+In: `Facts`. Out: claims. A finder is made by a function that takes what differs between rules, so that a rule stays one
+row of data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, shared
+from ebpf_mig.analysis.diagnosis.frames import described, meaningful, plain
+from ebpf_mig.analysis.waits import PREEMPTED, RUNNABLE, Sleep
+from ebpf_mig.breakdown import FetchIoctl, PhaseName, Side, Transport, Wire
+from ebpf_mig.text import ms, size
+
+Finder = Callable[[Facts], Iterable[Claim]]
+_MOST_THREADS = 2
+_SEND_PHASES = (PhaseName.MEMORY_SEND, PhaseName.STATE_SAVE, PhaseName.STATE_SEND)
+_WAITS_FOR_DATA = (PhaseName.HANDOVER, PhaseName.UNATTRIBUTED)
+_WINDOW_SHARE = 0.5
+"""TCP was held up by the receive window for this share of its busy time: the reader was slow."""
+
+
+def asleep(functions: str, *phases: PhaseName, side: Side | None = None) -> Finder:
+    """Waits in a stack that has one of the functions (a regular expression for a whole name)."""
+    pattern = re.compile(functions, re.ASCII)
+
+    def find(facts: Facts) -> Iterator[Claim]:
+        yield from facts.own(lambda s: in_stack(pattern, s) and side in (None, s.side), *phases)
+
+    return find
+
+
+def in_stack(pattern: re.Pattern[str], sleep: Sleep) -> bool:
+    """Whether one of the functions in the stack matches."""
+    return any(pattern.fullmatch(plain(function)) for function in sleep.stack)
+
+
+def lost_cpu(*words: str, vcpus: bool = False) -> Finder:
+    """Waits of threads that could run and did not, for one of the reasons; `vcpus`: only those of two vCPUs or more."""
+
+    def find(facts: Facts) -> Iterator[Claim]:
+        found = list(facts.own(lambda s: s.stack[:1] != () and s.stack[0] in words and (s.vcpu or not vcpus)))
+        if not vcpus or len({claim.sleep.thread for claim in found if claim.sleep}) > 1:
+            yield from found
+
+    return find
+
+
+def contention(facts: Facts) -> Iterator[Claim]:
+    """Waits for a CPU. Only `(preempted)` proves that another thread had it; else it can be a quota, too."""
+    found = list(facts.own(lambda s: s.stack[:1] in ((PREEMPTED,), (RUNNABLE,))))
+    doubtful = {claim.side for claim in found if claim.sleep and claim.sleep.stack[0] == RUNNABLE}
+    for claim in found:
+        proven = "{side} threads wait for a CPU that other threads use"
+        yield claim if claim.side in doubtful else replace(claim, what=proven)
+
+
+def sleepers(rows: Iterable[tuple[Sleep, int]]) -> list[str]:
+    """`19.400 ms in 6 sleeps of NAME in synchronize_srcu (...)`, the longest first. `rows` have the ns of each."""
+    sums: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for sleep, ns in rows:
+        sums[sleep.thread, described(sleep.stack)].append(ns)
+    longest = sorted(sums.items(), key=lambda item: (-sum(item[1]), item[0]))[:_MOST_THREADS]
+    return [
+        f"{ms(sum(parts))} ms in {len(parts)} {'sleeps' if len(parts) > 1 else 'sleep'} of {thread}"
+        + (_where(place) if place else ", no stack")
+        for (thread, place), parts in longest
+    ]
+
+
+def _where(place: str) -> str:
+    return f" {place}" if place.startswith("(") else f" in {place}"
+
+
+def manager(facts: Facts) -> Iterator[Claim]:
+    """Waits until a command came from the manager."""
+    for wait in facts.breakdown.management or ():
+        come = "1 command" if wait.commands == 1 else f"{wait.commands} commands"
+        evidence = f"{ms(wait.duration_ns)} ms asleep until a command arrived ({come})"
+        yield Claim([(wait.begin, wait.begin + wait.duration_ns)], wait.side, [evidence])
+
+
+def lock(name: str) -> Finder:
+    """Waits for a lock inside the ioctls of the final fetch, by the kernel's contention tracepoints."""
+
+    def find(facts: Facts) -> Iterator[Claim]:
+        waited = [(i, ns) for i in ioctls(facts) if (ns := (i.lock_wait_ns or {}).get(name, 0))]
+        if waited:
+            took = sum(ns for _, ns in waited)
+            calls = f"{len(waited)} ioctl{'s' if len(waited) > 1 else ''}"
+            evidence = f"{ms(took)} ms in {calls} of the final fetch, by lock:contention_begin and _end"
+            yield Claim([(i.begin, i.begin + min(ns, i.duration_ns)) for i, ns in waited], Side.SOURCE, [evidence])
+
+    return find
+
+
+def ioctls(facts: Facts) -> list[FetchIoctl]:
+    """The ioctls of the final fetch."""
+    return [ioctl for fetch in facts.breakdown.dirty_log.fetches for ioctl in fetch.ioctls]
+
+
+def fetch(facts: Facts) -> Iterator[Claim]:
+    """The final dirty-log fetch, with what it read."""
+    log = facts.breakdown.dirty_log
+    if log.final is None or log.final.kernel_ns is None or log.final.user_ns is None:
+        return
+    sizes = {slot.slot: slot.size_bytes for slot in log.slots}
+    slots = {ioctl.slot for ioctl in ioctls(facts)}
+    known = sum(sizes.get(slot, 0) for slot in slots)
+    evidence = [f"kernel {ms(log.final.kernel_ns)} ms, user space {ms(log.final.user_ns)} ms"]
+    if slots:
+        evidence.append(f"{len(ioctls(facts))} ioctls on {len(slots)} memslots of {size(known)}")
+    if (split := log.final.split) is not None and (on_cpu := sum(split.parts.values())):
+        part, ns = max(split.parts.items(), key=lambda item: item[1])
+        evidence.append(f"on the CPU in these ioctls: {part} {100 * ns / on_cpu:.0f} %")
+    yield Claim(facts.phase(PhaseName.FETCH_KERNEL, PhaseName.FETCH_USER), Side.SOURCE, evidence)
+
+
+def in_flight(*reasons: str, phases: Sequence[PhaseName] = (*_SEND_PHASES, *_WAITS_FOR_DATA)) -> Finder:
+    """Stretches in which sent bytes had not been received, for one of the reasons, while somebody waited for them."""
+
+    def find(facts: Facts) -> Iterator[Claim]:
+        rows = [wire for wire in facts.wires if wire.reason in reasons]
+        spans = shared([(wire.sent, wire.received) for wire in rows], facts.phase(*phases))
+        if spans:
+            yield Claim(spans, Side.BOTH, [flight(wire) for wire in rows[:2]])
+
+    return find
+
+
+def flight(wire: Wire) -> str:
+    """`44.279 ms: 31.2 KiB of state, ...`."""
+    what = f" of {wire.message}" if wire.message else ""
+    return f"{ms(wire.in_flight_ns)} ms: {size(wire.bytes)}{what}, {wire.evidence}"
+
+
+def limited_link(facts: Facts) -> Iterator[Claim]:
+    """Time in which a queue of sent bytes arrived only as fast as the link carried them.
+
+    Within one host there is no link: what arrives there comes as fast as the CPUs work.
+    """
+    use = facts.link
+    ends = [(u.local.rpartition(":")[0], u.remote.rpartition(":")[0]) for u in facts.breakdown.sockets]
+    if any(local == remote for local, remote in ends if local):
+        return
+    if use is not None and use.limited and use.rate is not None:
+        carried = f"{size(use.limited_bytes)} arrived at {use.rate * 8 / 1e6:.0f} Mbit/s"
+        yield Claim(use.limited, Side.BOTH, [f"{carried} for {ms(use.limited_ns)} ms, with a queue all the time"])
+
+
+_BUFFER = re.compile(r"sk_stream_wait_memory|sock_alloc_send_pskb|unix_stream_sendmsg|sock_wait_for_wmem|pipe_write")
+
+
+def full_buffer(facts: Facts) -> Iterator[Claim]:
+    """The source sleeps because its send buffer is full."""
+    yield from facts.own(lambda s: in_stack(_BUFFER, s) and s.side != Side.DESTINATION)
+
+
+def slow_reader(facts: Facts) -> Iterator[Claim]:
+    """The source sleeps because its send buffer is full, and the evidence says that the reader does not empty it."""
+    found = list(full_buffer(facts))
+    evidence = []
+    if facts.breakdown.migration.transport == Transport.UNIX:
+        evidence.append("a UNIX socket has no wire: only its reader can be slow")
+    for use in facts.breakdown.sockets:
+        info = use.tcp_info or {}
+        held, busy = info.get("rwnd_limited_us", 0), info.get("busy_us", 0)
+        if use.role.startswith("source") and busy and held >= _WINDOW_SHARE * busy:
+            evidence.append(f"TCP: limited by the receive window for {held // 1000} of {busy // 1000} ms busy")
+    if found and evidence:
+        yield from found
+        yield Claim([], found[0].side, evidence)
+
+
+_BLOCK = re.compile(
+    r"blk\w*|submit_bio\w*|bio_\w+|jbd2_\w+|filemap_fdata\w+|folio_wait_writeback|wbt_wait|rq_qos_wait|iomap_dio\w*"
+    r"|(ext4|xfs|btrfs|f2fs|nfs)_\w+|\w*fsync\w*|fdatasync\w*|io_schedule|dio_\w+|generic_file_\w+",
+    re.ASCII,
+)
+_IDLE = re.compile(r"\w*poll\w*|futex_\w+|do_futex|schedule_hrtimeout\w*|ep_\w+|io_\w*getevents|read_events", re.ASCII)
+
+
+def block_device(facts: Facts) -> Iterator[Claim]:
+    """After the stop, the source waits for a block device: itself, or while one of its workers does."""
+    quiet = (PhaseName.QUIESCE, PhaseName.STATE_SAVE, PhaseName.UNATTRIBUTED)
+    yield from facts.own(lambda s: in_stack(_BLOCK, s) and s.side != Side.DESTINATION, *quiet)
+    idle = [span for claim in facts.own(lambda s: in_stack(_IDLE, s), *quiet) for span in claim.spans]
+    for sleep in facts.sleeps or ():
+        if sleep.side != Side.DESTINATION and not sleep.phases and in_stack(_BLOCK, sleep):
+            yield Claim(shared([(sleep.begin, sleep.end)], idle), sleep.side, sleep=sleep)
+
+
+_POLL = re.compile(r"\w*poll\w*|ep_\w+|schedule_hrtimeout\w*", re.ASCII)
+_RECEIVE = re.compile(r"sk_wait_data|\w*recvmsg\w*|unix_stream_(data_wait|read_generic)|pipe_read", re.ASCII)
+_ANONYMOUS = ("futex_wait", "nanosleep")
+
+
+def named_waits(facts: Facts) -> Iterator[Claim]:
+    """Other waits, by the function in which the thread slept; those without a name are left to later rules."""
+    for claim in facts.own(lambda s: bool(s.stack) and not s.stack[0].startswith("(")):
+        assert claim.sleep is not None  # noqa: S101 - `own` sets it
+        name = meaningful(claim.sleep.stack)
+        if name[0] not in _ANONYMOUS and not in_stack(_RECEIVE, claim.sleep) and not in_stack(_POLL, claim.sleep):
+            yield replace(claim, what=f"{{side}} sleeps in {described(claim.sleep.stack)}")
+
+
+def no_data(facts: Facts) -> Iterator[Claim]:
+    """The destination is ready and waits for data, and no rule says why it does not come."""
+    ready = list(
+        facts.own(
+            lambda s: s.side == Side.DESTINATION and (in_stack(_RECEIVE, s) or in_stack(_POLL, s)), *_WAITS_FOR_DATA
+        )
+    )
+    yield from ready
+    open_ends = [flight(w) for w in facts.wires if w.reason in ("unknown", "waiting for an ACK")]
+    if ready:
+        yield Claim([], ready[0].side, open_ends[:1])
+
+
+def other_threads(facts: Facts) -> Iterator[Claim]:
+    """Waits for other threads of the same process. A vCPU that is not started yet waits by design."""
+    yield from facts.own(lambda s: meaningful(s.stack) == ("futex_wait",) and not s.vcpu)
+
+
+def no_name(facts: Facts) -> Iterator[Claim]:
+    """Waits whose stack names no cause: on a timer, in poll, or without a stack."""
+    yield from facts.own(lambda s: not s.vcpu and not (s.stack and s.stack[0].startswith("(")))
+
+
+def at_work(facts: Facts) -> Iterator[Claim]:
+    """What is left of each phase: no long wait was seen in it."""
+    if facts.sleeps is None:
+        return
+    words = {
+        PhaseName.HANDOVER: "nobody was seen to wait for 0.1 ms or more between the hosts",
+        PhaseName.UNATTRIBUTED: "no rule explains the time",
+    }
+    for one in facts.breakdown.phases:
+        what = words.get(one.phase, f"{{side}} is at work in {one.phase}, or in waits below 0.1 ms")
+        if one.spans:
+            yield Claim(one.spans, one.side, [], what)

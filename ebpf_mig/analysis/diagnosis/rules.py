@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the diagnosis, one row each.
+
+In: nothing. Out: `RULES`, the most specific first. An instant belongs to the first rule that explains it. Each row has
+a test on a real or a built recording in `tests/unit/analysis/test_diagnosis.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ebpf_mig.analysis.diagnosis import claims
+from ebpf_mig.analysis.diagnosis.claims import Finder
+from ebpf_mig.analysis.waits import CPU_QUOTA, PREEMPTED, RUNNABLE
+from ebpf_mig.breakdown import PhaseName, Side
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One cause."""
+
+    name: str
+    """Public: it stands in the JSON report."""
+    what: str
+    """The cause in words; `{side}` becomes the source or the destination."""
+    find: Finder
+    """The time that it explains, and the evidence."""
+    help: str = ""
+    """What would help; empty: not known."""
+    known: bool = True
+    """False: it only says where the time went."""
+
+
+RULES = (
+    Rule(
+        "management",
+        "{side} is ready and waits for its manager",
+        claims.manager,
+        "shorten what the manager does before it lets the VMM go on",
+    ),
+    Rule(
+        "slots_lock",
+        "the dirty-log fetch waits for slots_lock, which another thread holds",
+        claims.lock("slots_lock"),
+        "find the holder: memslot changes and dirty-log ioctls of other threads of the VMM take slots_lock",
+    ),
+    Rule(
+        "mmu_lock",
+        "the dirty-log fetch waits for mmu_lock, which another thread holds",
+        claims.lock("mmu_lock"),
+        "find the holder: page faults and zapping of page tables take mmu_lock",
+    ),
+    Rule(
+        "nagle",
+        "TCP holds data back: Nagle's algorithm waits for a delayed ACK",
+        claims.in_flight("Nagle, delayed ACK"),
+        "set TCP_NODELAY on the migration's sockets, or write small messages together with what follows",
+    ),
+    Rule(
+        "retransmission",
+        "lost TCP segments are sent again",
+        claims.in_flight("retransmission"),
+        "look for packet loss between the hosts",
+    ),
+    Rule(
+        "quota",
+        "a CPU quota throttles the {side}",
+        claims.lost_cpu(CPU_QUOTA),
+        "raise the quota of the VMM's control group (cpu.max) for the migration",
+    ),
+    Rule(
+        "vcpus",
+        "{side} vCPU threads wait for a CPU: they are too many at once",
+        claims.lost_cpu(PREEMPTED, RUNNABLE, vcpus=True),
+        "give the VMM more CPUs, or the guest fewer vCPUs",
+    ),
+    Rule(
+        "cpu",
+        "{side} threads could run and got no CPU (other load, or a quota)",
+        claims.contention,
+        "leave a CPU free for the VMM's threads: less other load on the host, or pinning",
+    ),
+    Rule(
+        "srcu",
+        "KVM waits in synchronize_srcu",
+        claims.asleep(r"synchronize_srcu"),
+        "fewer changes of memslots and interrupt routes while the guest is stopped: each one waits for readers",
+    ),
+    Rule(
+        "rcu",
+        "the kernel waits for an RCU grace period",
+        claims.asleep(r"synchronize_(rcu|sched|net)\w*|rcu_barrier\w*|wait_rcu_gp\w*"),
+    ),
+    Rule(
+        "block",
+        "the source waits for a block device",
+        claims.block_device,
+        "a faster disk, less dirty data in its cache before the stop, or a cache mode that writes through",
+    ),
+    Rule(
+        "link",
+        "the link carries the data no faster",
+        claims.limited_link,
+        "more bandwidth, or less to send after the stop: a lower dirty rate, compression",
+    ),
+    Rule(
+        "window",
+        "the destination reads too slowly: its receive window is full",
+        claims.in_flight("receive window"),
+        "speed up the destination's reading: a free CPU, prefaulted or huge pages, more connections",
+    ),
+    Rule(
+        "reader",
+        "the destination reads too slowly: the source's send buffer stays full",
+        claims.slow_reader,
+        "speed up the destination's reading: a free CPU, prefaulted or huge pages, more connections",
+    ),
+    Rule(
+        "buffer",
+        "the source's send buffer is full",
+        claims.full_buffer,
+        "more bandwidth or a faster reader: the recording does not say which of them is the limit",
+    ),
+    Rule(
+        "fault",
+        "{side} waits in page faults",
+        claims.asleep(r"handle_(mm|pte)_fault|handle_userfault|do_fault|filemap_fault|kvm_mmu_faultin_pfn"),
+        "prefault the memory, or use huge pages",
+    ),
+    Rule(
+        "timer",
+        "the source sleeps on a timer while its vCPUs stop",
+        claims.asleep(r"hrtimer_nanosleep|do_nanosleep", PhaseName.QUIESCE, side=Side.SOURCE),
+        "a VMM that is woken by its vCPUs does not poll",
+    ),
+    Rule("wait", "{side} sleeps in the kernel", claims.named_waits),
+    Rule(
+        "fetch",
+        "the final dirty-log fetch",
+        claims.fetch,
+        "huge pages, a dirty ring, or fewer and smaller memslots; --what-if fetch=0 says what it would save at most",
+    ),
+    Rule(
+        "late",
+        "the destination reads late: the data had arrived",
+        claims.in_flight("late reader", phases=(PhaseName.HANDOVER,)),
+    ),
+    Rule("data", "the destination waits for data", claims.no_data, known=False),
+    Rule("thread", "{side} waits for another of its own threads", claims.other_threads, known=False),
+    Rule(
+        "settle",
+        "the source settles its devices, and sleeps in poll meanwhile",
+        claims.asleep(r"\w*poll\w*", PhaseName.QUIESCE, side=Side.SOURCE),
+        known=False,
+    ),
+    Rule("asleep", "{side} sleeps, and its stack names no cause", claims.no_name, known=False),
+    Rule("work", "{side} is at work", claims.at_work, known=False),
+)

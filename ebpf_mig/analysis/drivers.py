@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The threads that drive the migration on each side, and their waits.
+
+In: a `TracedMigration` and its phases. Out: the waits of both sides near the window, each with the phases in which it
+delays the migration.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from ebpf_mig.analysis import phases, waits
+from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.migration import TracedMigration
+from ebpf_mig.analysis.waits import Party, Sleep
+from ebpf_mig.breakdown import Side, SwitchoverKind
+
+_tid = attrgetter("tid")
+
+
+def sleeps(traced: TracedMigration, attribution: Attribution) -> list[Sleep] | None:
+    """The waits of all threads near the window; None if time off the CPU was not traced."""
+    window = attribution.window
+    if window is None or not traced.material.traced("off-cpu"):
+        return None
+    parties: list[Party] = []
+    if traced.source is not None:
+        senders = frozenset(map(_tid, traced.sends))
+        own = traced.source.fetchers & senders or senders or traced.source.fetchers
+        aborted = traced.switchover is not None and traced.switchover.kind == SwitchoverKind.ABORTED
+        parties.append(Party(traced.source, Side.BOTH if aborted else Side.SOURCE, own, senders))
+    if traced.destination is not None:
+        receivers = frozenset(map(_tid, traced.receives))
+        restorers = frozenset(i.tid for i in traced.destination.ioctls if phases.is_restore(i))
+        parties.append(Party(traced.destination, Side.DESTINATION, receivers & restorers or receivers))
+    return waits.sleeps(parties, attribution.phases, window[0])
