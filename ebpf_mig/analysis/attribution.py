@@ -36,6 +36,11 @@ class Attribution:
     """The source's work in the window."""
     managed: Sequence[Managed] = ()
     """When a side waited for its manager, in order."""
+    handed: int | None = None
+    """When the last byte that the destination needed left the source, absolute; None: the source was not traced, or it
+    resumed its guest, or it sent nothing after the stop."""
+    load: Loading | None = None
+    """When the destination restored the state; None if it was not traced."""
 
 
 def attribute(traced: TracedMigration) -> Attribution:
@@ -52,6 +57,8 @@ def attribute(traced: TracedMigration) -> Attribution:
     work = activity.work(found.first_start if found.first_start is not None else FOREVER)
     load = _loading(traced, found, work)
     handed = _handed(traced, source, found, work, load)
+    sent = any(t.direction == SEND and t.end_ns > found.stop for t in transfers)
+    last_byte = handed if sent else None
     end = found.last_start
     if end is None:
         moved = [t.end_ns for t in transfers if t.end_ns > found.stop]
@@ -76,7 +83,14 @@ def attribute(traced: TracedMigration) -> Attribution:
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, PhaseName.HANDOVER)
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), work, managed)
+    return Attribution(
+        (partition.begin, partition.end),
+        partition.phases(traced.unmeasured),
+        work,
+        managed,
+        handed=last_byte,
+        load=load,
+    )
 
 
 def _managed(traced: TracedMigration, stop: int, handed: int, load: Loading | None, start: int | None) -> list[Managed]:
@@ -167,7 +181,7 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     starts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
     if not starts:
         return Attribution(None, phases.unseen())
-    load = phases.last_loading(destination.ioctls, min(starts))
+    load = phases.last_loading(destination.ioctls, min(starts), traced.receives)
     if load is None:
         return Attribution(None, phases.unseen())
     partition = Partition(load.begin, max(starts))
@@ -176,4 +190,4 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     phases.destination(partition, load.begin, load, None, min(starts), waits)
     managed = _managed(traced, load.begin, load.begin, load, min(starts))
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), None, managed)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), None, managed, load=load)

@@ -30,6 +30,11 @@ waiting.
 SETUP_GAP_NS = 20_000_000
 """If the source was not traced, a longer rest between two restore ioctls separates two stretches of restore work."""
 
+LATE_STATE_BYTES = 128 << 10
+"""If the destination received something in such a rest, but less than this, it waited for state, not for memory."""
+
+_CREATION = frozenset({"CREATE_VM", "SET_TSS_ADDR", "SET_IDENTITY_MAP_ADDR", "ENABLE_CAP"})
+"""Ioctls that create a VM. Cloud Hypervisor creates it as soon as it has received the configuration."""
 _CLOCK = frozenset({"SET_CLOCK", "GET_CLOCK", "KVMCLOCK_CTRL"})
 """Ioctls on the guest's clock. They are part of resuming."""
 _READS = ("GET_", "HAS_", "CHECK_")
@@ -293,12 +298,13 @@ def is_resume(ioctl: Ioctl) -> bool:
     return kvm.name_of(ioctl.cmd) in (kvm.VCPU_STATE_SET | {"SET_CLOCK"})
 
 
-def last_loading(ioctls: Sequence[Ioctl], start: int) -> Loading | None:
+def last_loading(ioctls: Sequence[Ioctl], start: int, receives: Sequence[Transfer] = ()) -> Loading | None:
     """The restore work that loaded the vCPUs, without the VM's set-up before the migration.
 
     A VM that was started with `-S` then waits for its manager, for any length of time. Setting the clock and restarting
     the devices after that wait is not loading. So the result is the last stretch that sets vCPU state before the clock
-    is set.
+    is set. A rest in which only a little was received (`receives`: for the migration) does not end a stretch: the rest
+    of the state was late, e.g. because of Nagle's algorithm.
     """
     work = [i for i in ioctls if is_restore(i) and i.begin_ns < start]
     if not work:
@@ -306,6 +312,16 @@ def last_loading(ioctls: Sequence[Ioctl], start: int) -> Loading | None:
     clock = max((i.begin_ns for i in ioctls if i.begin_ns < start and kvm.name_of(i.cmd) == "SET_CLOCK"), default=start)
     setters = [at for at, i in enumerate(work) if i.begin_ns < clock and kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
     first = max(setters, default=len(work) - 1)
-    while first > 0 and work[first].begin_ns - work[first - 1].end_ns < SETUP_GAP_NS:
+    while first > 0 and kvm.name_of(work[first - 1].cmd) not in _CREATION:
+        if not _goes_on(work[first - 1].end_ns, work[first].begin_ns, receives):
+            break
         first -= 1
     return loading(ioctls, work[first].begin_ns, start, ())
+
+
+def _goes_on(end: int, begin: int, receives: Sequence[Transfer]) -> bool:
+    """Whether a rest between two restore ioctls of a destination alone is part of one stretch of loading."""
+    if begin - end < SETUP_GAP_NS:
+        return True
+    came = sum(t.bytes for t in receives if end < t.end_ns <= begin)
+    return any(t.bytes and t.end_ns <= end for t in receives) and 0 < came < LATE_STATE_BYTES
