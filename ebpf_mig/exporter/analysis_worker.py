@@ -84,7 +84,7 @@ def examine(task: Task, recording: BinaryIO) -> Answer:
     """The summary of the breakdown. RecordingError if the file is no recording."""
     from ebpf_mig.collector import analyse
     from ebpf_mig.exporter.messages import Answer
-    from ebpf_mig.exporter.observation import observe
+    from ebpf_mig.exporter.observation import observe, with_parts
     from ebpf_mig.exporter.otel_spans import trace_of
     from ebpf_mig.recording.file import read_recording
 
@@ -94,6 +94,7 @@ def examine(task: Task, recording: BinaryIO) -> Answer:
     vms = sorted(task.vms, key=lambda vm: side is None or vm.pid != side.pid)
     name = next((vm.name for vm in vms if vm.name), "")
     seen = observe(breakdown, at=task.at, recording=task.recording, vmm=vms[0].vmm, vm=name, trigger=task.trigger)
+    seen = with_parts(seen, found)
     return Answer(seen, trace_of(found, seen))
 
 

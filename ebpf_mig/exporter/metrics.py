@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ebpf_mig.breakdown import PHASES
+from ebpf_mig.breakdown import PHASES, Side
+from ebpf_mig.exporter.latest import Halves
 from ebpf_mig.exporter.observation import DELAYS_S, RESULTS, ROLES, Observation, Status, vmms
 from ebpf_mig.text import printable
 
@@ -69,6 +70,7 @@ class Metrics:
         self._status: Status | None = None
         self._status_at = 0.0
         self._evicted = 0
+        self._halves = Halves(clock)
         registry = self.registry
         self._migrations = Counter(
             "ebpf_mig_migrations", "Migrations seen on this node.", ["vmm", "role", "result"], registry=registry
@@ -84,6 +86,14 @@ class Metrics:
         self._blackout = Histogram(
             "ebpf_mig_blackout_seconds",
             "From the last vCPU's stop to the first vCPU's start, of migrations with both sides on this node.",
+            ["vmm", "role"],
+            buckets=BLACKOUT_BUCKETS,
+            registry=registry,
+        )
+        self._part = Histogram(
+            "ebpf_mig_downtime_part_seconds",
+            "The part of the downtime that one side alone measures: source, from the last vCPU's stop to the last byte "
+            "handed over; destination, from the first restore work to the first vCPU's start.",
             ["vmm", "role"],
             buckets=BLACKOUT_BUCKETS,
             registry=registry,
@@ -130,6 +140,8 @@ class Metrics:
         # If a series began with its first migration, `increase` and `rate` would not see that one.
         for vmm, role in itertools.product(vmm_names or vmms(), ROLES):
             self._blackout.labels(vmm, role)
+            if role != Side.BOTH:
+                self._part.labels(vmm, role)
             for result in RESULTS:
                 self._migrations.labels(vmm, role, result)
 
@@ -155,9 +167,11 @@ class Metrics:
             self._incomplete.inc()
         if not o.begin_seen:
             self._begin_missed.inc()
-        exemplar = {"recording": o.recording[:100]} if o.recording else None
+        exemplar = {"recording": o.recording[:40]} if o.recording else {}
+        exemplar |= {"migration": o.migration[:40]} if o.migration else {}
         if o.blackout_ns is not None and o.result == "completed":
             self._blackout.labels(o.vmm, o.role).observe(o.blackout_ns / 1e9, exemplar)
+        self._count_parts(o, exemplar)
         for phase, ns in o.phases.items() if o.result != "saved" else ():
             if phase in _PHASES:
                 self._phase.labels(o.vmm, phase).observe(ns / 1e9, exemplar)
@@ -169,6 +183,7 @@ class Metrics:
             self._send.labels(o.vmm, state).observe(ns / 1e9, exemplar)
         self._final_bytes.inc(o.final_bytes or 0)
         name = self.label_of(o.vm)
+        self._halves.add(o, name)
         if not name:
             return
         self._vms[name] = o
@@ -176,6 +191,11 @@ class Metrics:
         while len(self._vms) > VMS:
             self._vms.popitem(last=False)
             self._evicted += 1
+
+    def _count_parts(self, o: Observation, exemplar: dict[str, str]) -> None:
+        for role, ns in ((Side.SOURCE, o.source_ns), (Side.DESTINATION, o.destination_ns)):
+            if ns is not None:
+                self._part.labels(o.vmm, role).observe(ns / 1e9, exemplar)
 
     def traces(self, arrived: bool, spans: int) -> None:
         """Counts spans that arrived at a tracing back end, or did not. The family exists after the first call."""
@@ -209,10 +229,12 @@ class Metrics:
             for name in [name for name, o in self._vms.items() if o.at < oldest]:
                 del self._vms[name]
             vms, status, evicted = list(self._vms.items()), self._status, self._evicted
+            halves = list(self._halves.collect())
         up = GaugeMetricFamily("ebpf_mig_up", "Whether the watch over this node runs, with its probes attached.")
         up.add_metric([], float(self.ready))
         yield up
         yield from _last(vms)
+        yield from halves
         dropped = CounterMetricFamily(
             "ebpf_mig_series_dropped", "VMs whose last-migration series were dropped to make room for others."
         )

@@ -6,9 +6,14 @@ In: a breakdown. Out: small structs for JSON. The field `vm` has everything that
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from ebpf_mig.breakdown import Breakdown, Result, Side
+
+if TYPE_CHECKING:
+    from ebpf_mig.analysis.result import Analysis
 
 ROLES = (Side.SOURCE, Side.DESTINATION, Side.BOTH)
 RESULTS = tuple(Result)
@@ -46,6 +51,18 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     """For a source: dirty logging was seen to be switched on."""
     diagnosis: str = ""
     """What dominates the downtime, and why, on one line; empty without a downtime."""
+    migration: str = ""
+    """Its id, 32 hexadecimal digits, see `otel_spans.migration_id`: the same on both hosts. Empty: not completed."""
+    source_ns: int | None = None
+    """The source's part of the downtime, see `analysis.parts`. These and the following are of completed migrations."""
+    until_state_ns: int | None = None
+    """From the last vCPU's stop to the first byte of state sent."""
+    destination_ns: int | None = None
+    """The destination's part of the downtime."""
+    stopped_at_ns: int | None = None
+    """When the last vCPU stopped on the source, by the wall clock of the source's host, ns since the epoch."""
+    started_at_ns: int | None = None
+    """When the first vCPU started on the destination, by the wall clock of that host, ns since the epoch."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -114,6 +131,29 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
         lost=b.completeness.lost or {},
         diagnosis=b.diagnosis.summary if b.diagnosis else "",
         begin_seen=m.source is None or m.total_ns is not None or b.window_ns is None,
+    )
+
+
+def with_parts(seen: Observation, analysis: Analysis) -> Observation:
+    """Adds what is needed to join both halves of a completed migration."""
+    from ebpf_mig.analysis.parts import observe as observe_parts  # here: the listener needs no analysis
+    from ebpf_mig.exporter.otel_spans import migration_id
+
+    if seen.result != Result.COMPLETED:
+        return seen
+    parts, clock = observe_parts(analysis.traced, analysis.attribution), analysis.header.clock
+
+    def wall(at: int | None) -> int | None:
+        return None if at is None or clock is None else at - clock.monotonic_ns + clock.realtime_ns
+
+    return msgspec.structs.replace(
+        seen,
+        migration=migration_id(analysis),
+        source_ns=parts.source_ns,
+        until_state_ns=parts.until_state_ns,
+        destination_ns=parts.destination_ns,
+        stopped_at_ns=wall(parts.stop),
+        started_at_ns=wall(parts.start),
     )
 
 

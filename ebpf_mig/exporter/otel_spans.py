@@ -52,7 +52,7 @@ def trace_of(analysis: Analysis, seen: Observation) -> Trace | None:
     if b.window_ns is None or header.clock is None:
         return None
     zero = analysis.origin_ns - header.clock.monotonic_ns + header.clock.realtime_ns
-    trace_id = id_of(analysis.connection or f"{header.boot_id} {header.begin_ns}")
+    trace_id = migration_id(analysis)
     of_source = digest(f"{trace_id} source", 16)
     begin = b.window_ns - b.migration.total_ns if b.migration.total_ns is not None else 0
     visits = sorted(
@@ -73,6 +73,12 @@ def trace_of(analysis: Analysis, seen: Observation) -> Trace | None:
         spans=sorted(spans, key=lambda span: (span.begin_ns, -span.end_ns)),
         vm=seen.vm,
     )
+
+
+def migration_id(analysis: Analysis) -> str:
+    """The trace id. It is the recording's own if the migration has no TCP connection that both hosts know."""
+    header = analysis.header
+    return id_of(analysis.connection or f"{header.boot_id} {header.begin_ns}")
 
 
 def id_of(text: str) -> str:

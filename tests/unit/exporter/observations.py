@@ -32,6 +32,12 @@ def observation(**changes: Any) -> Observation:
         "verdict": "complete",
         "reasons": [],
         "lost": {},
+        "migration": "0123456789abcdef0123456789abcdef",
+        "source_ns": 7_000_000,
+        "until_state_ns": 6_000_000,
+        "destination_ns": 5_000_000,
+        "stopped_at_ns": 1_767_268_800_000_000_000,
+        "started_at_ns": 1_767_268_800_012_345_678,
     }
     return Observation(**(values | changes))
 

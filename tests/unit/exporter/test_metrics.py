@@ -10,12 +10,13 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from ebpf_mig.exporter.latest import MIGRATIONS, SECONDS
 from ebpf_mig.exporter.metrics import SILENT_S, VM_CHARACTERS, VM_SECONDS, VMS, Metrics, vm_label
 from ebpf_mig.exporter.observation import RESULTS, vmms
 from tests.conftest import requires
@@ -51,6 +52,56 @@ def test_a_migration_shows_in_every_family() -> None:
     assert got["ebpf_mig_last_migration_complete", (("vm", "vm1"),)] == 1
 
 
+ID = "0123456789abcdef0123456789abcdef"
+
+
+def test_a_side_alone_exports_its_part_of_the_downtime() -> None:
+    metrics = Metrics()
+    alone = {"role": "source", "blackout_ns": None, "destination_ns": None, "started_at_ns": None}
+    metrics.migration(observation(**alone))
+    got = samples(metrics)
+    source, destination = (("role", "source"), ("vmm", "qemu")), (("role", "destination"), ("vmm", "qemu"))
+    assert got["ebpf_mig_downtime_part_seconds_sum", source] == 0.007
+    assert got["ebpf_mig_downtime_part_seconds_count", destination] == 0, "it was not measured"
+    assert got["ebpf_mig_blackout_seconds_count", source] == 0
+    assert got["ebpf_mig_migration_part_seconds", (("migration", ID), ("role", "source"))] == 0.007
+    assert ("ebpf_mig_migration_part_seconds", (("migration", ID), ("role", "destination"))) not in got
+    assert got["ebpf_mig_migration_until_state_seconds", (("migration", ID),)] == 0.006
+    assert got["ebpf_mig_migration_stop_timestamp_seconds", (("migration", ID),)] == 1_767_268_800
+    assert ("ebpf_mig_migration_start_timestamp_seconds", (("migration", ID),)) not in got
+    (info,) = [dict(labels) for name, labels in got if name == "ebpf_mig_migration_info"]
+    assert info == {"migration": ID, "role": "source", "vmm": "qemu", "vm": "vm1", "recording": observation().recording}
+
+
+def test_both_sides_on_a_node_feed_the_parts_and_the_blackout() -> None:
+    metrics = Metrics()
+    metrics.migration(observation())
+    got = samples(metrics)
+    for role, seconds in (("source", 0.007), ("destination", 0.005)):
+        assert got["ebpf_mig_downtime_part_seconds_sum", (("role", role), ("vmm", "qemu"))] == seconds
+    assert got["ebpf_mig_blackout_seconds_count", (("role", "both"), ("vmm", "qemu"))] == 1
+    assert ("ebpf_mig_downtime_part_seconds_count", (("role", "both"), ("vmm", "qemu"))) not in got
+    start, stop = (
+        got[f"ebpf_mig_migration_{what}_timestamp_seconds", (("migration", ID),)] for what in ("start", "stop")
+    )
+    assert start - stop == pytest.approx(0.012345678, abs=1e-6), "a double holds a microsecond of today's wall clock"
+
+
+def test_a_migration_that_did_not_complete_has_no_half() -> None:
+    metrics = Metrics()
+    metrics.migration(observation(result="unknown", migration="", source_ns=None, destination_ns=None))
+    assert not [name for name, _ in samples(metrics) if name.startswith("ebpf_mig_migration_")]
+
+
+def test_a_half_expires() -> None:
+    now = [1000.0]
+    metrics = Metrics(clock=lambda: now[0])
+    metrics.migration(observation(at=1000.0))
+    assert ID in text(metrics)
+    now[0] += SECONDS + 1
+    assert ID not in text(metrics)
+
+
 def test_a_scrape_has_a_migration_in_all_families_or_in_none() -> None:
     metrics = Metrics()
     writer = threading.Thread(target=metrics.migration, args=(observation(),))
@@ -76,10 +127,14 @@ def test_an_unknown_blackout_is_not_a_zero() -> None:
     assert got["ebpf_mig_last_migration_complete", (("vm", "vm1"),)] == 0
 
 
+def families_of(metrics: Metrics) -> list[Metric]:
+    return list(parse_openmetrics(generate_openmetrics(metrics.registry).decode()))
+
+
 def test_exemplars_name_the_recording() -> None:
     metrics = Metrics()
     metrics.migration(observation())
-    families = parse_openmetrics(generate_openmetrics(metrics.registry).decode())
+    families = families_of(metrics)
     named = {
         (sample.name, sample.exemplar.labels["recording"])
         for family in families
@@ -87,6 +142,9 @@ def test_exemplars_name_the_recording() -> None:
         if sample.exemplar
     }
     assert ("ebpf_mig_blackout_seconds_bucket", "20260101T000000.000Z-1.rec") in named
+    assert ("ebpf_mig_downtime_part_seconds_bucket", "20260101T000000.000Z-1.rec") in named
+    ids = {s.exemplar.labels["migration"] for family in families_of(metrics) for s in family.samples if s.exemplar}
+    assert ids == {ID}
 
 
 def test_series_are_bounded_whatever_tenants_and_clients_do() -> None:
@@ -97,9 +155,11 @@ def test_series_are_bounded_whatever_tenants_and_clients_do() -> None:
     for vmm, role, result in worlds:
         metrics.migration(observation(vmm=vmm, role=role, result=result, phases=observation().phases | {"new": 1}))
     for number in range(VMS + 50):
-        metrics.migration(observation(vm=f"vm{number}"))
+        metrics.migration(observation(vm=f"vm{number}", migration=f"{number:032x}"))
     got = samples(metrics)
-    assert len(got) <= 2000
+    assert len(got) <= 2600
+    held = {labels for name, labels in got if name == "ebpf_mig_migration_stop_timestamp_seconds"}
+    assert len(held) == MIGRATIONS and (("migration", f"{VMS + 49:032x}"),) in held
     names = {labels for name, labels in got if name == "ebpf_mig_last_migration_timestamp_seconds"}
     assert len(names) == VMS
     assert (("vm", f"vm{VMS + 49}"),) in names and (("vm", "vm5"),) not in names
