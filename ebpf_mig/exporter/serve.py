@@ -25,6 +25,7 @@ from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Message, Observation, Reload
 from ebpf_mig.exporter.otel_spans import Trace
+from ebpf_mig.exporter.process_metrics import ProcessMetrics
 from ebpf_mig.exporter.spawn import Options
 from ebpf_mig.exporter.web import Web
 from ebpf_mig.linux import capabilities
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(signum, signal.SIG_IGN)
     metrics = Metrics(options.vm_label, options.vmms)
     metrics.build(__version__, platform.release())
+    metrics.registry.register(ProcessMetrics(options.parent))
     web = Web(socket.socket(fileno=options.listener), metrics)
     try:
         if options.web_config:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import pytest
 from prometheus_client.exposition import generate_latest
 
 from ebpf_mig.exporter.metrics import Metrics
+from ebpf_mig.exporter.process_metrics import ProcessMetrics
 from ebpf_mig.linux.capabilities import ENGINE
 from tests.conftest import requires
 from tests.unit.exporter.observations import observation, status
@@ -28,7 +30,13 @@ def served() -> set[str]:
     metrics.build("1", "2")
     metrics.migration(observation())
     metrics.status(status())
-    return set(re.findall(r"^(ebpf_mig_\w+)", generate_latest(metrics.registry).decode(), re.MULTILINE))
+    metrics.registry.register(ProcessMetrics(os.getpid()))
+    return set(re.findall(r"^((?:ebpf_mig|process)_\w+)", generate_latest(metrics.registry).decode(), re.MULTILINE))
+
+
+def recorded() -> set[str]:
+    """Names of the series that the recording rules make."""
+    return set(re.findall(r"record: (\S+)", (DEPLOY / "prometheus" / "ebpf-mig.rules.yml").read_text()))
 
 
 def run(*command: str, cwd: Path = DEPLOY) -> tuple[int, str]:
@@ -44,14 +52,16 @@ def test_rules_are_valid_and_each_alert_fires_and_does_not() -> None:
     assert code == 0, said
     alerts = re.findall(r"alert: (\w+)", (DEPLOY / "prometheus" / "ebpf-mig.rules.yml").read_text())
     tested = re.findall(r"alertname: (\w+)", (DEPLOY / "prometheus" / "ebpf-mig.test.yml").read_text())
-    assert len(alerts) == 6 and set(alerts) == set(tested)
+    assert len(alerts) == 10 and set(alerts) == set(tested)
 
 
 def test_rules_and_dashboard_name_only_metrics_that_are_served() -> None:
     known = served()
     for path in (DEPLOY / "prometheus" / "ebpf-mig.rules.yml", DEPLOY / "grafana" / "ebpf-mig.json"):
-        named = set(re.findall(r"(?<![:\w])(ebpf_mig_\w+)\s*[\[{ =)]", path.read_text()))
+        named = set(re.findall(r"(?<![:\w])((?:ebpf_mig|process)_\w+)\s*[\[{ =)]", path.read_text()))
         assert named and named <= known, named - known
+        used = set(re.findall(r"\b(?:migration|job|instance):ebpf_mig_[\w:]+", path.read_text()))
+        assert used and used <= recorded(), used - recorded()
 
 
 def test_the_dashboard_has_units_and_no_fixed_data_source() -> None:
@@ -61,6 +71,10 @@ def test_the_dashboard_has_units_and_no_fixed_data_source() -> None:
     for panel in panels:
         assert panel["datasource"]["uid"] == "${datasource}" and panel["description"]
         assert panel["fieldConfig"]["defaults"]["unit"]
+        counts = panel["fieldConfig"]["defaults"]["unit"] == "short"
+        assert not counts or panel["fieldConfig"]["defaults"]["decimals"] == 0
+        increases = [target["expr"] for target in panel["targets"] if "increase(" in target["expr"]]
+        assert all(text.startswith("round(") or ">=" in text for text in increases), "it shows fractions of migrations"
         assert all(target["expr"] and target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
     for one in panels:
         a = one["gridPos"]
@@ -78,7 +92,7 @@ def test_the_dashboard_has_units_and_no_fixed_data_source() -> None:
         ("", "", ""),
         ('"colorMode"', '"colourMode"', "unexpected field 'colourMode'"),
         ('"legendFormat"', '"legend"', "Dataquery: unexpected field 'legend'"),
-        ('"instant": true', '"instant": "yes"', "panels[6].targets[0].instant: json: cannot unmarshal string"),
+        ('"instant": true', '"instant": "yes"', "panels[7].targets[0].instant: json: cannot unmarshal string"),
         ('"type": "heatmap"', '"type": "heat"', 'no panel of the kind "heat"'),
         ('"templating"', '"variables"', "unexpected field 'variables'"),
     ],

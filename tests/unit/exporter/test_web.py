@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import os
 import socket
 import ssl
@@ -69,6 +70,28 @@ def test_pages() -> None:
         assert get(server, "/nowhere").startswith(b"HTTP/1.0 404")
         head = ask(server, b"HEAD /metrics HTTP/1.1\r\n\r\n")
         assert head.startswith(b"HTTP/1.0 200") and head.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("accept", "packed"),
+    [
+        ("gzip", True),
+        ("identity, GZIP;q=0.5", True),
+        ("", False),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000", False),
+        ("x-gzip", False),
+        ("deflate", False),
+        ("gzip" * 300, False),
+    ],
+)
+def test_metrics_are_packed_only_for_who_asks(accept: str, packed: bool) -> None:
+    with serving() as server:
+        head, _, body = get(server, "/metrics", f"Accept-Encoding: {accept}\r\n").partition(b"\r\n\r\n")
+    assert (b"Content-Encoding: gzip" in head) == packed and f"Content-Length: {len(body)}".encode() in head
+    assert b"Vary: Accept, Accept-Encoding" in head
+    text = gzip.decompress(body) if packed else body
+    assert b"ebpf_mig_blackout_seconds_count" in text and len(body) < (len(text) / 5 if packed else len(text) + 1)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "<script>"])
