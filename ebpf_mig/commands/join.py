@@ -12,6 +12,7 @@ import click
 
 from ebpf_mig.commands.options import (
     DURATION,
+    ParamType,
     color_option,
     examples,
     format_option,
@@ -30,7 +31,7 @@ _EXAMPLES = examples(
 )
 
 
-class Offset(click.ParamType[Hint]):
+class Offset(ParamType[Hint]):
     """`OFFSET[+-DOUBT]`. Both are durations."""
 
     name = "offset"

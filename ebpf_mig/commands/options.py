@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,10 +23,21 @@ from ebpf_mig.text import printable
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+if TYPE_CHECKING:
+    from click import ParamType as ParamType  # noqa: PLC0414 - exported
+else:
+
+    class ParamType(click.ParamType):
+        """click's own, which cannot be subscripted before click 8.4."""
+
+        def __class_getitem__(cls, _: object) -> type:
+            return cls
+
+
 _LIMIT = 1 << 63
 
 
-class Quantity(click.ParamType[int]):
+class Quantity(ParamType[int]):
     """A number with a unit, as an exact integer of the base unit."""
 
     def __init__(self, name: str, units: dict[str, int | Fraction], example: str, *, bare: bool = False) -> None:
