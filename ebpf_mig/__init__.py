@@ -10,9 +10,17 @@ Importing this package imports nothing else: each name is fetched when it is fir
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_BUNDLED = os.path.join(os.path.dirname(__file__), "bundled")  # noqa: PTH118, PTH120 - pathlib imports much
+"""A distribution's package puts those libraries here that the distribution lacks, or has in a version too old."""
+if os.path.isdir(_BUNDLED) and _BUNDLED not in sys.path:  # noqa: PTH112
+    _own = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120
+    sys.path.insert(sys.path.index(_own) if _own in sys.path else 0, _BUNDLED)
 
 if TYPE_CHECKING:
     from ebpf_mig.breakdown import Breakdown

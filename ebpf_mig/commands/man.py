@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ebpf-mig man`: prints the man page, generated from the command line definitions.
+"""`ebpf-mig man`: prints the man pages, generated from the command line definitions.
 
 In: the click group. Out: troff text of section 1 (man(7) macros). The command is hidden: packagers call it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -27,12 +28,17 @@ _EXIT_CODES = {
 
 
 @click.command("man", hidden=True)
+@click.option("--directory", help="Write one page per command to this existing directory, and one of all commands.")
 @click.pass_context
-def command(ctx: click.Context) -> None:
-    """Print the man page, in troff."""
+def command(ctx: click.Context, directory: str | None) -> None:
+    """Print the man page of all commands, in troff."""
     root = ctx.find_root().command
     assert isinstance(root, click.Group)  # noqa: S101 - it has found us
-    write_result(page(root))
+    if directory is None:
+        write_result(page(root))
+        return
+    for name, text in pages(root).items():
+        write_result(text, str(Path(directory) / name))
 
 
 def page(cli: click.Group) -> str:
@@ -40,15 +46,26 @@ def page(cli: click.Group) -> str:
     return "\n".join(_lines(cli)) + "\n"
 
 
+def pages(cli: click.Group) -> dict[str, str]:
+    """By file name: the page of all commands, and that of each."""
+    root = _root(cli)
+    found = {"ebpf-mig.1": page(cli)}
+    for name in cli.list_commands(root):
+        command = cli.get_command(root, name)
+        if command is not None and not command.hidden:
+            found[f"ebpf-mig-{name}.1"] = "\n".join(_command_lines(command, root)) + "\n"
+    return found
+
+
+def _root(cli: click.Group) -> click.Context:
+    return click.Context(cli, info_name="ebpf-mig", terminal_width=76, **cli.context_settings)
+
+
 def _lines(cli: click.Group) -> Iterator[str]:
-    yield f'.TH EBPF\\-MIG 1 "" "ebpf\\-mig {_escaped(__version__)}" "User Commands"'
-    yield ".SH NAME"
-    yield f"ebpf\\-mig \\- {_escaped(_short(cli))}"
-    yield ".SH SYNOPSIS"
-    yield ".B ebpf\\-mig"
+    root = _root(cli)
+    yield from _head("ebpf-mig", cli)
     yield "[\\fIOPTIONS\\fR] \\fICOMMAND\\fR [\\fIARGS\\fR]..."
     yield ".SH OPTIONS"
-    root = click.Context(cli, info_name="ebpf-mig", terminal_width=76, **cli.context_settings)
     yield from _options(cli, root)
     yield ".SH COMMANDS"
     yield from _commands(cli, root)
@@ -57,6 +74,31 @@ def _lines(cli: click.Group) -> Iterator[str]:
         yield f".TP\n.B {code}\n{_escaped(meaning)}"
     yield ".SH ENVIRONMENT"
     yield ".TP\n.B NO_COLOR, FORCE_COLOR\nwithout and with colour, where \\-\\-color is auto"
+
+
+def _head(name: str, command: click.Command) -> Iterator[str]:
+    yield f'.TH {_escaped(name.upper())} 1 "" "ebpf\\-mig {_escaped(__version__)}" "User Commands"'
+    yield ".SH NAME"
+    yield f"{_escaped(name)} \\- {_escaped(_short(command))}"
+    yield ".SH SYNOPSIS"
+    yield f".B {_escaped(name.replace('ebpf-mig-', 'ebpf-mig '))}"
+
+
+def _command_lines(command: click.Command, parent: click.Context) -> Iterator[str]:
+    context = click.Context(command, info_name=command.name, parent=parent, terminal_width=76)
+    yield from _head(f"ebpf-mig-{command.name}", command)
+    yield _escaped(" ".join(command.collect_usage_pieces(context)))
+    yield ".SH DESCRIPTION"
+    yield from _paragraphs(command.help or "")
+    if isinstance(command, click.Group):
+        yield ".SH COMMANDS"
+        yield from _commands(command, context)
+    else:
+        yield ".SH OPTIONS"
+        yield from _options(command, context)
+        yield from _paragraphs(command.epilog or "")
+    yield ".SH SEE ALSO"
+    yield ".BR ebpf\\-mig (1)"
 
 
 def _commands(group: click.Group, parent: click.Context) -> Iterator[str]:

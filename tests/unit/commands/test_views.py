@@ -154,6 +154,36 @@ def test_man_page_has_every_option_of_every_command() -> None:
             assert option.replace("-", "\\-") in found, f"{words} {option}"
 
 
+def test_each_command_has_its_man_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ebpf_mig", "man", "--directory", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert {path.name for path in tmp_path.iterdir()} == {"ebpf-mig.1", *(f"ebpf-mig-{name}.1" for name in COMMANDS)}
+    join = (tmp_path / "ebpf-mig-join.1").read_text()
+    assert "\n.B ebpf\\-mig join\n" in join and "\n.B \\-\\-clock\\-offset" in join and "Examples:" in join
+    if shutil.which("man"):
+        for path in tmp_path.iterdir():
+            done = subprocess.run(["man", "--warnings", "-l", str(path)], capture_output=True, check=False)
+            assert done.returncode == 0 and done.stderr == b"", (path, done.stderr)
+
+
+def test_bundled_libraries_are_found_before_those_of_the_distribution(tmp_path: Path) -> None:
+    """Debian's package bundles what the suite lacks. Directories that come before the package's keep their place."""
+    package, earlier = tmp_path / "dist" / "ebpf_mig", tmp_path / "earlier"
+    (package / "bundled").mkdir(parents=True)
+    earlier.mkdir()
+    shutil.copy(ROOT / "ebpf_mig" / "__init__.py", package)
+    for folder, name in ((package / "bundled", "library"), (package.parent, "library"), (earlier, "other"),
+                         (package / "bundled", "other")):  # fmt: skip
+        (folder / f"{name}.py").write_text("")
+    script = "import ebpf_mig, library, other; print(library.__file__, other.__file__, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-Pc", script], env={"PYTHONPATH": f"{earlier}:{package.parent}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(package / "bundled" / "library.py"), str(earlier / "other.py")]
+
+
 def test_binary_report_keeps_off_the_terminal() -> None:
     main, other = pty.openpty()
     done = subprocess.run(
