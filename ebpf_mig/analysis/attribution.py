@@ -18,7 +18,7 @@ from ebpf_mig.analysis.source_work import Work
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.breakdown import Phase, PhaseName, Span, SwitchoverKind, Transport
-from ebpf_mig.recording.events import SEND, Ioctl, Transfer
+from ebpf_mig.recording.events import SEND, Exec, Ioctl, Transfer
 
 PAGES_BYTES = 65536
 """A send call of more than this carries pages: QEMU flushes state every 32 KiB."""
@@ -53,6 +53,9 @@ def attribute(traced: TracedMigration) -> Attribution:
     activity = source_work.observe(source, found.stop, traced.bursts, traced.own_transfers)
     if found.kind == SwitchoverKind.ABORTED:
         return _aborted(traced, activity, source, found)
+    born = traced.destination.born if traced.destination is not None else None
+    if born is not None:
+        return _replaced(traced, activity, source, found, born)
     transfers = traced.own_transfers
     work = activity.work(found.first_start if found.first_start is not None else FOREVER)
     load = _loading(traced, found, work)
@@ -91,6 +94,33 @@ def attribute(traced: TracedMigration) -> Attribution:
         handed=last_byte,
         load=load,
     )
+
+
+def _replaced(
+    traced: TracedMigration, activity: source_work.Activity, source: Process, found: Switchover, born: Exec
+) -> Attribution:
+    """The process replaced itself by execve(2): the old program saves the state, the new one starts and loads it."""
+    destination = traced.destination
+    load = phases.reloading(destination.ioctls, found.first_start) if destination is not None else None
+    acts = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < born.at_ns]
+    acts += [t.end_ns for t in traced.own_transfers if found.stop <= t.begin_ns < born.at_ns]
+    handed = max(acts, default=found.stop)
+    began = born.begin_ns or handed
+    end = found.last_start or max(born.at_ns, load.end if load is not None else 0)
+    partition = Partition(found.requested, max(end, found.stop))
+    partition.until(found.stop, PhaseName.PAUSE)
+    work = activity.work(handed)
+    managed = _managed(traced, found.stop, handed, load, found.first_start)
+    phases.source(partition, found.stop, handed, work, management.spans(managed))
+    # What is left of saving, and of writing the state where the next program finds it, makes no call that is followed.
+    partition.until(began, PhaseName.STATE_SAVE)
+    partition.until(born.at_ns, PhaseName.EXEC)
+    partition.until(load.begin if load is not None else end, PhaseName.STARTUP)
+    if load is not None:
+        partition.until(load.end, PhaseName.STATE_LOAD)
+    partition.until(partition.end, PhaseName.RESUME)
+    partition.give(management.spans(managed), PhaseName.MANAGEMENT)
+    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), work, managed)
 
 
 def _managed(traced: TracedMigration, stop: int, handed: int, load: Loading | None, start: int | None) -> list[Managed]:

@@ -293,6 +293,28 @@ def destination(
     partition.until(partition.end, PhaseName.RESUME)
 
 
+def reloading(ioctls: Sequence[Ioctl], start: int | None) -> Loading | None:
+    """The restoring of the state by a program that has just set its VM up itself, before `start`.
+
+    vCPU registers are written several times: for new vCPUs, after a reset, and with the state. Devices are loaded
+    before the last time. So loading begins where the registers were written before those devices (QEMU:
+    `qemu_system_reset`, then `qemu_loadvm_state`, which ends with `cpu_synchronize_all_post_init`).
+    """
+    work = [i for i in ioctls if start is None or i.begin_ns < start]
+    clock = max((i.begin_ns for i in work if kvm.name_of(i.cmd) == "SET_CLOCK"), default=None)
+    restores = [i for i in work if is_restore(i) and (clock is None or i.begin_ns < clock)]
+    setters = [i for i in restores if kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
+    if not setters:
+        return None
+    end = max(i.end_ns for i in setters)
+    vcpus = {i.tid for i in setters}
+    devices = [i for i in restores if i.tid not in vcpus and i.end_ns <= end]
+    last = max((i.begin_ns for i in devices), default=end)
+    before = [i.end_ns for i in setters if i.end_ns <= last]
+    begin = max(before) if before else restores[0].begin_ns
+    return Loading(begin, end)
+
+
 def is_resume(ioctl: Ioctl) -> bool:
     """Whether the ioctl resumes a guest on the source after an abort: it sets the clock or writes registers back."""
     return kvm.name_of(ioctl.cmd) in (kvm.VCPU_STATE_SET | {"SET_CLOCK"})

@@ -25,7 +25,7 @@ MOST_WAITS = 10
 SLACK_NS = 20_000
 """The running total is known at the begin and return of calls. A span's ends may be this far from such an instant."""
 _SOURCE = tuple(name for name, side in PHASES if side == Side.SOURCE)
-_DESTINATION = (PhaseName.HANDOVER, PhaseName.STATE_LOAD, PhaseName.RESUME)
+_DESTINATION = (PhaseName.STARTUP, PhaseName.HANDOVER, PhaseName.STATE_LOAD, PhaseName.RESUME)
 _OWN = {Side.SOURCE: _SOURCE, Side.DESTINATION: _DESTINATION, Side.BOTH: _SOURCE + _DESTINATION}
 """The phases in which a side's waits delay the migration."""
 _VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)

@@ -42,6 +42,10 @@ class PhaseName(StrEnum):
     """Reading vCPU and device state."""
     STATE_SEND = "state.send"
     """Sending that state."""
+    EXEC = "exec"
+    """Inside execve(2): the kernel ends the old program's threads, frees its memory and VM, loads the new program."""
+    STARTUP = "startup"
+    """The new program starts and sets its VM up, until it begins to load the state."""
     HANDOVER = "handover"
     """Everything has been sent, and the destination waits for data or for its turn."""
     STATE_LOAD = "state.load"
@@ -163,6 +167,8 @@ PHASES: tuple[tuple[PhaseName, Side], ...] = (
     (PhaseName.MEMORY_SEND, Side.SOURCE),
     (PhaseName.STATE_SAVE, Side.SOURCE),
     (PhaseName.STATE_SEND, Side.SOURCE),
+    (PhaseName.EXEC, Side.SOURCE),
+    (PhaseName.STARTUP, Side.DESTINATION),
     (PhaseName.HANDOVER, Side.BOTH),
     (PhaseName.STATE_LOAD, Side.DESTINATION),
     (PhaseName.RESUME, Side.DESTINATION),

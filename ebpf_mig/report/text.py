@@ -44,7 +44,7 @@ SCREEN = 40
 _BAR_AT = 39
 _SIDES = {Side.SOURCE: ("src", "cyan"), Side.DESTINATION: ("dst", "magenta"), Side.BOTH: ("both", "blue")}
 _VERDICTS = {Verdict.COMPLETE: "green", Verdict.BOUNDED: "yellow", Verdict.INCOMPLETE: "bold red"}
-_NOT_MISSED = frozenset({PhaseName.MANAGEMENT, PhaseName.UNATTRIBUTED})
+_NOT_MISSED = frozenset({PhaseName.EXEC, PhaseName.STARTUP, PhaseName.MANAGEMENT, PhaseName.UNATTRIBUTED})
 """Phases that most migrations do without; that they were not seen needs no mention."""
 _PLAIN = str.maketrans({"…": "...", "→": "->", "±": "+-", "≤": "<="})
 

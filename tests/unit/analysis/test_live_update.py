@@ -162,3 +162,26 @@ def test_a_source_alone_is_a_live_update_too() -> None:
     script = transferred()
     del script.vms[1]
     assert script.result().breakdown.migration.mode == Mode.CPR
+
+
+def test_execve_and_start_up_are_phases_of_their_own() -> None:
+    """Loading begins with the first device after the registers were written for the reset, and ends with the last."""
+    script = executed()
+    script.vms[0].ioctl("SET_IRQCHIP", 23_000, tid=0)
+    script.vms[0].ioctl("SET_TSC_KHZ", 25_010, tid=VCPU + NEW)
+    assert script.result().phases == {
+        "pause": 70,
+        "quiesce": 830,
+        "fetch.kernel": 40,
+        "fetch.user": 260,
+        "state.save": 800,
+        "exec": 2000,
+        "startup": 18_200,
+        "state.load": 3000,
+        "resume": 800,
+    }
+
+
+def test_where_the_begin_of_execve_is_unknown_it_follows_the_last_call() -> None:
+    found = executed(begin=None).result().phases
+    assert (found["state.save"], found["exec"]) == (310, 2490)

@@ -176,7 +176,7 @@ def test_what_was_not_measured_is_present_and_null() -> None:
     value = json.loads(render(breakdowns.cancelled_early()))
     assert value["window_ns"] is value["blackout_ns"] is value["blackout"] is None
     assert value["wire"] is value["waits"] is value["dirty_log"]["final"] is None
-    assert len(value["phases"]) == 12
+    assert len(value["phases"]) == 14
 
 
 def test_it_reads_back_as_the_same_breakdown() -> None:
