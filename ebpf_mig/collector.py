@@ -23,6 +23,7 @@ from ebpf_mig.analysis import (
     dirty_log,
     drivers,
     fetch_split,
+    live_update,
     outcome,
     pairing,
     pause,
@@ -51,10 +52,12 @@ from ebpf_mig.breakdown import (
     DirtyLogMode,
     Endpoint,
     FinalFetch,
+    LiveUpdate,
     ManagerWait,
     Migration,
     Mode,
     Pausing,
+    Phase,
     PhaseName,
     Side,
     Span,
@@ -98,6 +101,7 @@ def analyse(recording: Recording) -> Analysis:
         notes=_notes(traced, window, attribution.work),
         pausing=pausing,
         postcopy=postcopy.observe(traced),
+        live_update=_live_update(traced, attribution.phases, origin),
         throttled=_throttled(traced),
         management=_management(traced, attribution),
     )
@@ -170,6 +174,13 @@ def _management(traced: TracedMigration, attribution: Attribution) -> list[Manag
         ManagerWait(side=w.side, begin=w.begin - window[0], duration_ns=w.end - w.begin, commands=w.commands)
         for w in attribution.managed
     ]
+
+
+def _live_update(traced: TracedMigration, parts: list[Phase], origin: int) -> LiveUpdate | None:
+    if not traced.live_update:
+        return None
+    stop = traced.switchover.stop if traced.switchover is not None else None
+    return live_update.describe(traced.source, traced.destination, parts, origin, stop)
 
 
 def _recognised(traced: TracedMigration) -> str:

@@ -32,5 +32,8 @@ def sleeps(traced: TracedMigration, attribution: Attribution) -> list[Sleep] | N
     if traced.destination is not None:
         receivers = frozenset(map(_tid, traced.receives))
         restorers = frozenset(i.tid for i in traced.destination.ioctls if phases.is_restore(i))
-        parties.append(Party(traced.destination, Side.DESTINATION, receivers & restorers or receivers))
+        drivers = receivers & restorers or receivers
+        if traced.destination.born is not None:
+            drivers = restorers - {line.tid for line in traced.destination.vcpus.values()}
+        parties.append(Party(traced.destination, Side.DESTINATION, drivers))
     return waits.sleeps(parties, attribution.phases, window[0])

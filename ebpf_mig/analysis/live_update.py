@@ -11,10 +11,13 @@ migration's own stream has the state only. A paused guest that migrates in the u
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.switchover import Switchover
+from ebpf_mig.breakdown import LiveUpdate, Phase, PhaseName
+from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND, Transfer
 
 PAGE = 4096
@@ -51,3 +54,22 @@ def descriptors_passed(source: Process, destination: Process | None, until: int)
         if destination is None or socket is None or not socket.peer or socket.peer in peers:
             found += transfer.descriptors
     return found
+
+
+def describe(
+    source: Process | None, destination: Process | None, phases: Sequence[Phase], origin: int, stop: int | None
+) -> LiveUpdate:
+    """What was passed, and what KVM did during the start-up. `phases` are relative to `origin`."""
+    inherited = destination is not None and destination.born is not None
+    passed = None
+    if source is not None and stop is not None and not inherited:
+        passed = descriptors_passed(source, destination, stop)
+    spans = [(origin + b, origin + e) for p in phases if p.phase == PhaseName.STARTUP for b, e in p.spans]
+    if not spans or destination is None:
+        return LiveUpdate(descriptors=passed, setup_ns=None)
+    took: Counter[str] = Counter()
+    for ioctl in destination.ioctls:
+        for begin, end in spans:
+            took[kvm.name_of(ioctl.cmd)] += max(0, min(ioctl.end_ns, end) - max(ioctl.begin_ns, begin))
+    slowest = max(took, key=lambda name: (took[name], name), default="")
+    return LiveUpdate(descriptors=passed, setup_ns=sum(took.values()), slowest=slowest, slowest_ns=took[slowest])

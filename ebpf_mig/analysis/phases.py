@@ -311,7 +311,7 @@ def reloading(ioctls: Sequence[Ioctl], start: int | None) -> Loading | None:
     devices = [i for i in restores if i.tid not in vcpus and i.end_ns <= end]
     last = max((i.begin_ns for i in devices), default=end)
     before = [i.end_ns for i in setters if i.end_ns <= last]
-    begin = max(before) if before else restores[0].begin_ns
+    begin = max(before) if before else min(i.begin_ns for i in setters)
     return Loading(begin, end)
 
 

@@ -60,6 +60,7 @@ __all__ = [
     "FetchIoctl",
     "FinalFetch",
     "Innocent",
+    "LiveUpdate",
     "Logging",
     "ManagerWait",
     "Migration",
@@ -243,6 +244,18 @@ class Witness(Struct, frozen=True, kw_only=True):
     """Time at the span's border that may belong to the neighbouring part, ns."""
 
 
+class LiveUpdate(Struct, frozen=True, kw_only=True):
+    descriptors: int | None
+    """Number of descriptors that the old process passed to the new one (SCM_RIGHTS); null: the source was not traced,
+    or the process replaced itself, and the descriptors were inherited."""
+    setup_ns: int | None
+    """The part of the phase `startup` inside KVM's ioctls, of all threads together, ns; null: there was no start-up."""
+    slowest: str = ""
+    """The slowest kind of these ioctls; empty: there was none."""
+    slowest_ns: int = 0
+    """Time in that kind, ns."""
+
+
 class Completeness(Struct, frozen=True, kw_only=True):
     verdict: Verdict
     """How reliable the result is."""
@@ -341,6 +354,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """How the vCPUs were stopped; null: not seen."""
     postcopy: Postcopy | None = None
     """What the destination fetched; null in another mode."""
+    live_update: LiveUpdate | None = None
+    """What a live update (mode `cpr`) took with it, and what its start-up did; null in another mode."""
     throttled: Throttled | None = None
     """Null: no throttling was seen."""
     management: list[ManagerWait] | None = None

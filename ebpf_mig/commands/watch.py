@@ -9,6 +9,7 @@ import time
 import click
 import msgspec
 
+from ebpf_mig.breakdown import Mode
 from ebpf_mig.commands.options import SIZE, encoded, examples, format_option, say
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
@@ -69,4 +70,5 @@ def line(o: Observation, *, named: bool = True) -> str:
     why = f", {printable(o.diagnosis)}" if o.diagnosis else ""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
     who = f"{printable(o.vm, 64) or '-'} " if named else ""
-    return f"{moment} {who}{o.vmm} {o.role} {o.result}: {figures}{why}, {o.verdict}, {o.recording or '-'}"
+    what = f"{who}{o.vmm} {o.role}" + (" live update" if o.mode == Mode.CPR else "")
+    return f"{moment} {what} {o.result}: {figures}{why}, {o.verdict}, {o.recording or '-'}"

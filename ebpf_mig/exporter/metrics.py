@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from ebpf_mig.breakdown import PHASES, Side
 from ebpf_mig.exporter.latest import Halves
-from ebpf_mig.exporter.observation import DELAYS_S, RESULTS, ROLES, Observation, Status, vmms
+from ebpf_mig.exporter.observation import DELAYS_S, MODES, RESULTS, ROLES, Observation, Status, vmms
 from ebpf_mig.text import printable
 
 VMS = 256
@@ -34,7 +34,7 @@ PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
 
 _PHASES = frozenset(phase for phase, _ in PHASES)
 _PARTS = ("lock", "off_cpu", "kernel", "user")
-_TRIGGERS = ("start", "born", "thread", "connect", "accept", "logging", "memory", "candidate")
+_TRIGGERS = ("start", "born", "thread", "connect", "accept", "logging", "memory", "candidate", "exec", "update")
 _OUTCOMES = ("migration", "nothing", "suppressed")
 
 
@@ -74,6 +74,12 @@ class Metrics:
         registry = self.registry
         self._migrations = Counter(
             "ebpf_mig_migrations", "Migrations seen on this node.", ["vmm", "role", "result"], registry=registry
+        )
+        self._modes = Counter(
+            "ebpf_mig_modes",
+            "Migrations seen on this node, by when the memory moved; cpr is a live update.",
+            ["vmm", "mode"],
+            registry=registry,
         )
         self._incomplete = Counter(
             "ebpf_mig_migrations_incomplete", "Migrations of which events were lost.", registry=registry
@@ -138,6 +144,8 @@ class Metrics:
         self._traces: Counter | None = None
         registry.register(_Gauges(self))
         # If a series began with its first migration, `increase` and `rate` would not see that one.
+        for vmm, mode in itertools.product(vmm_names or vmms(), MODES):
+            self._modes.labels(vmm, mode)
         for vmm, role in itertools.product(vmm_names or vmms(), ROLES):
             self._blackout.labels(vmm, role)
             if role != Side.BOTH:
@@ -163,6 +171,7 @@ class Metrics:
 
     def _count(self, o: Observation) -> None:
         self._migrations.labels(o.vmm, o.role, o.result).inc()
+        self._modes.labels(o.vmm, o.mode).inc()
         if o.verdict == "incomplete":
             self._incomplete.inc()
         if not o.begin_seen:

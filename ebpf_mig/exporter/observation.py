@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ebpf_mig.breakdown import Breakdown, Result, Side
+from ebpf_mig.breakdown import Breakdown, Mode, Result, Side
 
 if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
 
 ROLES = (Side.SOURCE, Side.DESTINATION, Side.BOTH)
 RESULTS = tuple(Result)
+MODES = tuple(Mode)
 DELAYS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
 """Upper ends of the buckets of `Status.delays`. A migration shorter than its delay may be missed."""
 
@@ -47,6 +48,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     verdict: str
     reasons: list[str]
     lost: dict[str, int]
+    mode: str = Mode.UNKNOWN
+    """When the memory moved: a `Mode`."""
     begin_seen: bool = True
     """For a source: dirty logging was seen to be switched on."""
     diagnosis: str = ""
@@ -119,6 +122,7 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
         vm=vm,
         role=role,
         result=m.result,
+        mode=m.mode,
         trigger=trigger,
         blackout_ns=b.blackout_ns,
         window_ns=b.window_ns,

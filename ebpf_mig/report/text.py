@@ -82,6 +82,7 @@ def _rows(breakdown: Breakdown, canvas: Canvas) -> Iterator[Row]:
             *text_vmm.throttled(breakdown.throttled),
             *text_vmm.pausing(breakdown.pausing),
             *text_vmm.management(breakdown.management),
+            *text_vmm.live_update(breakdown.live_update),
             *text_vmm.postcopy(breakdown.postcopy),
             *_dirty_log(breakdown),
             *text_wire.sockets(breakdown.sockets),

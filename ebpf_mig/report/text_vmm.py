@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig import vmm
-from ebpf_mig.breakdown import ManagerWait, Pausing, Postcopy, Served, Throttled, Witness
-from ebpf_mig.report.rows import Row, figure, ms
+from ebpf_mig.breakdown import LiveUpdate, ManagerWait, Pausing, Postcopy, Served, Throttled, Witness
+from ebpf_mig.report.rows import Row, figure, ms, remark
 from ebpf_mig.text import printable, size
 
 _PART_SPARE = {name: spare for one in vmm.adapters() for name, spare in one.witness.parts.items()}
@@ -43,6 +43,16 @@ def management(found: list[ManagerWait] | None) -> Iterator[Row]:
         return
     each = ", ".join(f"{wait.side} {ms(wait.duration_ns)}" for wait in found)
     yield figure("waited for manager", sum(wait.duration_ns for wait in found), f"to go on: {each}")
+
+
+def live_update(found: LiveUpdate | None) -> Iterator[Row]:
+    """The descriptors that were passed, and what KVM did in the start-up."""
+    if found is None:
+        return
+    if found.descriptors is not None:
+        yield remark("descriptors passed", str(found.descriptors))
+    if found.setup_ns:
+        yield figure("KVM in startup", found.setup_ns, f"most of it {found.slowest}: {ms(found.slowest_ns)}")
 
 
 def postcopy(found: Postcopy | None) -> Iterator[Row]:

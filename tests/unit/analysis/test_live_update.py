@@ -185,3 +185,13 @@ def test_execve_and_start_up_are_phases_of_their_own() -> None:
 def test_where_the_begin_of_execve_is_unknown_it_follows_the_last_call() -> None:
     found = executed(begin=None).result().phases
     assert (found["state.save"], found["exec"]) == (310, 2490)
+
+
+def test_what_was_passed_and_what_kvm_did_in_the_start_up() -> None:
+    """CREATE_VM takes 200 us, SET_USER_MEMORY_REGION 500 us."""
+    found = executed().result().breakdown.live_update
+    assert found is not None and found.descriptors is None
+    assert (found.setup_ns, found.slowest, found.slowest_ns) == (700 * US, "SET_USER_MEMORY_REGION", 500 * US)
+    found = transferred(descriptors=7530).result().breakdown.live_update
+    assert found is not None and (found.descriptors, found.setup_ns) == (7530, None)
+    assert transferred(descriptors=0).result().breakdown.live_update is None

@@ -44,6 +44,8 @@ def test_a_migration_shows_in_every_family() -> None:
     assert got["ebpf_mig_blackout_seconds_bucket", (("le", "0.01"), *both)] == 0
     assert got["ebpf_mig_blackout_seconds_bucket", (("le", "0.025"), *both)] == 1
     assert got["ebpf_mig_migrations_total", (("result", "completed"), *both)] == 1
+    assert got["ebpf_mig_modes_total", (("mode", "unknown"), ("vmm", "qemu"))] == 1
+    assert got["ebpf_mig_modes_total", (("mode", "cpr"), ("vmm", "qemu"))] == 0
     assert got["ebpf_mig_phase_seconds_sum", (("phase", "fetch.kernel"), ("vmm", "qemu"))] == 0.001
     assert got["ebpf_mig_dirty_log_fetch_seconds_sum", (("part", "user"), ("stage", "blackout"))] == 4e-9
     assert got["ebpf_mig_send_seconds_sum", (("state", "blocked"), ("vmm", "qemu"))] == 6e-9
@@ -157,7 +159,7 @@ def test_series_are_bounded_whatever_tenants_and_clients_do() -> None:
     for number in range(VMS + 50):
         metrics.migration(observation(vm=f"vm{number}", migration=f"{number:032x}"))
     got = samples(metrics)
-    assert len(got) <= 2600
+    assert len(got) <= 2700
     held = {labels for name, labels in got if name == "ebpf_mig_migration_stop_timestamp_seconds"}
     assert len(held) == MIGRATIONS and (("migration", f"{VMS + 49:032x}"),) in held
     names = {labels for name, labels in got if name == "ebpf_mig_last_migration_timestamp_seconds"}

@@ -149,6 +149,7 @@ def test_names_and_order_of_the_schema() -> None:
             "what_if": None,
             "pausing": None,
             "postcopy": None,
+            "live_update": None,
             "throttled": None,
             "management": None,
             "diagnosis": None,

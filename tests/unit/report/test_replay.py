@@ -27,9 +27,12 @@ RECORDINGS = sorted(DATA.glob("*.rec"))
 QEMU = [
     path
     for path in RECORDINGS
-    if path.stem.startswith("qemu") and not path.stem.endswith(("cancelled", "died", "failed"))
+    if path.stem.startswith("qemu")
+    and not path.stem.endswith(("cancelled", "died", "failed"))
+    and "cpr" not in path.stem
 ]
-UNSTOPPED = [path for path in RECORDINGS if path.stem.startswith("qemu") and path not in QEMU]
+LIVE_UPDATES = [path for path in RECORDINGS if "cpr" in path.stem]
+UNSTOPPED = [path for path in RECORDINGS if path.stem.startswith("qemu") and path not in (*QEMU, *LIVE_UPDATES)]
 CLOUD_HYPERVISOR = [
     path for path in RECORDINGS if path.stem.startswith("cloud") and not path.stem.endswith(("died", "failed"))
 ]
@@ -94,6 +97,22 @@ def test_what_every_version_has_in_common(path: Path) -> None:
     assert len(b.vcpus) == (3 if "3vcpus" in path.stem else 1)
     assert b.phase_ns("state.load") > 0 and b.phase_ns("state.save") > 0
     assert all(socket.bytes < 1 << 26 for socket in b.sockets)
+
+
+@pytest.mark.parametrize("path", LIVE_UPDATES, ids=lambda path: path.stem)
+def test_live_updates(path: Path) -> None:
+    """Seen by `record` alone: two vCPUs, each with one stop and one start, and nothing that no rule explains."""
+    _, b = load(path)
+    assert (b.migration.mode, b.migration.result, b.completeness.verdict) == ("cpr", "completed", "complete")
+    assert b.migration.paused_before is False
+    assert [(row.vcpu, row.blackout_ns is not None) for row in b.vcpus] == [(0, True), (1, True)]
+    assert b.phase_ns("unattributed") == 0 and b.phase_ns("pause") > 0 and b.phase_ns("state.load") > 0
+    assert b.live_update is not None and b.migration.source is not None and b.migration.destination is not None
+    executed = "exec" in path.stem
+    assert (b.migration.source.pid == b.migration.destination.pid) is executed
+    assert b.live_update.descriptors == (None if executed else 6)
+    assert (b.phase_ns("exec") > 0, b.phase_ns("startup") > 0) == (executed, executed)
+    assert b.live_update.slowest == ("SET_USER_MEMORY_REGION" if executed else "")
 
 
 @pytest.mark.parametrize("path", CLOUD_HYPERVISOR, ids=lambda path: path.stem)
