@@ -221,6 +221,7 @@ class Tracks:
                 track.last_ns = now_ns
                 for pids in (track.restored, track.ran, track.stopped, track.saved):
                     pids.discard(event.pid)
+                track.fetched = {(pid, slot) for pid, slot in track.fetched if pid != event.pid}
             elif isinstance(event, Transfer) and not track.watch.is_of_a_file(event):
                 burst += event.bytes
                 take_transfer(track, event)

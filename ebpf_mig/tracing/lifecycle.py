@@ -223,6 +223,7 @@ class MigrationWatch:
         for known in (self._stopped_at, self._started, self._sent_at, self._answered_at, self._closed_at):
             known.pop(event.pid, None)
         self._sent.pop(event.pid, None)
+        self._sent_by_fetchers.pop(event.pid, None)
         self._receptions.pop(event.pid, None)
         self._logged = {(pid, slot) for pid, slot in self._logged if pid != event.pid}
         self._unlogged = {(pid, slot) for pid, slot in self._unlogged if pid != event.pid}
@@ -264,7 +265,7 @@ class MigrationWatch:
             self._fetched.add(event.pid)
             self._unlogged_at = 0
             return
-        made = key in self._unlogged
+        made = key in self._unlogged or event.pid in self._executed  # a new program makes all its slots
         self._unlogged.add(key)
         if not made and event.pid in self._sent and event.pid not in self._fetched and self._busiest(event.pid):
             self.missed_beginning(event.pid)  # an existing slot loses the flag after much was sent

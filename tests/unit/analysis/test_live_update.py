@@ -195,3 +195,18 @@ def test_what_was_passed_and_what_kvm_did_in_the_start_up() -> None:
     found = transferred(descriptors=7530).result().breakdown.live_update
     assert found is not None and (found.descriptors, found.setup_ns) == (7530, None)
     assert transferred(descriptors=0).result().breakdown.live_update is None
+
+
+def test_a_state_that_goes_through_a_file_has_its_own_phase() -> None:
+    """cpr-exec with `file:`; the new program reads what the old one wrote."""
+    script = executed()
+    vm = script.vms[0]
+    vm.socket(90, family=ev.FILE)
+    vm.send(1600, 1700, 32_768, socket=90)
+    vm.send(1710, 1800, 60_000, socket=90)
+    vm.receive(22_300, 22_400, 92_768, socket=90, tid=0)
+    result = script.result()
+    facts = result.breakdown.migration
+    assert (facts.mode, facts.result, facts.transport) == (Mode.CPR, Result.COMPLETED, Transport.FILE)
+    assert result.phases["state.send"] == 200 and result.phases["exec"] == 2000
+    assert result.blackout == (70, 26_000)

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import (
     AF_UNIX,
     FILE,
     PIPE,
     AnyEvent,
+    Ending,
     Exec,
     Ioctl,
     Socket,
@@ -16,6 +21,7 @@ from ebpf_mig.recording.events import (
     VcpuEnter,
     VcpuExit,
 )  # fmt: skip
+from ebpf_mig.recording.file import read_recording
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, STOPPED_NS, MigrationWatch
 
 SRC, DST = 10, 20
@@ -199,3 +205,16 @@ def test_a_source_that_replaces_itself_is_its_own_destination() -> None:
     events = [stop(1), *handed, logging(4 * MS, False), *start(9 * MS, SRC)]
     assert verdict(events, 9 * MS + QUIET_NS - 1, (SRC,)) is None
     assert verdict(events, 9 * MS + QUIET_NS, (SRC,)) == "migrated"
+    state = Transfer(MS, 2 * MS, SRC, SRC, 9, 0, 90, 2, 100_000, 1, 1, 0, 0)  # its record comes after the execve
+    late = [stop(1), *handed, state, logging(4 * MS, False), *start(9 * MS, SRC)]
+    assert verdict(late, 9 * MS + QUIET_NS, (SRC,)) == "migrated"
+
+
+@pytest.mark.parametrize("name", ["qemu-11.1-cpr-exec", "qemu-11.1-cpr-transfer"])
+def test_live_updates_of_qemu_are_over_by_themselves(name: str) -> None:
+    """The events as `record` received them. In the first, the state went through a file."""
+    recording = read_recording(Path(__file__).parents[2] / "data" / f"{name}.rec")
+    pids = tuple(target.pid for target in recording.header.targets)
+    ended = next(e for e in recording.events if isinstance(e, Ending))
+    events = [e for e in recording.events if not isinstance(e, Ending)]
+    assert verdict(events, ended.at_ns + QUIET_NS, pids) == "migrated"
