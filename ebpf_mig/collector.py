@@ -59,6 +59,7 @@ from ebpf_mig.breakdown import (
     Pausing,
     Phase,
     PhaseName,
+    Result,
     Side,
     Span,
     SwitchoverKind,
@@ -112,9 +113,11 @@ def analyse(recording: Recording) -> Analysis:
     return Analysis(breakdown, traced, attribution, origin, connection)
 
 
-def _mode(traced: TracedMigration) -> Mode:
+def _mode(traced: TracedMigration, result: Result) -> Mode:
     if traced.live_update:
         return Mode.CPR
+    if result == Result.SAVED and traced.channels.transport != Transport.PIPE:  # behind a pipe there may be anything
+        return Mode.SNAPSHOT
     if traced.source is None:
         return Mode.UNKNOWN
     if traced.postcopy:
@@ -127,13 +130,14 @@ def _mode(traced: TracedMigration) -> Mode:
 
 def _migration(traced: TracedMigration, window: Span | None) -> Migration:
     target = next((p.target for p in (traced.source, traced.destination) if p and p.target), None)
+    result = outcome.result(traced)
     return Migration(
         vmm=target.vmm if target else _recognised(traced),
         vmm_version=target.vmm_version if target else "",
-        mode=_mode(traced),
+        mode=_mode(traced, result),
         transport=traced.channels.transport,
         connections=_connections(traced),
-        result=outcome.result(traced),
+        result=result,
         paused_before=outcome.paused_before(traced),
         paused_after=outcome.paused_after(traced),
         pairing=pairing.observe(traced),

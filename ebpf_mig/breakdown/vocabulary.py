@@ -96,6 +96,8 @@ class Mode(StrEnum):
     CPR = "cpr"
     """Never: a live update (CPR). A new program on the same host takes over the memory of a guest that was stopped
     before the migration began."""
+    SNAPSHOT = "snapshot"
+    """To a file, for a later restore; the result is `saved`."""
     UNKNOWN = "unknown"
     """The recording does not say."""
 
