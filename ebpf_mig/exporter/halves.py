@@ -16,22 +16,28 @@ from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 
 def other_half(track: Track, tracks: Iterable[Track]) -> Track | None:
-    """The track of the other side. Each must be the other's choice, else both stay alone."""
+    """The track of the other side. Each must be the other's only choice, else all that fit stay alone for good: once
+    some of them are over, the rest would look unambiguous."""
     halves = [other for other in tracks if is_half(other)]
     if not is_half(track):
         return None
-    chosen = _choice(track, halves)
-    return chosen if chosen is not None and _choice(chosen, halves) is track else None
+    chosen = _choices(track, halves)
+    back = [other for one in chosen for other in _choices(one, halves)]
+    if len(chosen) == len(back) == 1 and back[0] is track:
+        return chosen[0]
+    for one in (*chosen, *back):
+        one.doubtful = track.doubtful = True
+    return None
 
 
 def is_half(track: Track) -> bool:
     """Whether it may be one side of a migration whose other side is another track. A source may have just booted, so
     its vCPUs' state was set, too."""
-    return len(track.pids) == 1 and bool(track.logging or track.fresh & track.restored)
+    return len(track.pids) == 1 and not track.doubtful and bool(track.logging or track.fresh & track.restored)
 
 
-def _choice(track: Track, halves: Sequence[Track]) -> Track | None:
-    """The only one whose stream fits. If several fit, the only one whose stream is equal to the byte."""
+def _choices(track: Track, halves: Sequence[Track]) -> list[Track]:
+    """Those whose stream fits. If some are equal to the byte, only these."""
     fitting: list[tuple[bool, Track]] = []
     for other in halves:
         if bool(other.logging) != bool(track.logging):
@@ -39,8 +45,7 @@ def _choice(track: Track, halves: Sequence[Track]) -> Track | None:
             found = flow.best(_flows(source, SEND), _flows(destination, RECEIVE))
             if found is not None:
                 fitting.append((found[2].whole, other))
-    best = [other for whole, other in fitting if whole] or [other for _, other in fitting]
-    return best[0] if len(best) == 1 else None
+    return [other for whole, other in fitting if whole] or [other for _, other in fitting]
 
 
 def _flows(track: Track, direction: int) -> list[flow.Flow]:

@@ -341,6 +341,8 @@ class NodeWatch:
         ending = Ending(clock.monotonic_ns(), ended.reason, lost, unpaired, run_ns)
         targets = [Target(pid=vm.pid, role="unknown", vmm="" if vm.vmm == "unknown" else vm.vmm) for vm in vms]
         notes = [f"{ended.thinned} early transfers were left out"] if ended.thinned else []
+        if ended.doubtful:
+            notes.append("more than one process on this node fits as the other side: it is paired with none")
         header = header_for(targets, self._tracer.attached, notes)
         header = msgspec.structs.replace(header, begin_ns=ended.begin_ns)
         self._analysis.put(Case(header, [*ended.events, *rest, ending], vms, ended.trigger))

@@ -46,6 +46,8 @@ class Track:
     """By pid: bytes sent by the threads that fetch dirty logs, while the VM was stopped."""
     last_ns: int = 0
     thinned: int = 0
+    doubtful: bool = False
+    """More than one process fits as its other side, or as that of one that fits it."""
 
     @property
     def proven(self) -> bool:

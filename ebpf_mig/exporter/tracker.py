@@ -53,6 +53,7 @@ class Ended:
     reason: str
     events: list[AnyEvent]
     thinned: int
+    doubtful: bool = False
 
 
 class Tracks:
@@ -303,4 +304,4 @@ class Tracks:
     def _ended(track: Track, reason: str) -> Ended:
         marks = track.witness.marks() if track.witness is not None else ()
         events = [*track.events, *marks]
-        return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned)
+        return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned, track.doubtful)

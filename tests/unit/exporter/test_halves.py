@@ -83,7 +83,20 @@ def test_each_of_two_at_a_time_finds_its_own() -> None:
 
 def test_two_that_cannot_be_told_apart_stay_alone() -> None:
     tracks = halves([(10, 20), (30, 40)], sizes=[0, 0])
-    assert set(found(tracks, (10, 20, 30, 40))) == {frozenset({pid}) for pid in (10, 20, 30, 40)}
+    over = ended(tracks, 700 * MS, (10, 20, 30, 40))
+    assert {end.pids: end.doubtful for end in over} == {(20,): True, (40,): True}
+    assert set(found(tracks, (10, 30))) == {frozenset({10}), frozenset({30})}
+
+
+def test_one_that_is_left_over_is_not_paired_by_default() -> None:
+    tracks = halves([(10, 20), (30, 40)], sizes=[0, 0])
+    alive = [10, 20, 30, 40]
+    first = ended(tracks, 700 * MS, alive)
+    tracks.begin(50, "thread", 700 * MS, fresh=True)  # as 20 and 40, but it ends later
+    tracks.saw(stream(50, RECEIVE, SIZES, late=4), 700 * MS)
+    tracks.saw([restore(50, 701 * MS), run(50, 702 * MS)], 702 * MS)
+    assert {end.pids for end in first} == {(20,), (40,)}
+    assert set(found(tracks, [10, 30, 50])) == {frozenset({10}), frozenset({30}), frozenset({50})}
 
 
 def test_another_stream_is_no_other_half() -> None:
