@@ -127,8 +127,10 @@ def _managed(traced: TracedMigration, stop: int, handed: int, load: Loading | No
     """When the source, and then the destination, waited for its manager."""
     found: list[Managed] = []
     if traced.source is not None and traced.switchover is not None:
-        keys = traced.channels.source
-        found += management.of_source(traced.source, traced.switchover.stopper, keys, stop, handed)
+        keys, stopper = traced.channels.source, traced.switchover.stopper
+        # If the vCPUs had left the guest by themselves, nobody is known to have stopped them.
+        movers = traced.source.fetchers | ({stopper} if stopper is not None else set())
+        found += management.of_source(traced.source, movers, keys, stop, handed)
     if traced.destination is not None and load is not None:
         found += management.of_destination(traced.destination, traced.channels.destination, load.end, start)
     return found

@@ -29,8 +29,11 @@ COMMAND_GAP_NS = 1_000_000
 """Bytes of one command follow each other faster than this."""
 COMMAND_BYTES = 3
 """Fewer bytes are the end of a line, which QEMU reads after it has answered."""
-WAKE_NS = 200_000
-"""A thread that reads its commands itself does so this soon after it woke."""
+LINE_NS = 20_000
+"""After the end of a line it is at least this long until the next command is there; bytes of one come faster."""
+WAKE_NS = 1_000_000
+"""A command that finds the thread awake ends its wait if it slept until this long before: it may read its commands
+itself, have woken for a timer, or have lost the CPU."""
 TIDY_NS = 1_000_000
 """A thread that had nothing left to do falls asleep within this time on the CPU. QEMU needs up to 0.2 ms."""
 LARGE_BYTES = 4096
@@ -77,7 +80,7 @@ def commands(process: Process, keys: Iterable[int], since: int, until: int) -> l
     for key in keys:
         sent = [t.begin_ns for t in process.streams.get((SEND, key), ())]
         near = begun(process.streams[RECEIVE, key], since - COMMAND_GAP_NS)
-        for group in _groups(near, sent):
+        for group in (_without_line_end(one, sent) for one in _groups(near, sent)):
             at = group[0].end_ns if group[0].calls == 1 else group[0].begin_ns
             if since <= at < until and sum(t.bytes for t in group) >= COMMAND_BYTES:
                 following = bisect_left(sent, group[-1].begin_ns)
@@ -98,15 +101,34 @@ def _groups(receives: Sequence[Transfer], sent: Sequence[int]) -> list[list[Tran
     return groups
 
 
-def of_source(source: Process, tid: int | None, migration: Collection[int], since: int, until: int) -> list[Managed]:
-    """The wait of the thread `tid`, which moves the migration, from the stop (`since`) on; empty if there was none.
+def _without_line_end(group: list[Transfer], sent: Sequence[int]) -> list[Transfer]:
+    """Without the end of the line before, which is read right after the answer, and maybe before the next command."""
+    if bisect_left(sent, group[0].begin_ns) == bisect_left(sent, group[0].begin_ns - COMMAND_GAP_NS):
+        return group
+    for size in range(1, min(COMMAND_BYTES, len(group))):
+        if group[size].begin_ns - group[size - 1].end_ns >= LINE_NS and sum(t.bytes for t in group[:size]) == size:
+            return group[size:]
+    return group
 
-    It tells the manager something, falls asleep on a futex, and goes on after a command. It has sent nothing large yet:
-    after the state it waits for the destination. If it waited for something else, with QEMU's big lock held, the thread
-    that executes the command would be waiting for that lock when it wakes.
+
+def of_source(
+    source: Process, tids: Collection[int], migration: Collection[int], since: int, until: int
+) -> list[Managed]:
+    """The last wait, from the stop (`since`) on, of a thread that may move the migration; empty if there was none.
+
+    The thread tells the manager something, falls asleep on a futex, and goes on after a command. It has sent nothing
+    large yet: after the state it waits for the destination. If it waited for something else, with QEMU's big lock held,
+    the thread that executes the command would be waiting for that lock when it wakes.
     """
     keys = monitors(source, migration)
-    if not keys or tid is None:
+    found = [wait for tid in sorted(tids) for wait in _of_mover(source, tid, keys, migration, since, until)]
+    return [max(found, key=lambda wait: (wait.end, wait.begin))] if found else []
+
+
+def _of_mover(
+    source: Process, tid: int, keys: Collection[int], migration: Collection[int], since: int, until: int
+) -> list[Managed]:
+    if not keys:
         return []
     sends = [t for t in begun(source.transfers, since) if t.tid == tid and t.direction == SEND]
     large = next((t.begin_ns for t in sends if t.socket in migration and t.bytes >= LARGE_BYTES), FOREVER)
@@ -124,7 +146,7 @@ def of_source(source: Process, tid: int | None, migration: Collection[int], sinc
         came = [c for c in came if any(_ends(source, tid, w, c) for w in off)]
         off = [w for w in off if w.preempted or any(w.begin_ns <= c.at < w.end_ns for c in came)]
         found += _wait(Side.SOURCE, message.end_ns, off, came)
-    return found[-1:]
+    return found
 
 
 def _ends(source: Process, tid: int, wait: OffCpu, command: Command) -> bool:

@@ -134,6 +134,24 @@ def test_a_question_right_before_is_answered_in_the_wait_and_is_no_wait_of_its_o
     assert found(script.result()) == [("source", 1600, 20_001, 1)]
 
 
+def test_the_end_of_a_line_is_not_the_begin_of_the_next_command() -> None:
+    """libvirt asks for the status, and goes on as soon as it has the answer."""
+    script, source, destination = pausing()
+    source.command(21_000, 30)
+    source.send(21_480, 21_490, 900, MONITOR, MAIN)
+    source.command(21_500, 2)
+    loading(destination, 23_600, started=28_000)
+    assert found(script.result()) == [("source", 1600, 20_001, 2)]
+
+
+def test_vcpus_that_had_left_the_guest_by_themselves_hide_who_stopped_them() -> None:
+    script, source, destination = pausing()
+    source.events = [e for e in source.events if type(e).__name__ != "Kick" or e.at_ns > 10_021_000_000]
+    source.gets(-700)
+    loading(destination, 23_600, started=28_000)
+    assert [(side, took) for side, _, took, _ in found(script.result())] == [("source", 20_001)]
+
+
 def test_after_the_state_the_source_waits_for_the_destination_whatever_is_asked() -> None:
     script, source, destination = pausing()
     source.send(23_550, 23_560, 100, MONITOR, MIGRATION)
@@ -167,6 +185,15 @@ def test_a_busy_thread_is_not_ready_and_one_that_lost_its_cpu_is() -> None:
     loading(destination, 23_600, started=80_400)
     waiting(destination, 29_200, 80_000)
     assert found(script.result())[1] == ("destination", 29_200, 50_801, 1)
+
+
+def test_a_command_may_come_while_the_thread_is_up_for_a_timer() -> None:
+    script, _, destination = pausing()
+    loading(destination, 23_600, started=80_400)
+    destination.off(25_150, 79_600, "do_sys_poll", tid=MAIN)
+    destination.command(80_000, 30)
+    destination.send(80_080, 80_085, 83, MONITOR, MAIN)
+    assert found(script.result())[1] == ("destination", 25_100, 54_901, 1)
 
 
 def test_a_destination_that_starts_by_itself_was_not_told_to() -> None:
