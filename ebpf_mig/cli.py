@@ -92,7 +92,7 @@ _verbose = click.Option(
     count=True,
     expose_value=False,
     callback=_set_verbose,
-    help="Print more messages; -vv also prints tracebacks.",
+    help="Print more messages, and all rows of a text report; -vv also prints tracebacks.",
 )
 
 

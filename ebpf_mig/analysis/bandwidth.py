@@ -17,7 +17,7 @@ from fractions import Fraction
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import covered, merged, total
-from ebpf_mig.breakdown import SwitchoverKind, Transport
+from ebpf_mig.breakdown import Span, SwitchoverKind, Transport
 from ebpf_mig.recording.events import Segment
 
 QUEUED_BYTES = 64 << 10
@@ -45,6 +45,8 @@ class LinkUse:
     """The part of the limited time in which the source was not blocked in sends."""
     reader_ns: int
     """Time on the CPU in the destination's receive calls, within the limited time."""
+    queued_bytes: int = 0
+    """The largest queue in the limited time."""
 
     @property
     def limited_ns(self) -> int:
@@ -85,7 +87,7 @@ def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segmen
     share = Fraction(max(0, sum(t.bytes for t in sends) - before), seen)
     arrived = _curve([(segments[0].at_ns - 1, Fraction(before)), *((s.at_ns, s.payload * share) for s in segments)])
     acks = [s for s in source.segments if s.socket in traced.channels.source]
-    limited = _limited(sent, arrived, acks, stop, last)
+    limited, queued = _limited(sent, arrived, acks, stop, last)
     blocked = sum(
         max(0, t.off_cpu_ns) * covered(limited, (t.begin_ns, t.end_ns)) // max(1, t.end_ns - t.begin_ns) for t in sends
     )
@@ -100,6 +102,7 @@ def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segmen
         span_bytes=_at(arrived, last) - _at(arrived, stop),
         source_ns=max(0, covered(limited, (stop, done)) - blocked),
         reader_ns=reading,
+        queued_bytes=queued,
     )
 
 
@@ -123,13 +126,15 @@ def _at(curve: Curve, at: int) -> int:
     return curve[1][index - 1] if index else 0
 
 
-def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, last: int) -> tuple[tuple[int, int], ...]:
-    """Stretches of [stop, last] in which a large queue drained as fast as the link could."""
+def _limited(
+    sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, last: int
+) -> tuple[tuple[Span, ...], int]:
+    """Stretches of [stop, last] in which a large queue drained as fast as the link could, and the largest queue."""
     marks = sorted({stop, last, *(t for t in (*sent[0], *arrived[0]) if stop < t < last)})
     ack_times = [a.at_ns for a in acks]
     found: list[tuple[int, int]] = []
     busy: list[tuple[int, int]] = []
-    most = 0
+    most = largest = 0
     arrivals = arrived[0]
     for begin, end in itertools.pairwise(marks):
         queue = _at(sent, begin) - _at(arrived, begin)
@@ -138,6 +143,7 @@ def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, la
             busy, most = [], 0
             continue
         most = max(most, queue)
+        largest = max(largest, queue)
         index = bisect_right(arrivals, begin)
         silence = (arrivals[index] if index < len(arrivals) else last) - (arrivals[index - 1] if index else begin)
         held = silence >= HELD_NS and queue < HELD_BYTES
@@ -146,4 +152,4 @@ def _limited(sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, la
         if not held and not full:
             busy.append((begin, end))
     found += busy if most >= QUEUED_BYTES else []
-    return tuple(merged(found))
+    return tuple(merged(found)), largest

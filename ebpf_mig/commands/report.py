@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from ebpf_mig.analysis.whatif import Hypothesis
-from ebpf_mig.breakdown import Breakdown, Verdict
+from ebpf_mig.breakdown import PHASES, Breakdown, PhaseName, Verdict
 from ebpf_mig.commands.options import (
     RATE,
     color_option,
@@ -31,6 +31,7 @@ from ebpf_mig.commands.options import (
 from ebpf_mig.commands.terminal import canvas_for
 from ebpf_mig.errors import IncompleteError, UsageError
 from ebpf_mig.recording.file import Recording
+from ebpf_mig.report.canvas import Canvas
 from ebpf_mig.text import printable
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "ebpf-mig report vm1.rec",
+    "ebpf-mig report vm1.rec --explain state.load",
     "ebpf-mig report vm1.rec --format json | jq .blackout_ns",
     "ebpf-mig report vm1.rec --format html -o vm1.html --redact",
     "ebpf-mig report vm1.rec --what-if bandwidth=25Gbit --what-if fetch=0",
@@ -101,6 +103,13 @@ _PREDICTING = ("text", "json", "html")
     help="Predict the blackout after a change: bandwidth=25Gbit, fetch=0 (a free final fetch; fetch=50%: half"
     " as long), rearm=0 (pages not write-protected again). Can be repeated.",
 )
+@click.option(
+    "--explain",
+    "phase",
+    type=click.Choice([str(name) for name, _ in PHASES]),
+    metavar="PHASE",
+    help="Show everything about one phase: causes, waits with their stacks, calls, sends.",
+)
 @click.option("--redact", is_flag=True, help="Omit addresses and the names of hosts, threads and files.")
 @color_option
 @strict_option
@@ -111,6 +120,7 @@ def command(
     output: str,
     force: bool,
     changes: Sequence[str],
+    phase: str | None,
     redact: bool,
     color: str,
     strict: bool,
@@ -121,6 +131,8 @@ def command(
     """
     if changes and form not in _PREDICTING:
         raise UsageError(f"--format {form} has no place for a prediction", f"use --format {', '.join(_PREDICTING)}")
+    if phase and form != "text":
+        raise UsageError(f"--explain prints text, not {form}", "leave out --format")
     wanted = parse_changes(changes)
     analysis = _analysis(file, redact, form in _WITH_AXIS)
     if changes:
@@ -128,7 +140,8 @@ def command(
 
         predicted = whatif.predict(analysis, wanted)
         analysis = replace(analysis, breakdown=msgspec.structs.replace(analysis.breakdown, what_if=predicted))
-    write_result(FORMATS[form](analysis, output, color), output, force=force)
+    shown = _explained(analysis, phase, output, color) if phase else FORMATS[form](analysis, output, color)
+    write_result(shown, output, force=force)
     require_complete(analysis.breakdown, strict)
 
 
@@ -152,7 +165,23 @@ def rendered(breakdown: Breakdown, form: str, output: str, color: str) -> str:
         return json.render(breakdown)
     from ebpf_mig.report import text
 
-    return text.render(breakdown, canvas_for(sys.stdout if output == "-" else None, color))
+    return text.render(breakdown, _canvas(output, color), verbose=_verbose())
+
+
+def _explained(analysis: Analysis, phase: str, output: str, color: str) -> str:
+    from ebpf_mig.report import explain
+
+    return explain.render(analysis, PhaseName(phase), _canvas(output, color))
+
+
+def _canvas(output: str, color: str) -> Canvas:
+    return canvas_for(sys.stdout if output == "-" else None, color)
+
+
+def _verbose() -> bool:
+    """Whether `-v` was given; `cli.py` adds it to each command."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get("ebpf_mig.verbose", 0) > 0
 
 
 def require_complete(breakdown: Breakdown, strict: bool) -> None:

@@ -107,7 +107,7 @@ class Run:
         raise UsageError(f"there is no report {form!r}", f"choose one of {', '.join(FORMS)}")
 
     def __repr__(self) -> str:
-        from ebpf_mig.report.html_tables import headline
+        from ebpf_mig.report.answer import headline
 
         m = self.breakdown.migration
         return f"<Run: {headline(self.breakdown)}; {m.result}, {m.mode}, {self.breakdown.completeness.verdict}>"

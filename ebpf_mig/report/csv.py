@@ -2,8 +2,8 @@
 """The CSV report: one line per phase, for spreadsheets and shell scripts.
 
 In: a breakdown. Out: RFC 4180 text with a header line; durations in ns; the phase's first begin and last end from the
-window's begin, empty if the phase was not seen. Cells hold only numbers and our own names, never text from the
-recording.
+window's begin, empty if the phase was not seen. `share` is of the window, `downtime_share` of the downtime. Cells hold
+only numbers and our own names, never text from the recording.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import csv
 import io
 
 from ebpf_mig.breakdown import Breakdown, Side, Span
+from ebpf_mig.report.rows import cut
 
-COLUMNS = ("phase", "side", "duration_ns", "share", "spans", "begin_ns", "end_ns", "verdict")
+COLUMNS = ("phase", "side", "duration_ns", "share", "spans", "begin_ns", "end_ns", "verdict", "downtime_share")
 
 
 def render(breakdown: Breakdown) -> str:
@@ -31,6 +32,10 @@ def render(breakdown: Breakdown) -> str:
         rows.append(("window", Side.BOTH, window, [(0, window)]))
     for name, side, duration, spans in rows:
         share = f"{duration / window:.6f}" if window and duration is not None else ""
+        inside = sum(end - begin for begin, end in cut(spans, breakdown.blackout)) if breakdown.blackout else 0
+        dark = breakdown.blackout_ns
+        of_downtime = f"{inside / dark:.6f}" if dark and duration is not None else ""
         ends = (spans[0][0], spans[-1][1]) if spans else ("", "")
-        writer.writerow([name, side, "" if duration is None else duration, share, len(spans), *ends, verdict])
+        known = "" if duration is None else duration
+        writer.writerow([name, side, known, share, len(spans), *ends, verdict, of_downtime])
     return out.getvalue()

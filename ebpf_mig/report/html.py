@@ -49,7 +49,7 @@ _SUMMARY_STYLE = """.ebpf-mig table { border-collapse: collapse; width: 100%; ma
 
 def summary(breakdown: Breakdown) -> str:
     """The headline, the facts and the waterfall as a fragment, to embed in other pages (a notebook)."""
-    parts = (*tables.facts(breakdown), *tables.waterfall(breakdown))
+    parts = (*tables.facts(breakdown), *tables.diagnosis(breakdown), *tables.waterfall(breakdown))
     head = f"<div class='ebpf-mig'>\n<style>{_SUMMARY_STYLE}</style>\n<h3>{escaped(tables.headline(breakdown))}</h3>\n"
     return f"{head}{''.join(parts)}</div>"
 
@@ -62,8 +62,10 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
     yield f"<title>{title}</title>\n<style>\n{_asset('report.css')}</style>\n</head>\n<body>\n"
     yield f"<h1>{title}</h1>\n"
     yield from tables.facts(b)
+    yield from tables.diagnosis(b)
     for name, section in (
         ("Where it went", tables.waterfall(b)),
+        ("At a glance", tables.glance(b)),
         ("What if", whatif.html(b)),
         ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),

@@ -13,19 +13,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from ebpf_mig.breakdown import (
     Breakdown,
     Clock,
-    Endpoint,
     FetchIoctl,
     FinalFetch,
-    Phase,
     PhaseName,
-    Result,
     Side,
     Split,
     Stretch,
     bounds,
 )
+from ebpf_mig.report import answer, details
 from ebpf_mig.report.reference import REARM
-from ebpf_mig.report.rows import paired
+from ebpf_mig.report.rows import PHASE_WORDS, PhaseRow, phase_rows
 from ebpf_mig.text import printable
 
 SIDES = {Side.SOURCE: "src", Side.DESTINATION: "dst"}
@@ -51,74 +49,64 @@ def size(count: int | None) -> str:
 
 
 def headline(b: Breakdown) -> str:
-    """The blackout, or why there is none."""
-    if b.blackout_ns is None:
-        if b.window_ns is None and b.migration.paused_before:
-            return "no blackout: the guest was paused before the migration"
-        if b.window_ns is None and b.migration.result in (Result.FAILED, Result.CANCELLED):
-            return "no blackout: the migration ended before the vCPUs stopped"
-        return "blackout not measured"
-    word = "aborted blackout" if b.came_back and b.migration.result != Result.SAVED else "blackout"
-    return f"{word} {bounds.blackout(b)}"
+    """The downtime, or why there is none."""
+    return answer.headline(b)
 
 
 def facts(b: Breakdown) -> Iterator[str]:
     """What was migrated, from where to where, and how far the page can be trusted."""
-    m = b.migration
-    vmm = " ".join(filter(None, (m.vmm, m.vmm_version))) or "unknown VMM"
-    total = "" if m.total_ns is None else f" after {milliseconds(m.total_ns)} ms"
-    paused = [when for when, was in (("before", m.paused_before), ("after", m.paused_after)) if was]
-    total += f"; the guest was paused {' and '.join(paused)}" if paused else ""
-    yield f"<p>{escaped(vmm)}, {escaped(m.mode)} over {escaped(m.transport)}, {_connections(m.connections)}"
-    yield f", <b>{escaped(m.result)}</b>{total}</p>\n"
-    yield f"<p class='soft'>{_end('source', m.source)} &rarr; {_end('destination', m.destination)}"
-    yield f"{paired(m.pairing)}</p>\n"
+    yield f"<p>{escaped(answer.migration(b), 1000)}</p>\n"
+    yield f"<p class='soft'>{escaped(answer.ends(b), 1000)}</p>\n"
     verdict = escaped(b.completeness.verdict)
     why = "".join(f"; {escaped(reason)}" for reason in b.completeness.reasons)
-    yield f"<p class='{verdict}'>{verdict}{why}</p>\n"
+    yield f"<p class='{verdict}'>{escaped(answer.verdict(b))}{why}</p>\n"
 
 
-def _connections(count: int | None) -> str:
-    return "connections not known" if count is None else f"{count} connection{'s' if count != 1 else ''}"
-
-
-def _end(side: str, end: Endpoint | None) -> str:
-    return f"{side} not traced" if end is None else f"{side} pid {end.pid} on {escaped(end.host or '?')}"
+def diagnosis(b: Breakdown) -> Iterator[str]:
+    """What dominates, why, what is innocent, and what would help."""
+    rows = list(answer.rows(b))
+    if not rows:
+        return
+    yield "<dl id='diagnosis'>\n"
+    for row in rows:
+        yield (f"<dt>{row.label}</dt>" if row.label else "") + f"<dd>{escaped(row.text, 1000)}</dd>\n"
+    yield "</dl>\n"
 
 
 def waterfall(b: Breakdown) -> Iterator[str]:
-    """Every phase with its place in the window."""
+    """Every phase with its place in the window; shares are of the downtime."""
     if not b.window_ns:
         return
-    rows = [
-        f"<td class='w'>{p.phase}</td><td>{SIDES.get(p.side, p.side)}</td>{_took(p, b)}"
-        f"<td class='bars'>{_bar(p, b.window_ns)}</td>"
+    seen = list(phase_rows(b, every=True))
+    rows = [_phase(row, b.window_ns) for row in seen]
+    rows += [
+        f"<td class='w'>{p.phase}</td><td>{PHASE_WORDS[p.phase]}</td><td>{SIDES.get(p.side, p.side)}</td>"
+        "<td class='n'>not seen</td><td class='n'>-</td><td></td>"
         for p in b.phases
+        if p.phase not in {row.phase for row in seen}
     ]
-    rows.append(
-        f"<td>window</td><td></td><td class='n'>{bounds.limited(b.window_ns, b.window_bound_ns, b.clock)}</td>"
-        f"<td class='n'>100.0 %</td><td></td>"
+    if b.blackout_ns is not None:
+        took = bounds.limited(b.blackout_ns, b.clock.bound_ns, b.clock)
+        rows.append(f"<td>downtime</td><td></td><td></td><td class='n'>{took}</td><td class='n'>100 %</td><td></td>")
+    took = bounds.limited(b.window_ns, b.window_bound_ns, b.clock)
+    rows.append(f"<td>window</td><td></td><td></td><td class='n'>{took}</td><td></td><td></td>")
+    yield table("phases", ("phase", "what happens", "side", "#ms", "#share", ""), rows)
+
+
+def _phase(row: PhaseRow, window: int) -> str:
+    return (
+        f"<td class='w'>{row.phase}</td><td>{row.words}</td><td>{SIDES.get(row.side, row.side)}</td>"
+        f"<td class='n'>{row.took}</td><td class='n'>{escaped(row.where)}</td>"
+        f"<td class='bars'>{_bar(row, window)}</td>"
     )
-    yield table("phases", ("phase", "side", "#ms", "#share", ""), rows)
 
 
-def _took(phase: Phase, b: Breakdown) -> str:
-    """Duration and share of the window; no number for a phase that was not seen."""
-    if phase.duration_ns is None or not (phase.spans or phase.bound_ns or phase.phase == PhaseName.UNATTRIBUTED):
-        return "<td class='n'>not seen</td><td class='n'>-</td>"
-    took, share = (
-        bounds.limited(phase.duration_ns, phase.bound_ns, b.clock),
-        100 * phase.duration_ns / (b.window_ns or 1),
-    )
-    return f"<td class='n'>{took}</td><td class='n'>{share:.1f} %</td>"
-
-
-def _bar(phase: Phase, window: int) -> str:
-    name = phase.phase if phase.phase == PhaseName.UNATTRIBUTED else phase.side
+def _bar(row: PhaseRow, window: int) -> str:
+    name = row.phase if row.phase == PhaseName.UNATTRIBUTED else row.side
     bars = "".join(
         f"<rect class='{name}' x='{1000 * begin / window:.2f}' width='{max(1000 * (end - begin) / window, 1.5):.2f}' "
         "y='0' height='10'/>"
-        for begin, end in _drawable(phase.spans, window)
+        for begin, end in _drawable(row.spans, window)
     )
     return f"<svg class='bar' viewBox='0 0 1000 10' preserveAspectRatio='none' aria-hidden='true'>{bars}</svg>"
 
@@ -135,6 +123,16 @@ def _drawable(spans: Sequence[tuple[int, int]], window: int) -> Iterator[tuple[i
         last = (begin, end)
     if last is not None:
         yield last
+
+
+def glance(b: Breakdown) -> Iterator[str]:
+    """The rows that the terminal report prints below the phases."""
+    rows = [
+        f"<td>{escaped(row.label)}</td><td class='why'>{escaped(row.text, 2000)}</td>"
+        for row in details.rows(b)
+        if not row.verbose
+    ]
+    yield table("glance", ("what", "how much"), rows)
 
 
 def vcpus(b: Breakdown) -> Iterator[str]:

@@ -27,13 +27,14 @@ def inside(breakdown: Breakdown) -> Iterator[Row]:
         shares = ", ".join(f"{name} {100 * ns / total:.0f}%" for name, ns in parts.items() if 200 * ns >= total)
         error = max(error or 0 for error in split.errors.values())
         how = "exact" if split.samples == "exact" else f"±{100 * error / total:.0f}, n={split.samples}"
-        yield figure("  on CPU in ioctls", sum(parts.values()), f"{shares} ({how})")
+        yield figure("on CPU in ioctls", sum(parts.values()), f"{shares} ({how})")._replace(spare=2)
     rearm, window = final.rearm, breakdown.window_ns or 0
     if rearm is not None and rearm.ns * _REPORTED_SHARE >= window:
         doubt = f" ±{ms(rearm.error_ns)}" if rearm.error_ns else ""
         rate = f"{rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page"
         published = "; ".join(f"{r.short} {r.figure}" for r in REARM if r.short)
-        yield figure("  avoidable re-arming", rearm.ns, f"{rate}{doubt} ({published})")
+        yield figure("re-arming", rearm.ns, f"avoidable: {rate}{doubt}")
+        yield Row("", f"for comparison: {published}", verbose=True)
 
 
 def brownout(passes: list[Pass]) -> Iterator[Row]:
@@ -54,7 +55,7 @@ def brownout(passes: list[Pass]) -> Iterator[Row]:
     if before is not None and one.baseline is not None and one.baseline.duration_ns:
         was = f"; before {100 * before.outside_ns / one.baseline.duration_ns:.1f}%"
     text = f"vCPU {vcpu.vcpu} out {100 * share:.1f}%, longest {ms(vcpu.longest_gap_ns)}{was}"
-    yield figure("  brownout, worst", vcpu.outside_ns, text)._replace(spare=3)
+    yield figure("brownout", vcpu.outside_ns, text)._replace(spare=3)
 
 
 def tcp(info: dict[str, int] | None) -> str:
@@ -71,4 +72,4 @@ def tcp(info: dict[str, int] | None) -> str:
         clauses.append(f"{retransmits} retransmit{'s' if retransmits > 1 else ''}")
     doubt = f" (± {info.get('resolution_us', 0) // 1000} ms)" if clauses and info.get("resolution_us") else ""
     over = round((info["until"] - info["from"]) / 1e6)
-    return f"; TCP, {over} ms: {', '.join(clauses)}{doubt}" if clauses else ""
+    return f"TCP in {over} ms: {', '.join(clauses)}{doubt}" if clauses else ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of the terminal report on VMM-specific work and on the VMM's own figures.
 
-In: parts of a breakdown. Out: rows; text.py puts them on the screen.
+In: parts of a breakdown. Out: rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ebpf_mig.breakdown import LiveUpdate, ManagerWait, Pausing, Postcopy, Serve
 from ebpf_mig.report.rows import Row, figure, ms, remark
 from ebpf_mig.text import printable, size
 
-_PART_SPARE = {name: spare for one in vmm.adapters() for name, spare in one.witness.parts.items()}
-"""`Row.spare` of the rows with the VMMs' own parts, by witness name."""
+_PARTS = frozenset(name for one in vmm.adapters() for name in one.witness.parts)
+"""The VMMs' own figures for parts of their downtime."""
 _LATE_NS = 500_000
 """A shorter sleep after the stop gets no line."""
 
@@ -32,9 +32,8 @@ def pausing(found: Pausing | None) -> Iterator[Row]:
     """The time to stop the vCPUs, if the VMM noticed the stop late enough to matter."""
     if found is None or found.asleep_ns is None or found.asleep_ns < max(_LATE_NS, found.noticed_ns // 2):
         return
-    why = "polls" if found.polling else "asleep"
-    text = f"stop {ms(found.stop_ns)}, noticed {ms(found.noticed_ns)} later ({why} {ms(found.asleep_ns)})"
-    yield figure("kick latency", found.stop_ns + found.noticed_ns, text)
+    why = "polling" if found.polling else "sleeping"
+    yield Row("pause", f"VMM saw the stop {ms(found.noticed_ns)} ms late ({why} {ms(found.asleep_ns)})")
 
 
 def management(found: list[ManagerWait] | None) -> Iterator[Row]:
@@ -42,7 +41,7 @@ def management(found: list[ManagerWait] | None) -> Iterator[Row]:
     if not found:
         return
     each = ", ".join(f"{wait.side} {ms(wait.duration_ns)}" for wait in found)
-    yield figure("waited for manager", sum(wait.duration_ns for wait in found), f"to go on: {each}")
+    yield figure("manager", sum(wait.duration_ns for wait in found), f"waited for it: {each}")
 
 
 def live_update(found: LiveUpdate | None) -> Iterator[Row]:
@@ -60,21 +59,22 @@ def postcopy(found: Postcopy | None) -> Iterator[Row]:
     if found is None:
         return
     if found.after.bytes:
-        yield figure("postcopy drain", found.drained_ns, f"after the start: {_served(found.after)}")
+        yield figure("postcopy", found.drained_ns, f"after the start: {_served(found.after)}")
     if (dark := found.while_dark) is not None and dark.bytes:
-        yield figure("  while dark", dark.waited_ns or 0, f"waited for pages: {_served(dark)}")
+        yield figure("while dark", dark.waited_ns or 0, f"waited for pages: {_served(dark)}")
 
 
 def _served(found: Served) -> str:
-    return f"{size(found.bytes)}, asked for in {found.asked} calls"
+    return f"{size(found.bytes)}, requested in {found.asked} call{'s' if found.asked != 1 else ''}"
 
 
 def witnesses(found: list[Witness]) -> Iterator[Row]:
-    """The blackout's witnesses, then the VMM's own parts. The parts with the highest `spare` are left out first."""
-    for witness in found:
+    """Other figures for the blackout; the VMM's own parts of it are marked for `-v`."""
+    for at, witness in enumerate(found):
         ours = witness.value_ns - witness.difference_ns
         why = f": {printable(witness.explanation, 400)}" if witness.explanation else ""
-        text = f"ours {ms(ours)}, {witness.difference_ns / 1e6:+.3f}{why}"
-        if witness.name in _PART_SPARE:
-            text = f"ours {ms(ours)}{why}"
-        yield figure(witness.name, witness.value_ns, text)._replace(spare=_PART_SPARE.get(witness.name, 0))
+        own = f"{printable(witness.name)} {ms(witness.value_ns)} ms, ours {ms(ours)}"
+        if witness.name in _PARTS:
+            yield Row("cross-check", f"{own}{why}", verbose=True)
+        else:
+            yield Row("cross-check", f"{own} ({witness.difference_ns / 1e6:+.3f}){why}", spare=3 if at else 1)

@@ -61,6 +61,8 @@ def headline(breakdown: Breakdown) -> str:
     """The downtime with its error bound, or why there is none."""
     result = breakdown.migration.result
     if breakdown.blackout_ns is None:
+        if breakdown.migration.paused_before and breakdown.window_ns is None:
+            return "No downtime: the guest was paused before the migration"
         if result in (Result.FAILED, Result.CANCELLED) and breakdown.window_ns is None:
             return "No downtime: the migration ended before the vCPUs stopped"
         alone = breakdown.migration.source is None

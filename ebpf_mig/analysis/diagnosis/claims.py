@@ -21,7 +21,10 @@ from ebpf_mig.text import ms, size
 Finder = Callable[[Facts], Iterable[Claim]]
 _MOST_THREADS = 2
 _SEND_PHASES = (PhaseName.MEMORY_SEND, PhaseName.STATE_SAVE, PhaseName.STATE_SEND)
-_WAITS_FOR_DATA = (PhaseName.HANDOVER, PhaseName.UNATTRIBUTED)
+WAITS_FOR_DATA = (PhaseName.HANDOVER, PhaseName.UNATTRIBUTED)
+"""Phases in which the destination can only wait for the source and the network."""
+QUEUE_NS = 5_000_000
+"""A link is slow if what it had to carry at one time kept it busy for this long."""
 _WINDOW_SHARE = 0.5
 """TCP was held up by the receive window for this share of its busy time: the reader was slow."""
 
@@ -57,7 +60,7 @@ def contention(facts: Facts) -> Iterator[Claim]:
     found = list(facts.own(lambda s: s.stack[:1] in ((PREEMPTED,), (RUNNABLE,))))
     doubtful = {claim.side for claim in found if claim.sleep and claim.sleep.stack[0] == RUNNABLE}
     for claim in found:
-        proven = "{side} threads wait for a CPU that other threads use"
+        proven = "threads of {side} wait for a CPU that others use"
         yield claim if claim.side in doubtful else replace(claim, what=proven)
 
 
@@ -122,7 +125,7 @@ def fetch(facts: Facts) -> Iterator[Claim]:
     yield Claim(facts.phase(PhaseName.FETCH_KERNEL, PhaseName.FETCH_USER), Side.SOURCE, evidence)
 
 
-def in_flight(*reasons: str, phases: Sequence[PhaseName] = (*_SEND_PHASES, *_WAITS_FOR_DATA)) -> Finder:
+def in_flight(*reasons: str, phases: Sequence[PhaseName] = (*_SEND_PHASES, *WAITS_FOR_DATA)) -> Finder:
     """Stretches in which sent bytes had not been received, for one of the reasons, while somebody waited for them."""
 
     def find(facts: Facts) -> Iterator[Claim]:
@@ -143,15 +146,16 @@ def flight(wire: Wire) -> str:
 def limited_link(facts: Facts) -> Iterator[Claim]:
     """Time in which a queue of sent bytes arrived only as fast as the link carried them.
 
-    Within one host there is no link: what arrives there comes as fast as the CPUs work.
+    Within one host there is no link: what arrives there comes as fast as the CPUs work. A queue that the link drains in
+    less than QUEUE_NS is the ordinary one between two CPUs.
     """
     use = facts.link
     ends = [(u.local.rpartition(":")[0], u.remote.rpartition(":")[0]) for u in facts.breakdown.sockets]
     if any(local == remote for local, remote in ends if local):
         return
-    if use is not None and use.limited and use.rate is not None:
-        carried = f"{size(use.limited_bytes)} arrived at {use.rate * 8 / 1e6:.0f} Mbit/s"
-        yield Claim(use.limited, Side.BOTH, [f"{carried} for {ms(use.limited_ns)} ms, with a queue all the time"])
+    if use is not None and use.limited and use.rate and use.queued_bytes * 1e9 >= QUEUE_NS * use.rate:
+        carried = f"{size(use.limited_bytes)} arrived at {use.rate * 8 / 1e6:.0f} Mbit/s for {ms(use.limited_ns)} ms"
+        yield Claim(use.limited, Side.BOTH, [f"{carried}, with up to {size(use.queued_bytes)} in the queue"])
 
 
 _BUFFER = re.compile(r"sk_stream_wait_memory|sock_alloc_send_pskb|unix_stream_sendmsg|sock_wait_for_wmem|pipe_write")
@@ -212,15 +216,9 @@ def named_waits(facts: Facts) -> Iterator[Claim]:
 
 def no_data(facts: Facts) -> Iterator[Claim]:
     """The destination is ready and waits for data, and no rule says why it does not come."""
-    ready = list(
-        facts.own(
-            lambda s: s.side == Side.DESTINATION and (in_stack(_RECEIVE, s) or in_stack(_POLL, s)), *_WAITS_FOR_DATA
-        )
+    yield from facts.own(
+        lambda s: s.side == Side.DESTINATION and (in_stack(_RECEIVE, s) or in_stack(_POLL, s)), *WAITS_FOR_DATA
     )
-    yield from ready
-    open_ends = [flight(w) for w in facts.wires if w.reason in ("unknown", "waiting for an ACK")]
-    if ready:
-        yield Claim([], ready[0].side, open_ends[:1])
 
 
 def other_threads(facts: Facts) -> Iterator[Claim]:

@@ -35,7 +35,7 @@ def rows(facts: Facts, guilty: Set[str]) -> Iterator[Innocent]:
         return
     if guilty & _NETWORK or b.wire is None:
         if "nagle" in guilty and "link" not in guilty and facts.link is not None and facts.link.limited_ns < small:
-            yield Innocent(what="the bandwidth", why=f"the link was the limit for {ms(facts.link.limited_ns)} ms")
+            yield Innocent(what="the bandwidth", why=f"the limit for {ms(facts.link.limited_ns)} ms")
         return
     if b.clock.bound_ns is None:
         return

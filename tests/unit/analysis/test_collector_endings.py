@@ -318,7 +318,7 @@ def test_a_paused_guest_has_no_blackout() -> None:
         assert (found.window_ns, found.blackout_ns, found.throttled) == (None, None, None)
         assert found.migration.result == ("unknown" if after == "back" else "completed")
         assert found.migration.paused_before is True and found.migration.paused_after is (after == "nothing")
-        assert "no blackout: the guest was paused before the migration" in render(found)
+        assert "No downtime: the guest was paused before the migration" in render(found)
         assert len(found.dirty_log.passes) == 2
 
 

@@ -92,7 +92,7 @@ def test_pre_switchover_and_cont_are_waits_for_the_manager() -> None:
     }
     assert sum(result.phases.values()) == result.window == 80_400
     shown = text.render(result.breakdown)
-    assert "waited for manager      74.902 ms  to go on: source 20.001, destination 54.901" in shown
+    assert "manager      74.902 ms, waited for it: source 20.001, destination 54.901\n" in shown
 
 
 def test_without_a_manager_nothing_is_said_of_it() -> None:
@@ -250,4 +250,4 @@ def test_the_row_names_each_side() -> None:
     breakdown = scripts.qemu_7_2().result().breakdown
     waits = [ManagerWait(side=Side.SOURCE, begin=0, duration_ns=5_000_000, commands=1)]
     shown = text.render(replace(breakdown, management=waits))
-    assert "waited for manager       5.000 ms  to go on: source 5.000\n" in shown
+    assert "manager      5.000 ms, waited for it: source 5.000\n" in shown

@@ -255,7 +255,7 @@ def recording(tmp_path: Path) -> Path:
 def test_report_of_a_cut_recording_says_so_on_stderr_and_reports_all_the_same(recording: Path) -> None:
     done = run("report", str(recording))
     assert done.returncode == 0
-    assert done.stdout.startswith("blackout not measured: no vCPU stop was seen\n")
+    assert done.stdout.startswith("Downtime not measured: no vCPU stop was seen ")
     assert (
         done.stderr == f"ebpf-mig: {recording} is cut off: it has no ending: tracing was killed or is still going on\n"
     )
@@ -279,7 +279,7 @@ def test_report_never_overwrites_without_force(recording: Path, tmp_path: Path) 
     first = run("report", str(recording), "-o", str(out))
     assert (first.returncode, first.stdout) == (0, "")
     text = out.read_text()
-    assert text.startswith("blackout not measured")
+    assert text.startswith("Downtime not measured")
     out.write_text("precious")
     second = run("report", str(recording), "--output", str(out))
     assert second.returncode == 2
@@ -303,7 +303,7 @@ def test_colour_on_a_terminal_and_only_there(recording: Path) -> None:
         check=True,
     )
     os.close(slave)
-    assert os.read(master, 1000).startswith(b"\x1b[1mblackout not measured")
+    assert os.read(master, 1000).startswith(b"\x1b[1mDowntime not measured")
     os.close(master)
 
 

@@ -30,7 +30,7 @@ def test_nothing_is_taken_from_the_current_directory(arguments: list[str], tmp_p
     assert not mark.exists(), mark.read_text()
     assert b"Traceback" not in done.stderr and b"internal error" not in done.stderr and b"#error" not in done.stderr
     if arguments[0] == "report":
-        assert done.returncode == 0 and b"blackout" in done.stdout
+        assert done.returncode == 0 and b"downtime" in done.stdout
 
 
 def test_the_trap_works(tmp_path: Path) -> None:

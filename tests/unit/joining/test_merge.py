@@ -134,7 +134,7 @@ def test_where_nothing_came_back_one_side_is_open_and_the_report_says_so() -> No
     assert true is not None
     assert breakdown.blackout_ns <= true
     shown = text.render(breakdown)
-    assert shown.startswith("blackout ≥ ")
+    assert shown.startswith("Downtime ≥ ")
     assert "since nothing came back" in shown
 
 

@@ -46,7 +46,7 @@ def expected(printed: str) -> None:
         "blackout slower ",
         "not an ebpf-mig recording",
         " ns ahead, within ",
-        "phase         side ",
+        "phase        what happens ",
     ):
         assert line in printed, line
 
