@@ -15,7 +15,7 @@ from ebpf_mig.text import printable, size
 
 _PARTS = frozenset(name for one in vmm.adapters() for name in one.witness.parts)
 """The VMMs' own figures for parts of their downtime."""
-_LATE_NS = 500_000
+_SEEN_LATE_NS = 500_000
 """A shorter sleep after the stop gets no line."""
 
 
@@ -30,7 +30,7 @@ def throttled(found: Throttled | None) -> Iterator[Row]:
 
 def pausing(found: Pausing | None) -> Iterator[Row]:
     """The time to stop the vCPUs, if the VMM noticed the stop late enough to matter."""
-    if found is None or found.asleep_ns is None or found.asleep_ns < max(_LATE_NS, found.noticed_ns // 2):
+    if found is None or found.asleep_ns is None or found.asleep_ns < max(_SEEN_LATE_NS, found.noticed_ns // 2):
         return
     why = "polling" if found.polling else "sleeping"
     yield Row("pause", f"VMM saw the stop {ms(found.noticed_ns)} ms late ({why} {ms(found.asleep_ns)})")

@@ -78,7 +78,7 @@ def test_the_pages_code_runs_in_a_notebook(directory: Path) -> None:
     expected("".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"))
     assert [o for o in outputs if o.output_type == "error"] == []
     shown = notebook.cells[0].outputs[0].data["text/html"]
-    assert "<h3>blackout " in shown and "fetch.kernel" in shown and "<svg" in shown
+    assert "<h3>Downtime " in shown and "fetch.kernel" in shown and "<svg" in shown
     assert "http" not in shown and "<script" not in shown, "nothing to load, nothing that runs"
     frame = notebook.cells[2].outputs[0].data["text/html"]
     assert "unattributed" in frame

@@ -87,10 +87,10 @@ def test_cancelled_before_the_vcpus_stopped() -> None:
         (
             "pipe",
             ["libvirtd 412", "libvirtd 530"],
-            "pre-copy over a pipe through libvirtd 412, libvirtd 530, cancelled",
+            "pre-copy over a pipe through libvirtd 412, libvirtd 530; cancelled",
         ),
-        ("file", [], "pre-copy over a file, cancelled"),
-        ("unix", ["a\x1b[2J 5"], "pre-copy over unix through a\\x1b[2J 5, cancelled"),
+        ("file", [], "pre-copy over a file; cancelled"),
+        ("unix", ["a\x1b[2J 5"], "pre-copy over a UNIX socket through a\\x1b[2J 5; cancelled"),
     ],
 )
 def test_what_carried_it_and_through_whom(transport: b.Transport, through: list[str], expected: str) -> None:
