@@ -77,12 +77,19 @@ def _csv(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
     return csv.render(analysis.breakdown)
 
 
+def _markdown(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
+    from ebpf_mig.report import markdown
+
+    return markdown.render(analysis.breakdown)
+
+
 FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "text": _text,
     "json": _json,
     "html": _html,
     "perfetto": _perfetto,
     "csv": _csv,
+    "markdown": _markdown,
 }
 """By name: makes the report from the analysis, the name of the output and the colour choice. Each imports what it
 needs.

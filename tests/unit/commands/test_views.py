@@ -126,7 +126,7 @@ def test_completion_completes() -> None:
     done = run(_EBPF_MIG_COMPLETE="zsh_complete", COMP_WORDS="ebpf-mig exp", COMP_CWORD="1")
     assert done.stdout.splitlines()[:2] == ["plain", "export"] and "exporter" in done.stdout
     done = run(_EBPF_MIG_COMPLETE="bash_complete", COMP_WORDS="ebpf-mig report --format ", COMP_CWORD="3")
-    assert done.stdout.split() == [f"plain,{form}" for form in ("text", "json", "html", "perfetto", "csv")]
+    assert done.stdout.split() == [f"plain,{form}" for form in ("text", "json", "html", "perfetto", "csv", "markdown")]
 
 
 def test_man_page_tells_of_every_command_and_is_clean_troff() -> None:
