@@ -22,6 +22,7 @@ from tests.unit.exporter.observations import observation, status
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "ebpf-mig-exporter.service"
+BOOK = "https://github.com/ebpf-mig/ebpf-mig/blob/main/docs/runbook.md"
 GIVEN_UP = {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"}
 
 
@@ -103,6 +104,33 @@ def test_the_dashboard_is_what_grafana_takes(right: str, wrong: str, said: str, 
     file.write_text((DEPLOY / "grafana" / "ebpf-mig.json").read_text().replace(right, wrong))
     code, heard = run("grafana-dashboard", str(file))
     assert code == bool(wrong) and said in heard, heard
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_each_alert_and_each_panel_has_its_section_in_the_runbook() -> None:
+    page = (DEPLOY.parent / "docs" / "runbook.md").read_text()
+    sections = {anchor(part.split("\n")[0]): part for part in re.split(r"^#+ ", page, flags=re.MULTILINE)[1:]}
+    rules = (DEPLOY / "prometheus" / "ebpf-mig.rules.yml").read_text()
+    alerts = re.findall(r"alert: (\w+)", rules)
+    assert re.findall(r"runbook_url: (\S+)$", rules, re.MULTILINE) == [f"{BOOK}#{anchor(alert)}" for alert in alerts]
+    for alert in alerts:
+        section = sections[anchor(alert)]
+        causes = re.findall(r"^(\d)\. ", section, re.MULTILINE)
+        assert "Likely causes, in order:" in section and causes == [str(n + 1) for n in range(len(causes))] and causes
+        assert re.search(r"^    (ssh NODE |curl |ebpf-mig )\S+", section, re.MULTILINE), f"{alert}: nothing to run"
+    assert {name for name in sections if name.startswith("ebpfmig")} == set(map(anchor, alerts)), "an alert that is gone"
+    dashboard = json.loads((DEPLOY / "grafana" / "ebpf-mig.json").read_text())
+    links = [link["url"] for link in dashboard["links"]]
+    for panel in dashboard["panels"]:
+        assert [link["url"] for link in panel["links"]] == [f"{BOOK}#{anchor('Panel: ' + panel['title'])}"]
+        links += [panel["links"][0]["url"]]
+    links += re.findall(rf'"{re.escape(BOOK)}[^"]*"', json.dumps(dashboard))
+    for link in links:
+        assert link.strip('"').removeprefix(BOOK).lstrip("#") in {"", *sections}, link
 
 
 @requires("systemd-analyze")
