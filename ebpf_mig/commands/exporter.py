@@ -15,10 +15,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from ebpf_mig.commands.options import SIZE, examples, say
-from ebpf_mig.commands.watch import DIRECTORY, line
+from ebpf_mig.commands.options import SIZE, add_variables, examples, refuse_unknown_variables, say
+from ebpf_mig.commands.watch import DIRECTORY
 from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.exporter.leash import Leash, is_stopped
+from ebpf_mig.exporter.log_lines import FORMATS
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Message, Reload, vmms
@@ -30,6 +31,8 @@ from ebpf_mig.text import printable
 
 PORT = 9974
 _DRAIN_S = 10.0
+VARIABLES = "EBPF_MIG_EXPORTER_"
+"""Every option can also be set by an environment variable of this prefix. The option has priority."""
 
 _EXAMPLES = examples(
     "ebpf-mig exporter",
@@ -56,6 +59,13 @@ _EXAMPLES = examples(
     help="How to label VMs in metrics.",
 )
 @click.option("--otlp-endpoint", "otlp", default="", metavar="URL", help="Send each migration as OpenTelemetry spans.")
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default=FORMATS[0],
+    show_default=True,
+    help="Format of the line on stderr for each migration.",
+)
 @click.option("--own-cost", is_flag=True, help="Measure the run time of our BPF programs; keeps CAP_SYS_ADMIN.")
 def command(
     address: str,
@@ -66,15 +76,17 @@ def command(
     keep_size: int,
     vm_label: str,
     otlp: str,
+    log_format: str,
     own_cost: bool,
 ) -> None:
     """Serve the downtime of each migration on this node to Prometheus."""
+    refuse_unknown_variables(command, VARIABLES)
     reloads: list[int] = []
     signal.signal(signal.SIGHUP, lambda signum, _frame: reloads.append(signum))
     capabilities.require_tracing()
     with _listen(address) as listener:
         store = Store(state_directory, keep, keep_size)
-        with _server(listener, vm_label, web_config, otlp) as (server, pipe):
+        with _server(listener, vm_label, web_config, otlp, log_format) as (server, pipe):
             place = "{}:{}".format(*listener.getsockname()[:2])
             listener.close()
             with NodeWatch(store, pipe.send, only) as node:
@@ -97,6 +109,9 @@ def command(
             if server.poll() is None:
                 raise PreflightError("the listener process was stopped")
             raise PreflightError(f"the listener process ended with status {server.returncode}")
+
+
+add_variables(command, VARIABLES)
 
 
 def stopping() -> list[int]:
@@ -123,9 +138,7 @@ class Pipe:
         self._lock = threading.Lock()
 
     def send(self, answer: Answer) -> None:
-        """Sends the results of a migration, and logs it. The log has no name of a VM: `--vm-label` may hide it."""
-        if answer.observation is not None:
-            say(line(answer.observation, named=False))
+        """Sends the results of a migration."""
         for message in (answer.observation, answer.trace):
             if message is not None:
                 self.put(message)
@@ -145,7 +158,7 @@ class Pipe:
 
 @contextlib.contextmanager
 def _server(
-    listener: socket.socket, vm_label: str, web_config: str | None, otlp: str
+    listener: socket.socket, vm_label: str, web_config: str | None, otlp: str, log_format: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Pipe]]:
     read_end, write_end = os.pipe()
     options = Options(
@@ -156,6 +169,7 @@ def _server(
         vmms=vmms(),
         web_config=str(Path(web_config).absolute()) if web_config else "",
         otlp=otlp,
+        log_format=log_format,
     )
     encoded = msgspec.json.encode(options).decode()
     leash = Leash()

@@ -62,13 +62,13 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         node.run(lambda: gone or (count is not None and seen >= count))
 
 
-def line(o: Observation, *, named: bool = True) -> str:
-    """One migration on one line; times in ms. Not `named`: without the name of the VM."""
+def line(o: Observation) -> str:
+    """One migration on one line; times in ms."""
     blackout = "not known" if o.blackout_ns is None else f"{o.blackout_ns / 1e6:.3f} ms"
     final = sum(o.fetch.get("blackout", {}).values())
     figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
     why = f", {printable(o.diagnosis)}" if o.diagnosis else ""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
-    who = f"{printable(o.vm, 64) or '-'} " if named else ""
+    who = f"{printable(o.vm, 64) or '-'} "
     what = f"{who}{o.vmm} {o.role}" + (" live update" if o.mode == Mode.CPR else "")
     return f"{moment} {what} {o.result}: {figures}{why}, {o.verdict}, {o.recording or '-'}"

@@ -22,6 +22,7 @@ import msgspec
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.exporter.log_lines import log_line
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Message, Observation, Reload
 from ebpf_mig.exporter.otel_spans import Trace
@@ -35,11 +36,15 @@ if TYPE_CHECKING:
     from ebpf_mig.exporter.otlp import Sender
 
 _log = logging.getLogger("ebpf_mig.exporter")
+_lines = logging.getLogger("ebpf_mig.exporter.migrations")
 
 
 def main(arguments: list[str]) -> int:
     """Serves until the pipe is closed."""
     logging.basicConfig(format="ebpf-mig: %(message)s", stream=sys.stderr)
+    _lines.addHandler(logging.StreamHandler(sys.stderr))  # these lines are for machines: no prefix
+    _lines.propagate = False
+    _lines.setLevel(logging.INFO)
     options = msgspec.json.decode(arguments[0], type=Options)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # The watch closes the pipe after draining, and sends the request to reload.
@@ -60,7 +65,7 @@ def main(arguments: list[str]) -> int:
     threading.Thread(target=web.serve_forever, args=(0.5,), name="http", daemon=True).start()
     trace = sender() if sender else None
     with os.fdopen(options.pipe, "rb") as pipe:
-        receive(pipe, metrics, trace, lambda: reload(web, options.web_config))
+        receive(pipe, metrics, trace, lambda: reload(web, options.web_config), options.log_format)
     if trace is not None:
         trace.close()
     web.shutdown()
@@ -78,13 +83,17 @@ def _sender(options: Options, metrics: Metrics) -> Callable[[], Sender] | None:
     return lambda: Sender(options.otlp, metrics.traces)
 
 
-def receive(pipe: BinaryIO, metrics: Metrics, sender: Sender | None, reload: Callable[[], None]) -> None:
-    """Handles messages until the pipe is closed."""
+def receive(
+    pipe: BinaryIO, metrics: Metrics, sender: Sender | None, reload: Callable[[], None], log_format: str = "none"
+) -> None:
+    """Handles messages until the pipe is closed. `log_format`: of the line for each migration."""
     decoder = msgspec.json.Decoder(Message | Trace)
     for line in pipe:
         message = decoder.decode(line)
         if isinstance(message, Observation):
             metrics.migration(message)
+            if log_format != "none":
+                _lines.info("%s", log_line(message, metrics.label_of(message.vm), log_format))
         elif isinstance(message, Trace):
             if sender is not None:
                 sender.send(message, metrics.label_of(message.vm))

@@ -29,6 +29,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     vmms: tuple[str, ...]
     web_config: str
     otlp: str
+    log_format: str = "none"
 
 
 def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:

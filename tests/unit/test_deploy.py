@@ -10,10 +10,12 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from prometheus_client.exposition import generate_latest
 
+from ebpf_mig.commands.exporter import command
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.process_metrics import ProcessMetrics
 from ebpf_mig.linux.capabilities import ENGINE
@@ -122,7 +124,9 @@ def test_each_alert_and_each_panel_has_its_section_in_the_runbook() -> None:
         causes = re.findall(r"^(\d)\. ", section, re.MULTILINE)
         assert "Likely causes, in order:" in section and causes == [str(n + 1) for n in range(len(causes))] and causes
         assert re.search(r"^    (ssh NODE |curl |ebpf-mig )\S+", section, re.MULTILINE), f"{alert}: nothing to run"
-    assert {name for name in sections if name.startswith("ebpfmig")} == set(map(anchor, alerts)), "an alert that is gone"
+    assert {name for name in sections if name.startswith("ebpfmig")} == set(map(anchor, alerts)), (
+        "an alert that is gone"
+    )
     dashboard = json.loads((DEPLOY / "grafana" / "ebpf-mig.json").read_text())
     links = [link["url"] for link in dashboard["links"]]
     for panel in dashboard["panels"]:
@@ -131,6 +135,18 @@ def test_each_alert_and_each_panel_has_its_section_in_the_runbook() -> None:
     links += re.findall(rf'"{re.escape(BOOK)}[^"]*"', json.dumps(dashboard))
     for link in links:
         assert link.strip('"').removeprefix(BOOK).lstrip("#") in {"", *sections}, link
+
+
+def test_the_units_environment_file_has_every_option_with_its_default() -> None:
+    unit = UNIT.read_text()
+    assert "EnvironmentFile=-/etc/default/ebpf-mig-exporter\n" in unit
+    assert "ExecStart=/usr/bin/ebpf-mig exporter\n" in unit, "an option there has priority over the file"
+    given = dict(re.findall(r"^#(EBPF_MIG_\w+)=(.*)$", UNIT.with_suffix(".env").read_text(), re.MULTILINE))
+    options = {str(param.envvar): param.name for param in command.params if param.envvar}
+    assert list(given) == list(options)
+    with mock.patch.dict(os.environ, {name: value for name, value in given.items() if value}):
+        said = command.make_context("exporter", []).params
+    assert said == command.make_context("exporter", []).params
 
 
 @requires("systemd-analyze")

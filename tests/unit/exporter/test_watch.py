@@ -25,9 +25,9 @@ def test_a_name_cannot_begin_another_line() -> None:
     assert said.isprintable() and len(said) < 250
 
 
-def test_the_diagnosis_stands_on_the_line_and_a_log_has_no_name() -> None:
-    said = line(observation(at=1767225600.5, diagnosis="mostly handover (84 %): x\n (82 %)"), named=False)
+def test_the_diagnosis_stands_on_the_line() -> None:
+    said = line(observation(at=1767225600.5, vm="web", diagnosis="mostly handover (84 %): x\n (82 %)"))
     assert said == (
-        "2026-01-01T00:00:00Z qemu both completed: blackout 12.346 ms, final fetch 0.000 ms, "
+        "2026-01-01T00:00:00Z web qemu both completed: blackout 12.346 ms, final fetch 0.000 ms, "
         "mostly handover (84 %): x\\n (82 %), complete, 20260101T000000.000Z-1.rec"
     )
