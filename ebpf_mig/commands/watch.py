@@ -69,6 +69,5 @@ def line(o: Observation) -> str:
     figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
     why = f", {printable(o.diagnosis)}" if o.diagnosis else ""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
-    who = f"{printable(o.vm, 64) or '-'} "
-    what = f"{who}{o.vmm} {o.role}" + (" live update" if o.mode == Mode.CPR else "")
+    what = f"{printable(o.vm, 64) or '-'} {o.vmm} {o.role}" + (" live update" if o.mode == Mode.CPR else "")
     return f"{moment} {what} {o.result}: {figures}{why}, {o.verdict}, {o.recording or '-'}"

@@ -43,7 +43,7 @@ class Halves:
         oldest = self._clock() - SECONDS
         for key in [key for key, (seen, _) in self._held.items() if seen.at < oldest]:
             del self._held[key]
-        held = f"Of the last {MIGRATIONS} completed migrations, for {SECONDS:.0f} s after the end."
+        held = f"Of the last {MIGRATIONS} migrations that moved a guest, for {SECONDS:.0f} s after the end."
         info = GaugeMetricFamily(
             f"{_PREFIX}_info", f"Always 1. {held}", labels=["migration", "role", "vmm", "vm", "recording"]
         )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ebpf_mig.breakdown import PHASES, Side
+from ebpf_mig.breakdown import PHASES, Result, Side
 from ebpf_mig.exporter.latest import Halves
 from ebpf_mig.exporter.observation import DELAYS_S, MODES, RESULTS, ROLES, Observation, Status, vmms
 from ebpf_mig.text import printable
@@ -203,7 +203,7 @@ class Metrics:
 
     def _count_parts(self, o: Observation, exemplar: dict[str, str]) -> None:
         for role, ns in ((Side.SOURCE, o.source_ns), (Side.DESTINATION, o.destination_ns)):
-            if ns is not None:
+            if ns is not None and o.result == Result.COMPLETED:
                 self._part.labels(o.vmm, role).observe(ns / 1e9, exemplar)
 
     def traces(self, arrived: bool, spans: int) -> None:

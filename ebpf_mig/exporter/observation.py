@@ -55,9 +55,10 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
     diagnosis: str = ""
     """What dominates the downtime, and why, on one line; empty without a downtime."""
     migration: str = ""
-    """Its id, 32 hexadecimal digits, see `otel_spans.migration_id`: the same on both hosts. Empty: not completed."""
+    """Its id, 32 hexadecimal digits, see `otel_spans.migration_id`: the same on both hosts. Empty: it has no half."""
     source_ns: int | None = None
-    """The source's part of the downtime, see `analysis.parts`. These and the following are of completed migrations."""
+    """The source's part of the downtime, see `analysis.parts`. This and the following: None unless the guest left the
+    source or started on the destination."""
     until_state_ns: int | None = None
     """From the last vCPU's stop to the first byte of state sent."""
     destination_ns: int | None = None
@@ -139,13 +140,17 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
 
 
 def with_parts(seen: Observation, analysis: Analysis) -> Observation:
-    """Adds what is needed to join both halves of a completed migration."""
+    """Adds what is needed to join both halves of a migration that completed.
+
+    A source alone may not see whether it did. Its half counts as soon as the other one is there.
+    """
     from ebpf_mig.analysis.parts import observe as observe_parts  # here: the listener needs no analysis
     from ebpf_mig.exporter.otel_spans import migration_id
 
-    if seen.result != Result.COMPLETED:
-        return seen
     parts, clock = observe_parts(analysis.traced, analysis.attribution), analysis.header.clock
+    left = seen.result == Result.UNKNOWN and parts.stop is not None and parts.start is None
+    if seen.result != Result.COMPLETED and not left:
+        return seen
 
     def wall(at: int | None) -> int | None:
         return None if at is None or clock is None else at - clock.monotonic_ns + clock.realtime_ns

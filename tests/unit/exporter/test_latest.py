@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
+from prometheus_client.exposition import generate_latest
 
 from ebpf_mig.collector import analyse
+from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.observation import Observation, observe, with_parts
 from ebpf_mig.recording.events import ClockPair
 from ebpf_mig.recording.file import Recording, read_recording
@@ -46,6 +49,19 @@ def test_halves_of_two_hosts_join_to_the_blackout(name: str) -> None:
     assert source.started_at_ns is None and destination.stopped_at_ns is None
     assert source.until_state_ns and destination.destination_ns
     assert source.until_state_ns + destination.destination_ns <= breakdown.blackout_ns
+
+
+def test_a_source_that_does_not_know_the_result_still_has_its_half() -> None:
+    """Its last bytes were not answered before tracing ended. The destination's half shows that it completed."""
+    seen = half(read_recording(DATA / "machines" / "source.rec"), None)
+    assert seen.result == "unknown" and seen.migration and seen.stopped_at_ns and seen.source_ns
+    metrics = Metrics(clock=lambda: 0.0)
+    metrics.migration(seen)
+    text = generate_latest(metrics.registry).decode()
+    assert f'ebpf_mig_migration_part_seconds{{migration="{seen.migration}",role="source"}}' in text
+    assert re.findall(r"^ebpf_mig_downtime_part_seconds_count\S+ ([1-9].*)$", text, re.MULTILINE) == []
+    other = half(read_recording(DATA / "machines" / "destination.rec"), None)
+    assert other.migration == seen.migration and other.result == "completed"
 
 
 def test_a_migration_that_did_not_complete_has_no_id_and_no_part() -> None:
