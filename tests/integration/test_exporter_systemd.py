@@ -17,11 +17,11 @@ pytestmark = requires(*TRACING, "systemd", "private mount namespaces")
 UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.service"
 
 
-def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops() -> None:
-    port = free_port()
-    options = f"--web.listen-address 127.0.0.1:{port} --state-directory ${{STATE_DIRECTORY}} --vm {OURS}*"
-    command = f"{Path(sys.executable).parent}/ebpf-mig exporter {options}"
-    change = f"[Service]\nExecStart=\nExecStart={command}\nRestartSec=1"
+def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops(tmp_path: Path) -> None:
+    port, variables = free_port(), tmp_path / "variables"
+    variables.write_text(f"EBPF_MIG_EXPORTER_WEB_LISTEN_ADDRESS=127.0.0.1:{port}\nEBPF_MIG_EXPORTER_VM={OURS}*\n")
+    command = f"{Path(sys.executable).parent}/ebpf-mig exporter --state-directory ${{STATE_DIRECTORY}}"
+    change = f"[Service]\nExecStart=\nExecStart={command}\nRestartSec=1\nEnvironmentFile={variables}"
     if any(Path(sys.prefix).is_relative_to(home) for home in ("/root", "/home")):
         change += "\nProtectHome=no"  # an installed program is not below these directories, but a clone may be
     with manager(UNIT, change) as systemd:
