@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from ebpf_mig.breakdown import Result, Verdict
+from ebpf_mig.breakdown import Mode, Result, Verdict
 from ebpf_mig.exporter.observation import Observation
 
 FORMATS = ("logfmt", "json", "none")
@@ -41,6 +41,7 @@ def fields(seen: Observation, vm: str) -> dict[str, Value]:
         "vm": vm or None,
         "vmm": seen.vmm,
         "role": seen.role,
+        "mode": seen.mode if seen.mode != Mode.UNKNOWN else None,
         "result": seen.result,
         "verdict": seen.verdict,
         "downtime_ms": _ms(seen.blackout_ns),
