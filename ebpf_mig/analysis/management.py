@@ -36,7 +36,7 @@ WAKE_NS = 1_000_000
 itself, have woken for a timer, or have lost the CPU."""
 TIDY_NS = 1_000_000
 """A thread that had nothing left to do falls asleep within this time on the CPU. QEMU needs up to 0.2 ms."""
-LARGE_BYTES = 4096
+STATE_BYTES = 4096
 """A send of this much is pages or state. QEMU 10.0 announces the switchover in fewer bytes."""
 
 
@@ -131,7 +131,7 @@ def _of_mover(
     if not keys:
         return []
     sends = [t for t in begun(source.transfers, since) if t.tid == tid and t.direction == SEND]
-    large = next((t.begin_ns for t in sends if t.socket in migration and t.bytes >= LARGE_BYTES), FOREVER)
+    large = next((t.begin_ns for t in sends if t.socket in migration and t.bytes >= STATE_BYTES), FOREVER)
     until = min(until, large)
     told = [t for t in sends if t.socket in keys]
     acts = _acts(source, tid, since, keys)

@@ -80,12 +80,12 @@ script = cloud_hypervisor_53()
 script.mark(60_000, 1000, "toy.downtime_ms", 7)
 b = script.result().breakdown
 print([(w.name, w.explanation) for w in b.witnesses if w.name.startswith("toy.")])
-from ebpf_mig.report.text_vmm import _PART_SPARE, witnesses
-print([row.spare for row in witnesses(b.witnesses) if "toy.wound" in row.text.plain])
+from ebpf_mig.report.text_vmm import witnesses
+print([row.verbose for row in witnesses(b.witnesses) if "toy.wound" in row.text])
 """
     run = with_toy(code)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["[('toy.downtime_ms', 'as toys count'), ('toy.wound', 'by hand')]", "[2]"]
+    assert run.stdout.splitlines() == ["[('toy.downtime_ms', 'as toys count'), ('toy.wound', 'by hand')]", "[True]"]
 
 
 def test_names_are_those_of_the_adapters() -> None:
