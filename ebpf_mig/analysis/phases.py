@@ -338,7 +338,7 @@ def last_loading(ioctls: Sequence[Ioctl], start: int, receives: Sequence[Transfe
         if not _goes_on(work[first - 1].end_ns, work[first].begin_ns, receives):
             break
         first -= 1
-    return loading(ioctls, work[first].begin_ns, start, ())
+    return loading(ioctls, work[first].begin_ns, start, [t.end_ns for t in receives if t.bytes])
 
 
 def _goes_on(end: int, begin: int, receives: Sequence[Transfer]) -> bool:

@@ -55,6 +55,22 @@ def test_report_is_the_same_as_ever(path: Path) -> None:
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
+@pytest.mark.parametrize("path", CLOUD_HYPERVISOR, ids=lambda path: path.stem)
+def test_a_destination_alone_loads_and_resumes_as_beside_the_source(path: Path) -> None:
+    """Cloud Hypervisor receives the whole state before it restores anything. QEMU may still wait for bytes meanwhile,
+    and then a destination alone cannot tell whether the source still works."""
+    recording, both = load(path)
+    assert both.migration.destination is not None
+    pid = both.migration.destination.pid
+    header = replace(recording.header, targets=[t for t in recording.header.targets if t.pid == pid])
+    events = [e for e in recording.events if getattr(e, "pid", pid) == pid]
+    alone = analyse(replace(recording, header=header, events=events)).breakdown
+    for phase in ("state.load", "resume"):
+        ours, theirs = alone.phase_ns(phase), both.phase_ns(phase)
+        assert ours is not None and theirs is not None
+        assert abs(ours - theirs) <= max(200_000, theirs // 20), phase
+
+
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_order_of_events_does_not_matter(path: Path) -> None:
     recording, breakdown = load(path)
