@@ -16,11 +16,6 @@ from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals that the phases need. The other signals only add detail."""
 
-_NO_CARRIER = (
-    "no send of the migration was recognised: its carrier is unknown (a pipe, a file, RDMA), and the source's sending "
-    "phases have no time"
-)
-
 
 def completeness(
     material: Material,
@@ -49,7 +44,7 @@ def completeness(
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
     inherited = destination is not None and destination.born is not None  # the state may lie in memory, or in a file
     if source is not None and window is not None and not sends and not inherited:
-        bounds.append(_NO_CARRIER)
+        bounds.append(_no_carrier(material))
     observer = ending.observer_ns if ending else {}
     least, most = _cost(material, window)
     return Completeness(
@@ -61,6 +56,14 @@ def completeness(
         reasons=holes + bounds,
         observer_window_ns=most,
         observer_window_least_ns=least,
+    )
+
+
+def _no_carrier(material: Material) -> str:
+    unseen = [f"a {kind}" for kind in ("pipe", "file") if not material.traced(kind)]
+    return (
+        f"no send of the migration was recognised: its carrier is unknown ({', '.join([*unseen, 'RDMA'])}), and the "
+        "source's sending phases have no time"
     )
 
 

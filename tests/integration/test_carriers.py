@@ -27,6 +27,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
+from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running
 from tests.integration.migrations import QUICK
 from tests.integration.test_results import Qmp
 
@@ -35,6 +36,7 @@ pytestmark = requires(*TRACING)
 PACED = 4 << 20
 """Bytes a second: slow enough for processes in between to be met, and fast enough for a guest that dirties 1 MiB."""
 GUEST = replace(QUICK, working_set_bytes=1 << 20, pages_per_s=2000)
+PIPED = subprocess.PIPE
 Act = Callable[[QemuPair, Qmp, Qmp], None]
 
 
@@ -116,6 +118,22 @@ def socket_pair() -> tuple[int, int]:
     return left.detach(), right.detach()
 
 
+def proxied(directory: Path) -> Act:
+    """UNIX socket, socat, UNIX socket."""
+
+    def act(_pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+        destination("migrate-incoming", uri=f"unix:{directory}/in")
+        proxy = ["socat", f"UNIX-LISTEN:{directory}/out", f"UNIX-CONNECT:{directory}/in"]
+        with subprocess.Popen(proxy) as process:
+            while not (directory / "out").exists():
+                time.sleep(0.01)
+            source("migrate", uri=f"unix:{directory}/out")
+            done(source, destination)
+            process.wait(10)
+
+    return act
+
+
 def test_exec_on_both_sides(tmp_path: Path) -> None:
     b = recorded(tmp_path / "x.rec", fifo_of_two_commands(tmp_path))
     whole(b, "pipe")
@@ -136,18 +154,25 @@ def test_a_socket_given_to_both(tmp_path: Path) -> None:
 def test_a_proxy_between_unix_sockets(tmp_path: Path) -> None:
     """The shape of KubeVirt and Proxmox."""
 
-    def act(_pair: QemuPair, source: Qmp, destination: Qmp) -> None:
-        destination("migrate-incoming", uri=f"unix:{tmp_path}/in")
-        proxy = ["socat", f"UNIX-LISTEN:{tmp_path}/out", f"UNIX-CONNECT:{tmp_path}/in"]
-        with subprocess.Popen(proxy) as process:
-            while not (tmp_path / "out").exists():
-                time.sleep(0.01)
-            source("migrate", uri=f"unix:{tmp_path}/out")
-            done(source, destination)
-            process.wait(10)
-
-    b = recorded(tmp_path / "x.rec", act)
+    b = recorded(tmp_path / "x.rec", proxied(tmp_path))
     whole(b, "unix")
+    assert len(b.migration.through) == 1 and b.migration.through[0].startswith("socat ")
+
+
+@pytest.mark.skipif(not shutil.which("socat"), reason="missing feature: socat")
+def test_watch_makes_one_migration_of_the_halves_beside_a_proxy(tmp_path: Path) -> None:
+    command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
+    command += ["--state-directory", str(tmp_path / "state")]
+    with QemuPair(GUEST, extra=NAMED) as pair, running(*command, stdout=PIPED, stderr=PIPED) as watch:
+        assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        source("migrate-set-parameters", **{"max-bandwidth": PACED})
+        time.sleep(SETTLED_S)
+        proxied(tmp_path)(pair, source, destination)
+        (said,) = [json.loads(line) for line in watch.stdout.read().splitlines()]
+    b = analyse(read_recording(tmp_path / "state" / said["recording"])).breakdown
+    whole(b, "unix")
+    assert (said["role"], said["result"], said["blackout_ns"]) == ("both", "completed", b.blackout_ns)
     assert len(b.migration.through) == 1 and b.migration.through[0].startswith("socat ")
 
 

@@ -201,7 +201,9 @@ def test_without_a_send_of_the_migration_the_verdict_is_bounded() -> None:
     destination.entered(13_000)
     state = script.result().breakdown.completeness
     assert state.verdict == "bounded"
-    assert any("no send of the migration was recognised" in reason for reason in state.reasons)
+    assert any("its carrier is unknown (a pipe, a file, RDMA)" in reason for reason in state.reasons)
+    script.attach |= {"pipe": "tracepoint", "file": "tracepoint"}
+    assert any("its carrier is unknown (RDMA)" in r for r in script.result().breakdown.completeness.reasons)
 
 
 def test_a_pipe_between_the_two_has_one_key() -> None:
