@@ -40,9 +40,11 @@ PIPED = subprocess.PIPE
 Act = Callable[[QemuPair, Qmp, Qmp], None]
 
 
-def recorded(path: Path, act: Act, *, both: bool = True, extra: tuple[str, ...] = ()) -> Breakdown:
+def recorded(
+    path: Path, act: Act, *, both: bool = True, extra: tuple[str, ...] = (), binary: str | None = None
+) -> Breakdown:
     """What `record` says of what `act` does."""
-    with QemuPair(GUEST, extra=extra) as pair:
+    with QemuPair(GUEST, binary, extra=extra) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         for end in (source, destination):
             end("migrate-set-parameters", **{"max-bandwidth": PACED})
@@ -220,6 +222,38 @@ def test_a_file_given_to_the_source(tmp_path: Path) -> None:
     final = sum(s.bytes for s in b.sockets if s.role == "source migration")
     size = (tmp_path / "state").stat().st_size
     assert size * 0.9 <= passes + final <= size
+
+
+NEWER = os.environ.get("EBPF_MIG_NEWER_QEMU") or "qemu-system-x86_64"
+"""A QEMU that knows `file:` (8.2) and mapped-ram (9.0), if the one in PATH does not."""
+
+
+def needs_newer() -> None:
+    said = subprocess.run([NEWER, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"version (\d+)", said)
+    if version is None or int(version[1]) < 9:
+        pytest.skip("missing feature: QEMU 9 (in PATH or EBPF_MIG_NEWER_QEMU)")
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("capabilities", [(), ("mapped-ram",), ("mapped-ram", "multifd")], ids="-".join)
+def test_a_file_that_a_destination_loads_or_nobody(capabilities: tuple[str, ...], taken: bool, tmp_path: Path) -> None:
+    def act(_pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+        for end in (source, destination):
+            end.capability(*capabilities)
+        source("migrate", uri=f"file:{tmp_path}/state")
+        done(source)
+        if taken:
+            destination("migrate-incoming", uri=f"file:{tmp_path}/state")
+            done(source, destination)
+
+    needs_newer()
+    b = recorded(tmp_path / "x.rec", act, both=taken, binary=NEWER)
+    if taken:
+        whole(b, "file")
+        return
+    assert (b.migration.result, b.migration.transport, b.blackout_ns) == ("saved", "file", None)
+    assert b.window_ns and left(b) <= 0.02 * b.window_ns
 
 
 class Polled:
