@@ -28,7 +28,7 @@ from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running
-from tests.integration.migrations import QUICK
+from tests.integration.migrations import LASTING, QUICK
 from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
@@ -165,10 +165,10 @@ def test_a_proxy_between_unix_sockets(tmp_path: Path) -> None:
 def test_watch_makes_one_migration_of_the_halves_beside_a_proxy(tmp_path: Path) -> None:
     command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
     command += ["--state-directory", str(tmp_path / "state")]
-    with QemuPair(GUEST, extra=NAMED) as pair, running(*command, stdout=PIPED, stderr=PIPED) as watch:
+    with QemuPair(LASTING, extra=NAMED) as pair, running(*command, stdout=PIPED, stderr=PIPED) as watch:
         assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        source("migrate-set-parameters", **{"max-bandwidth": PACED})
+        source("migrate-set-parameters", **{"max-bandwidth": LASTING.bandwidth_bytes})
         time.sleep(SETTLED_S)
         proxied(tmp_path)(pair, source, destination)
         (said,) = [json.loads(line) for line in watch.stdout.read().splitlines()]
