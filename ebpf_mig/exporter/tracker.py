@@ -127,8 +127,8 @@ class Tracks:
                 continue  # it is the other half of one before
             if track.witness is not None and track.proven:
                 track.witness.look(track.watch, now_ns)
-            elif track.witness is not None and track.fresh:
-                track.witness.meet(track.watch, now_ns)  # it may be a destination; who feeds it ends with the stream
+            elif track.witness is not None and (track.fresh or track.fetched):
+                track.witness.meet(track.watch, now_ns)  # it may be one side; who is beside it ends with the stream
             reason = self._verdict(track, now_ns, [pid for pid in track.pids if is_alive(pid)])
             if reason not in (None, "nothing") and (other := other_half(track, self._open())) is not None:
                 first, second = (track, other) if track.logging else (other, track)

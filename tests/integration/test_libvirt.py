@@ -166,14 +166,14 @@ def test_watch_sees_one_migration_through_the_tunnel(tmp_path: Path) -> None:
     """libvirt ends the source's QEMU at once: alone, it would have no result."""
     command = [*TOOL, "watch", "--format", "json", "--count", "1", "--vm", NAME]
     command += ["--state-directory", str(tmp_path / "state")]
-    scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB, pages_per_s=2000)
+    scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=16 * MIB, pages_per_s=1000)
     with (
         LibvirtHosts(scenario) as hosts,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch,
     ):
         assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
         time.sleep(4)
-        virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", "--tunnelled", "--bandwidth", "8"]
+        virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", "--tunnelled", "--bandwidth", "16"]
         subprocess.run([*virsh, NAME, hosts.destination.uri_between], check=True, capture_output=True, timeout=60)
         try:
             said = json.loads(watch.communicate(timeout=20)[0])
