@@ -120,7 +120,8 @@ def _replaced(
         partition.until(load.end, PhaseName.STATE_LOAD)
     partition.until(partition.end, PhaseName.RESUME)
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)
-    return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), work, managed)
+    parts = partition.phases(traced.unmeasured)
+    return Attribution((partition.begin, partition.end), parts, work, managed, load=load)
 
 
 def _managed(traced: TracedMigration, stop: int, handed: int, load: Loading | None, start: int | None) -> list[Managed]:
@@ -205,6 +206,12 @@ def _by_loaders(receives: list[Transfer], restores: list[Ioctl], until: int) -> 
     return [t for t in early if t.tid in loaders] or early
 
 
+def _since_received(load: Loading, destination: Process, receives: Sequence[Transfer], start: int) -> Loading:
+    """The loading without what came before the first byte: with CPR, the destination sets its VM up just before."""
+    first = min((t.end_ns for t in receives if t.bytes), default=load.begin)
+    return load if first <= load.begin else phases.loading(destination.ioctls, first, start, ()) or load
+
+
 def _destination_alone(traced: TracedMigration) -> Attribution:
     """If only the destination was traced: the window begins with its first restore work after the memory."""
     destination = traced.destination
@@ -216,6 +223,7 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     load = phases.last_loading(destination.ioctls, min(starts), traced.receives)
     if load is None:
         return Attribution(None, phases.unseen())
+    load = _since_received(load, destination, traced.receives, min(starts))
     partition = Partition(load.begin, max(starts))
     restores = [i for i in destination.ioctls if phases.is_restore(i)]
     waits = phases.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, load.begin, min(starts))

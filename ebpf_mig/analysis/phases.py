@@ -297,7 +297,7 @@ def reloading(ioctls: Sequence[Ioctl], start: int | None) -> Loading | None:
     """The restoring of the state by a program that has just set its VM up itself, before `start`.
 
     vCPU registers are written several times: for new vCPUs, after a reset, and with the state. Devices are loaded
-    before the last time. So loading begins where the registers were written before those devices (QEMU:
+    before the last time. So loading begins with the first device after they were written before (QEMU:
     `qemu_system_reset`, then `qemu_loadvm_state`, which ends with `cpu_synchronize_all_post_init`).
     """
     work = [i for i in ioctls if start is None or i.begin_ns < start]
@@ -311,7 +311,8 @@ def reloading(ioctls: Sequence[Ioctl], start: int | None) -> Loading | None:
     devices = [i for i in restores if i.tid not in vcpus and i.end_ns <= end]
     last = max((i.begin_ns for i in devices), default=end)
     before = [i.end_ns for i in setters if i.end_ns <= last]
-    begin = max(before) if before else min(i.begin_ns for i in setters)
+    since = max(before, default=min(i.begin_ns for i in setters))
+    begin = min(i.begin_ns for i in restores if i.begin_ns >= since)
     return Loading(begin, end)
 
 

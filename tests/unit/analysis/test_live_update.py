@@ -176,8 +176,8 @@ def test_execve_and_start_up_are_phases_of_their_own() -> None:
         "fetch.user": 260,
         "state.save": 800,
         "exec": 2000,
-        "startup": 18_200,
-        "state.load": 3000,
+        "startup": 19_000,
+        "state.load": 2200,
         "resume": 800,
     }
 
