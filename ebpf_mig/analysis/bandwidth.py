@@ -25,6 +25,7 @@ QUEUED_BYTES = 64 << 10
 HELD_NS = 20_000_000
 HELD_BYTES = 128 << 10
 """If nothing arrives for HELD_NS and less than this is waiting, TCP holds it back (Nagle, a delayed ACK)."""
+_SLICES = 8
 _FULL = 0.9
 """If this share of the receive window is in flight, the reader is the limit."""
 
@@ -47,6 +48,9 @@ class LinkUse:
     """Time on the CPU in the destination's receive calls, within the limited time."""
     queued_bytes: int = 0
     """The largest queue in the limited time."""
+    steadiness: float = 0.0
+    """The least that arrived in an eighth of the limited time, as a share of the mean: 1 is an even stream. A link
+    carries evenly; CPUs that forward or process the stream do not."""
 
     @property
     def limited_ns(self) -> int:
@@ -103,7 +107,23 @@ def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segmen
         source_ns=max(0, covered(limited, (stop, done)) - blocked),
         reader_ns=reading,
         queued_bytes=queued,
+        steadiness=_steadiness(arrived, limited),
     )
+
+
+def _steadiness(arrived: Curve, limited: Sequence[Span]) -> float:
+    whole = total(limited)
+    slices: list[int] = []
+    for part in range(_SLICES):
+        low, high = whole * part // _SLICES, whole * (part + 1) // _SLICES
+        count, at = 0, 0
+        for begin, end in limited:
+            first, last = max(begin, begin + low - at), min(end, begin + high - at)
+            if first < last:
+                count += _at(arrived, last) - _at(arrived, first)
+            at += end - begin
+        slices.append(count)
+    return _SLICES * min(slices) / (sum(slices) or 1)
 
 
 Curve = tuple[list[int], list[int]]

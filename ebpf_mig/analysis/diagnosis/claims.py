@@ -23,6 +23,8 @@ _MOST_THREADS = 2
 _SEND_PHASES = (PhaseName.MEMORY_SEND, PhaseName.STATE_SAVE, PhaseName.STATE_SEND)
 WAITS_FOR_DATA = (PhaseName.HANDOVER, PhaseName.UNATTRIBUTED)
 """Phases in which the destination can only wait for the source and the network."""
+EVEN = 0.5
+"""In each eighth of the time, at least this share of the mean arrived: as a link carries."""
 QUEUE_NS = 5_000_000
 """A link is slow if what it had to carry at one time kept it busy for this long."""
 _WINDOW_SHARE = 0.5
@@ -85,8 +87,8 @@ def manager(facts: Facts) -> Iterator[Claim]:
     """Waits until a command came from the manager."""
     for wait in facts.breakdown.management or ():
         come = "1 command" if wait.commands == 1 else f"{wait.commands} commands"
-        evidence = f"{ms(wait.duration_ns)} ms asleep until a command arrived ({come})"
-        yield Claim([(wait.begin, wait.begin + wait.duration_ns)], wait.side, [evidence])
+        evidence = f"{ms(wait.duration_ns)} ms of the {wait.side}, asleep until a command arrived ({come})"
+        yield Claim([(wait.begin, wait.begin + wait.duration_ns)], Side.BOTH, [evidence])
 
 
 def lock(name: str) -> Finder:
@@ -147,13 +149,15 @@ def limited_link(facts: Facts) -> Iterator[Claim]:
     """Time in which a queue of sent bytes arrived only as fast as the link carried them.
 
     Within one host there is no link: what arrives there comes as fast as the CPUs work. A queue that the link drains in
-    less than QUEUE_NS is the ordinary one between two CPUs.
+    less than QUEUE_NS is the ordinary one between two CPUs. A stream that comes in bursts is not limited by the link.
     """
     use = facts.link
+    if use is None or not use.rate or use.steadiness < EVEN:
+        return
     ends = [(u.local.rpartition(":")[0], u.remote.rpartition(":")[0]) for u in facts.breakdown.sockets]
     if any(local == remote for local, remote in ends if local):
         return
-    if use is not None and use.limited and use.rate and use.queued_bytes * 1e9 >= QUEUE_NS * use.rate:
+    if use.queued_bytes * 1e9 >= QUEUE_NS * use.rate:
         carried = f"{size(use.limited_bytes)} arrived at {use.rate * 8 / 1e6:.0f} Mbit/s for {ms(use.limited_ns)} ms"
         yield Claim(use.limited, Side.BOTH, [f"{carried}, with up to {size(use.queued_bytes)} in the queue"])
 
@@ -170,7 +174,7 @@ def slow_reader(facts: Facts) -> Iterator[Claim]:
     """The source sleeps because its send buffer is full, and the evidence says that the reader does not empty it."""
     found = list(full_buffer(facts))
     evidence = []
-    if facts.breakdown.migration.transport == Transport.UNIX:
+    if facts.direct and facts.breakdown.migration.transport == Transport.UNIX:
         evidence.append("a UNIX socket has no wire: only its reader can be slow")
     for use in facts.breakdown.sockets:
         info = use.tcp_info or {}

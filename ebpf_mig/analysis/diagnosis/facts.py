@@ -18,7 +18,7 @@ from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis.frames import meaningful
 from ebpf_mig.analysis.spans import merged, uncovered
 from ebpf_mig.analysis.waits import Sleep
-from ebpf_mig.breakdown import Breakdown, PhaseName, Side, Span, Wire
+from ebpf_mig.breakdown import Breakdown, PairedBy, PhaseName, Side, Span, Wire
 
 _begin = itemgetter(0)
 SENDER = (PhaseName.MEMORY_SEND,)
@@ -79,6 +79,13 @@ class Facts:
             s for s in self.sleeps or () if PhaseName.QUIESCE in s.phases and "futex_wait" in meaningful(s.stack)
         ]
         return merged((s.begin, s.end) for s in drivers)
+
+    @property
+    def direct(self) -> bool:
+        """The two VMMs are the ends of one connection: nothing that forwards it can be slow, and no wire is hidden."""
+        migration = self.breakdown.migration
+        paired = migration.pairing is None or migration.pairing.by == PairedBy.CONNECTION
+        return paired and not migration.through and None not in (migration.source, migration.destination)
 
     @property
     def wires(self) -> list[Wire]:

@@ -30,6 +30,8 @@ def rows(facts: Facts, guilty: Set[str]) -> Iterator[Innocent]:
             yield Innocent(what="the final dirty-log fetch", why=f"{ms(took)} ms")
     if b.came_back:
         return
+    if not facts.direct:
+        return
     if b.migration.transport == Transport.UNIX:
         yield Innocent(what="the network", why="a UNIX socket has no wire")
         return

@@ -34,7 +34,7 @@ class Rule:
 RULES = (
     Rule(
         "management",
-        "{side} is ready and waits for its manager",
+        "the VMM is ready and waits for its manager",
         claims.manager,
         "shorten what the manager does before it lets the VMM go on",
     ),

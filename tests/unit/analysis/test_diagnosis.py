@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from ebpf_mig import breakdown as b
+from ebpf_mig.analysis import bandwidth
 from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis import diagnose
 from ebpf_mig.analysis.diagnosis.frames import described, meaningful
@@ -25,6 +26,7 @@ from ebpf_mig.analysis.waits import CPU_QUOTA, PREEMPTED, RUNNABLE, Sleep
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from tests.unit import breakdowns
+from tests.unit.analysis.test_whatif import migration
 
 DATA = Path(__file__).parents[2] / "data"
 MS = 1_000_000
@@ -87,7 +89,7 @@ def far(local: str = "10.0.0.1:1", remote: str = "10.0.0.2:2") -> b.Breakdown:
     return replace(spent(memory__send=90), sockets=[ends])
 
 
-LINK = LinkUse(((0, 80 * MS),), 10_000_000, 90 * MS, 11_000_000, MS, MS, queued_bytes=1_000_000)
+LINK = LinkUse(((0, 80 * MS),), 10_000_000, 90 * MS, 11_000_000, MS, MS, queued_bytes=1_000_000, steadiness=0.9)
 
 
 def windowed() -> b.Breakdown:
@@ -106,6 +108,7 @@ def built(whole: b.Breakdown, *sleeps: Sleep, link: LinkUse | str = "unknown") -
     return diagnose(whole, sleeps, link, 0)
 
 
+SIDES_AT = ((b.Side.SOURCE, 0), (b.Side.DESTINATION, 40))
 Case = Callable[[], b.Diagnosis]
 WAITS = ("schedule_timeout", "wait_for_completion")
 CASES: dict[str, Case] = {
@@ -188,6 +191,20 @@ def test_a_short_queue_does_not_make_a_link_slow() -> None:
     assert "link" not in {cause.rule for cause in built(far(), link=short).because}
 
 
+def test_an_even_stream_on_a_built_recording_and_bursts_on_real_ones() -> None:
+    """60 segments, one per millisecond; and every recording here went over the loopback device."""
+    even = bandwidth.observe(analyse(migration().recording).traced)
+    assert not isinstance(even, str) and even.steadiness > 0.8
+    for path in sorted(DATA.glob("qemu-1*-tcp.rec")):
+        use = bandwidth.observe(analyse(read_recording(path)).traced)
+        assert not isinstance(use, str) and use.steadiness < 0.1, path.name
+
+
+def test_a_stream_in_bursts_is_not_limited_by_the_link() -> None:
+    bursts = dataclasses.replace(LINK, steadiness=0.4)
+    assert "link" not in {cause.rule for cause in built(far(), link=bursts).because}
+
+
 def test_of_several_sleepers_no_instant_counts_twice() -> None:
     both = [
         dst(10, 50, *WAITS, "__synchronize_srcu", "a"),
@@ -212,6 +229,27 @@ def test_a_sender_counts_only_while_the_driver_waits_for_it() -> None:
     assert "cpu" not in {cause.rule for cause in alone.because}
     waited = built(spent(memory__send=90), sender, src(20, 60, *FUTEX))
     assert next(c for c in waited.because if c.rule == "cpu").duration_ns == 40 * MS
+
+
+def test_behind_a_forwarder_neither_the_reader_nor_the_network_is_judged() -> None:
+    """A UNIX socket to socat or to a manager: what is behind it was not seen."""
+    whole = spent(memory__send=90)
+    full = src(1, 80, "schedule_timeout", "sock_alloc_send_pskb", "unix_stream_sendmsg")
+    near = replace(whole, migration=replace(whole.migration, transport=b.Transport.UNIX))
+    found = built(near, full)
+    assert found.because[0].rule == "reader" and "the network" in {one.what for one in found.not_}
+    stream = b.Pairing(by=b.PairedBy.STREAM, bytes=9)
+    for changes in ({"through": ["socat 5"]}, {"pairing": stream}, {"destination": None}):
+        found = built(replace(near, migration=replace(near.migration, **changes)), full)
+        assert found.because[0].rule == "buffer", changes
+        assert "the network" not in {one.what for one in found.not_}, changes
+
+
+def test_waits_of_both_sides_for_their_manager_are_one_cause() -> None:
+    waits = [b.ManagerWait(side=side, begin=at * MS, duration_ns=30 * MS, commands=1) for side, at in SIDES_AT]
+    found = built(replace(spent(management=90), management=waits))
+    assert (found.because[0].rule, found.because[0].share) == ("management", 0.6)
+    assert len(found.because[0].evidence) == 2
 
 
 def test_lost_cpu_is_other_load_only_where_that_is_proven() -> None:
