@@ -3,34 +3,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import json
+import logging
 import signal
 import socket
-import subprocess
-import threading
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import click
-import msgspec
 
-from ebpf_mig.commands.options import SIZE, add_variables, examples, refuse_unknown_variables, say
+from ebpf_mig.commands.options import SIZE, add_variables, examples, refuse_unknown_variables
 from ebpf_mig.commands.watch import DIRECTORY
-from ebpf_mig.errors import PreflightError, UsageError
-from ebpf_mig.exporter.leash import Leash, is_stopped
+from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.log_lines import FORMATS
-from ebpf_mig.exporter.messages import Answer
-from ebpf_mig.exporter.node import NodeWatch
-from ebpf_mig.exporter.observation import Message, Reload, vmms
-from ebpf_mig.exporter.otel_spans import Trace
-from ebpf_mig.exporter.spawn import Options, start
+from ebpf_mig.exporter.observation import vmms
+from ebpf_mig.exporter.spawn import become
 from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.supervisor import SIGNALS, Plan
 from ebpf_mig.linux import capabilities
 from ebpf_mig.text import printable
 
 PORT = 9974
-_DRAIN_S = 10.0
 VARIABLES = "EBPF_MIG_EXPORTER_"
 """Every option can also be set by an environment variable of this prefix. The option has priority."""
 
@@ -81,109 +74,28 @@ def command(
 ) -> None:
     """Serve the downtime of each migration on this node to Prometheus."""
     refuse_unknown_variables(command, VARIABLES)
-    reloads: list[int] = []
-    signal.signal(signal.SIGHUP, lambda signum, _frame: reloads.append(signum))
     capabilities.require_tracing()
     with _listen(address) as listener:
-        store = Store(state_directory, keep, keep_size)
-        with _server(listener, vm_label, web_config, otlp, log_format) as (server, pipe):
-            place = "{}:{}".format(*listener.getsockname()[:2])
-            listener.close()
-            with NodeWatch(store, pipe.send, only) as node:
-                capabilities.keep_only((*capabilities.ENGINE, *(["CAP_SYS_ADMIN"] if own_cost else [])))
-                node.verify()
-                asked = stopping()
-                pipe.put(node.status())
-                say(f"listening on {place}; recordings go to {printable(state_directory)}")
-
-                def over() -> bool:
-                    if reloads:
-                        reloads.clear()
-                        pipe.put(Reload())
-                    return bool(asked) or server.poll() is not None or is_stopped(server.pid)
-
-                node.run(over, pipe.put)
-                if asked:
-                    say("draining")
-                    return
-            if server.poll() is None:
-                raise PreflightError("the listener process was stopped")
-            raise PreflightError(f"the listener process ended with status {server.returncode}")
+        Store(state_directory, keep, keep_size)  # it exists and is ours
+        plan = Plan(
+            only=only,
+            state_directory=str(Path(state_directory).absolute()),
+            keep=keep,
+            keep_bytes=keep_size,
+            own_cost=own_cost,
+            listener=listener.fileno(),
+            vm_label=vm_label,
+            vmms=vmms(),
+            web_config=str(Path(web_config).absolute()) if web_config else "",
+            otlp=otlp,
+            log_format=log_format,
+            log_level=logging.getLogger("ebpf_mig").getEffectiveLevel(),
+        )
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        become("ebpf_mig.exporter.supervisor", json.dumps(asdict(plan)), fds=[listener.fileno()])
 
 
 add_variables(command, VARIABLES)
-
-
-def stopping() -> list[int]:
-    """A list that becomes non-empty with the first SIGTERM or Ctrl-C. A second one ends the process at once.
-
-    No exception is raised: during a callback of the ring buffer it would be lost.
-    """
-    came: list[int] = []
-
-    def take(signum: int, _frame: object) -> None:
-        came.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, take)
-    return came
-
-
-class Pipe:
-    """Messages to the listener, one JSON line each. Thread-safe."""
-
-    def __init__(self, fd: int) -> None:
-        self._file = os.fdopen(fd, "wb", buffering=0)
-        self._lock = threading.Lock()
-
-    def send(self, answer: Answer) -> None:
-        """Sends the results of a migration."""
-        for message in (answer.observation, answer.trace):
-            if message is not None:
-                self.put(message)
-
-    def put(self, message: Message | Trace) -> None:
-        """Writes one message. If the listener is gone, `command` notices it."""
-        line = msgspec.json.encode(message) + b"\n"
-        with self._lock, contextlib.suppress(BrokenPipeError):
-            view = memoryview(line)
-            while view:
-                view = view[self._file.write(view) :]
-
-    def close(self) -> None:
-        """Has the listener drain and end."""
-        self._file.close()
-
-
-@contextlib.contextmanager
-def _server(
-    listener: socket.socket, vm_label: str, web_config: str | None, otlp: str, log_format: str
-) -> Iterator[tuple[subprocess.Popen[bytes], Pipe]]:
-    read_end, write_end = os.pipe()
-    options = Options(
-        listener=listener.fileno(),
-        pipe=read_end,
-        parent=os.getpid(),
-        vm_label=vm_label,
-        vmms=vmms(),
-        web_config=str(Path(web_config).absolute()) if web_config else "",
-        otlp=otlp,
-        log_format=log_format,
-    )
-    encoded = msgspec.json.encode(options).decode()
-    leash = Leash()
-    server = start("ebpf_mig.exporter.serve", encoded, fds=[listener.fileno(), read_end, leash.theirs])
-    leash.tie(server.pid)
-    os.close(read_end)
-    pipe = Pipe(write_end)
-    try:
-        yield server, pipe
-    finally:
-        pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(0 if is_stopped(server.pid) else _DRAIN_S)
-        leash.let_go()
 
 
 def _listen(address: str) -> socket.socket:

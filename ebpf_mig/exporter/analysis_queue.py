@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import socket
 import threading
 import time
@@ -17,19 +18,24 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ebpf_mig.errors import EbpfMigError, PreflightError
-from ebpf_mig.exporter.analysis_worker import READY
+from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.exporter.analyst import Analyst
 from ebpf_mig.exporter.discovery import Vm
-from ebpf_mig.exporter.leash import Leash, is_stopped
 from ebpf_mig.exporter.messages import Answer, Task
-from ebpf_mig.exporter.spawn import give_back, start
+from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.troubles import Troubles
+from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import AnyEvent, Header
 from ebpf_mig.recording.file import RecordingWriter
 
 ANSWER_S = 120.0
-"""A little more than the analyst's own time-out, `PATIENCE_S`."""
+"""A little more than the analyst's own time-out, `analysis_worker.PATIENCE_S`."""
+LOOK_S = 0.1
+"""How often the state of an analyst of our own is checked."""
+ATTEMPTS = 3
+"""An analysis is tried again when the analyst was killed. A recording may be what kills it."""
+_MESSAGE_BYTES = 1 << 20
 QUEUED, QUEUED_EVENTS = 256, 1_000_000
 """Migrations that wait for analysis, and the sum of their events (about 300 MB). More are left out."""
 
@@ -45,46 +51,24 @@ class Case:
 
 
 class Analysis:
-    """Takes cases in the loop's thread, and passes answers on in its own. Create it before privilege is given up."""
+    """Takes cases in the loop's thread, and passes answers on in its own."""
 
-    def __init__(self, store: Store, report: Callable[[Answer], None], troubles: Troubles) -> None:
+    def __init__(self, store: Store, report: Callable[[Answer], None], troubles: Troubles, run_id: str,
+                 tasks: socket.socket | None) -> None:  # fmt: skip
+        """`tasks`: where somebody else keeps an analyst running. None: it is done here, and takes privilege."""
         self._store = store
         self._report = report
         self._troubles = troubles
+        self._run_id, self._number = run_id, 0
         self._queue: queue.Queue[Case | None] = queue.Queue()
         self._events = 0
         self._events_lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._channel.settimeout(ANSWER_S)
-        place = theirs.fileno()
-        self._leash = Leash()
-        given = [place, self._leash.theirs]
-        self._process = start("ebpf_mig.exporter.analysis_worker", str(place), str(os.getpid()), fds=given)
-        self._leash.tie(self._process.pid)
-        theirs.close()
-        self._answers = self._channel.makefile("rb")
-
-    def verify(self) -> None:
-        """Waits until the analyst has given up its privilege. PreflightError if it cannot."""
-        try:
-            line = self._answers.readline()
-        except OSError as error:  # not in time
-            raise PreflightError(f"the analyst process does not start: {error}") from error
-        if line != READY:
-            raise PreflightError(f"the analyst process ended with status {self._process.wait()}")
-
-    def check(self) -> None:
-        """Call it once a second. PreflightError if the analyst has ended, or was stopped and therefore killed.
-
-        The watch cannot start another one: it has given up the privilege for that. It ends, and the service manager
-        starts it again.
-        """
-        if self._process.poll() is None and is_stopped(self._process.pid):
-            self._leash.let_go()
-            raise PreflightError("the analyst process was stopped")
-        if self._process.poll() is not None:
-            raise PreflightError(f"the analyst process ended with status {self._process.returncode}")
+        self._analyst: Analyst | None = None
+        if tasks is None:
+            self._analyst = Analyst()
+            tasks = self._analyst.tasks
+        self._tasks = tasks
 
     def put(self, case: Case) -> None:
         """Queues an ended migration. The thread starts here: a thread that started earlier would keep capabilities."""
@@ -104,9 +88,8 @@ class Analysis:
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join()
-        self._answers.close()
-        self._channel.close()
-        self._process.wait()
+        if self._analyst is not None:
+            self._analyst.close()
 
     def _work(self) -> None:
         while (case := self._queue.get()) is not None:
@@ -120,19 +103,49 @@ class Analysis:
 
     def _one(self, case: Case) -> None:
         name, fd = self._keep(case)
-        task = Task(name, case.vms, case.trigger, time.time())
+        self._number += 1
+        task = Task(f"{self._run_id}-{self._number}", name, case.vms, case.trigger, time.time())
         case.events.clear()
         try:
-            socket.send_fds(self._channel, [msgspec.json.encode(task) + b"\n"], [fd])
+            answer = self._ask(task, fd)
         finally:
             os.close(fd)
-        line = self._answers.readline()
-        if not line:
-            raise EOFError("the analyst process is gone")
-        answer = msgspec.json.decode(line, type=Answer)
         if answer.observation is None:
             raise ValueError(answer.error)
         self._report(answer)
+
+    def _ask(self, task: Task, recording: int) -> Answer:
+        """Has a recording analysed. EOFError or TimeoutError if that cannot be done."""
+        deadline = time.monotonic() + ANSWER_S
+        while self._answer(0) is not None:
+            pass  # of a watch that was killed, or of an analyst before this task
+        for _ in range(ATTEMPTS):
+            # Each analyst needs a file offset of its own.
+            again = os.open(procfs.path("self", "fd", str(recording)), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                socket.send_fds(self._tasks, [msgspec.json.encode(task)], [again])
+            finally:
+                os.close(again)
+            while time.monotonic() < deadline:
+                answer = self._answer(LOOK_S)
+                if answer is not None and answer.gone:
+                    break
+                if answer is not None and answer.id == task.id:
+                    return answer
+            else:
+                raise TimeoutError(f"the analyst process gave no answer within {ANSWER_S:.0f} s")
+        raise EOFError(f"the analyst process ended {ATTEMPTS} times during this analysis")
+
+    def _answer(self, seconds: float) -> Answer | None:
+        """The next answer, if one comes within this time."""
+        if self._analyst is not None:
+            self._analyst.look()
+        if not select.select([self._tasks], [], [], seconds)[0]:
+            return None
+        data = self._tasks.recv(_MESSAGE_BYTES)
+        if not data:
+            raise EOFError("the analyst process is gone")
+        return msgspec.json.decode(data, type=Answer)
 
     def _keep(self, case: Case) -> tuple[str, int]:
         """The recording's name, empty if the store could not keep it, and a descriptor to read it from."""

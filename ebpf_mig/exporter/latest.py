@@ -7,7 +7,6 @@ goes into it: it is a hash, see `otel_spans`. At most `MIGRATIONS` are held, eac
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -24,19 +23,19 @@ _PREFIX = "ebpf_mig_migration"
 class Halves:
     """Not thread-safe."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: wall-clock time, seconds since the epoch."""
+    def __init__(self, clock: Callable[[], float], held: dict[str, tuple[Observation, str]] | None = None) -> None:
+        """`clock`: wall-clock time, seconds since the epoch. `held`: where they are held, the latest last."""
         self._clock = clock
-        self._held: OrderedDict[str, tuple[Observation, str]] = OrderedDict()
+        self._held = held if held is not None else {}
 
     def add(self, seen: Observation, vm: str) -> None:
         """Holds a migration with an id. `vm`: its name as metrics show it. One with the same id is replaced."""
         if not seen.migration:
             return
+        self._held.pop(seen.migration[:40], None)
         self._held[seen.migration[:40]] = (seen, vm)
-        self._held.move_to_end(seen.migration[:40])
         while len(self._held) > MIGRATIONS:
-            self._held.popitem(last=False)
+            del self._held[next(iter(self._held))]
 
     def collect(self) -> Iterator[Metric]:
         """The families. A figure that was not measured has no sample."""

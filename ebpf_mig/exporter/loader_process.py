@@ -15,6 +15,7 @@ import sys
 import msgspec
 
 from ebpf_mig.errors import PreflightError
+from ebpf_mig.exporter.leash import Leash
 from ebpf_mig.exporter.spawn import start
 from ebpf_mig.linux import capabilities
 from ebpf_mig.probes.hook import Hook
@@ -45,7 +46,10 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
     """Loads everything in another process. Raises PreflightError as if it had loaded here."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MESSAGE_MOST_BYTES)
-    loader = start("ebpf_mig.exporter.loader_process", str(theirs.fileno()), fds=[theirs.fileno()])
+    leash = Leash()
+    given = [theirs.fileno(), leash.theirs]
+    loader = start("ebpf_mig.exporter.loader_process", str(theirs.fileno()), fds=given)
+    leash.tie(loader.pid)  # it holds BPF programs
     theirs.close()
     try:
         ours.settimeout(TIMEOUT_S)
@@ -54,7 +58,7 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
         raise PreflightError(f"the BPF programs were not loaded within {TIMEOUT_S:.0f} s", "ebpf-mig doctor") from error
     finally:
         ours.close()
-        loader.kill()  # it has finished, or will not
+        leash.let_go()  # it has finished, or will not
         loader.wait()
     if not data:
         raise PreflightError(f"the loader process ended with status {loader.returncode}", "ebpf-mig doctor")

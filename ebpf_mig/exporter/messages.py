@@ -16,6 +16,8 @@ from ebpf_mig.exporter.otel_spans import Trace
 class Task(msgspec.Struct, frozen=True):
     """A recording to analyse. Its descriptor is sent with the message."""
 
+    id: str
+    """Unique, also among those of another watch."""
     recording: str
     """Its name in the store; empty if it is not in the store."""
     vms: list[Vm]
@@ -27,6 +29,10 @@ class Task(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True):
     """The result of a `Task`: an observation, or an error."""
 
+    id: str = ""
+    """Of the task."""
     observation: Observation | None = None
     trace: Trace | None = None
     error: str = ""
+    gone: bool = False
+    """The analyst was killed: the task that it had is lost."""

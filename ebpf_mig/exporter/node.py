@@ -12,6 +12,8 @@ import bisect
 import contextlib
 import fnmatch
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,14 +89,20 @@ class _Known:
 class NodeWatch:
     """Use as a context manager, then call `run`. Raises PreflightError if probes cannot be loaded."""
 
-    def __init__(self, store: Store, report: Callable[[Answer], None], only: str = "*") -> None:
-        """`only`: a glob. VMs whose name does not match are ignored."""
+    def __init__(
+        self,
+        store: Store,
+        report: Callable[[Answer], None],
+        only: str = "*",
+        tasks: socket.socket | None = None,
+    ) -> None:
+        """`only`: a glob. VMs whose name does not match are ignored. `tasks`: see `Analysis`."""
         self._store = store
         self._only = only
+        self._run = f"{os.getpid()}-{clock.monotonic_ns()}"
         self._troubles = Troubles()
-        self._analysis = Analysis(store, report, self._troubles)  # it starts while the loader compiles
+        self._analysis = Analysis(store, report, self._troubles, self._run, tasks)
         self._probe, self._tracer = load_apart()
-        self._analysis.verify()
         self._tracks = Tracks(Witness)
         self._vms: dict[int, _Known] = {}
         self._checks: list[tuple[float, int]] = []
@@ -165,6 +173,7 @@ class NodeWatch:
         armed_now = self._now - self._armed_at if self._armed else 0.0
         errors, limits = self._troubles.counts()
         return Status(
+            run=self._run,
             vms=len(self._vms),
             armed=self._armed,
             armed_seconds=self._armed_s + armed_now,
@@ -228,7 +237,6 @@ class NodeWatch:
 
     def _tick(self) -> None:
         """Once a second: finds VMs that ended, began to run, or are being loaded. Rarely: searches /proc."""
-        self._analysis.check()
         with self._troubles.of("state", "the state directory"):
             self._kept = self._store.size()
         for pid, known in list(self._vms.items()):

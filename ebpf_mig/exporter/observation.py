@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the watch reports about a migration and about itself, to the terminal or over a pipe to the listener.
+"""What the watch reports about a migration and about itself, to the terminal or to the listener.
 
 In: a breakdown. Out: small structs for JSON. The field `vm` has everything that a tenant chose.
 """
@@ -72,6 +72,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, tag="migration"):
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """The state of the watch; counters since it started."""
 
+    run: str = ""
+    """Which watch this is: each has another one."""
     vms: int
     armed: bool
     armed_seconds: float
@@ -95,13 +97,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """What was left out because of a limit, see `troubles.LIMITS`."""
     recordings: int
     recording_bytes: int
-
-
-class Reload(msgspec.Struct, frozen=True, tag="reload"):
-    """Asks the listener to read the web configuration again. The watch may no longer send it signals."""
-
-
-Message = Observation | Status | Reload
 
 
 def vmms() -> tuple[str, ...]:

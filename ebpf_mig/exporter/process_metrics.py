@@ -16,17 +16,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from ebpf_mig.linux import procfs
 
-_NAMES = {"serve": "listener", "analysis_worker": "analyst"}
+_NAMES = {"watch_process": "watch", "serve": "listener", "analysis_worker": "analyst"}
 """By the last part of the module that the process runs. Others, such as the loader, are not shown."""
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 class ProcessMetrics:
-    """Collector for the watch and its children."""
+    """Collector for the supervisor and its children."""
 
-    def __init__(self, watch: int) -> None:
-        """`watch`: pid of the process that started the others."""
-        self._watch = watch
+    def __init__(self, supervisor: int) -> None:
+        """`supervisor`: pid of the process that started the others."""
+        self._supervisor = supervisor
         self._boot_s = _boot_time()
 
     def collect(self) -> Iterator[Metric]:
@@ -56,9 +56,9 @@ class ProcessMetrics:
         yield from (cpu, resident, virtual, threads, start, fds, most)
 
     def _processes(self) -> dict[str, int]:
-        found = {"watch": self._watch}
+        found = {"supervisor": self._supervisor}
         with contextlib.suppress(OSError, ValueError):
-            for pid in map(int, procfs.text(self._watch, "task", self._watch, "children").split()):
+            for pid in map(int, procfs.text(self._supervisor, "task", self._supervisor, "children").split()):
                 modules = [part.rpartition(".")[2] for part in procfs.command_line(pid)[:4]]
                 name = next((_NAMES[part] for part in modules if part in _NAMES), None)
                 if name is not None:

@@ -1,47 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts the exporter's processes. They are new Pythons, and inherit only what they are given.
 
-In: a module and its arguments. Out: the running process. `give_back` keeps their memory small.
+In: a module and its arguments. Out: the running process, or this process as that one. `give_back` keeps their memory
+small.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Collection
-
-import msgspec
+from typing import NoReturn
 
 from ebpf_mig.linux.process import python_environment
 
-_PASSED = ("PATH", "EBPF_MIG_TIER")
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of the listener, passed on its command line as JSON."""
-
-    listener: int
-    pipe: int
-    parent: int
-    vm_label: str
-    vmms: tuple[str, ...]
-    web_config: str
-    otlp: str
-    log_format: str = "none"
+_PASSED = ("PATH", "EBPF_MIG_TIER", "PYTHONPATH")
 
 
 def start(module: str, *arguments: str, fds: Collection[int]) -> subprocess.Popen[bytes]:
     """Starts `python -Pm MODULE ARGUMENTS` in `/`, with our import path and the environment variables it may need."""
-    wanted = (*_PASSED, "PYTHONPATH")
     return subprocess.Popen(
         [sys.executable, "-Pm", module, *arguments],
         pass_fds=tuple(fds),
         stdin=subprocess.DEVNULL,
-        env={name: v for name, v in python_environment().items() if name in wanted or name.startswith("OTEL_")},
+        env=_environment(),
         cwd="/",
     )
+
+
+def become(module: str, *arguments: str, fds: Collection[int]) -> NoReturn:
+    """Turns this process into what `start` would start. It keeps its id and blocked signals."""
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    environment = _environment()
+    os.chdir("/")
+    os.execve(sys.executable, [sys.executable, "-Pm", module, *arguments], environment)  # noqa: S606 - no shell
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with this exit code, even if its last log lines cannot be written."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _environment() -> dict[str, str]:
+    return {name: v for name, v in python_environment().items() if name in _PASSED or name.startswith("OTEL_")}
 
 
 def give_back() -> None:

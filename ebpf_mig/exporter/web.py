@@ -78,7 +78,7 @@ class Web(TCPServer):
         if idle is not None:
             self._cut(idle, "idle")
         if full:
-            self.metrics.rejected.labels("too-many").inc()
+            self.metrics.rejected("too-many")
             with contextlib.suppress(OSError):
                 request.setblocking(False)
                 if self.tls is None:
@@ -97,7 +97,7 @@ class Web(TCPServer):
         return waiting
 
     def _cut(self, request: socket.socket, reason: str) -> None:
-        self.metrics.rejected.labels(reason).inc()
+        self.metrics.rejected(reason)
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_RDWR)
 
@@ -140,7 +140,7 @@ class Web(TCPServer):
                     wrapped.do_handshake()
                 self.finish_request(wrapped, client_address)
         except Exception:  # a bug only fails this request, and is counted
-            self.metrics.rejected.labels("failed").inc()
+            self.metrics.rejected("failed")
         finally:
             with self._lock:
                 self._open.pop(wrapped, None)
@@ -207,12 +207,15 @@ class _Handler(BaseHTTPRequestHandler):
                 text, more["Content-Encoding"] = gzip.compress(text, GZIP_LEVEL), "gzip"
             self._send(200, kind, text, body, more)
         elif path == "/-/healthy":
-            self._send(200, "text/plain", b"healthy\n", body)
+            self._state("healthy", self.server.metrics.dead, body)
         elif path == "/-/ready":
-            ready = self.server.metrics.ready
-            self._send(200 if ready else 503, "text/plain", b"ready\n" if ready else b"not ready\n", body)
+            self._state("ready", self.server.metrics.unready, body)
         else:
             self._send(404, "text/plain", b"not found\n", body)
+
+    def _state(self, word: str, why_not: str, body: bool) -> None:
+        text = f"not {word}: {why_not}\n" if why_not else f"{word}\n"
+        self._send(503 if why_not else 200, "text/plain; charset=utf-8", text.encode(), body)
 
     def _send(self, code: int, kind: str, text: bytes, body: bool, more: dict[str, str] | None = None) -> None:
         self.send_response(code)

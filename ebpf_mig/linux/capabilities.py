@@ -28,12 +28,17 @@ NUMBERS = {
     "CAP_BPF": 39,
 }
 """include/uapi/linux/capability.h: the relevant ones. Tracing needs BPF and PERFMON (Linux 5.8), or SYS_ADMIN."""
+_IDENTITY = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8}
+"""Needed to give up identity and privilege."""
 ENGINE = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYSLOG", "CAP_DAC_READ_SEARCH")
 """Needed by `watch` while it runs: to arm, to read /proc of other users, to name kernel functions."""
 LOADER = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE")
 """Needed for loading. The last two are used only if held: old kernels need them, and so does the check that each
 program fires.
 """
+
+SUPERVISOR = (*LOADER, *ENGINE, "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
+"""Needed by the exporter's supervisor: what its processes need, or give up."""
 
 NOBODY = 65534
 
@@ -73,18 +78,24 @@ def require_privilege() -> None:
         )
 
 
-def keep_only(names: Iterable[str]) -> None:
-    """Keeps only these of the held capabilities, in every set, and blocks gaining others. OSError if refused."""
-    wanted = sum(1 << NUMBERS[name] for name in names)
+def keep_only(names: Iterable[str], *, pass_on: bool = False) -> None:
+    """Keeps only these of the held capabilities, in every set, and blocks gaining others. OSError if refused.
+
+    `pass_on`: programs that this process executes get what it keeps. Root's get it anyway.
+    """
+    numbers = NUMBERS | _IDENTITY
+    wanted = sum(1 << numbers[name] for name in set(names))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    if not pass_on:
+        _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for number in range(64):
         if not wanted >> number & 1:
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # fails after the last capability, or without CAP_SETPCAP
     held = permitted() & wanted
     header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
-    low, high = held & 0xFFFFFFFF, held >> 32
-    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    inherited = _held("CapInh") & held if pass_on else 0
+    low, high, mask = held & 0xFFFFFFFF, held >> 32, 0xFFFFFFFF
+    data = (ctypes.c_uint32 * 6)(low, low, inherited & mask, high, high, inherited >> 32)
     if _libc.capset(header, data) != 0:
         raise OSError(ctypes.get_errno(), "capset refused")
 

@@ -120,8 +120,12 @@ def quietly(migration: QemuMigration) -> None:
 
 def children(pid: int) -> dict[str, int]:
     """The processes of an exporter, by the last part of their module's name."""
-    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {Path(f"/proc/{child}/cmdline").read_text().split("\0")[2].rpartition(".")[2]: int(child) for child in pids}
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        words = cmdline.split("\0") if (cmdline := Path(f"/proc/{child}/cmdline").read_text()) else []
+        if len(words) > 2:
+            found[words[2].rpartition(".")[2]] = int(child)
+    return found
 
 
 def gone(pid: int) -> bool:

@@ -17,7 +17,7 @@ import pytest
 
 from ebpf_mig.linux.capabilities import ENGINE, NUMBERS
 from tests.conftest import TRACING, requires
-from tests.integration.exporters import OURS, free_port, is_ready, migrate, report, running, until, value
+from tests.integration.exporters import OURS, children, free_port, is_ready, migrate, report, running, until, value
 from tests.integration.migrations import LASTING
 from tests.integration.test_exporter_life import capabilities
 
@@ -70,7 +70,8 @@ def test_the_image_measures_a_migration_with_what_the_daemon_set_grants(tmp_path
             "it has a root file system of its own"
         )
         kept = sum(1 << NUMBERS[capability] for capability in ENGINE)
-        assert capabilities(pid)["CapEff"] == capabilities(pid)["CapBnd"] == kept
+        watch = children(pid)["watch_process"]
+        assert capabilities(watch)["CapEff"] == capabilities(watch)["CapBnd"] == kept
         migrate(LASTING)
         until(lambda: value(port, "ebpf_mig_migrations_total", role="both", result="completed") == 1, 15)
         (recording,) = state.iterdir()

@@ -76,6 +76,14 @@ def resident_kb(pid: int) -> int:
     return int(line.split()[1])
 
 
+def listening(pid: int) -> set[int]:
+    """Inodes of the TCP sockets that the process holds and that listen."""
+    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    all_listening = {int(line.split()[9]) for line in lines if line.split()[3] == "0A"}
+    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    return all_listening & {int(link[8:-1]) for link in links if link.startswith("socket:")}
+
+
 def lift_limit(monitor: Path) -> None:
     """Lifts a QEMU's bandwidth limit, through a second monitor."""
     with socket.socket(socket.AF_UNIX) as connection:
@@ -91,22 +99,27 @@ def lift_limit(monitor: Path) -> None:
 def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (process, port):
         others = children(process.pid)
-        assert set(others) == {"serve", "analysis_worker"}, "the loader has ended"
-        for pid in others.values():
-            assert not any(capabilities(pid).values())
-            status = Path(f"/proc/{pid}/status").read_text()
-            assert "NoNewPrivs:\t1" in status and "Uid:\t65534\t65534\t65534\t65534" in status
+        assert set(others) == {"serve", "watch_process"}, "the loader has ended, and nothing is to be analysed"
+        watch, listener = others["watch_process"], others["serve"]
+        assert not any(capabilities(listener).values())
+        status = Path(f"/proc/{listener}/status").read_text()
+        assert "NoNewPrivs:\t1" in status and "Uid:\t65534\t65534\t65534\t65534" in status
+        for pid in (process.pid, listener):
             assert not any(bpf_objects(pid).values()), "it inherited a descriptor that it does not need"
         for pid in (process.pid, *others.values()):
             maps = Path(f"/proc/{pid}/maps").read_text()
             assert "LLVM" not in maps and "libbcc" not in maps
-        held = capabilities(process.pid)
+        assert not listening(watch) and listening(process.pid) == listening(listener)
+        held = capabilities(watch)
         assert held["CapEff"] == held["CapBnd"] and not held["CapEff"] >> 21 & 1
+        above = capabilities(process.pid)
+        most = sum(1 << bit for bit in (2, 6, 7, 8, 19, 21, 24, 34, 38, 39))
+        assert above["CapEff"] == above["CapBnd"] and not above["CapEff"] & ~most
         assert sum(map(resident_kb, (process.pid, *others.values()))) < 80_000
-        objects = bpf_objects(process.pid)
+        objects = bpf_objects(watch)
         assert len(objects["prog"]) >= 8
         on_kvm = value(port, "ebpf_mig_trigger_info", trigger="logging")
-        assert len(objects["link"]) == 2 + on_kvm, "the standing probes alone, that on KVM's own function among them"
+        assert len(objects["link"]) == 3 + on_kvm, "the standing probes alone, that on KVM's own function among them"
         assert all(in_kernel(kind, number) for kind, numbers in objects.items() for number in numbers)
         process.kill()
         until(lambda: all(map(gone, others.values())))

@@ -51,7 +51,7 @@ def late(port: int) -> float:
 @pytest.mark.timeout(60 + 2 * NUMBER)
 def test_many_migrations_in_a_row(tmp_path: Path) -> None:
     with exporter(tmp_path / "state", "--keep", "10") as (process, port):
-        pids = {"watch": process.pid, **children(process.pid)}
+        pids = {"supervisor": process.pid, **children(process.pid)}
 
         def settled() -> dict[str, tuple[int, int, int]]:
             until(lambda: value(port, "ebpf_mig_vms") == 0, 60)
