@@ -30,7 +30,14 @@ def test_each_migration_is_counted_once() -> None:
 
     def argument(ready: int) -> str:
         fds = {"listener": listener.fileno(), "inbox": inbox.fileno(), "counters": counters, "ready": ready}
-        settings = {"parent": os.getpid(), "vm_label": "name", "vmms": vmms(), "web_config": "", "otlp": ""}
+        settings = {
+            "parent": os.getpid(),
+            "vm_label": "name",
+            "vmms": vmms(),
+            "web_config": "",
+            "otlp": "",
+            "log_format": "json",
+        }
         return json.dumps(fds | settings)
 
     child = Child("listener", "ebpf_mig.exporter.serve", argument, [listener.fileno(), inbox.fileno(), counters])
