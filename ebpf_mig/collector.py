@@ -24,6 +24,7 @@ from ebpf_mig.analysis import (
     drivers,
     fetch_split,
     live_update,
+    notes,
     outcome,
     pairing,
     pause,
@@ -41,10 +42,9 @@ from ebpf_mig.analysis.migration import TracedMigration, identify
 from ebpf_mig.analysis.passes import DirtyLogRows
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
-from ebpf_mig.analysis.source_work import PAGE, Work
+from ebpf_mig.analysis.source_work import PAGE
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.breakdown import (
-    IMMEDIATE,
     Breakdown,
     Clock,
     Completeness,
@@ -60,9 +60,7 @@ from ebpf_mig.breakdown import (
     Phase,
     PhaseName,
     Result,
-    Side,
     Span,
-    SwitchoverKind,
     Throttled,
     Transport,
     Vcpu,
@@ -99,7 +97,7 @@ def analyse(recording: Recording) -> Analysis:
         witnesses=_witnesses(traced, attribution, wires, pausing),
         completeness=_completeness(traced, window),
         clock=Clock(),
-        notes=_notes(traced, window, attribution.work),
+        notes=notes.gather(traced, window, attribution.work),
         pausing=pausing,
         postcopy=postcopy.observe(traced),
         live_update=_live_update(traced, attribution.phases, origin),
@@ -253,7 +251,7 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
         origin,
         page=traced.material.header.page_size or PAGE,
         since=traced.material.header.begin_ns,
-        brownout=_vcpus_accounted(traced),
+        brownout=notes.vcpus_accounted(traced),
         sends_known=bool(traced.sends) or not traced.material.absent("socket"),
     )
     last = rows.last(until)
@@ -285,11 +283,6 @@ def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -
     )
 
 
-def _vcpus_accounted(traced: TracedMigration) -> bool:
-    """Whether the source's vCPU times outside KVM_RUN were recorded. A recording can list the signal and have none."""
-    return traced.material.traced("brownout") and traced.source is not None and bool(traced.source.spans)
-
-
 def _pages(rows: DirtyLogRows, last: list[Burst]) -> int | None:
     """The number of ring entries that the fetches in the blackout returned; None with a bitmap."""
     wanted = set(map(id, last))
@@ -311,66 +304,3 @@ def _witnesses(
     for adapter in vmm.adapters():
         found = adapter.witness.rows(traced, attribution, found, wires, late_ns)
     return found
-
-
-def _notes(traced: TracedMigration, window: Span | None, work: Work | None) -> list[str]:
-    notes = [*traced.notes, *traced.material.header.notes]
-    if window is not None and traced.source is None:
-        notes.append("the source was not traced: the window begins with the destination's first restore work")
-        if outcome.booted(traced):
-            notes.append("no state was seen to come in over a connection: the guest booted, or was loaded from a file")
-    elif window is not None and traced.switchover is not None and traced.switchover.kind == SwitchoverKind.STOPPED:
-        notes.append("no vCPU was seen to start on the destination: the window ends with the last event that was seen")
-    if work is not None and work.coalesced:
-        notes.append(
-            "sends in the blackout were recorded as one batch: the boundary between memory and state is estimated"
-        )
-    if traced.bursts and traced.material.traced("brownout") and not (_vcpus_accounted(traced) or traced.live_update):
-        notes.append("the recording has no vCPU times outside KVM_RUN: the brownout is unknown")
-    notes += _unseen_sends(traced)
-    notes += _spinning(traced)
-    for side, process in ((Side.SOURCE, traced.source), (Side.DESTINATION, traced.destination)):
-        if process is None or window is None:
-            continue
-        took = [
-            (index, end - begin)
-            for index, line in process.vcpus.items()
-            for begin, end in line.immediate
-            if window[0] <= begin <= window[1]
-        ]
-        if took:
-            notes.append(_immediate_note(side, took))
-    return notes
-
-
-def _unseen_sends(traced: TracedMigration) -> list[str]:
-    """A note about sends without a traced system call: their bytes, or that such sends cannot be seen here."""
-    hidden = sum(t.bytes for t in traced.sends if t.hidden)
-    if hidden:
-        return [
-            f"{hidden} bytes were sent without a system call that is traced (e.g. by io_uring): their durations are "
-            "unknown"
-        ]
-    blind = traced.source is not None and not traced.material.traced("hidden-sends")
-    if blind and traced.bursts and not traced.sends:
-        return ["no send was seen: sends by io_uring and the like cannot be traced on this kernel, RDMA on none"]
-    return []
-
-
-def _spinning(traced: TracedMigration) -> list[str]:
-    """A note about a destination whose sender is gone: it keeps calling receive, and each call returns nothing."""
-    empty = max((t.failed for t in traced.receives if not t.calls), default=0)
-    if not empty:
-        return []
-    return [
-        f"the destination's last {empty} receive calls returned nothing: the other end is gone, but it keeps calling"
-    ]
-
-
-def _immediate_note(side: str, took: list[tuple[int, int]]) -> str:
-    """One line for all KVM_RUN calls that returned at once: (vCPU, ns inside)."""
-    vcpus = sorted({index for index, _ in took})
-    named = ", ".join(map(str, vcpus[:8])) + (f" and {len(vcpus) - 8} more" if len(vcpus) > 8 else "")
-    longest = max(ns for _, ns in took) / 1000
-    calls = f"{len(took)} KVM_RUN" + ("s" if len(took) > 1 else "")
-    return f"{calls} of the {side}'s vCPU {named} returned -EINTR within {longest:.1f} us{IMMEDIATE}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from msgspec import field
 
+from ebpf_mig.breakdown.delays import LiveUpdate, ManagerWait, Pausing, Throttled, Wait
 from ebpf_mig.breakdown.diagnosis import SINGLE, Cause, Diagnosis, Innocent, Mostly
 from ebpf_mig.breakdown.dirty_log import (
     DirtyLog,
@@ -172,62 +173,6 @@ class Vcpu(Struct, frozen=True, kw_only=True):
     """Error bound of `blackout_ns` and `start`, as `Phase.bound_ns`, ns."""
 
 
-class Pausing(Struct, frozen=True, kw_only=True):
-    """The stop of the vCPUs, as the thread that asked for it saw it."""
-
-    stop_ns: int
-    """From the pause request to the last vCPU's stop, ns."""
-    noticed_ns: int
-    """From there to the next call of that thread, ns: the thread notices the stop only then."""
-    naps: int | None
-    """Number of times that it slept between its request and that call; null: not measured."""
-    asleep_ns: int | None
-    """The part of `noticed_ns` that it slept, ns; null: not measured."""
-    polling: bool | None
-    """Whether it slept on a timer, so that nothing wakes it when the vCPUs have stopped; null: not measured."""
-    kicked_late_ns: int | None
-    """How long it had lost the CPU right before its request, and so before the window, ns; null: not measured."""
-
-
-class ManagerWait(Struct, frozen=True, kw_only=True):
-    """The VMM was ready, and waited for its manager to tell it to go on. All of them are the phase `management`."""
-
-    side: Side
-    """Whose VMM waited."""
-    begin: int
-    """When it was ready, ns from the window's begin."""
-    duration_ns: int
-    """Until the first byte of the command that ended the wait arrived, ns."""
-    commands: int
-    """Number of commands that arrived, the last included; others are questions, such as `query-migrate`."""
-
-
-class Throttled(Struct, frozen=True, kw_only=True):
-    """Stretches before the pause request in which no vCPU ran because the VMM kept them out, to slow the guest down
-    (auto-converge, dirty limit). The guest was dark, but this is no part of the switchover, nor of the blackout."""
-
-    dark_ns: int
-    """All stretches of a millisecond or more together, ns."""
-    stretches: int
-    """Number of those stretches."""
-    longest_ns: int
-    """The longest of them, ns."""
-    before_request_ns: int
-    """The part from the last vCPU's stop to the pause request, ns; 0 if a vCPU was running then."""
-
-
-class Wait(Struct, frozen=True, kw_only=True):
-    phase: PhaseName
-    """The phase that the wait overlaps most."""
-    thread: str
-    """Name and tid."""
-    duration_ns: int
-    """The part in that phase, ns."""
-    stack: list[str]
-    """Kernel functions that it slept in, innermost first. If it could run and did not: `(CPU quota)` or `(preempted)`
-    where that is proven, else `(runnable, not running)`."""
-
-
 class Witness(Struct, frozen=True, kw_only=True):
     name: str
     """What measured it, e.g. `qmp.downtime_ms`."""
@@ -242,18 +187,6 @@ class Witness(Struct, frozen=True, kw_only=True):
     It is our figure, except of downtimes: those are compared with the blackout."""
     doubt_ns: int = 0
     """Time at the span's border that may belong to the neighbouring part, ns."""
-
-
-class LiveUpdate(Struct, frozen=True, kw_only=True):
-    descriptors: int | None
-    """Number of descriptors that the old process passed to the new one (SCM_RIGHTS); null: the source was not traced,
-    or the process replaced itself, and the descriptors were inherited."""
-    setup_ns: int | None
-    """The part of the phase `startup` inside KVM's ioctls, of all threads together, ns; null: there was no start-up."""
-    slowest: str = ""
-    """The slowest kind of these ioctls; empty: there was none."""
-    slowest_ns: int = 0
-    """Time in that kind, ns."""
 
 
 class Completeness(Struct, frozen=True, kw_only=True):

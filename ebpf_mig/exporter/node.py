@@ -16,13 +16,13 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import msgspec
 
 from ebpf_mig.exporter import discovery
 from ebpf_mig.exporter.analysis_queue import Analysis, Case
 from ebpf_mig.exporter.discovery import Vm
+from ebpf_mig.exporter.known import BURST, Known
 from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.observation import DELAYS_S, Status
@@ -47,8 +47,6 @@ RECHECKS_S = (0.05, 0.25, 1.0, 3.0, 6.0)
 """A process creates its VM a little after its first thread. It is checked again after these times."""
 GROWTH_BYTES = 16 << 20
 """A VM that has not run and grows by this much within a second is being loaded."""
-BURST, REFILL_S = 4, 30.0
-"""Budget of a VM for signs that lead to nothing: `BURST` at once, then one every `REFILL_S`."""
 VMS = 4096
 """VMs watched at a time: the size of the standing probe's table."""
 TRACED, RESERVED = 256, 64
@@ -62,28 +60,6 @@ CHECKS = 8192
 """Pending checks of new processes."""
 
 _log = logging.getLogger("ebpf_mig.exporter")
-
-
-@dataclass
-class _Known:
-    """A VM and its state."""
-
-    vm: Vm
-    fresh: bool
-    """Its guest has not been seen to run, so it may be a destination."""
-    resident: int = 0
-    credit: float = BURST
-    credited: float = field(default_factory=time.monotonic)
-
-    def may_try(self) -> bool:
-        """Takes one sign from the budget; False if the budget is spent."""
-        now = time.monotonic()
-        self.credit = min(BURST, self.credit + (now - self.credited) / REFILL_S)
-        self.credited = now
-        if self.credit < 1:
-            return False
-        self.credit -= 1
-        return True
 
 
 class NodeWatch:
@@ -104,7 +80,7 @@ class NodeWatch:
         self._analysis = Analysis(store, report, self._troubles, self._run, tasks)
         self._probe, self._tracer = load_apart()
         self._tracks = Tracks(Witness)
-        self._vms: dict[int, _Known] = {}
+        self._vms: dict[int, Known] = {}
         self._checks: list[tuple[float, int]] = []
         self._armed = False
         self._armed_at = 0.0
@@ -251,7 +227,7 @@ class NodeWatch:
                         with self._troubles.of("vm", f"process {vm.pid}"):
                             self._found(vm, new=not first)
 
-    def _look_at(self, pid: int, known: _Known) -> None:
+    def _look_at(self, pid: int, known: Known) -> None:
         if not self._alive(pid):
             del self._vms[pid]
             self._probe.remove(pid)
@@ -271,7 +247,7 @@ class NodeWatch:
             return
         fresh = new or discovery.is_fresh(vm.pid)
         self._probe.add(vm.pid)
-        self._vms[vm.pid] = _Known(vm, fresh, procfs.resident_bytes(vm.pid))
+        self._vms[vm.pid] = Known(vm, fresh, procfs.resident_bytes(vm.pid))
         for port in listening_ports(vm.pid):
             self._probe.listens(vm.pid, port)
         self._suspect(vm.pid, "born" if new else "start")

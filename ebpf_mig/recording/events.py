@@ -48,6 +48,7 @@ from ebpf_mig.recording.socket_events import (
     TcpInfo,
     Transfer,
 )
+from ebpf_mig.recording.vcpu_events import Kick, VcpuEnter, VcpuExit, VcpuSpan, VcpuState
 
 __all__ = [
     "AF_UNIX",
@@ -132,63 +133,6 @@ class Ioctl(Event, frozen=True, tag=1):
     """Total time off the CPU of this thread from the begin of tracing to the return of the call; -1 unknown."""
 
 
-class VcpuEnter(Event, frozen=True, tag=2):
-    """A recorded KVM_RUN entry: the first of its thread, or the first after a gap or an error."""
-
-    at_ns: Instant
-    pid: Pid
-    tid: Pid
-    fd: Fd
-    last_exit_ns: Instant
-    """Return of this thread's previous KVM_RUN; 0 if none was seen."""
-    last_ret: Returned
-    """Its return value; -4 is -EINTR."""
-    runs: Count
-    """Number of KVM_RUN entries of this thread so far, including this one."""
-
-
-class VcpuExit(Event, frozen=True, tag=3):
-    """A KVM_RUN that returned an error. It is nearly always -EINTR: the vCPU was kicked."""
-
-    at_ns: Instant
-    pid: Pid
-    tid: Pid
-    fd: Fd
-    enter_ns: Instant
-    """Entry of the same call; 0 if the thread was already inside when tracing began."""
-    ret: Returned
-
-
-class VcpuState(Event, frozen=True, tag=4):
-    """The in-kernel accounting of one vCPU thread, read when tracing ended or the thread exited."""
-
-    at_ns: Instant
-    pid: Pid
-    tid: Pid
-    fd: Fd
-    enter_ns: Instant
-    """Entry of the latest KVM_RUN."""
-    exit_ns: Instant
-    """Latest return of KVM_RUN; smaller than `enter_ns` while the thread is inside a call."""
-    ret: Returned
-    runs: Count
-    in_ns: Duration
-    """Time inside KVM_RUN, of all calls of which entry and return were seen."""
-    out_ns: Duration
-    """Time between KVM_RUN calls."""
-    max_gap_ns: Duration
-
-
-class Kick(Event, frozen=True, tag=5):
-    """tgkill(2) from one thread of a traced process to another. VMMs stop vCPUs this way."""
-
-    at_ns: Instant
-    pid: Pid
-    tid: Pid
-    target_tid: Pid
-    signal: Bits64
-
-
 class Thread(Event, frozen=True, tag=8):
     """The name of a thread in /proc. It is used for labels only, never for attribution."""
 
@@ -236,25 +180,6 @@ class OffCpu(Event, frozen=True, tag=12):
     """Kernel functions in which it slept, innermost first; empty if it was preempted or no stack was taken."""
     preempted: bool = False
     """It did not sleep, it lost the CPU to another thread."""
-
-
-class VcpuSpan(Event, frozen=True, tag=14):
-    """Time of one vCPU thread outside KVM_RUN from one fetch of its process to the next (or for 250 ms).
-
-    A gap counts in the span in which it began. A vCPU that did not leave KVM_RUN has no span.
-    """
-
-    since_ns: Instant
-    """Begin of the first gap; 0 for the first span of a thread."""
-    until_ns: Instant
-    """End of the last gap."""
-    pid: Pid
-    tid: Pid
-    outside_ns: Duration
-    longest_ns: Duration
-    gaps: Count
-    lock_ns: MaybeDuration = -1
-    """Time inside KVM_RUN waiting for locks (mostly mmu_lock); -1 unknown."""
 
 
 class Samples(Event, frozen=True, tag=15):

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM that the watch knows, and its budget for signs that lead to nothing.
+
+In: a VM. Out: whether its next sign may be followed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ebpf_mig.exporter.discovery import Vm
+
+BURST, REFILL_S = 4, 30.0
+"""Budget of a VM for signs that lead to nothing: `BURST` at once, then one every `REFILL_S`."""
+
+
+@dataclass
+class Known:
+    """A VM and its state."""
+
+    vm: Vm
+    fresh: bool
+    """Its guest has not been seen to run, so it may be a destination."""
+    resident: int = 0
+    credit: float = BURST
+    credited: float = field(default_factory=time.monotonic)
+
+    def may_try(self) -> bool:
+        """Takes one sign from the budget; False if the budget is spent."""
+        now = time.monotonic()
+        self.credit = min(BURST, self.credit + (now - self.credited) / REFILL_S)
+        self.credited = now
+        if self.credit < 1:
+            return False
+        self.credit -= 1
+        return True
