@@ -49,7 +49,7 @@ def test_what_cannot_be_repeated(tmp_path: Path) -> None:
     for words in ([], ["nonsense"], ["--", "sh", "-c", "true"]):
         assert run("bench", "-o", str(tmp_path / "x"), *words).returncode == 2
     forgotten = run("bench", "-o", str(tmp_path / "x"), "--", "/bin/true")
-    assert forgotten.returncode == 2 and "write {recording}" in forgotten.stderr
+    assert forgotten.returncode == 2 and "put {recording}" in forgotten.stderr
     done = run("bench", "-n", "1", "-o", str(tmp_path / "x"), "--", "false", "{recording}")
     assert done.returncode == 4 and "the warm-up run failed: the command exited with 1" in done.stderr
     assert not (tmp_path / "x").exists()
