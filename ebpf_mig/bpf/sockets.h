@@ -122,7 +122,7 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 {
 	struct socket_record *r = events.ringbuf_reserve(sizeof(*r));
 	u64 sk = read_u64(read_u64(file, OFF_file_private), OFF_socket_sk);
-	u32 type = type_of(read_u64(file, OFF_file_inode));
+	u32 type = 0;
 	u16 family = 0, port = 0;
 	struct owner owner = {};
 
@@ -130,6 +130,11 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 		count(KIND_SOCKET, true);
 		return;
 	}
+	/* A batch is emitted late. Its file may be closed by then, and its memory belong to another carrier. */
+	if (carrier_of(file, FILE_LEAST_BYTES) == socket)
+		type = type_of(read_u64(file, OFF_file_inode));
+	else if (socket & PLACED)
+		type = S_IFREG;
 	if (type == S_IFSOCK)
 		bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + OFF_skc_family));
 	else
