@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ebpf_mig.errors import EbpfMigError
+from ebpf_mig.exporter.analysis_worker import TASK_BYTES
 from ebpf_mig.exporter.analyst import Analyst
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.messages import Answer, Task
@@ -35,7 +36,6 @@ LOOK_S = 0.1
 """How often the state of an analyst of our own is checked."""
 ATTEMPTS = 3
 """An analysis is tried again when the analyst was killed. A recording may be what kills it."""
-_MESSAGE_BYTES = 1 << 20
 QUEUED, QUEUED_EVENTS = 256, 1_000_000
 """Migrations that wait for analysis, and the sum of their events (about 300 MB). More are left out."""
 
@@ -142,7 +142,7 @@ class Analysis:
             self._analyst.look()
         if not select.select([self._tasks], [], [], seconds)[0]:
             return None
-        data = self._tasks.recv(_MESSAGE_BYTES)
+        data = self._tasks.recv(TASK_BYTES)
         if not data:
             raise EOFError("the analyst process is gone")
         return msgspec.json.decode(data, type=Answer)

@@ -31,7 +31,7 @@ PATIENCE_S = 100
 """Time-out of one analysis, in seconds. The largest recordings take a few."""
 MEMORY_BYTES = 2 << 30
 """Limit of the address space. `tracker.KEPT_EVENTS` of the largest events take a quarter of it."""
-_MESSAGE_BYTES = 1 << 20
+TASK_BYTES = 1 << 20
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 def work(channel: socket.socket) -> None:
     """Answers tasks until none comes for `IDLE_S`, or the other end is closed."""
     while select.select([channel], [], [], IDLE_S)[0]:
-        data, fds, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1)
+        data, fds, _, _ = socket.recv_fds(channel, TASK_BYTES, 1)
         if not data:
             return
         signal.alarm(PATIENCE_S)

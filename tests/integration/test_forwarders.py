@@ -39,6 +39,15 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
         other.shutdown(socket.SHUT_WR)
 
 
+def _forward(near: socket.socket, far: socket.socket) -> None:
+    """Both directions of a connection, until both have ended."""
+    with near, far:
+        back = threading.Thread(target=_pump, args=(far, near), daemon=True)
+        back.start()
+        _pump(near, far)
+        back.join()
+
+
 @contextlib.contextmanager
 def lines(listen: Path, target: Path, _: Path) -> Iterator[None]:
     """Threads of ours that copy."""
@@ -51,8 +60,7 @@ def lines(listen: Path, target: Path, _: Path) -> Iterator[None]:
                 while True:
                     near, far = listener.accept()[0], socket.socket(socket.AF_UNIX)
                     far.connect(str(target))
-                    for pair in ((near, far), (far, near)):
-                        threading.Thread(target=_pump, args=pair, daemon=True).start()
+                    threading.Thread(target=_forward, args=(near, far), daemon=True).start()
 
         threading.Thread(target=serve, daemon=True).start()
         yield

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 from prometheus_client.exposition import generate_latest
 
+from ebpf_mig.cli import cli
 from ebpf_mig.commands.exporter import command
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.process_metrics import ProcessMetrics
@@ -145,8 +146,8 @@ def test_the_units_environment_file_has_every_option_with_its_default() -> None:
     options = {str(param.envvar): param.name for param in command.params if param.envvar}
     assert list(given) == list(options)
     with mock.patch.dict(os.environ, {name: value for name, value in given.items() if value}):
-        said = command.make_context("exporter", []).params
-    assert said == command.make_context("exporter", []).params
+        said = command.make_context("exporter", [], **cli.context_settings).params
+    assert said == command.make_context("exporter", [], **cli.context_settings).params
 
 
 @requires("systemd-analyze")

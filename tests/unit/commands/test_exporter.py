@@ -10,11 +10,12 @@ import sys
 
 import pytest
 
+from ebpf_mig.cli import cli
 from ebpf_mig.commands.exporter import VARIABLES, command
 
 
 def params(*arguments: str) -> dict[str, object]:
-    return command.make_context("exporter", list(arguments)).params
+    return command.make_context("exporter", list(arguments), **cli.context_settings).params
 
 
 @pytest.mark.parametrize(
