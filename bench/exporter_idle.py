@@ -79,6 +79,7 @@ def our_exporter(directory: Path, migrations: int) -> Iterator[dict[str, int]]:
         seen = exporters.value(port, "ebpf_mig_migrations_total")
         if seen != migrations:
             raise RuntimeError(f"the exporter saw {seen:.0f} of {migrations} migrations")
+        time.sleep(SETTLE_S)  # the process that loaded the probes has ended by then
         yield {"supervisor": process.pid, **exporters.children(process.pid)}
         if exporters.value(port, "ebpf_mig_armed") or exporters.value(port, "ebpf_mig_migrations_total") != seen:
             raise RuntimeError("a VM migrated during the measurement: the exporter was not idle")
