@@ -182,3 +182,25 @@ def test_tries_that_are_cancelled_and_repeated_at_once(tmp_path: Path) -> None:
     ]
     wrong = [one for one in told if one != expected]
     assert not wrong, f"{len(driven) - len(wrong)} of {len(driven)} with each of three tries: {wrong}"
+
+
+def test_a_try_that_is_cancelled_and_repeated_at_once(tmp_path: Path) -> None:
+    for number in range(ROUNDS):
+        state = tmp_path / str(number)
+        with watching(state) as process, QemuPair(SMALL, None, NAMED) as one, QemuPair(SMALL, None, NAMED) as other:
+            time.sleep(SETTLED_S)
+            a, b, c = Qmp(one.source.qmp), Qmp(one.destination.qmp), Qmp(other.destination.qmp)
+            a("migrate-set-parameters", **{"max-bandwidth": 1 << 18})
+            start(a, b, one.uri)
+            time.sleep(0.5)
+            a("migrate_cancel")
+            while a.status() != "cancelled":
+                pass
+            a("migrate-set-parameters", **{"max-bandwidth": SLOW})
+            start(a, c, other.uri)
+            while not c.runs():
+                time.sleep(0.01)
+            found = seen(process)
+        tries = [o for o in found if o["role"] != "destination"]
+        assert [o["result"] for o in tries[1:]] == ["completed"], (number, found)
+        assert tries[0]["result"] in ("unknown", "failed") and tries[0]["blackout_ns"] is None, tries[0]
