@@ -117,8 +117,7 @@ class Analysis:
     def _ask(self, task: Task, recording: int) -> Answer:
         """Has a recording analysed. EOFError or TimeoutError if that cannot be done."""
         deadline = time.monotonic() + ANSWER_S
-        while self._answer(0) is not None:
-            pass  # of a watch that was killed, or of an analyst before this task
+        self._discard_old()
         for _ in range(ATTEMPTS):
             # Each analyst needs a file offset of its own.
             again = os.open(procfs.path("self", "fd", str(recording)), os.O_RDONLY | os.O_CLOEXEC)
@@ -135,6 +134,12 @@ class Analysis:
             else:
                 raise TimeoutError(f"the analyst process gave no answer within {ANSWER_S:.0f} s")
         raise EOFError(f"the analyst process ended {ATTEMPTS} times during this analysis")
+
+    def _discard_old(self) -> None:
+        """Drops answers to a watch that was killed. An old `gone` would count as the loss of the next task."""
+        answer = self._answer(0)
+        while answer is not None:
+            answer = self._answer(0)
 
     def _answer(self, seconds: float) -> Answer | None:
         """The next answer, if one comes within this time."""
