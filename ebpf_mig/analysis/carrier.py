@@ -24,7 +24,7 @@ from ebpf_mig.recording.events import AF_UNIX, AF_VSOCK, FILE, PIPE, RECEIVE, SE
 EXTRA_SHARE = 100
 """UNIX sockets have no address; one with 1/100 of the main one's bytes counts as a further connection."""
 SAME_SHARE = 100
-"""What was received is what was sent, if less than 1/100 is missing. Tracing can begin amid a call."""
+"""What was received is what was sent, if less than 1/100 is missing. Tracing can begin within a call."""
 FEW_ANSWERS = 16
 """A destination answers its stream this often at most: return path messages of QEMU. A disk server answers each
 request."""

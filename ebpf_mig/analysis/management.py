@@ -133,14 +133,14 @@ def _of_mover(
     sends = [t for t in begun(source.transfers, since) if t.tid == tid and t.direction == SEND]
     large = next((t.begin_ns for t in sends if t.socket in migration and t.bytes >= STATE_BYTES), FOREVER)
     until = min(until, large)
-    told = [t for t in sends if t.socket in keys]
+    messages = [t for t in sends if t.socket in keys]
     acts = _acts(source, tid, since, keys)
     found: list[Managed] = []
-    for at, message in enumerate(told):
+    for at, message in enumerate(messages):
         if message.begin_ns >= until:
             break
         following = min(until, next((a for a in acts if a >= message.end_ns), FOREVER))
-        following = min(following, told[at + 1].begin_ns) if at + 1 < len(told) else following
+        following = min(following, messages[at + 1].begin_ns) if at + 1 < len(messages) else following
         off = _off(source, tid, message.begin_ns, following)
         came = commands(source, keys, message.end_ns, following)
         came = [c for c in came if any(_ends(source, tid, w, c) for w in off)]

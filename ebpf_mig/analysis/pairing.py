@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the two sides of a migration are known to belong together.
 
-In: a `TracedMigration`. Out: a `Pairing` for the breakdown. It says what the recording itself shows, whoever chose the
-two processes.
+In: a `TracedMigration`. Out: a `Pairing` for the breakdown. It rests on the recording alone, and not on how the
+two processes were chosen.
 """
 
 from __future__ import annotations

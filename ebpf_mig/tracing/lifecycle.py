@@ -76,7 +76,7 @@ class MigrationWatch:
         """(pid, tid) of threads that fetch dirty logs."""
         self._moved: Counter[tuple[int, int]] = Counter()
         """Bytes in both directions by (pid, carrier)."""
-        self._told: dict[tuple[int, int], Socket] = {}
+        self._carriers: dict[tuple[int, int], Socket] = {}
         self._sent_at: dict[int, int] = {}
         self._answered_at: dict[int, int] = {}
         self._closed_at: dict[int, int] = {}
@@ -107,7 +107,7 @@ class MigrationWatch:
                 self._moved[event.pid, event.socket] += event.bytes
                 self._moved_ns = max(self._moved_ns, event.end_ns)
             elif isinstance(event, Socket):
-                self._told[event.pid, event.socket] = event
+                self._carriers[event.pid, event.socket] = event
             elif isinstance(event, Exec):
                 self._replaced(event)
 
@@ -128,18 +128,18 @@ class MigrationWatch:
 
     def is_of_a_file(self, event: Transfer) -> bool:
         """Whether it read or wrote a file: a disk, a log or firmware, unless the fetching thread wrote it."""
-        known = self._told.get((event.pid, event.socket))
+        known = self._carriers.get((event.pid, event.socket))
         return known is not None and known.family == FILE
 
     @property
     def opaque(self) -> list[Socket]:
         """Pipes and UNIX sockets that moved much, and whose other end no traced process holds."""
-        ends = Counter(key for _, key in self._told)
+        ends = Counter(key for _, key in self._carriers)
+        large = [carrier for at, carrier in self._carriers.items() if self._moved[at] >= CARRIER_BYTES]
         return [
-            told
-            for at, told in self._told.items()
-            if self._moved[at] >= CARRIER_BYTES
-            and ((told.family == PIPE and ends[told.socket] < 2) or (told.family == AF_UNIX and not ends[told.peer]))
+            one
+            for one in large
+            if (one.family == PIPE and ends[one.socket] < 2) or (one.family == AF_UNIX and not ends[one.peer])
         ]
 
     @property

@@ -48,8 +48,8 @@ class Recorder:
         self._head = bytearray()
         self._changed = threading.Condition()
         self._ended = False
-        self._said = bytearray()
-        self._told = False
+        self._stderr = bytearray()
+        self._released = False
         try:
             self._process = subprocess.Popen(
                 list(command),
@@ -112,7 +112,7 @@ class Recorder:
         """The last line that it, or ssh, wrote."""
         if self._ended and self.status is not None:
             self._threads[1].join(2)
-        lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self._stderr.decode(errors="replace").splitlines() if line.strip()]
         problems = [line for line in lines if not line.startswith("ebpf-mig: tracing")]
         status = status_of(self._process)
         ended = "the connection is gone" if status in (255, None) else f"it ended with status {status}"
@@ -151,7 +151,7 @@ class Recorder:
         except (OSError, ValueError) as error:
             self.lost = f"what it sends cannot be kept: {error}"
         with self._changed:
-            if not self._told:
+            if not self._released:
                 self.lost = self.lost or _EARLY
             self._ended = True
             self._changed.notify_all()
@@ -161,11 +161,11 @@ class Recorder:
         assert stderr is not None  # noqa: S101
         with contextlib.suppress(OSError, ValueError):
             while data := stderr.read(4096):
-                self._said += data
-                del self._said[:-_COMPLAINT]
+                self._stderr += data
+                del self._stderr[:-_COMPLAINT]
 
     def _release(self) -> None:
-        self._told = True
+        self._released = True
         with contextlib.suppress(OSError, ValueError):
             if self._process.stdin is not None:
                 self._process.stdin.close()

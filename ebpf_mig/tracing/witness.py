@@ -51,8 +51,8 @@ class Witness:
 
     def meet(self, watch: MigrationWatch, now_ns: int) -> list[Mark]:
         """Looks once for the other end of each carrier that leads out of the traced processes."""
-        new = [told for told in watch.opaque if (told.pid, told.socket) not in self._met]
-        self._met |= {(told.pid, told.socket) for told in new}
+        new = [carrier for carrier in watch.opaque if (carrier.pid, carrier.socket) not in self._met]
+        self._met |= {(carrier.pid, carrier.socket) for carrier in new}
         found = neighbours.marks(new, self._pids, now_ns)
         self._marks += found
         return found
