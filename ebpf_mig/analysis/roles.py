@@ -9,12 +9,15 @@ before its guest first ran.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.reception import LOADED_BYTES
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.breakdown import Side
 from ebpf_mig.linux import kvm
+from ebpf_mig.recording.events import SEND
 
 
 def assign(processes: Collection[Process]) -> tuple[Process | None, Process | None, list[str]]:
@@ -50,7 +53,8 @@ def _as_source(process: Process) -> int:
     several = dirty and _fetches_for_migration(process)
     ran_before = any(line.ran_before for line in process.vcpus.values())
     stopped = bool(process.gaps) and process.gaps[-1][1] is None
-    return 6 * several + dirty + 2 * ran_before + 2 * stopped + (process.hint == Side.SOURCE)
+    missed = not dirty and _lost_logging(process)
+    return 6 * several + (dirty or missed) + 2 * ran_before + 2 * stopped + (process.hint == Side.SOURCE)
 
 
 def _as_destination(process: Process) -> int:
@@ -70,6 +74,19 @@ def _as_destination(process: Process) -> int:
 def _fetches_for_migration(process: Process) -> bool:
     slots = {i.slot for i in process.dirty_log}
     return len(slots) > 1 or process.largest_slot in slots
+
+
+def _lost_logging(process: Process) -> bool:
+    """Whether memory that existed lost the flag after much was sent: a migration ended whose beginning was missed."""
+    made = {
+        i.slot for i in process.ioctls if i.cmd in kvm.MEMSLOT and (not i.size or i.flags & kvm.MEM_LOG_DIRTY_PAGES)
+    }
+    sent: Counter[int] = Counter()
+    lost = [i for i in process.ioctls if i.cmd in kvm.MEMSLOT and i.slot not in made and i.size >= LOADED_BYTES]
+    for transfer in process.transfers:
+        if transfer.direction == SEND and lost and transfer.begin_ns < lost[-1].begin_ns:
+            sent[transfer.socket] += transfer.bytes
+    return max(sent.values(), default=0) >= LOADED_BYTES
 
 
 def _first(process: Process) -> int:
