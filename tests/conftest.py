@@ -121,6 +121,9 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "python3-libvirt": lambda: importlib.util.find_spec("libvirt") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
+DISTURBED = Path(__file__).parent / "integration"
+"""Tests with real VMs and clocks. Another process of the machine can take the CPU from a witness at any instant."""
+MOST_RERUNS = 6
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
 
 
@@ -138,9 +141,29 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", text)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The marker's subject goes into JUnit files, as a property."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more."""
+    reruns = config.pluginmanager.hasplugin("rerunfailures")
     for item in items:
         marker = item.get_closest_marker("everywhere")
         if marker is not None:
             item.user_properties.append(("subject", marker.args[0]))
+        if reruns and item.path.is_relative_to(DISTURBED):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows the first failure of each test that ran again. It may be a rare fault of ours."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_sep("_", f"{report.nodeid}, ran again after")
+        report.toterminal(terminalreporter._tw)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run with more than `MOST_RERUNS` reruns fails: so many are not the machine's doing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    rerun = len(reporter.stats.get("rerun", [])) if reporter is not None else 0
+    if rerun > MOST_RERUNS and session.exitstatus == pytest.ExitCode.OK:
+        text = f"{rerun} tests failed and passed when run again; at most {MOST_RERUNS} are accepted"
+        reporter.write_line(f"\n{text}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
