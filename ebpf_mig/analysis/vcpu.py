@@ -13,7 +13,7 @@ Hypervisor enters with `immediate_exit` to finish a pending access (vmm/src/cpu.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ebpf_mig.analysis.spans import any_in
@@ -21,7 +21,8 @@ from ebpf_mig.recording.events import VcpuEnter, VcpuExit, VcpuState
 
 EINTR = -4
 IMMEDIATE_NS = 1_000_000
-"""The longest KVM_RUN that can count as an immediate -EINTR. The longest seen was 122 us; preemption can add to it."""
+"""The longest KVM_RUN that can count as an immediate -EINTR, without the time for which its thread was preempted. The
+longest seen was 122 us."""
 
 _IN, _OUT = 0, 1
 
@@ -90,6 +91,7 @@ def build(
     """The timeline of one thread. `kicks` are the instants at which it was kicked, in order."""
     ins: set[int] = set()
     outs: dict[int, int] = {}
+    preempted: dict[int, int] = {}
     for enter in enters:
         ins.add(enter.at_ns)
         if 0 < enter.last_exit_ns < enter.at_ns:
@@ -98,16 +100,20 @@ def build(
         outs[exit_.at_ns] = min(exit_.ret, outs.get(exit_.at_ns, 0))
         if 0 < exit_.enter_ns <= exit_.at_ns:
             ins.add(exit_.enter_ns)
+            preempted[exit_.at_ns] = max(0, exit_.preempted_ns)
     for state in states:
         if state.enter_ns > 0:
             ins.add(state.enter_ns)
         if state.exit_ns > 0:
             outs[state.exit_ns] = min(state.ret, outs.get(state.exit_ns, 0))
     points = sorted([(at, _IN, 0) for at in ins] + [(at, _OUT, ret) for at, ret in outs.items()])
-    return _walk(tid, points, kicks)
+    return _walk(tid, points, kicks, preempted)
 
 
-def _walk(tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int]) -> Timeline:
+def _walk(
+    tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int], preempted: Mapping[int, int]
+) -> Timeline:
+    """`preempted`: by the instant of a return, how long the thread was preempted in that call."""
     gaps: list[Gap] = []
     immediate: list[tuple[int, int]] = []
     outside = True
@@ -126,7 +132,7 @@ def _walk(tid: int, points: Sequence[tuple[int, int, int]], kicks: Sequence[int]
             and gaps
             and gaps[-1].end == entry
             and ret == EINTR
-            and at - entry <= IMMEDIATE_NS
+            and at - entry - preempted.get(at, 0) <= IMMEDIATE_NS
             # A kick inside the call means that the call ran until then. An earlier kick was pending at entry.
             and not any_in(kicks, entry + 1, at + 1)
         ):

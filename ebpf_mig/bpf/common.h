@@ -60,6 +60,7 @@ struct thread_state {
 	s64 run_ret;
 	u64 runs, in_ns, out_ns, max_gap_ns, counted;
 	u64 off_since, off_stack, off_preempted;	/* set while switched out */
+	u64 preempted, run_preempted;		/* ns without a CPU while runnable, in total; the same when KVM_RUN began */
 	u64 off_call;				/* ns off the CPU within the call in flight */
 	u64 off_all, off_before;		/* ns off the CPU in total; the same when the call in flight began */
 	u64 kept_since_ns, kept_until_ns, kept_preempted;	/* the last long wait that has no record */

@@ -41,7 +41,7 @@ struct vcpu_enter_record {
 };
 struct vcpu_exit_record {
 	u64 kind, at_ns, pid, tid, fd, enter_ns;
-	s64 ret;
+	s64 ret, preempted_ns;			/* -1: unknown */
 };
 struct kick_record {
 	u64 kind, at_ns, pid, tid, target_tid, signal;
@@ -80,6 +80,7 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	s->runs++;
 	s->vcpu_fd = fd;
 	s->run_enter_ns = now;
+	s->run_preempted = s->preempted;
 	s->out_ns += gap;
 	if (gap > s->max_gap_ns)
 		s->max_gap_ns = gap;
@@ -175,6 +176,7 @@ static __always_inline void vcpu_exit(struct thread_state *s, struct process_sta
 	r->fd = fd;
 	r->enter_ns = enter;
 	r->ret = ret;
+	r->preempted_ns = OFF_CPU_KNOWN && enter ? s->preempted - s->run_preempted : -1;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 

@@ -71,6 +71,8 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 	since = s->off_since;
 	s->off_since = 0;
 	s->off_all += now - since;
+	if (s->off_preempted)
+		s->preempted += now - since;
 	if (s->nr)
 		s->off_call += now - (since > s->enter ? since : s->enter);
 	if (now - since < LONG_WAIT_NS)

@@ -65,7 +65,7 @@ class Track:
 def has_run(track: Track, pid: int) -> bool:
     """Whether its guest has run: not if each entry into KVM_RUN returned at once, for an old kick."""
     exits = [e for e in track.events if isinstance(e, VcpuExit) and e.pid == pid]
-    at_once = {e.enter_ns for e in exits if e.at_ns - e.enter_ns <= IMMEDIATE_NS}
+    at_once = {e.enter_ns for e in exits if e.on_cpu_ns <= IMMEDIATE_NS}
     return any(isinstance(e, VcpuEnter) and e.pid == pid and e.at_ns not in at_once for e in track.events)
 
 

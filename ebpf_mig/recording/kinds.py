@@ -74,7 +74,7 @@ KINDS = (
     Kind(ev.VcpuEnter, "enters", Record(2, "vcpu-enter", Layout(
         "vcpu_enter_record", "u64 kind, at_ns, pid, tid, fd, last_exit_ns; s64 last_ret; u64 runs"))),
     Kind(ev.VcpuExit, "exits", Record(3, "vcpu-exit", Layout(
-        "vcpu_exit_record", "u64 kind, at_ns, pid, tid, fd, enter_ns; s64 ret"))),
+        "vcpu_exit_record", "u64 kind, at_ns, pid, tid, fd, enter_ns; s64 ret, preempted_ns"))),
     Kind(ev.VcpuState, "states"),
     Kind(ev.Kick, "kicks", Record(5, "kick", Layout(
         "kick_record", "u64 kind, at_ns, pid, tid, target_tid, signal"))),

@@ -34,6 +34,13 @@ class VcpuExit(Event, frozen=True, tag=3):
     enter_ns: Instant
     """Entry of the same call; 0 if the thread was already inside when tracing began."""
     ret: Returned
+    preempted_ns: MaybeDuration = -1
+    """The part of the call in which the thread was runnable, but another thread had its CPU; -1 unknown."""
+
+    @property
+    def on_cpu_ns(self) -> int:
+        """The length of the call without the time for which the thread was preempted."""
+        return self.at_ns - self.enter_ns - max(0, self.preempted_ns)
 
 
 class VcpuState(Event, frozen=True, tag=4):

@@ -41,7 +41,9 @@ class ChRun:
 
     def witness(self, name: str) -> Witness:
         assert self.breakdown is not None
-        return next(w for w in self.breakdown.witnesses if w.name == f"ch.{name}")
+        found = [w for w in self.breakdown.witnesses if w.name == f"ch.{name}"]
+        assert found, (name, self.breakdown.witnesses, self.breakdown.notes, self.breakdown.phases)
+        return found[0]
 
 
 Act = Callable[[list[Helper], ChPlan], None]

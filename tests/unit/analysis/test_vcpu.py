@@ -17,6 +17,10 @@ def left(at: int, entered: int = 0, ret: int = -4) -> VcpuExit:
     return VcpuExit(at * US, 1, 2, 3, entered * US, ret)
 
 
+def preempted(at: int, entered: int, without_cpu: int) -> VcpuExit:
+    return VcpuExit(at * US, 1, 2, 3, entered * US, -4, without_cpu * US)
+
+
 def account(entered: int, left: int) -> VcpuState:
     return VcpuState(10**9, 1, 2, 3, entered * US, left * US, 0, 1, 0, 0, 0)
 
@@ -68,6 +72,14 @@ def test_the_first_entry_that_returns_at_once_is_not_the_start() -> None:
 def test_the_second_return_after_a_stop_is_not_the_stop() -> None:
     line = timeline(left(40), enter(55, 40, -4), left(60, 55), enter(3000, 60, -4))
     assert gaps(line) == [(40, 3000)]
+
+
+def test_a_call_that_was_preempted_before_it_returned_ran_no_guest() -> None:
+    line = timeline(left(40), enter(55, 40, -4), preempted(5_055, 55, 4_900), enter(9_000, 5_055, -4))
+    assert gaps(line) == [(40, 9_000)]
+    assert line.immediate == ((55 * US, 5_055 * US),)
+    line = timeline(left(40), enter(55, 40, -4), preempted(5_055, 55, 3_900), enter(9_000, 5_055, -4))
+    assert gaps(line) == [(40, 55), (5_055, 9_000)]
 
 
 def test_a_long_call_that_ends_with_eintr_ran_the_guest() -> None:

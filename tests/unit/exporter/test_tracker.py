@@ -144,8 +144,10 @@ def test_a_destination_that_migrates_on_at_once_begins_another_migration() -> No
 
 def test_a_destination_that_migrates_on_before_its_guest_has_run() -> None:
     """Its manager does not wait for that. The first run then belongs to both migrations."""
-    at_once = [VcpuEnter(4 * MS, DESTINATION, 21, 6, 0, 0, 1), VcpuExit(4 * MS + 9, DESTINATION, 21, 6, 4 * MS, -4)]
-    for before in ([], at_once):
+    entered = VcpuEnter(4 * MS, DESTINATION, 21, 6, 0, 0, 1)
+    at_once = [entered, VcpuExit(4 * MS + 9, DESTINATION, 21, 6, 4 * MS, -4)]
+    preempted = [entered, VcpuExit(9 * MS // 2 + MS, DESTINATION, 21, 6, 4 * MS, -4, MS)]
+    for before in ([], at_once, preempted):
         tracks = begun()
         link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
         first = [logging(SOURCE, MS), *link, stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS), *before]
