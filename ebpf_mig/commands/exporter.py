@@ -9,10 +9,12 @@ import signal
 import socket
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ebpf_mig.commands.options import SIZE, add_variables, examples, refuse_unknown_variables
+from ebpf_mig.commands.options import SIZE, ParamType, examples, say
+from ebpf_mig.commands.settings import add_variables, config_file_option, refuse_unknown_variables
 from ebpf_mig.commands.watch import DIRECTORY
 from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.log_lines import FORMATS
@@ -25,16 +27,39 @@ from ebpf_mig.text import printable
 
 PORT = 9974
 VARIABLES = "EBPF_MIG_EXPORTER_"
-"""Every option can also be set by an environment variable of this prefix. The option has priority."""
+"""Options can also be set by environment variables of this prefix. The option has priority."""
+
+
+class _Address(ParamType[str]):
+    """HOST:PORT. `:PORT` is every address, `[::1]:PORT` is IPv6."""
+
+    name = "HOST:PORT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """`value` as it is; fails without a port."""
+        port = str(value).rpartition(":")[2] if ":" in str(value) else ""
+        if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535):
+            self.fail(f"{printable(str(value))!r} is not HOST:PORT; e.g. 127.0.0.1:{PORT}", param, ctx)
+        return str(value)
+
 
 _EXAMPLES = examples(
     "ebpf-mig exporter",
     "ebpf-mig exporter --web.listen-address :9974 --web.config.file web.yml",
+    "ebpf-mig exporter --config.file exporter.toml --check-config",
 )
 
 
 @click.command("exporter", epilog=_EXAMPLES)
-@click.option("--web.listen-address", "address", default=f"127.0.0.1:{PORT}", show_default=True, help="HOST:PORT.")
+@config_file_option("check-config")
+@click.option(
+    "--web.listen-address",
+    "address",
+    type=_Address(),
+    default=f"127.0.0.1:{PORT}",
+    show_default=True,
+    help="Where to listen.",
+)
 @click.option("--web.config.file", "web_config", type=click.Path(), help="TLS and users, in exporter-toolkit's format.")
 @click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs whose name matches.")
 @click.option("--state-directory", default=DIRECTORY, show_default=True, help="Directory of the recordings.")
@@ -60,6 +85,7 @@ _EXAMPLES = examples(
     help="Format of the line on stderr for each migration.",
 )
 @click.option("--own-cost", is_flag=True, help="Measure the run time of our BPF programs; keeps CAP_SYS_ADMIN.")
+@click.option("--check-config", is_flag=True, help="Only check the options, the variables and the files, then end.")
 def command(
     address: str,
     web_config: str | None,
@@ -71,9 +97,17 @@ def command(
     otlp: str,
     log_format: str,
     own_cost: bool,
+    check_config: bool,
 ) -> None:
     """Serve the downtime of each migration on this node to Prometheus."""
     refuse_unknown_variables(command, VARIABLES)
+    if check_config:
+        if web_config:
+            from ebpf_mig.exporter import webconfig
+
+            webconfig.load(web_config)
+        say("the configuration is right")
+        return
     capabilities.require_tracing()
     with _listen(address) as listener:
         Store(state_directory, keep, keep_size)  # it exists and is ours
@@ -95,14 +129,12 @@ def command(
         become("ebpf_mig.exporter.supervisor", json.dumps(asdict(plan)), fds=[listener.fileno()])
 
 
-add_variables(command, VARIABLES)
+add_variables(command, VARIABLES, "check-config")
 
 
 def _listen(address: str) -> socket.socket:
-    """A listening socket on HOST:PORT. `:PORT` is every address, `[::1]:PORT` is IPv6."""
+    """A listening socket on HOST:PORT."""
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{printable(address)!r} is not HOST:PORT", f"e.g. 127.0.0.1:{PORT}")
     host = host.removeprefix("[").removesuffix("]")
     family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
     try:

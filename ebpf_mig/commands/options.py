@@ -176,20 +176,3 @@ def _write_stdout(result: str | bytes) -> None:
 def say(message: str) -> None:
     """Prints one line for the user on stderr."""
     click.echo(message, err=True)
-
-
-def add_variables(command: click.Command, prefix: str) -> None:
-    """Lets each option be set by an environment variable: `--web.listen-address` by `PREFIX` + `WEB_LISTEN_ADDRESS`."""
-    for param in command.params:
-        if isinstance(param, click.Option):
-            longest = max(param.opts, key=len)
-            param.envvar = prefix + re.sub(r"\W", "_", longest.lstrip("-")).upper()
-            param.show_envvar = True
-
-
-def refuse_unknown_variables(command: click.Command, prefix: str) -> None:
-    """UsageError if a variable with `prefix` belongs to no option. A misspelt one would be ignored silently."""
-    known = {param.envvar for param in command.params if isinstance(param, click.Option)}
-    for name in sorted(name for name in os.environ if name.startswith(prefix)):
-        if name not in known:
-            raise UsageError(f"the environment variable {printable(name)} sets no option", "see --help for their names")

@@ -18,6 +18,9 @@ import threading
 from pathlib import Path
 from unittest import mock
 
+import click
+
+from ebpf_mig.commands import exporter, settings
 from ebpf_mig.compare import benchmark
 from ebpf_mig.errors import EbpfMigError, PreflightError, UsageError, VmmError
 from ebpf_mig.exporter import webconfig
@@ -198,6 +201,12 @@ def web_config(data: bytes) -> None:
         webconfig.load(str(_file("web.yml", data)))
 
 
+def toml_config(data: bytes) -> None:
+    """The exporter's configuration file."""
+    with contextlib.suppress(UsageError):
+        settings.read(str(_file("exporter.toml", data)), click.Context(exporter.command), set())
+
+
 def btf_blob(data: bytes) -> None:
     """BTF of a kernel, and of a module based on it."""
     path = str(_file("btf", data))
@@ -241,6 +250,7 @@ TARGETS = [
     Target("symbols", lambda: corpus("symbols"), symbols),
     Target("web", lambda: corpus("web"), web),
     Target("web-config", lambda: corpus("web-config"), web_config),
+    Target("toml-config", lambda: corpus("toml-config"), toml_config),
     Target("btf", _btf_seeds, btf_blob),
     Target("bench", lambda: corpus("bench"), bench),
 ]

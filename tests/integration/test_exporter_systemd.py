@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import OURS, fetch, free_port, is_ready, migrate, report, until, value
@@ -18,10 +21,13 @@ UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.ser
 
 
 def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops(tmp_path: Path) -> None:
-    port, variables = free_port(), tmp_path / "variables"
-    variables.write_text(f"EBPF_MIG_EXPORTER_WEB_LISTEN_ADDRESS=127.0.0.1:{port}\nEBPF_MIG_EXPORTER_VM={OURS}*\n")
+    port, variables, file = free_port(), tmp_path / "variables", tmp_path / "exporter.toml"
+    variables.write_text(f"EBPF_MIG_EXPORTER_CONFIG_FILE={file}\nEBPF_MIG_EXPORTER_VM={OURS}*\n")
+    file.write_text(f'web.listen-address = "127.0.0.1:{port}"\nvm = "none"\n')
     command = f"{Path(sys.executable).parent}/ebpf-mig exporter --state-directory ${{STATE_DIRECTORY}}"
-    change = f"[Service]\nExecStart=\nExecStart={command}\nRestartSec=1\nEnvironmentFile={variables}"
+    reload = "".join(f"ExecReload={line}\n" for line in ("", f"{command} --check-config", "kill -HUP $MAINPID"))
+    change = f"[Service]\nExecStart=\nExecStart={command}\n{reload}RestartSec=1\nEnvironmentFile={variables}"
+    change += f"\nBindReadOnlyPaths={tmp_path}"  # PrivateTmp= hides it otherwise
     if any(Path(sys.prefix).is_relative_to(home) for home in ("/root", "/home")):
         change += "\nProtectHome=no"  # an installed program is not below these directories, but a clone may be
     with manager(UNIT, change) as systemd:
@@ -41,7 +47,12 @@ def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops(tmp_pa
         assert blackout is not None and value(port, "ebpf_mig_blackout_seconds_sum") == blackout / 1e9
         assert value(port, "ebpf_mig_errors_total") == 0
         systemd.ctl("reload", UNIT.name)
+        file.write_text("keep = 0\n")
+        with pytest.raises(subprocess.CalledProcessError):
+            systemd.ctl("reload", UNIT.name)
+        assert main_pid() == first
         assert fetch(f"http://127.0.0.1:{port}/-/healthy") == "healthy\n"
+        file.write_text(f'web.listen-address = "127.0.0.1:{port}"\n')
         os.kill(first, signal.SIGKILL)
         until(lambda: main_pid() not in (0, first) and is_ready(port))
         systemd.ctl("stop", UNIT.name)

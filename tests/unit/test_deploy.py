@@ -150,6 +150,18 @@ def test_the_units_environment_file_has_every_option_with_its_default() -> None:
     assert said == command.make_context("exporter", [], **cli.context_settings).params
 
 
+def test_the_units_toml_file_has_every_key_with_its_default(tmp_path: Path) -> None:
+    given = re.sub(r"^#(?=\S+ = )", "", UNIT.with_suffix(".toml").read_text(), flags=re.MULTILINE)
+    file = tmp_path / "exporter.toml"
+    file.write_text(given)
+    variables = re.findall(r"^#EBPF_MIG_EXPORTER_(\w+)=", UNIT.with_suffix(".env").read_text(), re.MULTILINE)
+    keys = re.findall(r"^(\S+) = ", given, re.MULTILINE)
+    assert [re.sub(r"\W", "_", key).upper() for key in keys] == [name for name in variables if name != "CONFIG_FILE"]
+    said = command.make_context("exporter", ["--config.file", str(file)], **cli.context_settings).params
+    plain = command.make_context("exporter", [], **cli.context_settings).params
+    assert said | {"web_config": said["web_config"] or None} == plain
+
+
 @requires("systemd-analyze")
 def test_the_unit_is_hardened() -> None:
     code, said = run("systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=30", str(UNIT))
