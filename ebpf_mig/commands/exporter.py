@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def command(
             log_level=logging.getLogger("ebpf_mig").getEffectiveLevel(),
         )
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        become("ebpf_mig.exporter.supervisor", json.dumps(asdict(plan)), fds=[listener.fileno()])
+        become("ebpf_mig.exporter.supervisor", json.dumps(plan._asdict()), fds=[listener.fileno()])
 
 
 add_variables(command, VARIABLES, "check-config")

@@ -45,8 +45,6 @@ RESCAN_S = 60.0
 """A search of /proc finds VMs of which no new thread was seen, this often."""
 RECHECKS_S = (0.05, 0.25, 1.0, 3.0, 6.0)
 """A process creates its VM a little after its first thread. It is checked again after these times."""
-GROWTH_BYTES = 16 << 20
-"""A VM that has not run and grows by this much within a second is being loaded."""
 VMS = 4096
 """VMs watched at a time: the size of the standing probe's table."""
 TRACED, RESERVED = 256, 64
@@ -231,12 +229,8 @@ class NodeWatch:
         if not self._alive(pid):
             del self._vms[pid]
             self._probe.remove(pid)
-        elif known.fresh:
-            before, known.resident = known.resident, procfs.resident_bytes(pid)
-            if not discovery.is_fresh(pid):
-                known.fresh = False
-            elif known.resident - before >= GROWTH_BYTES:
-                self._suspect(pid, "memory")
+        elif known.is_being_loaded():
+            self._suspect(pid, "memory")
 
     def _found(self, vm: Vm, *, new: bool) -> None:
         """Adds a VM. A new one may be loaded at once, one found later may already be migrating, so both are signs."""

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from ebpf_mig.exporter import checkpoint
 from ebpf_mig.exporter.analyst import Analyst, socket_pair
@@ -36,8 +36,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = logging.getLogger("ebpf_mig.exporter")
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What to run: the options of `ebpf-mig exporter`, and the listening socket."""
 
     only: str
@@ -66,7 +65,7 @@ class Supervisor:
         counters = checkpoint.create()
 
         def argument(**more: int) -> Callable[[int], str]:
-            common = asdict(plan) | {"parent": os.getpid()} | more
+            common = plan._asdict() | {"parent": os.getpid()} | more
             return lambda ready: json.dumps(common | {"ready": ready})
 
         watching = argument(messages=messages, tasks=tasks)

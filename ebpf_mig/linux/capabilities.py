@@ -12,7 +12,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import bpf, procfs
@@ -69,7 +68,7 @@ def require_privilege() -> None:
     """PreflightError with a command line that works, if this process may not load tracing programs."""
     held = capabilities()
     if "CAP_SYS_ADMIN" not in held and not {"CAP_BPF", "CAP_PERFMON"} <= held:
-        again = f"sudo env PATH=$PATH {Path(sys.argv[0]).resolve()} {' '.join(sys.argv[1:])}".rstrip()
+        again = f"sudo env PATH=$PATH {os.path.realpath(sys.argv[0])} {' '.join(sys.argv[1:])}".rstrip()
         raise PreflightError(f"uid {os.geteuid()} may not load BPF programs", f"run as root: {again}")
     if seccomp_forbids():
         raise PreflightError(

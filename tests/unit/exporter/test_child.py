@@ -21,7 +21,7 @@ GOOD = "import os, sys, time; fd = int(sys.argv[1])\nwhile True: os.write(fd, b'
 @pytest.fixture
 def of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Child]]:
     """Makes a child that runs a script."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(module, "STOPPED_S", 0.3)
     monkeypatch.setattr(module, "SOON_S", 0.05)
     made: list[Child] = []
