@@ -80,7 +80,9 @@ def find(
                 return _at(source, SwitchoverKind.COMPLETED, begin, starts, workers)
     begin, end = gaps[-1]
     if end is None:
-        return _at(source, SwitchoverKind.STOPPED, begin, {}, workers) if _active_after(source, begin, sends) else None
+        if _active_after(source, begin, sends):
+            return _at(source, SwitchoverKind.STOPPED, begin, {}, workers)
+        gaps = gaps[:-1]  # The recording or the process ended while the vCPU was outside, as in any exit.
     chosen = _attempt(source, gaps, sends, stop_marks)
     if chosen is None:
         return None
@@ -149,7 +151,7 @@ def _requested(stop: int, stops: dict[int, int], kicks: dict[int, int]) -> int:
 
 
 def _active_after(source: Process, stop: int, sends: Sequence[Transfer]) -> bool:
-    """Whether the source continued the migration after the stop. If not, it simply ended."""
+    """Whether the source continued the migration after the stop. If not, the recording or the process ended."""
     after = any(send.begin_ns >= stop for send in sends)
     return after or any(i.begin_ns >= stop and _is_save(i.cmd) for i in source.ioctls)
 

@@ -97,6 +97,15 @@ def test_failed_after_the_stop_reports_the_aborted_blackout() -> None:
     ]
 
 
+def test_an_aborted_blackout_is_found_if_the_recording_ends_between_two_kvm_runs() -> None:
+    script = Script()
+    source = failing(script)
+    source.last(entered=5000, left=900_000, end=900_001)
+    result = script.result()
+    assert result.breakdown.migration.result == "failed"
+    assert (result.blackout, result.window) == ((100, 4000), 4000)
+
+
 def test_cancelled_after_the_stop() -> None:
     script = Script()
     failing(script)
