@@ -98,7 +98,11 @@ def gather(breakdown: Breakdown, sleeps: Sequence[Sleep] | None, link: LinkUse |
     """The facts; None without a blackout. `origin` is the breakdown's instant 0 on the clock of the waits."""
     if breakdown.blackout is None or not breakdown.blackout_ns:
         return None
-    near = None if sleeps is None else [replace(s, begin=s.begin - origin, end=s.end - origin) for s in sleeps]
+    near = None
+    if sleeps is not None:
+        # Of two that overlap, the first explains the time. So the order of the recording's events must not matter.
+        ordered = sorted(sleeps, key=lambda s: (s.side != Side.SOURCE, s.begin, s.end, s.thread, s.stack, s.phases))
+        near = [replace(s, begin=s.begin - origin, end=s.end - origin) for s in ordered]
     use = None
     if not isinstance(link, str) and breakdown.clock.bound_ns is not None:
         use = replace(link, limited=tuple((begin - origin, end - origin) for begin, end in link.limited))

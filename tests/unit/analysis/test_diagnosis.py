@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -329,6 +329,7 @@ stacks = st.sampled_from(
 
 
 @given(st.lists(st.tuples(instants, instants, stacks, st.booleans()), max_size=30))
+@example([(0, 10, ("schedule", "__synchronize_srcu"), True), (0, 50, ("schedule", "__synchronize_srcu"), False)])
 def test_causes_never_explain_more_than_the_blackout(rows: list[tuple[int, int, tuple[str, ...], bool]]) -> None:
     sleeps = [(src if here else dst)(min(x, y), max(x, y), *stack) for x, y, stack, here in rows]
     whole = spent(quiesce=20, memory__send=20, state__load=20, resume=20)
