@@ -2,7 +2,7 @@
 """The observers that `bench.overhead` compares: each a command that watches processes until it is interrupted.
 
 In: pids. Out: a context manager that is entered once the observer watches. Afterwards it has the number of KVM ioctls
-that the observer's output shows.
+that the observer's output shows. `ObserverError` says why an observer could not be measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.recording.events import Ending, Ioctl
 from ebpf_mig.recording.file import read_recording
 
@@ -27,6 +28,13 @@ _PATIENCE_S = 90.0
 _SETTLE_S = 0.3
 _PERF_SETTLE_S = 1.0
 """perf trace does not report when it has started."""
+
+
+_TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+
+
+class ObserverError(RuntimeError):
+    """An observer that is missing or fails, and why. The others can still be measured."""
 
 
 @dataclass
@@ -54,13 +62,22 @@ class Observer:
     seen: Callable[[Path], Watched]
     prints: bool = False
     """Its results are on standard output, not in the file."""
+    tracefs: bool = False
+    """It needs a mounted tracefs. perf mounts it by itself."""
 
-    def available(self) -> bool:
-        return bool(shutil.which(self.needs))
+    def obstacle(self) -> str:
+        """Why it cannot watch on this machine; empty if nothing is known to prevent it."""
+        if not shutil.which(self.needs):
+            return f"{self.needs} is not installed"
+        if self.tracefs and not any((path / "events").is_dir() for path in _TRACEFS):
+            return f"tracefs is not mounted; mount -t tracefs none {_TRACEFS[0]}"
+        return ""
 
     @contextlib.contextmanager
     def watching(self, pids: Sequence[int]) -> Iterator[Watched]:
-        """Watches while the context is open. The result is complete after it closes."""
+        """Watches while the context is open. The result is complete after it closes. Raises `ObserverError`."""
+        if obstacle := self.obstacle():
+            raise ObserverError(obstacle)
         result = Watched()
         with tempfile.TemporaryDirectory() as directory:
             output, said = Path(directory) / "output", Path(directory) / "said"
@@ -70,28 +87,43 @@ class Observer:
             try:
                 self._wait(process, said, result, begin)
                 yield result
+                if process.poll() is not None:
+                    raise ObserverError(f"ended while it was needed: {_last_words(said)}")
             finally:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            found = self.seen(said if self.prints else output)
+                _interrupt(process)
+            try:
+                found = self.seen(said if self.prints else output)
+            except (OSError, EbpfMigError) as error:
+                raise ObserverError(f"its output cannot be read: {_last_words(said) or error}") from error
             result.seen, result.lost = found.seen, found.lost
 
     def _wait(self, process: subprocess.Popen[bytes], said: Path, result: Watched, begin: float) -> None:
-        if not self.ready:
-            time.sleep(_PERF_SETTLE_S)
-            return
         while True:
-            if self.ready in said.read_text(errors="replace"):
-                result.start_s = time.perf_counter() - begin
+            waited = time.perf_counter() - begin
+            if self.ready and self.ready in said.read_text(errors="replace"):
+                result.start_s = waited
                 time.sleep(_SETTLE_S)
                 return
-            if process.poll() is not None or time.perf_counter() - begin > _PATIENCE_S:
-                raise RuntimeError(f"{self.name} does not watch: {said.read_text(errors='replace')[-300:]}")
+            if not self.ready and waited > _PERF_SETTLE_S:
+                return
+            if process.poll() is not None or waited > _PATIENCE_S:
+                raise ObserverError(f"does not watch: {_last_words(said)}")
             time.sleep(0.002)
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Ends an observer as Ctrl-C does, or kills it if it does not obey."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _last_words(said: Path) -> str:
+    """The end of what a tool printed, in one line."""
+    return " ".join(said.read_text(errors="replace").split())[-300:]
 
 
 def _each(option: str, pids: Sequence[int]) -> list[str]:
@@ -129,6 +161,7 @@ BPFTRACE = Observer(
     "ready",
     _lines("ioctl "),
     prints=True,
+    tracefs=True,
 )
 PERF = Observer(
     "perf trace",

@@ -2,8 +2,8 @@
 """Overhead of this and other observers on calls and on the blackout: `python -m bench.overhead`.
 
 In: numbers of rounds and pairs. Out: two Markdown tables for docs/overhead.md: the nanoseconds that each observer adds
-to a call, and what it adds to the blackout. Needs root and /dev/kvm. Observers that are not installed are skipped and
-named. Exit code 1 if a target is missed.
+to a call, and what it adds to the blackout. Needs root and /dev/kvm. The row of an observer that is missing or fails
+says why, and the others are measured. Exit code 1 if a target is missed.
 
 Each round measures all observers in turn, with an unwatched measurement before and after each. An observer's figure is
 its difference from these two. The blackout is taken from QEMU's time stamps of its QMP events STOP and RESUME, which
@@ -18,11 +18,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from bench.observers import OTHERS, OURS, Observer, Watched
+from bench.observers import OTHERS, OURS, Observer, ObserverError, Watched
 from ebpf_mig.compare.stats import bootstrap_interval
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.lab.scenario import MIB, Scenario
@@ -84,6 +84,8 @@ class Result:
     added: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """By column: ns above the neighbouring unwatched measurements."""
     runs: list[Watched] = field(default_factory=list)
+    failed: str = ""
+    """Why it could not be measured. It is then left out of all later rounds, and has no figures."""
 
     def ns(self, column: str) -> float:
         """The figure of the median round."""
@@ -92,20 +94,36 @@ class Result:
 
 def measure_calls(observers: Sequence[Observer], rounds: int) -> tuple[dict[str, float], dict[str, Result]]:
     """Returns (ns per unwatched call by column, results by observer)."""
+    with contextlib.closing(Caller()) as watched, contextlib.closing(Caller()) as other:
+        return in_turn(observers, rounds, [watched.pid], lambda: batches(watched, other))
+
+
+def in_turn(
+    observers: Sequence[Observer], rounds: int, pids: Sequence[int], measure: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], dict[str, Result]]:
+    """As `measure_calls`; `measure` gives ns per call by column, `pids` are watched."""
     results = {observer.name: Result() for observer in observers}
     alone: dict[str, list[float]] = defaultdict(list)
-    with contextlib.closing(Caller()) as watched, contextlib.closing(Caller()) as other:
-        for _ in range(rounds):
-            before = batches(watched, other)
-            for observer in observers:
-                with observer.watching([watched.pid]) as run:
-                    during = batches(watched, other)
-                after = batches(watched, other)
-                results[observer.name].runs.append(run)
-                for column in COLUMNS:
-                    results[observer.name].added[column].append(during[column] - (before[column] + after[column]) / 2)
-                    alone[column].append(before[column])
-                before = after
+    for _ in range(rounds):
+        before = measure()
+        for observer in observers:
+            result = results[observer.name]
+            if result.failed:
+                continue
+            try:
+                with observer.watching(pids) as run:
+                    during = measure()
+            except ObserverError as error:
+                result.failed = str(error)
+                continue
+            after = measure()
+            result.runs.append(run)
+            for column in COLUMNS:
+                result.added[column].append(during[column] - (before[column] + after[column]) / 2)
+                alone[column].append(before[column])
+            before = after
+        for column in COLUMNS:
+            alone[column].append(before[column])
     return {column: median(values) for column, values in alone.items()}, results
 
 
@@ -135,15 +153,35 @@ def watched_by(observer: Observer | None, pids: Sequence[int]) -> Iterator[None]
             yield
 
 
-def measure_blackouts(observers: Sequence[Observer], rounds: int) -> dict[str, list[tuple[int, int]]]:
-    """By observer, pairs of blackouts in ns: (unwatched, watched). One pair per round; the first observer rotates."""
-    found: dict[str, list[tuple[int, int]]] = {observer.name: [] for observer in observers}
+@dataclass
+class Blackouts:
+    """One observer's blackouts of all rounds."""
+
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    """(unwatched, watched), ns."""
+    failed: str = ""
+    """As in `Result`."""
+
+
+def measure_blackouts(
+    observers: Sequence[Observer], rounds: int, measure: Callable[[Observer | None], int] = stop_to_resume
+) -> dict[str, Blackouts]:
+    """By observer. One pair per round; the first observer rotates. `measure` gives the ns of one blackout."""
+    found = {observer.name: Blackouts() for observer in observers}
     everybody = [None, *observers]
     for number in range(rounds):
         turn = number % len(everybody)
-        took = {who.name if who else NOBODY: stop_to_resume(who) for who in everybody[turn:] + everybody[:turn]}
-        for observer in observers:
-            found[observer.name].append((took[NOBODY], took[observer.name]))
+        took: dict[str, int] = {}
+        for who in everybody[turn:] + everybody[:turn]:
+            if who is None:
+                took[NOBODY] = measure(None)
+            elif not found[who.name].failed:
+                try:
+                    took[who.name] = measure(who)
+                except ObserverError as error:
+                    found[who.name].failed = str(error)
+        for name in took.keys() - {NOBODY}:
+            found[name].pairs.append((took[NOBODY], took[name]))
     return found
 
 
@@ -155,16 +193,23 @@ def print_calls(alone: dict[str, float], results: dict[str, Result]) -> bool:
     print("| (a call alone takes, loop included) | " + " | ".join(f"{alone[c]:.0f}" for c in COLUMNS) + " | |")
     made = KINDS["dirty-log"] * BATCHES
     for name, result in results.items():
+        if result.failed:
+            print(_failed_row(name, result.failed, len(COLUMNS)))
+            continue
         figures = " | ".join(f"{result.ns(column):+.0f}" for column in COLUMNS)
         seen = 100 * sum(run.seen for run in result.runs) / (made * len(result.runs))
         print(f"| {name} | {figures} | {seen:.1f} % |")
     ours = results[OURS.name]
+    if ours.failed:
+        return tell("nothing lost by us", good=False, measured=ours.failed)
     good = tell("nothing lost by us", not any(run.lost for run in ours.runs), "of what the kernel saw")
     start = max(run.start_s for run in ours.runs)
     good &= tell(f"start to armed at most {START_S} s", start <= START_S, f"{start:.2f} s in the slowest")
     own = ours.ns("dirty-log")
     for name, result in results.items():
-        ratio = result.ns("dirty-log") / own
+        if result.failed:
+            continue
+        ratio = result.ns("dirty-log") / own if own else float("inf")
         if name.startswith("bpftrace"):
             good &= tell("cheaper than bpftrace a traced ioctl", ratio > 1, f"{ratio:.2f} times as dear")
         elif name.startswith("strace"):
@@ -173,11 +218,15 @@ def print_calls(alone: dict[str, float], results: dict[str, Result]) -> bool:
     return good
 
 
-def print_blackouts(found: dict[str, list[tuple[int, int]]]) -> bool:
+def print_blackouts(found: dict[str, Blackouts]) -> bool:
     """Prints the second table. Returns whether ours meets the target."""
     print("\n| blackout | pairs | alone, median ms | watched, median ms | added, median ms | 95 % interval of it |")
     print("|---|--:|--:|--:|--:|--:|")
-    for name, pairs in found.items():
+    for name, result in found.items():
+        if result.failed:
+            print(_failed_row(name, result.failed, 4))
+            continue
+        pairs = result.pairs
         added = [after - before for before, after in pairs]
         low, high = bootstrap_interval(added)
         without, watched = median(p[0] for p in pairs), median(p[1] for p in pairs)
@@ -185,11 +234,19 @@ def print_blackouts(found: dict[str, list[tuple[int, int]]]) -> bool:
             f"| {name} | {len(pairs)} | {without / 1e6:.3f} | {watched / 1e6:.3f} | {median(added) / 1e6:+.3f} | "
             f"{low / 1e6:+.3f} to {high / 1e6:+.3f} |"
         )
-    ours = found[OURS.name]
-    added = median(after - before for before, after in ours)
-    share = added / median(before for before, _ in ours)
-    measured = f"{added / 1e3:+.0f} us, {100 * share:+.1f} %"
-    return tell("blackout within 1 % and 200 us", share <= SHARE and added <= MOST_NS, measured)
+    target, ours = "blackout within 1 % and 200 us", found[OURS.name]
+    if ours.failed:
+        return tell(target, good=False, measured=ours.failed)
+    middle = median(after - before for before, after in ours.pairs)
+    share = middle / median(before for before, _ in ours.pairs)
+    measured = f"{middle / 1e3:+.0f} us, {100 * share:+.1f} %"
+    return tell(target, share <= SHARE and middle <= MOST_NS, measured)
+
+
+def _failed_row(name: str, why: str, empty: int) -> str:
+    """The row of an observer without figures; `empty` columns follow the reason."""
+    reason = why.replace("|", "/")
+    return f"| {name} | not measured: {reason} |" + " |" * empty
 
 
 def tell(what: str, good: bool, measured: str) -> bool:
@@ -205,11 +262,8 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=20, help="of migrations; 0 leaves them out")
     parser.add_argument("--ours", action="store_true", help="no other observers")
     options = parser.parse_args()
-    others = [] if options.ours else [observer for observer in OTHERS if observer.available()]
-    for missing in () if options.ours else set(OTHERS) - set(others):
-        print(f"{missing.name} is left out: {missing.needs} is not installed", file=sys.stderr)
     try:
-        return _measure([OURS, *others], options.rounds, options.pairs)
+        return _measure([OURS, *(() if options.ours else OTHERS)], options.rounds, options.pairs)
     except (RuntimeError, EbpfMigError) as error:
         print(f"bench.overhead: {error}", file=sys.stderr)
         return 3
