@@ -26,6 +26,7 @@ from ebpf_mig.analysis import (
     live_update,
     notes,
     outcome,
+    own_cost,
     pairing,
     pause,
     postcopy,
@@ -95,7 +96,7 @@ def analyse(recording: Recording) -> Analysis:
         wire=wires,
         waits=None if slept is None else waits.longest(slept, attribution.phases, origin),
         witnesses=_witnesses(traced, attribution, wires, pausing),
-        completeness=_completeness(traced, window),
+        completeness=_completeness(traced, attribution),
         clock=Clock(),
         notes=notes.gather(traced, window, attribution.work),
         pausing=pausing,
@@ -159,8 +160,10 @@ def _connections(traced: TracedMigration) -> int | None:
     return found if found or traced.channels.transport == Transport.NONE else None
 
 
-def _completeness(traced: TracedMigration, window: Span | None) -> Completeness:
-    return completeness.completeness(traced.material, traced.source, traced.destination, window, traced.sends)
+def _completeness(traced: TracedMigration, attribution: Attribution) -> Completeness:
+    window, material = attribution.window, traced.material
+    cost = own_cost.observe(material, window, attribution.phases)
+    return completeness.completeness(material, traced.source, traced.destination, window, traced.sends, cost)
 
 
 def _throttled(traced: TracedMigration) -> Throttled | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The completeness verdict: how far the result can be relied upon.
 
-In: the recording's header, ending and cost readings, the two sides, the window, the source's sends. Out: the
+In: the recording's header and ending, the two sides, the window, the source's sends, our own cost. Out: the
 `Completeness`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ebpf_mig.analysis.own_cost import OwnCost
 from ebpf_mig.analysis.process import Material, Process
 from ebpf_mig.breakdown import Completeness, Verdict
 from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
@@ -23,6 +24,7 @@ def completeness(
     destination: Process | None,
     window: tuple[int, int] | None,
     sends: Sequence[Transfer],
+    cost: OwnCost,
 ) -> Completeness:
     """The verdict and its reasons. `sends` are the source's sends for the migration."""
     ending = material.ending
@@ -46,7 +48,6 @@ def completeness(
     if source is not None and window is not None and not sends and not inherited:
         bounds.append(_no_carrier(material))
     observer = ending.observer_ns if ending else {}
-    least, most = _cost(material, window)
     return Completeness(
         verdict=Verdict.INCOMPLETE if holes else Verdict.BOUNDED if bounds else Verdict.COMPLETE,
         lost=lost if ending else None,
@@ -54,8 +55,10 @@ def completeness(
         attach=dict(sorted(material.header.attach.items())),
         observer_ns=sum(observer.values()) if observer else None,
         reasons=holes + bounds,
-        observer_window_ns=most,
-        observer_window_least_ns=least,
+        observer_window_ns=cost.most,
+        observer_window_least_ns=cost.least,
+        observer_window_estimate_ns=cost.estimate,
+        observer_phases_ns=cost.phases,
     )
 
 
@@ -76,28 +79,3 @@ def _loss(name: str, count: int) -> str:
     if name == RECURSION_MISSES:
         return f"the kernel skipped {count} runs of our BPF programs (recursion_misses): some calls may have no event"
     return f"{count} events of {name} were lost in the kernel"
-
-
-def _cost(material: Material, window: tuple[int, int] | None) -> tuple[int | None, int | None]:
-    """Run time of our BPF programs in the window, in ns: (at least, at most), from the readings in and around it."""
-    if window is None or not material.costs:
-        return None, None
-    if material.header.remote is None:
-        readings = [(cost.at_ns, cost.run_ns) for cost in material.costs]
-        if material.ending and material.ending.observer_ns:
-            readings.append((material.ending.at_ns, sum(material.ending.observer_ns.values())))
-        return _between([(material.header.begin_ns, 0), *readings], window)
-    hosts = [[(c.at_ns, c.run_ns) for c in material.costs if c.remote is remote] for remote in (False, True)]
-    costs = [_between([(min(material.header.begin_ns, host[0][0]), 0), *host], window) for host in hosts if host]
-    least, most = ([cost[side] for cost in costs] for side in (0, 1))
-    whole = len(costs) == len(hosts)
-    return sum(filter(None, least)), sum(filter(None, most)) if whole and None not in most else None
-
-
-def _between(readings: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int | None]:
-    """Run time in the window according to one kernel's readings, in ns: (at least, at most)."""
-    before = [run for at, run in readings if at <= window[0]]
-    after = [run for at, run in readings if at >= window[1]]
-    within = [run for at, run in readings if window[0] <= at <= window[1]]
-    least = max(within) - min(within) if within else 0
-    return least, max(least, min(after) - max(before)) if before and after else None

@@ -203,9 +203,14 @@ class Completeness(Struct, frozen=True, kw_only=True):
     reasons: list[str]
     """Why the verdict is not `complete`, one line each."""
     observer_window_ns: int | None = None
-    """In the window, at most: from the last reading before it to the first after it, ns; null: not measured."""
+    """In the window, at most: from the last reading before it to the first after it, and no more than all CPUs had
+    where their number is known, ns; null: not measured."""
     observer_window_least_ns: int | None = None
     """At least: between the first and the last reading in it, ns; null: not measured."""
+    observer_window_estimate_ns: int | None = None
+    """Most likely: what ran between two readings, shared out by the calls seen and by time, ns; null: not measured."""
+    observer_phases_ns: dict[str, int] | None = None
+    """The estimate by phase, ns; null: not measured."""
 
 
 class Clock(Struct, frozen=True, kw_only=True):

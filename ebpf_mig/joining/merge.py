@@ -161,6 +161,7 @@ def _merged(
         at_ns=_within(bounds.at),
         drift_ppb=_most(-int(-max(map(abs, bounds.drift)) * 10**9 // 1)),
         pairs=evidence.pairs,
+        cpus=b.cpus,
     )
     if match.nat:
         notes.append("the connection's two ends have different addresses or ports (NAT): matched by bytes and times")

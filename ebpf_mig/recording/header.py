@@ -69,6 +69,8 @@ class Remote(msgspec.Struct, frozen=True, kw_only=True):
     """Largest difference of the two clock rates."""
     pairs: tuple[Count, Count] = (0, 0)
     """Number of pairs of events that bound the offset from above and from below."""
+    cpus: Count = 0
+    """As in `Header`."""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,3 +91,5 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[FreeText] = []
     remote: Remote | None = None
     """Only in a joined recording."""
+    cpus: Count = 0
+    """Number of CPUs that were online when tracing began; 0 if unknown."""

@@ -128,6 +128,9 @@ def _trust(b: Breakdown) -> Iterator[Row]:
     if unpaired:
         yield Row("unpaired", f"{unpaired}: harmless", verbose=True)
     yield Row("tracing", _cost(b))
+    if state.observer_window_estimate_ns is not None and state.observer_window_ns is not None:
+        least, most = state.observer_window_least_ns or 0, state.observer_window_ns
+        yield Row("", f"{ms(least)} to {ms(most)} ms by the readings around it", verbose=True)
     if state.observer_window_ns is not None and state.observer_ns is not None:
         yield Row("", f"{ms(state.observer_ns)} ms of BPF run time in the whole recording", verbose=True)
     if b.clock != Clock():
@@ -144,6 +147,8 @@ def _cost(b: Breakdown) -> str:
     """Our own run time: in the window where that was measured."""
     state = b.completeness
     by = f" ({', '.join(_tiers(state.attach))})" if state.attach else ""
+    if state.observer_window_estimate_ns is not None:
+        return f"cost about {ms(state.observer_window_estimate_ns)} ms of it{by}"
     if state.observer_window_ns is not None:
         return f"cost at most {ms(state.observer_window_ns)} ms of it{by}"
     if state.observer_ns is not None:

@@ -92,6 +92,7 @@ def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Seque
         kernel=platform.release(),
         machine=platform.machine(),
         page_size=os.sysconf("SC_PAGESIZE"),
+        cpus=os.cpu_count() or 0,
         begin_ns=clock.monotonic_ns(),
         clock=clock_pair(),
         targets=[_with_comm(target) for target in targets],

@@ -135,6 +135,8 @@ def test_names_and_order_of_the_schema() -> None:
                 "reasons": None,
                 "observer_window_ns": None,
                 "observer_window_least_ns": None,
+                "observer_window_estimate_ns": None,
+                "observer_phases_ns": None,
             },
             "clock": {
                 "offset_ns": None,

@@ -421,3 +421,7 @@ def test_observers_cost_in_the_window_is_a_bound() -> None:
     whole = breakdowns.precopy()
     state = msgspec.structs.replace(whole.completeness, observer_window_ns=9_000)
     assert "tracing      cost at most 0.009 ms of it" in render(msgspec.structs.replace(whole, completeness=state))
+    state = msgspec.structs.replace(state, observer_window_least_ns=1_000, observer_window_estimate_ns=4_000)
+    whole = msgspec.structs.replace(whole, completeness=state)
+    assert "tracing      cost about 0.004 ms of it" in render(whole)
+    assert "0.001 to 0.009 ms by the readings around it" in render(whole, Canvas(80, False, True), verbose=True)
