@@ -9,7 +9,7 @@ have not arrived, the reader's window is open, and segments keep coming. Its rat
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -89,15 +89,18 @@ def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segmen
     before = sum(t.bytes for t in receives if t.end_ns < segments[0].at_ns)
     seen = sum(s.payload for s in segments if s.at_ns <= last)
     share = Fraction(max(0, sum(t.bytes for t in sends) - before), seen)
-    arrived = _curve([(segments[0].at_ns - 1, Fraction(before)), *((s.at_ns, s.payload * share) for s in segments)])
+    arrived = _scaled(_curve([(s.at_ns, s.payload) for s in segments]), share, before)
     acks = [s for s in source.segments if s.socket in traced.channels.source]
     limited, queued = _limited(sent, arrived, acks, stop, last)
+    late = [t for t in sends if t.end_ns >= stop]  # nothing was limited before
     blocked = sum(
-        max(0, t.off_cpu_ns) * covered(limited, (t.begin_ns, t.end_ns)) // max(1, t.end_ns - t.begin_ns) for t in sends
+        max(0, t.off_cpu_ns) * covered(limited, (t.begin_ns, t.end_ns)) // max(1, t.end_ns - t.begin_ns) for t in late
     )
     done = max((t.end_ns for t in sends), default=stop)
     reading = sum(
-        max(0, t.in_call_ns - max(0, t.off_cpu_ns)) for t in receives if covered(limited, (t.begin_ns, t.end_ns + 1))
+        max(0, t.in_call_ns - max(0, t.off_cpu_ns))
+        for t in receives
+        if t.end_ns >= stop and covered(limited, (t.begin_ns, t.end_ns + 1))
     )
     return LinkUse(
         limited=limited,
@@ -130,15 +133,17 @@ Curve = tuple[list[int], list[int]]
 """Instants in order, and the sum up to and including each."""
 
 
-def _curve(steps: Sequence[tuple[int, int | Fraction]]) -> Curve:
-    times: list[int] = []
-    sums: list[int] = []
-    total: int | Fraction = 0
-    for at, count in sorted(steps):
-        total += count
-        times.append(at)
-        sums.append(int(total))
-    return times, sums
+def _curve(steps: list[tuple[int, int]]) -> Curve:
+    """The curve of (instant, count), which it sorts."""
+    steps.sort()
+    return [at for at, _ in steps], list(itertools.accumulate(count for _, count in steps))
+
+
+def _scaled(curve: Curve, share: Fraction, before: int) -> Curve:
+    """The curve with each sum times `share`, rounded down, and with `before` added from its beginning on."""
+    times, sums = curve
+    numerator, denominator = share.as_integer_ratio()
+    return [times[0] - 1, *times], [before, *(before + count * numerator // denominator for count in sums)]
 
 
 def _at(curve: Curve, at: int) -> int:
@@ -146,11 +151,16 @@ def _at(curve: Curve, at: int) -> int:
     return curve[1][index - 1] if index else 0
 
 
+def _inside(instants: Sequence[int], begin: int, end: int) -> Sequence[int]:
+    """The instants after `begin` and before `end`."""
+    return instants[bisect_right(instants, begin) : bisect_left(instants, end)]
+
+
 def _limited(
     sent: Curve, arrived: Curve, acks: Sequence[Segment], stop: int, last: int
 ) -> tuple[tuple[Span, ...], int]:
     """Stretches of [stop, last] in which a large queue drained as fast as the link could, and the largest queue."""
-    marks = sorted({stop, last, *(t for t in (*sent[0], *arrived[0]) if stop < t < last)})
+    marks = sorted({stop, last, *_inside(sent[0], stop, last), *_inside(arrived[0], stop, last)})
     ack_times = [a.at_ns for a in acks]
     found: list[tuple[int, int]] = []
     busy: list[tuple[int, int]] = []
