@@ -21,7 +21,7 @@ from ebpf_mig.commands.options import Decorator, Quantity
 from ebpf_mig.errors import UsageError
 from ebpf_mig.text import printable
 
-MAX_BYTES = 64 << 10
+MAX_SETTINGS_BYTES = 64 << 10
 """Of a configuration file."""
 
 
@@ -65,9 +65,9 @@ def _parsed(path: str) -> list[tuple[str, Any]]:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UsageError(f"{printable(path)} is not a regular file")
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes")
+            text = file.read(MAX_SETTINGS_BYTES + 1)
+        if len(text) > MAX_SETTINGS_BYTES:
+            raise UsageError(f"{printable(path)} has more than {MAX_SETTINGS_BYTES} bytes")
         return list(_flat(tomllib.loads(text.decode())))
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
