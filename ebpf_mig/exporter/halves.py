@@ -8,21 +8,25 @@ The streams show it: see `analysis/flow.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ebpf_mig.analysis import flow
 from ebpf_mig.exporter.track import Track
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 
-def other_half(track: Track, tracks: Iterable[Track]) -> Track | None:
+def other_half(
+    track: Track, tracks: Iterable[Track], pending: Callable[[int], Sequence[Transfer]] = lambda _pid: ()
+) -> Track | None:
     """The track of the other side. Each must be the other's only choice, else all that fit stay alone for good: once
-    some of them are over, the rest would look unambiguous."""
+    some of them are over, the rest would look unambiguous. `pending`: the transfers of a process that the kernel half
+    still holds; without the last of them, the end of a stream is not known."""
     halves = [other for other in tracks if is_half(other)]
     if not is_half(track):
         return None
-    chosen = _choices(track, halves)
-    back = [other for one in chosen for other in _choices(one, halves)]
+    held = {half.pids[0]: pending(half.pids[0]) for half in halves}
+    chosen = _choices(track, halves, held)
+    back = [other for one in chosen for other in _choices(one, halves, held)]
     if len(chosen) == len(back) == 1 and back[0] is track:
         return chosen[0]
     for one in (*chosen, *back):
@@ -36,17 +40,18 @@ def is_half(track: Track) -> bool:
     return len(track.pids) == 1 and not track.doubtful and bool(track.logging or track.fresh & track.restored)
 
 
-def _choices(track: Track, halves: Sequence[Track]) -> list[Track]:
+def _choices(track: Track, halves: Sequence[Track], held: Mapping[int, Sequence[Transfer]]) -> list[Track]:
     """Those whose stream fits. If some are equal to the byte, only these."""
     fitting: list[tuple[bool, Track]] = []
     for other in halves:
         if bool(other.logging) != bool(track.logging):
             source, destination = (track, other) if track.logging else (other, track)
-            found = flow.best(_flows(source, SEND), _flows(destination, RECEIVE))
+            found = flow.best(_flows(source, SEND, held), _flows(destination, RECEIVE, held))
             if found is not None:
                 fitting.append((found[2].whole, other))
     return [other for whole, other in fitting if whole] or [other for _, other in fitting]
 
 
-def _flows(track: Track, direction: int) -> list[flow.Flow]:
-    return flow.flows((event for event in track.events if isinstance(event, Transfer)), direction)
+def _flows(track: Track, direction: int, held: Mapping[int, Sequence[Transfer]]) -> list[flow.Flow]:
+    seen = [event for event in track.events if isinstance(event, Transfer)]
+    return flow.flows([*seen, *held[track.pids[0]]], direction)

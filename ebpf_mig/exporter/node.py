@@ -77,7 +77,7 @@ class NodeWatch:
         self._troubles = Troubles()
         self._analysis = Analysis(store, report, self._troubles, self._run, tasks)
         self._probe, self._tracer = load_apart()
-        self._tracks = Tracks(Witness)
+        self._tracks = Tracks(Witness, self._tracer.pending)
         self._vms: dict[int, Known] = {}
         self._checks: list[tuple[float, int]] = []
         self._armed = False

@@ -59,9 +59,14 @@ class Ended:
 class Tracks:
     """All tracks that are open now."""
 
-    def __init__(self, witness: Callable[[Sequence[int]], Witness] | None = None) -> None:
-        """`witness` makes one for the pids of a track. Without it, closed connections and ends are not marked."""
-        self._witness = witness
+    def __init__(
+        self,
+        witness: Callable[[Sequence[int]], Witness] | None = None,
+        pending: Callable[[int], Sequence[Transfer]] = lambda _pid: (),
+    ) -> None:
+        """`witness` makes one for the pids of a track. Without it, closed connections and ends are not marked.
+        `pending`: see `other_half`."""
+        self._witness, self._pending = witness, pending
         self._by_pid: dict[int, Track] = {}
         self._passed: list[_Passed] = []
         self._ends: dict[tuple[str, str], int] = {}
@@ -130,7 +135,7 @@ class Tracks:
             elif track.witness is not None and (track.fresh or track.fetched):
                 track.witness.meet(track.watch, now_ns)  # it may be one side; who is beside it ends with the stream
             reason = self._verdict(track, now_ns, [pid for pid in track.pids if is_alive(pid)])
-            if reason not in (None, "nothing") and (other := other_half(track, self._open())) is not None:
+            if reason not in (None, "nothing") and (other := self._other_half(track)) is not None:
                 first, second = (track, other) if track.logging else (other, track)
                 self._merge(first, second)
                 track = first  # noqa: PLW2901
@@ -139,6 +144,9 @@ class Tracks:
                 ended.append(self._ended(track, reason))
                 self._forget(track)
         return ended
+
+    def _other_half(self, track: Track) -> Track | None:
+        return other_half(track, self._open(), self._pending)
 
     def _open(self) -> list[Track]:
         return list({id(track): track for track in self._by_pid.values()}.values())

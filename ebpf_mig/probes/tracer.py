@@ -27,7 +27,17 @@ from ebpf_mig.probes.stacks import Stacks
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
 from ebpf_mig.probes.thread_names import ThreadNames
 from ebpf_mig.probes.tiers import AUTO
-from ebpf_mig.recording.events import RECURSION_MISSES, AnyEvent, Ioctl, Kick, OffCpu, Samples, Socket, VcpuState
+from ebpf_mig.recording.events import (
+    RECURSION_MISSES,
+    AnyEvent,
+    Ioctl,
+    Kick,
+    OffCpu,
+    Samples,
+    Socket,
+    Transfer,
+    VcpuState,
+)
 
 _DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.hooks)}
 """Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
@@ -143,6 +153,11 @@ class Tracer:
         self._threads.forget(pid)
         self._sockets.forget(pid)
         return rest
+
+    def pending(self, pid: int) -> list[Transfer]:
+        """Transfers of a process that are still being coalesced in the kernel. They come as events later, too."""
+        accounts = self._processes.accounts(clock.monotonic_ns(), pid)
+        return [event for event in accounts if isinstance(event, Transfer)]
 
     def names(self, pid: int) -> list[AnyEvent]:
         """The thread names of a process that remains traced."""

@@ -101,3 +101,16 @@ def test_one_that_is_left_over_is_not_paired_by_default() -> None:
 
 def test_another_stream_is_no_other_half() -> None:
     assert set(found(halves([(10, 20)], late=-5), (10, 20))) == {frozenset({10}), frozenset({20})}
+
+
+def test_what_the_kernel_half_still_holds_belongs_to_the_stream() -> None:
+    """The last calls may be in a batch that nothing has ended yet, while the other side's are there."""
+    sent, received = stream(10, SEND, SIZES), stream(20, RECEIVE, SIZES, late=3)
+    tracks = Tracks(pending=lambda pid: [t for t in received[-1:] if pid == 20 and isinstance(t, Transfer)])
+    tracks.begin(10, "thread", 0, fresh=False)
+    tracks.begin(20, "thread", 0, fresh=True)
+    tracks.saw([unix(10, 1), unix(20, 2), logging(10, MS)], MS)
+    tracks.saw([*sent, stop(10, 250 * MS)], 320 * MS)
+    tracks.saw(received[:-1], 320 * MS)
+    tracks.saw([restore(20, 320 * MS), run(20, 330 * MS)], 330 * MS)
+    assert found(tracks, (10, 20)) == {frozenset({10, 20}): "migrated"}
