@@ -54,4 +54,4 @@ def _choices(track: Track, halves: Sequence[Track], held: Mapping[int, Sequence[
 
 def _flows(track: Track, direction: int, held: Mapping[int, Sequence[Transfer]]) -> list[flow.Flow]:
     seen = [event for event in track.events if isinstance(event, Transfer)]
-    return flow.flows([*seen, *held[track.pids[0]]], direction)
+    return flow.flows([*seen, *held.get(track.pids[0], ())], direction)
