@@ -63,8 +63,8 @@ def _import_path() -> list[str]:
         here = os.path.realpath(".")
     except OSError:
         here = ""  # the directory was removed
-    ways = [way for way in sys.path if os.path.isabs(way) and way not in (here, own)]  # noqa: PTH117
-    return [*dict.fromkeys(ways), own]
+    ways = [way for way in sys.path if os.path.isabs(way) and (way == own or way != here)]  # noqa: PTH117
+    return [*dict.fromkeys([*ways, own])]
 
 
 def give_back() -> None:

@@ -17,7 +17,8 @@ from tests.integration.migrations import LASTING
 from tests.integration.systemd import manager
 
 pytestmark = requires(*TRACING, "systemd", "private mount namespaces")
-UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "ebpf-mig-exporter.service"
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "deploy" / "systemd" / "ebpf-mig-exporter.service"
 
 
 def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops(tmp_pa
     command = f"{Path(sys.executable).parent}/ebpf-mig exporter --state-directory ${{STATE_DIRECTORY}}"
     reload = "".join(f"ExecReload={line}\n" for line in ("", f"{command} --check-config", "kill -HUP $MAINPID"))
     change = f"[Service]\nExecStart=\nExecStart={command}\n{reload}RestartSec=1\nEnvironmentFile={variables}"
-    change += f"\nBindReadOnlyPaths={tmp_path}"  # PrivateTmp= hides it otherwise
+    change += f"\nBindReadOnlyPaths={tmp_path} {ROOT} {sys.prefix}"  # PrivateTmp= hides what is below /tmp
     if any(Path(sys.prefix).is_relative_to(home) for home in ("/root", "/home")):
         change += "\nProtectHome=no"  # an installed program is not below these directories, but a clone may be
     with manager(UNIT, change) as systemd:

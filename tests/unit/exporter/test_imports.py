@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,8 +30,18 @@ def test_a_process_does_not_import_what_it_does_not_need(module: str, unwanted: 
 
 def test_a_child_imports_from_where_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same directories in the same order, but never from the current one."""
+    own = str(Path(spawn.__file__).parents[2])
+    monkeypatch.setattr(sys, "path", ["/", *(way for way in sys.path if way not in ("", own)), own])
     monkeypatch.chdir("/")
-    monkeypatch.syspath_prepend("/")
     path = spawn._import_path()
     assert "/" not in path and "" not in path and len(path) == len(set(path))
-    assert [way for way in sys.path if way in path[:-1]] == path[:-1]
+    assert [way for way in dict.fromkeys(sys.path) if way in path] == path
+
+
+def test_our_own_directory_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a virtual environment it holds other packages, too, and comes before the distribution's."""
+    own = str(Path(spawn.__file__).parents[2])
+    monkeypatch.setattr(sys, "path", ["/first", own, "/last", "/first", "", "relative"])
+    assert spawn._import_path() == ["/first", own, "/last"]
+    monkeypatch.setattr(sys, "path", ["/first"])
+    assert spawn._import_path() == ["/first", own]
