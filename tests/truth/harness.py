@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ class Run:
     """Actual length of the injected delays, ns by phase."""
     fetched: list[dict[str, Any]]
     same_memory: bool
+    ran: dict[str, int] = field(default_factory=dict)
+    """For how long the delaying thread had a CPU in those delays, by its own CPU clock, ns by phase."""
     held: tuple[int, int] = (0, 0)
     """Begin and end of another thread's hold of slots_lock, if the plan delays fetch.kernel."""
 
@@ -201,6 +203,7 @@ def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[
             {**left["injected"], **right["injected"]},
             left["fetched"],
             left["checksum"] == right["checksum"],
+            {**left["ran"], **right["ran"]},
             tuple(left["held"]),
         )
         for header, events in traced

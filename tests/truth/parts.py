@@ -162,6 +162,7 @@ class Machine:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.marks = plan, list[tuple[int, int, str]]()
         self.injected: dict[str, int] = {}
+        self.ran: dict[str, int] = {}
         manual = {"manual": kvm.MANUAL_PROTECT_ENABLE, "initially-set": 3}.get(plan.log, 0)
         self.vm = Vm(manual=manual, ring=4096 if plan.log == "ring" else 0)
         self.layout = {0: (0, plan.first_slot_bytes)}
@@ -198,13 +199,14 @@ class Machine:
         wanted = self.plan.delays.get(phase, 0)
         if not wanted:
             return
-        begin = time.monotonic_ns()
+        begin, ran = time.monotonic_ns(), time.thread_time_ns()
         if self.plan.spin:
             while time.monotonic_ns() - begin < wanted:
                 pass
         else:
             time.sleep(wanted / 1e9)
         self.injected[phase] = time.monotonic_ns() - begin
+        self.ran[phase] = time.thread_time_ns() - ran
 
     def memory(self, page: int) -> int:
         """The address in our memory of guest page `page`."""
@@ -223,7 +225,8 @@ class Machine:
 
     def result(self, **more: Any) -> None:
         """Prints the truth of the run on stdout."""
-        say(json.dumps({"marks": self.marks, "injected": self.injected, "checksum": self.checksum(), **more}))
+        delays = {"injected": self.injected, "ran": self.ran}
+        say(json.dumps({"marks": self.marks, **delays, "checksum": self.checksum(), **more}))
 
     def close(self) -> None:
         for thread in self.threads:
