@@ -59,7 +59,7 @@ class Symbols:
     @staticmethod
     @cache
     def of_kernel() -> Symbols:
-        """The running kernel's symbols, read once per process. Takes half a second: not during a migration."""
+        """The running kernel's symbols, read once per process. Takes a third of a second: not during a migration."""
         try:
             return Symbols(procfs.lines("kallsyms"))
         except OSError:
