@@ -114,19 +114,23 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* A thread that is first seen at an exit was inside the call when tracing began. For KVM_RUN this makes a record. */
-static __always_inline void first_exit(u64 pid_tgid, const void *regs, s64 ret)
+/*
+ * A thread that is first seen at an exit was inside the call when tracing began. Only KVM_RUN counts then: a call
+ * without an enter.
+ */
+static __always_inline struct thread_state *first_exit(u64 pid_tgid, const void *regs)
 {
 	struct thread_state *s = this_thread(pid_tgid);
-	struct process_state *p = this_process(pid_tgid);
 	struct call_args c;
 
-	if (!s || !p)
-		return;
+	if (!s)
+		return 0;
 	s->seen = 1;
 	read_args(regs, &c);
-	if (c.nr == NR_ioctl && (u32)c.a1 == KVM_RUN)
-		vcpu_exit(s, p, pid_tgid, bpf_ktime_get_ns(), 0, c.a0, ret);
+	if (c.nr != NR_ioctl || (u32)c.a1 != KVM_RUN)
+		return 0;
+	begin_call(s, 0, c.nr, c.a0, c.a1);
+	return s;
 }
 
 int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
@@ -139,10 +143,8 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
 	s = known_thread(pid_tgid);
-	if (!KVM_FUNCTIONS && (!s || !s->seen)) {
-		first_exit(pid_tgid, (const void *)ctx->args[0], ret);
-		return 0;
-	}
+	if (!KVM_FUNCTIONS && (!s || !s->seen))
+		s = first_exit(pid_tgid, (const void *)ctx->args[0]);
 	if (!s || !s->nr || (KVM_FUNCTIONS && s->nr == NR_ioctl + 1))
 		return 0;
 	now = bpf_ktime_get_ns();

@@ -122,7 +122,7 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 {
 	struct socket_record *r = events.ringbuf_reserve(sizeof(*r));
 	u64 sk = read_u64(read_u64(file, OFF_file_private), OFF_socket_sk);
-	u32 type = 0;
+	u32 type = type_of(read_u64(file, OFF_file_inode));
 	u16 family = 0, port = 0;
 	struct owner owner = {};
 
@@ -130,11 +130,6 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 		count(KIND_SOCKET, true);
 		return;
 	}
-	/* A batch is emitted late. Its file may be closed by then, and its memory belong to another carrier. */
-	if (carrier_of(file, FILE_LEAST_BYTES) == socket)
-		type = type_of(read_u64(file, OFF_file_inode));
-	else if (socket & PLACED)
-		type = S_IFREG;
 	if (type == S_IFSOCK)
 		bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + OFF_skc_family));
 	else
@@ -174,21 +169,27 @@ static __always_inline u64 stream_key(u64 pid_tgid, u64 socket)
 	return socket ^ (pid_tgid >> 32) << 40;
 }
 
-/* Bytes seen on the carrier in this direction before this batch; emits the carrier on first use. */
-static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_batch *batch, u32 direction)
+/* Emits the carrier of a batch that begins, on first use: its file is still open then. */
+static __always_inline void introduce(u64 pid_tgid, u64 now, struct transfer_batch *batch)
+{
+	u64 key = stream_key(pid_tgid, batch->socket);
+	struct stream fresh = {};
+
+	if (streams.lookup(&key))
+		return;
+	emit_socket(pid_tgid, now, batch->fd, batch->file, batch->socket);
+	if (streams.update(&key, &fresh))
+		count(KIND_SOCKET, true);
+}
+
+/* Bytes seen on the carrier in this direction before this batch. */
+static __always_inline u64 advance(u64 pid_tgid, struct transfer_batch *batch, u32 direction)
 {
 	u64 key = stream_key(pid_tgid, batch->socket), before;
-	struct stream *st = streams.lookup(&key), fresh = {};
+	struct stream *st = streams.lookup(&key);
 
-	if (!st) {
-		emit_socket(pid_tgid, now, batch->fd, batch->file, batch->socket);
-		streams.update(&key, &fresh);
-		st = streams.lookup(&key);
-		if (!st) {
-			count(KIND_SOCKET, true);
-			return 0;
-		}
-	}
+	if (!st)
+		return 0;
 	before = direction == SEND ? st->bytes[0] : st->bytes[1];
 	if (direction == SEND)		/* an atomic add that returns a value needs a newer instruction set */
 		__sync_fetch_and_add(&st->bytes[0], batch->bytes);
@@ -197,7 +198,7 @@ static __always_inline u64 advance(u64 pid_tgid, u64 now, struct transfer_batch 
 	return before;
 }
 
-static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgid, u64 now, u32 way)
+static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgid, u32 way)
 {
 	struct transfer_record *r;
 	u32 direction = way == RECEIVE ? RECEIVE : SEND;
@@ -206,7 +207,7 @@ static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgi
 
 	if (!batch->calls)
 		return;
-	position = advance(pid_tgid, now, batch, direction);
+	position = advance(pid_tgid, batch, direction);
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (r) {
 		r->kind = KIND_TRANSFER;
@@ -286,7 +287,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 			batch->failed++;
 			return;
 		}
-		emit_batch(batch, pid_tgid, now, direction);
+		emit_batch(batch, pid_tgid, direction);
 		batch->begin_ns = s->enter;
 		batch->off_before_ns = s->off_before;
 		batch->fd = fd;
@@ -294,6 +295,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		batch->socket = socket;
 		batch->epoch = p->epoch;
 		batch->bytes = batch->in_call_ns = batch->max_call_ns = batch->off_cpu_ns = batch->descriptors = 0;
+		introduce(pid_tgid, now, batch);
 	}
 	if (ret <= 0) {
 		batch->failed++;
@@ -309,7 +311,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		batch->max_call_ns = took;
 	if (detail) {
 		__sync_fetch_and_add(&p->budget, -1);
-		emit_batch(batch, pid_tgid, now, direction);
+		emit_batch(batch, pid_tgid, direction);
 		batch->failed = 0;
 	}
 }

@@ -34,20 +34,21 @@ int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
 	batch = &s->batch[UNTRACKED];
 	if (batch->file != read_u64(sock, OFF_socket_file) || batch->epoch != p->epoch || detail ||
 	    now - batch->end_ns > COALESCE_GAP_NS || now - batch->begin_ns > COALESCE_MAX_NS) {
-		emit_batch(batch, pid_tgid, now, UNTRACKED);
+		emit_batch(batch, pid_tgid, UNTRACKED);
 		batch->begin_ns = now;
 		batch->fd = -1;
 		batch->file = read_u64(sock, OFF_socket_file);
 		batch->socket = read_u64(sock - OFF_alloc_socket + OFF_alloc_inode, OFF_inode_ino);
 		batch->epoch = p->epoch;
 		batch->bytes = batch->failed = 0;
+		introduce(pid_tgid, now, batch);
 	}
 	batch->end_ns = now;
 	batch->calls++;
 	batch->bytes += sent;
 	if (detail) {
 		__sync_fetch_and_add(&p->budget, -1);
-		emit_batch(batch, pid_tgid, now, UNTRACKED);
+		emit_batch(batch, pid_tgid, UNTRACKED);
 	}
 	return 0;
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import msgspec
 
@@ -18,9 +19,11 @@ from ebpf_mig.errors import PreflightError
 from ebpf_mig.exporter.leash import Leash
 from ebpf_mig.exporter.spawn import start
 from ebpf_mig.linux import capabilities
+from ebpf_mig.probes import attach
 from ebpf_mig.probes.hook import Hook
 from ebpf_mig.probes.inherited import InheritedProgram, ProgramDescription
 from ebpf_mig.probes.plan import PlanDescription, receive_plan
+from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.probes.trigger import NodeProbe
@@ -42,8 +45,11 @@ class LoadedObjects(msgspec.Struct, frozen=True, kw_only=True):
     trace: PlanDescription | None = None
 
 
-def load_apart() -> tuple[NodeProbe, Tracer]:
-    """Loads everything in another process. Raises PreflightError as if it had loaded here."""
+def load_apart(meanwhile: Callable[[], object] = bool) -> tuple[NodeProbe, Tracer]:
+    """Loads everything in another process. Raises PreflightError as if it had loaded here.
+
+    `meanwhile`: other preparations, which run here while the compiler runs there.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MESSAGE_MOST_BYTES)
     leash = Leash()
@@ -52,6 +58,7 @@ def load_apart() -> tuple[NodeProbe, Tracer]:
     leash.tie(loader.pid)  # it holds BPF programs
     theirs.close()
     try:
+        meanwhile()
         ours.settimeout(TIMEOUT_S)
         data, fds, _, _ = socket.recv_fds(ours, _MESSAGE_MOST_BYTES, _MAX_FDS)
     except TimeoutError as error:
@@ -74,10 +81,12 @@ def _load(channel: socket.socket) -> None:
     fds: list[int] = []
     try:
         capabilities.keep_only(capabilities.LOADER)
-        node, tracer = NodeProbe(), Tracer(tier=os.environ.get("EBPF_MIG_TIER", AUTO))
-        tracer.arm()  # a program that does not attach or never fires is an error now
-        tracer.disarm()
-        loaded = LoadedObjects(node=node.describe(fds), node_hooks=list(node.hooks), trace=tracer.describe(fds))
+        node, statistics = NodeProbe(), BpfStatistics()
+        plan = attach.load((), os.environ.get("EBPF_MIG_TIER", AUTO), statistics)
+        tiers = attach.arm(plan, statistics, seen=False)  # a program that does not attach or fire is an error now
+        attach.disarm(plan)
+        trace = attach.describe(plan, tiers, fds)
+        loaded = LoadedObjects(node=node.describe(fds), node_hooks=list(node.hooks), trace=trace)
     except PreflightError as error:
         loaded, fds = LoadedObjects(error=str(error), remedy=error.remedy or ""), []
     socket.send_fds(channel, [msgspec.json.encode(loaded)], fds)

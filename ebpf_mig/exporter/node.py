@@ -76,7 +76,7 @@ class NodeWatch:
         self._run = f"{os.getpid()}-{clock.monotonic_ns()}"
         self._troubles = Troubles()
         self._analysis = Analysis(store, report, self._troubles, self._run, tasks)
-        self._probe, self._tracer = load_apart()
+        self._probe, self._tracer = load_apart(Symbols.of_kernel)
         self._tracks = Tracks(Witness, self._tracer.pending)
         self._vms: dict[int, Known] = {}
         self._checks: list[tuple[float, int]] = []
@@ -102,7 +102,6 @@ class NodeWatch:
         """Attaches the costly probes once with the remaining privilege, so that a PreflightError comes now."""
         self._tracer.arm()
         self._tracer.disarm()
-        Symbols.of_kernel()
         give_back()
 
     def run(self, stop: Callable[[], bool], tick: Callable[[Status], None] | None = None) -> None:

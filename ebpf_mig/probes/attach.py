@@ -10,7 +10,7 @@ again after it was attached.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
@@ -30,11 +30,12 @@ KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
 _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))
 
 
-def load(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> Plan:
+def load(pids: Sequence[int], tier: str, statistics: BpfStatistics, beside: Callable[[], object] = bool) -> Plan:
     """Compiles and loads the best programs that the kernel accepts for the requested tier (`NAMES`); attaches nothing.
 
     Without pids the plan is for a node: processes are added later, and it is armed more than once. PreflightError if
-    privileges are missing, or if a tier that was requested by name does not work.
+    privileges are missing, or if a tier that was requested by name does not work. `beside` is called right before the
+    compiler runs, to start other work.
     """
     require_tracing()
     try:
@@ -43,6 +44,7 @@ def load(pids: Sequence[int], tier: str, statistics: BpfStatistics) -> Plan:
         choice, chooser = _choose(tier, statistics, again=not pids)
         with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
             hooks = tuple(_hooks(choice, tracepoints))
+            beside()
             program = Program(FAMILY, defines(pids, tracepoints, choice), CONTRACT)
             for hook in hooks:
                 program.load_hook(hook, chooser.module_fd if chooser else -1)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,19 @@ def require_bcc() -> Any:
             "pip uninstall bcc; apt-get install python3-bpfcc",
         )
     return bcc
+
+
+def read_symbols() -> threading.Thread:
+    """Starts to read /proc/kallsyms, which `Program.symbol` needs. Join the thread before that."""
+    bcc = require_bcc()
+
+    def read() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are for the main thread
+        bcc.BPF.ksym(0)
+
+    thread = threading.Thread(target=read, name="symbols", daemon=True)
+    thread.start()
+    return thread
 
 
 @contextlib.contextmanager

@@ -43,10 +43,16 @@ class Polled:
         self._last_ns = self._last_cost_ns = 0
         self._fetching = False
 
-    def open(self) -> None:
-        """Prepares to read; idempotent."""
+    def begin(self) -> None:
+        """Starts to prepare, in a thread; idempotent."""
         if self._with_tcp:
             self._tcp = self._tcp or TcpReader()
+
+    def open(self) -> None:
+        """Prepares to read; idempotent."""
+        self.begin()
+        if self._tcp is not None:
+            self._tcp.wait()
 
     def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         """The readings that are due after these events; `events` may be empty."""

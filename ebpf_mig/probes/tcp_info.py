@@ -53,9 +53,12 @@ class TcpReader:
         self._wanted: SimpleQueue[Socket | None] = SimpleQueue()
         self._answers: SimpleQueue[TcpInfo | None] = SimpleQueue()
         self._open = 0
-        ready = threading.Event()
-        threading.Thread(target=self._work, args=(ready,), name="tcp-info", daemon=True).start()
-        ready.wait(5)
+        self._ready = threading.Event()
+        threading.Thread(target=self._work, name="tcp-info", daemon=True).start()
+
+    def wait(self) -> None:
+        """Waits until requests are answered at once: pyroute2 takes a third of a second to import."""
+        self._ready.wait(5)
 
     def ask(self, socket: Socket) -> None:
         """Requests a reading of a connection."""
@@ -80,7 +83,7 @@ class TcpReader:
         """Stops the thread."""
         self._wanted.put(None)
 
-    def _work(self, ready: threading.Event) -> None:
+    def _work(self) -> None:
         """This is only a witness: an exception of pyroute2 on some kernel must not end the tracing."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are for the main thread
         with contextlib.suppress(Exception):
@@ -88,10 +91,10 @@ class TcpReader:
 
             with DiagSocket() as diag:
                 diag.bind()
-                ready.set()
+                self._ready.set()
                 while (socket := self._wanted.get()) is not None:
                     answer = None
                     with contextlib.suppress(Exception):
                         answer = read(diag, socket)
                     self._answers.put(answer)
-        ready.set()
+        self._ready.set()

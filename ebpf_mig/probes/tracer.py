@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from threading import Thread
 
 import msgspec
 
 from ebpf_mig.linux import clock
 from ebpf_mig.probes import attach
 from ebpf_mig.probes.hook_points import EXTRAS
-from ebpf_mig.probes.plan import SAMPLER, Plan, PlanDescription
+from ebpf_mig.probes.loader import read_symbols
+from ebpf_mig.probes.plan import SAMPLER, Plan
 from ebpf_mig.probes.polled import Polled
 from ebpf_mig.probes.records import decode
 from ebpf_mig.probes.run_statistics import BpfStatistics
@@ -55,14 +57,27 @@ class Tracer:
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
         self._statistics = BpfStatistics()
-        self._plan = plan or attach.load(self.pids, tier, self._statistics)
+        self._polled = Polled(self._total_cost, tcp=plan is None)
+        self._symbols: Thread | None = None
+        self._plan = plan or self._load(tier)
         self._seen = plan is not None
         self._program = self._plan.program
         self._processes, self._sockets = ProcessTable(self._program), SocketTable(self._program)
         self._threads, self._stacks = ThreadNames(), Stacks(self._program)
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
-        self._polled = Polled(self._total_cost, tcp=plan is None)
         self._late: list[AnyEvent] = []
+
+    def _load(self, tier: str) -> Plan:
+        try:
+            return attach.load(self.pids, tier, self._statistics, self._prepare)
+        except BaseException:
+            self._polled.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Starts what `arm` needs, in threads: the compiler does not hold Python's lock."""
+        self._polled.begin()
+        self._symbols = read_symbols()
 
     def _make_sampler(self, program_fd: int) -> tuple[Sampler, str]:
         """A sampler, and the reason if it takes no samples although its program was loaded."""
@@ -81,6 +96,8 @@ class Tracer:
         """Attaches. From now on, with the tracepoint tier, every system call on the host is slightly slower."""
         self._statistics.open()
         self._program.open_ring("events")
+        if self._symbols is not None:
+            self._symbols.join()
         self._stacks.prepare()
         self._polled.open()
         for pid in self.pids:
@@ -117,10 +134,6 @@ class Tracer:
         if isinstance(event, Kick):
             return msgspec.structs.replace(event, target_tid=self._threads.host_tid(event.pid, event.target_tid))
         return self._stacks.named_wait(event) if isinstance(event, OffCpu) else event
-
-    def describe(self, fds: list[int]) -> PlanDescription:
-        """Describes the loaded programs for another process. Adds their descriptors to `fds`."""
-        return attach.describe(self._plan, self.attached, fds)
 
     def finish(self) -> list[AnyEvent]:
         """Detaches and returns the remaining events: buffered records, open batches, each vCPU's account, thread
