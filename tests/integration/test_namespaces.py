@@ -22,6 +22,11 @@ pytestmark = requires(*TRACING)
 
 TOOL = [sys.executable, "-m", "ebpf_mig"]
 PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
+OWN_PROC = [
+    "--mount", "--propagation", "unchanged",
+    "sh", "-c", 'mount --make-rprivate /proc && mount -t proc proc /proc && exec "$@"', "sh",
+]  # fmt: skip
+"""As --mount-proc does. That one also works on the mount at "/", and a chroot has none."""
 TIME_NAMESPACE = ["unshare", "--time", "--fork", "--kill-child", "--monotonic", "86400", "--boottime", "86400"]
 _SIGNALS = r'tracepoint:signal:signal_generate { printf("%llu %d %d\n", nsecs, args->pid, args->sig); }'
 _WITNESS = [
@@ -54,7 +59,7 @@ def wrapped(path: Path, line: str) -> str:
     ],
     ids=lambda arguments: str(arguments[0]),
 )
-@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own proc", "the host's proc"])
+@pytest.mark.parametrize("mount", [OWN_PROC, []], ids=["own proc", "the host's proc"])
 def test_the_tool_in_a_pid_namespace_says_what_to_do(arguments: list[str], mount: list[str], tmp_path: Path) -> None:
     state = ["--state-directory", str(tmp_path / "state")] if arguments[0] in {"watch", "exporter"} else []
     command = [*PID_NAMESPACE, *mount, *TOOL, *arguments, *state]
