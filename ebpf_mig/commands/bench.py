@@ -25,7 +25,7 @@ from ebpf_mig import __version__
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run as tracing
 from ebpf_mig.commands.child import Child
-from ebpf_mig.commands.options import DURATION, examples, write_result
+from ebpf_mig.commands.options import DURATION, examples, format_option, write_result
 from ebpf_mig.compare.benchmark import Benchmark, Run, encode
 from ebpf_mig.errors import RecordingError, UsageError, VmmError
 from ebpf_mig.lab.scenario import Scenario
@@ -34,6 +34,7 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.process import private_directory
 from ebpf_mig.recording.file import read_recording
+from ebpf_mig.report import compare_markdown, compare_rows
 from ebpf_mig.report.compare import bench_table
 from ebpf_mig.vmm import adapter, with_lab
 from ebpf_mig.vmm.adapter import Adapter
@@ -69,6 +70,7 @@ _EXAMPLES = examples(
 @click.option(
     "--timeout", type=DURATION, default="60s", show_default=True, help="Stop waiting for a migration after this."
 )
+@format_option("text", "markdown")
 def command(
     words: Sequence[str],
     runs: int,
@@ -78,6 +80,7 @@ def command(
     vmm: str,
     vmm_binary: str | None,
     timeout: int,
+    form: str,
 ) -> None:
     """Run many migrations, and print median, 95th percentile and confidence interval of every phase.
 
@@ -98,7 +101,8 @@ def command(
         if kept:
             result = msgspec.structs.replace(about, warm_up=warm_up, runs=kept)
             write_result(encode(result), name, force=force)
-            write_result(bench_table(result))
+            sheet = compare_rows.of_bench(result)
+            write_result(bench_table(sheet) if form == "text" else compare_markdown.render(sheet))
             tracing.say(f"result: {name}; compare it with: ebpf-mig diff OTHER {name}")
     if all(run.breakdown is None for run in kept):
         raise VmmError(f"no run made a recording that can be analysed: {kept[-1].error}")

@@ -39,7 +39,7 @@ _EXAMPLES = examples(
     metavar="CONDITION",
     help="Exit with 6 if this holds and chance does not explain it: FIGURE.{p50,p95,max,min}>{+5%,+2ms,80ms}.",
 )
-@format_option("text", "json")
+@format_option("text", "json", "markdown")
 def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     """Compare two benchmarks, phase by phase: B against A.
 
@@ -52,11 +52,11 @@ def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     if form == "json":
         write_result(_json(differences, rulings))
     else:
-        from ebpf_mig.report.compare import diff_table
+        from ebpf_mig.report import compare as tables
+        from ebpf_mig.report import compare_markdown, compare_rows
 
-        write_result(diff_table((a, b), (before, after), differences))
-        for ruling in rulings:
-            click.echo(f"{'FAIL' if ruling.failed else 'pass'}  {ruling.condition.text}: {ruling.why}")
+        sheet = compare_rows.of_diff((a, b), (before, after), differences, rulings)
+        write_result(tables.diff_table(sheet) if form == "text" else compare_markdown.render(sheet))
     broken = [f"{r.condition.text} ({r.why})" for r in rulings if r.failed]
     if broken:
         raise RegressionError("regression: " + "; ".join(broken))

@@ -11,9 +11,10 @@ import pytest
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.compare.benchmark import FIGURES, Benchmark, Run, decode, encode, value_of
-from ebpf_mig.compare.diff import agreed, compare, parse_condition, rule
+from ebpf_mig.compare.diff import Difference, agreed, compare, parse_condition, rule
 from ebpf_mig.errors import UsageError
 from ebpf_mig.report.compare import bench_table, diff_table
+from ebpf_mig.report.compare_rows import of_bench, of_diff
 from tests.unit import breakdowns
 from tests.unit.commands.test_cli import run
 
@@ -36,6 +37,10 @@ def bench(count: int, seed: int, by_ms: float = 0.0, spread_ms: float = 0.5) -> 
     draw = random.Random(seed)
     found = [slower(breakdowns.precopy(), int((by_ms + draw.gauss(0, spread_ms)) * 1e6)) for _ in range(count)]
     return Benchmark(scenario="test", kernel="6.1", runs=[Run(breakdown=b) for b in found])
+
+
+def shown(a: Benchmark, b: Benchmark, found: list[Difference] | None = None) -> str:
+    return diff_table(of_diff(("a", "b"), (a, b), compare(a, b) if found is None else found))
 
 
 def verdicts(a: Benchmark, b: Benchmark) -> dict[str, str]:
@@ -64,13 +69,13 @@ def test_a_median_that_fails_its_condition_is_not_called_the_same() -> None:
     assert rulings[0].failed
     found = agreed(compare(a, b), rulings)
     assert {d.figure: d.verdict for d in found}["blackout"] == "slower"
-    assert "blackout is slower by" in diff_table(("a", "b"), (a, b), found)
+    assert "blackout is slower by" in shown(a, b, found)
     assert [d for d in agreed(compare(a, b), []) if d.verdict == "slower"] == []
 
 
 def test_too_few_runs_say_so() -> None:
     assert set(verdicts(bench(3, 1), bench(20, 2, by_ms=50)).values()) == {"too few runs"}
-    text = diff_table(("a", "b"), (bench(1, 1), bench(1, 2)), compare(bench(1, 1), bench(1, 2)))
+    text = shown(bench(1, 1), bench(1, 2))
     assert text.endswith("too few runs to tell: 4 completed ones are needed on each side\n")
 
 
@@ -127,7 +132,7 @@ def test_a_file_without_phases_is_compared_by_its_other_figures() -> None:
     whole = Benchmark(scenario="s", runs=[bare] * 5)
     found = verdicts(whole, whole)
     assert (found["blackout"], found["fetch"], found["pause"]) == ("no difference", "not measured", "not measured")
-    assert "not measured on both sides: fetch, pause, " in diff_table(("a", "b"), (whole, whole), compare(whole, whole))
+    assert "not measured on both sides: fetch, pause, " in shown(whole, whole)
 
 
 def test_failed_runs_and_losses_are_marked_and_not_dropped() -> None:
@@ -137,7 +142,7 @@ def test_failed_runs_and_losses_are_marked_and_not_dropped() -> None:
         Run(breakdown=breakdowns.aborted()),
     ]
     whole = Benchmark(scenario="s", runs=runs)
-    text = bench_table(whole)
+    text = bench_table(of_bench(whole))
     assert text.startswith("s: 6 runs, 2 not completed, 1 with losses\n")
     assert "run 5: the VMM \\x1b died" in text and "run 6: 12 events of the socket probe were lost" in text
     assert len(whole.sample("blackout")) == 4

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `bench`, `diff` and its gate have to say, as rows. Text and markdown print the same rows.
+
+In: a benchmark; or two with their differences and the rulings of the gate. Out: a `Sheet`. Durations are ms with three
+decimals; names that come from a file are made printable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ebpf_mig.compare import stats
+from ebpf_mig.compare.benchmark import FETCH, FIGURES, Benchmark
+from ebpf_mig.compare.diff import Difference, Finding, Ruling
+from ebpf_mig.text import ms, printable
+
+HEADLINES = frozenset({"blackout", "window", "total", FETCH})
+"""Figures that are shown where there is no room for all."""
+CLEAR = (Finding.SLOWER, Finding.FASTER)
+"""Verdicts that say that there is a difference."""
+
+
+class Line(NamedTuple):
+    """A row of the table."""
+
+    cells: tuple[str, ...]
+    main: bool
+    """It is shown where there is no room for all rows."""
+    clear: bool = False
+    """It says that there is a difference."""
+
+
+class Gate(NamedTuple):
+    """The outcome of one condition."""
+
+    outcome: str
+    """`pass` or `FAIL`."""
+    condition: str
+    why: str
+
+
+class Sheet(NamedTuple):
+    """A table with what stands above and below it."""
+
+    headline: str
+    """The result in a few words."""
+    about: list[str]
+    """What was measured: one line for each side."""
+    head: tuple[str, ...]
+    """The names of the columns; a `#` before a name aligns the column as numbers."""
+    lines: list[Line]
+    notes: list[str]
+    """What is missing or doubtful."""
+    results: list[str]
+    """What follows from the table."""
+    gate: list[Gate]
+
+
+def of_bench(benchmark: Benchmark) -> Sheet:
+    """Median, p95 and the median's 95 % interval of each figure that is not 0 in every run."""
+    headline = f"{printable(benchmark.scenario)}: {runs(benchmark)}"
+    head = ("figure", "#runs", "#median ms", "#p95 ms", "#95 % interval of the median")
+    return Sheet(headline, [], head, list(_figures(benchmark)), list(_blemishes(benchmark)), [], [])
+
+
+def _figures(benchmark: Benchmark) -> Iterator[Line]:
+    for figure in FIGURES:
+        sample = benchmark.sample(figure)
+        if not any(sample):
+            continue
+        low, high = stats.bootstrap_interval(sample)
+        middle, late = stats.median(sample), stats.p95(sample)
+        cells = (figure, str(len(sample)), _ms(middle), _ms(late), f"{_ms(low)} .. {_ms(high)}")
+        yield Line(cells, figure in HEADLINES)
+
+
+def _blemishes(benchmark: Benchmark) -> Iterator[str]:
+    for at, run in enumerate(benchmark.runs, 1):
+        if run.error:
+            yield f"run {at}: {printable(run.error)}"
+        for reason in run.breakdown.completeness.reasons if run.breakdown else ():
+            yield f"run {at}: {printable(reason)}"
+
+
+def runs(benchmark: Benchmark) -> str:
+    """`20 runs, 1 not completed, 2 with losses`."""
+    count = len(benchmark.runs)
+    text = f"{count} run{'s' if count != 1 else ''}"
+    if failed := benchmark.failed():
+        text += f", {failed} not completed"
+    if incomplete := benchmark.incomplete():
+        text += f", {incomplete} with losses"
+    return text
+
+
+def of_diff(
+    names: tuple[str, str],
+    pair: tuple[Benchmark, Benchmark],
+    differences: Sequence[Difference],
+    rulings: Sequence[Ruling] = (),
+) -> Sheet:
+    """Both medians, the change, the noise, the p-value and the verdict of each figure; the gate."""
+    about = [f"{letter}  {printable(name)}: {_facts(b)}" for letter, name, b in zip("AB", names, pair, strict=True)]
+    head = ("figure", "#A ms", "#B ms", "#change", "#noise", "#p", "verdict")
+    lines = [_line(d) for d in differences if d.verdict != Finding.NOT_MEASURED and (d.before or d.after)]
+    missing = [d.figure for d in differences if d.verdict == Finding.NOT_MEASURED]
+    notes = [f"not measured on both sides: {', '.join(missing)}"] if missing else []
+    results = _results(differences)
+    gate = [Gate("FAIL" if r.failed else "pass", printable(r.condition.text), printable(r.why, 400)) for r in rulings]
+    return Sheet(_verdict(gate) or results[0].capitalize(), about, head, lines, notes, results, gate)
+
+
+def _facts(benchmark: Benchmark) -> str:
+    return ", ".join(filter(None, (printable(benchmark.scenario), runs(benchmark), printable(benchmark.kernel))))
+
+
+def _line(d: Difference) -> Line:
+    change = f"{100 * (d.after - d.before) / d.before:+.1f}%" if d.before else "new"
+    sure = (_ms(d.noise), f"{d.p:.4f}") if d.verdict != Finding.TOO_FEW_RUNS else ("-", "-")
+    clear = d.verdict in CLEAR
+    verdict = f"{d.verdict} ({stats.effect_word(d.effect)})" if clear else str(d.verdict)
+    return Line((d.figure, _ms(d.before), _ms(d.after), change, *sure, verdict), clear or d.figure in HEADLINES, clear)
+
+
+def _results(differences: Sequence[Difference]) -> list[str]:
+    """The differences that are clear, or why there is none."""
+    clear = [d for d in differences if d.verdict in CLEAR]
+    if clear:
+        return [f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms" for d in clear]
+    if all(d.verdict in (Finding.TOO_FEW_RUNS, Finding.NOT_MEASURED) for d in differences):
+        return [f"too few runs to tell: {stats.MIN_RUNS} completed ones are needed on each side"]
+    return ["no median differs"]
+
+
+def _verdict(gate: Sequence[Gate]) -> str:
+    """The outcome of the gate in a few words; empty without one."""
+    if not gate:
+        return ""
+    conditions = f"{len(gate)} condition{'s' if len(gate) != 1 else ''}"
+    failed = sum(one.outcome == "FAIL" for one in gate)
+    return f"Gate failed: {failed} of {conditions}" if failed else f"Gate passed: {conditions}"
+
+
+def _ms(ns: float) -> str:
+    return ms(round(ns))
