@@ -81,6 +81,14 @@ _LOSE_A_SEGMENT = (
 )
 
 
+def _speedscope() -> bool:
+    """Whether npm's package speedscope, which brings the JSON Schema of its format, is installed."""
+    if shutil.which("npm") is None:
+        return False
+    root = subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=False).stdout.strip()
+    return (Path(root) / "speedscope").is_dir()
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "/dev/kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
@@ -119,6 +127,8 @@ FEATURES: dict[str, Callable[[], bool]] = {
         shutil.which(name, path=f"{os.environ.get('PATH')}:/usr/sbin") for name in ("libvirtd", "virsh")
     ),
     "python3-libvirt": lambda: importlib.util.find_spec("libvirt") is not None,
+    "go": lambda: shutil.which("go") is not None,
+    "speedscope (npm -g)": _speedscope,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 DISTURBED = Path(__file__).parent / "integration"

@@ -88,6 +88,12 @@ class TracedMigration:
             )
         )
 
+    def side_of(self, process: Process) -> Side:
+        """SOURCE or DESTINATION; UNKNOWN for a process that takes no part in the migration."""
+        if process is self.source:
+            return Side.SOURCE
+        return Side.DESTINATION if process is self.destination else Side.UNKNOWN
+
     def transfers(self, process: Process | None) -> list[Transfer]:
         """A side's transfers on the migration's sockets, both directions; empty for another process."""
         if process is None:

@@ -83,7 +83,7 @@ def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
             e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
         ]
         for event in near:
-            stack = (_not_running(party.process, event),) if event.preempted else event.stack
+            stack = (not_running(party.process, event),) if event.preempted else event.stack
             thread = party.process.threads.get(event.tid)
             name = f"{thread.name if thread else ''} {event.tid}".strip()
             names = _phases_of(party, event.tid, vcpus)
@@ -108,7 +108,7 @@ def longest(found: Sequence[Sleep], phases: Sequence[Phase], origin: int) -> lis
     return [wait for _, _, wait in rows[:MOST_WAITS]]
 
 
-def _not_running(process: Process, wait: OffCpu) -> str:
+def not_running(process: Process, wait: OffCpu) -> str:
     """Why a runnable thread did not run, as far as the control groups' throttled time around the wait shows it."""
     before = [reading for reading in process.quotas if reading.at_ns <= wait.begin_ns]
     after = [reading for reading in process.quotas if reading.at_ns >= wait.end_ns]

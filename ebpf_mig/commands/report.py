@@ -36,12 +36,14 @@ from ebpf_mig.text import printable
 
 if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
+    from ebpf_mig.analysis.stacks import Stack
 
 EPILOG = examples(
     "ebpf-mig report vm1.rec",
     "ebpf-mig report vm1.rec --explain state.load",
     "ebpf-mig report vm1.rec --format json | jq .blackout_ns",
     "ebpf-mig report vm1.rec --format html -o vm1.html --redact",
+    "ebpf-mig report vm1.rec --format folded | flamegraph.pl > vm1.svg",
     "ebpf-mig report vm1.rec --what-if bandwidth=25Gbit --what-if fetch=0",
     "ssh HOST cat vm1.rec | ebpf-mig report -",
 )
@@ -83,6 +85,34 @@ def _markdown(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG0
     return markdown.render(analysis.breakdown)
 
 
+def _folded(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
+    from ebpf_mig.report import folded
+
+    return folded.render(_stacks(analysis))
+
+
+def _speedscope(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
+    from ebpf_mig.report import answer, speedscope
+
+    return speedscope.render(_stacks(analysis), answer.headline(analysis.breakdown))
+
+
+def _pprof(analysis: Analysis, output: str, color: str) -> bytes:  # noqa: ARG001
+    from ebpf_mig.report import pprof
+
+    return pprof.render(_stacks(analysis), analysis.header, analysis.attribution.window)
+
+
+def _stacks(analysis: Analysis) -> Sequence[Stack]:
+    """The stacks in the window. A line on stderr says why there are none."""
+    from ebpf_mig.analysis import stacks
+
+    found = stacks.observe(analysis)
+    if not found:
+        click.echo(f"ebpf-mig: no stacks: {stacks.why_none(analysis)}", err=True)
+    return found
+
+
 FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "text": _text,
     "json": _json,
@@ -90,6 +120,9 @@ FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "perfetto": _perfetto,
     "csv": _csv,
     "markdown": _markdown,
+    "folded": _folded,
+    "speedscope": _speedscope,
+    "pprof": _pprof,
 }
 """By name: makes the report from the analysis, the name of the output and the colour choice. Each imports what it
 needs.

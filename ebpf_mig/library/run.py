@@ -18,13 +18,14 @@ from ebpf_mig.library import tables
 from ebpf_mig.library.table import Table
 from ebpf_mig.recording.events import Header
 from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.report.answer import headline
 from ebpf_mig.text import printable
 
 if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
 
 Source = str | Path | bytes | BinaryIO
-FORMS = ("text", "json", "csv", "html")
+FORMS = ("text", "json", "csv", "html", "markdown", "folded", "speedscope")
 
 
 class Run:
@@ -80,12 +81,17 @@ class Run:
         return tables.waits(self._analysis)
 
     @cached_property
+    def stacks(self) -> Table:
+        """One row per kernel stack in the window: time off the CPU, and samples, by side, phase and thread."""
+        return tables.stacks(self._analysis)
+
+    @cached_property
     def events(self) -> tables.Events:
         """One row per event, in order of time. `events.of("Transfer")` has all fields of one kind."""
         return tables.Events(self._analysis, self._recording.events)
 
     def report(self, form: str = "text") -> str:
-        """The report of `ebpf-mig report` as a string: text, json, csv or html. UsageError for any other form."""
+        """The report of `ebpf-mig report` as a string, in one of `FORMS`. UsageError for any other form."""
         match form:
             case "text":
                 from ebpf_mig.report import text
@@ -104,11 +110,23 @@ class Run:
                 from ebpf_mig.report import html
 
                 return html.render(self.breakdown, lanes.view(self._analysis))
+            case "markdown":
+                from ebpf_mig.report import markdown
+
+                return markdown.render(self.breakdown)
+            case "folded":
+                from ebpf_mig.analysis import stacks
+                from ebpf_mig.report import folded
+
+                return folded.render(stacks.observe(self._analysis))
+            case "speedscope":
+                from ebpf_mig.analysis import stacks
+                from ebpf_mig.report import speedscope
+
+                return speedscope.render(stacks.observe(self._analysis), headline(self.breakdown))
         raise UsageError(f"there is no report {form!r}", f"choose one of {', '.join(FORMS)}")
 
     def __repr__(self) -> str:
-        from ebpf_mig.report.answer import headline
-
         m = self.breakdown.migration
         return f"<Run: {headline(self.breakdown)}; {m.result}, {m.mode}, {self.breakdown.completeness.verdict}>"
 

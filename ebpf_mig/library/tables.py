@@ -14,6 +14,7 @@ import msgspec
 
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
+from ebpf_mig.analysis.stacks import observe
 from ebpf_mig.breakdown import Breakdown, Side, Stretch
 from ebpf_mig.errors import UsageError
 from ebpf_mig.library.table import STRINGS, Row, Table, Unsigned
@@ -96,6 +97,15 @@ WAITS = {
     "tid": int,
     "thread": str,
     "preempted": bool,
+    "stack": STRINGS,
+}
+STACKS = {
+    "kind": str,
+    "side": str,
+    "phase": str,
+    "thread": str,
+    "duration_ns": int,
+    "count": int,
     "stack": STRINGS,
 }
 EVENTS = {"kind": str, "begin": int, "end": int, "side": str, "pid": int, "tid": int, "fields": str}
@@ -199,9 +209,28 @@ def waits(analysis: Analysis) -> Table:
     return Table(WAITS, lambda: _in_order([row(s, p, w) for s, p in _processes(analysis) for w in p.off_cpu]))
 
 
+def stacks(analysis: Analysis) -> Table:
+    """One row per kernel stack in the window, by kind, side, phase and thread; the sums are the recording's."""
+    return Table(
+        STACKS,
+        lambda: [
+            {
+                "kind": row.kind.value,
+                "side": row.side.value,
+                "phase": row.phase,
+                "thread": row.thread,
+                "duration_ns": row.duration_ns,
+                "count": row.count,
+                "stack": list(row.frames),
+            }
+            for row in observe(analysis)
+        ],
+    )
+
+
 def _processes(analysis: Analysis) -> list[tuple[Side, Process]]:
-    known = {id(process): side for process, side in _sides(analysis)}
-    return [(known.get(id(process), Side.UNKNOWN), process) for process in analysis.traced.material.processes.values()]
+    traced = analysis.traced
+    return [(traced.side_of(process), process) for process in traced.material.processes.values()]
 
 
 def _sides(analysis: Analysis) -> list[tuple[Process, Side]]:

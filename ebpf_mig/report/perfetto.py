@@ -8,13 +8,12 @@ The trace's clock is CLOCK_MONOTONIC of the recording's host.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 
 from ebpf_mig.analysis.lanes import Lane, Slice, View, apart
 from ebpf_mig.breakdown import Breakdown, Side
 from ebpf_mig.recording.events import Header
-from ebpf_mig.text import printable
+from ebpf_mig.report.protobuf import chunk, fixed, number, text
 
 _BEGIN, _END, _INSTANT, _COUNTER = 1, 2, 3, 4
 _BYTES, _COUNT = 3, 2
@@ -22,37 +21,6 @@ _REALTIME, _MONOTONIC = 1, 3
 _SEQUENCE = 1
 _EXPLICIT = 3
 _KINDS = ("vcpu", "ioctl", "socket", "wait", "slot", "segment", "mark")
-
-
-def varint(value: int) -> bytes:
-    """Base-128, low groups first; negative numbers as their 64-bit two's complement, as protobuf's int64 is."""
-    value &= (1 << 64) - 1
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def number(tag: int, value: int) -> bytes:
-    """A varint field."""
-    return varint(tag << 3) + varint(value)
-
-
-def chunk(tag: int, data: bytes) -> bytes:
-    """A length-delimited field."""
-    return varint(tag << 3 | 2) + varint(len(data)) + data
-
-
-def text(tag: int, value: str) -> bytes:
-    """A string field. Control characters are escaped, so that no terminal or page interprets them."""
-    return chunk(tag, printable(value).encode())
-
-
-def fixed(tag: int, value: int) -> bytes:
-    """A fixed64 field."""
-    return varint(tag << 3 | 1) + struct.pack("<Q", value)
 
 
 def render(breakdown: Breakdown, header: Header, view: View) -> bytes:

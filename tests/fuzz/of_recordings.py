@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from random import Random
 
-from ebpf_mig.analysis import lanes, whatif
+from ebpf_mig.analysis import lanes, stacks, whatif
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands.report import parse_changes
@@ -22,7 +22,7 @@ from ebpf_mig.joining.merge import joined
 from ebpf_mig.recording.events import AnyEvent
 from ebpf_mig.recording.file import RecordingReader, RecordingWriter, read_recording
 from ebpf_mig.recording.redact import redacted
-from ebpf_mig.report import csv, html, perfetto, tables, text
+from ebpf_mig.report import csv, folded, html, perfetto, pprof, speedscope, tables, text
 from ebpf_mig.report import json as json_report
 from tests.fuzz import invariants, mutate
 from tests.fuzz.target import Target, corpus
@@ -106,11 +106,21 @@ def _tables(analysis: Analysis) -> None:
     tables.phase_rows("x", analysis.breakdown)
 
 
+def _stacks(analysis: Analysis) -> None:
+    rows = stacks.observe(analysis)
+    for line in folded.render(rows).splitlines():
+        frames, _, ns = line.rpartition(" ")
+        assert int(ns) > 0 and all(frames.split(";")), line
+    json.loads(speedscope.render(rows, "x"))
+    pprof.render(rows, analysis.header, analysis.attribution.window)
+
+
 OTHERS: list[Callable[[Analysis], object]] = [
     lambda analysis: text.render(analysis.breakdown),
     _html,
     _tables,
     lambda analysis: perfetto.render(analysis.breakdown, analysis.header, lanes.view(analysis)),
+    _stacks,
     lambda analysis: whatif.predict(analysis, parse_changes(["bandwidth=25Gbit", "fetch=0", "rearm=0"])),
 ]
 

@@ -25,7 +25,7 @@ from tests.unit.commands.test_cli import ROOT
 DATA = ROOT / "tests" / "data"
 QEMU = DATA / "qemu-11.1-tcp.rec"
 HOSTS = [str(DATA / "hosts" / f"{side}.rec") for side in ("source", "destination")]
-TABLES = ("phases", "events", "ioctls", "waits", "passes", "vcpus", "sockets")
+TABLES = ("phases", "events", "ioctls", "waits", "passes", "vcpus", "sockets", "stacks")
 RECORDINGS = sorted(DATA.rglob("*.rec"))
 
 

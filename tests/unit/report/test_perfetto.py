@@ -15,7 +15,7 @@ from ebpf_mig.analysis.lanes import view
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Thread
 from ebpf_mig.recording.file import Recording, read_recording
-from ebpf_mig.report import perfetto
+from ebpf_mig.report import perfetto, protobuf
 from tests.conftest import requires
 from tests.unit.report.test_replay import COMPLETED, RECORDINGS
 
@@ -146,8 +146,8 @@ def test_hostile_names_and_overlapping_calls() -> None:
 
 
 def test_varints() -> None:
-    assert perfetto.varint(300) == b"\xac\x02" and perfetto.varint(0) == b"\0"
-    assert perfetto.varint(-1) == b"\xff" * 9 + b"\x01"
+    assert protobuf.varint(300) == b"\xac\x02" and protobuf.varint(0) == b"\0"
+    assert protobuf.varint(-1) == b"\xff" * 9 + b"\x01"
 
 
 def test_ioctls_have_their_arguments() -> None:
