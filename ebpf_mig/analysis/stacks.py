@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 
+from ebpf_mig.analysis.diagnosis import headline
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import Cover
@@ -55,7 +56,7 @@ class Stack:
 def why_none(analysis: Analysis) -> str:
     """Why there are no rows."""
     if analysis.attribution.window is None:
-        return "the recording has no window, since no vCPU was seen to stop"
+        return f"there is no window to show ({headline(analysis.breakdown)})"
     if analysis.traced.material.absent("off-cpu"):
         return "time off the CPU was not traced"
     return f"no thread was off the CPU for {LONG_WAIT_NS // 1000} us, and no dirty-log call was sampled"

@@ -252,7 +252,9 @@ def test_the_command_says_why_there_is_nothing() -> None:
     none = str(DATA / "qemu-7.2-cancelled.rec")
     done = run("report", none, "--format", "folded")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "ebpf-mig: no stacks: the recording has no window, since no vCPU was seen to stop\n"
+    assert done.stderr == (
+        "ebpf-mig: no stacks: there is no window to show (No downtime: the migration ended before the vCPUs stopped)\n"
+    )
     empty = json.loads(run("report", none, "--format", "speedscope").stdout)
     assert [(p["samples"], p["weights"]) for p in empty["profiles"]] == [([], [])]
     assert lines(run("report", str(QEMU), "--format", "folded").stdout)
