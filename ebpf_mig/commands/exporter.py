@@ -14,12 +14,11 @@ import click
 
 from ebpf_mig.commands.options import SIZE, ParamType, examples, say
 from ebpf_mig.commands.settings import add_variables, config_file_option, refuse_unknown_variables
-from ebpf_mig.commands.watch import DIRECTORY
 from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.log_lines import FORMATS
 from ebpf_mig.exporter.observation import vmms
 from ebpf_mig.exporter.spawn import become
-from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.store import DIRECTORY, Store
 from ebpf_mig.exporter.supervisor import SIGNALS, Plan
 from ebpf_mig.linux import capabilities
 from ebpf_mig.text import printable

@@ -14,11 +14,9 @@ from ebpf_mig.commands.options import SIZE, encoded, examples, format_option, sa
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Observation
-from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.store import DIRECTORY, Store
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.text import printable
-
-DIRECTORY = "/var/lib/ebpf-mig"
 
 _EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 | jq .blackout_ns")
 

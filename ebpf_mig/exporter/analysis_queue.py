@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import msgspec
 
 from ebpf_mig.errors import EbpfMigError
-from ebpf_mig.exporter.analysis_worker import TASK_BYTES
 from ebpf_mig.exporter.analyst import Analyst
 from ebpf_mig.exporter.discovery import Vm
-from ebpf_mig.exporter.messages import Answer, Task
+from ebpf_mig.exporter.messages import TASK_BYTES, Answer, Task
 from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.troubles import Troubles

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import msgspec
 
 from ebpf_mig.collector import analyse
-from ebpf_mig.exporter.messages import Answer, Task
+from ebpf_mig.exporter.messages import TASK_BYTES, Answer, Task
 from ebpf_mig.exporter.observation import observe, with_parts
 from ebpf_mig.exporter.otel_spans import trace_of
 from ebpf_mig.linux import capabilities
@@ -31,7 +31,6 @@ PATIENCE_S = 100
 """Time-out of one analysis, in seconds. The largest recordings take a few."""
 MEMORY_BYTES = 2 << 30
 """Limit of the address space. `tracker.KEPT_EVENTS` of the largest events take a quarter of it."""
-TASK_BYTES = 1 << 20
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

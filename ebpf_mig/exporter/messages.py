@@ -12,6 +12,9 @@ from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.observation import Observation
 from ebpf_mig.exporter.otel_spans import Trace
 
+TASK_BYTES = 1 << 20
+"""Largest message."""
+
 
 class Task(msgspec.Struct, frozen=True):
     """A recording to analyse. Its descriptor is sent with the message."""

@@ -17,6 +17,8 @@ from ebpf_mig.exporter.state_directory import StateDirectory
 from ebpf_mig.recording.events import AnyEvent, Header
 from ebpf_mig.recording.file import RecordingWriter
 
+DIRECTORY = "/var/lib/ebpf-mig"
+"""The default."""
 _OURS = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9]+\.rec")
 """Only files with such names are removed."""
 

@@ -57,6 +57,14 @@ def test_bitfield_flag_masks_the_size(base: str, tmp_path: Path) -> None:
     assert btf.offsets(str(path), [("outer", "last")]) == {("outer", "last"): 4}
 
 
+def test_a_name_may_be_the_end_of_a_longer_string(tmp_path: Path) -> None:
+    types = a_type(INT_T, INT, 0, 4, struct.pack("=I", 32)) + a_type(OUTER, STRUCT, 1, 8, member(OUTER + 4, 1, 64))
+    path = tmp_path / "shared"
+    path.write_bytes(blob(types, b"\0int\0not_outer\0"))
+    wanted = [("not_outer", "outer"), ("outer", "outer")]
+    assert btf.offsets(str(path), wanted) == {("not_outer", "outer"): 8, ("outer", "outer"): None}
+
+
 def test_module_blob_continues_ids_and_strings_of_its_base(base: str, tmp_path: Path) -> None:
     own = b"kvm\0lock\0"
     start = len(STRINGS)
