@@ -7,11 +7,13 @@ a row in `FORMATS`.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -82,7 +84,25 @@ def _csv(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
 def _markdown(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
     from ebpf_mig.report import markdown
 
-    return markdown.render(analysis.breakdown)
+    picture = _picture(output)
+    return markdown.render(analysis.breakdown, picture.name if picture else "")
+
+
+def _picture(output: str) -> Path | None:
+    """The file for the timeline beside a markdown report; None if that goes to stdout, a pipe or a device."""
+    file = Path(output)
+    if output == "-" or (file.exists() and not file.is_file()):
+        return None
+    if file.suffix == ".svg":
+        raise UsageError(f"{output} would be both the report and its picture", "name it .md, or use --format svg")
+    return file.with_suffix(".svg")
+
+
+def _svg(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
+    from ebpf_mig.analysis import lanes
+    from ebpf_mig.report import svg
+
+    return svg.render(analysis.breakdown, lanes.view(analysis))
 
 
 def _folded(analysis: Analysis, output: str, color: str) -> str:  # noqa: ARG001
@@ -120,6 +140,7 @@ FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
     "perfetto": _perfetto,
     "csv": _csv,
     "markdown": _markdown,
+    "svg": _svg,
     "folded": _folded,
     "speedscope": _speedscope,
     "pprof": _pprof,
@@ -127,7 +148,7 @@ FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
 """By name: makes the report from the analysis, the name of the output and the colour choice. Each imports what it
 needs.
 """
-_WITH_AXIS = ("html", "perfetto")
+_WITH_AXIS = ("html", "perfetto", "svg", "markdown")
 _PREDICTING = ("text", "json", "html")
 
 
@@ -174,6 +195,9 @@ def command(
     if phase and form != "text":
         raise UsageError(f"--explain prints text, not {form}", "leave out --format")
     wanted = parse_changes(changes)
+    picture = _picture(output) if form == "markdown" else None
+    if picture is not None and not force and os.path.lexists(picture):
+        raise UsageError(f"{picture} exists; not overwritten", "give the report another name, or --force")
     analysis = _analysis(file, redact, form in _WITH_AXIS)
     if changes:
         from ebpf_mig.analysis import whatif
@@ -182,6 +206,8 @@ def command(
         analysis = replace(analysis, breakdown=msgspec.structs.replace(analysis.breakdown, what_if=predicted))
     shown = _explained(analysis, phase, output, color) if phase else FORMATS[form](analysis, output, color)
     write_result(shown, output, force=force)
+    if picture is not None:
+        write_result(_svg(analysis, output, color), str(picture), force=force)
     require_complete(analysis.breakdown, strict)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
 
 Source = str | Path | bytes | BinaryIO
-FORMS = ("text", "json", "csv", "html", "markdown", "folded", "speedscope")
+FORMS = ("text", "json", "csv", "html", "svg", "markdown", "folded", "speedscope")
 
 
 class Run:
@@ -110,6 +110,11 @@ class Run:
                 from ebpf_mig.report import html
 
                 return html.render(self.breakdown, lanes.view(self._analysis))
+            case "svg":
+                from ebpf_mig.analysis import lanes
+                from ebpf_mig.report import svg
+
+                return svg.render(self.breakdown, lanes.view(self._analysis))
             case "markdown":
                 from ebpf_mig.report import markdown
 

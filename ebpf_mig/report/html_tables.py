@@ -16,7 +16,6 @@ from ebpf_mig.breakdown import (
     FetchIoctl,
     FinalFetch,
     PhaseName,
-    Side,
     Split,
     Stretch,
     bounds,
@@ -24,9 +23,9 @@ from ebpf_mig.breakdown import (
 from ebpf_mig.report import answer, details
 from ebpf_mig.report.reference import REARM
 from ebpf_mig.report.rows import PHASE_WORDS, PhaseRow, phase_rows
+from ebpf_mig.report.timeline import SIDES
 from ebpf_mig.text import printable
 
-SIDES = {Side.SOURCE: "src", Side.DESTINATION: "dst"}
 _MANY = 40
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from urllib.parse import quote
 
 from ebpf_mig.breakdown import Breakdown, bounds
 from ebpf_mig.report import answer, details
@@ -21,9 +22,12 @@ _SPECIAL = re.compile(r"([\\`*_\[\]#|~^$])")
 _ANSWER = {"mostly": "Mostly", "because": "Because", "not": "Not", "help": "Help"}
 
 
-def render(b: Breakdown) -> str:
-    """The report with a final newline; the same breakdown gives the same bytes."""
-    return "\n".join(_lines(b)) + "\n"
+def render(b: Breakdown, picture: str = "") -> str:
+    """The report with a final newline; the same breakdown gives the same bytes.
+
+    `picture`: the file beside the report with its timeline (`svg.render`); empty if there is none.
+    """
+    return "\n".join(_lines(b, picture)) + "\n"
 
 
 def escaped(text: str, limit: int = 1000) -> str:
@@ -34,13 +38,16 @@ def escaped(text: str, limit: int = 1000) -> str:
     )  # fmt: skip
 
 
-def _lines(b: Breakdown) -> Iterator[str]:
+def _lines(b: Breakdown, picture: str) -> Iterator[str]:
     yield f"### {escaped(answer.headline(b))}"
     yield ""
     yield f"{escaped(answer.migration(b))}; {escaped(answer.verdict(b))}"
     yield ""
     yield from _answer(answer.rows(b))
     yield from _phases(b)
+    if picture:
+        yield f"![Timeline of the window]({quote(picture)})"
+        yield ""
     rows = list(details.rows(b))
     doubts = [row for row in rows if row.label in ("incomplete", "bounded")]
     yield from (f"> {escaped(row.label)}: {escaped(row.text)}\n" for row in doubts[:1])

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable
 from random import Random
+from xml.etree import ElementTree
 
 from ebpf_mig.analysis import lanes, stacks, whatif
 from ebpf_mig.analysis.result import Analysis
@@ -22,7 +23,7 @@ from ebpf_mig.joining.merge import joined
 from ebpf_mig.recording.events import AnyEvent
 from ebpf_mig.recording.file import RecordingReader, RecordingWriter, read_recording
 from ebpf_mig.recording.redact import redacted
-from ebpf_mig.report import csv, folded, html, perfetto, pprof, speedscope, tables, text
+from ebpf_mig.report import csv, folded, html, perfetto, pprof, speedscope, svg, tables, text
 from ebpf_mig.report import json as json_report
 from tests.fuzz import invariants, mutate
 from tests.fuzz.target import Target, corpus
@@ -121,6 +122,7 @@ OTHERS: list[Callable[[Analysis], object]] = [
     _tables,
     lambda analysis: perfetto.render(analysis.breakdown, analysis.header, lanes.view(analysis)),
     _stacks,
+    lambda analysis: ElementTree.fromstring(svg.render(analysis.breakdown, lanes.view(analysis))),  # noqa: S314
     lambda analysis: whatif.predict(analysis, parse_changes(["bandwidth=25Gbit", "fetch=0", "rearm=0"])),
 ]
 
