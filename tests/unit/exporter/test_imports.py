@@ -20,7 +20,12 @@ LARGE = {"msgspec", "inspect", "pathlib", "tempfile", "urllib"}
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
-    [("supervisor", HEAVY | CRYPTO | LARGE), ("watch_process", HEAVY | CRYPTO | ANALYSIS), ("serve", HEAVY), ("analyst", HEAVY)],
+    [
+        ("supervisor", HEAVY | CRYPTO | LARGE),
+        ("watch_process", HEAVY | CRYPTO | ANALYSIS),
+        ("serve", HEAVY),
+        ("analyst", HEAVY),
+    ],
 )
 def test_a_process_does_not_import_what_it_does_not_need(module: str, unwanted: set[str]) -> None:
     code = f"import json, sys, ebpf_mig.exporter.{module}; print(json.dumps(sorted(sys.modules)))"
