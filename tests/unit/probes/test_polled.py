@@ -26,6 +26,10 @@ class Reader:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.closed = False
+        self.waited = False
+
+    def wait(self) -> None:
+        self.waited = True
 
     def ask(self, socket: Socket) -> None:
         self.asked.append(socket.socket)
@@ -55,6 +59,10 @@ class Rig:
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     return Rig(monkeypatch)
+
+
+def test_the_reader_is_ready_once_it_is_open(rig: Rig) -> None:
+    assert rig.reader.waited
 
 
 def test_nothing_is_read_before_anything_happens(rig: Rig) -> None:
