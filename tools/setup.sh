@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Installs what is missing; sourced by ./try and ./check from the root of a clone. Quiet and fast if nothing is missing.
+# Installs what is missing; sourced by ./try, ./check and tools/build-* from the root of a clone or an
+# unpacked source distribution. Quiet and fast if nothing is missing.
 # SPDX-License-Identifier: Apache-2.0
 
 PYTHON=/usr/bin/python3 # the distribution's: its bcc is built for it
@@ -34,4 +35,22 @@ need_venv() {
   .venv/bin/pip install --quiet --disable-pip-version-check -e ".$extra" ||
     fail "pip could not install what pyproject.toml names"
   printf '%s\n' "$want" | tee .venv/stamp >".venv/stamp$extra"
+}
+
+# export_sources DIRECTORY: copies what the packages are built from, and sets SOURCE_DATE_EPOCH to the commit's time.
+# In a clone: HEAD. Without git: the files as they are, and the time that `git archive` wrote into tools/source-date.
+export_sources() {
+  mkdir -p "$1"
+  if [ -e .git ]; then
+    need_packages git
+    git archive HEAD | tar x -C "$1" || fail "git could not read this clone"
+  else
+    tar c --exclude=./{build,dist,debian,PKG-INFO,setup.cfg,tests/fuzz/found} --exclude={'*.egg-info',__pycache__} \
+      --exclude=./.{venv,hypothesis,mypy_cache,pytest_cache,ruff_cache} . | tar x -C "$1"
+  fi
+  chmod -R u=rwX,go=rX "$1" # a wheel stores the modes
+  SOURCE_DATE_EPOCH=$(cat "$1/tools/source-date")
+  [[ $SOURCE_DATE_EPOCH =~ ^[0-9]+$ ]] ||
+    fail "tools/source-date has no time: build from a clone, or from an archive that git or tools/build-wheel made"
+  export SOURCE_DATE_EPOCH
 }
