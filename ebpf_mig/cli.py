@@ -20,7 +20,7 @@ from types import FrameType
 
 import click
 
-from ebpf_mig.commands.options import examples
+from ebpf_mig.commands.options import Group, examples
 from ebpf_mig.commands.version import version_line
 from ebpf_mig.errors import EbpfMigError, UsageError
 from ebpf_mig.linux import standard_streams
@@ -46,7 +46,7 @@ class Terminated(KeyboardInterrupt):
         self.signum = signum
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002

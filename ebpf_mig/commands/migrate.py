@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ebpf_mig.commands import run, two_hosts
-from ebpf_mig.commands.options import DURATION, RATE, color_option, examples, format_option, strict_option
+from ebpf_mig.commands.options import DURATION, RATE, Group, color_option, examples, format_option, strict_option
 from ebpf_mig.joining.merge import Hint
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.vmm import adapter as adapter_of
@@ -22,7 +22,7 @@ from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.adapter import Adapter, Kind, Option, Values
 
 
-class _Vmms(click.Group):
+class _Vmms(Group):
     """The VMMs that this tool can ask to migrate."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002

@@ -34,6 +34,16 @@ else:
             return cls
 
 
+class Group(click.Group):
+    """Without a subcommand it prints its help on stderr and ends with 2; click before 8.2 would end with 0."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(UsageError.exit_code)
+        return super().parse_args(ctx, args)
+
+
 _LIMIT = 1 << 63
 
 

@@ -124,6 +124,7 @@ def test_group_help_lists_the_commands_in_order() -> None:
     ("args", "message"),
     [
         ((), "Usage: ebpf-mig [OPTIONS] COMMAND [ARGS]..."),
+        (("migrate",), "Usage: ebpf-mig migrate [OPTIONS] COMMAND [ARGS]..."),
         (("nonsense",), "No such command 'nonsense'"),
         (("report",), "Missing argument 'FILE'"),
         (("report", "--format", "pdf", "x"), "'pdf' is not one of 'text', 'json'"),
