@@ -81,12 +81,13 @@ _LOSE_A_SEGMENT = (
 )
 
 
-def _speedscope() -> bool:
-    """Whether npm's package speedscope, which brings the JSON Schema of its format, is installed."""
+def npm_package(name: str) -> Path | None:
+    """The folder of a package that npm has installed globally."""
     if shutil.which("npm") is None:
-        return False
+        return None
     root = subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=False).stdout.strip()
-    return (Path(root) / "speedscope").is_dir()
+    folder = Path(root) / name
+    return folder if folder.is_dir() else None
 
 
 FEATURES: dict[str, Callable[[], bool]] = {
@@ -129,7 +130,8 @@ FEATURES: dict[str, Callable[[], bool]] = {
     ),
     "python3-libvirt": lambda: importlib.util.find_spec("libvirt") is not None,
     "go": lambda: shutil.which("go") is not None,
-    "speedscope (npm -g)": _speedscope,
+    "speedscope (npm -g)": lambda: npm_package("speedscope") is not None,
+    "axe-core (npm -g)": lambda: npm_package("axe-core") is not None,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 DISTURBED = Path(__file__).parent / "integration"

@@ -15,13 +15,22 @@ from typing import Any
 from ebpf_mig.analysis.lanes import View
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.report import html_charts as charts
+from ebpf_mig.report import html_frame as frame
 from ebpf_mig.report import html_tables as tables
-from ebpf_mig.report import timeline, whatif
-from ebpf_mig.report.embedded import asset
+from ebpf_mig.report import terms, timeline, whatif
 from ebpf_mig.report.html_tables import escaped
 from ebpf_mig.text import printable
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_KEYS = (
+    ("W S", "zoom in, zoom out, at the pointer"),
+    ("A D", "move to the left, to the right"),
+    ("+ -", "zoom in, zoom out"),
+    ("← →", "move"),
+    ("Home", "show the window"),
+    ("?", "show this list"),
+    ("Esc", "close this list, or an explanation"),
+)
+"""As in Perfetto, where it has the same."""
 
 
 def render(breakdown: Breakdown, view: View) -> str:
@@ -41,18 +50,11 @@ def summary(breakdown: Breakdown) -> str:
     """The headline, the facts and the waterfall as a fragment, to embed in other pages (a notebook)."""
     parts = (*tables.facts(breakdown), *tables.diagnosis(breakdown), *tables.waterfall(breakdown))
     head = f"<div class='ebpf-mig'>\n<style>{_SUMMARY_STYLE}</style>\n<h3>{escaped(tables.headline(breakdown))}</h3>\n"
-    return f"{head}{''.join(parts)}</div>"
+    return f"{head}{terms.plain(''.join(parts))}</div>"
 
 
 def _page(b: Breakdown, view: View) -> Iterator[str]:
-    title = escaped(tables.headline(b))
-    yield "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-    yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-    yield "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-    yield f"<title>{title}</title>\n<style>\n{asset('palette.css')}{asset('report.css')}</style>\n</head>\n<body>\n"
-    yield f"<h1>{title}</h1>\n"
-    yield from tables.facts(b)
-    yield from tables.diagnosis(b)
+    body = [*tables.facts(b), *tables.diagnosis(b)]
     for name, section in (
         ("Where it went", tables.waterfall(b)),
         ("At a glance", tables.glance(b)),
@@ -67,22 +69,25 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
         ("Witnesses", tables.witnesses(b)),
         ("Completeness", tables.completeness(b)),
     ):
-        body = "".join(section)
-        if body:
-            yield f"<section>\n<h2>{name}</h2>\n{body}</section>\n"
-    yield f"<script type='application/json' id='data'>{_data(b, view)}</script>\n"
-    yield f"<script>\n{asset('report.js')}</script>\n</body>\n</html>\n"
+        body += frame.section(name, "".join(section))
+    data = f"<script type='application/json' id='data'>{_data(b, view)}</script>\n"
+    return frame.page(tables.headline(b), body, data, ("report.js",))
 
 
 def _timeline(b: Breakdown) -> Iterator[str]:
     yield "<div id='tools'><button id='zoom-in'>Zoom in</button> <button id='zoom-out'>Zoom out</button> "
-    yield "<button id='show-window'>Window</button> <button id='show-all'>Whole recording</button></div>\n"
-    yield "<p class='soft'>Drag to move; Ctrl and wheel, pinch, or + and - to zoom. "
+    yield "<button id='show-window'>Window</button> <button id='show-all'>Whole recording</button> "
+    yield "<button id='show-keys' aria-haspopup='dialog'>Keys (?)</button></div>\n"
+    yield "<p class='soft'>Drag to move; W, S or Ctrl and wheel to zoom, A and D to move, ? for all keys. "
     yield f"0 is the {'pause request' if b.window_ns is not None else 'beginning of the migration'}.</p>\n"
-    yield "<div id='timeline'></div>\n<p id='tip' class='soft' aria-live='polite'></p>\n<p id='legend'>"
+    yield "<div id='timeline'></div>\n<div id='tip' role='status' hidden></div>\n<p id='legend'>"
     for kind, what in timeline.KINDS.items():
         yield f"<span><i style='background:var(--{kind})'></i>{what}</span>"
-    yield "</p>\n<details><summary id='count'>Calls in view</summary>\n<div class='scroll'><table id='calls'>"
+    yield "</p>\n<dialog id='keys' aria-labelledby='keys-title'><h3 id='keys-title'>Keys</h3>\n<dl>"
+    for keys, what in _KEYS:
+        yield f"<dt>{''.join(f'<kbd>{key}</kbd>' for key in keys.split())}</dt><dd>{what}</dd>"
+    yield "</dl>\n<form method='dialog'><button>Close</button></form></dialog>\n"
+    yield "<details><summary id='count'>Calls in view</summary>\n<div class='scroll'><table id='calls'>"
     yield "<thead><tr><th>lane</th><th>call</th><th class='n'>at ms</th><th class='n'>ms</th><th>details</th></tr>"
     yield "</thead><tbody></tbody></table></div></details>\n"
 

@@ -23,10 +23,14 @@ from ebpf_mig.breakdown import (
 from ebpf_mig.report import answer, details
 from ebpf_mig.report.reference import REARM
 from ebpf_mig.report.rows import PHASE_WORDS, PhaseRow, phase_rows
+from ebpf_mig.report.terms import term
 from ebpf_mig.report.timeline import SIDES
 from ebpf_mig.text import printable
 
 _MANY = 40
+"""Rows that a table shows without being opened."""
+_WIDE = 7
+"""Columns that fit on a tablet."""
 
 
 def escaped(text: str, limit: int = 400) -> str:
@@ -68,7 +72,7 @@ def diagnosis(b: Breakdown) -> Iterator[str]:
         return
     yield "<dl id='diagnosis'>\n"
     for row in rows:
-        yield (f"<dt>{row.label}</dt>" if row.label else "") + f"<dd>{escaped(row.text, 1000)}</dd>\n"
+        yield (f"<dt>{term(row.label)}</dt>" if row.label else "") + f"<dd>{escaped(row.text, 1000)}</dd>\n"
     yield "</dl>\n"
 
 
@@ -79,22 +83,24 @@ def waterfall(b: Breakdown) -> Iterator[str]:
     seen = list(phase_rows(b, every=True))
     rows = [_phase(row, b.window_ns) for row in seen]
     rows += [
-        f"<td class='w'>{p.phase}</td><td>{PHASE_WORDS[p.phase]}</td><td>{SIDES.get(p.side, p.side)}</td>"
+        f"<td class='w'>{term(p.phase)}</td><td>{PHASE_WORDS[p.phase]}</td><td>{SIDES.get(p.side, p.side)}</td>"
         "<td class='n'>not seen</td><td class='n'>-</td><td></td>"
         for p in b.phases
         if p.phase not in {row.phase for row in seen}
     ]
     if b.blackout_ns is not None:
         took = bounds.limited(b.blackout_ns, b.clock.bound_ns, b.clock)
-        rows.append(f"<td>downtime</td><td></td><td></td><td class='n'>{took}</td><td class='n'>100 %</td><td></td>")
+        rows.append(
+            f"<td>{term('downtime')}</td><td></td><td></td><td class='n'>{took}</td><td class='n'>100 %</td><td></td>"
+        )
     took = bounds.limited(b.window_ns, b.window_bound_ns, b.clock)
-    rows.append(f"<td>window</td><td></td><td></td><td class='n'>{took}</td><td></td><td></td>")
+    rows.append(f"<td>{term('window')}</td><td></td><td></td><td class='n'>{took}</td><td></td><td></td>")
     yield table("phases", ("phase", "what happens", "side", "#ms", "#share", ""), rows)
 
 
 def _phase(row: PhaseRow, window: int) -> str:
     return (
-        f"<td class='w'>{row.phase}</td><td>{row.words}</td><td>{SIDES.get(row.side, row.side)}</td>"
+        f"<td class='w'>{term(row.phase)}</td><td>{row.words}</td><td>{SIDES.get(row.side, row.side)}</td>"
         f"<td class='n'>{row.took}</td><td class='n'>{escaped(row.where)}</td>"
         f"<td class='bars'>{_bar(row, window)}</td>"
     )
@@ -127,7 +133,7 @@ def _drawable(spans: Sequence[tuple[int, int]], window: int) -> Iterator[tuple[i
 def glance(b: Breakdown) -> Iterator[str]:
     """The rows that the terminal report prints below the phases."""
     rows = [
-        f"<td>{escaped(row.label)}</td><td class='why'>{escaped(row.text, 2000)}</td>"
+        f"<td>{term(printable(row.label))}</td><td class='why'>{escaped(row.text, 2000)}</td>"
         for row in details.rows(b)
         if not row.verbose
     ]
@@ -181,9 +187,7 @@ def _rearm(final: FinalFetch) -> Iterator[str]:
     bounds = f" ± {milliseconds(rearm.error_ns)}" if rearm.error_ns else ""
     yield f"<p><b>Avoidable: {milliseconds(rearm.ns)}{bounds} ms</b> of it re-armed {rearm.pages} pages that no vCPU "
     yield f"could write to any more: {rearm.ms_per_gib:.3g} ms/GiB, {rearm.ns_per_page:.3g} ns/page.</p>\n"
-    rows = [
-        f"<td class='w'>{escaped(r.what)}</td><td>{escaped(r.figure)}</td><td>{escaped(r.source)}</td>" for r in REARM
-    ]
+    rows = [f"<td>{escaped(r.what)}</td><td>{escaped(r.figure)}</td><td>{escaped(r.source)}</td>" for r in REARM]
     yield table("rearm", ("for comparison", "figure", "source"), rows)
 
 
@@ -320,15 +324,28 @@ def completeness(b: Breakdown) -> Iterator[str]:
 
 def table(name: str, head: Sequence[str], rows: Iterable[str]) -> str:
     """A table, nothing without rows; a `#` before a column's name aligns it as numbers."""
-    lines = [f"<tr>{row}</tr>\n" for row in rows]
+    lines = [f"<tr>{_labelled(row, head)}</tr>\n" for row in rows]
     if not lines:
         return ""
     cells = "".join(
-        f"<th class='n' scope='col'>{h[1:]}</th>" if h.startswith("#") else f"<th scope='col'>{h}</th>" for h in head
+        f"<th class='n' scope='col'>{term(h[1:])}</th>"
+        if h.startswith("#")
+        else f"<th scope='col'>{term(h)}</th>"
+        if h
+        else "<td></td>"
+        for h in head
     )
-    whole = f"<div class='scroll'><table id='{name}'>\n<thead><tr>{cells}</tr></thead>\n"
+    wide = " class='wide'" if len(head) > _WIDE else ""
+    whole = f"<div class='scroll'><table id='{name}'{wide}>\n<thead><tr>{cells}</tr></thead>\n"
     whole += f"<tbody>\n{''.join(lines)}</tbody></table></div>\n"
     return whole if len(lines) <= _MANY else f"<details><summary>{len(lines)} rows</summary>\n{whole}</details>\n"
+
+
+def _labelled(row: str, head: Sequence[str]) -> str:
+    """The cells of a row with the heads of their columns: on a narrow screen, a row is a list of them."""
+    first, *cells = row.split("<td")
+    labels = (html.escape(h.lstrip("#")) for h in head)
+    return first + "".join(f"<td data-label='{label}'{cell}" for label, cell in zip(labels, cells, strict=False))
 
 
 def slot_name(slot: int) -> str:

@@ -24,11 +24,16 @@
   const x = (ns) => gutter + ((ns - from) / (to - from)) * (width - gutter);
   const at = (px) => from + ((px - gutter) / (width - gutter)) * (to - from);
 
-  function readColours() {
-    const style = getComputedStyle(document.documentElement);
+  // On paper the colours are light, whatever the screen's are.
+  function readColours(onPaper) {
+    const light = document.createElement("div");
+    light.className = "light";
+    document.body.append(light);
+    const style = getComputedStyle(onPaper ? light : document.documentElement);
     for (const name of ["page", "text", "soft", "line", "band", "blackout", "source", "destination", "both", "unknown",
       "vcpu", "ioctl", "socket", "wait", "slot", "segment", "mark", "warn"])
       colours[name] = style.getPropertyValue("--" + name).trim();
+    light.remove();
   }
 
   function layout() {
@@ -142,6 +147,7 @@
         cells.forEach((text, at) => {
           const td = document.createElement("td");
           td.textContent = text;
+          td.dataset.label = ["lane", "call", "at ms", "ms", "details"][at];
           if (at === 2 || at === 3) td.className = "n";
           tr.append(td);
         });
@@ -172,18 +178,24 @@
     redraw();
   }
 
+  let pointer = null;  // where the pointer is over the canvas, in px from its left
+
+  function leave() { pointer = null; tip.hidden = true; }
+
   function point(event) {
     const area = canvas.getBoundingClientRect();
     const index = Math.floor((event.clientY - area.top - AXIS) / row), px = event.clientX - area.left;
+    pointer = px;
     const one = data.lanes[index];
-    if (!one || px < gutter) return;
+    if (!one) { tip.hidden = true; return; }
     const slack = 3 * (to - from) / width, ns = at(px);
     const i = firstAfter(one.v, ns - slack) * STRIDE;
-    if (i < one.v.length && one.v[i] <= ns + slack)
+    if (px >= gutter && i < one.v.length && one.v[i] <= ns + slack)
       tip.textContent = one.label + ": " + data.names[one.v[i + 2]] + " from " + ms(one.v[i]) + " for " +
         ms(one.v[i + 1] - one.v[i]) + (data.notes[one.v[i + 3]] ? "; " + data.notes[one.v[i + 3]] : "");
     else
-      tip.textContent = one.label + " at " + ms(ns);
+      tip.textContent = px < gutter ? one.label : one.label + " at " + ms(ns);
+    besidePointer(tip, event.clientX + 14, event.clientY - 10, event.clientY + 16);
   }
 
   const fingers = new Map();
@@ -207,6 +219,7 @@
   });
   for (const name of ["pointerup", "pointercancel"])
     canvas.addEventListener(name, (event) => fingers.delete(event.pointerId));
+  canvas.addEventListener("pointerleave", leave);
   canvas.addEventListener("wheel", (event) => {
     if (event.ctrlKey || event.metaKey) {
       event.preventDefault();
@@ -216,18 +229,27 @@
       move((event.deltaX / width) * (to - from));
     }
   }, { passive: false });
-  canvas.addEventListener("keydown", (event) => {
-    const middle = (from + to) / 2, span = to - from;
-    const act = { "+": () => zoom(0.5, middle), "=": () => zoom(0.5, middle), "-": () => zoom(2, middle),
-      ArrowLeft: () => move(-span / 8), ArrowRight: () => move(span / 8), Home: () => show(around) }[event.key];
+  const keys = document.getElementById("keys");
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || keys.open) return;
+    if (event.target.closest("input, textarea, select, [contenteditable]")) return;
+    const span = to - from, centre = pointer === null ? (from + to) / 2 : at(Math.max(pointer, gutter));
+    const onCanvas = { "+": () => zoom(0.5, centre), "=": () => zoom(0.5, centre), "-": () => zoom(2, centre),
+      ArrowLeft: () => move(-span / 8), ArrowRight: () => move(span / 8), Home: () => show(around) };
+    const anywhere = { w: () => zoom(0.8, centre), s: () => zoom(1.25, centre), a: () => move(-span / 10),
+      d: () => move(span / 10), "?": () => keys.showModal() };
+    const act = anywhere[event.key.toLowerCase()] || (event.target === canvas ? onCanvas[event.key] : undefined);
     if (act) { event.preventDefault(); act(); }
   });
 
   function show(range) { [from, to] = range; redraw(); }
   const buttons = { "zoom-in": () => zoom(0.5, (from + to) / 2), "zoom-out": () => zoom(2, (from + to) / 2),
-    "show-window": () => show(around), "show-all": () => show(whole) };
+    "show-window": () => show(around), "show-all": () => show(whole),
+    "show-keys": () => keys.showModal() };
   for (const [id, act] of Object.entries(buttons)) document.getElementById(id).addEventListener("click", act);
 
+  window.addEventListener("beforeprint", () => { leave(); readColours(true); draw(); });
+  window.addEventListener("afterprint", () => { readColours(); redraw(); });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); redraw(); });
   new ResizeObserver(layout).observe(box);
   readColours();

@@ -34,7 +34,7 @@ class Browser:
 
     def open(self, page: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         """Loads a file and waits until it is loaded and drawn."""
-        self._cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._cdp("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": scheme}])
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._cdp("Emulation.setDeviceMetricsOverride", **metrics)
         self._call("/url", {"url": page.as_uri()})
@@ -52,6 +52,32 @@ class Browser:
     def complaints(self) -> list[str]:
         """The messages in the browser's console since the last call."""
         return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
+
+    def move(self, x: float, y: float) -> None:
+        """Moves the mouse, in px from the left and the top of what is in view."""
+        self._cdp("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.drawn()
+
+    def press(self, key: str) -> None:
+        """Presses and releases a key, named as in DOM events."""
+        text = {"text": key} if len(key) == 1 else {}
+        self._cdp("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+        self._cdp("Input.dispatchKeyEvent", type="keyUp", key=key)
+        self.drawn()
+
+    def paper(self) -> None:
+        """From now on the page is as on paper, with the events of printing."""
+        self.run("window.dispatchEvent(new Event('beforeprint'))")
+        self._cdp("Emulation.setEmulatedMedia", media="print")
+        self.drawn()
+
+    def violations(self, axe: Path) -> list[str]:
+        """What axe-core, a script, finds wrong with the page: the rule and an element."""
+        self.run(axe.read_text())
+        script = """const done = arguments[0];
+            axe.run(document).then((found) => done(found.violations.map((v) => v.id + ": " + v.nodes[0].html)))"""
+        found: list[str] = self._call("/execute/async", {"script": script, "args": []})
+        return found
 
     def screenshot(self, file: Path) -> None:
         """A PNG of what is in view."""

@@ -139,7 +139,7 @@ def test_hostile_names_do_nothing(chromium: Browser, tmp_path: Path) -> None:
         found.breakdown, waits=[Wait(phase=HOSTILE, thread=HOSTILE, duration_ns=1, stack=[HOSTILE])]
     )
     text = html.render(b, view(found))
-    assert text.count("</script>") == 2 and "\x1b" not in text and "\u202e" not in text and "<img" not in text
+    assert text.count("</script>") == 3 and "\x1b" not in text and "\u202e" not in text and "<img" not in text
     chromium.open(page(tmp_path, b, view(found)))
     chromium.run("document.getElementById('show-all').click()")
     chromium.drawn()

@@ -22,7 +22,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import AnyEvent, OffCpu, Samples, Thread
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import folded, pprof, speedscope
-from tests.conftest import requires
+from tests.conftest import npm_package, requires
 from tests.unit.commands.test_cli import run
 from tests.unit.report.test_replay import DATA, RECORDINGS
 
@@ -168,8 +168,9 @@ def test_speedscope_reads_it() -> None:
 @requires("speedscope (npm -g)")
 def test_speedscope_is_valid_by_its_published_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="missing: jsonschema (PyPI)")
-    root = subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=True).stdout.strip()
-    schema = json.loads((Path(root) / "speedscope/dist/release/file-format-schema.json").read_text())
+    folder = npm_package("speedscope")
+    assert folder is not None
+    schema = json.loads((folder / "dist/release/file-format-schema.json").read_text())
     for analysis in (hostile(), loaded(DATA / "qemu-7.2-cancelled.rec")[1]):
         jsonschema.validate(json.loads(speedscope.render(observe(analysis), "x")), schema)
 
