@@ -25,6 +25,7 @@ from ebpf_mig import __version__
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run as tracing
 from ebpf_mig.commands.child import Child
+from ebpf_mig.commands.diff import shown
 from ebpf_mig.commands.options import DURATION, examples, format_option, write_result
 from ebpf_mig.compare.benchmark import Benchmark, Run, encode
 from ebpf_mig.errors import RecordingError, UsageError, VmmError
@@ -34,8 +35,7 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.process import private_directory
 from ebpf_mig.recording.file import read_recording
-from ebpf_mig.report import compare_markdown, compare_rows
-from ebpf_mig.report.compare import bench_table
+from ebpf_mig.report import compare_rows
 from ebpf_mig.vmm import adapter, with_lab
 from ebpf_mig.vmm.adapter import Adapter
 
@@ -70,7 +70,7 @@ _EXAMPLES = examples(
 @click.option(
     "--timeout", type=DURATION, default="60s", show_default=True, help="Stop waiting for a migration after this."
 )
-@format_option("text", "markdown")
+@format_option("text", "markdown", "html")
 def command(
     words: Sequence[str],
     runs: int,
@@ -101,8 +101,7 @@ def command(
         if kept:
             result = msgspec.structs.replace(about, warm_up=warm_up, runs=kept)
             write_result(encode(result), name, force=force)
-            sheet = compare_rows.of_bench(result)
-            write_result(bench_table(sheet) if form == "text" else compare_markdown.render(sheet))
+            write_result(shown(compare_rows.of_bench(result), form))
             tracing.say(f"result: {name}; compare it with: ebpf-mig diff OTHER {name}")
     if all(run.breakdown is None for run in kept):
         raise VmmError(f"no run made a recording that can be analysed: {kept[-1].error}")

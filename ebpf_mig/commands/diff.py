@@ -9,16 +9,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from ebpf_mig.commands.options import examples, format_option, write_result
 from ebpf_mig.compare.benchmark import Benchmark, decode, of_recording
-from ebpf_mig.compare.diff import Difference, Ruling, agreed, compare, parse_condition, rule
+from ebpf_mig.compare.diff import Difference, Ruling, judge, parse_condition
 from ebpf_mig.errors import RegressionError, UsageError
 from ebpf_mig.recording.format import MAGIC
 from ebpf_mig.text import printable
+
+if TYPE_CHECKING:
+    from ebpf_mig.report.compare_rows import Sheet
 
 _RESULT_MOST_BYTES = 1 << 30
 
@@ -39,7 +43,7 @@ _EXAMPLES = examples(
     metavar="CONDITION",
     help="Exit with 6 if this holds and chance does not explain it: FIGURE.{p50,p95,max,min}>{+5%,+2ms,80ms}.",
 )
-@format_option("text", "json", "markdown")
+@format_option("text", "json", "markdown", "html")
 def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     """Compare two benchmarks, phase by phase: B against A.
 
@@ -47,19 +51,32 @@ def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     """
     wanted = [parse_condition(text) for text in conditions]
     before, after = load(a), load(b)
-    rulings = rule(wanted, before, after)
-    differences = agreed(compare(before, after), rulings)
+    differences, rulings = judge(before, after, wanted)
     if form == "json":
         write_result(_json(differences, rulings))
     else:
-        from ebpf_mig.report import compare as tables
-        from ebpf_mig.report import compare_markdown, compare_rows
+        from ebpf_mig.report import compare_rows
 
-        sheet = compare_rows.of_diff((a, b), (before, after), differences, rulings)
-        write_result(tables.diff_table(sheet) if form == "text" else compare_markdown.render(sheet))
+        write_result(shown(compare_rows.of_diff((a, b), (before, after), differences, rulings), form))
     broken = [f"{r.condition.text} ({r.why})" for r in rulings if r.failed]
     if broken:
         raise RegressionError("regression: " + "; ".join(broken))
+    undecided = [r for r in rulings if r.undecided]
+    if undecided:
+        raise UsageError(
+            f"too few runs to judge {', '.join(r.condition.text for r in undecided)}",
+            f"{max(r.needed for r in undecided)} completed runs on each side can decide",
+        )
+
+
+def shown(sheet: Sheet, form: str) -> str:
+    """A comparison, or the figures of a benchmark, as text, markdown or html."""
+    from ebpf_mig.report import compare as tables
+    from ebpf_mig.report import compare_html, compare_markdown
+
+    if form == "text":
+        return tables.diff_table(sheet) if sheet.about else tables.bench_table(sheet)
+    return compare_html.render(sheet) if form == "html" else compare_markdown.render(sheet)
 
 
 def load(name: str) -> Benchmark:
@@ -89,4 +106,5 @@ def _json(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> str:
 
 
 def _plain(ruling: Ruling) -> dict[str, object]:
-    return {"condition": ruling.condition.text, "failed": ruling.failed, "why": ruling.why}
+    about = {"condition": ruling.condition.text, "failed": ruling.failed, "undecided": ruling.undecided}
+    return {**about, "why": ruling.why, "p": ruling.p}

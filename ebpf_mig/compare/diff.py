@@ -3,22 +3,22 @@
 
 In: two `Benchmark`s, conditions such as `blackout.p50>+5%`. Out: `Difference`s and `Ruling`s. A change counts as a
 difference only if a permutation test finds it (corrected for the number of figures) and it exceeds the noise. The noise
-is how far two series like A differ by chance. With fewer than four runs on a side the verdict is "too few runs".
+is how far two series like A differ by chance. Where even samples that do not overlap could not be told apart, the
+verdict is "cannot tell", and so is the gate's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
+from typing import NamedTuple
 
 from ebpf_mig.compare import stats
 from ebpf_mig.compare.benchmark import FIGURES, Benchmark
 from ebpf_mig.errors import UsageError
-
-SIGNIFICANT = 0.05
 
 _STATISTICS: dict[str, stats.Statistic] = {
     "p50": stats.median,
@@ -42,8 +42,8 @@ class Finding(StrEnum):
     """B is shorter, beyond chance and noise."""
     NO_DIFFERENCE = "no difference"
     """Chance and noise can explain the change."""
-    TOO_FEW_RUNS = "too few runs"
-    """Too few runs for a test."""
+    CANNOT_TELL = "cannot tell"
+    """Too few runs: no difference, however large, would be significant."""
     NOT_MEASURED = "not measured"
     """One side did not measure the figure."""
 
@@ -57,11 +57,15 @@ class Difference:
     before: float
     after: float
     p: float
-    """The permutation test's p, corrected for the number of figures."""
+    """The permutation test's p, corrected for the number of tests; 1 if there is none."""
+    raw_p: float
+    """The same before the correction."""
     effect: float
     """Cliff's delta; positive: B is larger."""
     noise: float
     verdict: Finding
+    needed: int
+    """Runs on each side that can show a difference."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ class Ruling:
     why: str
     p: float | None = None
     """The permutation test's p, corrected for the number of conditions; None if the condition is on B alone."""
+    undecided: bool = False
+    """There are too few runs to judge a change."""
+    needed: int = 0
+    """Runs on each side that can decide; 0 if the condition is on B alone."""
 
 
 def parse_condition(text: str) -> Condition:
@@ -105,85 +113,88 @@ def parse_condition(text: str) -> Condition:
     return Condition(text.strip(), match["figure"], match["statistic"], relative, percent, limit)
 
 
+class _Test(NamedTuple):
+    """A permutation test of one figure."""
+
+    raw_p: float
+    p: float
+    tests: int
+    """How many tests `p` is corrected for."""
+
+
+_Samples = Mapping[str, tuple[Sequence[int], Sequence[int]]]
+
+
+def judge(a: Benchmark, b: Benchmark, conditions: Sequence[Condition] = ()) -> tuple[list[Difference], list[Ruling]]:
+    """The difference of every figure, and the result of every condition. UsageError if B did not measure one.
+
+    A median on which there is a condition has one test, which both use: conditions are few and were fixed in advance,
+    so their p needs less correction than that of all figures.
+    """
+    samples: _Samples = {figure: (a.sample(figure), b.sample(figure)) for figure in FIGURES}
+    changes = [c for c in dict.fromkeys(conditions) if c.relative]
+    planned = dict(zip(changes, _tests([_p(c, samples) for c in changes]), strict=True))
+    tests = {c.figure: test for c, test in planned.items() if c.statistic == "p50"}
+    rest = [name for name, (x, y) in samples.items() if name not in tests and x and y and any((*x, *y))]
+    tests |= dict(zip(rest, _tests([stats.rank_p(*samples[name]) for name in rest]), strict=True))
+    rulings = [_rule(c, *samples[c.figure], planned.get(c)) for c in conditions]
+    return [_difference(name, x, y, tests.get(name, _Test(1.0, 1.0, 1))) for name, (x, y) in samples.items()], rulings
+
+
 def compare(a: Benchmark, b: Benchmark) -> list[Difference]:
-    """The difference of every figure."""
-    samples = [(figure, a.sample(figure), b.sample(figure)) for figure in FIGURES]
-    tested = [i for i, (_, x, y) in enumerate(samples) if _enough(x, y)]
-    corrected = stats.holm([stats.rank_p(samples[i][1], samples[i][2]) for i in tested])
-    p_of = dict(zip(tested, corrected, strict=True))
-    return [_difference(figure, x, y, p_of.get(i, 1.0)) for i, (figure, x, y) in enumerate(samples)]
+    """The difference of every figure, without conditions."""
+    return judge(a, b)[0]
 
 
-def _difference(figure: str, x: Sequence[int], y: Sequence[int], p: float) -> Difference:
-    runs = (len(x), len(y))
-    if not x or not y:
-        before, after = (float(stats.median(v)) if v else 0.0 for v in (x, y))
-        return Difference(figure, runs, before, after, 1.0, 0.0, 0.0, Finding.NOT_MEASURED)
-    before, after = float(stats.median(x)), float(stats.median(y))
-    noise, effect = stats.noise_floor(x, len(y)), stats.effect_size(x, y)
-    verdict = Finding.TOO_FEW_RUNS
-    if _enough(x, y):
-        apart = p < SIGNIFICANT and abs(after - before) > noise
-        changed = Finding.SLOWER if after > before else Finding.FASTER
-        verdict = changed if apart else Finding.NO_DIFFERENCE
-    return Difference(figure, runs, before, after, p, effect, noise, verdict)
+def _tests(raw: Sequence[float]) -> list[_Test]:
+    return [_Test(one, corrected, len(raw)) for one, corrected in zip(raw, stats.holm(raw), strict=True)]
 
 
-def rule(conditions: Sequence[Condition], a: Benchmark, b: Benchmark) -> list[Ruling]:
-    """Judges every condition; UsageError if there are not enough runs to judge one."""
-    for condition in conditions:
-        x, y = a.sample(condition.figure), b.sample(condition.figure)
-        if not y or (condition.relative and not _enough(x, y)):
-            raise UsageError(
-                f"{condition.text} cannot be judged from {len(x)} and {len(y)} runs that measured {condition.figure}",
-                f"a change needs {stats.MIN_RUNS} completed runs on each side, a limit on B needs one run in B",
-            )
-    changes = [c for c in conditions if c.relative]
-    corrected = dict(zip(changes, stats.holm([_p(c, a, b) for c in changes]), strict=True))
-    return [_rule(c, a.sample(c.figure), b.sample(c.figure), corrected.get(c)) for c in conditions]
-
-
-def _p(condition: Condition, a: Benchmark, b: Benchmark) -> float:
-    x, y = a.sample(condition.figure), b.sample(condition.figure)
-    if condition.statistic == "p50":
+def _p(condition: Condition, samples: _Samples) -> float:
+    x, y = samples[condition.figure]
+    if condition.statistic == "p50" or not x or not y:
         return stats.rank_p(x, y)
     return stats.permutation_p(x, y, _STATISTICS[condition.statistic])
 
 
-def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], p: float | None) -> Ruling:
+def _difference(figure: str, x: Sequence[int], y: Sequence[int], test: _Test) -> Difference:
+    runs, needed = (len(x), len(y)), stats.runs_needed(test.tests)
+    before, after = (float(stats.median(v)) if v else 0.0 for v in (x, y))
+    if not x or not y:
+        return Difference(figure, runs, before, after, 1.0, 1.0, 0.0, 0.0, Finding.NOT_MEASURED, needed)
+    noise, effect = stats.noise_floor(x, len(y)), stats.effect_size(x, y)
+    verdict = Finding.CANNOT_TELL
+    if stats.can_decide(runs, test.tests):
+        apart = test.p < stats.SIGNIFICANT and abs(after - before) > noise
+        changed = Finding.SLOWER if after > before else Finding.FASTER
+        verdict = changed if apart else Finding.NO_DIFFERENCE
+    return Difference(figure, runs, before, after, test.p, test.raw_p, effect, noise, verdict, needed)
+
+
+def _rule(condition: Condition, x: Sequence[int], y: Sequence[int], test: _Test | None) -> Ruling:
+    if not y or (condition.relative and not x):
+        raise UsageError(
+            f"{condition.text} cannot be judged from {len(x)} and {len(y)} runs that measured {condition.figure}",
+            "a change needs completed runs on each side, a limit on B needs one run in B",
+        )
     statistic = _STATISTICS[condition.statistic]
     after = float(statistic(y))
-    if p is None:
+    if test is None:
         failed = after > condition.limit
         return Ruling(condition, failed, f"B is {after / 1e6:.3f} ms")
     before = float(statistic(x))
-    change = after - before
+    change, needed = after - before, stats.runs_needed(test.tests)
     limit = float(condition.limit) * (before / 100 if condition.percent else 1)
     share = f"{100 * change / before:+.1f} %, " if before else ""
-    why = f"{before / 1e6:.3f} -> {after / 1e6:.3f} ms, {share}p = {p:.4f}"
+    why = f"{before / 1e6:.3f} -> {after / 1e6:.3f} ms, {share}p = {test.raw_p:.4f}, corrected {test.p:.4f}"
+    if not stats.can_decide((len(x), len(y)), test.tests):
+        few = f"{why}: cannot tell (n = {len(x) + len(y)}); {needed} runs on each side can decide"
+        return Ruling(condition, False, few, test.p, True, needed)
     if change <= limit:
-        return Ruling(condition, False, why)
-    if p >= SIGNIFICANT:
-        return Ruling(condition, False, f"{why}: the difference may be chance")
+        return Ruling(condition, False, why, test.p, needed=needed)
+    if test.p >= stats.SIGNIFICANT:
+        return Ruling(condition, False, f"{why}: the difference may be chance", test.p, needed=needed)
     noise = stats.noise_floor(x, len(y), statistic)
     if change <= noise:
-        return Ruling(condition, False, f"{why}: within the noise of {noise / 1e6:.3f} ms")
-    return Ruling(condition, True, why, p)
-
-
-def agreed(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> list[Difference]:
-    """The differences, with the verdict "slower" for each median that a condition forbids.
-
-    The conditions are few and were fixed in advance, so their p needs less correction than that of all figures.
-    """
-    failed = {
-        r.condition.figure: r.p for r in rulings if r.failed and r.condition.statistic == "p50" and r.p is not None
-    }
-    return [
-        replace(d, verdict=Finding.SLOWER, p=min(d.p, failed[d.figure])) if d.figure in failed else d
-        for d in differences
-    ]
-
-
-def _enough(x: Sequence[int], y: Sequence[int]) -> bool:
-    return min(len(x), len(y)) >= stats.MIN_RUNS
+        return Ruling(condition, False, f"{why}: within the noise of {noise / 1e6:.3f} ms", test.p, needed=needed)
+    return Ruling(condition, True, why, test.p, needed=needed)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 __all__ = ["bootstrap_interval", "effect_size", "effect_word", "holm", "median", "noise_floor", "p95"]
-__all__ += ["permutation_p", "quantile", "rank_p"]
+__all__ += ["can_decide", "permutation_p", "quantile", "rank_p", "runs_needed"]
 
 Statistic = Callable[[Sequence[float]], float]
 
+SIGNIFICANT = 0.05
 MIN_RUNS = 4
 """With fewer values, no permutation test can reach the 5 % level: 2 / C(6, 3) = 0.1, 2 / C(8, 4) = 0.03."""
 
@@ -97,6 +98,24 @@ def permutation_p(a: Sequence[float], b: Sequence[float], statistic: Statistic) 
         draw.shuffle(pooled)
         hits += apart(pooled[:size], lambda: pooled[size:]) >= seen
     return hits / (draws + 1)
+
+
+def can_decide(sizes: tuple[int, int], tests: int) -> bool:
+    """Whether samples of these sizes can differ significantly after Holm's correction for that many tests.
+
+    Even samples that do not overlap have a p: that of the two most extreme assignments of the labels. Sizes below
+    MIN_RUNS cannot, whatever the other side's.
+    """
+    if min(sizes) < MIN_RUNS:
+        return False
+    ways = math.comb(sum(sizes), sizes[0])
+    least = 2 / ways if ways <= _EXACT else 1 / ((_DRAWS if sum(sizes) <= _LARGE else _DRAWS_LARGE) + 1)
+    return least * tests < SIGNIFICANT
+
+
+def runs_needed(tests: int) -> int:
+    """The smallest number of runs on each side that `can_decide`."""
+    return next(count for count in itertools.count(MIN_RUNS) if can_decide((count, count), tests) or count > _LARGE)
 
 
 def effect_size(a: Sequence[float], b: Sequence[float]) -> float:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from ebpf_mig.report.compare_rows import Sheet
 
 _WIDTH = 80
-_NARROWEST = 6
-"""Columns of a number."""
 
 
 def bench_table(sheet: Sheet) -> str:
@@ -39,9 +37,10 @@ def _table(sheet: Sheet) -> Iterator[str]:
     numbers = [name.startswith("#") for name in sheet.head]
     rows = [tuple(name.lstrip("#") for name in sheet.head), *(line.cells for line in sheet.lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    between = "  " if sum(widths) + 2 * (len(widths) - 1) <= _WIDTH else " "
     for row in rows:
         cells = (
-            f"{cell:>{max(width, _NARROWEST)}}" if number else f"{cell:{width}}"
+            f"{cell:>{width}}" if number else f"{cell:{width}}"
             for cell, width, number in zip(row, widths, numbers, strict=True)
         )
-        yield "  ".join(cells).rstrip()
+        yield between.join(cells).rstrip()

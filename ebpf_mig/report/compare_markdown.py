@@ -18,7 +18,7 @@ _MOST_CONDITIONS, _MOST_NOTES = 6, 3
 
 def render(sheet: Sheet) -> str:
     """The comment with a final newline; the same sheet gives the same bytes."""
-    gate = sorted(sheet.gate, key=lambda one: one.outcome != "FAIL")
+    gate = sorted(sheet.gate, key=lambda one: ("FAIL", "cannot tell", "pass").index(one.outcome))
     seen, folded = [*_top(sheet, gate[:_MOST_CONDITIONS])], [*_gate(gate[_MOST_CONDITIONS:])]
     notes = [f"> {escaped(note)}" for note in sheet.notes[:_MOST_NOTES]]
     after = [line for note in notes for line in (note, "")]

@@ -29,13 +29,15 @@ class Line(NamedTuple):
     """It is shown where there is no room for all rows."""
     clear: bool = False
     """It says that there is a difference."""
+    samples: tuple[list[int], ...] = ()
+    """The values of single runs in ns, for each side."""
 
 
 class Gate(NamedTuple):
     """The outcome of one condition."""
 
     outcome: str
-    """`pass` or `FAIL`."""
+    """`pass`, `FAIL` or `cannot tell`."""
     condition: str
     why: str
 
@@ -72,7 +74,7 @@ def _figures(benchmark: Benchmark) -> Iterator[Line]:
         low, high = stats.bootstrap_interval(sample)
         middle, late = stats.median(sample), stats.p95(sample)
         cells = (figure, str(len(sample)), _ms(middle), _ms(late), f"{_ms(low)} .. {_ms(high)}")
-        yield Line(cells, figure in HEADLINES)
+        yield Line(cells, figure in HEADLINES, samples=(sample,))
 
 
 def _blemishes(benchmark: Benchmark) -> Iterator[str]:
@@ -102,12 +104,12 @@ def of_diff(
 ) -> Sheet:
     """Both medians, the change, the noise, the p-value and the verdict of each figure; the gate."""
     about = [f"{letter}  {printable(name)}: {_facts(b)}" for letter, name, b in zip("AB", names, pair, strict=True)]
-    head = ("figure", "#A ms", "#B ms", "#change", "#noise", "#p", "verdict")
-    lines = [_line(d) for d in differences if d.verdict != Finding.NOT_MEASURED and (d.before or d.after)]
+    head = ("figure", "#A ms", "#B ms", "#change", "#noise", "#p", "#p corr", "verdict")
+    lines = [_line(d, pair) for d in differences if d.verdict != Finding.NOT_MEASURED and (d.before or d.after)]
     missing = [d.figure for d in differences if d.verdict == Finding.NOT_MEASURED]
     notes = [f"not measured on both sides: {', '.join(missing)}"] if missing else []
     results = _results(differences)
-    gate = [Gate("FAIL" if r.failed else "pass", printable(r.condition.text), printable(r.why, 400)) for r in rulings]
+    gate = [Gate(_outcome(r), printable(r.condition.text), printable(r.why, 400)) for r in rulings]
     return Sheet(_verdict(gate) or results[0].capitalize(), about, head, lines, notes, results, gate)
 
 
@@ -115,21 +117,35 @@ def _facts(benchmark: Benchmark) -> str:
     return ", ".join(filter(None, (printable(benchmark.scenario), runs(benchmark), printable(benchmark.kernel))))
 
 
-def _line(d: Difference) -> Line:
+def _outcome(ruling: Ruling) -> str:
+    return "cannot tell" if ruling.undecided else "FAIL" if ruling.failed else "pass"
+
+
+def _line(d: Difference, pair: tuple[Benchmark, Benchmark]) -> Line:
     change = f"{100 * (d.after - d.before) / d.before:+.1f}%" if d.before else "new"
-    sure = (_ms(d.noise), f"{d.p:.4f}") if d.verdict != Finding.TOO_FEW_RUNS else ("-", "-")
     clear = d.verdict in CLEAR
-    verdict = f"{d.verdict} ({stats.effect_word(d.effect)})" if clear else str(d.verdict)
-    return Line((d.figure, _ms(d.before), _ms(d.after), change, *sure, verdict), clear or d.figure in HEADLINES, clear)
+    verdict = str(d.verdict)
+    sure = (_ms(d.noise), f"{d.raw_p:.4f}", f"{d.p:.4f}")
+    if d.verdict == Finding.CANNOT_TELL:
+        verdict += f" (n = {sum(d.runs)})"
+        sure = ("-", "-", "-")
+    cells = (d.figure, _ms(d.before), _ms(d.after), change, *sure, verdict)
+    a, b = (side.sample(d.figure) for side in pair)
+    return Line(cells, clear or d.figure in HEADLINES, clear, (a, b))
 
 
 def _results(differences: Sequence[Difference]) -> list[str]:
     """The differences that are clear, or why there is none."""
     clear = [d for d in differences if d.verdict in CLEAR]
     if clear:
-        return [f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms" for d in clear]
-    if all(d.verdict in (Finding.TOO_FEW_RUNS, Finding.NOT_MEASURED) for d in differences):
-        return [f"too few runs to tell: {stats.MIN_RUNS} completed ones are needed on each side"]
+        return [
+            f"{d.figure} is {d.verdict} by {_ms(abs(d.after - d.before))} ms ({stats.effect_word(d.effect)} effect)"
+            for d in clear
+        ]
+    measured = [d for d in differences if d.verdict != Finding.NOT_MEASURED and (d.before or d.after)]
+    if all(d.verdict == Finding.CANNOT_TELL for d in measured):
+        needed = max((d.needed for d in measured), default=stats.MIN_RUNS)
+        return [f"cannot tell: {needed} completed runs on each side can show a difference"]
     return ["no median differs"]
 
 
@@ -138,8 +154,10 @@ def _verdict(gate: Sequence[Gate]) -> str:
     if not gate:
         return ""
     conditions = f"{len(gate)} condition{'s' if len(gate) != 1 else ''}"
-    failed = sum(one.outcome == "FAIL" for one in gate)
-    return f"Gate failed: {failed} of {conditions}" if failed else f"Gate passed: {conditions}"
+    failed, open_ = (sum(one.outcome == outcome for one in gate) for outcome in ("FAIL", "cannot tell"))
+    if failed:
+        return f"Gate failed: {failed} of {conditions}"
+    return f"Gate cannot tell: {open_} of {conditions}" if open_ else f"Gate passed: {conditions}"
 
 
 def _ms(ns: float) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.compare.benchmark import FIGURES, Benchmark, Run, decode, encode, value_of
-from ebpf_mig.compare.diff import Difference, agreed, compare, parse_condition, rule
+from ebpf_mig.compare.diff import Condition, Ruling, compare, judge, parse_condition
 from ebpf_mig.errors import UsageError
 from ebpf_mig.report.compare import bench_table, diff_table
 from ebpf_mig.report.compare_rows import of_bench, of_diff
@@ -39,8 +39,12 @@ def bench(count: int, seed: int, by_ms: float = 0.0, spread_ms: float = 0.5) -> 
     return Benchmark(scenario="test", kernel="6.1", runs=[Run(breakdown=b) for b in found])
 
 
-def shown(a: Benchmark, b: Benchmark, found: list[Difference] | None = None) -> str:
-    return diff_table(of_diff(("a", "b"), (a, b), compare(a, b) if found is None else found))
+def shown(a: Benchmark, b: Benchmark, *conditions: str) -> str:
+    return diff_table(of_diff(("a", "b"), (a, b), *judge(a, b, [parse_condition(text) for text in conditions])))
+
+
+def rule(conditions: list[Condition], a: Benchmark, b: Benchmark) -> list[Ruling]:
+    return judge(a, b, conditions)[1]
 
 
 def verdicts(a: Benchmark, b: Benchmark) -> dict[str, str]:
@@ -64,19 +68,59 @@ def test_equals_do_not_differ() -> None:
 def test_a_median_that_fails_its_condition_is_not_called_the_same() -> None:
     """With four runs each, one planned comparison finds a difference that a table of all figures cannot find."""
     a, b = bench(4, 1), bench(4, 2, by_ms=9)
-    assert verdicts(a, b)["blackout"] == "no difference"
-    rulings = rule([parse_condition("blackout.p50>+5%")], a, b)
+    assert verdicts(a, b)["blackout"] == "cannot tell"
+    found, rulings = judge(a, b, [parse_condition("blackout.p50>+5%")])
     assert rulings[0].failed
-    found = agreed(compare(a, b), rulings)
     assert {d.figure: d.verdict for d in found}["blackout"] == "slower"
-    assert "blackout is slower by" in shown(a, b, found)
-    assert [d for d in agreed(compare(a, b), []) if d.verdict == "slower"] == []
+    assert "blackout is slower by" in shown(a, b, "blackout.p50>+5%")
+
+
+@pytest.mark.parametrize("sizes", [(3, 20), (4, 4), (5, 5), (12, 12)])
+@pytest.mark.parametrize("count", [1, 40])
+def test_gate_and_table_never_contradict_each_other(sizes: tuple[int, int], count: int) -> None:
+    """As many conditions as you like on the same medians: each says what the table says of its figure."""
+    figures = [name for name in FIGURES if name != "fetch"]
+    conditions = [parse_condition(f"{figures[n % len(figures)]}.p50>+{n / 1000}ms") for n in range(count)]
+    for by_ms in (0, 30):
+        a, b = bench(sizes[0], 1), bench(sizes[1], 2, by_ms=by_ms)
+        differences, rulings = judge(a, b, conditions)
+        of = {d.figure: d.verdict for d in differences}
+        for ruling in rulings:
+            verdict = of[ruling.condition.figure]
+            assert ruling.undecided == (verdict == "cannot tell"), ruling.why
+            assert not ruling.failed or verdict == "slower", ruling.why
+            assert ruling.failed or verdict != "slower" or "may be chance" not in ruling.why
+
+
+def test_what_cannot_tell_could_not_have_told() -> None:
+    """Samples that do not overlap at all are the clearest difference there is."""
+    for size in range(1, 9):
+        found = verdicts(bench(size, 1), bench(size, 2, by_ms=1000))["blackout"]
+        assert found == ("slower" if size >= compare(bench(size, 1), bench(size, 2))[0].needed else "cannot tell")
+    assert {compare(bench(4, 1), bench(4, 2))[0].needed} == {6}
 
 
 def test_too_few_runs_say_so() -> None:
-    assert set(verdicts(bench(3, 1), bench(20, 2, by_ms=50)).values()) == {"too few runs"}
-    text = shown(bench(1, 1), bench(1, 2))
-    assert text.endswith("too few runs to tell: 4 completed ones are needed on each side\n")
+    assert set(verdicts(bench(3, 1), bench(20, 2, by_ms=50)).values()) == {"cannot tell"}
+    text = shown(bench(4, 1), bench(4, 2))
+    assert text.endswith("\ncannot tell: 6 completed runs on each side can show a difference\n")
+    table = text.split("\n\n")[1].splitlines()
+    assert len(table) == 16 and all(line.endswith("  cannot tell (n = 8)") for line in table[1:])
+    assert max(map(len, table)) <= 80
+    text = shown(bench(3, 1), bench(3, 2), "blackout.p50>+5%", "total.p50>+5%")
+    gate = [line for line in text.splitlines() if line.startswith("cannot tell  ")]
+    assert len(gate) == 2 and gate[0].endswith("cannot tell (n = 6); 5 runs on each side can decide")
+
+
+def test_raw_and_corrected_p_are_shown() -> None:
+    (row,) = [
+        line.split()
+        for line in shown(bench(10, 1), bench(10, 2, by_ms=5)).splitlines()
+        if line[:8] == "blackout" and "%" in line
+    ]
+    assert row[5] == "0.0002" and float(row[6]) > float(row[5])
+    (ruling,) = rule([parse_condition("blackout.p50>+5%")], bench(12, 1), bench(12, 2, by_ms=5))
+    assert "p = 0.0002, corrected 0.0002" in ruling.why
 
 
 @pytest.mark.parametrize(
@@ -104,8 +148,10 @@ def test_gate_does_not_close_on_noise() -> None:
 
 
 def test_gate_that_cannot_be_judged_is_an_error() -> None:
-    with pytest.raises(UsageError, match="cannot be judged from 3 and 12 runs"):
-        rule([parse_condition("blackout.p50>+5%")], bench(3, 1), bench(12, 2))
+    with pytest.raises(UsageError, match="cannot be judged from 0 and 12 runs"):
+        rule([parse_condition("blackout.p50>+5%")], bench(0, 1), bench(12, 2))
+    (ruling,) = rule([parse_condition("blackout.p50>+5%")], bench(3, 1), bench(12, 2))
+    assert ruling.undecided and not ruling.failed
     (ruling,) = rule([parse_condition("blackout.p50>1s")], bench(0, 1), bench(1, 2))
     assert not ruling.failed
 
@@ -163,6 +209,11 @@ def test_command_exit_codes_and_output(tmp_path: Path) -> None:
     as_json = run("diff", str(a), str(b), "--format", "json", "--fail-if", "blackout.p50>+5%")
     found = msgspec.json.decode(as_json.stdout)
     assert as_json.returncode == 6 and found["rulings"][0]["failed"] is True
+    few = tmp_path / "few.json"
+    few.write_text(encode(bench(3, 1)))
+    open_ = run("diff", str(few), str(b), "--fail-if", "blackout.p50>+5%")
+    assert open_.returncode == 2 and "\ncannot tell  blackout.p50>+5%: " in open_.stdout
+    assert "too few runs to judge blackout.p50>+5%" in open_.stderr and open_.stderr.count("\n") == 1
     assert run("diff", str(a), str(tmp_path / "none")).returncode == 2
     assert run("diff", str(a), str(b), "--fail-if", "rubbish").returncode == 2
 
@@ -170,4 +221,4 @@ def test_command_exit_codes_and_output(tmp_path: Path) -> None:
 def test_recordings_compare_as_single_runs() -> None:
     done = run("diff", str(DATA / "qemu-10.0-tcp.rec"), str(DATA / "qemu-10.0-unix.rec"))
     headline = (DATA / "qemu-10.0-tcp.txt").read_text().splitlines()[0]  # "blackout 45.162 ms"
-    assert done.returncode == 0 and "too few runs to tell" in done.stdout and headline.split()[1] in done.stdout
+    assert done.returncode == 0 and "cannot tell (n = 2)" in done.stdout and headline.split()[1] in done.stdout
