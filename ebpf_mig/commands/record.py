@@ -15,6 +15,7 @@ import click
 
 from ebpf_mig.commands import run
 from ebpf_mig.commands.child import Child
+from ebpf_mig.commands.live import LiveLine
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import clock, procfs
@@ -88,10 +89,11 @@ def command(
             traced = ", ".join(map(str, pids)) or f"begins as soon as {printable(vm or '')} starts"
             run.say(f"tracing {traced}; Ctrl-C stops it")
             reason = "interrupted"
-            witness = Witness(pids)
+            watch, witness = MigrationWatch(pids), Witness(pids)
             arrive = functools.partial(_arrive, session, followed)
             try:
-                reason = session.pump(writer, _until(pids, duration, child, until_eof, witness, arrive))
+                with LiveLine(watch, plain=not until_eof and output != "-", shared=child is not None) as live:
+                    reason = session.pump(writer, _until(pids, duration, child, until_eof, witness, arrive, live))
             finally:
                 try:
                     session.finish(writer, reason, witness.marks())
@@ -148,10 +150,10 @@ def _until(
     until_eof: bool,
     witness: Witness,
     arrive: Callable[[], list[int]],
+    live: LiveLine,
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
     """The condition that ends tracing. While COMMAND runs, the end of a migration does not."""
-    watch = MigrationWatch(pids)
-    known = list(pids)
+    watch, known = live.watch, list(pids)
     begin = clock.monotonic_ns()
     ended = 0
 
@@ -162,6 +164,7 @@ def _until(
             watch.joined(pid)
             witness.joined(pid)
         watch.saw(events)
+        live.show(events)
         now = clock.monotonic_ns()
         witness.look(watch, now)
         if duration_ns is not None and now - begin >= duration_ns:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,6 +18,7 @@ import click
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
+from ebpf_mig.commands.live import LiveLine
 from ebpf_mig.commands.options import say as say  # noqa: PLC0414 - others take it from here
 from ebpf_mig.commands.options import write_result
 from ebpf_mig.commands.report import rendered, require_complete
@@ -121,7 +121,7 @@ def trace_migration(
             thread = threading.Thread(target=_drive, args=(migration, timeout_s, run), name="migration", daemon=True)
             thread.start()
             try:
-                interrupted = _pump_until_done(session, writer, migration, run, progress_line())
+                interrupted = _pump_until_done(session, writer, migration, run)
             except Exception:
                 thread.join()  # tracing has failed; the migration must not
                 raise
@@ -149,22 +149,21 @@ def _drive(migration: Migration, timeout_s: float, run: _Run) -> None:
 
 
 def _pump_until_done(
-    session: Session, writer: RecordingWriter, migration: Migration, run: _Run, progress: Callable[[int], None]
+    session: Session, writer: RecordingWriter, migration: Migration, run: _Run
 ) -> BaseException | None:
     """Pumps events until the migration's thread and the quiet time end. An interruption cancels the migration."""
-    count, give_up_ns = 0, 0
+    give_up_ns = 0
     pids = [target.pid for target in session.targets]
     watch, witness = MigrationWatch(pids), Witness(pids)
+    live = LiveLine(watch)
 
     def until(events: Sequence[AnyEvent]) -> str | None:
-        nonlocal count
-        count += len(events)
-        progress(count)
         for target in migration.appeared():
             session.add(target)
             watch.joined(target.pid)
             witness.joined(target.pid)
         watch.saw(events)
+        live.show(events)
         run.neighbours += witness.meet(watch, clock.monotonic_ns())
         if give_up_ns and not run.ended_ns and clock.monotonic_ns() >= give_up_ns:
             say(f"the VMM has not cancelled the migration within {CANCEL_S:.0f} s; it is left alone and may complete")
@@ -175,7 +174,8 @@ def _pump_until_done(
     interrupted: BaseException | None = None
     while True:
         try:
-            session.pump(writer, until)
+            with live:
+                session.pump(writer, until)
             return interrupted
         except KeyboardInterrupt as error:
             if interrupted is not None:
@@ -185,23 +185,6 @@ def _pump_until_done(
             run.called_off.set()
             give_up_ns = clock.monotonic_ns() + int(CANCEL_S * 10**9)
             threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
-
-
-def progress_line() -> Callable[[int], None]:
-    """A progress line on stderr while a migration runs, if stderr is a terminal; otherwise nothing."""
-    if not sys.stderr.isatty():
-        return lambda _count: None
-    begin = last = time.monotonic()
-
-    def show(count: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < 0.1:
-            return
-        last = now
-        click.echo(f"\r\x1b[Kmigrating: {now - begin:.1f} s, {count} events", err=True, nl=False)
-
-    return show
 
 
 def show(name: str, form: str, color: str) -> Breakdown:

@@ -155,6 +155,13 @@ class MigrationWatch:
         return frozenset(self._executed)
 
     @property
+    def source_stopped(self) -> bool:
+        """Whether a source's guest has stopped: its vCPUs were interrupted or their state was read, and none ran
+        since.
+        """
+        return any(pid in self._stopped_at for pid in self._fetched)
+
+    @property
     def arrived(self) -> frozenset[int]:
         """The destinations whose guest has run."""
         return frozenset(pid for pid in self._started if self._took_over(pid))
@@ -163,7 +170,7 @@ class MigrationWatch:
         """Whether its vCPUs have the state of a guest that ran elsewhere."""
         if pid not in self._loaded or pid in self._fetched:
             return False
-        return self._source_stopped() or pid in self._executed or self._receptions[pid].loaded
+        return self.source_stopped or pid in self._executed or self._receptions[pid].loaded
 
     def passed(self, pid: int) -> str | None:
         """Why the migration of `pid` is over, now that `pid` begins another one; None if it is not over.
@@ -302,12 +309,6 @@ class MigrationWatch:
             if most and sent[most] >= CARRIER_BYTES:
                 return most
         return 0
-
-    def _source_stopped(self) -> bool:
-        """Whether a source's guest has stopped: its vCPUs were interrupted or their state was read, and none ran
-        since.
-        """
-        return any(pid in self._stopped_at for pid in self._fetched)
 
     def _handed_over(self, now_ns: int) -> bool:
         """Whether a source's last bytes were answered or its VMM closed the connection, and its guest stays stopped.

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line that shows a migration while it runs, at a real terminal and without one, beside QEMU's own figures."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import read_recording
+from tests.conftest import TRACING, requires
+
+pytestmark = requires(*TRACING)
+SLOW = [
+    "demo", "--memory", "128MiB", "--working-set", "64MiB", "--dirty-rate", "4000", "--bandwidth", "200Mbit",
+    "--downtime-limit", "20ms", "--output",
+]  # fmt: skip
+LINE = re.compile(r"(\d+\.\d) s, pass (\d+); ([\d.]+) MiB/s sent(?:, ([\d.]+) [KM]iB/s dirtied)?")
+
+
+def at_terminal(recording: Path) -> list[tuple[int, str]]:
+    """(when, text) of what the command writes to its terminal: CLOCK_MONOTONIC in ns."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "ebpf_mig", *SLOW, str(recording)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave) as process:
+        os.close(slave)
+        written = []
+        while True:
+            try:
+                data = os.read(master, 4096)
+            except OSError:
+                break  # nobody holds the terminal any more
+            written.append((time.monotonic_ns(), data.decode()))
+    os.close(master)
+    assert process.returncode == 0, written
+    return written
+
+
+def test_a_terminal_shows_the_passes_and_nothing_while_the_guest_is_stopped(tmp_path: Path) -> None:
+    written = at_terminal(tmp_path / "live.rec")
+    shown = [(at, found) for at, text in written if (found := LINE.search(text))]
+    analysis = analyse(read_recording(tmp_path / "live.rec"))
+    passes = analysis.breakdown.dirty_log.passes
+    assert {int(found[2]) for _, found in shown} >= {1, 2}
+    assert max(int(found[2]) for _, found in shown) <= len(passes)
+    steady = [float(found[3]) for _, found in shown if float(found[1]) > 1.2]
+    limit = 200e6 / 8 / (1 << 20)  # what QEMU was told
+    assert statistics.median(steady) == pytest.approx(limit, rel=0.05) and max(steady) < 1.1 * limit
+    assert analysis.breakdown.window_ns is not None
+    window = (analysis.origin_ns, analysis.origin_ns + analysis.breakdown.window_ns)
+    assert not [text for at, text in written if window[0] + 1_000_000 < at < window[1]]  # 1 ms: it was on its way
+    assert any(at < window[0] for at, _ in shown)
+    rest = "".join(text for at, text in written if at > window[1])
+    assert "\r\x1b[K" in rest.partition("recording:")[0]  # the line is cleared before the next message
+
+
+def test_without_a_terminal_there_is_a_line_every_two_seconds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ebpf_mig", *SLOW, str(tmp_path / "plain.rec")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in result.stderr.splitlines() if LINE.match(line)]
+    assert 1 <= len(lines) <= 10 and "\x1b" not in result.stderr
