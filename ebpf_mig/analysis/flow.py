@@ -43,8 +43,11 @@ class Flow:
 
     pid: int
     socket: int
+    since: list[int]
+    """The number of bytes so far before each batch of calls. It is more than after the one before if calls between them
+    are not in the recording."""
     until: list[int]
-    """The number of bytes so far after each batch of calls."""
+    """The same after each batch."""
     begin: list[int]
     end: list[int]
 
@@ -63,9 +66,9 @@ def flows(transfers: Iterable[Transfer], direction: int) -> list[Flow]:
     found = []
     for (pid, socket), calls in by_socket.items():
         calls.sort(key=lambda t: (t.position, t.end_ns))
-        until = [t.position + t.bytes for t in calls]
+        since, until = [t.position for t in calls], [t.position + t.bytes for t in calls]
         if until[-1] >= LOADED_BYTES and sum(t.bytes for t in calls) >= STREAM_BYTES * sum(t.calls for t in calls):
-            found.append(Flow(pid, socket, until, [t.begin_ns for t in calls], [t.end_ns for t in calls]))
+            found.append(Flow(pid, socket, since, until, [t.begin_ns for t in calls], [t.end_ns for t in calls]))
     return found
 
 
@@ -83,9 +86,9 @@ def fits(sent: Flow, received: Flow) -> Fit | None:
 
 def _late(sent: Flow, received: Flow, unseen: int) -> int | None:
     """The longest time on the way, ns; None if something was received before it was sent."""
+    most = [*sent.since, sent.bytes]  # that can have been sent before each batch began, with what is not recorded
     for until, end in zip(received.until, received.end, strict=True):
-        begun = bisect_right(sent.begin, end)
-        if until + unseen > (sent.until[begun - 1] if begun else 0) + PEEKED_BYTES and until + unseen > 0:
+        if until + unseen > most[bisect_right(sent.begin, end)] + PEEKED_BYTES and until + unseen > 0:
             return None
     late = 0
     for until, end in zip(sent.until, sent.end, strict=True):

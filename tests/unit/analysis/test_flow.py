@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from msgspec.structs import replace
 
@@ -30,7 +32,7 @@ def a_flow(calls: list[tuple[float, float]], *, late_ms: float = 0, unseen: int 
                 until.append(total - unseen * KIB)
                 begin.append(round((at + late_ms) * MS) + part)
                 end.append(round((at + late_ms + 1) * MS) + part)
-    return Flow(1, 1, until, begin, end)
+    return Flow(1, 1, [0, *until[:-1]], until, begin, end)
 
 
 def test_a_forwarder_may_delay_and_cut_the_stream_anew() -> None:
@@ -45,10 +47,21 @@ def test_bytes_that_only_one_side_saw_are_at_the_begin() -> None:
     assert fit is not None and not fit.whole
 
 
+@pytest.mark.parametrize("at", range(len(SENT) - 1))
+@pytest.mark.parametrize("side", ["sent", "received"])
+def test_calls_that_are_not_recorded_were_made_all_the_same(side: str, at: int) -> None:
+    """Their bytes are in the positions of the calls after them."""
+    sides = {"sent": a_flow(SENT), "received": a_flow(SENT, late_ms=3)}
+    whole = sides[side]
+    lists = (whole.since, whole.until, whole.begin, whole.end)
+    sides[side] = Flow(1, 1, *([*values[:at], *values[at + 1 :]] for values in lists))
+    fit = flow.fits(**sides)
+    assert fit is not None and fit.whole
+
+
 def test_a_few_bytes_more_were_looked_at_before_they_were_read() -> None:
     received = a_flow(SENT)
-    ahead = Flow(1, 1, [until + 4 for until in received.until], received.begin, received.end)
-    fit = flow.fits(a_flow(SENT), ahead)
+    fit = flow.fits(a_flow(SENT), dataclasses.replace(received, until=[until + 4 for until in received.until]))
     assert fit is not None and fit.whole
 
 

@@ -114,3 +114,16 @@ def test_what_the_kernel_half_still_holds_belongs_to_the_stream() -> None:
     tracks.saw(received[:-1], 320 * MS)
     tracks.saw([restore(20, 320 * MS), run(20, 330 * MS)], 330 * MS)
     assert found(tracks, (10, 20)) == {frozenset({10, 20}): "migrated"}
+
+
+def test_what_was_sent_before_logging_belongs_to_the_track_before() -> None:
+    """A destination migrates on through a forwarder, and sends the header before it logs. Its positions go on."""
+    tracks = Tracks()
+    tracks.begin(10, "thread", 0, fresh=False)
+    tracks.begin(20, "thread", 0, fresh=True)
+    tracks.saw([logging(10, 1), logging(10, 2, on=False)], 2)
+    sent = stream(10, SEND, SIZES)
+    tracks.saw([unix(10, 1), unix(20, 2), sent[0], logging(10, 12 * MS)], 12 * MS)
+    tracks.saw([*sent[1:], stop(10, 250 * MS)], 320 * MS)
+    tracks.saw([*stream(20, RECEIVE, SIZES, late=3), restore(20, 320 * MS), run(20, 330 * MS)], 330 * MS)
+    assert frozenset({10, 20}) in found(tracks, (10, 20))
