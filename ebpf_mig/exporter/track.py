@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ebpf_mig.analysis.reception import LOADED_BYTES
+from ebpf_mig.analysis.reception import LOADED_BYTES, STREAM_BYTES
 from ebpf_mig.analysis.vcpu import IMMEDIATE_NS
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
@@ -19,7 +19,7 @@ from ebpf_mig.tracing.witness import Witness
 FILLED_BYTES = 1 << 20
 """A VM that received this much from another VM is its destination."""
 SLOTS = 3
-"""A VM that fetches the dirty logs of this many memslots is migrating. A display fetches fewer."""
+"""A display fetches the dirty logs of fewer memslots than this."""
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Track:
     saved: set[int] = field(default_factory=set)
     received: dict[int, int] = field(default_factory=dict)
     fetchers: set[tuple[int, int]] = field(default_factory=set)
+    streamed: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Bytes sent in large calls since the process first fetched a dirty log, by (pid, tid)."""
     handed: dict[int, int] = field(default_factory=dict)
     """By pid: bytes sent by the threads that fetch dirty logs, while the VM was stopped."""
     last_ns: int = 0
@@ -89,16 +91,31 @@ def take_ioctl(track: Track, event: Ioctl) -> None:
 def take_transfer(track: Track, event: Transfer) -> None:
     if event.direction == RECEIVE:
         track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
-    elif event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
+        return
+    if event.bytes >= STREAM_BYTES * event.calls and any(pid == event.pid for pid, _ in track.fetchers):
+        track.streamed[event.pid, event.tid] += event.bytes
+    if event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
         track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
 
 
 def found_out(track: Track) -> set[int]:
     """Sources whose beginning was missed.
 
-    They fetch more dirty logs than a display does. Or, with fewer slots, they are stopped, their registers are read,
-    and the thread that fetches dirty logs sends.
+    They send the stream, and the thread that fetches dirty logs does so itself, or others do, for many slots (multifd).
+    Or they are stopped, their registers are read, and the thread that fetches sends. Nobody sends where the rate of
+    dirty pages is measured. A display is served by the main thread, which fetches few slots and may send pictures.
     """
-    fetched = Counter(pid for pid, _ in track.fetched if pid not in track.logging)
-    handed = {pid for pid in track.saved if track.handed.get(pid, 0) >= LOADED_BYTES}
-    return {pid for pid, slots in fetched.items() if slots >= SLOTS or pid in handed}
+    suspects = {pid for pid, _ in track.fetchers} - track.logging
+    return {pid for pid in suspects if _streams(track, pid) or (pid in track.saved and _handed(track, pid))}
+
+
+def _streams(track: Track, pid: int) -> bool:
+    slots = sum(one == pid for one, _ in track.fetched)
+    senders = {tid for (one, tid), size in track.streamed.items() if one == pid and size >= LOADED_BYTES}
+    if slots >= SLOTS and senders - {pid}:
+        return True
+    return any(pid == one and tid in senders and (tid != pid or slots >= SLOTS) for one, tid in track.fetchers)
+
+
+def _handed(track: Track, pid: int) -> bool:
+    return track.handed.get(pid, 0) >= LOADED_BYTES

@@ -233,6 +233,7 @@ class Tracks:
                 for pids in (track.restored, track.ran, track.stopped, track.saved):
                     pids.discard(event.pid)
                 track.fetched = {(pid, slot) for pid, slot in track.fetched if pid != event.pid}
+                track.fetchers = {(pid, tid) for pid, tid in track.fetchers if pid != event.pid}
             elif isinstance(event, Transfer) and not track.watch.is_of_a_file(event):
                 burst += event.bytes
                 take_transfer(track, event)
@@ -293,6 +294,7 @@ class Tracks:
         first.fetched |= second.fetched
         first.received |= second.received
         first.fetchers |= second.fetchers
+        first.streamed += second.streamed
         first.handed |= second.handed
         if first.witness is not None and second.witness is not None:
             first.witness.merge(second.witness)

@@ -239,7 +239,7 @@ def test_two_migrations_at_a_time_stay_apart() -> None:
 
 def test_a_missed_beginning_shows_by_fetches_or_by_filling_another_vm() -> None:
     tracks = begun(pids=[SOURCE])
-    tracks.saw([fetch(SOURCE, MS, slot) for slot in range(3)], MS)
+    tracks.saw([*(fetch(SOURCE, MS, slot) for slot in range(3)), move(SOURCE, MS, 0, 100_000)], MS)
     assert ended(tracks, 10 * S) == []
     tracks.saw([logging(SOURCE, 10 * S, on=False)], 10 * S)
     assert [end.reason for end in ended(tracks, 11 * S)] == ["logging-ended"]
