@@ -43,6 +43,8 @@ from ebpf_mig.recording.events import (
 
 _DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.hooks)}
 """Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
+SNAPSHOTS = 8
+"""How often the open batches of a process are read at most, if each time another one has ended meanwhile."""
 
 
 class Tracer:
@@ -168,9 +170,20 @@ class Tracer:
         return rest
 
     def pending(self, pid: int) -> list[Transfer]:
-        """Transfers of a process that are still being coalesced in the kernel. They come as events later, too."""
-        accounts = self._processes.accounts(clock.monotonic_ns(), pid)
-        return [event for event in accounts if isinstance(event, Transfer)]
+        """Transfers of a process that `poll` has not returned: in the ring, or still being coalesced in the kernel.
+        They come as events later, too.
+
+        A batch can end while the tables are read. It is in the ring then, and what follows it has a wrong position.
+        So they are read again until no batch of the process has ended meanwhile.
+        """
+        self._late = self.poll(0)
+        for _ in range(SNAPSHOTS):
+            batches = self._processes.accounts(clock.monotonic_ns(), pid)
+            before = len(self._late)
+            self._late = self.poll(0)
+            if not any(isinstance(event, Transfer) and event.pid == pid for event in self._late[before:]):
+                break
+        return [event for event in [*self._late, *batches] if isinstance(event, Transfer) and event.pid == pid]
 
     def names(self, pid: int) -> list[AnyEvent]:
         """The thread names of a process that remains traced."""
