@@ -8,7 +8,8 @@ the source again is no failure by itself: savevm, a migration to a file and a pa
                 the guest did not resume on the source, and the destination answered the source's last bytes, or
                 the source's VMM closed the connection and kept running
     failed      the VMM or the migration's driver reported it; or the destination's process ended, or the connection
-                broke, and the source kept its guest; or the source's process ended while its guest ran
+                broke, and the source kept its guest; or the source's process ended while its guest ran, or after
+                the guest had stopped and before dirty logs or its state were read (it shut down)
     cancelled   the VMM or the migration's driver reported it
     saved       the state was seen to go to a file or into a pipe, and no destination was seen
     unknown     anything else
@@ -65,6 +66,8 @@ def result(case: TracedMigration) -> Result:
         return Result.SAVED
     if found is None and paused_before(case):
         return _of_a_paused_guest(case)
+    if found is not None and _died_with_its_state(case, found.stop):
+        return Result.FAILED
     if found is not None and _handed_over(case, found.stop):
         return Result.COMPLETED
     if found is None and (_other_side_is_gone(case) or _died_running(case)):
@@ -234,6 +237,19 @@ def _died_running(case: TracedMigration) -> bool:
     """Whether tracing ended because the source's process ended while its guest ran."""
     ending, source = case.material.ending, case.source
     return ending is not None and ending.reason == "target-died" and source is not None and bool(source.vcpus)
+
+
+def _died_with_its_state(case: TracedMigration, stop: int) -> bool:
+    """Whether the source's process ended after its guest had stopped, and had read neither its dirty logs nor its
+    vCPUs' state since.
+    """
+    ending, source = case.material.ending, case.source
+    if ending is None or source is None or ending.lost or _absent(case, "state") or _absent(case, "dirty-log"):
+        return False
+    ended = any(mark.name == ENDED and mark.pid == source.pid for mark in case.material.marks)
+    late = [i for i in source.ioctls if i.end_ns >= stop]
+    read = any(kvm.is_dirty_log(i.cmd) or kvm.name_of(i.cmd) in kvm.VCPU_STATE_GET for i in late)
+    return (ended or ending.reason == "target-died") and not read
 
 
 def _destination_ended(case: TracedMigration) -> bool:

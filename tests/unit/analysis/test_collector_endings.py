@@ -168,6 +168,16 @@ def test_a_source_that_dies_while_its_guest_runs() -> None:
     assert len(found.dirty_log.passes) == 1
 
 
+def test_a_source_that_dies_with_a_guest_that_shut_down() -> None:
+    script = Script()
+    source, _ = precopy(script)
+    source.kick(0)
+    source.interrupted(100)
+    source.send(150, 900, 500_000)
+    ending(script, "target-died")
+    assert script.result().breakdown.migration.result == "failed", "nobody has the state of its vCPUs"
+
+
 def test_a_source_that_dies_after_the_stop() -> None:
     script = Script()
     source, _ = precopy(script)
