@@ -3,6 +3,7 @@
 
     /usr/bin/python3 tools/packages.py depends            # one line each: DEBIAN-PACKAGE VERSION, or - NAME to bundle
     /usr/bin/python3 tools/packages.py sbom FILE [deb]    # CycloneDX 1.5 of a built file, on stdout
+    /usr/bin/python3 tools/packages.py spec               # the RPM package's spec, dated SOURCE_DATE_EPOCH
 
 In: pyproject.toml, and for `deb` the suite's package index. Needs only the standard library. The output depends on
 nothing else, so two builds agree.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 import uuid
 from pathlib import Path
@@ -117,10 +120,26 @@ def sbom(path: Path, *, deb: bool) -> dict[str, Any]:
     }
 
 
+def spec() -> str:
+    """deploy/rpm/ebpf-mig.spec.in, filled in. Any Fedora package of a Python library provides `python3dist(NAME)`."""
+    needs = [f"python3dist({name.replace('.', '-').lower()}) >= {bound}" for name, bound in requirements().items()]
+    build = ["python3dist(pip)", "python3dist(setuptools) >= 77", *needs]
+    values = {
+        "VERSION": VERSION,
+        "DATE": time.strftime("%a %b %d %Y", time.gmtime(int(os.environ["SOURCE_DATE_EPOCH"]))),
+        "REQUIRES": "\n".join(f"Requires:       {need}" for need in needs),
+        "BUILD_REQUIRES": "\n".join(f"BuildRequires:  {need}" for need in build),
+    }
+    text = (ROOT / "deploy/rpm/ebpf-mig.spec.in").read_text()
+    return re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], text)
+
+
 def main() -> None:
     """See the module."""
     if sys.argv[1:] == ["depends"]:
         print("\n".join(depends()))  # noqa: T201
+    elif sys.argv[1:] == ["spec"]:
+        print(spec(), end="")  # noqa: T201
     elif sys.argv[1] == "sbom":
         print(json.dumps(sbom(Path(sys.argv[2]), deb="deb" in sys.argv[3:]), indent=1))  # noqa: T201
     else:

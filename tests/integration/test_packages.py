@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source distribution is complete: what is built from it has the same bytes as what is built from the clone."""
+"""Packages as the scripts of tools/ build them: each is complete, and a second build has the same bytes."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from ebpf_mig.cli import COMMANDS
 from tests.conftest import requires
 
 ROOT = Path(__file__).parents[2]
@@ -54,3 +59,45 @@ def test_sources_without_a_time_are_refused_in_one_line(tmp_path: Path) -> None:
         "ebpf-mig: tools/source-date has no time: build from a clone, or from an archive that git or "
         "tools/build-wheel made\n"
     )
+
+
+def asked(rpm: Path, *what: str) -> list[str]:
+    return subprocess.check_output(["rpm", "-qp", *what, rpm], text=True).splitlines()
+
+
+def test_the_rpm_package_has_its_parts_and_fedoras_names(tmp_path: Path) -> None:
+    """rpmlint is part of the build. A second build, of a tree without git, has the same bytes."""
+    made = build(ROOT / "tools" / "build-rpm", tmp_path / "out")
+    assert len(made) == 5
+    (package,) = (tmp_path / "out").glob("*.noarch.rpm")
+    files = asked(package, "-l")
+    site = next(name for name in files if name.endswith("/site-packages/ebpf_mig"))
+    pages = [f"/usr/share/man/man1/ebpf-mig{name}.1" for name in ("", *(f"-{name}" for name in COMMANDS))]
+    for name in (
+        "/usr/bin/ebpf-mig",
+        "/usr/lib/systemd/system/ebpf-mig-exporter.service",
+        "/usr/share/bash-completion/completions/ebpf-mig",
+        "/usr/share/fish/vendor_completions.d/ebpf-mig.fish",
+        "/usr/share/zsh/site-functions/_ebpf-mig",
+        f"{site}/bpf/trace.bpf.c",
+        *pages,
+    ):
+        assert name in files, name
+    assert not [name for name in files if "tests" in name or name.endswith((".pyc", "direct_url.json"))]
+    requires = asked(package, "--requires")
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name, bound in (line.split(">=") for line in wanted):
+        assert f"python3dist({name.replace('.', '-')}) >= {bound}" in requires
+    assert "python3-bcc >= 0.26" in requires
+    assert re.search(r"systemctl --no-reload preset ebpf-mig-exporter.service", "\n".join(asked(package, "--scripts")))
+
+    subprocess.run(["sh", "-c", 'rpm2cpio "$0" | cpio --quiet -idm', package], cwd=tmp_path, check=True)
+    recording = ROOT / "tests" / "data" / "qemu-10.0-ring.rec"
+    command = [sys.executable, "-P", tmp_path / "usr/bin/ebpf-mig", "report", recording]
+    place = os.fspath(tmp_path / site.lstrip("/")).removesuffix("/ebpf_mig")
+    said = subprocess.check_output(command, text=True, cwd="/", env={**os.environ, "PYTHONPATH": place})
+    assert said == recording.with_suffix(".txt").read_text()
+
+    (tmp_path / "tree").mkdir()
+    subprocess.run(["sh", "-c", 'git archive HEAD | tar x -C "$0"', tmp_path / "tree"], cwd=ROOT, check=True)
+    assert build(tmp_path / "tree" / "tools" / "build-rpm", tmp_path / "again") == made
