@@ -2,10 +2,15 @@
 /*
  * Records when and where a traced thread is off the CPU.
  *
- * In: the raw tracepoint sched_switch, which fires for the whole host, so the check for traced threads comes first.
+ * In: the raw tracepoints sched_switch and, from Linux 6.16 on, sched_exit_tp. They fire for the whole host, so the
+ * check for traced threads comes first.
  * Out: sums in the state of the thread, which become part of the record of the call; and OFF_CPU records, with the
  * kernel stack, of long waits while no vCPU runs and of the wait before a kick. A thread that kicks vCPUs starts to
  * sleep while they still run; this sleep is recorded with its stack, too.
+ *
+ * A stack costs more than all else here, and most waits are too short for a record. sched_exit_tp fires in the thread
+ * that has come back, at the end of the same __schedule(), where its stack is still the one it slept with. So only a
+ * wait that has a record costs a stack. Without that tracepoint, the stack is taken whenever a thread leaves.
  */
 #pragma once
 
@@ -14,6 +19,11 @@
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick is unrelated to it */
 #define KICKED_NS 20000000ULL		/* so is one that begins this long after; Cloud Hypervisor re-kicks after 10 ms */
 #define NO_STACK 0xffffffffULL
+
+/* Values of WAIT_STACKS, which says when the stack of a wait is taken. */
+#define STACK_NEVER 0			/* to measure what the stacks cost */
+#define STACK_AS_IT_LEAVES 1
+#define STACK_WHEN_BACK 2
 
 struct off_cpu_record {
 	u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted;
@@ -25,18 +35,21 @@ BPF_STACK_TRACE(stacks, 1024);
 static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 {
 	struct thread_state *s = known_thread(pid_tgid);
-	struct process_state *p = this_process(pid_tgid);
+	struct process_state *p;
 	s64 stack = -1;
 	bool preempted;
 	u64 now;
 
-	if (!s || !p)
+	if (!s)
 		return;
 	preempted = (u32)read_u64(task, OFF_task_state) == 0;
 	now = bpf_ktime_get_ns();
 	s->off_since = now;
 	s->off_preempted = preempted;
-	if (!preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS))
+	if (WAIT_STACKS != STACK_AS_IT_LEAVES)
+		return;
+	p = this_process(pid_tgid);
+	if (p && !preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS))
 		stack = stacks.get_stackid(ctx, 0);
 	s->off_stack = stack < 0 ? NO_STACK : stack;
 }
@@ -59,13 +72,15 @@ static __always_inline void emit_off_cpu(u64 pid_tgid, u64 since, u64 until, u64
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
-static __always_inline void switched_in(u32 tid, u32 tgid)
+/* With STACK_WHEN_BACK, the thread is the current one. */
+static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid)
 {
 	struct thread_state *s = known_thread(tid);
-	struct process_state *p = processes.lookup(&tgid);
-	u64 now, since;
+	struct process_state *p;
+	u64 now, since, stack;
+	s64 taken = -1;
 
-	if (!s || !p || !s->off_since)
+	if (!s || !s->off_since)
 		return;
 	now = bpf_ktime_get_ns();
 	since = s->off_since;
@@ -77,6 +92,9 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 		s->off_call += now - (since > s->enter ? since : s->enter);
 	if (now - since < LONG_WAIT_NS)
 		return;
+	p = processes.lookup(&tgid);
+	if (!p)
+		return;
 	if (!in_detail(p, now)) {
 		s->kept_since_ns = since;
 		s->kept_until_ns = now;
@@ -84,7 +102,13 @@ static __always_inline void switched_in(u32 tid, u32 tgid)
 		return;
 	}
 	__sync_fetch_and_add(&p->budget, -1);
-	emit_off_cpu((u64)tgid << 32 | tid, since, now, s->off_stack, s->off_preempted);
+	if (WAIT_STACKS == STACK_WHEN_BACK && !s->off_preempted)
+		taken = stacks.get_stackid(ctx, 0);
+	if (WAIT_STACKS == STACK_AS_IT_LEAVES)
+		stack = s->off_stack;
+	else
+		stack = taken < 0 ? NO_STACK : taken;
+	emit_off_cpu((u64)tgid << 32 | tid, since, now, stack, s->off_preempted);
 }
 
 /*
@@ -112,10 +136,22 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 
 	if (EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		switched_out(ctx, pid_tgid, ctx->args[1]);
+	if (WAIT_STACKS == STACK_WHEN_BACK)
+		return 0;
 	bpf_probe_read_kernel(&tgid, sizeof(tgid), (void *)(next + OFF_task_tgid));
 	if (!EBPF_MIG_TARGETS(tgid))
 		return 0;
 	bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
-	switched_in(tid, tgid);
+	switched_in(ctx, tid, tgid);
+	return 0;
+}
+
+/* sched_exit_tp: is_switch[, ip in 6.16]. It also fires if the thread kept the CPU; then `off_since` is 0. */
+int on_sched_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+
+	if (EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		switched_in(ctx, pid_tgid, pid_tgid >> 32);
 	return 0;
 }

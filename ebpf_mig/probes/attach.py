@@ -39,7 +39,7 @@ def load(pids: Sequence[int], tier: str, statistics: BpfStatistics, beside: Call
     """
     require_tracing()
     try:
-        tracepoints = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.hooks])
+        tracepoints = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
         require_bcc()
         choice, chooser = _choose(tier, statistics, again=not pids)
         with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
@@ -91,7 +91,8 @@ def _hooks(choice: Choice, tracepoints: set[str]) -> list[Hook]:
     hooks = [
         Hook(TRACEPOINT, name, program, (extra.signal,), provoked=False)
         for extra in extras
-        for name, program in extra.hooks
+        for name, program in extra.all_hooks
+        if name in tracepoints
     ]
     if "kvm" in choice.groups:
         hooks.append(_USERSPACE_EXIT)

@@ -25,12 +25,19 @@ class Extra:
     signal: str
     hooks: tuple[tuple[str, str], ...]
     """(raw tracepoint, BPF function)."""
+    optional: tuple[tuple[str, str], ...] = ()
+    """The same for tracepoints that make the signal cheaper where the kernel has them."""
+
+    @property
+    def all_hooks(self) -> tuple[tuple[str, str], ...]:
+        """In the order of attaching: what sees the end of a wait comes before what sees its begin."""
+        return self.optional + self.hooks
 
 
 HIDDEN_SENDS = Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),))
 """Not needed where socket functions are hooked, since all sends pass through them."""
 EXTRAS = (
-    Extra("off-cpu", (("sched_switch", "on_sched_switch"),)),
+    Extra("off-cpu", (("sched_switch", "on_sched_switch"),), (("sched_exit_tp", "on_sched_exit"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
     Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
     Extra("retransmits", (("tcp_retransmit_skb", "on_tcp_retransmit_skb"),)),

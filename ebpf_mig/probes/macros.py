@@ -21,6 +21,8 @@ RING_BYTES = 8 << 20
 _FENTRY, _KPROBE = 1, 2
 _PROGRAMS_FOR = {FENTRY: _FENTRY, FEXIT: _FENTRY, KPROBE: _KPROBE, KRETPROBE: _KPROBE}
 """The socket programs to compile. Programs that are never attached would only cost compile time."""
+STACK_NEVER, STACK_AS_IT_LEAVES, STACK_WHEN_BACK = range(3)
+"""When the kernel stack of a wait is taken: values of `WAIT_STACKS` in bpf/sched.bpf.c."""
 _KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
 """Stands for the offset of a member that the kernel does not have."""
@@ -86,6 +88,7 @@ def defines(
         macros["EBPF_MIG_TARGETS(t)"] = f"({test})"
     macros["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")
     macros["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
+    macros["WAIT_STACKS"] = STACK_WHEN_BACK if "sched_exit_tp" in tracepoints else STACK_AS_IT_LEAVES
     macros["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
     macros["KVM_FUNCTIONS"] = int("kvm" in choice.groups)
     macros["SOCKET_FUNCTIONS"] = sum({_PROGRAMS_FOR[h.how] for h in choice.hooks if "socket" in h.signals})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ebpf_mig.probes.contract import Contract
+from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK
 from ebpf_mig.recording.events import RECEIVE, SEND, AnyEvent, OffCpu, Samples, Socket, Transfer, VcpuState
 from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
 from ebpf_mig.recording.layout import WORD, Layout
@@ -41,7 +42,8 @@ CONTRACT = Contract(
     members=_TABLE_MEMBERS,
     numbers={f"KIND_{name.upper().replace('-', '_')}": number for number, name in RECORD_NAMES.items()}
     | {"KIND_MAX": max(RECORD_NAMES) + 1, "NO_STACK": NO_STACK}
-    | {"SEND": SEND, "RECEIVE": RECEIVE, "UNTRACKED": UNTRACKED},
+    | {"SEND": SEND, "RECEIVE": RECEIVE, "UNTRACKED": UNTRACKED}
+    | {"STACK_AS_IT_LEAVES": STACK_AS_IT_LEAVES, "STACK_WHEN_BACK": STACK_WHEN_BACK},
 )
 """The contract of `bpf/trace.bpf.c`."""
 

@@ -41,7 +41,7 @@ from ebpf_mig.recording.events import (
     VcpuState,
 )
 
-_DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.hooks)}
+_DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.all_hooks)}
 """Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
 SNAPSHOTS = 8
 """How often the open batches of a process are read at most, if each time another one has ended meanwhile."""

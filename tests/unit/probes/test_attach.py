@@ -11,14 +11,14 @@ from ebpf_mig.probes import attach, hook_points
 from ebpf_mig.probes.hook import Hook
 from ebpf_mig.probes.hook_points import EXTRAS, FUNCTIONS
 from ebpf_mig.probes.loader import Program
-from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK, defines
 from ebpf_mig.probes.plan import Plan
 from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.source import source_text
 from ebpf_mig.probes.tiers import Choice
 from tests.conftest import requires
 
-TRACEPOINTS = {name for extra in EXTRAS for name, _ in extra.hooks}
+TRACEPOINTS = {name for extra in EXTRAS for name, _ in extra.all_hooks}
 ALL = frozenset({"kvm", "socket", "split"})
 
 
@@ -34,6 +34,17 @@ def test_system_calls_carry_what_functions_do_not() -> None:
     assert {table[signal] for signal in ESSENTIAL} == {"tracepoint"}
     hooked = [hook.target for hook in attach._hooks(Choice(), TRACEPOINTS)]
     assert {"sys_enter", "sys_exit", "sock_send_length"} <= set(hooked) and "kvm_userspace_exit" not in hooked
+
+
+def test_stacks_are_taken_when_a_thread_is_back_where_the_kernel_shows_that() -> None:
+    """The hook that ends a wait is attached first. Without it, stacks are taken as before."""
+    hooked = [hook.target for hook in attach._hooks(Choice(), TRACEPOINTS)]
+    assert hooked.index("sched_exit_tp") < hooked.index("sched_switch")
+    older = TRACEPOINTS - {"sched_exit_tp"}
+    assert "sched_exit_tp" not in {hook.target for hook in attach._hooks(Choice(), older)}
+    assert attach._tiers(Choice(), older) == attach._tiers(Choice(), TRACEPOINTS)
+    with_it, without = defines([1], TRACEPOINTS), defines([1], older)
+    assert (with_it["WAIT_STACKS"], without["WAIT_STACKS"]) == (STACK_WHEN_BACK, STACK_AS_IT_LEAVES)
 
 
 def test_functions_alone_leave_system_calls_alone() -> None:
