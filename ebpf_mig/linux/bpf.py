@@ -34,6 +34,8 @@ _TYPE_KPROBE, _TYPE_TRACING = 2, 26
 _ATTACH = {FENTRY: 24, FEXIT: 25}
 _ATTACH_PERF_EVENT = 41
 _LOG_BYTES = 1 << 16
+_PROGRAM_INFO = 216
+"""The size of `struct bpf_prog_info` up to and including `recursion_misses`."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -113,6 +115,18 @@ def count_run_time() -> int:
     OSError without CAP_SYS_ADMIN.
     """
     return _bpf(_ENABLE_STATS, _attributes())
+
+
+def run_time(program: int) -> tuple[int, int, int]:
+    """(run time in ns, runs, recursion misses) of a program: `struct bpf_prog_info`, from offset 192 on.
+
+    The first two are counted while `count_run_time` is in force. Recursion misses are 0 before Linux 5.12. A third of
+    the time of reading /proc/self/fdinfo, which has the same figures.
+    """
+    info = ctypes.create_string_buffer(_PROGRAM_INFO)
+    _bpf(_OBJ_INFO, _attributes((0, "I", program), (4, "I", len(info)), (8, "Q", ctypes.addressof(info))))
+    run_time_ns, runs, misses = struct.unpack_from("=QQQ", info, _PROGRAM_INFO - 24)
+    return run_time_ns, runs, misses
 
 
 def module_btf(name: str) -> int:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 
-from ebpf_mig.linux import bpf, procfs
+from ebpf_mig.linux import bpf
 
 
 def run_statistics(fd: int) -> tuple[int, int, int]:
-    """(run time in ns, runs, recursion misses) of the program behind a descriptor, from the kernel's fdinfo.
+    """(run time in ns, runs, recursion misses) of the program behind a descriptor.
 
     Recursion misses are skipped runs. The kernel does not run an fentry or raw tracepoint program twice at once on a
     CPU. It does not run a kprobe program during another one or during a bpf(2) call on a map. Both can happen on a
-    preemptible kernel. Counted since Linux 5.12 (bpf_prog_show_fdinfo), for kprobes since 6.7 (trace_call_bpf).
+    preemptible kernel. Counted since Linux 5.12 (bpf_prog_get_info_by_fd), for kprobes since 6.7 (trace_call_bpf).
     """
-    rows = (line.partition(":") for line in procfs.text("self", "fdinfo", fd).splitlines())
-    fields = {name: value for name, _, value in rows}
-    time_ns, runs, missed = (int(fields.get(name, "0")) for name in ("run_time_ns", "run_cnt", "recursion_misses"))
-    return time_ns, runs, missed
+    return bpf.run_time(fd)
 
 
 class BpfStatistics:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.linux import kvm
+from ebpf_mig.linux import kvm, procfs
 from ebpf_mig.probes import loader, source
 from ebpf_mig.probes.hook_points import FLUSHES
 from ebpf_mig.probes.run_statistics import BpfStatistics, run_statistics
@@ -308,6 +308,9 @@ def test_what_the_kernel_left_out_of_a_program_is_read() -> None:
     for tracepoint in reversed(hooks):
         bpf.detach_raw_tracepoint(tp=tracepoint)
     (_, runs, missed), (_, _, none) = map(run_statistics, fds)
+    shown = [dict(row.split(":\t") for row in procfs.text("self", "fdinfo", fd).splitlines()) for fd in fds]
+    names = ("run_time_ns", "run_cnt", "recursion_misses")
+    assert [run_statistics(fd) for fd in fds] == [tuple(int(rows[name]) for name in names) for rows in shown]
     statistics_on.close()
     bpf.cleanup()
     assert (missed, none) == (runs, 0) and runs >= 5
