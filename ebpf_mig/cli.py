@@ -22,8 +22,8 @@ import click
 
 from ebpf_mig.commands.options import Group, examples
 from ebpf_mig.commands.version import version_line
-from ebpf_mig.errors import EbpfMigError, UsageError
-from ebpf_mig.linux import standard_streams
+from ebpf_mig.errors import EbpfMigError, PreflightError, UsageError
+from ebpf_mig.linux import limits, standard_streams
 from ebpf_mig.text import printable
 
 COMMANDS = (
@@ -160,6 +160,8 @@ def _exit_code(error: BaseException, verbose: int) -> int:
             return 128 + signal.SIGPIPE
         case OSError() if _while_printing(error):
             message, code = f"cannot write to stdout: {error.strerror}", UsageError.exit_code
+        case MemoryError() | OSError() if what := limits.spent(error):
+            message, code = f"{what}; run with -vv for the traceback", PreflightError.exit_code
         case _:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             message, code = f"internal error: {what}; run with -vv for the traceback", 1

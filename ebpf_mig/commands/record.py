@@ -19,11 +19,12 @@ from ebpf_mig.commands.live import LiveLine
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import clock, procfs
+from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.process import is_private
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.lifecycle import MigrationWatch
-from ebpf_mig.tracing.session import Session, require_kvm
+from ebpf_mig.tracing.session import Session, require_alive, require_kvm
 from ebpf_mig.tracing.witness import Witness
 from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.identify import process_behind
@@ -76,8 +77,10 @@ def command(
         raise UsageError("--pid can be given for two processes at most, the source and the destination")
     roles = ["source", "destination"] if len(pids) == 2 else ["unknown"]
     targets = [Target(pid=pid, role=role) for pid, role in zip(pids, roles, strict=False)]
+    require_tracing()
+    require_alive(targets)
+    require_kvm(targets)
     with Session(targets, tier, grows=followed is not None) as session:
-        require_kvm(targets)
         header = session.arm()
         if pids:
             _report_if_paused(pids[0], alone=len(pids) == 1)

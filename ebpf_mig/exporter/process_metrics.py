@@ -14,11 +14,14 @@ from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import procfs
 
 _NAMES = {"watch_process": "watch", "serve": "listener", "analysis_worker": "analyst"}
 """By the last part of the module that the process runs. Others, such as the loader, are not shown."""
 _TICK = os.sysconf("SC_CLK_TCK")
+_UNREAD = (OSError, ValueError, PreflightError)
+"""The last one: no descriptor is left."""
 
 
 class ProcessMetrics:
@@ -41,7 +44,7 @@ class ProcessMetrics:
             "process_start_time_seconds", "Start time, seconds since the epoch.", labels=["process"]
         )
         for name, pid in self._processes().items():
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(*_UNREAD):
                 found = procfs.numbers(pid)
                 cpu.add_metric([name], sum(map(int, found[11:15])) / _TICK)
                 resident.add_metric([name], procfs.resident_bytes(pid))
@@ -50,14 +53,14 @@ class ProcessMetrics:
                 start.add_metric([name], self._boot_s + int(found[19]) / _TICK)
         fds = GaugeMetricFamily("process_open_fds", "Open file descriptors.", labels=["process"])
         most = GaugeMetricFamily("process_max_fds", "Most file descriptors that may be open.", labels=["process"])
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_UNREAD):
             fds.add_metric(["listener"], len(procfs.names("self", "fd")))
             most.add_metric(["listener"], resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         yield from (cpu, resident, virtual, threads, start, fds, most)
 
     def _processes(self) -> dict[str, int]:
         found = {"supervisor": self._supervisor}
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*_UNREAD):
             for pid in map(int, procfs.text(self._supervisor, "task", self._supervisor, "children").split()):
                 modules = [part.rpartition(".")[2] for part in procfs.command_line(pid)[:4]]
                 name = next((_NAMES[part] for part in modules if part in _NAMES), None)
@@ -67,7 +70,7 @@ class ProcessMetrics:
 
 
 def _boot_time() -> int:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_UNREAD):
         for line in procfs.text("stat", limit=1 << 24).splitlines():
             if line.startswith("btime "):
                 return int(line.split()[1])

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import bpf, procfs
+from ebpf_mig.linux.limits import require_room
 from ebpf_mig.linux.namespaces import require_host_pids
 
 NUMBERS = {
@@ -62,6 +63,7 @@ def require_tracing() -> None:
     """PreflightError if tracing cannot work. Call it before anything is started."""
     require_host_pids()
     require_privilege()
+    require_room()
 
 
 def require_privilege() -> None:

@@ -4,7 +4,8 @@
 In: pids and thread ids. Out: bytes, text (malformed bytes replaced), or a fact. The functions of the first half raise
 `ProcessLookupError` if the process, the thread or the file is gone, for every errno of the kernel and also during a
 walk; and `PermissionError` if access is denied. The functions of the second half never raise: their docstrings give the
-value that they return instead.
+value that they return instead. Both raise PreflightError if there is no descriptor left to read with: a process
+that cannot be looked at must not pass for one that is gone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import stat
 from collections.abc import Iterator
 
 from ebpf_mig.linux import kvm
+from ebpf_mig.linux.limits import require_descriptor
 
 _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.ENXIO}
 """ENOENT: the directory is gone; ESRCH: the task, once the file was open; ENXIO: its network namespace."""
@@ -99,6 +101,7 @@ def _translated() -> Iterator[None]:
             raise ProcessLookupError(errno.ESRCH, "it is gone", error.filename) from error
         if error.errno in _REFUSED:
             raise PermissionError(error.errno, error.strerror, error.filename) from error
+        require_descriptor(error)
         raise
 
 

@@ -53,7 +53,7 @@ def clock_pair(tries: int = 5) -> ClockPair:
 
 
 def require_alive(targets: Sequence[Target]) -> None:
-    """UsageError if a target's pid does not exist, is a thread's id, or is our own."""
+    """UsageError if a target's pid does not exist, is a thread's id, a zombie's, or our own."""
     for target in targets:
         if target.pid == os.getpid():
             raise UsageError(f"{target.pid} is this process itself", "give the pid of the VMM")
@@ -63,6 +63,8 @@ def require_alive(targets: Sequence[Target]) -> None:
             raise UsageError(f"no process has pid {target.pid}", "check the pid of the VMM, e.g. with pgrep") from error
         if process != target.pid:
             raise UsageError(f"{target.pid} is a thread of process {process}", f"use --pid {process}")
+        if not procfs.is_alive(target.pid):
+            raise UsageError(f"process {target.pid} has ended", "check the pid of the VMM, e.g. with pgrep")
 
 
 def require_kvm(targets: Sequence[Target]) -> None:
