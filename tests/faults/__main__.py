@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from tests.faults.kernel import descendants
+from tests.faults.kernel import adopt, descendants
 from tests.faults.node import BrokenError, Node
 from tests.faults.rounds import VICTIMS, Fault, new_pair, play
 
@@ -37,6 +37,7 @@ def main() -> int:
     endings: Counter[tuple[str, str]] = Counter()
     broken: list[int] = []
     begin = time.monotonic()
+    adopt()
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         node = Node(directory)

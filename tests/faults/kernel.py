@@ -6,12 +6,20 @@ In: nothing. Out: sets of ids, and pids.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 from pathlib import Path
 
 _libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+_PR_SET_CHILD_SUBREAPER = 36
+"""prctl(2)"""
+
+
+def adopt() -> None:
+    """From now on, processes below this one stay below it when their own parents end."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def programs() -> set[int]:
@@ -41,6 +49,16 @@ def held_by(pid: int) -> set[int]:
     return found
 
 
+def held_by_others() -> set[int]:
+    """Ids of the programs of processes that are not below this one: others may trace on this machine, too."""
+    ours = {os.getpid(), *descendants(os.getpid())}
+    found: set[int] = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        if int(path.name) not in ours:
+            found |= held_by(int(path.name))
+    return found
+
+
 def descendants(pid: int) -> dict[int, str]:
     """All processes below this one that have not ended, with their command lines."""
     found: dict[int, str] = {}
@@ -58,6 +76,17 @@ def descendants(pid: int) -> dict[int, str]:
             if state not in "ZX":
                 found[child] = words
                 found |= descendants(child)
+    return found
+
+
+def states(pid: int) -> dict[int, str]:
+    """What this process and those below it do: state, CPU ticks, where they wait in the kernel, their last argument."""
+    found = {}
+    for one, words in {pid: "", **descendants(pid)}.items():
+        with contextlib.suppress(OSError):
+            numbers = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            wait = Path(f"/proc/{one}/wchan").read_text()
+            found[one] = f"{numbers[0]} {numbers[11]}+{numbers[12]} {wait} {words[:120]}"
     return found
 
 

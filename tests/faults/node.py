@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.kernel import descendants, held_by, programs
+from tests.faults.kernel import descendants, held_by, held_by_others, programs, states
 from tests.integration.exporters import OURS, PROGRAM, children, free_port, is_ready, samples
 
 READY_S = 25.0
@@ -77,7 +77,11 @@ class Node:
 
     def check_ready(self) -> None:
         """It is ready, or gets so in time."""
-        wait_for(lambda: is_ready(self.port), READY_S, lambda: f"the exporter is not ready after {READY_S:.0f} s")
+        wait_for(lambda: is_ready(self.port), READY_S, lambda: f"not ready after {READY_S:.0f} s: {self._processes()}")
+
+    def _processes(self) -> str:
+        load = Path("/proc/loadavg").read_text().split()[0]
+        return f"status {self.process.poll()}, load {load}, {states(self.process.pid)}"
 
     def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """All samples. BrokenError if a counter is lower than in the scrape before."""
@@ -107,7 +111,8 @@ class Node:
 
         def left() -> set[int]:
             watch = self.pid("watch") if running else None
-            return programs() - self._before - (held_by(watch) if watch else set())
+            ours = programs() - self._before - (held_by(watch) if watch else set())
+            return ours - held_by_others() if ours else ours
 
         wait_for(lambda: not left(), LEFT_S, lambda: f"BPF programs are left: {sorted(left())}")
         if not running:
