@@ -200,7 +200,8 @@ class QemuMigration:
         away = self._source.remote is not None  # and our clock differs from its host's
         triggers = [] if away else [mark(self._source.pid, "session.trigger", self.uri)]
         problem = await self._migrate(timeout_s)
-        patience = _DESTINATION_S if self._source.status == "completed" else 1.0
+        sent = self._source.status == "completed" or self._source.gone  # as far as this end can tell
+        patience = _DESTINATION_S if sent else 1.0
         await self._until(self._destination_done, patience)
         figures, reason = await self._source.figures()
         for listener in listeners:
@@ -211,6 +212,8 @@ class QemuMigration:
         return Outcome(result, error, tuple(marks), self._remark(result))
 
     def _remark(self, result: str) -> str:
+        if result == "completed" and self._source.status != "completed":
+            return "the source QEMU ended before it reported the end of the migration; the destination has completed it"
         switched = any(isinstance(m, Mark) and m.name == "qmp.MIGRATION.postcopy-active" for m in self._source.marks)
         if result != "completed" or not self.options.postcopy or switched:
             return ""
@@ -283,6 +286,8 @@ class QemuMigration:
         """(result, error) from the reports of both ends and whether they live."""
         source = self._source
         died = "; the destination QEMU has ended" if self._destination_dead() else ""
+        if source.dead and self._dst is not None and self._dst.status == "completed":
+            return "completed", ""  # it was ended after the last byte, and may have reported anything
         match source.status:
             case "completed":
                 return self._judge_destination()

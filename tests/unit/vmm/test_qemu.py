@@ -471,6 +471,23 @@ def test_a_destination_that_dies_after_the_source_is_done(tmp_path: Path, vmm: s
     assert outcome.result == "failed" and "destination QEMU" in outcome.error
 
 
+@pytest.mark.parametrize("last", ["active", "cancelled", "failed"])
+def test_a_source_that_is_ended_after_its_last_byte(last: str, tmp_path: Path, vmm: subprocess.Popen[bytes]) -> None:
+    """SIGTERM has QEMU cancel, but the destination has everything and runs the guest."""
+
+    def end(source: Connection) -> None:
+        vmm.kill()
+        source.socket.shutdown(socket.SHUT_RDWR)
+        time.sleep(0.3)
+        pair.connections["destination"].event("RESUME")
+        pair.connections["destination"].event("MIGRATION", {"status": "completed"})
+
+    source = {"migrate": statuses("active", last, after=end)}
+    with Pair(tmp_path, (vmm.pid, os.getpid()), source=source) as pair:
+        outcome = pair.migration.run(20)
+    assert (outcome.result, outcome.error) == ("completed", "") and "the source QEMU ended" in outcome.remark
+
+
 def test_a_source_that_does_not_notice_is_cancelled(tmp_path: Path, vmm: subprocess.Popen[bytes]) -> None:
     """The destination is dead and the source still sends. Without a cancel it would never stop."""
 
