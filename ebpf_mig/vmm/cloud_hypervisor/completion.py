@@ -23,6 +23,8 @@ from ebpf_mig.vmm.cloud_hypervisor.source import LOOK_S, Call, SourceEnd, readab
 
 AFTER_S = 5.0
 """How long to wait for one end to confirm what the other end shows."""
+DEATH_S = 1.0
+"""A process that ends closes its sockets a little before."""
 REASON_S = 1.0
 """How long to wait for the reason in its log."""
 _LOST = "the connection to its host broke"
@@ -48,7 +50,7 @@ class Ending:
         """(result, reason): completed, failed, or unknown at the deadline or when cancelled."""
         with contextlib.closing(self.source):
             while True:
-                if self.send.error is not None and not self._lost(self.send, self.source.far):
+                if self._send_failed():
                     return "failed", str(self.send.error)
                 if self.receive.done.is_set() and not self._unheard():
                     return self._received(deadline)
@@ -83,6 +85,14 @@ class Ending:
         """Whether the call ended only because the other host is unreachable. The migration may go on."""
         return far and call.error is not None and not isinstance(call.error, RefusedError)
 
+    def _send_failed(self) -> bool:
+        """Whether the send call says that the migration failed. A source that is ended answers nothing, but the
+        destination may have everything by then.
+        """
+        if self.send.error is None or self._lost(self.send, self.source.far):
+            return False
+        return isinstance(self.send.error, RefusedError) or not self._soon(limit=DEATH_S, ending=True)
+
     def _unheard(self) -> bool:
         """Whether the destination will never report how the migration ended."""
         return self._lost(self.receive, self.destination < 0)
@@ -94,7 +104,7 @@ class Ending:
         if not self._lost(self.send, self.source.far):
             limit = max(AFTER_S, deadline - time.monotonic()) if self.long else AFTER_S
             self._soon(*([] if self.send.done.is_set() else [self.send.fd]), limit=limit, ending=True)
-            if self.send.error is not None and not self._lost(self.send, self.source.far):
+            if self._send_failed():
                 return "failed", str(self.send.error)
             if not self.source.gone():
                 self._soon(limit=limit, ending=True)

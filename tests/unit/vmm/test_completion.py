@@ -154,6 +154,21 @@ def test_a_sender_that_dies_and_a_receiver_that_does_not_notice(world: World) ->
     assert result == "failed" and "the source ended" in why
 
 
+def send_broken(w: World) -> None:
+    w.send.error = VmmError("it closed the connection")
+    w.send.finish()
+
+
+def test_an_old_source_that_is_ended_after_its_last_byte(world: World) -> None:
+    """Its call never answers. The destination has the VM, and runs it."""
+    assert world.judge(send_broken, exits, received) == ("completed", "")
+
+
+def test_an_old_source_that_is_ended_before(world: World) -> None:
+    result, reason = world.judge(send_broken, exits)
+    assert result == "failed" and "does not report that it has the VM" in reason
+
+
 def test_a_new_source_fails_and_nobody_answers(world: World) -> None:
     world.log = "Error connecting: Connection refused"
     result, why = world.judge(sent)
