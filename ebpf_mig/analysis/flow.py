@@ -68,7 +68,10 @@ def flows(transfers: Iterable[Transfer], direction: int) -> list[Flow]:
         calls.sort(key=lambda t: (t.position, t.end_ns))
         since, until = [t.position for t in calls], [t.position + t.bytes for t in calls]
         if until[-1] >= LOADED_BYTES and sum(t.bytes for t in calls) >= STREAM_BYTES * sum(t.calls for t in calls):
-            found.append(Flow(pid, socket, since, until, [t.begin_ns for t in calls], [t.end_ns for t in calls]))
+            end = [t.end_ns for t in calls]
+            # The begin of a hidden send is not known, only that it is not before the end of the one before.
+            begin = [t.begin_ns if not t.hidden else before for t, before in zip(calls, [0, *end], strict=False)]
+            found.append(Flow(pid, socket, since, until, begin, end))
     return found
 
 

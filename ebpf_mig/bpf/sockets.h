@@ -287,6 +287,11 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 			batch->failed++;
 			return;
 		}
+#if !SOCKET_FUNCTIONS
+		/* Positions are those of the bytes: at most one batch of a carrier's sends is open. */
+		if (direction == SEND && s->batch[UNTRACKED].socket == socket)
+			emit_batch(&s->batch[UNTRACKED], pid_tgid, UNTRACKED);
+#endif
 		emit_batch(batch, pid_tgid, direction);
 		batch->begin_ns = s->enter;
 		batch->off_before_ns = s->off_before;

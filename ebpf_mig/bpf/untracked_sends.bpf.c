@@ -43,6 +43,8 @@ int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
 		batch->bytes = batch->failed = 0;
 		introduce(pid_tgid, now, batch);
 	}
+	if (s->batch[SEND].socket == batch->socket)	/* see transfer_done */
+		emit_batch(&s->batch[SEND], pid_tgid, SEND);
 	batch->end_ns = now;
 	batch->calls++;
 	batch->bytes += sent;

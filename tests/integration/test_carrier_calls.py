@@ -6,9 +6,11 @@ The witness is the process that makes the calls: it prints the bytes of each, by
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -116,3 +118,79 @@ def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
     assert families == {"pipe": PIPE, "file": FILE, "left": 1, "right": 1}
     others = {e.socket for e in events if isinstance(e, Socket)} - names.keys()
     assert len(others) <= 2, "its standard input and output; the eventfd is none"
+
+
+SENDER = """
+import socket, sys, time
+pairs = [socket.socketpair(), socket.socketpair()]
+print("ready", flush=True)
+while True:
+    for near, far in pairs:
+        for _ in range(5):
+            near.send(b"x" * 1000)
+            far.recv(4096)
+        time.sleep(0.0002)
+"""
+"""A batch ends with each change of the socket."""
+
+
+def test_batches_that_end_while_they_are_read_leave_no_hole() -> None:
+    with subprocess.Popen([sys.executable, "-c", SENDER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with Tracer([process.pid]) as tracer:
+            tracer.arm()
+            known: dict[int, int] = {}
+            until = time.monotonic() + 3
+            while time.monotonic() < until:
+                seen, sent = tracer.poll(0), dict(known)
+                for held, events in ((False, seen), (True, tracer.pending(process.pid))):
+                    for event in events:
+                        if isinstance(event, Transfer) and event.direction == SEND and event.pid == process.pid:
+                            assert event.position == sent.get(event.socket, 0), (held, event)
+                            sent[event.socket] = event.position + event.bytes
+                    known = known if held else dict(sent)
+            assert tracer.losses()[0] == {}
+        process.kill()
+    assert len(known) == 2
+
+
+BLOCKED = """
+import socket, sys, threading, time
+near, far = socket.socketpair()
+def send():
+    near.sendall(b"x" * 500_000)
+    for _ in range(3):
+        near.sendall(b"y" * 1000)
+threading.Thread(target=send).start()
+time.sleep(0.2)
+print(near.fileno(), flush=True)
+sys.stdin.readline()
+left = 503_000
+while left:
+    left -= len(far.recv(1 << 16))
+print("done", flush=True)
+sys.stdin.readline()
+"""
+"""A send that waits for room when tracing begins, and more of the same thread later."""
+
+
+def test_a_send_that_was_under_way_comes_before_the_next() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        key = procfs.carrier_key(process.pid, int(process.stdout.readline()))
+        with Tracer([process.pid], tier="tracepoint") as tracer:
+            tracer.arm()
+            if tracer.attached.get("hidden-sends") != "tracepoint":
+                pytest.skip("missing feature: sock:sock_send_length (Linux 6.3)")
+            table = tracer._program.table("processes")  # while a vCPU runs, calls are coalesced
+            table[ctypes.c_uint32(process.pid)] = table.Leaf(running=1)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            events = tracer.poll(100) + tracer.finish()
+        process.stdin.close()
+    sends = [e for e in events if isinstance(e, Transfer) and (e.socket, e.direction) == (key, SEND)]
+    assert [(e.hidden, e.position, e.bytes) for e in sends] == [(1, 0, 500_000), (0, 500_000, 3000)]

@@ -59,6 +59,15 @@ def test_calls_that_are_not_recorded_were_made_all_the_same(side: str, at: int) 
     assert fit is not None and fit.whole
 
 
+def test_a_send_that_was_under_way_when_tracing_began() -> None:
+    """Only its end is known. Some of its bytes were received before."""
+    first = Transfer(90 * MS, 90 * MS, 1, 1, -1, SEND, 1, 1, 100 * KIB, 0, 0, 0, 0, hidden=1)
+    then = Transfer(500 * MS, 501 * MS, 1, 1, 7, SEND, 1, 1, 200 * KIB, MS, MS, 0, 100 * KIB)
+    (sent,) = flow.flows([first, then], SEND)
+    fit = flow.fits(sent, a_flow([(10, 50), (91, 50), (502, 200)]))
+    assert fit is not None and fit.whole
+
+
 def test_a_few_bytes_more_were_looked_at_before_they_were_read() -> None:
     received = a_flow(SENT)
     fit = flow.fits(a_flow(SENT), dataclasses.replace(received, until=[until + 4 for until in received.until]))
