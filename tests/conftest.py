@@ -111,6 +111,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None,
+    "libseccomp": lambda: _succeeds(sys.executable, "-c", "import ctypes; ctypes.CDLL('libseccomp.so.2')"),
     "podman": lambda: shutil.which("podman") is not None,
     "setpriv": lambda: shutil.which("setpriv") is not None,
     "systemd-analyze": lambda: shutil.which("systemd-analyze") is not None,
@@ -124,6 +125,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "otelcol": lambda: shutil.which("otelcol") is not None,
     "socat": lambda: shutil.which("socat") is not None,
     "sshd": lambda: shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin") is not None,
+    "helm": lambda: shutil.which("helm") is not None,
     "kubeconform": lambda: shutil.which("kubeconform") is not None,
     "libvirtd and virsh": lambda: all(
         shutil.which(name, path=f"{os.environ.get('PATH')}:/usr/sbin") for name in ("libvirtd", "virsh")

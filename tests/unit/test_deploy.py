@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 from prometheus_client.exposition import generate_latest
 
+import ebpf_mig
 from ebpf_mig.cli import cli
 from ebpf_mig.commands.exporter import command
 from ebpf_mig.exporter.metrics import Metrics
@@ -177,7 +178,7 @@ def test_every_form_of_deployment_grants_what_the_exporter_keeps_and_gives_up() 
     said = (DEPLOY / "container" / "Containerfile").read_text()
     container = re.search(r"--cap-add=([A-Z_,]+)", said)
     assert container and {f"CAP_{name}" for name in container[1].split(",")} == wanted
-    assert "{type: Unconfined}" in pod and "--security-opt=seccomp=unconfined" in said
+    assert "Unconfined" not in pod and "--security-opt=seccomp=deploy/kubernetes/seccomp.json" in said
 
 
 @requires("PyYAML")
@@ -186,11 +187,29 @@ def test_manifests_fit_together() -> None:
 
     directory = DEPLOY / "kubernetes"
     resources = yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"]
-    assert {path.name for path in directory.iterdir()} == {*resources, "kustomization.yaml"}
+    assert {path.name for path in directory.iterdir()} == {*resources, "kustomization.yaml", "seccomp.json"}
     pod = yaml.safe_load((directory / "daemonset.yaml").read_text())["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (container,), (first,) = pod["containers"], pod["initContainers"]
+    mounts = [mount["name"] for mount in (*container["volumeMounts"], *first["volumeMounts"])]
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]} and len(mounts) == len(set(mounts))
     assert container["securityContext"]["privileged"] is False and pod["hostPID"] is True
+    paths = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+    profile = container["securityContext"]["seccompProfile"]["localhostProfile"]
+    assert f"/var/lib/kubelet/seccomp/{profile}" == f"{paths['kubelet']}/seccomp.json"
+    assert first["command"][2].endswith("/node/seccomp.json")
+
+
+def test_the_seccomp_profile_allows_only_what_is_listed() -> None:
+    """What the kernel answers under it is tested in tests/integration/test_exporter_seccomp.py."""
+    profile = json.loads((DEPLOY / "kubernetes" / "seccomp.json").read_text())
+    assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    allowed = [name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]]
+    plain = [name for name in allowed if name != "socket"]
+    assert len(plain) == len(set(plain))
+    for name in ("mount", "ptrace", "unshare", "setns", "init_module", "keyctl", "io_uring_setup", "process_vm_readv"):
+        assert name not in allowed
+    same = DEPLOY / "helm" / "ebpf-mig" / "seccomp.json"
+    assert same.read_text() == (DEPLOY / "kubernetes" / "seccomp.json").read_text(), "the chart needs its own copy"
 
 
 @requires("kubernetes-validate", "PyYAML")
@@ -216,7 +235,8 @@ def test_kustomize_builds_what_is_in_the_files() -> None:
     code, said = run("kustomize", "build", "kubernetes")
     assert code == 0, said
     built = list(yaml.safe_load_all(said))
-    assert [one["kind"] for one in built] == ["Namespace", "DaemonSet"]
+    assert [one["kind"] for one in built] == ["Namespace", "ConfigMap", "DaemonSet"]
+    assert built[1]["data"]["seccomp.json"] == (DEPLOY / "kubernetes" / "seccomp.json").read_text()
     assert all(one["metadata"].get("namespace", "ebpf-mig") == "ebpf-mig" for one in built)
 
 
@@ -232,17 +252,82 @@ def bundled(directory: Path, version: str, names: Iterable[str]) -> str:
     return f"{directory}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
 
 
+KINDS = ["configmap-v1", "daemonset-apps-v1", "namespace-v1"]
+
+
+def conform(directory: Path, text: str) -> tuple[int, str]:
+    """What kubeconform says of manifests."""
+    (directory / "built.yaml").write_text(text)
+    place = bundled(directory, "1.37.0", KINDS)
+    return run("kubeconform", "-strict", "-summary", "-schema-location", place, str(directory / "built.yaml"))
+
+
 @requires("kustomize", "kubeconform", "kubernetes-validate")
 def test_what_kustomize_builds_is_what_kubernetes_takes(tmp_path: Path) -> None:
-    place = bundled(tmp_path, "1.37.0", ["daemonset-apps-v1", "namespace-v1"])
     code, built = run("kustomize", "build", "kubernetes")
     assert code == 0, built
-
-    def validate(text: str) -> tuple[int, str]:
-        (tmp_path / "built.yaml").write_text(text)
-        return run("kubeconform", "-strict", "-summary", "-schema-location", place, str(tmp_path / "built.yaml"))
-
-    code, said = validate(built)
-    assert code == 0 and "Valid: 2" in said, said
-    code, said = validate(built.replace("privileged: false", "privilegd: false"))
+    code, said = conform(tmp_path, built)
+    assert code == 0 and "Valid: 3" in said, said
+    code, said = conform(tmp_path, built.replace("privileged: false", "privilegd: false"))
     assert code == 1 and "'privilegd' not allowed" in said
+
+
+def rendered(*options: str, namespace: str = "ebpf-mig", name: str = "ebpf-mig") -> str:
+    code, said = run("helm", "template", name, "helm/ebpf-mig", "-n", namespace, "--kube-version=1.33.0", *options)
+    assert code == 0, said
+    return said
+
+
+@requires("helm", "kubeconform", "kubernetes-validate")
+def test_the_chart_passes_lint_and_is_what_kubernetes_takes(tmp_path: Path) -> None:
+    code, said = run("helm", "lint", "--strict", "helm/ebpf-mig")
+    assert code == 0 and "0 chart(s) failed" in said, said
+    options = ["--set=args={--keep-size,4GiB}", "--set=tolerations[0].operator=Exists", "--set=image.pullPolicy=Always"]
+    for chosen in ([], options):
+        code, said = conform(tmp_path, rendered(*chosen))
+        assert code == 0 and "Valid: 2" in said, said
+    code, said = run("helm", "lint", "--strict", "helm/ebpf-mig", "--set=prot=1")
+    assert code == 1 and "prot" in said
+
+
+@requires("helm", "kustomize", "PyYAML")
+def test_the_chart_makes_the_daemon_set_of_kustomize() -> None:
+    import yaml
+
+    ours = {one["kind"]: one for one in yaml.safe_load_all(rendered()) if one}
+    code, built = run("kustomize", "build", "kubernetes")
+    assert code == 0, built
+    theirs = {one["kind"]: one for one in yaml.safe_load_all(built)}
+    assert ours["ConfigMap"]["data"] == theirs["ConfigMap"]["data"]
+    # kustomize puts the profile's hash into the name of the ConfigMap, the chart into an annotation.
+    hashed = theirs["ConfigMap"]["metadata"]["name"]
+    expected = json.loads(json.dumps(theirs["DaemonSet"]).replace(hashed, "ebpf-mig-seccomp"))
+    assert ours["DaemonSet"]["spec"]["template"]["metadata"]["annotations"].pop("checksum/seccomp")
+    assert ours["DaemonSet"] == expected
+
+
+@requires("helm", "PyYAML")
+def test_the_charts_values_are_used_and_two_releases_do_not_meet() -> None:
+    import yaml
+
+    options = ["--set=port=9000", "--set=stateDirectory=/srv/mig", "--set=kubeletDirectory=/var/lib/k0s/kubelet"]
+    text = rendered(*options, "--set=image.repository=r.example/m", "--set=image.tag=1.2", namespace="n", name="other")
+    made = {one["kind"]: one for one in yaml.safe_load_all(text) if one}
+    pod = made["DaemonSet"]["spec"]["template"]["spec"]
+    (container,), (first,) = pod["containers"], pod["initContainers"]
+    assert container["args"] == ["exporter", "--web.listen-address", ":9000"]
+    assert container["ports"][0]["containerPort"] == 9000
+    assert container["image"] == first["image"] == "r.example/m:1.2"
+    paths = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+    assert paths["state"] == "/srv/mig" and paths["kubelet"] == "/var/lib/k0s/kubelet/seccomp/other"
+    assert container["securityContext"]["seccompProfile"]["localhostProfile"] == "other/seccomp.json"
+    (profile,) = [volume["configMap"]["name"] for volume in pod["volumes"] if volume["name"] == "profile"]
+    assert made["ConfigMap"]["metadata"] == {"name": profile, "namespace": "n"}
+
+
+@requires("PyYAML")
+def test_the_chart_has_the_programs_version() -> None:
+    import yaml
+
+    chart = yaml.safe_load((DEPLOY / "helm" / "ebpf-mig" / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == ebpf_mig.__version__
