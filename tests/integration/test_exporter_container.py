@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped image while real VMs migrate; podman grants it only the rights that the DaemonSet grants.
 
-EBPF_MIG_TEST_IMAGE names the image: `podman build -f deploy/container/Containerfile -t ebpf-mig .`
+EBPF_MIG_TEST_IMAGE names the image, e.g. localhost/ebpf-mig, which `tools/build-image` makes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def as_granted(pod: dict[str, Any], state: Path) -> list[str]:
     assert granted["privileged"] is False and pod["hostPID"] is True and granted["readOnlyRootFilesystem"] is True
     options = ["--pid=host", "--network=host", "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp"]
     options += ["--security-opt=no-new-privileges", f"--user={granted['runAsUser']}"]
-    if granted["seccompProfile"]["type"] == "Unconfined":
-        options.append("--security-opt=seccomp=unconfined")
+    assert granted["seccompProfile"]["type"] == "Localhost"
+    options.append(f"--security-opt=seccomp={MANIFEST.with_name('seccomp.json')}")
     options += [f"--cap-drop={name}" for name in granted["capabilities"]["drop"]]
     options += [f"--cap-add={name}" for name in granted["capabilities"]["add"]]
     paths = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
@@ -69,6 +69,7 @@ def test_the_image_measures_a_migration_with_what_the_daemon_set_grants(tmp_path
         assert Path(f"/proc/{pid}/root").stat().st_dev != Path("/").stat().st_dev, (
             "it has a root file system of its own"
         )
+        assert "Seccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text(), "a filter"
         kept = sum(1 << NUMBERS[capability] for capability in ENGINE)
         watch = children(pid)["watch_process"]
         assert capabilities(watch)["CapEff"] == capabilities(watch)["CapBnd"] == kept
