@@ -17,7 +17,7 @@ from ebpf_mig.cli import COMMANDS
 from tests.conftest import requires
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [requires("root", "a clone"), pytest.mark.timeout(400)]
+pytestmark = [requires("root", "a clone"), pytest.mark.timeout(900)]
 GENERATED = {"PKG-INFO", "setup.cfg"}
 
 
