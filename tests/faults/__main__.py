@@ -18,9 +18,14 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import read_recording
 from tests.faults.kernel import adopt, descendants
 from tests.faults.node import BrokenError, Node
 from tests.faults.rounds import VICTIMS, Fault, new_pair, play
+
+MUCH = 0.05
+"""Share of the window without a phase that is worth a line."""
 
 
 def main() -> int:
@@ -69,6 +74,7 @@ def main() -> int:
                 number += 1
         finally:
             pair.__exit__(None, None, None)
+        _print_unattributed(directory)
         try:
             node.close()
         except BrokenError as error:
@@ -79,6 +85,21 @@ def main() -> int:
     rounds, bad = number - asked.first, sorted(set(broken))
     print(f"{rounds} rounds, seed {seed}, {time.monotonic() - begin:.0f} s: {len(bad)} broken {bad or ''}")
     return 1 if broken else 0
+
+
+def _print_unattributed(directory: Path) -> None:
+    """Which of the completed migrations that the exporter kept have much time without a phase, and what it was."""
+    number = 0
+    for path in sorted((directory / "state").glob("*.rec")):
+        found = analyse(read_recording(path)).breakdown
+        if found.migration.result != "completed" or not found.window_ns:
+            continue
+        number += 1
+        share = (found.phase_ns("unattributed") or 0) / found.window_ns
+        if share > MUCH:
+            waits = [wait for wait in found.waits or [] if wait.phase == "unattributed"]
+            print(f"{path.name}: {share:.1%} of the window is unattributed, {found.completeness.verdict}: {waits}")
+    print(f"looked for unattributed time in the last {number} completed migrations")
 
 
 def _strangers(node: Node) -> dict[int, str]:
