@@ -8,6 +8,7 @@ In: arguments and signals. Out: an exit code (docs: 0 done, 1 bug, 2 usage, 3 pr
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -33,6 +34,9 @@ COMMANDS = (
 """One module of `commands/` each, with a click command called `command`; in the order of `--help`."""
 _HIDDEN = ("man",)
 """Commands that `--help` does not list."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""No room or no permission for a file of ours, wherever it is written."""
 
 _VERBOSE = "ebpf_mig.verbose"
 _COMPLETE = "_EBPF_MIG_COMPLETE"
@@ -162,6 +166,9 @@ def _exit_code(error: BaseException, verbose: int) -> int:
             message, code = f"cannot write to stdout: {error.strerror}", UsageError.exit_code
         case MemoryError() | OSError() if what := limits.spent(error):
             message, code = f"{what}; run with -vv for the traceback", PreflightError.exit_code
+        case OSError() if error.errno in _FULL:
+            where = error.filename if isinstance(error.filename, str) else "a file"
+            message, code = f"cannot write {where}: {error.strerror}", UsageError.exit_code
         case _:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             message, code = f"internal error: {what}; run with -vv for the traceback", 1

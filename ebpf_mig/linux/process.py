@@ -135,7 +135,13 @@ def is_private(path: str) -> bool:
 
 def _base() -> str:
     """The parent of private directories: TMPDIR, unless it makes socket paths too long (unix(7): 108 bytes)."""
-    base = tempfile.gettempdir()
+    try:
+        base = tempfile.gettempdir()
+    except OSError as error:  # it has tried to write to each
+        raise PreflightError(
+            "no directory for temporary files can be written: /tmp, /var/tmp and TMPDIR are full or read-only",
+            "free space, or set TMPDIR to a writable one",
+        ) from error
     return base if len(os.fsencode(base)) <= _LONGEST_BASE else "/tmp"  # noqa: S108
 
 

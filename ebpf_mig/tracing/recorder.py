@@ -43,7 +43,10 @@ class Recorder:
         self.name = name
         self.lost = ""
         """Why it ended by itself before we stopped it; empty if it did not."""
-        self._data = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`; it has no name
+        try:
+            self._data = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`; it has no name
+        except OSError as error:
+            raise RemoteError(f"{name}: its recording has no place here: {error.strerror}") from error
         self._size = 0
         self._head = bytearray()
         self._changed = threading.Condition()

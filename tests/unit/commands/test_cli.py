@@ -159,6 +159,7 @@ def test_escapes_in_a_file_name_do_not_reach_the_terminal() -> None:
         ("errors.IncompleteError('12 lost')", 5, "12 lost"),
         ("errors.RecordingError('two\\nlines \\x1b[0m')", 2, r"two\nlines \x1b[0m"),
         ("KeyboardInterrupt", 130, "interrupted"),
+        ("OSError(28, 'No space left', '/tmp/x')", 2, "cannot write /tmp/x: No space left"),
         ("MemoryError", 3, "there is no memory left; run with -vv for the traceback"),
         (
             "OSError(24, 'Too many open files')",

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ebpf_mig.linux.limits import ADDRESS_SPACE, DESCRIPTORS
-from tests.conftest import requires
+from tests.conftest import TRACING, requires
 
 EXHAUSTED = """
 import os, resource, sys
@@ -70,3 +71,18 @@ def test_too_low_a_limit_is_one_line_before_anything_is_loaded(
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert done.stdout == "" and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+@requires(*TRACING, "tc with tbf and veth")
+@pytest.mark.parametrize(
+    "words", [("demo", "-o", "{tmp}/x.rec"), ("demo", "--two-hosts", "-o", "{tmp}/x.rec"), ("bench", "idle", "-n", "1")]
+)
+def test_where_no_temporary_file_can_be_written(words: tuple[str, ...], tmp_path: Path) -> None:
+    """As on a full disk: RLIMIT_FSIZE is 0."""
+    command = [sys.executable, "-m", "ebpf_mig", *(word.replace("{tmp}", str(tmp_path)) for word in words)]
+    done = subprocess.run(
+        ["prlimit", "--fsize=0", *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and "set TMPDIR to a writable one" in done.stderr
+    assert not list(tmp_path.iterdir())
