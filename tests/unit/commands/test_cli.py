@@ -187,6 +187,16 @@ def test_traceback_only_with_vv(args: tuple[str, ...]) -> None:
     assert err.endswith("ebpf-mig: internal error: ValueError: boom; run with -vv for the traceback\n")
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_vv_is_understood_at_every_level(place: int) -> None:
+    words = ["migrate", "qemu", "--source", "/nonexistent/a", "--destination", "b", "--uri", "tcp:127.0.0.1:1"]
+    with_it = run(*words[:place], "-vv", *words[place:])
+    without = run(*words)
+    assert without.returncode == with_it.returncode
+    assert "Traceback" not in without.stderr and without.stderr.count("\n") == 1
+    assert with_it.stderr.startswith("Traceback ") and with_it.stderr.endswith(without.stderr)
+
+
 def test_one_v_gives_no_traceback() -> None:
     assert "Traceback" not in outcome("raise ValueError('boom')", "-v", "probe")[2]
 
