@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from ebpf_mig.probes.plan import Plan
 from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.tiers import Choice
 from ebpf_mig.probes.tracer import Tracer
-from ebpf_mig.tracing.session import POLL_MS, YIELD_NICE
+from ebpf_mig.tracing.session import POLL_MS, _yielding
 
 BLACKOUTS = 8
 """Per measurement; its figure is their median."""
@@ -64,7 +63,7 @@ class Variant:
     statistics: bool = True
     reader: bool = True
     readings: bool = True
-    """Whether the reader reads /proc when a vCPU is kicked."""
+    """Whether the reader reads our own cost and the quotas when a vCPU is kicked."""
 
 
 def _variant(name: str, without: set[str] = set(), **other: object) -> Variant:  # noqa: B006 - it is not changed
@@ -81,7 +80,7 @@ VARIANTS = (
     _variant("no exec, no hidden sends", RARE),
     _variant("no run statistics", statistics=False),
     _variant("no reader", reader=False),
-    _variant("no reading of /proc by it", readings=False),
+    _variant("no reading of own cost and quotas", readings=False),
     _variant("system calls alone", EXTRA),
     _variant("system calls alone, no statistics, no reader", EXTRA, statistics=False, reader=False),
     _variant("the same, of no process: the floor", EXTRA, statistics=False, reader=False, targets=False),
@@ -165,9 +164,9 @@ class Traced:
             self._tracer.poll(0)
 
     def _read(self, over: threading.Event) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), YIELD_NICE)
-        while not over.is_set():
-            self._tracer.poll(POLL_MS)
+        with _yielding():
+            while not over.is_set():
+                self._tracer.poll(POLL_MS)
 
     def close(self) -> None:
         self._tracer.close()
@@ -220,8 +219,8 @@ def report(rounds: Sequence[dict[str, list[float]]]) -> None:
     _say(f"{len(rounds)} rounds, a blackout takes {alone / 1000:.0f} us untraced\n")
     _say("| attached | us added, 95 % interval | us less than everything |")
     _say("|---|--:|--:|")
-    order = [variant.name for variant in VARIANTS]
-    for name, added, less in sorted(rows(rounds), key=lambda row: order.index(row[0])):
+    order = {variant.name: number for number, variant in enumerate(VARIANTS)}
+    for name, added, less in sorted(rows(rounds), key=lambda row: order.get(row[0], len(order))):
         _say(f"| {name} | {_figure(added)} | {_figure(less) if less and name != EVERYTHING else ''} |")
 
 
