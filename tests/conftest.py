@@ -75,6 +75,16 @@ def _dirty_ring() -> bool:
         os.close(fd)
 
 
+def _has_control_groups() -> bool:
+    """Groups that we may make, of version 1 or of version 2 with its controllers passed on."""
+    top = Path("/sys/fs/cgroup")
+    enabled = top / "cgroup.subtree_control"
+    ways = [top / "cpu" / "cpu.cfs_quota_us", top / "freezer" / "cgroup.procs"]
+    return os.access(top, os.W_OK) and (
+        all(map(os.path.exists, ways)) or (enabled.exists() and "cpu" in enabled.read_text().split())
+    )
+
+
 _LOSE_A_SEGMENT = (
     "ip link set lo up && iptables -A INPUT -p tcp -m length --length 1000 "
     "-m statistic --mode nth --every 2 --packet 0 -j DROP"
@@ -107,6 +117,10 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
     "tc with tbf and veth": lambda: _succeeds("unshare", "--net", sys.executable, "-c", _LIMIT_A_LINK),
     "iptables with length and statistic": lambda: _succeeds("unshare", "--net", "sh", "-c", _LOSE_A_SEGMENT),
+    "nft": lambda: _succeeds(
+        "unshare", "--net", "nft", "add table ip nat; add chain ip nat c { type nat hook output priority 0; }"
+    ),
+    "control groups with cpu and freezer": _has_control_groups,
     "fish": lambda: shutil.which("fish") is not None,
     "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,

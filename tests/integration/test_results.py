@@ -53,6 +53,12 @@ class Qmp:
         stamp = next(e["timestamp"] for e in reversed(self._events) if e["event"] == event)
         return int(stamp["seconds"] * 10**9 + stamp["microseconds"] * 1000)
 
+    def hears(self, event: str) -> None:
+        """Waits for the next such event."""
+        while (said := json.loads(self._file.readline())).get("event") != event:
+            self._events.append(said)
+        self._events.append(said)
+
     def capability(self, *names: str) -> None:
         self("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
 

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Production's shapes: VMMs in containers, guests that are reset or shut down while their memory
+is copied, and VMMs that are stopped in the blackout.
+
+Each is a real migration, seen by `watch` on the node or by `record`. The witness is QEMU's own STOP and RESUME.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ebpf_mig.analysis.waits import CPU_QUOTA
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm
+from tests.conftest import TRACING, requires
+from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, report, running, until
+from tests.integration.migrations import LASTING
+from tests.integration.test_results import Qmp
+
+pytestmark = [requires(*TRACING), pytest.mark.timeout(120)]
+
+MS = 1_000_000
+LATE_NS = 20 * MS
+"""STOP comes after the stop and RESUME before the start, by at most what a busy machine takes for either."""
+UNIX = replace(LASTING, transport="unix")
+FULL = {"max-bandwidth": LASTING.bandwidth_bytes, "downtime-limit": 2000}
+"""Much is left for the blackout."""
+Tool = Callable[[QemuPair, Path], contextlib.AbstractContextManager[Callable[[], Breakdown]]]
+
+
+def pids(pair: QemuPair) -> tuple[int, int]:
+    """The process ids of both QEMUs here, whatever started them."""
+    return qemu(pair.source), qemu(pair.destination)
+
+
+def qemu(vm: QemuVm) -> int:
+    """Who listens at a VM's monitor."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(vm.qmp)
+        return int(struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+@contextlib.contextmanager
+def recorded(pair: QemuPair, directory: Path) -> Iterator[Callable[[], Breakdown]]:
+    """`record` of both processes; the breakdown once it has ended."""
+    path = directory / "seen.rec"
+    named = [word for pid in pids(pair) for word in ("--pid", str(pid))]
+    with running(*PROGRAM, "record", *named, "-o", str(path), stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None and "tracing" in process.stderr.readline()
+
+        def found() -> Breakdown:
+            assert process.wait(30) == 0, process.stderr and process.stderr.read()
+            return report(path)
+
+        yield found
+
+
+@contextlib.contextmanager
+def watched(_pair: QemuPair, directory: Path) -> Iterator[Callable[[], Breakdown]]:
+    """`watch` on the node; the breakdown of the one migration that it reports."""
+    command = [*PROGRAM, "watch", "--format", "json", "--vm", f"{OURS}*", "--state-directory", str(directory / "state")]
+    with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None and "watching" in process.stderr.readline()
+        time.sleep(SETTLED_S)
+
+        def found() -> Breakdown:
+            time.sleep(4)
+            process.terminate()
+            (said,) = [json.loads(line) for line in process.communicate(timeout=30)[0].splitlines()]
+            seen = report(directory / "state" / said["recording"])
+            assert (said["result"], said["blackout_ns"]) == (seen.migration.result, seen.blackout_ns)
+            return seen
+
+        yield found
+
+
+TOOLS = pytest.mark.parametrize("tool", [recorded, watched], ids=["record", "watch"])
+
+
+def start(source: Qmp, destination: Qmp, uri: str, to: str = "") -> None:
+    """Begins the migration, to another address than the destination's if `to` is given."""
+    destination("migrate-incoming", uri=uri)
+    source("migrate-set-parameters", **FULL)
+    source("migrate", uri=to or uri)
+
+
+def completed(source: Qmp, destination: Qmp) -> int:
+    """RESUME minus STOP, once the guest runs at the destination, ns."""
+    assert source.reaches("completed", "failed") == "completed"
+    until(destination.runs)
+    return destination.at("RESUME") - source.at("STOP")
+
+
+def whole(seen: Breakdown, took: int, doubt_ns: int = 0) -> None:
+    """One completed migration with the blackout that QEMU saw, nothing in doubt, and nothing left over. `doubt_ns`: of
+    two clocks.
+    """
+    assert seen.migration.result == "completed"
+    assert (seen.completeness.verdict, seen.completeness.reasons) == ("complete", [])
+    assert seen.blackout_ns is not None and seen.window_ns is not None
+    assert -doubt_ns <= seen.blackout_ns - took <= LATE_NS + doubt_ns, (seen.blackout_ns, took)
+    assert (seen.phase_ns("unattributed") or 0) <= 0.02 * seen.window_ns
+    assert sum(phase.duration_ns or 0 for phase in seen.phases) == seen.window_ns
+
+
+# Containers
+
+CONTAINER = """#!/bin/sh
+for group in $GROUPS_OF_THE_TEST; do echo $$ > "$group/cgroup.procs"; done
+exec unshare --pid --fork --kill-child --mount-proc --net --cgroup --uts --ipc \\
+  setpriv --reuid 65534 --regid "$(stat -c %g /dev/kvm)" --clear-groups --pdeathsig KILL qemu-system-x86_64 "$@"
+"""
+"""The user is nobody."""
+
+
+class Contained(QemuPair):
+    """Each VMM in namespaces and control groups of its own, run by another user."""
+
+    def _start(self, role: str, more: list[str]) -> QemuVm:  # type: ignore[override]
+        self.directory.chmod(0o777)
+        return super()._start(role, more)
+
+
+class Group:
+    """A control group of version 1 or 2."""
+
+    def __init__(self, controller: str) -> None:
+        old = Path("/sys/fs/cgroup", controller)
+        self._is_old = old.is_dir()
+        self.path = (old if self._is_old else Path("/sys/fs/cgroup")) / f"ebpf-mig-test-{os.getpid()}"
+
+    def __enter__(self) -> Group:
+        self.path.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        until(lambda: not (self.path / "cgroup.procs").read_text())
+        self.path.rmdir()
+
+    def quota(self, percent: int) -> None:
+        if self._is_old:
+            (self.path / "cpu.cfs_quota_us").write_text(str(percent * 1000))
+        else:
+            (self.path / "cpu.max").write_text(f"{percent * 1000} 100000")
+
+    def freeze(self, on: bool) -> None:
+        if self._is_old:
+            (self.path / "freezer.state").write_text("FROZEN" if on else "THAWED")
+        else:
+            (self.path / "cgroup.freeze").write_text("1" if on else "0")
+
+
+@contextlib.contextmanager
+def contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *groups: Group) -> Iterator[QemuPair]:
+    wrapper = tmp_path / "qemu"
+    wrapper.write_text(CONTAINER)
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("GROUPS_OF_THE_TEST", " ".join(str(group.path) for group in groups))
+    with Contained(UNIX, str(wrapper), NAMED) as pair:
+        yield pair
+
+
+@requires("private mount namespaces", "setpriv")
+@TOOLS
+def test_vmms_in_containers(
+    tool: Tool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with contained(tmp_path, monkeypatch) as pair:
+        assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids(pair)} == {65534}
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with tool(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            took = completed(source, destination)
+            seen = found()
+    whole(seen, took)
+    assert seen.migration.transport == "unix"
+
+
+@requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
+def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Group("cpu") as group, contained(tmp_path, monkeypatch, group) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with recorded(pair, tmp_path) as found:
+            group.quota(20)
+            start(source, destination, pair.uri)
+            took = completed(source, destination)
+            group.quota(100)
+            seen = found()
+    whole(seen, took)
+    assert any(CPU_QUOTA in wait.stack for wait in seen.waits or [])
+
+
+@requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
+def test_a_group_that_is_frozen_in_the_blackout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Group("freezer") as group, contained(tmp_path, monkeypatch, group) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with recorded(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            source.hears("STOP")
+            group.freeze(True)
+            time.sleep(0.3)
+            group.freeze(False)
+            took = completed(source, destination)
+            seen = found()
+    whole(seen, took)
+    assert took >= 300 * MS
+
+
+# Stopped
+
+
+@pytest.mark.parametrize("which", ["source", "destination"])
+def test_a_vmm_that_is_stopped_in_the_blackout(which: str, tmp_path: Path) -> None:
+    with QemuPair(LASTING, None, NAMED) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with recorded(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            source.hears("STOP")
+            pid = (pair.source if which == "source" else pair.destination).pid
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGCONT)
+            took = completed(source, destination)
+            seen = found()
+    whole(seen, took)
+    assert took >= 300 * MS
+
+
+# The guest's own doing
+
+SHUTS_DOWN = ["-action", "reboot=shutdown"]
+
+
+def under_way(source: Qmp) -> None:
+    """Waits until pages are being copied."""
+    until(lambda: source("query-migrate").get("ram", {}).get("transferred", 0) > 1 << 20)
+
+
+@TOOLS
+def test_a_guest_that_is_reset_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
+    with QemuPair(LASTING, None, NAMED) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with tool(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            under_way(source)
+            source("system_reset")
+            took = completed(source, destination)
+            seen = found()
+    whole(seen, took)
+
+
+@TOOLS
+def test_a_guest_that_shuts_down_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
+    """As with libvirt, QEMU stays. The guest stopped by itself, so no migration made it stop."""
+    with QemuPair(LASTING, None, [*NAMED, *SHUTS_DOWN, "-no-shutdown"]) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with tool(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            under_way(source)
+            source("system_reset")
+            assert source.reaches("completed", "failed") == "completed"
+            until(lambda: destination.status() == "completed")
+            assert not destination.runs()
+            time.sleep(1)
+            for vm in (pair.source, pair.destination):  # as libvirt does once a domain is off
+                vm.process.terminate()
+            seen = found()
+    assert (seen.migration.result, seen.blackout_ns) == ("completed", None)
+    assert seen.window_ns is None or (seen.phase_ns("unattributed") or 0) <= 0.02 * seen.window_ns
+
+
+@TOOLS
+def test_a_guest_whose_vmm_ends_with_it_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
+    with QemuPair(LASTING, None, [*NAMED, *SHUTS_DOWN]) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with tool(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            under_way(source)
+            with contextlib.suppress(OSError, ValueError):
+                source("system_reset")
+            pair.source.process.wait(30)
+            seen = found()
+    assert (seen.migration.result, seen.blackout_ns) == ("failed", None)
