@@ -36,6 +36,12 @@ ROUNDS = int(os.environ.get("EBPF_MIG_CHAINS", "2"))
 SMALL = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=1000)
 SLOW = 16 << 20
 TRACED = [*NAMED, "-trace", "runstate_set", "-trace", "kvm_run_exit", "-D", "{dir}/{role}.trace"]
+PAUSING = "finish-migrate"
+"""The run state that QEMU sets before it kicks the vCPUs."""
+NEEDED = [PAUSING], [PAUSING, "kvm_run_exit"], ["kvm_run_exit"]
+"""What QEMU's trace of A, B and C must have before it is read."""
+FLUSHED_S = 5.0
+"""QEMU writes its trace from many threads; a line that is not there by then never comes."""
 SLACK_NS = 200_000
 """QEMU's stamps are of the wall clock, in us; the clocks drift a little."""
 
@@ -76,7 +82,9 @@ class Hop:
         if switchover is None or switchover.first_start is None:
             return "no blackout"
         stop, start = switchover.stop + offset, switchover.first_start + offset
-        asked = next(line.at_ns for line in self.source if "finish-migrate" in line.text)
+        asked = next((line.at_ns for line in self.source if PAUSING in line.text), None)
+        if asked is None:
+            return f"QEMU's trace has no {PAUSING}, which is needed as the witness"
         left = max((e.at_ns for e in self.source if e.name == "kvm_run_exit" and e.at_ns < self.stop), default=asked)
         exits = [e.at_ns for e in self.destination if e.name == "kvm_run_exit"]
         earliest, latest = min(asked, left), min(exits, default=start)
@@ -85,6 +93,19 @@ class Hop:
         if not self.resume - SLACK_NS <= start <= latest + SLACK_NS:
             return f"started {(start - self.resume) / 1e6:.3f} ms after RESUME, {(latest - start) / 1e6:.3f} before"
         return ""
+
+
+def traced(path: Path, *needed: str) -> list[TraceLine]:
+    """QEMU's trace, once it has a line with each of `needed`, or after FLUSHED_S."""
+    deadline = time.monotonic() + FLUSHED_S
+    while True:
+        lines = parse_trace(path, 0)
+        if (
+            all(any(text in f"{line.name} {line.text}" for line in lines) for text in needed)
+            or time.monotonic() > deadline
+        ):
+            return lines
+        time.sleep(0.05)
 
 
 def chain() -> list[Hop]:
@@ -102,7 +123,7 @@ def chain() -> list[Hop]:
             time.sleep(0.01)
         time.sleep(0.3)
         files = (one.directory / "source", one.directory / "destination", other.directory / "destination")
-        traces = [parse_trace(path.with_suffix(".trace"), 0) for path in files]
+        traces = [traced(path.with_suffix(".trace"), *needed) for path, needed in zip(files, NEEDED, strict=True)]
         first = Hop((one.source.pid, one.destination.pid), a.at("STOP"), b.at("RESUME"), *traces[:2])
         return [first, Hop((one.destination.pid, other.destination.pid), b.at("STOP"), c.at("RESUME"), *traces[1:])]
 

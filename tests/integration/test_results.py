@@ -49,9 +49,14 @@ class Qmp:
 
     def at(self, event: str) -> int:
         """QEMU's time stamp of the last such event, ns of the wall clock."""
-        self("query-status")
-        stamp = next(e["timestamp"] for e in reversed(self._events) if e["event"] == event)
-        return int(stamp["seconds"] * 10**9 + stamp["microseconds"] * 1000)
+        deadline = time.monotonic() + 5
+        while True:
+            self("query-status")
+            stamp = next((e["timestamp"] for e in reversed(self._events) if e["event"] == event), None)
+            if stamp is not None:
+                return int(stamp["seconds"] * 10**9 + stamp["microseconds"] * 1000)
+            assert time.monotonic() < deadline, f"no {event} among {[e['event'] for e in self._events]}"
+            time.sleep(0.02)
 
     def hears(self, event: str) -> None:
         """Waits for the next such event."""
