@@ -189,7 +189,12 @@ def _handed_over(case: TracedMigration, stop: int) -> bool:
 
 
 def _saved(case: TracedMigration) -> bool:
-    """Whether the source's state was read and went to a file, or into a pipe that no process is known to pass on."""
+    """Whether the source's state was read and went to a file, or into a pipe that no process is known to pass on.
+
+    A migration over something that is not seen (RDMA, io_uring) is none, whatever other threads write meanwhile: a
+    console into a pipe, or a disk that is flushed at the stop. So the thread that fetches or stops the guest has to
+    write to the pipe.
+    """
     source = case.source
     if source is None or _started(case.destination):
         return False
@@ -199,8 +204,10 @@ def _saved(case: TracedMigration) -> bool:
         return _into_files(case, source) >= SAVED_BYTES
     if case.channels.transport == Transport.PIPE and (_passed_on(case) or case.channels.ends):
         return False
-    carried = case.channels.transport in (Transport.FILE, Transport.PIPE)
-    return carried and sum(t.bytes for t in case.sends) >= SAVED_BYTES
+    if case.channels.transport == Transport.PIPE:
+        drivers = source.fetchers | ({case.switchover.stopper} if case.switchover else set())
+        return sum(t.bytes for t in case.sends if not drivers or t.tid in drivers) >= SAVED_BYTES
+    return case.channels.transport == Transport.FILE and sum(t.bytes for t in case.sends) >= SAVED_BYTES
 
 
 def _passed_on(case: TracedMigration) -> bool:
@@ -210,9 +217,15 @@ def _passed_on(case: TracedMigration) -> bool:
 
 
 def _into_files(case: TracedMigration, source: Process) -> int:
-    """Bytes that any thread wrote to files while the guest was stopped, if it then ran on: a snapshot (savevm)."""
-    found = case.switchover
+    """Bytes that any thread wrote to files while the guest was stopped, if it then ran on: a snapshot (savevm).
+
+    A snapshot stops its guest before it sets dirty logging up (QEMU: `save_snapshot`, migration/savevm.c, 7.2 to 11.1).
+    A migration that failed, and whose carrier is not seen, sets it up while the guest runs.
+    """
+    found, logged = case.switchover, dirty_log.switched_on(source, None)
     if found is None or found.kind != SwitchoverKind.ABORTED or found.first_start is None:
+        return 0
+    if logged is None or logged < found.dark:
         return 0
     return sum(
         t.bytes

@@ -77,17 +77,38 @@ def test_a_snapshot_into_a_disk_is_saved_if_the_guest_runs_on() -> None:
     script = Script()
     source = script.vm(1000, "source")
     source.socket(PLACED | 7, family=FILE)
-    source.logging(-100_000)
-    source.gets(-99_900)
+    source.kick(-20)
     source.interrupted(0)
     source.ioctls("GET_CLOCK", 50, 60)
-    source.gets(100)
+    source.logging(70)
+    source.gets(120)
     source.ioctls("GET_REGS GET_SREGS", 500, 600)
     source.send(700, 800, 900_000, socket=PLACED | 7, tid=9)
     source.entered(1000)
     source.logging(1100, on=False)
     found = outcome(script, "logging-ended")
     assert (found.result, found.mode) == ("saved", "snapshot")
+
+
+def test_a_migration_whose_carrier_is_not_seen_is_never_saved() -> None:
+    """RDMA that fails, so that the guest runs on, while the disk is flushed; RDMA beside a console into a pipe."""
+    for family, inode, tid, runs_on in ((FILE, PLACED | 7, 9, True), (PIPE, 70, 9, False), (PIPE, 70, 100, True)):
+        script = Script()
+        source = script.vm(1000, "source")
+        source.socket(inode, family=family)
+        source.logging(-100_000)
+        source.gets(-99_900)
+        source.kick(-20)
+        source.interrupted(0)
+        source.gets(100)
+        source.ioctls("GET_REGS GET_SREGS", 500, 600)
+        source.send(700, 800, 900_000, socket=inode, tid=tid)
+        if runs_on:
+            source.entered(1000)
+            source.logging(1100, on=False)
+        found = outcome(script, "logging-ended")
+        assert (found.result, found.transport) == ("unknown", "none"), (family, tid)
+        assert script.result().breakdown.completeness.verdict == "bounded"
 
 
 def test_a_guest_that_waits_for_the_lock_of_the_set_up_is_not_paused() -> None:
