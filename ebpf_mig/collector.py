@@ -24,6 +24,7 @@ from ebpf_mig.analysis import (
     drivers,
     fetch_split,
     live_update,
+    lost_cpu,
     notes,
     outcome,
     own_cost,
@@ -61,7 +62,9 @@ from ebpf_mig.breakdown import (
     Phase,
     PhaseName,
     Result,
+    Side,
     Span,
+    Stolen,
     Throttled,
     Transport,
     Vcpu,
@@ -104,6 +107,7 @@ def analyse(recording: Recording) -> Analysis:
         live_update=_live_update(traced, attribution.phases, origin),
         throttled=_throttled(traced),
         management=_management(traced, attribution),
+        stolen=_stolen(traced, window),
     )
     if recording.header.remote is not None:
         breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)
@@ -164,6 +168,11 @@ def _completeness(traced: TracedMigration, attribution: Attribution) -> Complete
     window, material = attribution.window, traced.material
     cost = own_cost.observe(material, window, attribution.phases)
     return completeness.completeness(material, traced.source, traced.destination, window, traced.sends, cost)
+
+
+def _stolen(traced: TracedMigration, window: Span | None) -> list[Stolen] | None:
+    sides = ((Side.SOURCE, traced.source), (Side.DESTINATION, traced.destination))
+    return lost_cpu.stolen(sides, window) if window else None
 
 
 def _throttled(traced: TracedMigration) -> Throttled | None:

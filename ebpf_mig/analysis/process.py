@@ -65,7 +65,9 @@ class Process:
     spans: list[ev.VcpuSpan] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
+    run_delays: list[ev.RunDelay] = field(default_factory=list)
     quotas: list[ev.CpuQuota] = field(default_factory=list)
+    steals: list[ev.CpuSteal] = field(default_factory=list)
     execs: list[ev.Exec] = field(default_factory=list)
     born: ev.Exec | None = None
     """The execve(2) with which it replaced another process of the same pid that had a VM, too."""
@@ -100,6 +102,19 @@ class Process:
             if ioctl.cmd == kvm.RESET_DIRTY_RINGS:
                 result[ioctl.tid].append(ioctl)
         return dict(result)
+
+    @cached_property
+    def run_delay(self) -> dict[tuple[int, int], int]:
+        """How long a thread could run at the end of a sleep, in ns, by its tid and the end of the sleep."""
+        return {(delay.tid, delay.at_ns): delay.delay_ns for delay in self.run_delays}
+
+    @cached_property
+    def stolen(self) -> list[tuple[int, dict[int, int]]]:
+        """(instant, time stolen so far by CPU) of each reading, in order; CPU -1: all together."""
+        found: dict[int, dict[int, int]] = defaultdict(dict)
+        for event in self.steals:
+            found[event.at_ns][event.cpu] = event.stolen_ns
+        return sorted(found.items(), key=lambda reading: reading[0])
 
     @cached_property
     def memslots(self) -> list[ev.Ioctl]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 
+from ebpf_mig.analysis import lost_cpu
 from ebpf_mig.analysis.diagnosis import headline
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import Cover
-from ebpf_mig.analysis.waits import not_running
 from ebpf_mig.breakdown import Side
-from ebpf_mig.recording.events import OffCpu
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
 NO_STACK = "(no stack)"
@@ -83,15 +82,10 @@ def observe(analysis: Analysis) -> list[Stack]:
 
 def _waits(side: Side, process: Process, phases: _Phases) -> Iterator[tuple[_Key, int, int]]:
     for wait in process.off_cpu:
-        frames = _frames(process, wait)
-        if wait.end_ns <= wait.begin_ns:
-            continue
-        for at, (phase, duration) in enumerate(phases.of(wait.begin_ns, wait.end_ns)):
-            yield (Kind.OFF_CPU, side, phase, _thread(process, wait.tid), frames), duration, int(at == 0)
-
-
-def _frames(process: Process, wait: OffCpu) -> tuple[str, ...]:
-    return (not_running(process, wait),) if wait.preempted else wait.stack or (NO_STACK,)
+        for begin, end, stack in lost_cpu.parts(process, wait) if wait.end_ns > wait.begin_ns else ():
+            for at, (phase, duration) in enumerate(phases.of(begin, end)):
+                key = Kind.OFF_CPU, side, phase, _thread(process, wait.tid), stack or (NO_STACK,)
+                yield key, duration, int(at == 0)
 
 
 def _samples(side: Side, process: Process, phases: _Phases) -> Iterator[tuple[_Key, int, int]]:

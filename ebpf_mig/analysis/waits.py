@@ -14,10 +14,10 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from ebpf_mig.analysis import lost_cpu
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import Cover
 from ebpf_mig.breakdown import PHASES, Phase, PhaseName, Side, Span, Wait
-from ebpf_mig.recording.events import OffCpu
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
 
 MOST_WAITS = 10
@@ -29,15 +29,6 @@ _DESTINATION = (PhaseName.STARTUP, PhaseName.HANDOVER, PhaseName.STATE_LOAD, Pha
 _OWN = {Side.SOURCE: _SOURCE, Side.DESTINATION: _DESTINATION, Side.BOTH: _SOURCE + _DESTINATION}
 """The phases in which a side's waits delay the migration."""
 _VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)
-PREEMPTED = "(preempted)"
-"""The thread was runnable and no quota throttled it: another thread had the CPU."""
-CPU_QUOTA = "(CPU quota)"
-"""The thread was runnable, and the CPU quota throttled its control groups for about as long."""
-RUNNABLE = "(runnable, not running)"
-"""The thread was runnable but did not run, for an unknown reason."""
-QUOTA_SHARE = 0.9, 2.0
-"""The quota is the reason of a wait if it throttled the control groups for between these shares of the wait. A short
-wait next to a long throttling can have another reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +74,14 @@ def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
             e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
         ]
         for event in near:
-            stack = (not_running(party.process, event),) if event.preempted else event.stack
             thread = party.process.threads.get(event.tid)
             name = f"{thread.name if thread else ''} {event.tid}".strip()
             names = _phases_of(party, event.tid, vcpus)
             if party.side == Side.DESTINATION:
                 names = [name for name in names if name not in sources]
-            at = event.begin_ns, event.end_ns
-            found.append(Sleep(*at, party.side, name, stack, tuple(names), event.tid in vcpus))
+            for begin, end, stack in lost_cpu.parts(party.process, event):
+                if end - begin >= LONG_WAIT_NS:
+                    found.append(Sleep(begin, end, party.side, name, stack, tuple(names), event.tid in vcpus))
     return found
 
 
@@ -106,19 +97,6 @@ def longest(found: Sequence[Sleep], phases: Sequence[Phase], origin: int) -> lis
             rows.append((duration, sleep.begin, wait))
     rows.sort(key=lambda item: (-item[0], item[1], item[2].thread, item[2].stack))
     return [wait for _, _, wait in rows[:MOST_WAITS]]
-
-
-def not_running(process: Process, wait: OffCpu) -> str:
-    """Why a runnable thread did not run, as far as the control groups' throttled time around the wait shows it."""
-    before = [reading for reading in process.quotas if reading.at_ns <= wait.begin_ns]
-    after = [reading for reading in process.quotas if reading.at_ns >= wait.end_ns]
-    if not before or not after:
-        return RUNNABLE
-    held = after[0].held_ns - before[-1].held_ns
-    if not held:
-        return PREEMPTED
-    share = held / max(1, wait.end_ns - wait.begin_ns)
-    return CPU_QUOTA if QUOTA_SHARE[0] <= share <= QUOTA_SHARE[1] else RUNNABLE
 
 
 def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName]:

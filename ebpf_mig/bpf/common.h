@@ -34,7 +34,8 @@ enum kind {
 	KIND_EXEC = 13,
 	KIND_SOCKET_ERROR = 14,
 	KIND_THREAD_TABLE = 15,		/* losses only: the table of threads was full */
-	KIND_MAX = 16,
+	KIND_RUN_DELAY = 16,
+	KIND_MAX = 17,
 };
 
 /* Every record is a struct of u64 and s64 that starts with the kind; recording/kinds.py lists its fields. */
@@ -49,6 +50,13 @@ struct transfer_batch {
 	u64 descriptors;
 };
 
+/* A stretch off the CPU. */
+struct off_cpu {
+	u64 since;				/* 0: on the CPU, or not seen yet */
+	u64 stack, preempted, rt_throttled;
+	u64 cpu, next_tid;			/* the CPU it lost, and who got it */
+};
+
 struct thread_state {
 	u64 tgid;
 	u64 nr, enter;				/* the tracked call in flight; nr is stored + 1, 0: none */
@@ -59,11 +67,13 @@ struct thread_state {
 	u64 vcpu_fd, run_enter_ns, run_exit_ns;
 	s64 run_ret;
 	u64 runs, in_ns, out_ns, max_gap_ns, counted;
-	u64 off_since, off_stack, off_preempted;	/* set while switched out */
+	struct off_cpu off;			/* while switched out */
+	u64 run_delay, slept_until;		/* task->sched_info.run_delay; end of the sleep recorded since, 0: none */
 	u64 preempted, run_preempted;		/* ns without a CPU while runnable, in total; the same when KVM_RUN began */
 	u64 off_call;				/* ns off the CPU within the call in flight */
 	u64 off_all, off_before;		/* ns off the CPU in total; the same when the call in flight began */
-	u64 kept_since_ns, kept_until_ns, kept_preempted;	/* the last long wait that has no record */
+	struct off_cpu kept;			/* the last long wait that has no record */
+	u64 kept_until_ns, kept_previous_tid;
 	u64 kicked;				/* when this thread last kicked another */
 	u64 lock, lock_since, lock_off;		/* the lock it waits for; off_call when the wait began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */

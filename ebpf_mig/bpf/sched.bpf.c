@@ -19,6 +19,7 @@
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick is unrelated to it */
 #define KICKED_NS 20000000ULL		/* so is one that begins this long after; Cloud Hypervisor re-kicks after 10 ms */
 #define NO_STACK 0xffffffffULL
+#define MAX_RT_PRIO 100			/* include/linux/sched/prio.h; real-time and deadline tasks are below */
 
 /* Values of WAIT_STACKS, which says when the stack of a wait is taken. */
 #define STACK_NEVER 0			/* to measure what the stacks cost */
@@ -26,13 +27,51 @@
 #define STACK_WHEN_BACK 2
 
 struct off_cpu_record {
-	u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted;
+	u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted, cpu, next_tid, previous_tid, rt_throttled;
+};
+
+struct run_delay_record {
+	u64 kind, at_ns, pid, tid, delay_ns;
 };
 
 BPF_STACK_TRACE(stacks, 1024);
+BPF_PERCPU_ARRAY(switched_from, u32, 1);	/* who had this CPU before the last switch; with STACK_WHEN_BACK */
+
+static __always_inline bool is_real_time(u64 task)
+{
+	return (s32)read_u64(task, OFF_task_prio) < MAX_RT_PRIO;
+}
+
+#if RUN_DELAY_KNOWN
+/*
+ * The scheduler adds to run_delay when a thread gets the CPU, after this tracepoint. So how long it could run at the
+ * end of a sleep is known when it is switched out the next time.
+ */
+static __always_inline void emit_run_delay(struct thread_state *s, u64 pid_tgid, u64 task)
+{
+	u64 total = read_u64(task, OFF_task_run_delay), delay = total - s->run_delay, slept_until = s->slept_until;
+	struct run_delay_record *r;
+
+	s->run_delay = total;
+	s->slept_until = 0;
+	if (!slept_until || delay < LONG_WAIT_NS)
+		return;
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_RUN_DELAY, true);
+		return;
+	}
+	r->kind = KIND_RUN_DELAY;
+	r->at_ns = slept_until;
+	r->pid = pid_tgid >> 32;
+	r->tid = (u32)pid_tgid;
+	r->delay_ns = delay;
+	events.ringbuf_submit(r, RB_NO_WAKEUP);
+}
+#endif
 
 /* The current task is still the previous one. If it is runnable, it was preempted and does not sleep. */
-static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
+static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task, u64 next, u32 next_tid)
 {
 	struct thread_state *s = known_thread(pid_tgid);
 	struct process_state *p;
@@ -44,17 +83,24 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task)
 		return;
 	preempted = (u32)read_u64(task, OFF_task_state) == 0;
 	now = bpf_ktime_get_ns();
-	s->off_since = now;
-	s->off_preempted = preempted;
+	s->off.since = now;
+	s->off.preempted = preempted;
+	s->off.rt_throttled = preempted && is_real_time(task) && !is_real_time(next);
+	s->off.cpu = bpf_get_smp_processor_id();
+	s->off.next_tid = next_tid;
+#if RUN_DELAY_KNOWN
+	emit_run_delay(s, pid_tgid, task);
+#endif
 	if (WAIT_STACKS != STACK_AS_IT_LEAVES)
 		return;
 	p = this_process(pid_tgid);
 	if (p && !preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS))
 		stack = stacks.get_stackid(ctx, 0);
-	s->off_stack = stack < 0 ? NO_STACK : stack;
+	s->off.stack = stack < 0 ? NO_STACK : stack;
 }
 
-static __always_inline void emit_off_cpu(u64 pid_tgid, u64 since, u64 until, u64 stack, u64 preempted)
+/* `previous_tid`: who had the CPU until the thread got it; 0: the idle task. */
+static __always_inline void emit_off_cpu(u64 pid_tgid, struct off_cpu *off, u64 until, u32 previous_tid)
 {
 	struct off_cpu_record *r = events.ringbuf_reserve(sizeof(*r));
 
@@ -63,30 +109,36 @@ static __always_inline void emit_off_cpu(u64 pid_tgid, u64 since, u64 until, u64
 		return;
 	}
 	r->kind = KIND_OFF_CPU;
-	r->begin_ns = since;
+	r->begin_ns = off->since;
 	r->end_ns = until;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
-	r->stack_id = stack;
-	r->preempted = preempted;
+	r->stack_id = off->stack;
+	r->preempted = off->preempted;
+	r->cpu = off->cpu;
+	r->next_tid = off->next_tid;
+	r->previous_tid = previous_tid;
+	r->rt_throttled = off->rt_throttled;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }
 
 /* With STACK_WHEN_BACK, the thread is the current one. */
-static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid)
+static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u32 previous_tid)
 {
 	struct thread_state *s = known_thread(tid);
 	struct process_state *p;
-	u64 now, since, stack;
+	struct off_cpu off;
+	u64 now, since;
 	s64 taken = -1;
 
-	if (!s || !s->off_since)
+	if (!s || !s->off.since)
 		return;
 	now = bpf_ktime_get_ns();
-	since = s->off_since;
-	s->off_since = 0;
+	off = s->off;
+	since = off.since;
+	s->off.since = 0;
 	s->off_all += now - since;
-	if (s->off_preempted)
+	if (off.preempted)
 		s->preempted += now - since;
 	if (s->nr)
 		s->off_call += now - (since > s->enter ? since : s->enter);
@@ -96,19 +148,21 @@ static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid)
 	if (!p)
 		return;
 	if (!in_detail(p, now)) {
-		s->kept_since_ns = since;
+		s->kept = off;
+		s->kept.stack = NO_STACK;
 		s->kept_until_ns = now;
-		s->kept_preempted = s->off_preempted;
+		s->kept_previous_tid = previous_tid;
 		return;
 	}
 	__sync_fetch_and_add(&p->budget, -1);
-	if (WAIT_STACKS == STACK_WHEN_BACK && !s->off_preempted)
-		taken = stacks.get_stackid(ctx, 0);
-	if (WAIT_STACKS == STACK_AS_IT_LEAVES)
-		stack = s->off_stack;
-	else
-		stack = taken < 0 ? NO_STACK : taken;
-	emit_off_cpu((u64)tgid << 32 | tid, since, now, stack, s->off_preempted);
+	if (!off.preempted) {
+		s->slept_until = now;
+		if (WAIT_STACKS == STACK_WHEN_BACK)
+			taken = stacks.get_stackid(ctx, 0);
+	}
+	if (WAIT_STACKS != STACK_AS_IT_LEAVES)
+		off.stack = taken < 0 ? NO_STACK : taken;
+	emit_off_cpu((u64)tgid << 32 | tid, &off, now, previous_tid);
 }
 
 /*
@@ -124,7 +178,7 @@ static __always_inline void emit_wait_before_kick(u64 pid_tgid, u64 now)
 	s->kicked = now;
 	if (!s->kept_until_ns || now - s->kept_until_ns > KEPT_NS)
 		return;
-	emit_off_cpu(pid_tgid, s->kept_since_ns, s->kept_until_ns, NO_STACK, s->kept_preempted);
+	emit_off_cpu(pid_tgid, &s->kept, s->kept_until_ns, s->kept_previous_tid);
 	s->kept_until_ns = 0;
 }
 
@@ -132,26 +186,39 @@ static __always_inline void emit_wait_before_kick(u64 pid_tgid, u64 now)
 int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), next = ctx->args[2];
-	u32 tgid = 0, tid = 0;
+	bool of_target = EBPF_MIG_TARGETS((u32)(pid_tgid >> 32));
+	u32 tgid = 0, tid = 0, zero = 0, *previous;
 
-	if (EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		switched_out(ctx, pid_tgid, ctx->args[1]);
-	if (WAIT_STACKS == STACK_WHEN_BACK)
+	if (WAIT_STACKS == STACK_WHEN_BACK) {
+		previous = switched_from.lookup(&zero);
+		if (previous)
+			*previous = (u32)pid_tgid;
+		if (of_target) {
+			bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
+			switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
+		}
 		return 0;
+	}
 	bpf_probe_read_kernel(&tgid, sizeof(tgid), (void *)(next + OFF_task_tgid));
-	if (!EBPF_MIG_TARGETS(tgid))
+	if (!of_target && !EBPF_MIG_TARGETS(tgid))
 		return 0;
 	bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
-	switched_in(ctx, tid, tgid);
+	if (of_target)
+		switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
+	if (EBPF_MIG_TARGETS(tgid))
+		switched_in(ctx, tid, tgid, (u32)pid_tgid);
 	return 0;
 }
 
-/* sched_exit_tp: is_switch[, ip in 6.16]. It also fires if the thread kept the CPU; then `off_since` is 0. */
+/* sched_exit_tp: is_switch[, ip in 6.16]. It also fires if the thread kept the CPU; then `off.since` is 0. */
 int on_sched_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid();
+	u32 zero = 0, *previous;
 
-	if (EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		switched_in(ctx, pid_tgid, pid_tgid >> 32);
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return 0;
+	previous = switched_from.lookup(&zero);
+	switched_in(ctx, pid_tgid, pid_tgid >> 32, previous ? *previous : 0);
 	return 0;
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from msgspec import field
 
-from ebpf_mig.breakdown.delays import LiveUpdate, ManagerWait, Pausing, Throttled, Wait
+from ebpf_mig.breakdown.delays import LiveUpdate, ManagerWait, Pausing, Stolen, Throttled, Wait
 from ebpf_mig.breakdown.diagnosis import SINGLE, Cause, Diagnosis, Innocent, Mostly
 from ebpf_mig.breakdown.dirty_log import (
     DirtyLog,
@@ -82,6 +82,7 @@ __all__ = [
     "SocketUse",
     "Span",
     "Split",
+    "Stolen",
     "Stretch",
     "Struct",
     "SwitchoverKind",
@@ -300,6 +301,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """Each wait for the manager, in order; null: not measured."""
     diagnosis: Diagnosis | None = None
     """What dominates the downtime, why, and what would help. Null: the breakdown was made by an earlier version."""
+    stolen: list[Stolen] | None = None
+    """CPUs that lost time to a hypervisor below the host, the most first; null: not read around the window."""
 
     @property
     def came_back(self) -> bool:

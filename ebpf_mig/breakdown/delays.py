@@ -61,8 +61,22 @@ class Wait(Struct, frozen=True, kw_only=True):
     duration_ns: int
     """The part in that phase, ns."""
     stack: list[str]
-    """Kernel functions that it slept in, innermost first. If it could run and did not: `(CPU quota)` or `(preempted)`
-    where that is proven, else `(runnable, not running)`."""
+    """Kernel functions that it slept in, innermost first. If it could run and did not: `(CPU quota)`, `(CPU stolen)`,
+    `(real-time throttling)`, `(preempted)`, or after a sleep `(waits for a CPU)`, where that is proven; else
+    `(runnable, not running)`."""
+
+
+class Stolen(Struct, frozen=True, kw_only=True):
+    """CPU time that a hypervisor below the host withheld around the window (steal in /proc/stat)."""
+
+    side: Side
+    """Whose host: `both` if both VMMs run there."""
+    cpu: int
+    """The number of the CPU."""
+    stolen_ns: int
+    """In whole ticks of the kernel's clock, mostly 10 ms, so that less than one is not seen, ns."""
+    between_ns: int
+    """Time between the readings before and after the window, ns."""
 
 
 class LiveUpdate(Struct, frozen=True, kw_only=True):

@@ -19,16 +19,31 @@ _VERSION_1 = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 
 
 class Quota:
-    """The current control groups of the threads of a process. `held_ns` can be called repeatedly."""
+    """The control groups that the threads of a process are in or were in. `held_ns` can be called repeatedly."""
 
     def __init__(self, lines: Collection[str], root: Path = _ROOT) -> None:
         """`lines`: from `procfs.control_groups`."""
-        self._files = tuple(sorted({file for path in _groups(lines) for file in _statistics(path, root)}))
+        self._root = root
+        self._known = self._files(lines)
+        self._held: dict[Path, int] = {}
+        self._before: dict[Path, int] = {}
+        """What groups that were added later had before that."""
+
+    def include(self, lines: Collection[str]) -> None:
+        """Also counts the groups in these lines, from now on. So the sum never jumps and never decreases."""
+        for file in self._files(lines) - self._known:
+            self._before[file] = _throttled_ns(file) or 0
+            self._known |= {file}
 
     def held_ns(self) -> int | None:
         """The throttled time of all groups together, in ns; None if no group reports it."""
-        found = [held for file in self._files if (held := _throttled_ns(file)) is not None]
-        return sum(found) if found else None
+        for file in self._known:
+            if (held := _throttled_ns(file)) is not None:
+                self._held[file] = held - self._before.get(file, 0)
+        return sum(self._held.values()) if self._held else None
+
+    def _files(self, lines: Collection[str]) -> set[Path]:
+        return {file for path in _groups(lines) for file in _statistics(path, self._root)}
 
 
 def _groups(lines: Collection[str]) -> set[tuple[str, str]]:

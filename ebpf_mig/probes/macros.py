@@ -36,6 +36,7 @@ OFFSETS = {
     "OFF_task_pid": ("task_struct", "pid"),
     "OFF_task_tgid": ("task_struct", "tgid"),
     "OFF_task_stack": ("task_struct", "stack"),
+    "OFF_task_prio": ("task_struct", "prio"),
     "OFF_task_files": ("task_struct", "files"),
     "OFF_files_fdt": ("files_struct", "fdt"),
     "OFF_fdtable_fd": ("fdtable", "fd"),
@@ -71,6 +72,8 @@ OFFSETS = {
     "OFF_tcp_wnd": ("tcp_sock", "snd_wnd"),
     "OFF_tcp_rcv_nxt": ("tcp_sock", "rcv_nxt"),
 }
+_SCHED_INFO, _RUN_DELAY = ("task_struct", "sched_info"), ("sched_info", "run_delay")
+"""Both exist where the kernel has CONFIG_SCHED_INFO."""
 _STATE = ("task_struct", "__state")
 _STATE_BEFORE_5_14 = ("task_struct", "state")
 
@@ -96,7 +99,10 @@ def defines(
     macros["TASK_REGS_HELPER"] = int(choice.task_regs)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
     macros |= _kvm_offsets()
-    offsets = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14])
+    offsets = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY])
+    info, delay = offsets[_SCHED_INFO], offsets[_RUN_DELAY]
+    macros["RUN_DELAY_KNOWN"] = int(info is not None and delay is not None)
+    macros["OFF_task_run_delay"] = (info or 0) + (delay or 0)
     macros["OFF_task_state"] = offsets[_STATE] or offsets[_STATE_BEFORE_5_14] or 0
     for name, member in OFFSETS.items():
         offset = offsets[member]

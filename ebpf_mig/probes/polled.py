@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that must be polled: tcp_info of the sockets, CPU time withheld by quotas, and our own overhead.
+"""Values that must be polled: tcp_info, CPU time withheld by quotas or a hypervisor, and our own overhead.
 
-In: the events as they arrive. They trigger a reading: a fetch, a kick, an entry into KVM_RUN. Out: `TcpInfo`, `OwnCost`
-and `CpuQuota` events, usually at least `APART_NS` apart, since each reading has a cost.
+In: the events as they arrive. They trigger a reading: a fetch, a kick, an entry into KVM_RUN. Out: `TcpInfo`,
+`OwnCost`, `CpuQuota` and `CpuSteal` events, usually at least `APART_NS` apart, since each reading has a cost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from collections.abc import Callable, Sequence
 from ebpf_mig.linux import clock, kvm, procfs
 from ebpf_mig.linux.cgroup import Quota
 from ebpf_mig.probes.tcp_info import TcpReader
-from ebpf_mig.recording.events import SEND, AnyEvent, CpuQuota, Ioctl, Kick, OwnCost, Socket, Transfer, VcpuEnter
+from ebpf_mig.recording.events import (
+    SEND,
+    AnyEvent,
+    CpuQuota,
+    CpuSteal,
+    Ioctl,
+    Kick,
+    OwnCost,
+    Socket,
+    Transfer,
+    VcpuEnter,
+)
 
 APART_NS = 100_000_000
 APART_IN_STOP_NS = 20_000_000
@@ -40,7 +51,8 @@ class Polled:
         self._bytes: dict[int, int] = {}
         self._stopped: set[int] = set()
         self._quotas: dict[int, Quota] = {}
-        self._last_ns = self._last_cost_ns = 0
+        self._virtual = procfs.is_virtual()
+        self._last_ns = self._last_cost_ns = self._last_groups_ns = 0
         self._fetching = False
 
     def begin(self) -> None:
@@ -86,9 +98,9 @@ class Polled:
         return readings + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
-        """Reads our own cost and the quotas now. tcp_info arrives later, through `due`."""
+        """Reads our own cost, the quotas and the stolen time now. tcp_info arrives later, through `due`."""
         self._last_ns = clock.monotonic_ns()
-        cost = self._own_cost() + self._held()
+        cost = self._own_cost() + self._held() + self._stolen()
         for inode, socket in list(self._sockets.items()):
             if self._tcp is not None and self._bytes.get(inode, 0) >= TCP_READ_BYTES:
                 self._tcp.ask(socket)
@@ -99,8 +111,19 @@ class Polled:
         self._quotas[pid] = Quota(procfs.control_groups(pid))
 
     def _held(self) -> list[AnyEvent]:
+        """Threads can be moved to other groups at any time, and a migration's threads are new."""
+        if (now := clock.monotonic_ns()) - self._last_groups_ns > APART_NS:
+            self._last_groups_ns = now
+            for pid, quota in self._quotas.items():
+                quota.include(procfs.control_groups(pid))
         readings = [(pid, quota.held_ns(), clock.monotonic_ns()) for pid, quota in self._quotas.items()]
         return [CpuQuota(at, pid, held) for pid, held, at in readings if held is not None]
+
+    def _stolen(self) -> list[AnyEvent]:
+        """For all processes together, since they see the same CPUs."""
+        stolen, now = procfs.stolen_ns() if self._virtual else {}, clock.monotonic_ns()
+        rows = {-1: sum(stolen.values())} | {cpu: ns for cpu, ns in stolen.items() if ns}
+        return [CpuSteal(now, pid, cpu, ns) for pid in self._quotas for cpu, ns in rows.items()]
 
     def _own_cost(self) -> list[AnyEvent]:
         self._last_cost_ns = clock.monotonic_ns()

@@ -74,12 +74,14 @@ def _socket(layout: Layout) -> Callable[[bytes], Socket]:
 
 def _off_cpu(layout: Layout) -> Callable[[bytes], OffCpu]:
     """The stack is an id in the kernel's stack map; the tracer replaces it with names."""
-    read = layout.reader("begin_ns", "end_ns", "pid", "tid", "stack_id", "preempted")
+    read = layout.reader(
+        "begin_ns", "end_ns", "pid", "tid", "stack_id", "preempted", "cpu", "next_tid", "previous_tid", "rt_throttled"
+    )
 
     def decode(record: bytes) -> OffCpu:
-        begin_ns, end_ns, pid, tid, stack_id, preempted = read(record)
+        begin_ns, end_ns, pid, tid, stack_id, preempted, cpu, following, previous, throttled = read(record)
         stack = () if stack_id == NO_STACK else (str(stack_id),)
-        return OffCpu(begin_ns, end_ns, pid, tid, stack, bool(preempted))
+        return OffCpu(begin_ns, end_ns, pid, tid, stack, bool(preempted), cpu, following, previous, bool(throttled))
 
     return decode
 

@@ -22,7 +22,9 @@ from ebpf_mig.recording.fields import (
     Flag,
     FreeText,
     Instant,
+    MaybeCpu,
     MaybeDuration,
+    MaybePid,
     Pid,
     Probe,
     Returned,
@@ -66,6 +68,7 @@ __all__ = [
     "AnyEvent",
     "ClockPair",
     "CpuQuota",
+    "CpuSteal",
     "Direction",
     "Ending",
     "Event",
@@ -78,6 +81,7 @@ __all__ = [
     "OwnCost",
     "Remote",
     "Retransmit",
+    "RunDelay",
     "Samples",
     "Segment",
     "Slot",
@@ -179,7 +183,29 @@ class OffCpu(Event, frozen=True, tag=12):
     stack: tuple[Symbol, ...] = ()
     """Kernel functions in which it slept, innermost first; empty if it was preempted or no stack was taken."""
     preempted: bool = False
-    """It did not sleep, it lost the CPU to another thread."""
+    """It did not sleep, it could run."""
+    cpu: MaybeCpu = -1
+    """The CPU that it lost."""
+    next_tid: MaybePid = -1
+    """The thread that got this CPU, by its tid in the initial pid namespace; 0: none."""
+    previous_tid: MaybePid = -1
+    """The thread that had the CPU that it then got; 0: none, so this CPU had been idle."""
+    rt_throttled: bool = False
+    """Its policy is real-time, and that of the thread that got the CPU is not, although it could run: the kernel limits
+    real-time threads (sched_rt_runtime_us)."""
+
+
+class RunDelay(Event, frozen=True, tag=22):
+    """At the end of a sleep, a thread could run and had no CPU yet.
+
+    Source: `task->sched_info.run_delay` before and after (kernel/sched/stats.h, Linux 6.12).
+    """
+
+    at_ns: Instant
+    """When it got a CPU: `end_ns` of the `OffCpu`."""
+    pid: Pid
+    tid: Pid
+    delay_ns: Duration
 
 
 class Samples(Event, frozen=True, tag=15):
@@ -222,6 +248,20 @@ class CpuQuota(Event, frozen=True, tag=19):
     pid: Pid
     held_ns: Duration
     """Since the creation of the groups (`cpu.stat`: throttled_time, throttled_usec)."""
+
+
+class CpuSteal(Event, frozen=True, tag=23):
+    """Time for which the hypervisor below this host withheld each CPU, since boot (steal in /proc/stat).
+
+    The kernel counts it in ns and prints ticks of mostly 10 ms, rounded down. A reading has one event for all CPUs
+    together, and one for each CPU that has lost any; and it has them for each traced process.
+    """
+
+    at_ns: Instant
+    pid: Pid
+    cpu: MaybeCpu
+    """-1: all together."""
+    stolen_ns: Duration
 
 
 class Exec(Event, frozen=True, tag=20):
@@ -282,5 +322,7 @@ AnyEvent = (
     | TcpInfo
     | OwnCost
     | CpuQuota
+    | CpuSteal
+    | RunDelay
     | Exec
 )

@@ -41,6 +41,10 @@ MaybeBits32 = Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
 """-1: unknown."""
 Returned = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 """The return value of a system call."""
+MaybePid = Annotated[int, Meta(ge=-1, le=_MOST_PID)]
+"""-1: unknown; 0: the idle task."""
+MaybeCpu = Annotated[int, Meta(ge=-1, le=1 << 20)]
+"""The number of a CPU; -1: unknown."""
 Pid = Annotated[int, Meta(ge=0, le=_MOST_PID)]
 Fd = Annotated[int, Meta(ge=-1, le=(1 << 32) - 1)]
 """A file descriptor; -1: unknown."""

@@ -92,7 +92,11 @@ KINDS = (
     Kind(ev.Slot, "slots"),
     Kind(ev.Ending),
     Kind(ev.OffCpu, "off_cpu", Record(8, "off-cpu", Layout(
-        "off_cpu_record", "u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted"))),
+        "off_cpu_record",
+        "u64 kind, begin_ns, end_ns, pid, tid, stack_id, preempted, cpu, next_tid, previous_tid, rt_throttled"))),
+    Kind(ev.RunDelay, "run_delays", Record(16, "run-delay", Layout(
+        "run_delay_record", "u64 kind, at_ns, pid, tid, delay_ns"))),
+    Kind(ev.CpuSteal, "steals"),
     Kind(ev.Segment, "segments", Record(9, "segment", Layout(
         "segment_record",
         "u64 kind, at_ns, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received"))),

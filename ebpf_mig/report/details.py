@@ -28,6 +28,7 @@ def rows(b: Breakdown) -> Iterator[Row]:
         window = bounds.limited(b.window_ns, b.window_bound_ns, b.clock)
         yield Row("window", f"{window} ms, from the pause request to the last vCPU's start", verbose=True)
     yield from text_vmm.throttled(b.throttled)
+    yield from text_vmm.stolen(b.stolen)
     yield from text_vmm.pausing(b.pausing)
     yield from text_vmm.management(b.management)
     yield from text_vmm.live_update(b.live_update)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig import vmm
-from ebpf_mig.breakdown import LiveUpdate, ManagerWait, Pausing, Postcopy, Served, Throttled, Witness
+from ebpf_mig.breakdown import LiveUpdate, ManagerWait, Pausing, Postcopy, Served, Side, Stolen, Throttled, Witness
 from ebpf_mig.report.rows import Row, figure, ms, remark
 from ebpf_mig.text import printable, size
 
@@ -26,6 +26,17 @@ def throttled(found: Throttled | None) -> Iterator[Row]:
     last = f", {ms(found.before_request_ns)} right before the pause request" if found.before_request_ns else ""
     times = f"in {found.stretches} stretches" if found.stretches > 1 else "in 1 stretch"
     yield figure("throttled", found.dark_ns, f"dark before the switchover, {times}{last}")
+
+
+def stolen(found: list[Stolen] | None) -> Iterator[Row]:
+    """The CPU that lost most to a hypervisor below the host."""
+    if not found:
+        return
+    most = found[0]
+    where = f"CPU {most.cpu}" if most.side == Side.BOTH else f"CPU {most.cpu} of the {most.side}'s host"
+    others = f", and {len(found) - 1} others" if len(found) > 1 else ""
+    text = f"{ms(most.stolen_ns)} ms of {where}{others}, in {ms(most.between_ns)} ms around the window (hypervisor)"
+    yield Row("CPU stolen", text)
 
 
 def pausing(found: Pausing | None) -> Iterator[Row]:

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, shared
 from ebpf_mig.analysis.diagnosis.frames import described, meaningful, plain
-from ebpf_mig.analysis.waits import PREEMPTED, RUNNABLE, Sleep
+from ebpf_mig.analysis.lost_cpu import PREEMPTED, QUEUED, RUNNABLE
+from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.breakdown import FetchIoctl, PhaseName, Side, Transport, Wire
 from ebpf_mig.text import ms, size
 
@@ -58,8 +59,8 @@ def lost_cpu(*words: str, vcpus: bool = False) -> Finder:
 
 
 def contention(facts: Facts) -> Iterator[Claim]:
-    """Waits for a CPU. Only `(preempted)` proves that another thread had it; else it can be a quota, too."""
-    found = list(facts.own(lambda s: s.stack[:1] in ((PREEMPTED,), (RUNNABLE,))))
+    """Waits for a CPU. Only two words prove that another thread had it; else it can be a quota or a hypervisor, too."""
+    found = list(facts.own(lambda s: s.stack[:1] in ((PREEMPTED,), (QUEUED,), (RUNNABLE,))))
     doubtful = {claim.side for claim in found if claim.sleep and claim.sleep.stack[0] == RUNNABLE}
     for claim in found:
         proven = "threads of {side} wait for a CPU that others use"
@@ -246,4 +247,10 @@ def at_work(facts: Facts) -> Iterator[Claim]:
     for one in facts.breakdown.phases:
         what = words.get(one.phase, f"{{side}} is at work in {one.phase}, or in waits below 0.1 ms")
         if one.spans:
-            yield Claim(one.spans, one.side, [], what)
+            yield Claim(one.spans, one.side, _withheld(facts, one.side), what)
+
+
+def _withheld(facts: Facts, side: Side) -> list[str]:
+    """A thread whose CPU is stolen seems to be at work: the kernel above the hypervisor does not switch it out."""
+    rows = [row for row in facts.breakdown.stolen or () if Side.BOTH in (side, row.side) or row.side == side]
+    return [f"a hypervisor withheld {ms(rows[0].stolen_ns)} ms of CPU {rows[0].cpu} around the window"] if rows else []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ebpf_mig.analysis.diagnosis import claims
 from ebpf_mig.analysis.diagnosis.claims import Finder
-from ebpf_mig.analysis.waits import CPU_QUOTA, PREEMPTED, RUNNABLE
+from ebpf_mig.analysis.lost_cpu import CPU_QUOTA, PREEMPTED, QUEUED, RT_THROTTLED, RUNNABLE, STOLEN
 from ebpf_mig.breakdown import PhaseName, Side
 
 
@@ -69,14 +69,26 @@ RULES = (
         "a higher CPU quota (cpu.max) during the migration",
     ),
     Rule(
+        "steal",
+        "a hypervisor below the host withholds CPUs of the {side}",
+        claims.lost_cpu(STOLEN),
+        "CPUs of that hypervisor which the host does not share",
+    ),
+    Rule(
+        "real-time",
+        "the kernel throttles real-time threads of the {side}",
+        claims.lost_cpu(RT_THROTTLED),
+        "a higher sched_rt_runtime_us, or no real-time policy for threads that never sleep",
+    ),
+    Rule(
         "vcpus",
         "several vCPU threads of {side} wait for a CPU at once",
-        claims.lost_cpu(PREEMPTED, RUNNABLE, vcpus=True),
+        claims.lost_cpu(PREEMPTED, QUEUED, RUNNABLE, vcpus=True),
         "give the VMM more CPUs, or the guest fewer vCPUs",
     ),
     Rule(
         "cpu",
-        "threads of {side} could run and got no CPU (other load, or a quota)",
+        "threads of {side} could run and got no CPU (other load, a quota, or a hypervisor)",
         claims.contention,
         "a free CPU for the VMM's threads: less other load, or pinning",
     ),

@@ -22,7 +22,8 @@ from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis import diagnose
 from ebpf_mig.analysis.diagnosis.frames import described, meaningful
 from ebpf_mig.analysis.diagnosis.rules import RULES
-from ebpf_mig.analysis.waits import CPU_QUOTA, PREEMPTED, RUNNABLE, Sleep
+from ebpf_mig.analysis.lost_cpu import CPU_QUOTA, PREEMPTED, QUEUED, RT_THROTTLED, RUNNABLE, STOLEN
+from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from tests.unit import breakdowns
@@ -118,6 +119,8 @@ CASES: dict[str, Case] = {
     "nagle": lambda: recorded("cloud-hypervisor-54-tcp"),
     "retransmission": lambda: built(flight("retransmission")),
     "quota": lambda: built(spent(state__save=90), src(0, 80, CPU_QUOTA)),
+    "steal": lambda: built(spent(state__save=90), src(0, 80, STOLEN)),
+    "real-time": lambda: built(spent(state__save=90), src(0, 80, RT_THROTTLED)),
     "vcpus": lambda: built(
         spent(resume=90),
         dst(0, 40, RUNNABLE, thread="CPU 0/KVM 3", vcpu=True),
@@ -253,10 +256,22 @@ def test_waits_of_both_sides_for_their_manager_are_one_cause() -> None:
 
 
 def test_lost_cpu_is_other_load_only_where_that_is_proven() -> None:
-    sure = built(spent(state__save=90), src(0, 80, PREEMPTED))
+    sure = built(spent(state__save=90), src(0, 40, PREEMPTED), src(40, 80, QUEUED))
     assert "others use" in sure.because[0].what
     doubtful = built(spent(state__save=90), src(0, 70, PREEMPTED), src(70, 80, RUNNABLE))
-    assert "or a quota" in doubtful.because[0].what
+    assert "(other load, a quota, or a hypervisor)" in doubtful.because[0].what
+
+
+def test_a_thread_that_seems_to_be_at_work_may_have_lost_its_cpu_to_a_hypervisor() -> None:
+    whole = spent(state__save=90)
+    taken = [
+        b.Stolen(side=side, cpu=1, stolen_ns=60 * MS, between_ns=120 * MS)
+        for side in (b.Side.BOTH, b.Side.SOURCE, b.Side.DESTINATION)
+    ]
+    for row, told in zip(taken, (1, 1, 0), strict=True):
+        found = built(replace(whole, stolen=[row])).because[0]
+        assert found.rule == "work"
+        assert found.evidence == ["a hypervisor withheld 60.000 ms of CPU 1 around the window"] * told
 
 
 def test_clocks_that_allow_anything_prove_nothing_in_flight() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebpf_mig.breakdown import Wait
+from ebpf_mig.breakdown import Side, Stolen, Wait
 from ebpf_mig.recording import events as ev
 from tests.unit import scripts
 from tests.unit.script import US, Script, Vm, at
@@ -75,6 +75,82 @@ def test_why_a_thread_that_could_run_did_not(readings: list[tuple[int, int]], wo
     sleep(source, 4000, 4100, preempted=True)
     source.events += [ev.CpuQuota(at(us), source.pid, held * 1000) for us, held in readings]
     assert waits(script) == [("quiesce", "1001", 100, [word])]
+
+
+@pytest.mark.parametrize(
+    ("stolen", "word"),
+    [
+        ([(3000, 5), (6000, 5)], "(preempted)"),
+        ([(3000, 5), (6000, 95)], "(CPU stolen)"),
+        ([(3000, 5), (6000, 94)], "(runnable, not running)"),
+        ([(3000, 5), (6000, 905)], "(runnable, not running)"),
+        ([(4050, 5), (6000, 5)], "(preempted)"),  # not read before the wait: as in recordings of earlier versions
+    ],
+)
+@pytest.mark.parametrize("cpu", [0, 1, -1])
+def test_a_stolen_cpu_is_no_contention(stolen: list[tuple[int, int]], word: str, cpu: int) -> None:
+    """Only the time of the CPU that the thread lost counts. If that is not known, any stolen time leaves a doubt."""
+    script = scripts.qemu_7_2()
+    source = script.vms[0]
+    source.events.append(ev.OffCpu(at(4000), at(4100), source.pid, source.pid + 1, (), True, cpu, 77, 78))
+    source.events += [ev.CpuQuota(at(us), source.pid, 0) for us in (3000, 6000)]
+    for us, ns in stolen:
+        source.events += [ev.CpuSteal(at(us), source.pid, which, ns * 1000) for which in (-1, 1)]
+    expected = {0: "(preempted)", 1: word, -1: word.replace("CPU stolen", "runnable, not running")}
+    assert waits(script) == [("quiesce", "1001", 100, [expected[cpu]])]
+
+
+@pytest.mark.parametrize(
+    ("following", "previous", "throttled", "word"),
+    [
+        (77, 0, False, "(preempted)"),
+        (0, 78, False, "(runnable, not running)"),  # nobody got the CPU
+        (77, 78, True, "(real-time throttling)"),
+    ],
+)
+def test_who_got_the_cpu(following: int, previous: int, throttled: bool, word: str) -> None:
+    script = scripts.qemu_7_2()
+    source = script.vms[0]
+    ids = source.pid, source.pid + 1
+    source.events.append(ev.OffCpu(at(4000), at(4100), *ids, (), True, 0, following, previous, throttled))
+    source.events += [ev.CpuQuota(at(us), source.pid, 0) for us in (3000, 6000)]
+    assert waits(script) == [("quiesce", "1001", 100, [word])]
+
+
+@pytest.mark.parametrize(
+    ("delay", "previous", "found"),
+    [
+        (600, 78, [(900, "do_poll"), (600, "(waits for a CPU)")]),
+        (600, 0, [(900, "do_poll"), (600, "(runnable, not running)")]),  # its CPU had been idle
+        (1450, 78, [(1450, "(waits for a CPU)")]),  # the sleep itself was too short
+        (50, 78, [(1450, "do_poll")]),
+        (9999, 78, [(1500, "(waits for a CPU)")]),
+    ],
+)
+def test_a_thread_that_was_woken_and_got_no_cpu_does_not_sleep(
+    delay: int, previous: int, found: list[tuple[float, str]]
+) -> None:
+    script = scripts.qemu_7_2()
+    source = script.vms[0]
+    source.events += [
+        ev.OffCpu(at(10_000), at(11_500), source.pid, source.pid + 1, ("do_poll",), False, 0, 77, previous),
+        ev.RunDelay(at(11_500), source.pid, source.pid + 1, delay * US),
+        ev.RunDelay(at(11_500), source.pid, source.pid + 9, 3 * delay * US),
+        *(ev.CpuQuota(at(us), source.pid, 0) for us in (9000, 20_000)),
+    ]
+    assert [(w[2], w[3][0]) for w in waits(script)] == found
+
+
+def test_stolen_time_around_the_window() -> None:
+    script = scripts.qemu_7_2()
+    readings = ((-100, {0: 10}), (-50, {0: 10, 1: 20}), (90_000, {0: 10, 1: 60}), (95_000, {0: 90, 1: 60}))
+    for vm in script.vms:
+        for us, cpus in readings:
+            vm.events += [ev.CpuSteal(at(us), vm.pid, cpu, ms * 1000 * US) for cpu, ms in {-1: 1, **cpus}.items()]
+    assert script.result().breakdown.stolen == [
+        Stolen(side=Side.BOTH, cpu=1, stolen_ns=40_000 * US, between_ns=90_050 * US)
+    ]
+    assert scripts.qemu_7_2().result().breakdown.stolen is None
 
 
 def test_multifd_senders_count_while_memory_is_sent() -> None:

@@ -51,12 +51,14 @@ def test_a_socket_s_ends_are_addresses() -> None:
 
 
 def test_a_wait_without_a_stack() -> None:
-    values = {"begin_ns": 5, "end_ns": 9, "pid": 7, "tid": 8}
+    values = {"begin_ns": 5, "end_ns": 9, "pid": 7, "tid": 8, "cpu": 3, "next_tid": 0, "previous_tid": 44}
     record = RECORDS[ev.OffCpu]
-    assert decode(record_of(record, {**values, "stack_id": NO_STACK, "preempted": 1})) == ev.OffCpu(
-        5, 9, 7, 8, (), preempted=True
+    assert decode(record_of(record, {**values, "stack_id": NO_STACK, "preempted": 1, "rt_throttled": 1})) == ev.OffCpu(
+        5, 9, 7, 8, (), preempted=True, cpu=3, next_tid=0, previous_tid=44, rt_throttled=True
     )
-    assert decode(record_of(record, {**values, "stack_id": 12})) == ev.OffCpu(5, 9, 7, 8, ("12",), preempted=False)
+    assert decode(record_of(record, {**values, "stack_id": 12})) == ev.OffCpu(
+        5, 9, 7, 8, ("12",), False, 3, 0, 44, False
+    )
 
 
 def test_a_sample_s_frames() -> None:

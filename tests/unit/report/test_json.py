@@ -155,6 +155,7 @@ def test_names_and_order_of_the_schema() -> None:
             "throttled": None,
             "management": None,
             "diagnosis": None,
+            "stolen": None,
         }
     )
 
