@@ -33,14 +33,14 @@ class Qmp:
         self._events: list[dict[str, Any]] = []
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
-        self._file = self._socket.makefile("rw")
+        # Not "rw": a write to such a file drops what was read ahead, for instance an event right behind a reply.
+        self._file = self._socket.makefile("r")
         self._file.readline()
         self("qmp_capabilities")
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         request = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
-        self._file.write(json.dumps(request) + "\n")
-        self._file.flush()
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
         while True:
             answer = json.loads(self._file.readline())
             if "return" in answer or "error" in answer:
