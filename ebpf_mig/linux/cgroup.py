@@ -26,20 +26,19 @@ class Quota:
         self._root = root
         self._known = self._files(lines)
         self._held: dict[Path, int] = {}
-        self._before: dict[Path, int] = {}
-        """What groups that were added later had before that."""
 
     def include(self, lines: Collection[str]) -> None:
-        """Also counts the groups in these lines, from now on. So the sum never jumps and never decreases."""
-        for file in self._files(lines) - self._known:
-            self._before[file] = _throttled_ns(file) or 0
-            self._known |= {file}
+        """Also counts the groups in these lines, with all that they have counted so far.
+
+        When a thread was moved is not known. So the sum may jump: more than a wait can explain, never less.
+        """
+        self._known |= self._files(lines)
 
     def held_ns(self) -> int | None:
         """The throttled time of all groups together, in ns; None if no group reports it."""
         for file in self._known:
             if (held := _throttled_ns(file)) is not None:
-                self._held[file] = held - self._before.get(file, 0)
+                self._held[file] = held
         return sum(self._held.values()) if self._held else None
 
     def _files(self, lines: Collection[str]) -> set[Path]:
