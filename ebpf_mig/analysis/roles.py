@@ -39,7 +39,10 @@ def assign(processes: Collection[Process]) -> tuple[Process | None, Process | No
     notes = [
         f"process {process.pid} was given as the {process.hint}, but behaved as the {role}"
         for process, role in ((source, Side.SOURCE), (destination, Side.DESTINATION))
-        if process is not None and process.hint in (Side.SOURCE, Side.DESTINATION) and process.hint != role
+        if process is not None
+        and process.born is None
+        and process.hint in (Side.SOURCE, Side.DESTINATION)
+        and process.hint != role
     ]
     return source, destination, notes
 

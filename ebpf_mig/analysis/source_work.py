@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from ebpf_mig.analysis.dirty_log import Burst, is_clear
 from ebpf_mig.analysis.process import Process, begun, key_of
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, OffCpu, Transfer
+from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, Kick, OffCpu, Transfer
 
 CLUSTER_NS = 1_000_000
 """Without replies to separate messages, sends further apart than this belong to different messages."""
+REQUEST_NS = 1_000_000
+"""A vCPU's thread that reads its registers this long after it was asked for them is waited for."""
 PAGE = 4096
 
 FETCH, CLEAR, MEMORY, STATE, SAVE, REPLY = range(6)
@@ -64,6 +66,8 @@ class Activity:
     """Its KVM ioctls, without those on the dirty log."""
     waits: Sequence[OffCpu]
     """Its threads' times off the CPU."""
+    kicks: Sequence[Kick] = ()
+    """Signals to its vCPUs' threads."""
 
     def work(self, until: int) -> Work:
         """The activity that began before `until`, by kind. A first call finds where the source's part ended."""
@@ -71,10 +75,12 @@ class Activity:
         fetched = min((burst.begin for burst in bursts if burst.fetched), default=None)
         sends = [t for t in self.sends if t.begin_ns < until and not _announces(t, self.stop, fetched)]
         others = [i for i in self.ioctls if i.begin_ns < until]
-        saves = _saves(others, [*(b.begin for b in bursts), *(max(self.stop, t.begin_ns) for t in sends)])
+        known = [*(b.begin for b in bursts), *(max(self.stop, t.begin_ns) for t in sends)]
+        saves = _saves(others, known)
         carries_state = _state_sends(bursts, sends, self.replies, saves)
         intervals = [(i.begin_ns, i.end_ns, CLEAR if is_clear(i) else FETCH) for burst in bursts for i in burst.ioctls]
         intervals += [(i.begin_ns, i.end_ns, SAVE) for i in saves]
+        intervals += _request(self.kicks, saves, min(known, default=until))
         intervals += [(max(t.begin_ns, t.end_ns - t.in_call_ns), t.end_ns, REPLY) for t in self.replies]
         coalesced = 0
         state_from: list[int] = []
@@ -113,6 +119,7 @@ def observe(source: Process, stop: int, bursts: Sequence[Burst], transfers: Sequ
         replies=sorted((t for t in answers if (t.tid, key_of(t)) in senders), key=lambda reply: reply.end_ns),
         ioctls=begun(source.other_ioctls, stop),
         waits=source.off_cpu,
+        kicks=[kick for kick in source.kicks if kick.at_ns >= stop],
     )
 
 
@@ -144,6 +151,19 @@ def _saves(others: Sequence[Ioctl], recognised: Sequence[int]) -> list[Ioctl]:
     reads = [i.begin_ns for i in others if is_vcpu_read(i)]
     starts = [*recognised, *reads[:1]]
     return [i for i in others if i.begin_ns >= min(starts)] if starts else []
+
+
+def _request(kicks: Sequence[Kick], saves: Sequence[Ioctl], since: int) -> list[Interval]:
+    """The wait for the first vCPU's thread to read its registers: it was asked to after the first fetch or send.
+
+    `do_run_on_cpu()` of QEMU (cpu-common.c) queues the work and kicks the thread. A short wait is left out: it belongs
+    to what came before.
+    """
+    read = next((i for i in saves if is_vcpu_read(i)), None)
+    if read is None:
+        return []
+    asked = [k.at_ns for k in kicks if k.target_tid == read.tid and since <= k.at_ns <= read.begin_ns - REQUEST_NS]
+    return [(asked[-1], read.begin_ns, SAVE)] if asked else []
 
 
 def _split_batch(send: Transfer, saves: Sequence[Ioctl]) -> list[Interval]:

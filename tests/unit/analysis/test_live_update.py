@@ -18,7 +18,7 @@ NEW = 300
 """Threads of the program after execve(2), counted from those before it."""
 
 
-def stop(vm: Vm) -> None:
+def stop(vm: Vm, late: float = 0) -> None:
     """Kicked by the monitor's thread, read by the migration's: the guest stops before logging is switched on."""
     vm.entered(-50_000, left=-50_100)
     vm.kick(0, tid=0)
@@ -29,8 +29,8 @@ def stop(vm: Vm) -> None:
     vm.gets(900, slots=(0, 3))
     vm.gets(1000, slots=(0, 3))
     vm.kick(1100, tid=1)
-    vm.ioctls(READS, 1200, 1400, tid=VCPU)
-    vm.ioctl("GET_CLOCK", 1500)
+    vm.ioctls(READS, 1200 + late, 1400 + late, tid=VCPU)
+    vm.ioctl("GET_CLOCK", 1500 + late)
 
 
 def load(vm: Vm, since: float, vcpu: int) -> None:
@@ -41,12 +41,12 @@ def load(vm: Vm, since: float, vcpu: int) -> None:
     vm.ioctl("SET_CLOCK", since + 5400, tid=0)
 
 
-def executed(*, begin: float | None = 2000) -> Script:
+def executed(*, begin: float | None = 2000, late: float = 0) -> Script:
     """cpr-exec: the state goes into a file, the process calls execve(2) and loads it."""
     script = Script()
     script.attach |= {"exec": "tracepoint"}
     vm = script.vm(1000, "unknown")
-    stop(vm)
+    stop(vm, late)
     vm.events.append(ev.Exec(at(4000), 1000, at(begin) if begin is not None else 0))
     load(vm, 20_000, VCPU + NEW)
     fresh = Vm(1000, "unknown", 1)
@@ -102,6 +102,14 @@ def test_every_instant_has_one_phase(script: Script) -> None:
 def test_the_pause_is_the_monitors_and_not_the_kick_that_reads_registers() -> None:
     for script in (executed(), transferred()):
         assert script.result().phases["pause"] == 70
+
+
+def test_a_vcpu_that_reads_its_registers_late_is_waited_for() -> None:
+    """It was asked to by a kick, got the CPU late, and the migration waits: this is part of saving the state."""
+    prompt, late = executed().result().phases, executed(begin=3900, late=1800).result().phases
+    assert "unattributed" not in late
+    assert late["state.save"] == 3900 - 1100
+    assert late["fetch.user"] < prompt["fetch.user"]
 
 
 def test_the_account_of_a_thread_that_is_gone_belongs_to_the_program_that_it_ran() -> None:
