@@ -34,7 +34,7 @@ from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
-from ebpf_mig.recording.events import AnyEvent, Ending, Exec, Target
+from ebpf_mig.recording.events import AnyEvent, Ending, Target
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.session import header_for
 from ebpf_mig.tracing.witness import Witness
@@ -189,8 +189,8 @@ class NodeWatch:
         elif sign.pid in self._vms:
             known = sign.pid in self._tracks
             self._suspect(sign.pid, sign.kind)
-            if sign.kind == "exec" and not known:  # it came before the costly probes
-                self._tracks.saw([Exec(sign.at_ns, sign.pid, had_vm=1)], clock.monotonic_ns())
+            if sign.kind == "exec":
+                self._tracks.replaced(sign.pid, sign.at_ns)
             if not known and sign.pid in self._tracks:
                 delay = (clock.monotonic_ns() - sign.at_ns) / 1e9
                 self._delays[bisect.bisect_left(DELAYS_S, delay)] += 1

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from ebpf_mig.exporter.halves import other_half
 from ebpf_mig.exporter.track import Track, found_out, has_run, switches_on, take_ioctl, take_transfer
 from ebpf_mig.recording.events import PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
@@ -96,6 +98,15 @@ class Tracks:
         if pid in self._by_pid:
             self._by_pid[pid].until_ns = max(self._by_pid[pid].until_ns, until_ns)
 
+    def replaced(self, pid: int, at_ns: int) -> None:
+        """`pid` called execve(2), as the standing probe saw. If its events are traced only since then, `Exec` is added
+        before them."""
+        track = self._by_pid.get(pid)
+        if track is None or at_ns >= track.begin_ns or any(isinstance(e, Exec) and e.pid == pid for e in track.events):
+            return
+        track.events.insert(0, Exec(at_ns, pid, had_vm=1))
+        self._watch_again(track)
+
     def _new(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> Track:
         news, witness = {pid} if fresh else set(), self._witness([pid]) if self._witness else None
         watch, until = MigrationWatch([pid]), now_ns + PROBATION_NS
@@ -107,6 +118,8 @@ class Tracks:
         for event in events:
             pid = pid_of(event)
             if pid is not None and (pid in self._by_pid or self._passed_with(pid)):
+                if isinstance(event, Exec) and pid in self._by_pid and pid not in self._by_pid[pid].fresh:
+                    event = replace(event, had_vm=1)  # noqa: PLW2901 - all that is seen may be the new program's
                 batches.setdefault(pid, []).append(event)
                 if isinstance(event, Socket) and pid in self._by_pid:
                     self._link(event)
@@ -280,13 +293,10 @@ class Tracks:
     def _merge(self, first: Track, second: Track) -> None:
         first.pids += second.pids
         first.events += second.events
-        first.watch = MigrationWatch(first.pids)
-        first.watch.saw(first.events)
-        for pid in first.logging | second.logging:
-            first.watch.missed_beginning(pid)
         first.begin_ns = min(first.begin_ns, second.begin_ns)
         first.fresh |= second.fresh
         first.logging |= second.logging
+        self._watch_again(first)
         first.restored |= second.restored
         first.ran |= second.ran
         first.stopped |= second.stopped
@@ -302,6 +312,14 @@ class Tracks:
         first.until_ns = max(first.until_ns, second.until_ns)
         for pid in second.pids:
             self._by_pid[pid] = first
+
+    @staticmethod
+    def _watch_again(track: Track) -> None:
+        """Its events are no longer those that its watch saw."""
+        track.watch = MigrationWatch(track.pids)
+        track.watch.saw(track.events)
+        for pid in track.logging:
+            track.watch.missed_beginning(pid)
 
     def _forget(self, track: Track) -> None:
         for pid in track.pids:
