@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 DEFAULT_BINARY = "qemu-system-x86_64"
 _CPR_CHANNEL = re.compile(r"channel-type[\"']?\s*[:=]\s*[\"']?cpr\b")
+NORMAL = "normal"
+LIVE_UPDATES = ("cpr-transfer", "cpr-exec")
+"""Modes that hand the guest to a new program on the same host (MigMode in qapi/migration.json)."""
 _SCHEMES = ("tcp", "unix", "vsock", "rdma")
 """Transports whose URI means the same to both ends. `exec:` and `file:` have no other end, `fd:` has two."""
 
@@ -41,12 +45,17 @@ class QemuAdapter(Adapter):
     about = "Migrate a QEMU VM through QMP."
     options = (
         Option("--source", "QMP socket of the VM to migrate.", metavar="SOCKET", required=True),
-        Option("--destination", "QMP socket of the destination VM.", metavar="SOCKET", required=True),
-        Option("--uri", "Where the destination listens: tcp:HOST:PORT or unix:PATH.", required=True),
+        Option("--destination", "QMP socket of the destination VM; not for cpr-exec.", metavar="SOCKET"),
+        Option(
+            "--uri", "Where the destination listens: tcp:HOST:PORT or unix:PATH; for cpr-exec file:PATH.", required=True
+        ),
         Option("--multifd", "Send memory over this many channels.", Kind.COUNT, most=255),
         Option("--downtime-limit", "Set QEMU's downtime-limit, e.g. 300ms.", Kind.DURATION),
         Option("--bandwidth", "Set QEMU's max-bandwidth, e.g. 10Gbit; 0: unlimited.", Kind.RATE),
         Option("--postcopy", "Switch to postcopy after the second pass.", Kind.FLAG),
+        Option("--mode", "cpr-*: live update on this host.", Kind.CHOICE, choices=(NORMAL, *LIVE_UPDATES)),
+        Option("--cpr-uri", "Where the new QEMU waits for descriptors (cpr-transfer).", metavar="unix:PATH"),
+        Option("--exec-command", "Command of the new QEMU (cpr-exec). Default: the source's own.", metavar="COMMAND"),
     )
     examples: ClassVar = {
         "migrate": (
@@ -54,6 +63,7 @@ class QemuAdapter(Adapter):
             "    --uri tcp:127.0.0.1:4444",
             "ebpf-mig migrate qemu --source a.qmp --destination b.qmp \\",
             "    --uri unix:/run/m.sock --multifd 4",
+            "ebpf-mig migrate qemu --source a.qmp --mode cpr-exec --uri file:a.state",
         ),
     }
     epilog = """The destination is a QEMU started like the source, plus -incoming defer. Each
@@ -71,6 +81,9 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         """See `Adapter.connect`."""
         from ebpf_mig.vmm.qemu.migration import QemuMigration, QemuOptions
 
+        _require_fitting(values)
+        if values["mode"] != NORMAL:
+            return _live_update(values)
         scheme, colon, _ = values["uri"].partition(":")
         if not colon or scheme not in _SCHEMES:
             why = f"{printable(values['uri'], 80)} is no URI through which one QEMU can reach another"
@@ -85,6 +98,10 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
 
     def far_end(self, role: str, values: Values) -> FarEnd:
         """See `Adapter.far_end`."""
+        if values["mode"] != NORMAL:
+            raise UsageError(f"{values['mode']} hands the guest over on one host", "leave the other host out")
+        if not values[role]:
+            raise UsageError("--destination is missing", "give the destination's QMP socket")
         return FarEnd(["--api-socket", values[role]], values[role])
 
     @contextlib.contextmanager
@@ -108,8 +125,7 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
 
     def awaits_live_update(self, arguments: Sequence[str]) -> bool:
         """A destination of mode cpr-transfer has an incoming channel of type `cpr` (docs/devel/migration/CPR.rst)."""
-        incoming = (value for option, value in itertools.pairwise(arguments) if option.lstrip("-") == "incoming")
-        return any(_CPR_CHANNEL.search(value) for value in incoming)
+        return any(_CPR_CHANNEL.search(value) for value in incoming(arguments))
 
     def checks(self) -> Iterator[Check]:
         """Which QEMU the lab would use."""
@@ -128,6 +144,53 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         from ebpf_mig.vmm.qemu.monitor import pid_behind
 
         return asyncio.run(pid_behind(path))
+
+
+def incoming(arguments: Sequence[str]) -> list[str]:
+    """The values of `-incoming` in a command line."""
+    return [value for option, value in itertools.pairwise(arguments) if option.lstrip("-") == "incoming"]
+
+
+_NEEDED = {NORMAL: ("destination",), "cpr-transfer": ("destination", "cpr_uri"), "cpr-exec": ()}
+_ALLOWED = {
+    NORMAL: {"multifd", "downtime_limit", "bandwidth", "postcopy", "destination"},
+    "cpr-transfer": {"destination", "cpr_uri"},
+    "cpr-exec": {"exec_command"},
+}
+
+
+def _require_fitting(values: Values) -> None:
+    """UsageError if an option that the mode needs is missing, or one was given that has no meaning in it."""
+    mode = values["mode"]
+    for option in _NEEDED[mode]:
+        if not values[option]:
+            raise UsageError(f"--mode {mode} needs {_typed(option)}", "see ebpf-mig migrate qemu --help")
+    for option in sorted(set().union(*_ALLOWED.values()) - _ALLOWED[mode]):
+        if values[option] not in (None, False):
+            raise UsageError(f"{_typed(option)} has no meaning with --mode {mode}", "leave it out")
+
+
+def _typed(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _live_update(values: Values) -> Migration:
+    from ebpf_mig.vmm.qemu.live_update import CprExec, CprTransfer
+
+    if values["mode"] == "cpr-transfer":
+        scheme, _, channel = values["cpr_uri"].partition(":")
+        if scheme != "unix" or not channel:
+            raise UsageError("descriptors pass only through a UNIX socket", "give --cpr-uri as unix:PATH")
+        return CprTransfer(values["source"], values["destination"], values["uri"], channel)
+    if not values["uri"].startswith("file:"):
+        raise UsageError(f"--uri {printable(values['uri'], 80)} cannot hold the state meanwhile", "use file:PATH")
+    try:
+        command = shlex.split(values["exec_command"] or "")
+    except ValueError as error:
+        raise UsageError(f"--exec-command is no command: {error}", "quote it as for a shell") from error
+    if command and not incoming(command):
+        raise UsageError("--exec-command has no -incoming", f"add -incoming {printable(values['uri'], 80)}")
+    return CprExec(values["source"], values["uri"], command)
 
 
 ADAPTER = QemuAdapter()

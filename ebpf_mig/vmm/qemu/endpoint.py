@@ -24,7 +24,7 @@ FINAL = frozenset({"completed", "failed", "cancelled"})
 ENDED = FINAL | {"postcopy-paused"}
 """`postcopy-paused`: the connection broke after the switch to postcopy; nothing more happens by itself."""
 _MAX_MARKS = 10_000
-_DEATH_S = 2.0
+DEATH_S = 2.0
 """A dying QEMU closes its monitor first; how long to wait for the process before calling it alive."""
 _FIGURES = ("downtime", "total-time", "setup-time", "expected-downtime")
 _RAM_FIGURES = ("downtime-bytes", "dirty-sync-count", "precopy-bytes", "postcopy-bytes", "multifd-bytes", "normal")
@@ -47,6 +47,7 @@ class Side:
         self.dead = False
         """Whether the process has ended, too. Known once `gone` is set."""
         self.changed = asyncio.Event()
+        self.death_s = DEATH_S
         self._pidfd = -1
         if remote is None:
             with contextlib.suppress(OSError):
@@ -139,7 +140,7 @@ class Side:
         if self._pidfd < 0:
             return not procfs.exists(self.pid)
         poll.register(self._pidfd, select.POLLIN)
-        for _ in range(int(_DEATH_S / 0.05)):
+        for _ in range(int(self.death_s / 0.05)):
             if poll.poll(0):
                 return True
             await asyncio.sleep(0.05)

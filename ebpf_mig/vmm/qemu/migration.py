@@ -24,7 +24,7 @@ from ebpf_mig.vmm.qemu.monitor import Monitor, UnansweredError
 
 _SILENCE_S = 10.0
 """After this long without an event, query the status once: an event may have been lost."""
-_DESTINATION_S = 30.0
+DESTINATION_S = 30.0
 """How long the destination may take to start its vCPUs after the source has reported `completed`."""
 _CANCEL_S = 10.0
 """A cancellation takes about 10 ms, but waits for the big lock during the switchover."""
@@ -84,6 +84,7 @@ class QemuMigration:
         self._thread.start()
         self._src: Side | None = None
         self._dst: Side | None = None
+        self._listeners: list[asyncio.Task[None]] = []
         self._cancelled = False
         self._postcopy_asked = False
         try:
@@ -196,20 +197,31 @@ class QemuMigration:
     async def _run(self, timeout_s: float) -> Outcome:
         if self._cancelled:
             return Outcome("cancelled", "before it began")
-        listeners = [asyncio.ensure_future(side.listen()) for side in self._sides]
+        for side in self._sides:
+            self._listen(side)
         away = self._source.remote is not None  # and our clock differs from its host's
         triggers = [] if away else [mark(self._source.pid, "session.trigger", self.uri)]
         problem = await self._migrate(timeout_s)
-        sent = self._source.status == "completed" or self._source.gone  # as far as this end can tell
-        patience = _DESTINATION_S if sent else 1.0
-        await self._until(self._destination_done, patience)
+        await self._arrival()
         figures, reason = await self._source.figures()
-        for listener in listeners:
+        for listener in self._listeners:
             listener.cancel()
-        await asyncio.gather(*listeners, return_exceptions=True)
+        await asyncio.gather(*self._listeners, return_exceptions=True)
         result, error = self._judge(problem, reason)
         marks = [*triggers, *(event for side in self._sides for event in side.marks), *figures]
         return Outcome(result, error, tuple(marks), self._remark(result))
+
+    def _listen(self, side: Side) -> None:
+        self._listeners.append(asyncio.ensure_future(side.listen()))
+
+    async def _trigger(self) -> None:
+        await self._source.monitor.execute("migrate", {"uri": self.uri})
+
+    async def _arrival(self) -> None:
+        """The source is done; waits for the destination."""
+        sent = self._source.status == "completed" or self._source.gone  # as far as this end can tell
+        patience = DESTINATION_S if sent else 1.0
+        await self._until(self._destination_done, patience)
 
     def _remark(self, result: str) -> str:
         if result == "completed" and self._source.status != "completed":
@@ -223,7 +235,7 @@ class QemuMigration:
         """Waits until the source is done, or has not ended although we cancelled. Returns the error on our side."""
         source = self._source
         try:
-            await source.monitor.execute("migrate", {"uri": self.uri})
+            await self._trigger()
         except UnansweredError as error:
             await self._cancel_and_wait()
             return str(error)
@@ -318,7 +330,7 @@ class QemuMigration:
             return "completed", ""
         if destination.dead or destination.status in ENDED:
             return "failed", "the destination QEMU ended or failed after the source was done"
-        why = "its monitor's connection broke" if destination.gone else f"it sent no event for {_DESTINATION_S:g} s"
+        why = "its monitor's connection broke" if destination.gone else f"it sent no event for {DESTINATION_S:g} s"
         return "unknown", f"the source is done; whether the destination runs is not known: {why}"
 
 

@@ -35,7 +35,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "GREETING_S", 0.5)
     monkeypatch.setattr(monitor, "COMMAND_S", 0.5)
     monkeypatch.setattr(adapter, "_CANCEL_S", 0.5)
-    monkeypatch.setattr(adapter, "_DESTINATION_S", 0.5)
+    monkeypatch.setattr(adapter, "DESTINATION_S", 0.5)
     monkeypatch.setattr(adapter, "_CONTRADICTION_S", 0.5)
 
 
