@@ -58,7 +58,7 @@ def once(mode: str, vcpus: int, pages: str, descriptors: int) -> Breakdown:
         place = Path(name)
         extra = backends(place / "backends", descriptors)
         scenario = replace(QUICK, vcpus=vcpus)
-        with vm(place, scenario=scenario, memory=PAGES[pages], extra=extra) as guest:
+        with vm(place, scenario=scenario, memory=PAGES[pages], extra=extra, patience_s=120) as guest:
             writer = functools.partial(run.open_recording, str(place / "x.rec"), "bench", force=True)
             with contextlib.closing(driver(guest, mode)) as migration:
                 outcome, _ = run.trace_migration(migration, 60, writer)
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--vcpus", nargs="+", type=int, default=(1, 8))
     parser.add_argument("--pages", nargs="+", choices=PAGES, default=tuple(PAGES))
-    parser.add_argument("--descriptors", nargs="+", type=int, default=(0, 4000))
+    parser.add_argument("--descriptors", nargs="+", type=int, default=(0, 2000))
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

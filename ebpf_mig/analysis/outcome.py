@@ -47,7 +47,7 @@ KICKED_NS = 10_000_000
 def result(case: TracedMigration) -> Result:
     """The result, as listed above. vCPU events take precedence over any report."""
     found = case.switchover
-    if found is not None and found.kind == SwitchoverKind.COMPLETED:
+    if (found is not None and found.kind == SwitchoverKind.COMPLETED) or _runs_anew(case):
         return Result.COMPLETED
     if _replaced_in_vain(case):
         return Result.FAILED
@@ -73,6 +73,11 @@ def result(case: TracedMigration) -> Result:
     if found is None and (_other_side_is_gone(case) or _died_running(case)):
         return Result.FAILED
     return Result.UNKNOWN
+
+
+def _runs_anew(case: TracedMigration) -> bool:
+    """Whether a process that replaced itself by execve(2) ran the guest again; its stop may have been missed."""
+    return case.destination is not None and case.destination.born is not None and _started(case.destination)
 
 
 def _of_a_paused_guest(case: TracedMigration) -> Result:

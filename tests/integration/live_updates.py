@@ -48,6 +48,8 @@ class Vm:
     memory: str = ""
     """More options of the memory's backend."""
     extra: Sequence[str] = ()
+    patience_s: float = 30
+    """How long the guest may take to come up."""
     beats: dict[str, Heartbeat] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -78,7 +80,7 @@ class Vm:
         address = {"transport": "socket", "type": "unix", "path": str(self.directory / "cpr")}
         channel = json.dumps({"channel-type": "cpr", "addr": address})
         pid = self.start("destination", "-incoming", incoming or f"unix:{self.directory}/main", "-incoming", channel)
-        self.until((self.directory / "cpr").exists)
+        self.until((self.directory / "cpr").exists, self.patience_s)
         return pid
 
     def until(self, what: Callable[[], Any], seconds: float = 30) -> None:
@@ -129,7 +131,7 @@ def vm(directory: Path, **options: Any) -> Iterator[Vm]:
     try:
         made.start("source")
         letters = {chr(ord("A") + index) for index in range(made.scenario.vcpus)}
-        made.until(lambda: letters <= made.beats["source"].letters())
+        made.until(lambda: letters <= made.beats["source"].letters(), made.patience_s)
         time.sleep(0.3)
         yield made
     finally:

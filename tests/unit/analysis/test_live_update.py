@@ -112,6 +112,17 @@ def test_a_vcpu_that_reads_its_registers_late_is_waited_for() -> None:
     assert late["fetch.user"] < prompt["fetch.user"]
 
 
+@pytest.mark.parametrize("since", [0, 90, 800, 950, 1250, 1450, 1900])
+def test_tracing_that_began_between_the_stop_and_execve(since: float) -> None:
+    """As `watch` does: its probes are attached at some instant after the first new thread."""
+    script = executed()
+    vm = script.vms[0]
+    vm.events = [e for e in vm.events if _instant(e) >= at(since) and not isinstance(e, ev.VcpuState)]
+    vm.events = [replace(e, had_vm=1) if isinstance(e, ev.Exec) else e for e in vm.events]
+    facts = script.result().breakdown.migration
+    assert (facts.mode, facts.result) == (Mode.CPR, Result.COMPLETED)
+
+
 def test_the_account_of_a_thread_that_is_gone_belongs_to_the_program_that_it_ran() -> None:
     """It is read at the end of tracing, as all accounts are, also that of a vCPU that was never seen to enter."""
     script = executed()
