@@ -121,13 +121,15 @@ def _at(source: Process, kind: SwitchoverKind, dark: int, starts: dict[int, int]
     stopper = stoppers.find(source, dark, workers)
     requested = _requested(dark, stops, stopper.kicks)
     asked = min(stopper.kicks.values(), default=dark)
-    if requested == dark < asked and (dark, asked) in throttle.stretches(source, asked, stopper.tid):
+    first_start = min(starts.values(), default=None)
+    in_time = first_start is None or asked <= first_start  # a later kick did not pause this guest
+    if requested == dark < asked and in_time and (dark, asked) in throttle.stretches(source, asked, stopper.tid):
         requested = asked
     return Switchover(
         kind=kind,
         requested=requested,
         stop=max(dark, requested),
-        first_start=min(starts.values(), default=None),
+        first_start=first_start,
         last_start=max(starts.values(), default=None),
         stops=stops,
         starts=starts,
