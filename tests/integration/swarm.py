@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many migrations of the truth machine in sequence: `python -m tests.integration.swarm N --name NAME`.
 
-In: the number of migrations. Out: `ready` on stdout; the migrations start after a line on stdin; `done N` at the end.
-Each has two new processes with a real KVM VM each. They are forked from this one, so that no interpreter has to start,
-and are prepared ahead of time, because a VM usually exists for a while before it migrates.
+In: the number of migrations, and for `--threads N` how many threads each process has besides. Out: `ready` on stdout;
+the migrations start after a line on stdin; `done N` at the end. Each has two new processes with a real KVM VM each.
+They are forked from this one, so that no interpreter has to start, and are prepared ahead of time, because a VM usually
+exists for a while before it migrates.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -82,6 +84,9 @@ def pair() -> Pair:
 
 def _live(role: str, listener: socket.socket, go: int, done: int) -> None:
     signal.signal(KICK, lambda *_: None)
+    threading.stack_size(1 << 16)
+    for _ in range(_threads()):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
     if role == "source":
         address = listener.getsockname()
         listener.close()
@@ -104,6 +109,10 @@ def _live(role: str, listener: socket.socket, go: int, done: int) -> None:
         destination.serve(connection)
         connection.sendall(b"k")
         os.read(go, 1)
+
+
+def _threads() -> int:
+    return int(sys.argv[sys.argv.index("--threads") + 1]) if "--threads" in sys.argv else 0
 
 
 def main(number: int) -> None:
