@@ -21,7 +21,7 @@ from ebpf_mig.tracing.lifecycle import MigrationWatch
 
 RATE_NS = 1_000_000_000
 """Rates are those of this last stretch."""
-SHORT_NS = 300_000_000
+LAST_PASS_NS = 300_000_000
 """A pass as short as this can be the last one: QEMU's default downtime limit (migration/options.c, QEMU 11)."""
 EVEN = 0.05
 """A dirty rate this close to the send rate is called equal to it."""
@@ -143,11 +143,11 @@ class Progress:
         if share > 1 - EVEN:
             return "as fast as it is sent"
         took = self._passes[-1][0] - self._passes[-2][0] if len(self._passes) > 1 else 0
-        if took <= SHORT_NS:
+        if took <= LAST_PASS_NS:
             return "converges"
         if not dirtying:
             return "converges in the next pass"
-        more = math.ceil(math.log(SHORT_NS / took) / math.log(share))
+        more = math.ceil(math.log(LAST_PASS_NS / took) / math.log(share))
         left = sum(took * share**number for number in range(1, more))
         return f"converges in about {max(1, round(left / _S))} s"
 

@@ -98,7 +98,9 @@ def test_the_other_side_has_no_durations(path: Path) -> None:
     assert not unmeasured & seen_by_a_node(b).phases.keys()
     page = html.render(b, view(found))
     for phase in unmeasured:
-        cells = f"<td class='w'>{phase}</td><td>[^<]+</td><td>[a-z]+</td><td class='n'>not seen</td>"
+        cells = (
+            f">{phase}</button></td><td[^>]*>[^<]+</td><td[^>]*>[a-z]+</td><td data-label='ms' class='n'>not seen</td>"
+        )
         assert re.search(cells, page), phase
 
 
