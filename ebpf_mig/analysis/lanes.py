@@ -22,6 +22,10 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, OffCpu, Transfer
 
 Args = dict[str, int | str]
+Thread = tuple[Side, int, int]
+"""Side, pid, tid: the thread that calls execve(2) in a live update is on both sides."""
+IN_FLIGHT = "bytes in flight, at most"
+"""Counted from the begin of a send to the end of the receive: what is still in a send buffer is in it, too."""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,11 @@ class Lane:
     """vcpu, ioctl, socket, wait, slot, segment or mark. Slices of the last two have no length."""
     name: str
     slices: list[Slice] = field(default_factory=list)
+    what: str = ""
+    """The name below the thread's own name; the whole name if there is no thread."""
+
+    def __post_init__(self) -> None:
+        self.what = self.what or self.name
 
 
 @dataclass(slots=True)
@@ -71,6 +80,8 @@ class View:
     counters: list[Counter]
     flows: int
     """The number of flows; their ids begin at 1."""
+    threads: dict[Thread, str] = field(default_factory=dict)
+    """Names of threads."""
 
 
 def view(analysis: Analysis) -> View:
@@ -85,6 +96,7 @@ def view(analysis: Analysis) -> View:
     begin, end = min(instants), max(instants)
     found = View(analysis.origin_ns, begin, end, [], [], 0)
     for process, side in parties:
+        found.threads |= {(side, process.pid, tid): thread.name for tid, thread in process.threads.items()}
         found.lanes += _vcpu_lanes(process, side, begin, end)
         found.lanes += _thread_lanes(process, side)
         found.lanes += _slot_lanes(process, side)
@@ -139,7 +151,7 @@ def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
     def lane(tid: int, order: int, kind: str, what: str) -> list[Slice]:
         thread = process.threads.get(tid)
         name = f"{thread.name if thread else 'thread'} {tid}"
-        made = lanes.setdefault((tid, order, what), Lane(side, process.pid, tid, kind, f"{name} {what}"))
+        made = lanes.setdefault((tid, order, what), Lane(side, process.pid, tid, kind, f"{name} {what}", what=what))
         return made.slices
 
     for call in process.ioctls:
@@ -154,8 +166,8 @@ def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
         )
     for wait in process.off_cpu:
         if wait.begin_ns > 0:
-            name = "runnable, not running" if wait.preempted else (_deepest(wait.stack) or "sleeps")
-            args: Args = {"stack": " < ".join(wait.stack)} if wait.stack else {}
+            name = "runnable, not running" if wait.preempted else "sleep"
+            args: Args = {"in": _deepest(wait.stack), "stack": " < ".join(wait.stack)} if wait.stack else {}
             lane(wait.tid, 2, "wait", "off the CPU").append(Slice(wait.begin_ns, wait.end_ns, name, args))
     for key in sorted(lanes):
         lanes[key].slices = apart(lanes[key].slices)
@@ -206,8 +218,14 @@ def _segment_lanes(process: Process, side: Side) -> Iterable[Lane]:
     lanes: dict[int, Lane] = {}
     for one in process.segments:
         made = lanes.setdefault(one.socket, Lane(side, process.pid, 0, "segment", f"segments on socket {one.socket}"))
-        name = f"{one.payload} bytes arrive" if one.payload else "an acknowledgement arrives"
-        args: Args = {"acked": one.acked, "in_flight": one.in_flight, "unsent": one.unsent, "window": one.window}
+        name = "data arrives" if one.payload else "acknowledgement arrives"
+        args: Args = {
+            "bytes": one.payload,
+            "acked": one.acked,
+            "in_flight": one.in_flight,
+            "unsent": one.unsent,
+            "window": one.window,
+        }
         made.slices.append(Slice(one.at_ns, one.at_ns, name, args))
     for key in sorted(lanes):
         yield lanes[key]
@@ -229,20 +247,34 @@ def apart(slices: Iterable[Slice]) -> list[Slice]:
 
 
 def _counters(traced: TracedMigration, process: Process, side: Side) -> Iterable[Counter]:
-    """Bytes of the migration that a side has sent or received so far, over all its connections."""
+    """Bytes of the migration that a side has sent or received so far, over all its connections; on the source also
+    those that are on their way.
+    """
     wanted = SEND if side == Side.SOURCE else RECEIVE
     moved = sorted((t.end_ns, t.bytes) for t in traced.transfers(process) if t.direction == wanted)
+    if moved:
+        yield Counter(side, process.pid, f"migration bytes {'sent' if wanted == SEND else 'received'}", _summed(moved))
+    taken = [t for t in traced.transfers(traced.destination) if t.direction == RECEIVE]
+    if moved and taken and side == Side.SOURCE:
+        given = [(t.begin_ns, t.bytes) for t in traced.transfers(process) if t.direction == SEND]
+        between = _summed(sorted([*given, *((t.end_ns, -t.bytes) for t in taken)]))
+        # What left before tracing began can arrive later; fewer than none are not on their way.
+        yield Counter(side, process.pid, IN_FLIGHT, [(at, max(value, 0)) for at, value in between])
+
+
+def _summed(changes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     total = 0
     points: list[tuple[int, int]] = []
-    for at, count in moved:
-        total += count
+    for at, change in changes:
+        total += change
         points.append((at, total))
-    if points:
-        yield Counter(side, process.pid, f"migration bytes {'sent' if wanted == SEND else 'received'}", points)
+    return points
 
 
 def _tie(found: View, traced: TracedMigration) -> None:
-    """Adds flows: from each vCPU's stop to its start, and from the last send before the start to its receive."""
+    """Adds flows: from each vCPU's stop to its start, and from sends in the blackout to the receives of their last
+    byte; with several connections, or bytes that were not seen, only from the last send.
+    """
     switch = traced.switchover
     if switch is None or switch.kind != SwitchoverKind.COMPLETED:
         return
@@ -256,11 +288,33 @@ def _tie(found: View, traced: TracedMigration) -> None:
         after = next((s for s in new.slices if s.begin_ns == start), None)
         _flow(found, before, after)
     limit = switch.first_start if switch.first_start is not None else FOREVER
-    sent = [s for s in _moves(found, traced, Side.SOURCE, SEND) if s.end_ns <= limit]
-    last = max(sent, key=lambda s: s.end_ns, default=None)
+    sent, taken = (list(_moves(found, traced, *way)) for way in ((Side.SOURCE, SEND), (Side.DESTINATION, RECEIVE)))
+    single = len(traced.channels.source) == len(traced.channels.destination) == 1
+    if single and _bytes(sent) == _bytes(taken) > 0:
+        stop = max(switch.stops.values(), default=0)
+        for before, after in _by_position(sent, taken):
+            if stop <= before.end_ns <= limit:
+                _flow(found, before, after)
+        return
+    last = max((s for s in sent if s.end_ns <= limit), key=lambda s: s.end_ns, default=None)
     if last is not None:
-        taken = [s for s in _moves(found, traced, Side.DESTINATION, RECEIVE) if s.end_ns >= last.begin_ns]
-        _flow(found, last, min(taken, key=lambda s: s.end_ns, default=None))
+        _flow(found, last, min((s for s in taken if s.end_ns >= last.begin_ns), key=lambda s: s.end_ns, default=None))
+
+
+def _bytes(moves: Iterable[Slice]) -> int:
+    return sum(int(one.args["bytes"]) for one in moves)
+
+
+def _by_position(sent: list[Slice], taken: list[Slice]) -> Iterable[tuple[Slice, Slice]]:
+    """Each send, and the receive in which its last byte arrived: both sides count the same stream."""
+    takers = iter(sorted(taken, key=lambda s: s.end_ns))
+    after, arrived, position = None, 0, 0
+    for before in sorted(sent, key=lambda s: s.end_ns):
+        position += int(before.args["bytes"])
+        while arrived < position and (after := next(takers, None)) is not None:
+            arrived += int(after.args["bytes"])
+        if after is not None and before.args["bytes"]:
+            yield before, after
 
 
 def _moves(found: View, traced: TracedMigration, side: Side, direction: int) -> Iterable[Slice]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ebpf_mig.analysis.lanes import Lane, Slice, View, apart
+from ebpf_mig.analysis.lanes import Lane, Slice, Thread, View, apart
 from ebpf_mig.breakdown import Breakdown, Side
 from ebpf_mig.recording.events import Header
 from ebpf_mig.report.protobuf import chunk, fixed, number, text
@@ -46,7 +46,10 @@ class _Writer:
             target = next((t for t in self._header.targets if t.pid == pid), None)
             name = f"{side} {target.comm or target.vmm if target else ''}".rstrip()
             yield self._track(parents[side, pid], chunk(3, number(1, pid) + text(6, name)) + number(11, _EXPLICIT))
-        threads: dict[tuple[int, int], int] = {}
+        threads: dict[Thread, int] = {}
+        for lane in self._view.lanes:
+            if lane.tid and (lane.side, lane.pid, lane.tid) not in threads:
+                yield self._thread(lane, parents[lane.side, lane.pid], threads)
         for rank, lane in enumerate(self._view.lanes):
             yield from self._lane(lane, parents[lane.side, lane.pid], threads, rank)
         for counter in self._view.counters:
@@ -93,19 +96,21 @@ class _Writer:
             self._slice(
                 p.begin,
                 p.begin + p.kernel_ns + p.user_ns,
-                f"pass {at}",
-                ({"bytes": p.bytes} if p.bytes is not None else {}) | {"kernel_ns": p.kernel_ns},
+                "pass",
+                ({"bytes": p.bytes} if p.bytes is not None else {}) | {"number": at, "kernel_ns": p.kernel_ns},
             )
             for at, p in enumerate(passes, 1)
         ]
         yield from self._simple(top, "pre-copy passes", fetched, 3)
-        known = [(p.begin, p.pages) for p in passes if p.pages is not None]
-        if known:
-            uuid = self._uuid()
-            yield self._track(uuid, number(5, top) + text(2, "dirty pages") + chunk(8, number(3, _COUNT)))
-            for begin, pages in known:
-                at = self._view.origin_ns + begin
-                yield self._event(at, number(9, _COUNTER) + number(11, uuid) + number(30, pages))
+        rates = [(p.begin, p.dirty_pages_per_s) for p in passes]
+        for name, known in (("dirty pages", [(p.begin, p.pages) for p in passes]), ("dirty pages per second", rates)):
+            points = [(begin, value) for begin, value in known if value is not None]
+            if points:
+                uuid = self._uuid()
+                yield self._track(uuid, number(5, top) + text(2, name) + chunk(8, number(3, _COUNT)))
+                for begin, value in points:
+                    at = self._view.origin_ns + begin
+                    yield self._event(at, number(9, _COUNTER) + number(11, uuid) + number(30, value))
 
     def _slice(self, begin: int, end: int, name: str, args: Mapping[str, int | str] | None = None) -> Slice:
         origin = self._view.origin_ns
@@ -117,17 +122,25 @@ class _Writer:
         for one in apart(slices):
             yield from self._begin_end(uuid, one, "migration")
 
-    def _lane(self, lane: Lane, process: int, threads: dict[tuple[int, int], int], rank: int) -> Iterator[bytes]:
-        """A thread's ioctls are on its own track; vCPU runs, sockets, waits and slots on tracks of their own."""
+    def _thread(self, lane: Lane, process: int, threads: dict[Thread, int]) -> bytes:
+        """The track of a thread. Its ioctls are on it, all else that it does is on tracks below it."""
+        uuid = threads[lane.side, lane.pid, lane.tid] = self._uuid()
+        about = (
+            number(1, lane.pid)
+            + number(2, lane.tid)
+            + text(5, self._view.threads.get((lane.side, lane.pid, lane.tid), ""))
+        )
+        return self._track(uuid, number(5, process) + chunk(4, about) + number(11, _EXPLICIT))
+
+    def _lane(self, lane: Lane, process: int, threads: dict[Thread, int], rank: int) -> Iterator[bytes]:
+        """The slices of a lane, on its thread's track, or on one of its own below its thread or process."""
         if lane.kind == "ioctl":
-            uuid = threads[lane.pid, lane.tid] = self._uuid()
-            name = lane.name.removesuffix(" ioctls").rpartition(" ")[0]
-            thread = number(1, lane.pid) + number(2, lane.tid) + text(5, name)
-            yield self._track(uuid, number(5, process) + chunk(4, thread))
+            uuid = threads[lane.side, lane.pid, lane.tid]
         else:
             uuid = self._uuid()
             order = _KINDS.index(lane.kind) * 100_000 + rank
-            yield self._track(uuid, number(5, process) + text(2, lane.name) + number(12, order))
+            parent = threads.get((lane.side, lane.pid, lane.tid), process)
+            yield self._track(uuid, number(5, parent) + text(2, lane.what) + number(12, order))
         for one in lane.slices:
             if lane.kind in {"segment", "mark"}:
                 yield self._event(one.begin_ns, number(9, _INSTANT) + self._about(uuid, one, lane.kind))

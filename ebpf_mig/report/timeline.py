@@ -74,6 +74,9 @@ def _stroke(begin: int, end: int, name: str, args: Args, view: View) -> Stroke:
     shown = (
         (key, ms(value) + " ms") if key.endswith("_ns") and isinstance(value, int) else (key, value)
         for key, value in args.items()
+        if key != "in"
     )
+    # Where there is room for one word, the function in which a thread slept says more than that it did.
+    name = str(args.get("in") or name)
     note = ", ".join(f"{key.removesuffix('_ns').replace('_', ' ')} {value}" for key, value in shown)
     return Stroke(begin - view.origin_ns, end - view.origin_ns, name, note)

@@ -68,7 +68,7 @@ def test_segments_have_a_lane_a_socket() -> None:
         if lane.kind == "segment"
     ]
     assert [(lane.name, [s.name for s in lane.slices]) for lane in lanes] == [
-        ("segments on socket 70", ["100 bytes arrive", "an acknowledgement arrives"])
+        ("segments on socket 70", ["data arrives", "acknowledgement arrives"])
     ]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -13,10 +14,11 @@ from msgspec.structs import replace
 
 from ebpf_mig.analysis.lanes import view
 from ebpf_mig.collector import analyse
-from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Thread
+from ebpf_mig.recording.events import RECEIVE, AnyEvent, Header, Ioctl, OffCpu, Thread, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import perfetto, protobuf
 from tests.conftest import requires
+from tests.unit.commands.test_cli import ROOT
 from tests.unit.report.test_replay import COMPLETED, RECORDINGS
 
 pb: Any = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2", reason="missing: perfetto (PyPI)")
@@ -90,7 +92,7 @@ def test_every_track_is_described_and_every_slice_closed(path: Path) -> None:
     drawn: dict[tuple[int, int], int] = defaultdict(int)
     for uuid, one in threads.items():
         drawn[one.pid, one.tid] += len(trace.slices[uuid])
-    assert drawn == by_thread
+    assert {thread: count for thread, count in drawn.items() if count} == by_thread
     sided = {(trace.tracks[u].parent_uuid, t.pid, t.tid) for u, t in threads.items()}
     assert len(sided) == len(threads), "one track per thread and side: execve(2) is called by a thread of both"
     assert trace.clocks[0].primary_trace_clock == 3
@@ -117,8 +119,7 @@ def test_totals_are_those_of_the_breakdown(path: Path) -> None:
 def test_flows_pair_and_counters_grow(path: Path) -> None:
     trace, b, _ = decode(path)
     assert sorted(f for f, *_ in trace.starts) == sorted(f for f, *_ in trace.ends)
-    crossed = len(b.vcpus) + bool(b.sockets) if b.migration.result == "completed" else 0
-    assert len(trace.starts) == crossed, "stop to start of each vCPU, last send to first receive"
+    completed = b.migration.result == "completed"
     where = {flow: trace.tracks[uuid].name for flow, uuid, _ in trace.starts}
     for flow, uuid, at in trace.ends:
         if where[flow].startswith("vCPU"):
@@ -126,11 +127,52 @@ def test_flows_pair_and_counters_grow(path: Path) -> None:
             vcpu = next(v for v in b.vcpus if f"vCPU {v.vcpu}" == where[flow])
             left = next(e for f, u, t in trace.starts if f == flow for _, s, e, _ in trace.slices[u] if s == t)
             assert at - left == vcpu.blackout_ns
+        else:
+            sent = next(t for f, _, t in trace.starts if f == flow)
+            taken = next(e for _, s, e, _ in trace.slices[uuid] if s == at)
+            assert where[flow].startswith("sends on") and trace.tracks[uuid].name.startswith("receives on")
+            assert sent < taken
+    stops = [name for name in where.values() if name.startswith("vCPU")]
+    assert len(stops) == (len(b.vcpus) if completed else 0)
+    assert len(where) > len(stops) if b.sockets and completed else len(where) == len(stops)
     counted = {trace.tracks[u].name: values for u, values in trace.counters.items()}
     pages = counted.pop("dirty pages", [])
     assert pages == [p.pages for p in b.dirty_log.passes if p.pages is not None]
+    rates = counted.pop("dirty pages per second", [])
+    assert rates == [p.dirty_pages_per_s for p in b.dirty_log.passes if p.dirty_pages_per_s is not None]
+    on_their_way = counted.pop("bytes in flight, at most", [0])
+    assert on_their_way[-1] == 0 or not completed, "all has arrived"
+    assert min(on_their_way) >= 0 and (max(on_their_way) > 0 or not b.sockets or b.migration.destination is None)
     assert set(counted) == ({"migration bytes sent", "migration bytes received"} if b.sockets else set())
     assert all(values == sorted(values) and values[0] >= 0 for values in counted.values())
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_all_that_a_thread_does_is_below_its_track(path: Path) -> None:
+    trace, _, recording = decode(path)
+    wanted: dict[tuple[str, int], int] = defaultdict(int)
+    for e in recording.events:
+        if isinstance(e, Transfer):
+            wanted["receives" if e.direction == RECEIVE else "sends", e.tid] += 1
+        elif isinstance(e, OffCpu) and e.begin_ns > 0:
+            wanted["off", e.tid] += 1
+    found: dict[tuple[str, int], int] = defaultdict(int)
+    for uuid, track in trace.tracks.items():
+        parent = trace.tracks.get(track.parent_uuid)
+        if parent is not None and parent.HasField("thread") and not track.name.startswith("vCPU"):
+            found[track.name.split()[0], parent.thread.tid] += len(trace.slices[uuid])
+    assert found == wanted
+
+
+def test_names_of_slices_are_few_and_constant() -> None:
+    names = {name for path in RECORDINGS for one in decode(path)[0].slices.values() for name, *_ in one}
+    free = {
+        name for name in names if not re.fullmatch(r"[A-Z0-9_]+|0x[0-9a-f]+|[a-z]+\.[a-z]+", name)
+    }  # ioctls, phases
+    assert free == {
+        "window", "blackout", "pause", "quiesce", "exec", "startup", "handover", "resume", "management",
+        "unattributed", "pass", "runs the guest", "send", "receive", "sleep", "runnable, not running",
+    }, free  # fmt: skip
 
 
 def test_hostile_names_and_overlapping_calls() -> None:
@@ -174,3 +216,28 @@ def test_trace_processor_answers_in_sql(tmp_path: Path) -> None:
     done = subprocess.run(["trace_processor_shell", "-q", query, trace], capture_output=True, text=True, check=True)
     rows = dict(line.replace('"', "").rsplit(",", 1) for line in done.stdout.splitlines()[1:] if "," in line)
     assert {k: int(v) for k, v in rows.items()} == {p.phase: p.duration_ns for p in b.phases if p.spans}, path
+
+
+COOKBOOK = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "perfetto.md").read_text(), re.DOTALL)
+
+
+@requires("trace_processor_shell")
+@pytest.mark.parametrize("sql", COOKBOOK)
+def test_each_query_of_the_cookbook_has_an_answer(sql: str, tmp_path: Path) -> None:
+    recording = read_recording(next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
+    found = analyse(recording)
+    trace, query = tmp_path / "t.pftrace", tmp_path / "q.sql"
+    trace.write_bytes(perfetto.render(found.breakdown, recording.header, view(found)))
+    query.write_text(sql)
+    done = subprocess.run(["trace_processor_shell", "-q", query, trace], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) > 1 and "[NULL]" not in done.stdout, done.stdout
+
+
+def test_the_cookbook_names_only_what_is_in_the_trace() -> None:
+    """Names and arguments in quotes exist, also where no trace processor can run the queries."""
+    trace, _, _ = decode(next(p for p in COMPLETED if p.stem == "qemu-10.0-tcp"))
+    slices = [one for track in trace.slices.values() for one in track]
+    known = {name for name, *_ in slices} | {t.name for t in trace.tracks.values()}
+    known |= {f"debug.{arg}" for *_, args in slices for arg in args} | {"ioctl", "wait"}
+    assert len(COOKBOOK) == 5
+    assert {word for sql in COOKBOOK for word in re.findall(r"'([^']+)'", sql)} <= known
