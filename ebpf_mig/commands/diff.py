@@ -6,25 +6,15 @@ In: two result files of `bench`, or recordings. Out: a table on stdout; exit cod
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from ebpf_mig.commands.options import examples, format_option, write_result
-from ebpf_mig.compare.benchmark import Benchmark, decode, of_recording
+from ebpf_mig.commands.results import load, shown
 from ebpf_mig.compare.diff import Difference, Ruling, judge, parse_condition
 from ebpf_mig.errors import RegressionError, UsageError
-from ebpf_mig.recording.format import MAGIC
-from ebpf_mig.text import printable
-
-if TYPE_CHECKING:
-    from ebpf_mig.report.compare_rows import Sheet
-
-_RESULT_MOST_BYTES = 1 << 30
 
 _EXAMPLES = examples(
     "ebpf-mig diff before.json after.json",
@@ -67,37 +57,6 @@ def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
             f"too few runs to judge {', '.join(r.condition.text for r in undecided)}",
             f"{max(r.needed for r in undecided)} completed runs on each side can decide",
         )
-
-
-def shown(sheet: Sheet, form: str) -> str:
-    """A comparison, or the figures of a benchmark, as text, markdown or html."""
-    from ebpf_mig.report import compare as tables
-    from ebpf_mig.report import compare_html, compare_markdown
-
-    if form == "text":
-        return tables.diff_table(sheet) if sheet.about else tables.bench_table(sheet)
-    return compare_html.render(sheet) if form == "html" else compare_markdown.render(sheet)
-
-
-def load(name: str) -> Benchmark:
-    """A benchmark from a result file, or from a recording; UsageError if the file is neither."""
-    try:
-        with Path(name).open("rb") as file:
-            data = file.read(_RESULT_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > _RESULT_MOST_BYTES:
-        raise UsageError(f"{printable(name)} is larger than {_RESULT_MOST_BYTES >> 30} GiB")
-    if not data.startswith(MAGIC):
-        return decode(data, printable(name))
-    from ebpf_mig.collector import analyse
-    from ebpf_mig.recording.file import read_recording
-
-    recording = read_recording(data, within_budget=True)
-    if recording.truncated:
-        print(f"ebpf-mig: {printable(name)} is cut off: {printable(recording.reason)}", file=sys.stderr)  # noqa: T201
-    breakdown = analyse(recording).breakdown
-    return of_recording(breakdown, "recording")
 
 
 def _json(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> str:

@@ -39,6 +39,7 @@ from ebpf_mig.text import printable
 if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
     from ebpf_mig.analysis.stacks import Stack
+    from ebpf_mig.report.compare_rows import Sheet
 
 EPILOG = examples(
     "ebpf-mig report vm1.rec",
@@ -48,6 +49,7 @@ EPILOG = examples(
     "ebpf-mig report vm1.rec --format folded | flamegraph.pl > vm1.svg",
     "ebpf-mig report vm1.rec --what-if bandwidth=25Gbit --what-if fetch=0",
     "ssh HOST cat vm1.rec | ebpf-mig report -",
+    "ebpf-mig report before.json --run 3",
 )
 
 
@@ -149,6 +151,7 @@ FORMATS: dict[str, Callable[[Analysis, str, str], str | bytes]] = {
 needs.
 """
 _WITH_AXIS = ("html", "perfetto", "svg", "markdown")
+_FROM_BREAKDOWN = ("text", "json", "csv", "markdown")
 _PREDICTING = ("text", "json", "html")
 
 
@@ -171,6 +174,9 @@ _PREDICTING = ("text", "json", "html")
     metavar="PHASE",
     help="Show everything about one phase: causes, waits with their stacks, calls, sends.",
 )
+@click.option(
+    "--run", "number", type=click.IntRange(1), metavar="N", help="The run of a result of `bench` that is shown."
+)
 @click.option("--redact", is_flag=True, help="Omit addresses and the names of hosts, threads and files.")
 @color_option
 @strict_option
@@ -182,14 +188,29 @@ def command(
     force: bool,
     changes: Sequence[str],
     phase: str | None,
+    number: int | None,
     redact: bool,
     color: str,
     strict: bool,
 ) -> None:
     """Show the phases of a recorded blackout.
 
-    FILE is a recording that `demo`, `migrate` or `record` made; `-` is stdin.
+    FILE is a recording that `demo`, `migrate` or `record` made; `-` is stdin. It can also be a result of `bench`:
+    then its table is shown, or with --run N one of its runs.
     """
+    from ebpf_mig.commands.results import in_result, is_result
+
+    if is_result(file):
+        needed = form not in _FROM_BREAKDOWN or redact or bool(changes) or phase is not None
+        found = in_result(file, number, form, needed)
+        if not isinstance(found, str):
+            write_result(_from_breakdown(found, form, output, color), output, force=force)
+            if isinstance(found, Breakdown):
+                require_complete(found, strict)
+            return
+        file = found
+    elif number is not None:
+        raise UsageError(f"{printable(file)} is not a result of bench", "leave out --run")
     if changes and form not in _PREDICTING:
         raise UsageError(f"--format {form} has no place for a prediction", f"use --format {', '.join(_PREDICTING)}")
     if phase and form != "text":
@@ -209,6 +230,17 @@ def command(
     if picture is not None:
         write_result(_svg(analysis, output, color), str(picture), force=force)
     require_complete(analysis.breakdown, strict)
+
+
+def _from_breakdown(found: Breakdown | Sheet, form: str, output: str, color: str) -> str:
+    from ebpf_mig.commands.results import shown
+    from ebpf_mig.report import csv, markdown
+
+    if not isinstance(found, Breakdown):
+        return shown(found, form)
+    if form in ("csv", "markdown"):
+        return csv.render(found) if form == "csv" else markdown.render(found)
+    return rendered(found, form, output, color)
 
 
 def warn(name: str, recording: Recording) -> None:

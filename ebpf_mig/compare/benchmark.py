@@ -28,6 +28,8 @@ class Run(Struct, frozen=True, kw_only=True):
     """Null: there is nothing to analyse."""
     error: str = ""
     """Why the migration did not complete; empty if it completed."""
+    recording: str = ""
+    """The file of the recording, seen from this file's folder; empty if it was not kept."""
 
 
 class Benchmark(Struct, frozen=True, kw_only=True):

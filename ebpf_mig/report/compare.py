@@ -7,27 +7,19 @@ In: a `Sheet`. Out: text with a final newline.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ebpf_mig.report.compare_rows import Sheet
 
 _WIDTH = 80
 
 
-def bench_table(sheet: Sheet) -> str:
-    """How many runs, the figures, what is wrong with single runs."""
-    return _text([sheet.headline, "", *_table(sheet), *sheet.notes])
-
-
-def diff_table(sheet: Sheet) -> str:
-    """Both sides, the figures, what follows, the gate."""
-    notes = (line for note in sheet.notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  "))
-    gate = (f"{one.outcome}  {one.condition}: {one.why}" for one in sheet.gate)
-    return _text([*sheet.about, "", *_table(sheet), *notes, "", *sheet.results, *gate])
-
-
-def _text(lines: Sequence[str]) -> str:
-    return "\n".join(lines) + "\n"
+def render(sheet: Sheet) -> str:
+    """What was measured, the figures, what is missing or doubtful, what follows, the gate."""
+    notes = [line for note in sheet.notes for line in textwrap.wrap(note, _WIDTH, subsequent_indent="  ")]
+    gate = [f"{one.outcome}  {one.condition}: {one.why}" for one in sheet.gate]
+    after = ["", *sheet.results, *gate] if sheet.results or gate else []
+    return "\n".join([*(sheet.about or [sheet.headline]), "", *_table(sheet), *notes, *after]) + "\n"
 
 
 def _table(sheet: Sheet) -> Iterator[str]:

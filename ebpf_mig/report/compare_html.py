@@ -37,10 +37,11 @@ def _body(sheet: Sheet) -> Iterator[str]:
     yield from frame.section("Gate", table("gate", ("gate", "fails if", "what was found"), gate))
     pair = bool(sheet.about)
     rows = [_row(sheet, line, pair) for line in sheet.lines]
-    figures = table("figures", (*sheet.head, "distribution"), rows)
-    if figures and pair:
+    drawn = any(line.samples for line in sheet.lines)
+    figures = table("figures", (*sheet.head, "distribution") if drawn else sheet.head, rows)
+    if drawn and pair:
         figures += "<p class='soft'>Each dot is a run: A above, B below. The line is the median.</p>\n"
-    elif figures:
+    elif drawn:
         figures += "<p class='soft'>Each dot is a run. The line is the median.</p>\n"
     yield from frame.section("Figures", figures)
     yield from frame.section("Notes", "".join(f"<p>{escaped(note, 1000)}</p>\n" for note in sheet.notes))
@@ -53,7 +54,7 @@ def _row(sheet: Sheet, line: Line, pair: bool) -> str:
     shown = f"<td class='w'>{f'<b>{term(first)}</b>' if line.clear else term(first)}</td>"
     for cell, number in zip(more, numbers[1:], strict=True):
         shown += f"<td class='n'>{escaped(cell)}</td>" if number else f"<td>{escaped(cell)}</td>"
-    return f"{shown}<td class='bars'>{_distribution(line, pair)}</td>"
+    return f"{shown}<td class='bars'>{_distribution(line, pair)}</td>" if line.samples else shown
 
 
 def _distribution(line: Line, pair: bool) -> str:

@@ -13,10 +13,13 @@ from typing import NamedTuple
 from ebpf_mig.compare import stats
 from ebpf_mig.compare.benchmark import FETCH, FIGURES, Benchmark
 from ebpf_mig.compare.diff import Difference, Finding, Ruling
+from ebpf_mig.compare.sweep import fit
 from ebpf_mig.text import ms, printable
 
 HEADLINES = frozenset({"blackout", "window", "total", FETCH})
 """Figures that are shown where there is no room for all."""
+SWEPT = (FETCH, "blackout")
+"""Figures whose growth a sweep shows."""
 CLEAR = (Finding.SLOWER, Finding.FASTER)
 """Verdicts that say that there is a difference."""
 
@@ -71,10 +74,15 @@ def _figures(benchmark: Benchmark) -> Iterator[Line]:
         sample = benchmark.sample(figure)
         if not any(sample):
             continue
-        low, high = stats.bootstrap_interval(sample)
         middle, late = stats.median(sample), stats.p95(sample)
-        cells = (figure, str(len(sample)), _ms(middle), _ms(late), f"{_ms(low)} .. {_ms(high)}")
+        cells = (figure, str(len(sample)), _ms(middle), _ms(late), _interval(sample))
         yield Line(cells, figure in HEADLINES, samples=(sample,))
+
+
+def _interval(sample: Sequence[int]) -> str:
+    """The median's 95 % interval."""
+    low, high = stats.bootstrap_interval(sample)
+    return f"{_ms(low)} .. {_ms(high)}"
 
 
 def _blemishes(benchmark: Benchmark) -> Iterator[str]:
@@ -94,6 +102,47 @@ def runs(benchmark: Benchmark) -> str:
     if incomplete := benchmark.incomplete():
         text += f", {incomplete} with losses"
     return text
+
+
+class Axis(NamedTuple):
+    """The setting that a sweep changes."""
+
+    name: str
+    unit: str
+    """What the slope is per: `GiB`."""
+
+
+def of_sweep(axis: Axis, steps: Sequence[tuple[str, float | None, Benchmark]]) -> Sheet:
+    """Fetch and blackout of each step, and how they grow with the setting.
+
+    `steps`: the setting as it was written, its number in units of the axis, None if it is none; the result.
+    """
+    lines = []
+    for text, _, benchmark in steps:
+        cells = [text, str(len(benchmark.sample("blackout")))]
+        for figure in SWEPT:
+            sample = benchmark.sample(figure)
+            cells += (_ms(stats.median(sample)), _interval(sample)) if sample else ("-", "-")
+        lines.append(Line(tuple(cells), main=True))
+    head = (axis.name, "#runs", "#fetch ms", "#95 % interval", "#blackout ms", "#95 % interval")
+    notes = [f"{text}: {note}" for text, _, benchmark in steps for note in _blemishes(benchmark)]
+    scenario = printable(steps[0][2].scenario)
+    return Sheet(f"{scenario}: sweep of {axis.name}", [], head, lines, notes, list(_lines_of(axis, steps)), [])
+
+
+def _lines_of(axis: Axis, steps: Sequence[tuple[str, float | None, Benchmark]]) -> Iterator[str]:
+    points = [(x, benchmark) for _, x, benchmark in steps if x is not None]
+    if len(points) < len(steps):
+        yield f"no slope: {axis.name} is not a number in each step"
+        return
+    for figure in SWEPT:
+        found = fit([(x, benchmark.sample(figure)) for x, benchmark in points])
+        if found is None:
+            yield f"{figure}: no slope, since fewer than two steps measured it"
+            continue
+        slope, fixed = (" to ".join(map(_ms, between)) for between in (found.slope_between, found.intercept_between))
+        yield f"{figure}: {_ms(found.slope)} ms per {axis.unit} (95 %: {slope})"
+        yield f"{figure}: {_ms(found.intercept)} ms of it are fixed (95 %: {fixed})"
 
 
 def of_diff(

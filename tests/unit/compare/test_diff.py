@@ -13,7 +13,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.compare.benchmark import FIGURES, Benchmark, Run, decode, encode, value_of
 from ebpf_mig.compare.diff import Condition, Ruling, compare, judge, parse_condition
 from ebpf_mig.errors import UsageError
-from ebpf_mig.report.compare import bench_table, diff_table
+from ebpf_mig.report.compare import render as text_of
 from ebpf_mig.report.compare_rows import of_bench, of_diff
 from tests.unit import breakdowns
 from tests.unit.commands.test_cli import run
@@ -40,7 +40,7 @@ def bench(count: int, seed: int, by_ms: float = 0.0, spread_ms: float = 0.5) -> 
 
 
 def shown(a: Benchmark, b: Benchmark, *conditions: str) -> str:
-    return diff_table(of_diff(("a", "b"), (a, b), *judge(a, b, [parse_condition(text) for text in conditions])))
+    return text_of(of_diff(("a", "b"), (a, b), *judge(a, b, [parse_condition(text) for text in conditions])))
 
 
 def rule(conditions: list[Condition], a: Benchmark, b: Benchmark) -> list[Ruling]:
@@ -188,7 +188,7 @@ def test_failed_runs_and_losses_are_marked_and_not_dropped() -> None:
         Run(breakdown=breakdowns.aborted()),
     ]
     whole = Benchmark(scenario="s", runs=runs)
-    text = bench_table(of_bench(whole))
+    text = text_of(of_bench(whole))
     assert text.startswith("s: 6 runs, 2 not completed, 1 with losses\n")
     assert "run 5: the VMM \\x1b died" in text and "run 6: 12 events of the socket probe were lost" in text
     assert len(whole.sample("blackout")) == 4

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from ebpf_mig.compare.benchmark import Benchmark, Run, encode
 from ebpf_mig.compare.diff import judge, parse_condition
-from ebpf_mig.report.compare import bench_table, diff_table
+from ebpf_mig.report.compare import render as text_of
 from ebpf_mig.report.compare_markdown import render
 from ebpf_mig.report.compare_rows import Sheet, of_bench, of_diff
 from ebpf_mig.report.markdown import VISIBLE
@@ -56,7 +56,7 @@ def test_it_has_every_row_of_the_text_and_few_visible_lines(name: str) -> None:
     for table in tables(page):
         assert len({len(row) for row in table}) == 1 and len(table) > 1
     plain = " ".join(re.sub(r"\\(.)", r"\1", page).replace("&gt;", ">").replace("|", " ").split())
-    text = diff_table(sheet) if sheet.about else bench_table(sheet)
+    text = text_of(sheet)
     for word in text.replace(":", " ").split():
         assert word.lower() in plain.lower(), word
 
