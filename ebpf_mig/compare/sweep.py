@@ -15,6 +15,8 @@ from statistics import median
 from ebpf_mig.compare.stats import quantile
 
 _RESAMPLES = 2_000
+LEAST = 6
+"""Runs of a step from which on there is a 95 % interval of its median: 1 - 2 / 2**6 = 0.97, 1 - 2 / 2**5 = 0.94."""
 
 Step = tuple[float, Sequence[int]]
 """The setting's value, and the durations in ns."""
@@ -22,12 +24,14 @@ Step = tuple[float, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """`intercept + slope * x`, in ns and ns per unit of x. The intervals hold at 95 % (bootstrap within the steps)."""
+    """`intercept + slope * x`, in ns and ns per unit of x. The intervals hold at 95 % (bootstrap within the steps);
+    None where a step has fewer than LEAST runs.
+    """
 
     slope: float
     intercept: float
-    slope_between: tuple[float, float]
-    intercept_between: tuple[float, float]
+    slope_between: tuple[float, float] | None = None
+    intercept_between: tuple[float, float] | None = None
 
 
 def fit(steps: Sequence[Step]) -> Fit | None:
@@ -36,6 +40,8 @@ def fit(steps: Sequence[Step]) -> Fit | None:
     if len({x for x, _ in known}) < 2:
         return None
     slope, intercept = _line([(x, median(sample)) for x, sample in known])
+    if min(len(sample) for _, sample in known) < LEAST:
+        return Fit(slope, intercept)
     draw = random.Random(f"{known}")  # noqa: S311 - statistics, not secrets
     drawn = [_line([(x, median(draw.choices(s, k=len(s)))) for x, s in known]) for _ in range(_RESAMPLES)]
     slopes, intercepts = zip(*drawn, strict=True)

@@ -140,9 +140,13 @@ def _lines_of(axis: Axis, steps: Sequence[tuple[str, float | None, Benchmark]]) 
         if found is None:
             yield f"{figure}: no slope, since fewer than two steps measured it"
             continue
-        slope, fixed = (" to ".join(map(_ms, between)) for between in (found.slope_between, found.intercept_between))
-        yield f"{figure}: {_ms(found.slope)} ms per {axis.unit} (95 %: {slope})"
-        yield f"{figure}: {_ms(found.intercept)} ms of it are fixed (95 %: {fixed})"
+        few = min(len(benchmark.sample(figure)) for _, benchmark in points)
+        slope, fixed = (
+            f"no interval: n = {few}" if between is None else f"95 %: {' to '.join(map(_ms, between))}"
+            for between in (found.slope_between, found.intercept_between)
+        )
+        yield f"{figure}: {_ms(found.slope)} ms per {axis.unit} ({slope})"
+        yield f"{figure}: {_ms(found.intercept)} ms of it are fixed ({fixed})"
 
 
 def of_diff(

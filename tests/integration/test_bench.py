@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from ebpf_mig.compare.benchmark import decode
@@ -25,8 +26,50 @@ def test_scenario_with_fresh_vms_each_time(tmp_path: Path) -> None:
         run.breakdown.migration.source.pid for run in result.runs if run.breakdown and run.breakdown.migration.source
     }
     assert len(pids) == 2 and min(result.sample("blackout")) > 0
-    assert done.stdout.startswith("idle: 2 runs\n") and "blackout            2 " in done.stdout
+    assert done.stdout.startswith("idle: 2 runs\n") and re.search(r"^blackout +2 ", done.stdout, re.MULTILINE)
     assert run("bench", "idle", "-n", "1", "-o", str(file)).returncode == 2, "never overwritten without --force"
+
+
+def test_recordings_are_kept_and_a_run_is_shown(tmp_path: Path) -> None:
+    file, kept = tmp_path / "idle.json", tmp_path / "recordings"
+    done = run("bench", "idle", "-n", "1", "--warm-up", "0", "--vcpus", "2", "--keep", str(kept), "-o", str(file))
+    assert done.returncode == 0, done.stderr
+    (one,) = decode(file.read_bytes(), "idle").runs
+    assert one.recording == "recordings/run-001.rec" and [p.name for p in kept.iterdir()] == ["run-001.rec"]
+    shown = run("report", str(file), "--run", "1", "--format", "json")
+    assert shown.stdout == run("report", str(kept / "run-001.rec"), "--format", "json").stdout
+    assert len(json.loads(shown.stdout)["vcpus"]) == 2
+    again = run("bench", "idle", "-n", "1", "--keep", str(kept), "-o", str(tmp_path / "other.json"))
+    assert again.returncode == 2 and "run-001.rec exists already" in again.stderr
+
+
+def test_a_sweep_has_a_result_for_each_step(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    done = run("bench", "idle", "-n", "1", "--warm-up", "0", "--sweep", "memory=128MiB,1GiB", "-o", str(file))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^fetch: -?[\d.]+ ms per GiB", done.stdout, re.MULTILINE)
+    for step, size in (("128MiB", 1 << 27), ("1GiB", 1 << 30)):
+        result = decode((tmp_path / f"s.memory-{step}.json").read_bytes(), step)
+        assert result.settings["memory_bytes"] == size and len(result.sample("blackout")) == 1
+
+
+def test_a_link_between_two_hosts(tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    done = run("bench", "idle", "-n", "1", "--warm-up", "0", "--two-hosts", "--bandwidth", "1Gbit", "-o", str(file))
+    assert done.returncode == 0, done.stderr
+    (one,) = decode(file.read_bytes(), "t").runs
+    assert one.breakdown is not None and one.breakdown.migration.destination is not None
+    assert one.breakdown.blackout_ns is not None
+
+
+def test_no_message_names_a_file_that_is_gone(tmp_path: Path) -> None:
+    script = tmp_path / "once.sh"
+    script.write_text('test -e "$2.x" && cp "$0" "$1"; touch "$2.x"\n')  # no recording, then one that is none
+    command = ["--", "sh", str(script), "{recording}", str(tmp_path / "n")]
+    done = run("bench", "-n", "2", "--warm-up", "0", "-o", str(tmp_path / "r.json"), *command)
+    assert done.returncode == 4 and done.stderr.count("failed: ") == 2
+    for name in re.findall(r"/[\w./-]+", done.stderr + done.stdout):
+        assert Path(name).exists(), name
 
 
 def test_command_that_leaves_recordings_or_fails(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_the_line_is_found_in_spite_of_outliers() -> None:
     found = fit([(x, noisy(x, int(x))) for x in (1, 4, 16)])
     assert found is not None
     assert found.slope == pytest.approx(2e6, rel=0.03) and found.intercept == pytest.approx(8e6, rel=0.05)
+    assert found.slope_between is not None and found.intercept_between is not None
     assert found.slope_between[0] <= 2e6 <= found.slope_between[1]
     assert found.intercept_between[0] <= 8e6 <= found.intercept_between[1]
     assert found == fit([(x, noisy(x, int(x))) for x in (1, 4, 16)])
@@ -39,7 +40,10 @@ def test_the_line_is_found_in_spite_of_outliers() -> None:
 
 def test_exact_lines_are_exact_and_points_are_none() -> None:
     found = fit([(1.0, [10]), (2.0, [12]), (3.0, [14])])
-    assert found is not None and (found.slope, found.intercept) == (2.0, 8.0) and found.slope_between == (2.0, 2.0)
+    assert found is not None and (found.slope, found.intercept) == (2.0, 8.0)
+    assert found.slope_between is None, "one run of each says nothing about chance"
+    sure = fit([(1.0, [10] * 6), (2.0, [12] * 6)])
+    assert sure is not None and sure.slope_between == (2.0, 2.0) and sure.intercept_between == (8.0, 8.0)
     assert fit([(1.0, [10]), (2.0, [])]) is None and fit([(1.0, [1]), (1.0, [2])]) is None and fit([]) is None
 
 
@@ -71,6 +75,8 @@ def test_values_are_read_as_the_option_reads_them() -> None:
     sheet = of_sweep(
         Axis("transport", "transport"), [(s.text, s.number, bench(4, 1)) for s in parsed("transport=tcp,unix").steps]
     )
+    few = of_sweep(Axis("memory", "GiB"), [("1GiB", 1.0, bench(2, 1)), ("2GiB", 2.0, bench(5, 2))])
+    assert few.results[0] == "fetch: 0.000 ms per GiB (no interval: n = 2)"
     assert sheet.results == ["no slope: transport is not a number in each step"]
 
 
