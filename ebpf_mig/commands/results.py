@@ -20,7 +20,7 @@ from ebpf_mig.text import printable
 if TYPE_CHECKING:
     from ebpf_mig.report.compare_rows import Sheet
 
-_MOST_BYTES = 1 << 30
+_LARGEST_RESULT = 1 << 30
 _OF_ALL_RUNS = "--format text, markdown or html"
 
 
@@ -38,11 +38,11 @@ def load(name: str) -> Benchmark:
     """A benchmark from a result file, or from a recording; UsageError if the file is neither."""
     try:
         with Path(name).open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            data = file.read(_LARGEST_RESULT + 1)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {printable(name)}: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > _MOST_BYTES:
-        raise UsageError(f"{printable(name)} is larger than {_MOST_BYTES >> 30} GiB")
+    if len(data) > _LARGEST_RESULT:
+        raise UsageError(f"{printable(name)} is larger than {_LARGEST_RESULT >> 30} GiB")
     if not data.startswith(MAGIC):
         return decode(data, printable(name))
     from ebpf_mig.collector import analyse
