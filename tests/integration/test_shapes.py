@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.analysis.waits import CPU_QUOTA
+from ebpf_mig.analysis.lost_cpu import CPU_QUOTA
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm
 from tests.conftest import TRACING, requires
