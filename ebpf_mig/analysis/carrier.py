@@ -62,9 +62,8 @@ def _sending(source: Process, since: int, fetchers: Collection[int], mirrored: C
     if fetchers:
         # The fetching thread was not seen to send. A stream that nobody answers can be nothing else.
         quiet = {key: size for key, size in candidates.items() if _one_way(source, SEND, key)}
-        if (
-            not crossing
-        ):  # A console or a log goes into a pipe, too. A migration has one pipe, and its own thread writes.
+        if not crossing:
+            # A console or a log goes into a pipe, too. A migration has one pipe, and its own thread writes.
             quiet = {key: size for key, size in quiet.items() if family_of(source, key) != PIPE}
         candidates = quiet or (candidates if crossing else {})
     if not candidates:

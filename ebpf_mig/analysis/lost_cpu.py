@@ -9,7 +9,9 @@ so they show the reason of a wait only where they explain about all of it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TypeVar
 
 from ebpf_mig.analysis.process import Process
@@ -54,12 +56,12 @@ def why(process: Process, wait: OffCpu, since: int) -> str:
     span = since, wait.end_ns
     if wait.rt_throttled:
         return RT_THROTTLED
-    held = _grown([(r.at_ns, r.held_ns) for r in process.quotas], span)
-    if held is None:
+    quotas, steals = _around(process.held, span), _around(process.stolen, span)
+    if quotas is None:
         return RUNNABLE
-    if held:
+    if held := quotas[1][1] - quotas[0][1]:
         return CPU_QUOTA if _explains(held, span) else RUNNABLE
-    if stolen := _grown([(at, cpus.get(wait.cpu, 0)) for at, cpus in process.stolen], span):
+    if steals and (stolen := steals[1][1].get(wait.cpu, 0) - steals[0][1].get(wait.cpu, 0)):
         return STOLEN if wait.cpu >= 0 and _explains(stolen, span) else RUNNABLE
     other = wait.next_tid if wait.preempted else wait.previous_tid
     if other == _IDLE:
@@ -92,13 +94,10 @@ def _explains(withheld_ns: int, span: Span) -> bool:
     return SHARE[0] <= withheld_ns / max(1, span[1] - span[0]) <= SHARE[1]
 
 
-def _grown(readings: Sequence[tuple[int, int]], span: Span) -> int | None:
-    around = _around(readings, span)
-    return around[1][1] - around[0][1] if around else None
-
-
 def _around(readings: Sequence[tuple[int, T]], span: Span) -> tuple[tuple[int, T], tuple[int, T]] | None:
-    """The last reading before the span and the first after it; None without one of them."""
-    before = [reading for reading in readings if reading[0] <= span[0]]
-    after = [reading for reading in readings if reading[0] >= span[1]]
-    return (before[-1], after[0]) if before and after else None
+    """The last reading before the span and the first after it; None without one of them. `readings` are in order."""
+    before, after = bisect_right(readings, span[0], key=_at), bisect_left(readings, span[1], key=_at)
+    return (readings[before - 1], readings[after]) if before and after < len(readings) else None
+
+
+_at = itemgetter(0)

@@ -109,6 +109,11 @@ class Process:
         return {(delay.tid, delay.at_ns): delay.delay_ns for delay in self.run_delays}
 
     @cached_property
+    def held(self) -> list[tuple[int, int]]:
+        """(instant, ns that quotas had withheld by then) of each reading, in order."""
+        return sorted((reading.at_ns, reading.held_ns) for reading in self.quotas)
+
+    @cached_property
     def stolen(self) -> list[tuple[int, dict[int, int]]]:
         """(instant, time stolen so far by CPU) of each reading, in order; CPU -1: all together."""
         found: dict[int, dict[int, int]] = defaultdict(dict)
