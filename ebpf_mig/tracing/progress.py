@@ -26,6 +26,8 @@ LAST_PASS_NS = 300_000_000
 EVEN = 0.05
 """A dirty rate this close to the send rate is called equal to it."""
 _S = 1_000_000_000
+_Moved = tuple[int, int, int]
+"""Begin, end, bytes."""
 
 
 class Progress:
@@ -43,10 +45,10 @@ class Progress:
         """Threads that fetch it. Another one may only look at the display's memory."""
         self._passes: deque[tuple[int, int]] = deque(maxlen=3)
         """(begin, bytes) of the last passes; the last one is still running."""
-        self._sent: deque[tuple[int, int]] = deque()
-        """(end, bytes) of sends within `RATE_NS`."""
-        self._ring: deque[tuple[int, int]] = deque()
-        """(end, bytes) that a dirty ring reported within `RATE_NS`."""
+        self._sent: deque[_Moved] = deque()
+        """Sends within `RATE_NS`."""
+        self._ring: deque[_Moved] = deque()
+        """What a dirty ring reported within `RATE_NS`."""
         self._bytes = self._stall_ns = 0
         self._urgent = False
         self.passes = 0
@@ -94,7 +96,7 @@ class Progress:
             return
         self._now = max(self._now, event.end_ns)
         self._bytes += event.bytes
-        self._sent.append((event.end_ns, event.bytes))
+        self._sent.append((event.begin_ns, event.end_ns, event.bytes))
         for index in range(len(self._passes) - 1, -1, -1):
             begin, count = self._passes[index]
             if event.end_ns > begin:  # records of calls that were coalesced arrive late
@@ -106,7 +108,7 @@ class Progress:
             known = self._largest.get(event.pid)
             self._largest[event.pid] = event if known is None or event.size > known.size else known
         elif event.cmd == kvm.RESET_DIRTY_RINGS:
-            self._ring.append((event.end_ns, max(0, event.ret) * self._page))
+            self._ring.append((event.begin_ns, event.end_ns, max(0, event.ret) * self._page))
             self._fetched(event)
         elif event.cmd == kvm.GET_DIRTY_LOG:
             largest = self._largest.get(event.pid)
@@ -152,9 +154,16 @@ class Progress:
         return f"converges in about {max(1, round(left / _S))} s"
 
 
-def _rate(moved: deque[tuple[int, int]], begin: int, now: int) -> int:
-    """Bytes a second over the last `RATE_NS`, or since `begin`. Older entries are removed."""
+def _rate(moved: deque[_Moved], begin: int, now: int) -> int:
+    """Bytes a second over the last `RATE_NS`, or since `begin`. Older entries are removed.
+
+    A batch of calls that was begun earlier counts with its share: it can be a tenth of the stretch long.
+    """
     since = max(begin, now - RATE_NS)
-    while moved and moved[0][0] <= since:
+    while moved and moved[0][1] <= since:
         moved.popleft()
-    return sum(count for _, count in moved) * _S // max(1, now - since)
+    parts = (
+        count * (end - max(first, since)) // max(1, end - first) if first < end else count
+        for first, end, count in moved
+    )
+    return sum(parts) * _S // max(1, now - since)
