@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _BUNDLED = os.path.join(os.path.dirname(__file__), "bundled")  # noqa: PTH118, PTH120 - pathlib imports much
 """A distribution's package puts those libraries here that the distribution lacks, or has in a version too old."""

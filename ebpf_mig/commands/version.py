@@ -15,7 +15,7 @@ from ebpf_mig import __version__
 
 
 def version_line() -> str:
-    """`ebpf-mig 0.1.0 (Python 3.11.2, Linux 6.12.9, bcc 0.26.0)`."""
+    """`ebpf-mig 0.2.0 (Python 3.11.2, Linux 6.12.9, bcc 0.26.0)`."""
     system = f"{platform.system()} {platform.release()}"
     return f"ebpf-mig {__version__} (Python {platform.python_version()}, {system}, {bcc_version()})"
 

@@ -132,3 +132,9 @@ def test_the_list_has_each_sort_of_name(line: str) -> None:
 def test_each_exit_code_has_one_meaning_in_the_readme(code: int) -> None:
     readme = (ROOT / "README.md").read_text()
     assert len(re.findall(rf"^\| {code} \|", readme, re.MULTILINE)) == 1
+
+
+def test_the_changelog_begins_with_the_programs_version() -> None:
+    first = re.search(r"^## (.*)$", (Path(__file__).parents[2] / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first
+    assert re.fullmatch(rf"{re.escape(ebpf_mig.__version__)} - \d{{4}}-\d\d-\d\d", first[1])
