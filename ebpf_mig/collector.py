@@ -143,6 +143,7 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
         result=result,
         paused_before=outcome.paused_before(traced),
         paused_after=outcome.paused_after(traced),
+        stopped_early=outcome.stopped_early(traced),
         pairing=pairing.observe(traced),
         source=_endpoint(traced, traced.source),
         destination=_endpoint(traced, traced.destination),

@@ -61,6 +61,8 @@ class TracedMigration:
     """Whether the VMM reported that it switched to postcopy."""
     live_update: bool = False
     """A new program on the same host keeps the memory (CPR)."""
+    stopped_early: bool = False
+    """The guest stopped while its memory was copied, and not for the switchover: it shut down, or was paused."""
 
     @property
     def since(self) -> int:
@@ -178,6 +180,7 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     paused = switchovers.paused(source, last if last is not None else max(triggers, default=None), sends)
     if paused is not None and not updated:
         found = switchovers.find(source, destination, sends, stop_marks, paused)
+    early = not updated and found is not None and switchovers.stopped_early(source, destination, found, sends)
     stop = found.stop if found else None
     on = dirty_log.switched_on(source, stop)
     began = on if on is not None else max([at for at in triggers if stop is None or at < stop], default=None)
@@ -190,7 +193,9 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     if destination is not None and destination.born is not None and not channels.source:
         channels = Channels(transport=Transport.NONE)
     reported = any(m.name in names.postcopy for m in material.marks)
+    if early:
+        stop = found = None
     bursts = dirty_log.bursts(source, began if began is not None else 0, stop, sends)
     return TracedMigration(
-        material, source, destination, notes, began, channels, found, bursts, transfers, sends, reported, updated
+        material, source, destination, notes, began, channels, found, bursts, transfers, sends, reported, updated, early
     )

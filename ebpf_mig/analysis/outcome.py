@@ -64,7 +64,7 @@ def result(case: TracedMigration) -> Result:
         return Result.COMPLETED if _started(case.destination) and not booted(case) else Result.UNKNOWN
     if _saved(case):
         return Result.SAVED
-    if found is None and paused_before(case):
+    if found is None and (paused_before(case) or stopped_early(case)):
         return _of_a_paused_guest(case)
     if found is not None and _died_with_its_state(case, found.stop):
         return Result.FAILED
@@ -85,6 +85,19 @@ def _of_a_paused_guest(case: TracedMigration) -> Result:
     if _started(case.destination) or (not _runs(case.source) and _handed_over(case, case.since)):
         return Result.COMPLETED
     return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
+
+
+def stopped_early(case: TracedMigration) -> bool | None:
+    """Whether the guest had stopped before the switchover, and not for it; None if unknown.
+
+    If tracing began late, that stop was not seen: then no vCPU ran at all while dirty logs were fetched.
+    """
+    if case.source is None or _absent(case, "vcpu"):
+        return None
+    if case.stopped_early:
+        return True
+    never = not (case.source.vcpus or case.source.states or paused_before(case)) and case.switchover is None
+    return never and bool(case.bursts) and not case.live_update
 
 
 def paused_before(case: TracedMigration) -> bool | None:

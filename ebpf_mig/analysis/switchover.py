@@ -110,6 +110,19 @@ def paused(source: Process, began: int | None, sends: Sequence[Transfer]) -> Gap
     return None if stoppers.find(source, found[0], Workers(frozenset(), frozenset())).tid in loggers else found
 
 
+def stopped_early(source: Process, destination: Process | None, found: Switchover, sends: Sequence[Transfer]) -> bool:
+    """Whether the guest of a `STOPPED` switchover had stopped before, and not for it: it shut down, or was paused.
+
+    Another thread asked for that stop than those that fetch and send, these went on fetching, and the destination,
+    which was traced, never started.
+    """
+    if found.kind != SwitchoverKind.STOPPED or destination is None or found.stopper is None:
+        return False
+    if found.stopper in source.fetchers or any(send.tid == found.stopper for send in sends):
+        return False
+    return any(i.begin_ns > found.stop and i.tid in source.fetchers for i in source.dirty_log)
+
+
 def _first_start(destination: Process | None) -> int | None:
     lines = destination.vcpus.values() if destination else ()
     return min((line.first_run for line in lines if line.first_run is not None), default=None)

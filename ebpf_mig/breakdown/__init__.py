@@ -139,6 +139,9 @@ class Migration(Struct, frozen=True, kw_only=True):
     """Whether the guest was paused when the migration began; null: not known."""
     paused_after: bool | None = None
     """Whether no vCPU ran on either side when tracing ended; null: not known, because the other side was not traced."""
+    stopped_early: bool | None = None
+    """Whether the guest stopped while its memory was copied, and not for the switchover: it shut down, or somebody
+    paused it. Then there is no blackout. Null: not known."""
     through: list[str] = field(default_factory=list)
     """Processes between the two on this host, as name and pid, from the source on: who reads the source's pipe or UNIX
     socket, and who feeds the destination's. Empty: none is known."""

@@ -26,6 +26,7 @@ from ebpf_mig.recording.events import (
     AnyEvent,
     Exec,
     Ioctl,
+    Kick,
     Socket,
     Transfer,
     VcpuEnter,
@@ -69,7 +70,9 @@ class MigrationWatch:
         self._executed: set[int] = set()
         """Processes that called execve(2), and are their own destination."""
         self._paused: set[int] = set()
-        """Sources whose guest did not run when their migration began."""
+        """Sources whose guest did not run when their migration began, or stopped later, but not for the migration."""
+        self._kicked_by: dict[int, int] = {}
+        """By pid: the thread that last kicked a vCPU."""
         self._sent: dict[int, Counter[int]] = {}
         self._sent_by_fetchers: dict[int, Counter[int]] = {}
         self._fetchers: set[tuple[int, int]] = set()
@@ -108,6 +111,8 @@ class MigrationWatch:
                 self._moved_ns = max(self._moved_ns, event.end_ns)
             elif isinstance(event, Socket):
                 self._carriers[event.pid, event.socket] = event
+            elif isinstance(event, Kick):
+                self._kicked_by[event.pid] = event.tid
             elif isinstance(event, Exec):
                 self._replaced(event)
 
@@ -248,12 +253,21 @@ class MigrationWatch:
             self._receptions[event.pid].ioctl(event)
         if event.cmd == kvm.GET_DIRTY_LOG and any(pid == event.pid for pid, _ in self._logged):
             self._fetched.add(event.pid)
+            self._fetched_without_guest(event)
         if name in kvm.VCPU_STATE_SET:
             self._loaded.add(event.pid)
         if name in kvm.VCPU_STATE_GET and event.pid in self._fetched:
             self._stopped_at.setdefault(event.pid, event.begin_ns)
         if event.cmd in kvm.MEMSLOT:
             self._memslot(event)
+
+    def _fetched_without_guest(self, event: Ioctl) -> None:
+        """A migration that goes on after another thread has stopped the guest is not why it stopped: it shut down, or
+        somebody paused it. The thread that fetches asks for the migration's own stop, and fetches after that."""
+        kicker = self._kicked_by.get(event.pid)
+        stopped = self._stopped_at.get(event.pid)
+        if stopped is not None and stopped < event.begin_ns and kicker and (event.pid, kicker) not in self._fetchers:
+            self._paused.add(event.pid)
 
     def _memslot(self, event: Ioctl) -> None:
         key = (event.pid, event.slot)
@@ -313,7 +327,7 @@ class MigrationWatch:
     def _handed_over(self, now_ns: int) -> bool:
         """Whether a source's last bytes were answered or its VMM closed the connection, and its guest stays stopped.
 
-        If the destination is also traced, its start is the end instead, unless the guest was paused all the time.
+        If the destination is also traced, its start is the end instead, unless the guest had stopped before.
         """
         for pid in self._fetched:
             if len(self._pids) > 1 and pid in self._ran and pid not in self._paused:

@@ -63,6 +63,8 @@ def headline(breakdown: Breakdown) -> str:
     if breakdown.blackout_ns is None:
         if breakdown.migration.paused_before and breakdown.window_ns is None:
             return "No downtime: the guest was paused before the migration"
+        if breakdown.migration.stopped_early and breakdown.window_ns is None:
+            return "No downtime: the guest stopped before the switchover (it shut down, or was paused)"
         if result in (Result.FAILED, Result.CANCELLED) and breakdown.window_ns is None:
             return "No downtime: the migration ended before the vCPUs stopped"
         alone = breakdown.migration.source is None

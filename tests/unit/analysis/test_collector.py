@@ -48,6 +48,7 @@ def test_qemu_7_2_migration() -> None:
         result="completed",
         source=b.Endpoint(host="alpha", pid=1000),
         destination=b.Endpoint(host="alpha", pid=2000),
+        stopped_early=False,
         total_ns=445_780 * US,
         paused_before=False,
         paused_after=False,

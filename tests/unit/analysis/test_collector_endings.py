@@ -341,6 +341,52 @@ def test_a_paused_guest_has_no_blackout() -> None:
         assert len(found.dirty_log.passes) == 2
 
 
+def stopped_early(script: Script, thread: int, *, seen: bool = True) -> tuple[Vm, Vm]:
+    """A guest stops while its memory is copied, which goes on for a second. `thread` asks for the stop."""
+    source, destination = script.pair(vcpus=1 if seen else 0)
+    if seen:
+        source.logging(0)
+    source.gets(100)
+    source.send(200, 400, 10_000_000)
+    if seen:
+        source.kick(500, tid=thread)
+        source.interrupted(600)
+        source.ioctl("GET_CLOCK", 650)
+    source.send(700, 1_000_000, 10_000_000)
+    source.gets(1_000_100)
+    source.kick(1_000_200, tid=1)
+    source.gets(1_000_300)
+    source.ioctls("GET_REGS GET_MSRS", 1_000_400, 1_000_500)
+    source.send(1_000_600, 1_000_700, 50_000)
+    destination.ioctls("SET_REGS SET_MSRS", 1_000_800, 1_000_900)
+    source.receive(1_001_000, 1_001_100, 8, calls=1)
+    return source, destination
+
+
+def test_a_guest_that_stops_by_itself_has_no_blackout() -> None:
+    """It shut down, or somebody paused it. Tracing may have begun after that."""
+    for seen in (True, False):
+        script = Script()
+        stopped_early(script, thread=3, seen=seen)
+        ending(script, "target-died")
+        found = script.result().breakdown
+        assert (found.window_ns, found.blackout_ns, found.migration.result) == (None, None, "completed")
+        assert found.migration.stopped_early is True and found.migration.paused_after is True
+        assert "No downtime: the guest stopped before the switchover" in render(found)
+
+
+def test_the_migrations_own_stop_is_none_of_the_guest() -> None:
+    """Another thread's stop that the destination's start ends is one, too: a manager suspends a guest to get done."""
+    for thread, starts in ((1, False), (3, True)):
+        script = Script()
+        _, destination = stopped_early(script, thread=thread)
+        if starts:
+            destination.entered(1_002_000)
+        found = script.result().breakdown
+        assert found.migration.stopped_early is False and found.window_ns is not None
+        assert (found.blackout_ns is not None) is starts
+
+
 def test_a_snapshot_stops_the_guest_by_itself() -> None:
     """The thread that stops the guest then logs. That of a user who pauses the guest and saves it later does not."""
     for thread, blackout in ((1, 550_000), (3, None)):

@@ -38,6 +38,7 @@ def test_names_and_order_of_the_schema() -> None:
                 "total_ns": None,
                 "paused_before": None,
                 "paused_after": None,
+                "stopped_early": None,
                 "through": None,
                 "pairing": None,
             },

@@ -16,6 +16,7 @@ from ebpf_mig.recording.events import (
     Ending,
     Exec,
     Ioctl,
+    Kick,
     Socket,
     Transfer,
     VcpuEnter,
@@ -110,6 +111,16 @@ def test_a_source_alone_ends_when_its_vmm_closed_the_connection() -> None:
     assert watch.connections == {}
     assert watch.verdict(49 * MS + STOPPED_NS, [SRC]) is None
     assert watch.verdict(50 * MS + STOPPED_NS, [SRC]) == "handed-over"
+
+
+def test_a_guest_that_stopped_by_itself_is_not_awaited_at_the_destination() -> None:
+    """Another thread asked for the stop than the one that goes on fetching."""
+    for kicker, ends in ((7, "handed-over"), (SRC, None)):
+        kick = Kick(3 * MS - 1, SRC, kicker, 11, 10)
+        sent = Transfer(5 * MS, 6 * MS, SRC, SRC, 9, 0, 77, 1, 1 << 20, 1, 1, 0, 0)
+        answer = Transfer(7 * MS, 7 * MS, SRC, SRC, 9, 1, 77, 1, 8, 1, 1, 0, 0)
+        events = [logging(1, True), fetch(2 * MS), kick, stop(3 * MS), fetch(4 * MS), sent, answer]
+        assert verdict(events, 7 * MS + STOPPED_NS) == ends
 
 
 def test_a_destination_alone_ends_when_it_started() -> None:
