@@ -108,6 +108,8 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "tracepoints of lock waits": lambda: _has_tracepoint("contention_begin"),
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
+    "user namespaces": lambda: _succeeds("unshare", "--user", "--map-root-user", "true"),
+    "llvm-mc": lambda: shutil.which("llvm-mc") is not None,
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
     "fentry on every function": functools.cache(lambda: _tier_works("fentry")),
     "kprobes": functools.cache(lambda: _tier_works("kprobe")),

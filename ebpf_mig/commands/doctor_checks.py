@@ -17,9 +17,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ebpf_mig.commands import confinement
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
-from ebpf_mig.linux.capabilities import capabilities, require_privilege
+from ebpf_mig.linux.capabilities import capabilities, require_capabilities, require_privilege
 from ebpf_mig.linux.check import MISSING, OK, WARN, Check
 from ebpf_mig.linux.namespaces import require_host_pids
 from ebpf_mig.linux.process import python_environment
@@ -33,10 +34,11 @@ _PROBE_BCC = "import bcc; from bcc import libbcc; print(getattr(bcc, '__version_
 def checks() -> Iterator[Check]:
     """All checks, the required ones first."""
     questions: list[tuple[str, bool, Callable[[], Check]]] = [
-        ("privilege", True, _privilege), ("bcc", True, _bcc), ("kernel BTF", True, _kernel_btf),
+        ("privilege", True, _privilege), ("user namespace", True, confinement.user_namespace),
+        ("seccomp", True, confinement.seccomp), ("AppArmor", False, confinement.apparmor),
+        ("lockdown", False, confinement.lockdown), ("bcc", True, _bcc), ("kernel BTF", True, _kernel_btf),
         ("/dev/kvm", False, _kvm), ("probes", True, _loads), ("tracepoints", False, _extras),
-        ("lockdown", False, _lockdown), ("tracefs", False, _tracefs), ("BPF statistics", False, _statistics),
-        ("clocksource", False, _clock),
+        ("tracefs", False, _tracefs), ("BPF statistics", False, _statistics), ("clocksource", False, _clock),
     ]  # fmt: skip
     for name, required, question in questions:
         yield from _answers(name, required, lambda ask=question: [ask()])  # type: ignore[misc]
@@ -65,7 +67,7 @@ def _read(path: str) -> str:
 
 def _privilege() -> Check:
     try:
-        require_privilege()
+        require_capabilities()
     except PreflightError as error:
         return Check("privilege", MISSING, str(error), error.remedy or "", required=True)
     return Check("privilege", OK, f"uid {os.geteuid()} with {', '.join(sorted(capabilities()))}", required=True)
@@ -113,6 +115,11 @@ def _kvm() -> Check:
 
 def _loads() -> Check:
     """Compiles, loads and fires the best probes that work, in a separate process."""
+    try:
+        require_host_pids()
+        require_privilege()
+    except PreflightError:
+        return Check("probes", MISSING, "not tried, because of what else is MISSING", required=True)
     script = (
         "import json, os, ebpf_mig.probes.tracer as t\n"
         "tracer = t.Tracer([os.getpid()]); tracer.arm(); print(json.dumps(tracer.attached))"
@@ -137,23 +144,16 @@ def _loads() -> Check:
 
 
 def _extras() -> Check:
-    wanted = {name for extra in EXTRAS for name, _ in extra.hooks}
+    wanted = {name: extra.signal for extra in EXTRAS for name, _ in extra.hooks}
     try:
-        absent = wanted - btf.tracepoints(btf.VMLINUX, wanted)
+        absent = set(wanted) - btf.tracepoints(btf.VMLINUX, set(wanted))
     except PreflightError as error:
         return Check("tracepoints", WARN, str(error))
     if absent:
-        fact = f"no {', '.join(sorted(absent))}: lock or off-CPU waits stay unknown"
-        return Check("tracepoints", WARN, fact, "Linux 5.19 or newer has them")
+        signals = ", ".join(sorted({wanted[name] for name in absent}))
+        fact = f"no {', '.join(sorted(absent))}: not seen: {signals}"
+        return Check("tracepoints", WARN, fact, "Linux 5.19 or newer has those of locks, 6.10 or newer has all")
     return Check("tracepoints", OK, ", ".join(sorted(wanted)))
-
-
-def _lockdown() -> Check:
-    text = _read("/sys/kernel/security/lockdown")
-    mode = text[text.find("[") + 1 : text.find("]")] if "[" in text else "none"
-    if mode == "confidentiality":
-        return Check("lockdown", MISSING, mode, "boot with lockdown=integrity: BPF may not read memory", required=True)
-    return Check("lockdown", OK, mode)
 
 
 def _tracefs() -> Check:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import bpf, procfs
 from ebpf_mig.linux.limits import require_room
-from ebpf_mig.linux.namespaces import require_host_pids
+from ebpf_mig.linux.namespaces import require_host_pids, require_host_users
 
 NUMBERS = {
     "CAP_DAC_READ_SEARCH": 2,
@@ -54,9 +54,9 @@ def capabilities() -> set[str]:
     return {name for name, number in NUMBERS.items() if effective >> number & 1}
 
 
-def seccomp_forbids() -> bool:
-    """Whether a seccomp filter blocks bpf(2)."""
-    return procfs.fields("self").get("Seccomp") == "2" and bpf.is_forbidden()
+def has_seccomp_filter() -> bool:
+    """Whether a seccomp filter is in force."""
+    return procfs.fields("self").get("Seccomp") == "2"
 
 
 def require_tracing() -> None:
@@ -67,12 +67,23 @@ def require_tracing() -> None:
 
 
 def require_privilege() -> None:
-    """PreflightError with a command line that works, if this process may not load tracing programs."""
+    """PreflightError with what helps, if this process may not load tracing programs."""
+    require_host_users()
+    require_capabilities()
+    require_bpf_call()
+
+
+def require_capabilities() -> None:
+    """PreflightError with a command line that works, if this process lacks a capability that tracing needs."""
     held = capabilities()
     if "CAP_SYS_ADMIN" not in held and not {"CAP_BPF", "CAP_PERFMON"} <= held:
         again = f"sudo env PATH=$PATH {os.path.realpath(sys.argv[0])} {' '.join(sys.argv[1:])}".rstrip()
         raise PreflightError(f"uid {os.geteuid()} may not load BPF programs", f"run as root: {again}")
-    if seccomp_forbids():
+
+
+def require_bpf_call() -> None:
+    """PreflightError if a seccomp filter blocks bpf(2). The process must have the capabilities."""
+    if has_seccomp_filter() and bpf.is_forbidden():
         raise PreflightError(
             "a seccomp filter forbids bpf(2)",
             "start the container with seccomp=unconfined, or a profile that allows bpf and perf_event_open",

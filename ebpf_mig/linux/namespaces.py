@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ids and clocks of namespaces. BPF programs use the initial namespaces: the thread ids and the clock of the host.
 
-In: /proc. Out: whether this process uses the host's ids; a mapping from the ids of another pid namespace to the host's;
-the offset between the clock of this process's time namespace and the host's.
+In: /proc. Out: whether this process uses the host's ids and users; a mapping from the ids of another pid namespace to
+the host's; the offset between the clock of this process's time namespace and the host's.
 Facts: include/linux/proc_ns.h (inodes of the initial namespaces), fs/proc/array.c (`NSpid`), kernel/time/namespace.c
 (`timens_offsets`), Linux 6.12.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import procfs
 
-_PID_INODE, _TIME_INODE = 0xEFFFFFFC, 0xEFFFFFFA
+_PID_INODE, _TIME_INODE, _USER_INODE = 0xEFFFFFFC, 0xEFFFFFFA, 0xEFFFFFFD
 
 
 def has_host_pids() -> bool:
@@ -29,6 +29,23 @@ def require_host_pids() -> None:
         raise PreflightError(
             "this process or its /proc is not in the host's pid namespace, so its pids differ from the kernel's",
             "run it in the host's: --pid=host (docker, podman), hostPID: true (Kubernetes), or nsenter -t 1 -p -m",
+        )
+
+
+def has_host_users() -> bool:
+    """Whether this process is in the initial user namespace. Only there do capabilities count for BPF."""
+    try:
+        return procfs.inode("self", "ns", "user") == _USER_INODE
+    except OSError:  # a kernel without user namespaces
+        return True
+
+
+def require_host_users() -> None:
+    """PreflightError in another user namespace: the kernel looks for CAP_BPF in the initial one (bpf_capable)."""
+    if not has_host_users():
+        raise PreflightError(
+            "this process is in a user namespace, where root may not load BPF programs",
+            "run it as the host's root: not in a rootless container, without user namespaces (hostUsers: true)",
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -44,6 +45,14 @@ def _open(*parts: tuple[int, str, int], thread: int = -1, cpu: int = -1) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return fd
+
+
+def is_forbidden() -> bool:
+    """Whether perf_event_open(2) is blocked (by a seccomp filter, say). The kernel returns EINVAL for unknown flags."""
+    number = SYS_PERF_EVENT_OPEN.get(os.uname().machine)
+    if number is None or _libc.syscall(number, None, 0, -1, -1, ctypes.c_long(-1)) >= 0:
+        return False
+    return ctypes.get_errno() in (errno.EPERM, errno.ENOSYS)
 
 
 class KprobeEvent:
