@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis import dirty_log, lost_cpu
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process, key_of
 from ebpf_mig.analysis.result import Analysis
@@ -166,12 +166,20 @@ def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
         )
     for wait in process.off_cpu:
         if wait.begin_ns > 0:
-            name = "runnable, not running" if wait.preempted else "sleep"
-            args: Args = {"in": _deepest(wait.stack), "stack": " < ".join(wait.stack)} if wait.stack else {}
-            lane(wait.tid, 2, "wait", "off the CPU").append(Slice(wait.begin_ns, wait.end_ns, name, args))
+            lane(wait.tid, 2, "wait", "off the CPU").extend(_off_cpu_slices(process, wait))
     for key in sorted(lanes):
         lanes[key].slices = apart(lanes[key].slices)
         yield lanes[key]
+
+
+def _off_cpu_slices(process: Process, wait: OffCpu) -> Iterable[Slice]:
+    """The sleep, and the time after it, or after a preemption, in which the thread could run and had no CPU."""
+    for begin, end, stack in lost_cpu.parts(process, wait):
+        if stack is wait.stack:
+            args: Args = {"in": _deepest(stack), "stack": " < ".join(stack)} if stack else {}
+            yield Slice(begin, end, "sleep", args)
+        else:
+            yield Slice(begin, end, "runnable, not running", {"why": stack[0].strip("()")})
 
 
 def _deepest(stack: Sequence[str]) -> str:
