@@ -254,6 +254,18 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
             yield int(name), link(pid, "fd", name)
 
 
+def may_read_descriptors(pid: int) -> bool:
+    """False if access is denied. AppArmor lets a process list another one's descriptors, and hides what they are."""
+    try:
+        for name in names(pid, "fd"):
+            with contextlib.suppress(ProcessLookupError):  # closed since
+                link(pid, "fd", name)
+                return True
+    except OSError:
+        return False
+    return True
+
+
 PLACED = 1 << 61
 """Set in the key of a file or a named pipe, see `carrier_key` and bpf/sockets.h."""
 

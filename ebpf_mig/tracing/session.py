@@ -70,10 +70,8 @@ def require_alive(targets: Sequence[Target]) -> None:
 def require_kvm(targets: Sequence[Target]) -> None:
     """UsageError if a target has no KVM VM. VMMs that create their VM later are exempt."""
     for target in targets:
-        try:
-            procfs.names(target.pid, "fd")
-        except OSError:
-            continue  # no permission to look
+        if not procfs.may_read_descriptors(target.pid):
+            continue
         comm = procfs.comm(target.pid)
         vmm = vmm_named(comm)
         if procfs.holds_kvm(target.pid):

@@ -197,6 +197,9 @@ def test_manifests_fit_together() -> None:
     profile = container["securityContext"]["seccompProfile"]["localhostProfile"]
     assert f"/var/lib/kubelet/seccomp/{profile}" == f"{paths['kubelet']}/seccomp.json"
     assert first["command"][2].endswith("/node/seccomp.json")
+    template = yaml.safe_load((directory / "daemonset.yaml").read_text())["spec"]["template"]
+    annotations = template["metadata"]["annotations"]
+    assert annotations[f"container.apparmor.security.beta.kubernetes.io/{container['name']}"] == "unconfined"
 
 
 def test_the_seccomp_profile_allows_only_what_is_listed() -> None:
