@@ -28,11 +28,13 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.commands import lab as labs
 from ebpf_mig.commands import run as tracing
 from ebpf_mig.commands import sweeps
+from ebpf_mig.commands import versus as two
 from ebpf_mig.commands.child import Child
 from ebpf_mig.commands.options import examples, format_option, strict_option, write_result
-from ebpf_mig.commands.results import shown
+from ebpf_mig.commands.results import fail_if_option, shown
 from ebpf_mig.commands.two_hosts import ROLES
 from ebpf_mig.compare.benchmark import Benchmark, Run, encode
+from ebpf_mig.compare.diff import parse_condition
 from ebpf_mig.errors import IncompleteError, RecordingError, UsageError, VmmError
 from ebpf_mig.joining.match import JoinError
 from ebpf_mig.joining.merge import joined
@@ -52,6 +54,7 @@ _SCENARIOS = "\b\nScenarios:\n" + "\n".join(f"  {name:14} {what}" for name, (wha
 _EXAMPLES = examples(
     "ebpf-mig bench slow-dirty -n 20 -o before.json",
     "ebpf-mig bench idle -n 5 --sweep memory=1GiB,2GiB,4GiB -o memory.json",
+    "ebpf-mig bench slow-dirty --vmm-binary ./old --versus vmm-binary=./new --fail-if 'blackout.p50>+5%'",
     "ebpf-mig bench slow-dirty --vcpus 4 --keep recordings -o four.json",
     "ebpf-mig bench -n 10 -- ./migrate-once.sh {recording}",
 )
@@ -78,6 +81,14 @@ _EXAMPLES = examples(
     metavar="OPTION=VALUES",
     help="Repeat it for each value of an option, e.g. memory=1GiB,4GiB; print fetch and blackout with their slope.",
 )
+@click.option(
+    "--versus",
+    multiple=True,
+    metavar="OPTION=VALUE",
+    help="Run a second series, B, with this option changed, in turn with the first, A; print both and the difference,"
+    " e.g. vmm-binary=./new. Can be repeated.",
+)
+@fail_if_option
 @labs.lab_options(of_scenario=True)
 @tracing.tier_option
 @format_option("text", "markdown", "html")
@@ -93,6 +104,8 @@ def command(
     force: bool,
     keep: str | None,
     sweep: str | None,
+    versus: Sequence[str],
+    conditions: Sequence[str],
     tier: str,
     form: str,
     strict: bool,
@@ -105,21 +118,33 @@ def command(
     """
     if output == "-":
         raise UsageError("the table goes to stdout, so the result cannot", "give it a file name with --output")
+    if sweep and versus:
+        raise UsageError("--sweep and --versus exclude each other", "give one of them")
+    if versus and any(PLACEHOLDER in word for word in words):
+        raise UsageError("--versus changes a scenario, not a command", "run bench for each command, then ebpf-mig diff")
+    if conditions and not versus:
+        raise UsageError("--fail-if compares two series, and there is one", "give --versus, or use ebpf-mig diff")
     swept = sweeps.parse(sweep, context) if sweep else None
-    cases = [
-        _case(words, {**lab, **step.change}, tier, step.text) for step in (swept.steps if swept else [sweeps.NONE])
-    ]
+    gate = [parse_condition(text) for text in conditions]
+    steps = swept.steps if swept else [sweeps.NONE]
+    if versus:
+        steps = [sweeps.Step("a"), sweeps.Step("b", two.parse(versus, list(lab), context))]
+    cases = [_case(words, {**lab, **step.change}, tier, step.text) for step in steps]
     stem = output or f"ebpf-mig-bench-{cases[0].about.scenario}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     for case in cases:
-        case.place(stem, keep, swept.axis.name if swept else "")
+        case.place(stem, keep, swept.axis.name if swept else "", alone=not versus)
         _check_new([case.name, *(case.kept(n) for n in range(1, runs + 1) if keep)], force)
     require_tracing()
     try:
         _repeat(cases, runs, warm_up, force)
     finally:
         if any(case.runs for case in cases):
-            _conclude(cases, swept, warm_up, form, force)
+            _conclude(cases, swept, warm_up, form, force, in_turn=bool(versus))
     done = [run for case in cases for run in case.runs]
+    if versus:
+        a, b = cases
+        texts = "as given", ", ".join(versus)
+        two.conclude((a.name, b.name), texts, (a.result(warm_up), b.result(warm_up)), gate, form)
     if all(run.breakdown is None for run in done):
         raise VmmError(f"no run made a recording that can be analysed: {done[-1].error}")
     doubtful = [run for run in done if run.breakdown and run.breakdown.completeness.verdict == Verdict.INCOMPLETE]
@@ -150,9 +175,10 @@ class _Case:
     remarks: list[str] = dataclasses.field(default_factory=list)
     """What was not as asked for, although the migration completed."""
 
-    def place(self, stem: str, keep: str | None, option: str) -> None:
-        """Sets the names of files; those of a sweep have the step in them."""
-        path, step = Path(stem), f"{option}-{self.text}".replace(os.sep, "_") if option else ""
+    def place(self, stem: str, keep: str | None, option: str, *, alone: bool = True) -> None:
+        """Sets the names of files; those of a sweep have the step in them, and those of two series `a` and `b`."""
+        step = f"{option}-{self.text}" if option else "" if alone else self.text
+        path, step = Path(stem), step.replace(os.sep, "_")
         self.name = str(path.with_name(f"{path.stem}.{step}{path.suffix}")) if step else stem
         self.folder = str(Path(keep, step)) if keep else ""
 
@@ -164,14 +190,16 @@ class _Case:
         return msgspec.structs.replace(self.about, warm_up=warm_up, runs=self.runs)
 
 
-def _conclude(cases: Sequence[_Case], swept: sweeps.Sweep | None, warm_up: int, form: str, force: bool) -> None:
-    """Writes the result files, and prints the figures."""
+def _conclude(
+    cases: Sequence[_Case], swept: sweeps.Sweep | None, warm_up: int, form: str, force: bool, *, in_turn: bool
+) -> None:
+    """Writes the result files, and prints the figures, but for two series in turn: `versus` prints those."""
     for case in cases:
         write_result(encode(case.result(warm_up)), case.name, force=force)
     if swept:
         results = [(s.text, s.number, c.result(warm_up)) for s, c in zip(swept.steps, cases, strict=True)]
         write_result(shown(compare_rows.of_sweep(swept.axis, results), form))
-    else:
+    elif not in_turn:
         write_result(shown(compare_rows.of_bench(cases[0].result(warm_up)), form))
     for case in cases:
         if case.folder:
@@ -227,7 +255,7 @@ def _repeat(cases: Sequence[_Case], runs: int, warm_up: int, force: bool) -> Non
     """
     with private_directory() as directory:
         for number in range(1 - warm_up, runs + 1):
-            for case in cases:
+            for case in cases if number % 2 else cases[::-1]:  # none is always the one after another
                 label = f"run {number} of {runs}" if number > 0 else "warm-up"
                 kept = case.folder if number > 0 else ""
                 if kept:

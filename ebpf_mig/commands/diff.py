@@ -12,9 +12,8 @@ import click
 import msgspec
 
 from ebpf_mig.commands.options import examples, format_option, write_result
-from ebpf_mig.commands.results import load, shown
+from ebpf_mig.commands.results import enforce, fail_if_option, load, shown
 from ebpf_mig.compare.diff import Difference, Ruling, judge, parse_condition
-from ebpf_mig.errors import RegressionError, UsageError
 
 _EXAMPLES = examples(
     "ebpf-mig diff before.json after.json",
@@ -26,13 +25,7 @@ _EXAMPLES = examples(
 @click.command("diff", epilog=_EXAMPLES)
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option(
-    "--fail-if",
-    "conditions",
-    multiple=True,
-    metavar="CONDITION",
-    help="Exit with 6 if this holds and chance does not explain it: FIGURE.{p50,p95,max,min}>{+5%,+2ms,80ms}.",
-)
+@fail_if_option
 @format_option("text", "json", "markdown", "html")
 def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
     """Compare two benchmarks, phase by phase: B against A.
@@ -48,15 +41,7 @@ def command(a: str, b: str, conditions: Sequence[str], form: str) -> None:
         from ebpf_mig.report import compare_rows
 
         write_result(shown(compare_rows.of_diff((a, b), (before, after), differences, rulings), form))
-    broken = [f"{r.condition.text} ({r.why})" for r in rulings if r.failed]
-    if broken:
-        raise RegressionError("regression: " + "; ".join(broken))
-    undecided = [r for r in rulings if r.undecided]
-    if undecided:
-        raise UsageError(
-            f"too few runs to judge {', '.join(r.condition.text for r in undecided)}",
-            f"{max(r.needed for r in undecided)} completed runs on each side can decide",
-        )
+    enforce(rulings)
 
 
 def _json(differences: Sequence[Difference], rulings: Sequence[Ruling]) -> str:

@@ -6,6 +6,7 @@ In: a file's name. Out: a `Benchmark`, or what the file has of one run; a sheet 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,38 @@ import click
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.compare.benchmark import Benchmark, decode, of_recording
-from ebpf_mig.errors import UsageError
+from ebpf_mig.errors import RegressionError, UsageError
 from ebpf_mig.recording.format import MAGIC
 from ebpf_mig.text import printable
 
 if TYPE_CHECKING:
+    from ebpf_mig.compare.diff import Ruling
     from ebpf_mig.report.compare_rows import Sheet
 
 _LARGEST_RESULT = 1 << 30
 _OF_ALL_RUNS = "--format text, markdown or html"
+
+
+fail_if_option = click.option(
+    "--fail-if",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION",
+    help="Exit with 6 if this holds and chance does not explain it: FIGURE.{p50,p95,max,min}>{+5%,+2ms,80ms}.",
+)
+
+
+def enforce(rulings: Sequence[Ruling]) -> None:
+    """RegressionError if a condition of the gate failed; UsageError if there are too few runs to judge one."""
+    broken = [f"{r.condition.text} ({r.why})" for r in rulings if r.failed]
+    if broken:
+        raise RegressionError("regression: " + "; ".join(broken))
+    undecided = [r for r in rulings if r.undecided]
+    if undecided:
+        raise UsageError(
+            f"too few runs to judge {', '.join(r.condition.text for r in undecided)}",
+            f"{max(r.needed for r in undecided)} completed runs on each side can decide",
+        )
 
 
 def shown(sheet: Sheet, form: str) -> str:

@@ -53,6 +53,21 @@ def test_a_sweep_has_a_result_for_each_step(tmp_path: Path) -> None:
         assert result.settings["memory_bytes"] == size and len(result.sample("blackout")) == 1
 
 
+def test_two_settings_in_turn_are_compared_and_the_gate_says_the_same(tmp_path: Path) -> None:
+    file, gate = tmp_path / "v.json", ["--fail-if", "blackout.p50>+5%"]
+    done = run("bench", "idle", "-n", "2", "--warm-up", "0", "--versus", "memory=512MiB", "-o", str(file), *gate)
+    assert done.returncode == 2 and "too few runs to judge blackout.p50>+5%" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if ", run " in line]
+    assert [line.partition(":")[0] for line in lines] == [
+        "a, run 1 of 2", "b, run 1 of 2", "b, run 2 of 2", "a, run 2 of 2",
+    ]  # fmt: skip
+    sizes = [decode((tmp_path / f"v.{side}.json").read_bytes(), side).settings["memory_bytes"] for side in "ab"]
+    assert sizes[1] == 1 << 29 != sizes[0]
+    assert done.stdout.startswith("A (as given), idle: 2 runs\n") and "\nB (memory=512MiB), idle: 2 runs" in done.stdout
+    assert re.search(r"^blackout .* cannot tell \(n = 4\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^cannot tell +blackout.p50>\+5%", done.stdout, re.MULTILINE)
+
+
 def test_a_link_between_two_hosts(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     done = run("bench", "idle", "-n", "1", "--warm-up", "0", "--two-hosts", "--bandwidth", "1Gbit", "-o", str(file))
