@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicts the blackout with a cheaper final fetch, without re-arming, or over another link.
+"""Predicts the blackout with a cheaper final fetch, without re-arming, over another link, or without a cause.
 
 In: an `Analysis` and a `Hypothesis`. Out: a `WhatIf` with the effect of each change and the assumptions. A prediction
 adds to the measured blackout or subtracts from it. It is never computed from a model alone, so effects that no model
@@ -8,12 +8,18 @@ covers stay in it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from msgspec.structs import replace
+
 from ebpf_mig.analysis import bandwidth as link
+from ebpf_mig.analysis import diagnosis, drivers
 from ebpf_mig.analysis.bandwidth import LinkUse
+from ebpf_mig.analysis.diagnosis.facts import shared, without
+from ebpf_mig.analysis.diagnosis.rules import PREDICTABLE
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import merged, overlap, total
 from ebpf_mig.breakdown import Breakdown, Change, DirtyLogMode, FetchIoctl, PhaseName, Result, Span, WhatIf
@@ -22,6 +28,8 @@ from ebpf_mig.errors import UsageError
 PAYLOAD = Fraction(1448, 1538)
 """The payload's share of an Ethernet link with an MTU of 1500. Of 1538 bytes, preamble, header, checksum and gap take
 38, IPv4 and TCP with timestamps take 52 (IEEE 802.3; RFC 791, 9293, 7323)."""
+_NAGLE = "Nagle, delayed ACK"
+_NAMES = {"nagle": "data that Nagle's algorithm held back until an acknowledgement"}
 _RE_ARMS = ("CLEAR_DIRTY_LOG", "RESET_DIRTY_RINGS")
 
 
@@ -35,6 +43,10 @@ class Hypothesis:
     """The share of the final fetch's time that remains."""
     rearm: Fraction | None = None
     """The share that remains of the final fetch's time for write-protecting pages again."""
+    nodelay: bool = False
+    """Whether the VMM sets TCP_NODELAY."""
+    causes: tuple[tuple[str, Fraction], ...] = ()
+    """Rules of the diagnosis that can be predicted, and the share of their time that remains."""
     texts: tuple[tuple[str, str], ...] = ()
     """(name, the change as the user wrote it)."""
 
@@ -56,9 +68,11 @@ def predict(analysis: Analysis, hypothesis: Hypothesis) -> WhatIf:
         changes.append(_bandwidth(hypothesis.text("bandwidth"), hypothesis.bandwidth, use, assumptions))
     fetched = _fetch_gain(b, queued, hypothesis, changes)
     _rearm(b, queued, hypothesis, fetched, changes)
-    if hypothesis.fetch is not None or hypothesis.rearm is not None:
+    shorter = hypothesis.nodelay or hypothesis.causes or hypothesis.fetch is not None or hypothesis.rearm is not None
+    if shorter:
         assumptions.append("all else takes as long as it did: what follows the fetch begins that much earlier")
         assumptions.append("work done while the link was draining its queue gains nothing: the link sets the pace")
+    _causes(analysis, queued, hypothesis, use, changes, assumptions)
     effects = [change.change_ns for change in changes]
     then = None if None in effects else max(0, b.blackout_ns + sum(ns for ns in effects if ns is not None))
     return WhatIf(blackout_ns=then, changes=changes, assumptions=assumptions)
@@ -129,6 +143,56 @@ def _rearm(b: Breakdown, queued: Sequence[Span], hypothesis: Hypothesis, fetched
     if samples := [i.split.samples for i in gets if i.split and isinstance(i.split.samples, int)]:
         why += f", known from {sum(samples)} samples"
     changes.append(Change(wish=text, change_ns=-round(gain * (1 - hypothesis.rearm)), why=why))
+
+
+def _causes(
+    analysis: Analysis,
+    queued: Sequence[Span],
+    hypothesis: Hypothesis,
+    use: LinkUse | str,
+    changes: list[Change],
+    assumptions: list[str],
+) -> None:
+    """Adds the effect of each cause that would be gone: the instants that the diagnosis explains by it."""
+    if not hypothesis.nodelay and not hypothesis.causes:
+        return
+    b, origin = analysis.breakdown, analysis.origin_ns
+    slept = drivers.sleeps(analysis.traced, analysis.attribution)
+    spans = diagnosis.explained(b, slept, use, origin)
+    wanted = [(name, hypothesis.text(name), left) for name, left in hypothesis.causes]
+    if hypothesis.nodelay:
+        spans["nagle"] = shared(spans.get("nagle", []), _held_back(analysis))
+        wanted.insert(0, ("nagle", hypothesis.text("nodelay"), Fraction(0)))
+        assumptions.append("data leaves when it is written, and arrives as fast as after the acknowledgement")
+    counted = _fetch_spans(b) if hypothesis.fetch is not None else []
+    for name, text, left in wanted:
+        ours = spans.get(name, [])
+        own = without(ours, counted)
+        if not ours:
+            changes.append(Change(wish=text, change_ns=0, why="the diagnosis found nothing of this kind"))
+            continue
+        change = _less(text, _NAMES.get(name, f"what the diagnosis calls {name}"), own, queued, left)
+        if twice := total(ours) - total(own):
+            change = replace(change, why=f"{change.why}; {twice / 1e6:.3f} ms more are counted with the final fetch")
+        changes.append(change)
+        if name in PREDICTABLE:
+            assumptions.append(f"{PREDICTABLE[name]}, and nothing else takes the time instead")
+
+
+def _held_back(analysis: Analysis) -> list[Span]:
+    """From the send of data that Nagle's algorithm held back to the acknowledgement that released it."""
+    source, origin = analysis.traced.source, analysis.origin_ns
+    acks = sorted(s.at_ns - origin for s in source.segments if not s.payload) if source else []
+    found = []
+    for wire in analysis.breakdown.wire or ():
+        last = bisect_right(acks, wire.received) - 1
+        if wire.reason == _NAGLE and last >= 0 and acks[last] > wire.sent:
+            found.append((wire.sent, acks[last]))
+    return found
+
+
+def _fetch_spans(b: Breakdown) -> list[Span]:
+    return merged(s for p in b.phases if p.phase in (PhaseName.FETCH_KERNEL, PhaseName.FETCH_USER) for s in p.spans)
 
 
 def _span(ioctl: FetchIoctl) -> Span:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis import facts as known_facts
@@ -21,7 +22,7 @@ from ebpf_mig.analysis.spans import Cover, merged, total
 from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.breakdown import SINGLE, Breakdown, Cause, Diagnosis, Mostly, PhaseName, Result, Side, Span, bounds
 
-__all__ = ["diagnose", "headline"]
+__all__ = ["diagnose", "explained", "headline"]
 MOST_CAUSES = 5
 _LEAST_SHARE = 0.02
 _HELPS = 0.15
@@ -82,7 +83,31 @@ def _mostly(facts: Facts) -> Mostly | None:
     return Mostly(phase=phase, duration_ns=ns, share=_share(ns, facts))
 
 
-def _causes(facts: Facts, rules: Sequence[Rule]) -> Iterator[Cause]:
+class _Explained(NamedTuple):
+    """What one rule explains."""
+
+    rule: Rule
+    what: str
+    side: Side
+    claims: list[Claim]
+    spans: list[Span]
+    """Instants that no earlier rule explained, relative to the window's begin."""
+    slept: list[tuple[Sleep, int]]
+    """The waits in them, with the ns of each."""
+
+
+def explained(
+    breakdown: Breakdown, sleeps: Sequence[Sleep] | None, link: LinkUse | str, origin: int
+) -> dict[str, list[Span]]:
+    """The instants of the blackout that each rule explains, by its name. The arguments are those of `diagnose`."""
+    facts = known_facts.gather(breakdown, sleeps, link, origin)
+    found: dict[str, list[Span]] = defaultdict(list)
+    for one in _explained(facts, RULES) if facts else ():
+        found[one.rule.name] = merged([*found[one.rule.name], *one.spans])
+    return dict(found)
+
+
+def _explained(facts: Facts, rules: Sequence[Rule]) -> Iterator[_Explained]:
     taken: list[Span] = []
     for rule in rules:
         for (what, side), claims in _grouped(rule.find(facts)).items():
@@ -92,18 +117,22 @@ def _causes(facts: Facts, rules: Sequence[Rule]) -> Iterator[Cause]:
                 continue
             others = Cover(taken)
             left = [(c.sleep, sum(e - b - others.within(b, e) for b, e in cuts)) for c, cuts in parts if c.sleep]
-            slept = [(sleep, ns) for sleep, ns in left if ns]
             taken = merged([*taken, *spans])
-            yield Cause(
-                rule=rule.name,
-                what=(what or rule.what).replace("{side}", _SIDES.get(side, "the VMM")),
-                side=side,
-                phase=_phase(facts, spans),
-                duration_ns=total(spans),
-                share=_share(total(spans), facts),
-                known=rule.known,
-                evidence=[*sleepers(slept), *(line for claim in claims for line in claim.evidence)],
-            )
+            yield _Explained(rule, what or rule.what, side, claims, spans, [(s, ns) for s, ns in left if ns])
+
+
+def _causes(facts: Facts, rules: Sequence[Rule]) -> Iterator[Cause]:
+    for one in _explained(facts, rules):
+        yield Cause(
+            rule=one.rule.name,
+            what=one.what.replace("{side}", _SIDES.get(one.side, "the VMM")),
+            side=one.side,
+            phase=_phase(facts, one.spans),
+            duration_ns=total(one.spans),
+            share=_share(total(one.spans), facts),
+            known=one.rule.known,
+            evidence=[*sleepers(one.slept), *(line for claim in one.claims for line in claim.evidence)],
+        )
 
 
 def _grouped(claims: Iterable[Claim]) -> dict[tuple[str, Side], list[Claim]]:

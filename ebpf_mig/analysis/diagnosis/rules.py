@@ -29,6 +29,8 @@ class Rule:
     """What would help; empty: not known."""
     known: bool = True
     """False: it only says where the time went."""
+    without: str = ""
+    """What a prediction without this cause takes for granted (`--what-if NAME=0`); empty: it cannot be predicted."""
 
 
 RULES = (
@@ -37,18 +39,21 @@ RULES = (
         "the VMM is ready and waits for its manager",
         claims.manager,
         "shorten what the manager does before it lets the VMM go on",
+        without="the manager lets the VMM go on at once",
     ),
     Rule(
         "slots_lock",
         "the dirty-log fetch waits for slots_lock, which another thread holds",
         claims.lock("slots_lock"),
         "find the holder: memslot changes and dirty-log ioctls take it",
+        without="nobody holds slots_lock when the fetch needs it",
     ),
     Rule(
         "mmu_lock",
         "the dirty-log fetch waits for mmu_lock, which another thread holds",
         claims.lock("mmu_lock"),
         "find the holder: page faults and unmapping take it",
+        without="nobody holds mmu_lock when the fetch needs it",
     ),
     Rule(
         "nagle",
@@ -61,53 +66,62 @@ RULES = (
         "lost TCP segments are sent again",
         claims.in_flight("retransmission"),
         "look for packet loss between the hosts",
+        without="no segment is lost, and the bytes arrive as soon as they were sent",
     ),
     Rule(
         "quota",
         "a CPU quota throttles the {side}",
         claims.lost_cpu(CPU_QUOTA),
         "a higher CPU quota (cpu.max) during the migration",
+        without="the CPU quota is never used up",
     ),
     Rule(
         "steal",
         "a hypervisor below the host withholds CPUs of the {side}",
         claims.lost_cpu(STOLEN),
         "CPUs of that hypervisor which the host does not share",
+        without="the hypervisor below withholds no CPU",
     ),
     Rule(
         "real-time",
         "the kernel throttles real-time threads of the {side}",
         claims.lost_cpu(RT_THROTTLED),
         "a higher sched_rt_runtime_us, or no real-time policy for threads that never sleep",
+        without="real-time threads are not throttled",
     ),
     Rule(
         "vcpus",
         "several vCPU threads of {side} wait for a CPU at once",
         claims.lost_cpu(PREEMPTED, QUEUED, RUNNABLE, vcpus=True),
         "give the VMM more CPUs, or the guest fewer vCPUs",
+        without="each vCPU thread gets a CPU at once",
     ),
     Rule(
         "cpu",
         "threads of {side} could run and got no CPU (other load, a quota, or a hypervisor)",
         claims.contention,
         "a free CPU for the VMM's threads: less other load, or pinning",
+        without="each thread gets a CPU at once",
     ),
     Rule(
         "srcu",
         "KVM waits in synchronize_srcu",
         claims.asleep(r"synchronize_srcu"),
         "fewer changes of memslots and interrupt routes after the stop",
+        without="KVM does not wait for a grace period",
     ),
     Rule(
         "rcu",
         "the kernel waits for an RCU grace period",
         claims.asleep(r"synchronize_(rcu|sched|net)\w*|rcu_barrier\w*|wait_rcu_gp\w*"),
+        without="the kernel does not wait for a grace period",
     ),
     Rule(
         "block",
         "the source waits for a block device",
         claims.block_device,
         "a faster disk, or less unwritten data in its cache at the stop",
+        without="the block device answers at once",
     ),
     Rule(
         "link",
@@ -138,14 +152,16 @@ RULES = (
         "{side} waits in page faults",
         claims.asleep(r"handle_(mm|pte)_fault|handle_userfault|do_fault|filemap_fault|kvm_mmu_faultin_pfn"),
         "prefault the memory, or use huge pages",
+        without="the memory is mapped before it is touched",
     ),
     Rule(
         "timer",
         "the source sleeps on a timer while its vCPUs stop",
         claims.asleep(r"hrtimer_nanosleep|do_nanosleep", PhaseName.QUIESCE, side=Side.SOURCE),
         "a VMM that is woken by its vCPUs does not poll",
+        without="the VMM notices the stop at once",
     ),
-    Rule("wait", "{side} sleeps in the kernel", claims.named_waits),
+    Rule("wait", "{side} sleeps in the kernel", claims.named_waits, without="these sleeps take no time"),
     Rule(
         "fetch",
         "the final dirty-log fetch",
@@ -174,3 +190,6 @@ RULES = (
     Rule("asleep", "{side} sleeps, and its stack names no cause", claims.no_name, known=False),
     Rule("work", "{side} is at work", claims.at_work, known=False),
 )
+
+PREDICTABLE = {rule.name: rule.without for rule in RULES if rule.without}
+"""What a prediction without a cause takes for granted, by the rule's name."""
