@@ -6,6 +6,8 @@ In: a `TracedMigration`, the window and the source's work in it. Out: sentences.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ebpf_mig.analysis import outcome
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.source_work import Work
@@ -27,6 +29,7 @@ def gather(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         )
     if traced.bursts and traced.material.traced("brownout") and not (vcpus_accounted(traced) or traced.live_update):
         notes.append("the recording has no vCPU times outside KVM_RUN: the brownout is unknown")
+    notes += _user_stacks(traced)
     notes += _unseen_sends(traced)
     notes += _spinning(traced)
     for side, process in ((Side.SOURCE, traced.source), (Side.DESTINATION, traced.destination)):
@@ -41,6 +44,20 @@ def gather(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         if took:
             notes.append(_immediate_note(side, took))
     return notes
+
+
+def _user_stacks(traced: TracedMigration) -> list[str]:
+    """How complete the user half of the stacks is, and whether the programs keep frame pointers."""
+    processes = [process for process in (traced.source, traced.destination) if process and process.user_stacks]
+    stacks = [stack for process in processes for stack in process.user_stacks]
+    if not stacks:
+        return []
+    cut = Counter(stack.end for stack in stacks if stack.end)
+    why = "".join(f"; {count} end early ({end})" for end, count in sorted(cut.items()))
+    programs = sorted({(m.path.rpartition("/")[2], m.frame_pointers) for p in processes for m in p.modules})
+    without = [name for name, keeps in programs if keeps == 0]
+    found = f"; by unwind tables, without frame pointers in {', '.join(without)}" if without else ""
+    return [f"user half of {len(stacks)} stacks{found}{why}"]
 
 
 def _unseen_sends(traced: TracedMigration) -> list[str]:

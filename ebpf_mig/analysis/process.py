@@ -65,6 +65,8 @@ class Process:
     spans: list[ev.VcpuSpan] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
+    user_stacks: list[ev.UserStack] = field(default_factory=list)
+    modules: list[ev.Module] = field(default_factory=list)
     run_delays: list[ev.RunDelay] = field(default_factory=list)
     quotas: list[ev.CpuQuota] = field(default_factory=list)
     steals: list[ev.CpuSteal] = field(default_factory=list)
@@ -107,6 +109,19 @@ class Process:
     def run_delay(self) -> dict[tuple[int, int], int]:
         """How long a thread could run at the end of a sleep, in ns, by its tid and the end of the sleep."""
         return {(delay.tid, delay.at_ns): delay.delay_ns for delay in self.run_delays}
+
+    @cached_property
+    def user_frames(self) -> dict[tuple[int, int], tuple[str, ...]]:
+        """The user half of the stack of a wait, innermost function first, by its tid and its end.
+
+        A frame without a name is the file's name and the offset. The last item is in parentheses if frames are missing.
+        """
+        files = {module.number: module.path.rpartition("/")[2] for module in self.modules}
+        return {(stack.tid, stack.at_ns): _frames(stack, files) for stack in self.user_stacks}
+
+    def user_half(self, wait: ev.OffCpu, stack: tuple[str, ...]) -> tuple[str, ...]:
+        """The user frames of the part of a wait that has this stack: none where it could run and had no CPU."""
+        return () if stack[:1] and stack[0].startswith("(") else self.user_frames.get((wait.tid, wait.end_ns), ())
 
     @cached_property
     def held(self) -> list[tuple[int, int]]:
@@ -245,6 +260,12 @@ class Process:
     def gaps(self) -> list[tuple[int, int | None]]:
         """The stretches in which none of its vCPUs ran guest code."""
         return vcpu.common(list(self.vcpus.values()))
+
+
+def _frames(stack: ev.UserStack, files: dict[int, str]) -> tuple[str, ...]:
+    places = zip(stack.names, stack.modules, stack.offsets, strict=False)
+    frames = [name or f"{files.get(number) or '?'}+{offset:#x}" for name, number, offset in places]
+    return (*frames, f"({stack.end})") if stack.end else tuple(frames)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Stack:
     thread: str
     """Name and tid."""
     frames: tuple[str, ...]
-    """Kernel functions, innermost first; never empty. What stands in brackets is a reason, not a function."""
+    """Kernel functions, and behind them those of user space where they were recorded, innermost first; never empty.
+    What stands in brackets is a reason, not a function."""
     duration_ns: int
     count: int
     """Waits that began in the phase or before the window; samples."""
@@ -84,7 +85,8 @@ def _waits(side: Side, process: Process, phases: _Phases) -> Iterator[tuple[_Key
     for wait in process.off_cpu:
         for begin, end, stack in lost_cpu.parts(process, wait) if wait.end_ns > wait.begin_ns else ():
             for at, (phase, duration) in enumerate(phases.of(begin, end)):
-                key = Kind.OFF_CPU, side, phase, _thread(process, wait.tid), stack or (NO_STACK,)
+                frames = (*stack, *process.user_half(wait, stack))
+                key = Kind.OFF_CPU, side, phase, _thread(process, wait.tid), frames or (NO_STACK,)
                 yield key, duration, int(at == 0)
 
 

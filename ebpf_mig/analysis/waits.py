@@ -59,6 +59,8 @@ class Sleep:
     """The phases in which it delays the migration; empty: it does not."""
     vcpu: bool = False
     """It is a vCPU's thread."""
+    user: tuple[str, ...] = ()
+    """As `Wait.user_stack`."""
 
 
 def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Sleep]:
@@ -81,7 +83,8 @@ def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
                 names = [name for name in names if name not in sources]
             for begin, end, stack in lost_cpu.parts(party.process, event):
                 if end - begin >= LONG_WAIT_NS:
-                    found.append(Sleep(begin, end, party.side, name, stack, tuple(names), event.tid in vcpus))
+                    user = party.process.user_half(event, stack)
+                    found.append(Sleep(begin, end, party.side, name, stack, tuple(names), event.tid in vcpus, user))
     return found
 
 
@@ -93,7 +96,8 @@ def longest(found: Sequence[Sleep], phases: Sequence[Phase], origin: int) -> lis
         overlaps = [(covers[name].within(sleep.begin, sleep.end), name) for name in sleep.phases]
         duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
         if duration >= LONG_WAIT_NS:
-            wait = Wait(phase=phase, thread=sleep.thread, duration_ns=duration, stack=list(sleep.stack))
+            stacks = list(sleep.stack), list(sleep.user)
+            wait = Wait(phase=phase, thread=sleep.thread, duration_ns=duration, stack=stacks[0], user_stack=stacks[1])
             rows.append((duration, sleep.begin, wait))
     rows.sort(key=lambda item: (-item[0], item[1], item[2].thread, item[2].stack))
     return [wait for _, _, wait in rows[:MOST_WAITS]]

@@ -35,7 +35,8 @@ enum kind {
 	KIND_SOCKET_ERROR = 14,
 	KIND_THREAD_TABLE = 15,		/* losses only: the table of threads was full */
 	KIND_RUN_DELAY = 16,
-	KIND_MAX = 17,
+	KIND_USER_STACK = 17,
+	KIND_MAX = 18,
 };
 
 /* Every record is a struct of u64 and s64 that starts with the kind; recording/kinds.py lists its fields. */
@@ -98,6 +99,7 @@ struct process_state {
 	u64 epoch, last_fetch;			/* epoch: number of this process's dirty-log fetches so far */
 	s64 budget;
 	u64 granted, refilled;
+	u64 user_stacks;			/* still to be taken until the next fetch */
 };
 
 BPF_HASH(threads, u32, struct thread_state, 8192);
@@ -170,6 +172,19 @@ static __always_inline u64 read_u64(u64 base, u32 offset)
 	return v;
 }
 
+/* The registers of the current task at kernel entry. The helpers exist since Linux 5.11 and 5.15. */
+static __always_inline const void *user_regs(void)
+{
+#if TASK_REGS_HELPER
+	void *(*current_task)(void) = (void *)158;	/* bpf_get_current_task_btf */
+	void *(*task_regs)(void *) = (void *)175;	/* bpf_task_pt_regs */
+
+	return task_regs(current_task());
+#else
+	return (const void *)(read_u64(bpf_get_current_task(), OFF_task_stack) + USER_REGS_AT);
+#endif
+}
+
 /* The struct file behind a descriptor of the current task, or 0. */
 static __always_inline u64 file_of(u64 fd)
 {
@@ -205,9 +220,13 @@ static __always_inline bool in_detail(struct process_state *p, u64 now)
 	if (all && p->granted != *all) {
 		p->granted = *all;
 		p->budget = DETAIL_BUDGET;
+		p->user_stacks = USER_STACK_BUDGET;
 		p->refilled = now;
 	} else if (ms && p->budget < DETAIL_BUDGET) {
 		p->budget += DETAIL_PER_MS * (ms > 1000 ? 1000 : ms);
+		p->user_stacks += ms > USER_STACK_BUDGET ? USER_STACK_BUDGET : ms;
+		if (p->user_stacks > USER_STACK_BUDGET)
+			p->user_stacks = USER_STACK_BUDGET;
 		p->refilled = now;
 	}
 	return p->budget > 0;

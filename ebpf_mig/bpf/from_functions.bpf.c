@@ -15,19 +15,6 @@
 #include "sockets.h"
 #include "sched.bpf.c"
 
-/* The registers of the current task at kernel entry. The helpers exist since Linux 5.11 and 5.15. */
-static __always_inline const void *user_regs(void)
-{
-#if TASK_REGS_HELPER
-	void *(*current_task)(void) = (void *)158;	/* bpf_get_current_task_btf */
-	void *(*task_regs)(void *) = (void *)175;	/* bpf_task_pt_regs */
-
-	return task_regs(current_task());
-#else
-	return (const void *)(read_u64(bpf_get_current_task(), OFF_task_stack) + USER_REGS_AT);
-#endif
-}
-
 /*
  * Reads a word of the context as a plain number, since the verifier treats fentry's arguments as typed pointers.
  * fentry: the arguments, one u64 each. fexit: the arguments, then the return value. kprobe and kretprobe: the

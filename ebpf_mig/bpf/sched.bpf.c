@@ -15,6 +15,7 @@
 #pragma once
 
 #include "common.h"
+#include "user_stack.h"
 
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick is unrelated to it */
 #define KICKED_NS 20000000ULL		/* so is one that begins this long after; Cloud Hypervisor re-kicks after 10 ms */
@@ -94,8 +95,10 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task, u64 
 	if (WAIT_STACKS != STACK_AS_IT_LEAVES)
 		return;
 	p = this_process(pid_tgid);
-	if (p && !preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS))
+	if (p && !preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS)) {
 		stack = stacks.get_stackid(ctx, 0);
+		keep_user_stack(pid_tgid);
+	}
 	s->off.stack = stack < 0 ? NO_STACK : stack;
 }
 
@@ -163,6 +166,8 @@ static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u32 previo
 	if (WAIT_STACKS != STACK_AS_IT_LEAVES)
 		off.stack = taken < 0 ? NO_STACK : taken;
 	emit_off_cpu((u64)tgid << 32 | tid, &off, now, previous_tid);
+	if (!off.preempted)
+		emit_user_stack((u64)tgid << 32 | tid, now, p, WAIT_STACKS == STACK_WHEN_BACK);
 }
 
 /*

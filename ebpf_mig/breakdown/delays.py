@@ -6,6 +6,8 @@ In: nothing. Out: frozen structs. The conventions are those of the package, whic
 
 from __future__ import annotations
 
+from msgspec import field
+
 from ebpf_mig.breakdown.vocabulary import PhaseName, Side, Struct
 
 
@@ -53,7 +55,7 @@ class Throttled(Struct, frozen=True, kw_only=True):
     """The part from the last vCPU's stop to the pause request, ns; 0 if a vCPU was running then."""
 
 
-class Wait(Struct, frozen=True, kw_only=True):
+class Wait(Struct, frozen=True, kw_only=True, omit_defaults=True):
     phase: PhaseName
     """The phase that the wait overlaps most."""
     thread: str
@@ -64,6 +66,9 @@ class Wait(Struct, frozen=True, kw_only=True):
     """Kernel functions that it slept in, innermost first. If it could run and did not: `(CPU quota)`, `(CPU stolen)`,
     `(real-time throttling)`, `(preempted)`, or after a sleep `(waits for a CPU)`, where that is proven; else
     `(runnable, not running)`."""
+    user_stack: list[str] = field(default_factory=list)
+    """The VMM's own functions that led there, innermost first; only in recordings made with `--user-stacks`. The last
+    item is in parentheses if frames are missing."""
 
 
 class Stolen(Struct, frozen=True, kw_only=True):

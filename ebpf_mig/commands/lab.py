@@ -78,6 +78,7 @@ def lab_options(*, of_scenario: bool) -> Decorator:
         click.option(
             "--two-hosts", is_flag=True, help="Put each VM in its own network, linked at --bandwidth; two recorders."
         ),
+        tracing.user_stacks_option,
         click.option("--vmm-binary", metavar="PATH", help="The VMM's program.  [default: from PATH]"),
         click.option(
             "--timeout", type=DURATION, default="60s", show_default=True, help="Cancel the migration after this."
@@ -94,7 +95,7 @@ def lab_options(*, of_scenario: bool) -> Decorator:
 
 def given(lab: Lab) -> list[str]:
     """The options that change a scenario or how it runs, as far as they were given."""
-    names = (*_FIELDS, "local", "two_hosts")
+    names = (*_FIELDS, "local", "two_hosts", "user_stacks")
     return [f"--{name.replace('_', '-')}" for name in names if _is_given(lab[name])]
 
 
@@ -122,7 +123,9 @@ def on_one_host(scenario: Scenario, lab: Lab, open_writer: Callable[..., Any], t
     """Migrates between two new VMs. Returns the outcome and the recording's name."""
     with adapter(lab["vmm"]).lab(scenario, lab["vmm_binary"], local=lab["local"]) as (migration, notes):
         time.sleep(WARM_UP_S)
-        return tracing.trace_migration(migration, lab["timeout"] / 10**9, open_writer, notes, tier=tier)
+        return tracing.trace_migration(
+            migration, lab["timeout"] / 10**9, open_writer, notes, tier=tier, user_stacks=lab["user_stacks"]
+        )
 
 
 def on_two_hosts(scenario: Scenario, lab: Lab, tier: str) -> tuple[Outcome, dict[str, Recording]]:
@@ -140,6 +143,7 @@ def on_two_hosts(scenario: Scenario, lab: Lab, tier: str) -> tuple[Outcome, dict
         recorders: dict[str, Recorder] = {}
         for target in targets:
             command = [sys.executable, "-Pm", "ebpf_mig", "record", "--pid", str(target.pid), "--tier", tier]
+            command += ["--user-stacks"] if lab["user_stacks"] else []
             with link.inside(target.role):
                 line = [*command, "--until-eof", "--output", "-"]
                 recorder = Recorder(f"the {target.role}'s recorder", line, python_environment())

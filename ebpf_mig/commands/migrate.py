@@ -54,6 +54,7 @@ def _command(adapter: Adapter) -> click.Command:
         two_hosts.elsewhere_options,
         run.recording_options,
         run.tier_option,
+        run.user_stacks_option,
         format_option("text", "json"),
         color_option,
         strict_option,
@@ -100,6 +101,7 @@ def _migrate(
     output: str | None,
     force: bool,
     tier: str,
+    user_stacks: bool,
     form: str,
     color: str,
     strict: bool,
@@ -109,11 +111,13 @@ def _migrate(
     way = two_hosts.way_of(source_host, destination_host, remote_command, remote_tool)
     if way is not None:
         names = two_hosts.file_names(output, "migrate", force)
-        met = two_hosts.across(way, adapter, values, timeout / 10**9, names, tier=tier, force=force)
+        met = two_hosts.across(
+            way, adapter, values, timeout / 10**9, names, tier=tier, user_stacks=user_stacks, force=force
+        )
         two_hosts.conclude(met, names, form, color, hint, strict=strict)
         return
     require_tracing()
     open_writer = functools.partial(run.open_recording, output, "migrate", force=force)
     with contextlib.closing(adapter.connect(values)) as migration:
-        outcome, name = run.trace_migration(migration, timeout / 10**9, open_writer, tier=tier)
+        outcome, name = run.trace_migration(migration, timeout / 10**9, open_writer, tier=tier, user_stacks=user_stacks)
     run.conclude(outcome, run.show(name, form, color), strict)

@@ -48,6 +48,7 @@ _EXAMPLES = examples(
 @click.option("--duration", type=DURATION, help="Stop after this long, e.g. 30s.")
 @run.recording_options
 @run.tier_option
+@run.user_stacks_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def command(
     pids: Sequence[int],
@@ -58,6 +59,7 @@ def command(
     output: str | None,
     force: bool,
     tier: str,
+    user_stacks: bool,
     command: Sequence[str],
 ) -> None:
     """Trace running VMMs until the migration or COMMAND ends, or Ctrl-C.
@@ -80,7 +82,7 @@ def command(
     require_tracing()
     require_alive(targets)
     require_kvm(targets)
-    with Session(targets, tier, grows=followed is not None) as session:
+    with Session(targets, tier, grows=followed is not None, user_stacks=user_stacks) as session:
         header = session.arm()
         if pids:
             _report_if_paused(pids[0], alone=len(pids) == 1)

@@ -48,6 +48,7 @@ EPILOG = examples(
     "ebpf-mig report vm1.rec --format html -o vm1.html --redact",
     "ebpf-mig report vm1.rec --format folded | flamegraph.pl > vm1.svg",
     "ebpf-mig report vm1.rec --what-if bandwidth=25Gbit --what-if fetch=0",
+    "ebpf-mig report vm1.rec --what-if nodelay",
     "ssh HOST cat vm1.rec | ebpf-mig report -",
     "ebpf-mig report before.json --run 3",
 )
@@ -165,7 +166,8 @@ _PREDICTING = ("text", "json", "html")
     multiple=True,
     metavar="CHANGE",
     help="Predict the blackout after a change: bandwidth=25Gbit, fetch=0 (a free final fetch; fetch=50%: half"
-    " as long), rearm=0 (pages not write-protected again). Can be repeated.",
+    " as long), rearm=0 (pages not write-protected again), nodelay (TCP_NODELAY), or without a cause that the"
+    " diagnosis names, e.g. srcu=0. Can be repeated.",
 )
 @click.option(
     "--explain",
@@ -176,6 +178,11 @@ _PREDICTING = ("text", "json", "html")
 )
 @click.option(
     "--run", "number", type=click.IntRange(1), metavar="N", help="The run of a result of `bench` that is shown."
+)
+@click.option(
+    "--symbols",
+    type=click.Choice(["local", "debuginfod"]),
+    help="Look up names of the VMM's functions that have none in the recording, on this machine or also there.",
 )
 @click.option("--redact", is_flag=True, help="Omit addresses and the names of hosts, threads and files.")
 @color_option
@@ -189,6 +196,7 @@ def command(
     changes: Sequence[str],
     phase: str | None,
     number: int | None,
+    symbols: str | None,
     redact: bool,
     color: str,
     strict: bool,
@@ -201,7 +209,7 @@ def command(
     from ebpf_mig.commands.results import in_result, is_result
 
     if is_result(file):
-        needed = form not in _FROM_BREAKDOWN or redact or bool(changes) or phase is not None
+        needed = form not in _FROM_BREAKDOWN or redact or bool(changes) or phase is not None or symbols is not None
         found = in_result(file, number, form, needed)
         if not isinstance(found, str):
             write_result(_from_breakdown(found, form, output, color), output, force=force)
@@ -219,7 +227,7 @@ def command(
     picture = _picture(output) if form == "markdown" else None
     if picture is not None and not force and os.path.lexists(picture):
         raise UsageError(f"{picture} exists; not overwritten", "give the report another name, or --force")
-    analysis = _analysis(file, redact, form in _WITH_AXIS)
+    analysis = _analysis(file, redact, form in _WITH_AXIS, symbols)
     if changes:
         from ebpf_mig.analysis import whatif
 
@@ -291,11 +299,14 @@ def require_complete(breakdown: Breakdown, strict: bool) -> None:
 
 def parse_changes(texts: Sequence[str]) -> Hypothesis:
     """Parses `NAME=VALUE` items; UsageError if one cannot be read or is given twice."""
+    from ebpf_mig.analysis.diagnosis.rules import PREDICTABLE
+
     values: dict[str, tuple[str, str]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals or name not in {"bandwidth", "fetch", "rearm"}:
-            raise UsageError(f"cannot read the change {text!r}", "write bandwidth=25Gbit, fetch=0 or rearm=0")
+        if name not in {"bandwidth", "fetch", "rearm", "nodelay", *PREDICTABLE} or (name == "nodelay") == bool(equals):
+            known = f"bandwidth=25Gbit, nodelay, or =0 behind one of fetch, rearm, {', '.join(PREDICTABLE)}"
+            raise UsageError(f"cannot read the change {text!r}", f"write {known}")
         if name in values:
             raise UsageError(f"{name} is given twice")
         values[name] = (value, text)
@@ -303,7 +314,10 @@ def parse_changes(texts: Sequence[str]) -> Hypothesis:
     if bandwidth == 0:
         raise UsageError("the bandwidth cannot be 0", "write it like bandwidth=25Gbit")
     fetch, rearm = (_share(*values[name]) if name in values else None for name in ("fetch", "rearm"))
-    return Hypothesis(bandwidth, fetch, rearm, tuple((name, text) for name, (_, text) in values.items()))
+    causes = tuple((name, _share(*values[name])) for name in values if name in PREDICTABLE)
+    return Hypothesis(
+        bandwidth, fetch, rearm, "nodelay" in values, causes, tuple((name, text) for name, (_, text) in values.items())
+    )
 
 
 def _share(value: str, text: str) -> Fraction:
@@ -316,7 +330,7 @@ def _share(value: str, text: str) -> Fraction:
     return Fraction(match[1] or 0) / 100
 
 
-def _analysis(file: str, redact: bool, with_axis: bool) -> Analysis:
+def _analysis(file: str, redact: bool, with_axis: bool, symbols: str | None = None) -> Analysis:
     from ebpf_mig.collector import analyse
     from ebpf_mig.recording.coalesce import read_whole_or_coalesced
     from ebpf_mig.recording.file import read_recording
@@ -328,6 +342,10 @@ def _analysis(file: str, redact: bool, with_axis: bool) -> Analysis:
     else:
         recording = read_whole_or_coalesced(file, with_axis=with_axis)
     warn(file, recording)
+    if symbols:
+        from ebpf_mig.commands.symbols import named
+
+        recording = named(recording, symbols)
     if redact:
         recording = redacted(recording, Names(words()))
     return analyse(recording)

@@ -62,6 +62,12 @@ tier_option = click.option(
     help="Attach tier; auto uses the cheapest one that fires.",
 )
 
+user_stacks_option = click.option(
+    "--user-stacks",
+    is_flag=True,
+    help="Record the VMM's own functions in which waits slept, too; costs about 2 us for each wait in the downtime.",
+)
+
 
 @contextlib.contextmanager
 def open_recording(output: str | None, what: str, header: Header, force: bool) -> Iterator[tuple[RecordingWriter, str]]:
@@ -107,13 +113,14 @@ def trace_migration(
     notes: Sequence[str] = (),
     *,
     tier: str = AUTO,
+    user_stacks: bool = False,
 ) -> tuple[Outcome, str]:
     """Arms, migrates, records. Returns the VMM's outcome and the recording's name.
 
     Ctrl-C cancels the migration, waits for its end (`CANCEL_S` at most, then the VMM is left alone), finishes the
     recording and is then raised again.
     """
-    with Session(migration.targets(), tier, grows=migration.grows) as session:
+    with Session(migration.targets(), tier, grows=migration.grows, user_stacks=user_stacks) as session:
         migration.prepare()
         header = session.arm(notes)
         with open_writer(header) as (writer, name):

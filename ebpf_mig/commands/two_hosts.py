@@ -194,6 +194,7 @@ def across(
     names: dict[str, str],
     *,
     tier: str,
+    user_stacks: bool,
     force: bool,
 ) -> tuple[Outcome, dict[str, Recording], str]:
     """Migrates with a remote end. Returns the outcome, the recorded halves, and why one is missing.
@@ -202,13 +203,13 @@ def across(
     """
     role, there = way
     here = next(name for name in ROLES if name != role)
-    with Remote(there, role, adapter.far_end(role, values), tier) as remote:
+    with Remote(there, role, adapter.far_end(role, values), tier, user_stacks) as remote:
         if remote.problem:
             say(f"{remote.problem}; only the {here}'s half is traced")
         near = {**values, role: remote.api} if remote.api else values
         with contextlib.closing(adapter.connect(near, (role, remote.end))) as migration:
             open_writer = functools.partial(tracing.open_recording, names[here], "migrate", force=force)
-            outcome, _ = tracing.trace_migration(migration, timeout_s, open_writer, tier=tier)
+            outcome, _ = tracing.trace_migration(migration, timeout_s, open_writer, tier=tier, user_stacks=user_stacks)
             here_is = migration.targets()
             vmm = here_is[0].vmm if here_is else ""
             target = Target(pid=remote.end.pid, role=role, vmm=vmm, vmm_version=migration.version(role))

@@ -30,12 +30,19 @@ KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
 _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))
 
 
-def load(pids: Sequence[int], tier: str, statistics: BpfStatistics, beside: Callable[[], object] = bool) -> Plan:
+def load(
+    pids: Sequence[int],
+    tier: str,
+    statistics: BpfStatistics,
+    beside: Callable[[], object] = bool,
+    *,
+    user_stacks: bool = False,
+) -> Plan:
     """Compiles and loads the best programs that the kernel accepts for the requested tier (`NAMES`); attaches nothing.
 
     Without pids the plan is for a node: processes are added later, and it is armed more than once. PreflightError if
     privileges are missing, or if a tier that was requested by name does not work. `beside` is called right before the
-    compiler runs, to start other work.
+    compiler runs, to start other work. `user_stacks`: the programs also record the user half of stacks.
     """
     require_tracing()
     try:
@@ -45,7 +52,7 @@ def load(pids: Sequence[int], tier: str, statistics: BpfStatistics, beside: Call
         with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
             hooks = tuple(_hooks(choice, tracepoints))
             beside()
-            program = Program(FAMILY, defines(pids, tracepoints, choice), CONTRACT)
+            program = Program(FAMILY, defines(pids, tracepoints, choice, user_stacks=user_stacks), CONTRACT)
             for hook in hooks:
                 program.load_hook(hook, chooser.module_fd if chooser else -1)
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
-from ebpf_mig.probes.tiers import Choice
+from ebpf_mig.probes.tiers import Choice, has_task_regs
 from ebpf_mig.recording.thresholds import SHARED
 
 RING_BYTES = 8 << 20
@@ -82,8 +82,12 @@ def defines(
     pids: Sequence[int],
     tracepoints: set[str],
     choice: Choice = Choice(),  # noqa: B008 - it is frozen
+    *,
+    user_stacks: bool = False,
 ) -> dict[str, str | int]:
     """The value of each macro, by name. PreflightError if the kernel's BTF lacks a struct or a member."""
+    if user_stacks and os.uname().machine != "x86_64":
+        raise PreflightError("user-space stacks are read on x86-64 only", "leave out --user-stacks")
     test = "||".join(f"(t)=={pid}" for pid in pids)
     macros: dict[str, str | int] = {name: f"{value}ULL" for name, value in SHARED.items()}
     macros |= {"FENTRY": _FENTRY, "KPROBE": _KPROBE, "OFF_NONE": _NONE}
@@ -96,7 +100,8 @@ def defines(
     macros["KVM_FUNCTIONS"] = int("kvm" in choice.groups)
     macros["SOCKET_FUNCTIONS"] = sum({_PROGRAMS_FOR[h.how] for h in choice.hooks if "socket" in h.signals})
     macros["SPLIT_KNOWN"] = int("split" in choice.groups)
-    macros["TASK_REGS_HELPER"] = int(choice.task_regs)
+    macros["TASK_REGS_HELPER"] = int(choice.task_regs or (user_stacks and has_task_regs()))
+    macros["USER_STACKS"] = int(user_stacks)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
     macros |= _kvm_offsets()
     offsets = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY])

@@ -15,7 +15,7 @@ from typing import Any
 
 from ebpf_mig.probes.contract import Contract
 from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK
-from ebpf_mig.recording.events import RECEIVE, SEND, AnyEvent, OffCpu, Samples, Socket, Transfer, VcpuState
+from ebpf_mig.recording.events import RECEIVE, SEND, AnyEvent, OffCpu, Samples, Socket, Transfer, UserStack, VcpuState
 from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
 from ebpf_mig.recording.layout import WORD, Layout
 
@@ -97,10 +97,17 @@ def _sample(layout: Layout) -> Callable[[bytes], Samples]:
     return decode
 
 
+def _user_stack(layout: Layout) -> Callable[[bytes], UserStack]:
+    """A stack whose frames are not known yet: `user_stacks.py` finds them when the recording ends."""
+    read = layout.reader("at_ns", "pid", "tid")
+    return lambda record: UserStack(*read(record))
+
+
 _DECODERS: dict[type, Callable[[Layout], Callable[[bytes], AnyEvent]]] = {
     Socket: _socket,
     OffCpu: _off_cpu,
     Samples: _sample,
+    UserStack: _user_stack,
 }
 """Decoders of the kinds whose event has other fields than the record."""
 

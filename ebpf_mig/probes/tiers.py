@@ -132,7 +132,7 @@ class Chooser:
         hooks = [hook for f, (how, name) in chosen.items() if f.group in groups for hook in self.hooks(f, name, how)]
         if groups and any(hook.how == KPROBE and hook.target == "kvm_vcpu_ioctl" for hook in hooks):
             hooks = self._vcpu_returns() + hooks
-        return Choice(tuple(hooks), frozenset(groups), refusals, _has_task_regs())
+        return Choice(tuple(hooks), frozenset(groups), refusals, has_task_regs())
 
     def _may(self, function: Function, how: str) -> bool:
         """kretprobe instances are limited and receives sleep long, so sockets use them only on request."""
@@ -188,7 +188,8 @@ class Chooser:
         return hooks
 
 
-def _has_task_regs() -> bool:
+def has_task_regs() -> bool:
+    """Whether the kernel gives BPF programs the registers of a task at its entry (Linux 5.15)."""
     try:
         os.close(bpf.load(_TASK_REGS, KPROBE))
     except OSError:

@@ -29,6 +29,7 @@ from ebpf_mig.probes.stacks import Stacks
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
 from ebpf_mig.probes.thread_names import ThreadNames
 from ebpf_mig.probes.tiers import AUTO
+from ebpf_mig.probes.user_stacks import UserStacks
 from ebpf_mig.recording.events import (
     RECURSION_MISSES,
     AnyEvent,
@@ -50,9 +51,11 @@ SNAPSHOTS = 8
 class Tracer:
     """Traces the given processes, or those added later. Use it as a context manager."""
 
-    def __init__(self, pids: Sequence[int] = (), plan: Plan | None = None, tier: str = AUTO) -> None:
+    def __init__(
+        self, pids: Sequence[int] = (), plan: Plan | None = None, tier: str = AUTO, *, user_stacks: bool = False
+    ) -> None:
         """`plan`: a plan without pids that another process loaded. Otherwise the programs are loaded here, with LLVM,
-        for `tier`.
+        for `tier`, if wanted with `user_stacks`: the user half of the stacks of waits.
 
         With such a plan, on a node, tcp_info is not read: it costs memory and makes arming slower.
         """
@@ -61,6 +64,7 @@ class Tracer:
         self._statistics = BpfStatistics()
         self._polled = Polled(self._total_cost, tcp=plan is None)
         self._symbols: Thread | None = None
+        self._user_stacks = UserStacks() if user_stacks else None
         self._plan = plan or self._load(tier)
         self._seen = plan is not None
         self._program = self._plan.program
@@ -71,7 +75,9 @@ class Tracer:
 
     def _load(self, tier: str) -> Plan:
         try:
-            return attach.load(self.pids, tier, self._statistics, self._prepare)
+            return attach.load(
+                self.pids, tier, self._statistics, self._prepare, user_stacks=self._user_stacks is not None
+            )
         except BaseException:
             self._polled.close()
             raise
@@ -105,6 +111,8 @@ class Tracer:
         for pid in self.pids:
             self._polled.follow(pid)
         self._threads.read(self.pids)
+        if self._user_stacks is not None:
+            self._user_stacks.prepare(self.pids)
         self._processes.add(self.pids)
         self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
         self._seen = True
@@ -116,6 +124,8 @@ class Tracer:
         late, self._late = self._late, []
         events: list[AnyEvent] = []
         for record in self._program.poll(0 if late else timeout_ms):
+            if self._user_stacks is not None and self._user_stacks.take(record):
+                continue
             event = self._decode(record)
             if isinstance(event, Samples):
                 self._sampler.take(self._stacks.named_sample(event))
@@ -146,13 +156,16 @@ class Tracer:
         last = self._polled.last()
         attach.disarm(self._plan)
         rest = self.poll(0) + last
-        return rest + self._accounts(now) + self._threads.events()
+        rest += [*self._accounts(now), *self._threads.events()]
+        return rest + self._user_stacks.events() if self._user_stacks is not None else rest
 
     def add(self, pid: int) -> None:
         """Traces one more process, at once if armed. Only for a tracer without pids."""
         self.pids = (*self.pids, pid)
         self._processes.add([pid])  # first: a running migration does not wait until we know the names of its threads
         self._threads.read([pid])
+        if self._user_stacks is not None:
+            self._user_stacks.prepare([pid])
         self._polled.follow(pid)
 
     def remove(self, pid: int) -> list[AnyEvent]:

@@ -50,6 +50,7 @@ from ebpf_mig.recording.socket_events import (
     TcpInfo,
     Transfer,
 )
+from ebpf_mig.recording.user_events import Module, UserStack
 from ebpf_mig.recording.vcpu_events import Kick, VcpuEnter, VcpuExit, VcpuSpan, VcpuState
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "Ioctl",
     "Kick",
     "Mark",
+    "Module",
     "OffCpu",
     "OwnCost",
     "Remote",
@@ -91,6 +93,7 @@ __all__ = [
     "TcpInfo",
     "Thread",
     "Transfer",
+    "UserStack",
     "VcpuEnter",
     "VcpuExit",
     "VcpuSpan",
@@ -325,4 +328,6 @@ AnyEvent = (
     | CpuSteal
     | RunDelay
     | Exec
+    | UserStack
+    | Module
 )

@@ -52,6 +52,8 @@ Inode = Annotated[int, Meta(ge=0)]
 Way = Annotated[int, Meta(ge=0, le=1)]
 """A `Direction`."""
 Flag = Annotated[int, Meta(ge=0, le=1)]
+MaybeFlag = Annotated[int, Meta(ge=-1, le=1)]
+"""-1: unknown."""
 VcpuIndex = Annotated[int, Meta(ge=-1, le=1 << 20)]
 """-1: not a vCPU."""
 

@@ -168,7 +168,9 @@ def bounded(event: AnyEvent) -> AnyEvent:
         elif isinstance(value, dict):
             changes[name] = {_text(key, MAX_ITEM_TEXT): value[key] for key in list(value)[:MAX_ITEMS]}
         elif isinstance(value, tuple):
-            changes[name] = tuple(_text(item, MAX_ITEM_TEXT) for item in value[:MAX_ITEMS])
+            changes[name] = tuple(
+                _text(item, MAX_ITEM_TEXT) if isinstance(item, str) else item for item in value[:MAX_ITEMS]
+            )
     return msgspec.structs.replace(event, **changes)
 
 
@@ -177,7 +179,7 @@ def _fits(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= MAX_TEXT and value.isascii()
     if isinstance(value, tuple):
-        return not value or (len(value) <= MAX_ITEMS and _fit_together(value))
+        return not value or (len(value) <= MAX_ITEMS and (isinstance(value[0], int) or _fit_together(value)))
     if isinstance(value, dict):
         return len(value) <= MAX_ITEMS and _fit_together(value)
     return True

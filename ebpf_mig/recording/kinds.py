@@ -111,6 +111,9 @@ KINDS = (
     Kind(ev.Retransmit, "retransmits", Record(12, "retransmit", Layout(
         "retransmit_record", "u64 kind, at_ns, pid, socket, bytes, seq, number"))),
     Kind(ev.Exec, "execs", Record(13, "exec", Layout("exec_record", "u64 kind, at_ns, pid, begin_ns, had_vm"))),
+    Kind(ev.UserStack, "user_stacks", Record(17, "user-stack", Layout(
+        "user_stack_record", "u64 kind, at_ns, pid, tid, regs[21], words, stack[512]"))),
+    Kind(ev.Module, "modules"),
     Kind(ev.SocketError, "socket_errors", Record(14, "socket-error", Layout(
         "socket_error_record", "u64 kind, at_ns, pid, tid, socket, direction; s64 ret"))),
 )  # fmt: skip

@@ -26,6 +26,8 @@ DETAIL_BUDGET = 8000
 """Budget of single calls that are kept while no vCPU runs. Each fetch refills it."""
 DETAIL_PER_MS = 4
 """Single calls added to the budget per ms, for a destination whose source is on another host."""
+USER_STACK_BUDGET = 250
+"""User stacks of a process, if they are recorded, until the next fetch, and one more each ms: records of 4 KiB."""
 
 SHARED = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
 """All thresholds by name."""

@@ -66,7 +66,7 @@ def _rows(analysis: Analysis, phase: Phase) -> Iterator[Row]:
             yield from (Row("because", f"  {printable(line, 400)}") for line in cause.evidence)
     for wait in b.waits or ():
         if wait.phase == phase.phase:
-            stack = " < ".join(map(printable, wait.stack)) or "no stack"
+            stack = " < ".join(map(printable, [*wait.stack, *wait.user_stack])) or "no stack"
             yield Row("wait", f"{ms(wait.duration_ns)} ms {printable(wait.thread)}: {stack}")
     cover = Cover((begin + analysis.origin_ns, end + analysis.origin_ns) for begin, end in phase.spans)
     for side, process in ((Side.SOURCE, analysis.traced.source), (Side.DESTINATION, analysis.traced.destination)):

@@ -286,7 +286,7 @@ def waits(b: Breakdown) -> Iterator[str]:
     """The longest waits of the threads on the critical path."""
     rows = [
         f"<td class='w'>{escaped(w.phase)}</td><td>{escaped(w.thread)}</td>{_ns(w.duration_ns)}"
-        f"<td class='stack'>{' &lt; '.join(map(escaped, w.stack))}</td>"
+        f"<td class='stack'>{' &lt; '.join(map(escaped, [*w.stack, *w.user_stack]))}</td>"
         for w in b.waits or []
     ]
     yield table("waits", ("phase", "thread", "#ms", "kernel stack, innermost first"), rows)

@@ -85,7 +85,9 @@ def waits(b: Breakdown) -> Iterator[Row]:
     said = _said(b)
     groups: dict[tuple[str, str, str], list[int]] = {}
     for wait in b.waits or []:
-        groups.setdefault((wait.phase, wait.thread, described(wait.stack)), []).append(wait.duration_ns)
+        groups.setdefault((wait.phase, wait.thread, described(wait.stack, wait.user_stack)), []).append(
+            wait.duration_ns
+        )
     ordered = sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0]))
     shown = 0
     for (phase, thread, place), durations in ordered:

@@ -109,13 +109,17 @@ def _with_comm(target: Target) -> Target:
 class Session:
     """A prepared run: programs compiled and loaded, nothing attached yet. Use as a context manager."""
 
-    def __init__(self, targets: Sequence[Target], tier: str = AUTO, *, grows: bool = False) -> None:
-        """`tier`: attach tier of the probes, one of `probes.tiers.NAMES`. `grows`: `add` will be called."""
+    def __init__(
+        self, targets: Sequence[Target], tier: str = AUTO, *, grows: bool = False, user_stacks: bool = False
+    ) -> None:
+        """`tier`: attach tier of the probes, one of `probes.tiers.NAMES`. `grows`: `add` will be called.
+        `user_stacks`: as in `Tracer`.
+        """
         namespaces.require_host_pids()
         require_alive(targets)
         self.targets = tuple(targets)
         pids = [target.pid for target in targets]
-        self._tracer = Tracer(() if grows else pids, tier=tier)
+        self._tracer = Tracer(() if grows else pids, tier=tier, user_stacks=user_stacks)
         if grows:
             for pid in pids:
                 self._tracer.add(pid)

@@ -68,6 +68,7 @@ class Remote:
     far: FarEnd
     """What the migration needs on the other host."""
     tier: str = "auto"
+    user_stacks: bool = False
     recorder: Recorder | None = None
     header: Header | None = None
     problem: str = ""
@@ -121,6 +122,7 @@ class Remote:
         """
         name = f"the {self.role}'s host {printable(self.host.host)}"
         options = ["record", *self.far.record, "--tier", self.tier, "--until-eof", "--output", "-"]
+        options += ["--user-stacks"] if self.user_stacks else []
         if self.api and self.host.command is not None:
             guard.enter_context(_Relay(self.host, self.far.socket, self.api))
         forward = (self.api, self.far.socket) if self.api else None

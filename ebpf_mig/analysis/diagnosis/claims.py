@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, shared
-from ebpf_mig.analysis.diagnosis.frames import described, meaningful, plain
+from ebpf_mig.analysis.diagnosis.frames import callers, described, meaningful, plain
 from ebpf_mig.analysis.lost_cpu import PREEMPTED, QUEUED, RUNNABLE
 from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.breakdown import FetchIoctl, PhaseName, Side, Transport, Wire
@@ -71,7 +71,7 @@ def sleepers(rows: Iterable[tuple[Sleep, int]]) -> list[str]:
     """`19.400 ms in 6 sleeps of NAME in synchronize_srcu (...)`, the longest first. `rows` have the ns of each."""
     sums: dict[tuple[str, str], list[int]] = defaultdict(list)
     for sleep, ns in rows:
-        sums[sleep.thread, described(sleep.stack)].append(ns)
+        sums[sleep.thread, described(sleep.stack, sleep.user)].append(ns)
     longest = sorted(sums.items(), key=lambda item: (-sum(item[1]), item[0]))[:_MOST_THREADS]
     return [
         f"{ms(sum(parts))} ms in {len(parts)} {'sleeps' if len(parts) > 1 else 'sleep'} of {thread}"
@@ -228,12 +228,20 @@ def no_data(facts: Facts) -> Iterator[Claim]:
 
 def other_threads(facts: Facts) -> Iterator[Claim]:
     """Waits for other threads of the same process. A vCPU that is not started yet waits by design."""
-    yield from facts.own(lambda s: meaningful(s.stack) == ("futex_wait",) and not s.vcpu)
+    for claim in facts.own(lambda s: meaningful(s.stack) == ("futex_wait",) and not s.vcpu):
+        yield _called(claim, "{side} waits for another of its own threads")
 
 
 def no_name(facts: Facts) -> Iterator[Claim]:
     """Waits whose stack names no cause: on a timer, in poll, or without a stack."""
-    yield from facts.own(lambda s: not s.vcpu and not (s.stack and s.stack[0].startswith("(")))
+    for claim in facts.own(lambda s: not s.vcpu and not (s.stack and s.stack[0].startswith("("))):
+        yield _called(claim, "{side} sleeps")
+
+
+def _called(claim: Claim, what: str) -> Claim:
+    """With the VMM's own function that waits, if it was recorded."""
+    behind = callers(claim.sleep.user) if claim.sleep else ()
+    return replace(claim, what=f"{what}, in {behind[0]}") if behind else claim
 
 
 def at_work(facts: Facts) -> Iterator[Claim]:
