@@ -83,11 +83,13 @@ def observe(analysis: Analysis) -> list[Stack]:
 
 def _waits(side: Side, process: Process, phases: _Phases) -> Iterator[tuple[_Key, int, int]]:
     for wait in process.off_cpu:
+        counted = False
         for begin, end, stack in lost_cpu.parts(process, wait) if wait.end_ns > wait.begin_ns else ():
-            for at, (phase, duration) in enumerate(phases.of(begin, end)):
+            for phase, duration in phases.of(begin, end):
                 frames = (*stack, *process.user_half(wait, stack))
                 key = Kind.OFF_CPU, side, phase, _thread(process, wait.tid), frames or (NO_STACK,)
-                yield key, duration, int(at == 0)
+                yield key, duration, int(not counted)
+                counted = True
 
 
 def _samples(side: Side, process: Process, phases: _Phases) -> Iterator[tuple[_Key, int, int]]:

@@ -54,7 +54,7 @@ _SCENARIOS = "\b\nScenarios:\n" + "\n".join(f"  {name:14} {what}" for name, (wha
 _EXAMPLES = examples(
     "ebpf-mig bench slow-dirty -n 20 -o before.json",
     "ebpf-mig bench idle -n 5 --sweep memory=1GiB,2GiB,4GiB -o memory.json",
-    "ebpf-mig bench slow-dirty --vmm-binary ./old --versus vmm-binary=./new --fail-if 'blackout.p50>+5%'",
+    "ebpf-mig bench idle --versus transport=unix --fail-if 'blackout.p50>+5%'",
     "ebpf-mig bench slow-dirty --vcpus 4 --keep recordings -o four.json",
     "ebpf-mig bench -n 10 -- ./migrate-once.sh {recording}",
 )

@@ -224,7 +224,7 @@ def _rules(row: dict[Any, Any]) -> Rules | None:
 def _readable(name: str) -> str:
     """`vmm::vm::Vm::pause` for Rust's `_ZN3vmm2vm2Vm5pause17h0123456789abcdefE`; other names stay."""
     if not name.startswith("_ZN") or not name.endswith("E"):
-        return name.partition("@")[0]
+        return name.partition("@")[0].removeprefix("__GI_")  # how glibc names its own copy of a function
     parts, rest = [], name[3:-1]
     while match := re.match(r"\d+", rest):
         begin, size = match.end(), int(match[0])

@@ -27,7 +27,7 @@ _OUTER = re.compile(r"_*(x64|ia32|arm64|se)_(compat_)?sys_\w+|_*do_?sys(call)?_\
 
 
 _LIBRARY = re.compile(
-    r"(__GI_)?_*(p?poll|p?select|epoll_p?wait2?|futex\w*|lll_\w+|pthread_\w+|(clock_)?nanosleep(64)?|u?sleep|syscall|ioctl"
+    r"_*(p?poll|p?select|epoll_p?wait2?|futex\w*|lll_\w+|pthread_\w+|(clock_)?nanosleep(64)?|u?sleep|syscall|ioctl"
     r"|(recv|send)(from|to|m?msg)?|p?(read|write)v?(64)?(_nocancel)?|libc_\w+|start_thread|clone3?|g_\w+|start|main"
     r"|\w*cond_(timed)?wait\w*|\w+_poll_ns|do_run_on_cpu|run_on_cpu|\w+_thread_join)"
     r"|<?(core|std|alloc|flume|parking_lot\w*|vm_memory|kvm_ioctls)::.*|_RN.*3std.*|.*\+0x[0-9a-f]+",

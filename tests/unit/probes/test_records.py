@@ -17,7 +17,7 @@ from ebpf_mig.recording.kinds import KINDS, Record
 from ebpf_mig.recording.layout import Layout
 
 RECORDS = {kind.event: kind.record for kind in KINDS if kind.record}
-PLAIN = [event for event in RECORDS if event not in (ev.Socket, ev.OffCpu, ev.Samples)]
+PLAIN = [event for event in RECORDS if event not in (ev.Socket, ev.OffCpu, ev.Samples, ev.UserStack)]
 
 
 def record_of(record: Record, values: dict[str, int | list[int]]) -> bytes:

@@ -34,6 +34,13 @@ def written(*events: Event) -> bytes:
     return stream.getvalue()
 
 
+def put(event: Event, field: str, value: int) -> Event:
+    """The event with this value in a field, or as the only item of it."""
+    was = getattr(event, field)
+    new = {"x": value} if isinstance(was, dict) else (value,) if isinstance(was, tuple) else value
+    return msgspec.structs.replace(event, **{field: new})
+
+
 FIELDS = [(kind.event, name) for kind in KINDS for name in kind.ranges]
 
 
@@ -41,13 +48,8 @@ FIELDS = [(kind.event, name) for kind in KINDS for name in kind.ranges]
 def test_what_is_out_of_range_is_damage_and_the_rest_is_read(kind: type[Event], field: str) -> None:
     good = filled(kind, "x")
     found = BY_TYPE[kind].ranges[field]
-    is_map = isinstance(getattr(good, field), dict)
-
-    def having(value: int) -> Event:
-        return msgspec.structs.replace(good, **{field: {"x": value} if is_map else value})
-
-    wrong = [having(value) for value in (found.least - 1, found.most + 1) if LEAST <= value <= MOST]
-    edges = [having(found.least), having(found.most)]
+    wrong = [put(good, field, value) for value in (found.least - 1, found.most + 1) if LEAST <= value <= MOST]
+    edges = [put(good, field, found.least), put(good, field, found.most)]
     recording = read_recording(written(good, *wrong, *edges, good))
     assert recording.events == [good, *edges, good]
     if wrong:
@@ -70,10 +72,7 @@ def test_events_at_the_edges_of_their_ranges_make_a_report() -> None:
         for kind in KINDS:
             event = filled(kind.event, "x")
             changes = {name: getattr(found, edge) for name, found in kind.ranges.items() if name not in ("pid", "tid")}
-            events += [
-                msgspec.structs.replace(event, **{name: {"x": v} if isinstance(getattr(event, name), dict) else v})
-                for name, v in changes.items()
-            ] * 3
+            events += [put(event, name, value) for name, value in changes.items()] * 3
         recording = read_recording(written(*events))
         assert not recording.reason
         header = filled(Header, "x")
