@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.linux import btf
+from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background jobs ignore SIGINT. Children inherit that, and then Ctrl-C cannot be tested.
@@ -116,6 +117,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bpftrace": lambda: shutil.which("bpftrace") is not None,
     "x86-64": lambda: platform.machine() == "x86_64",
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
+    "QEMU": lambda: shutil.which(DEFAULT_BINARY) is not None,
     "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
     "tc with tbf and veth": lambda: _succeeds("unshare", "--net", sys.executable, "-c", _LIMIT_A_LINK),
     "iptables with length and statistic": lambda: _succeeds("unshare", "--net", "sh", "-c", _LOSE_A_SEGMENT),
@@ -156,6 +158,8 @@ DISTURBED = Path(__file__).parent / "integration"
 """Tests with real VMs and clocks. Another process of the machine can take the CPU from a witness at any instant."""
 MOST_RERUNS = 6
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
+LAB = (*TRACING[:-1], "QEMU")
+"""What the lab's own VMs need, on x86-64 or arm64."""
 
 
 def requires(*features: str) -> pytest.MarkDecorator:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny guest: a PVH ELF of some hundred bytes that dirties memory at a known pace and beats on the serial port.
+"""The tiny guest for x86-64: a PVH ELF that dirties memory at a known pace and beats on the serial port.
 
 In: vCPUs, working set and pace. Out: the bytes of an ELF64 file that QEMU, Cloud Hypervisor and Firecracker boot in
 milliseconds with no firmware, initrd or disk. Every vCPU increments one word a page over an area of its own, from
@@ -154,6 +154,16 @@ def _code(vcpus: int, pages: int, cycles: int | None) -> tuple[bytes, int]:
     return c.finish(), c.base
 
 
+def checked_pages(vcpus: int, working_set_bytes: int) -> int:
+    """The pages of a working set; ValueError if the numbers are out of range."""
+    pages = working_set_bytes // PAGE
+    if not 1 <= vcpus <= 26:
+        raise ValueError("1 to 26 vCPUs: each has a letter")
+    if pages < 1 or FIRST_BYTE + vcpus * pages * PAGE > 3 << 30:
+        raise ValueError("the working sets must be at least a page each and fit below 3 GiB")
+    return pages
+
+
 def build_guest(
     vcpus: int = 1, working_set_bytes: int = 16 << 20, pages_per_s: int | None = None, tsc_khz: int = 0
 ) -> bytes:
@@ -162,11 +172,7 @@ def build_guest(
     `pages_per_s` None: as fast as possible; otherwise `tsc_khz` must be the TSC frequency that the guest will see. The
     guest needs `FIRST_BYTE + vcpus * working_set_bytes` of memory. ValueError if the numbers are out of range.
     """
-    pages = working_set_bytes // PAGE
-    if not 1 <= vcpus <= 26:
-        raise ValueError("1 to 26 vCPUs: each has a letter")
-    if pages < 1 or FIRST_BYTE + vcpus * pages * PAGE > 3 << 30:
-        raise ValueError("the working sets must be at least a page each and fit below 3 GiB")
+    pages = checked_pages(vcpus, working_set_bytes)
     cycles = None
     if pages_per_s is not None:
         cycles = tsc_khz * 1000 // pages_per_s

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 from dataclasses import dataclass
 
 from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.lab.guest import FIRST_BYTE, build_guest
+from ebpf_mig.lab.guest_arm64 import build_arm64_guest
 from ebpf_mig.linux import kvm
 
 MIB = 1 << 20
+ARM64 = platform.machine() == "aarch64"
 _UNPACED = 10_000
 """Pages/s that an emulated vCPU reaches even when it shares a core with three others."""
 
@@ -54,9 +57,17 @@ class Scenario:
                 f"use --memory {-(-needed // MIB)}MiB or more",
             )
         try:
+            if ARM64:
+                return build_arm64_guest(self.vcpus, self.working_set_bytes, self.pages_per_s)
             return build_guest(self.vcpus, self.working_set_bytes, self.pages_per_s, tsc_khz())
         except ValueError as error:
             raise UsageError(f"no guest can be made of these numbers: {error}") from error
+
+
+def require_x86(manager: str) -> None:
+    """PreflightError on arm64, for a lab whose VMs are described for x86-64 only."""
+    if ARM64:
+        raise PreflightError(f"the lab has no VMs of {manager} for arm64", "use the default VMM, or your own VMs")
 
 
 def tsc_khz() -> int:

@@ -23,7 +23,7 @@ import pytest
 
 from ebpf_mig.linux.bpf import SYS_BPF
 from ebpf_mig.vmm.qemu.lab import QemuPair
-from tests.conftest import TRACING, requires
+from tests.conftest import LAB, TRACING, requires
 from tests.integration.migrations import QUICK
 
 DEMO = ["demo", "--memory", "128MiB", "--working-set", "2MiB", "--dirty-rate", "20000"]
@@ -80,7 +80,7 @@ def nothing_left(directory: Path) -> None:
 
 
 @pytest.mark.everywhere("demo")
-@requires(*TRACING)
+@requires(*LAB)
 def test_demo_json_is_alone_on_stdout(
     tmp_path: Path, lab_directory: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -180,7 +180,7 @@ def test_killed_outright_nothing_survives(tmp_path: Path, lab_directory: Path) -
 
 @pytest.mark.everywhere("migrate")
 @pytest.mark.times
-@requires(*TRACING)
+@requires(*LAB)
 def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
     """The user's own VMs: one process migrates, another only records. Both report the same blackout."""
     with QemuPair(QUICK) as pair:
@@ -205,7 +205,7 @@ def test_migrate_and_record_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.everywhere("record")
-@requires(*TRACING)
+@requires(*LAB)
 def test_record_ends_with_its_command(tmp_path: Path) -> None:
     with QemuPair(QUICK) as pair:
         result = run(tmp_path, "record", "--pid", str(pair.source.pid), "-o", "idle.rec", "--", "true")

@@ -20,8 +20,8 @@ PACKAGES = (
     "qemu-system-x86"
 )
 ARM64_PACKAGES = (
-    "bash,busybox-static,coreutils,dash,debianutils,grep,iproute2,kmod,libc-bin,mount,procps,python3,python3-bpfcc,sed,"
-    "util-linux"
+    "bash,busybox-static,coreutils,dash,debianutils,grep,iproute2,kmod,libc-bin,mount,procps,python3,python3-bpfcc,"
+    "qemu-system-arm,sed,util-linux"
 )
 """Packages that are unpacked but not configured, so that none of their programs has to run here."""
 UNUSED = ("doc", "man", "locale", "info")

@@ -22,7 +22,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.netns import ADDRESSES, PORT, Link
-from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.lab.scenario import MIB, Scenario, require_x86
 from ebpf_mig.linux import kvm
 from ebpf_mig.linux.process import private_directory, spawn, stop
 from ebpf_mig.vmm.cloud_hypervisor.migration import ChOptions
@@ -123,6 +123,7 @@ class ChPair:
         link: Link | None = None,
     ) -> None:
         """`preload` False: a KVM that cannot save nested state fails the migration, after the stop."""
+        require_x86("Cloud Hypervisor")
         self.scenario = scenario
         self.binary = find_binary(binary)
         self.local = local

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.netns import ADDRESSES, Link
-from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.lab.scenario import MIB, Scenario, require_x86
 from ebpf_mig.linux.process import private_directory, spawn, stop
 
 NAME = "ebpf-mig-demo"
@@ -110,6 +110,7 @@ class LibvirtHosts:
 
     def __init__(self, scenario: Scenario, binary: str | None = None) -> None:
         """`binary`: the QEMU that libvirt starts."""
+        require_x86("libvirt")
         require_programs()
         self.scenario = scenario
         self._binary = shutil.which(binary or "qemu-system-x86_64")

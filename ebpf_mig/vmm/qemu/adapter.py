@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import platform
 import re
 import shlex
 import shutil
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from ebpf_mig.vmm.base import Migration, RemoteEnd
     from ebpf_mig.vmm.witness import VmmWitness
 
-DEFAULT_BINARY = "qemu-system-x86_64"
+DEFAULT_BINARY, PACKAGE = (
+    ("qemu-system-aarch64", "qemu-system-arm")
+    if platform.machine() == "aarch64"
+    else ("qemu-system-x86_64", "qemu-system-x86")
+)
 _CPR_CHANNEL = re.compile(r"channel-type[\"']?\s*[:=]\s*[\"']?cpr\b")
 NORMAL = "normal"
 LIVE_UPDATES = ("cpr-transfer", "cpr-exec")
@@ -131,7 +136,7 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         """Which QEMU the lab would use."""
         path = shutil.which(DEFAULT_BINARY)
         if path is None:
-            yield Check("QEMU", WARN, "not found; needed by demo only", "apt-get install qemu-system-x86")
+            yield Check("QEMU", WARN, "not found; needed by demo only", f"apt-get install {PACKAGE}")
             return
         run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
         first = (run.stdout.splitlines() or ["unknown version"])[0]

@@ -20,9 +20,9 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.netns import ADDRESSES, PORT, Link
-from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.lab.scenario import ARM64, MIB, Scenario
 from ebpf_mig.linux.process import private_directory, spawn, stop
-from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
+from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY, PACKAGE
 from ebpf_mig.vmm.qemu.migration import QemuOptions
 
 _START_S = 30.0
@@ -56,7 +56,7 @@ def find_binary(wanted: str | None) -> str:
     if path is None:
         raise PreflightError(
             f"no {wanted or DEFAULT_BINARY} found",
-            "apt-get install qemu-system-x86, or name the binary with --vmm-binary",
+            f"apt-get install {PACKAGE}, or name the binary with --vmm-binary",
         )
     return path
 
@@ -109,11 +109,12 @@ class QemuPair:
     def _command(self, role: str, qmp: Path) -> list[str]:
         s = self.scenario
         accel = "kvm" if s.dirty_ring is None else f"kvm,dirty-ring-size={s.dirty_ring}"
-        command = [self.binary, "-name", f"ebpf-mig-{role},debug-threads=on", "-machine", "pc", "-accel", accel]
+        machine = ["virt,gic-version=host", "-cpu", "host"] if ARM64 else ["pc"]
+        command = [self.binary, "-name", f"ebpf-mig-{role},debug-threads=on", "-machine", *machine, "-accel", accel]
         command += ["-m", str(s.memory_bytes // MIB), "-smp", str(s.vcpus)]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on"]
         command += ["-serial", "stdio", "-qmp", f"unix:{qmp},server=on,wait=off"]
-        if self._has_fast_firmware():
+        if not ARM64 and self._has_fast_firmware():
             command += ["-bios", _FAST_FIRMWARE]
         return command + [part.replace("{role}", role).replace("{dir}", str(self.directory)) for part in self._extra]
 
