@@ -5,6 +5,9 @@
 
 PYTHON=/usr/bin/python3 # the distribution's: its bcc is built for it
 
+QEMU=qemu-system-x86
+[ "$(uname -m)" != aarch64 ] || QEMU=qemu-system-arm
+
 say() { printf 'ebpf-mig: %s\n' "$*" >&2; }
 fail() { say "$1"; exit 3; }
 
