@@ -7,6 +7,7 @@ its build ID is that of the recording. A stack's other frames stay as they are.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,8 @@ from ebpf_mig.recording.file import Recording
 
 LOCAL, DEBUGINFOD = "local", "debuginfod"
 _ASK_S = 90
+_BUILD_ID = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
+"""A recording is untrusted, and its build IDs become parts of paths and arguments."""
 _CLIENT = "debuginfod-find"
 
 
@@ -37,7 +40,9 @@ def named(recording: Recording, where: str) -> Recording:
         if not name
     }
     by_build_id = {modules[key].build_id: modules[key] for key in sorted(wanted & modules.keys())}
-    files = {build_id: _files(module, where) for build_id, module in by_build_id.items() if build_id}
+    files = {
+        build_id: _files(module, where) for build_id, module in by_build_id.items() if _BUILD_ID.fullmatch(build_id)
+    }
     found = {key: (module.bias, files.get(module.build_id, [])) for key, module in modules.items()}
     events = [_with_names(event, found) if isinstance(event, UserStack) else event for event in recording.events]
     return replace(recording, events=events)
@@ -62,6 +67,8 @@ def _files(module: Module, where: str) -> list[Elf]:
 
 def _opened(path: Path, build_id: str) -> Elf | None:
     try:
+        if not path.is_file():  # a FIFO would block
+            return None
         elf = Elf(path.open("rb"))
     except (OSError, ValueError):
         return None
