@@ -49,7 +49,9 @@ def typed(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
 def place(directory: Path) -> None:
     """The recordings, where the pages say that they are."""
     (directory / "tests").mkdir()
+    (directory / "docs").mkdir()
     (directory / "tests" / "data").symlink_to(ROOT / "tests" / "data")
+    (directory / "docs" / "cases").symlink_to(ROOT / "docs" / "cases")
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
