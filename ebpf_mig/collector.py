@@ -23,6 +23,7 @@ from ebpf_mig.analysis import (
     dirty_log,
     drivers,
     fetch_split,
+    hops,
     live_update,
     lost_cpu,
     notes,
@@ -108,6 +109,7 @@ def analyse(recording: Recording) -> Analysis:
         throttled=_throttled(traced),
         management=_management(traced, attribution),
         stolen=_stolen(traced, window),
+        hops=hops.observe(traced, origin),
     )
     if recording.header.remote is not None:
         breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)

@@ -82,7 +82,8 @@ def _runs_anew(case: TracedMigration) -> bool:
 
 def _of_a_paused_guest(case: TracedMigration) -> Result:
     """No vCPU stopped for the migration; its destination may be set going at any time later."""
-    if _started(case.destination) or (not _runs(case.source) and _handed_over(case, case.since)):
+    taken = _handed_over(case, case.since) or _loaded_there(case)
+    if _started(case.destination) or (not _runs(case.source) and taken):
         return Result.COMPLETED
     return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
 
@@ -204,6 +205,17 @@ def _handed_over(case: TracedMigration, stop: int) -> bool:
     answers = [t for t in case.source_transfers if t.direction == RECEIVE and t.bytes and t.end_ns > max(last, stop)]
     closed = [mark for mark in case.material.marks if mark.name == CLOSED and mark.value in case.channels.source]
     return bool(answers or closed)
+
+
+def _loaded_there(case: TracedMigration) -> bool:
+    """Whether the destination wrote its vCPUs' state after the source's last send.
+
+    It does so once all state has come (QEMU: `cpu_synchronize_all_post_init` at the end of `qemu_loadvm_state`).
+    """
+    last = max((t.begin_ns for t in case.sends), default=None)
+    if last is None or case.destination is None:
+        return False
+    return any(i.begin_ns >= last and kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET for i in case.destination.ioctls)
 
 
 def _saved(case: TracedMigration) -> bool:

@@ -282,6 +282,10 @@ class Material:
     """The recording was cut off."""
     unknown: int
     """The number of events that this version cannot read."""
+    hops: dict[int, Process] = field(default_factory=dict)
+    """The processes that pass the migration's bytes on, by pid. They are not in `processes`."""
+    hop_names: dict[int, str] = field(default_factory=dict)
+    """Their names."""
 
     def absent(self, signal: str) -> bool:
         """Whether the recording reports that the signal could not be traced."""
@@ -323,7 +327,10 @@ def split(recording: Recording) -> Material:
     costs: list[ev.OwnCost] = by_kind[ev.OwnCost]
     marks.sort(key=_key)
     costs.sort(key=_key)
-    return Material(recording.header, processes, marks, _last(endings), costs, recording.truncated, recording.unknown)
+    names = {mark.pid: mark.detail for mark in marks if mark.name == ev.HOP and mark.pid not in targets}
+    hops = {pid: processes.pop(pid) for pid in names if pid in processes}
+    truncated, unknown = recording.truncated, recording.unknown
+    return Material(recording.header, processes, marks, _last(endings), costs, truncated, unknown, hops, names)
 
 
 def _tcp_key(event: ev.TcpInfo) -> tuple[int, int, list[tuple[str, int]]]:

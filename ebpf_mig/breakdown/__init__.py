@@ -25,7 +25,7 @@ from ebpf_mig.breakdown.dirty_log import (
     Stretch,
     VcpuShare,
 )
-from ebpf_mig.breakdown.network import Postcopy, Served, SocketUse, Wire
+from ebpf_mig.breakdown.network import Hop, Postcopy, Served, SocketUse, Wire
 from ebpf_mig.breakdown.vocabulary import (
     IMMEDIATE,
     PHASES,
@@ -60,6 +60,7 @@ __all__ = [
     "Fetch",
     "FetchIoctl",
     "FinalFetch",
+    "Hop",
     "Innocent",
     "LiveUpdate",
     "Logging",
@@ -306,6 +307,10 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """What dominates the downtime, why, and what would help. Null: the breakdown was made by an earlier version."""
     stolen: list[Stolen] | None = None
     """CPUs that lost time to a hypervisor below the host, the most first; null: not read around the window."""
+
+    hops: list[Hop] | None = None
+    """The processes on this host that passed the migration's last byte on, from the source on; null: none was
+    followed."""
 
     @property
     def came_back(self) -> bool:

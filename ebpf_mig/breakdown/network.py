@@ -55,6 +55,23 @@ class Wire(Struct, frozen=True, kw_only=True):
     (postcopy); empty if the source's work is unknown."""
 
 
+class Hop(Struct, frozen=True, kw_only=True):
+    """A process on this host that passed the migration's bytes on, and when it did so with the last byte."""
+
+    process: str
+    """Its name."""
+    pid: int
+    """Its process id."""
+    sent: int
+    """When the process before it had sent the last byte, ns from the window's begin."""
+    unread_ns: int
+    """From there until this process had read it, ns."""
+    held_ns: int
+    """From there until this process had sent it, ns."""
+    delay_ns: int
+    """unread + held: what it added to the last byte's way, ns."""
+
+
 class Served(Struct, frozen=True, kw_only=True):
     """What a destination received in postcopy during a span of time; approximate where calls were coalesced."""
 

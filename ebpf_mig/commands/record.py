@@ -82,7 +82,7 @@ def command(
     require_tracing()
     require_alive(targets)
     require_kvm(targets)
-    with Session(targets, tier, grows=followed is not None, user_stacks=user_stacks) as session:
+    with Session(targets, tier, grows=True, user_stacks=user_stacks) as session:
         header = session.arm()
         if pids:
             _report_if_paused(pids[0], alone=len(pids) == 1)
@@ -98,7 +98,9 @@ def command(
             arrive = functools.partial(_arrive, session, followed)
             try:
                 with LiveLine(watch, plain=not until_eof and output != "-", shared=child is not None) as live:
-                    reason = session.pump(writer, _until(pids, duration, child, until_eof, witness, arrive, live))
+                    reason = session.pump(
+                        writer, _until(pids, duration, child, until_eof, witness, arrive, session.follow, live)
+                    )
             finally:
                 try:
                     session.finish(writer, reason, witness.marks())
@@ -155,12 +157,14 @@ def _until(
     until_eof: bool,
     witness: Witness,
     arrive: Callable[[], list[int]],
+    follow: Callable[[int], None],
     live: LiveLine,
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
     """The condition that ends tracing. While COMMAND runs, the end of a migration does not."""
     watch, known = live.watch, list(pids)
     begin = clock.monotonic_ns()
     ended = 0
+    hops: set[int] = set()
 
     def until(events: Sequence[AnyEvent]) -> str | None:
         nonlocal ended
@@ -168,10 +172,14 @@ def _until(
             known.append(pid)
             watch.joined(pid)
             witness.joined(pid)
-        watch.saw(events)
-        live.show(events)
+        own = run.without_hops(events, hops)
+        watch.saw(own)
+        live.show(own)
         now = clock.monotonic_ns()
         witness.look(watch, now)
+        for pid in witness.hops - hops:
+            hops.add(pid)
+            follow(pid)
         if duration_ns is not None and now - begin >= duration_ns:
             return "duration"
         if until_eof and _input_ended():

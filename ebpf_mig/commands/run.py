@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from ebpf_mig.linux.process import is_private
 from ebpf_mig.probes.tiers import AUTO, NAMES
 from ebpf_mig.recording.events import AnyEvent, Header, Mark
 from ebpf_mig.recording.file import RecordingWriter, default_name, read_recording
+from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.session import Session
 from ebpf_mig.tracing.witness import Witness
@@ -163,15 +164,20 @@ def _pump_until_done(
     pids = [target.pid for target in session.targets]
     watch, witness = MigrationWatch(pids), Witness(pids)
     live = LiveLine(watch)
+    hops: set[int] = set()
 
     def until(events: Sequence[AnyEvent]) -> str | None:
         for target in migration.appeared():
             session.add(target)
             watch.joined(target.pid)
             witness.joined(target.pid)
-        watch.saw(events)
-        live.show(events)
+        own = without_hops(events, hops)
+        watch.saw(own)
+        live.show(own)
         run.neighbours += witness.meet(watch, clock.monotonic_ns())
+        for pid in witness.hops - hops:
+            hops.add(pid)
+            session.follow(pid)
         if give_up_ns and not run.ended_ns and clock.monotonic_ns() >= give_up_ns:
             say(f"the VMM has not cancelled the migration within {CANCEL_S:.0f} s; it is left alone and may complete")
             run.given_up = True
@@ -192,6 +198,11 @@ def _pump_until_done(
             run.called_off.set()
             give_up_ns = clock.monotonic_ns() + int(CANCEL_S * 10**9)
             threading.Thread(target=migration.cancel, name="cancel", daemon=True).start()
+
+
+def without_hops(events: Sequence[AnyEvent], hops: Collection[int]) -> Sequence[AnyEvent]:
+    """The events of VMMs: without those of the processes `hops`, which only pass the migration's bytes on."""
+    return [event for event in events if pid_of(event) not in hops] if hops else events
 
 
 def show(name: str, form: str, color: str) -> Breakdown:

@@ -34,7 +34,7 @@ from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
-from ebpf_mig.recording.events import AnyEvent, Ending, Target
+from ebpf_mig.recording.events import AnyEvent, Ending, Target, Transfer
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.session import header_for
 from ebpf_mig.tracing.witness import Witness
@@ -79,6 +79,7 @@ class NodeWatch:
         self._probe, self._tracer = load_apart(Symbols.of_kernel)
         self._tracks = Tracks(Witness, self._tracer.pending)
         self._vms: dict[int, Known] = {}
+        self._hops: set[int] = set()
         self._checks: list[tuple[float, int]] = []
         self._armed = False
         self._armed_at = 0.0
@@ -132,10 +133,18 @@ class NodeWatch:
         over: list[Ended] = []
         with self._troubles.of("events", "the migrations that are over"):
             over = self._tracks.over(clock.monotonic_ns(), self._alive)
+        self._follow()
         for ended in over:
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
                 self._end(ended)
         self._rest()
+
+    def _follow(self) -> None:
+        """Traces the processes that pass the bytes of a migration on, too."""
+        for pid in self._tracks.hops - self._hops:
+            self._hops.add(pid)
+            with self._troubles.of("vm", f"process {pid} on a migration's way"):
+                self._tracer.follow(pid)
 
     def _saw(self, events: list[AnyEvent]) -> None:
         with self._troubles.of("events", f"{len(events)} events"):
@@ -301,8 +310,13 @@ class NodeWatch:
         for pid in ended.pids:
             with self._troubles.of("vm", f"the end of tracing process {pid}"):
                 rest += self._tracer.names(pid) if pid in self._tracks else self._tracer.remove(pid)
+        unused = self._hops.intersection(ended.hops) - self._tracks.hops
+        for pid in unused:
+            with self._troubles.of("vm", f"the end of tracing process {pid}"):
+                rest += [event for event in self._tracer.remove(pid) if isinstance(event, Transfer)]
+        self._hops -= unused
         late = self._tracer.poll(0)
-        gone = [pid for pid in ended.pids if pid not in self._tracks]
+        gone = [*(pid for pid in ended.pids if pid not in self._tracks), *unused]
         rest += [event for event in late if pid_of(event) in gone]
         self._saw(late)
         lost, unpaired, run_ns = self._account()

@@ -34,6 +34,8 @@ class Track:
     watch: MigrationWatch
     witness: Witness | None = None
     events: list[AnyEvent] = field(default_factory=list)
+    passed_on: list[AnyEvent] = field(default_factory=list)
+    """What processes between the two sides sent and received."""
     logging: set[int] = field(default_factory=set)
     fetched: set[tuple[int, int]] = field(default_factory=set)
     restored: set[int] = field(default_factory=set)

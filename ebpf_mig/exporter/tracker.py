@@ -56,6 +56,8 @@ class Ended:
     events: list[AnyEvent]
     thinned: int
     doubtful: bool = False
+    hops: tuple[int, ...] = ()
+    """Processes that were followed because they pass the migration's bytes on."""
 
 
 class Tracks:
@@ -84,6 +86,12 @@ class Tracks:
     def pids(self) -> list[int]:
         """All traced processes."""
         return list(self._by_pid)
+
+    @property
+    def hops(self) -> set[int]:
+        """The processes that pass the bytes of a traced migration on."""
+        found = [track.witness.hops for track in self._open() if track.witness is not None]
+        return set().union(*found) - self._by_pid.keys()
 
     def begin(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> None:
         """Traces `pid` from now on, or extends its probation. `fresh`: its guest has not run yet."""
@@ -117,6 +125,10 @@ class Tracks:
         batches: dict[int, list[AnyEvent]] = {}
         for event in events:
             pid = pid_of(event)
+            if isinstance(event, Transfer | Socket) and pid not in self._by_pid:
+                for track in self._open():
+                    if track.witness is not None and pid in track.witness.hops:
+                        track.passed_on.append(event)
             if pid is not None and (pid in self._by_pid or self._passed_with(pid)):
                 if isinstance(event, Exec) and pid in self._by_pid and pid not in self._by_pid[pid].fresh:
                     event = replace(event, had_vm=1)  # noqa: PLW2901 - all that is seen may be the new program's
@@ -308,6 +320,7 @@ class Tracks:
         first.handed |= second.handed
         if first.witness is not None and second.witness is not None:
             first.witness.merge(second.witness)
+        first.passed_on += second.passed_on
         first.thinned += second.thinned
         first.until_ns = max(first.until_ns, second.until_ns)
         for pid in second.pids:
@@ -333,5 +346,8 @@ class Tracks:
     @staticmethod
     def _ended(track: Track, reason: str) -> Ended:
         marks = track.witness.marks() if track.witness is not None else ()
-        events = [*track.events, *marks]
-        return Ended(tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned, track.doubtful)
+        events = [*track.events, *track.passed_on[-KEPT_EVENTS:], *marks]
+        hops = tuple(track.witness.hops) if track.witness is not None else ()
+        return Ended(
+            tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned, track.doubtful, hops
+        )

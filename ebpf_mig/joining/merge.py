@@ -27,7 +27,7 @@ from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.coalesce import read_coalesced
 from ebpf_mig.recording.events import LATEST
 from ebpf_mig.recording.file import Recording
-from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS
+from ebpf_mig.recording.kinds import BY_TYPE, OF_A_PROCESS, pid_of
 from ebpf_mig.text import printable
 
 _OTHER_PID = 1 << 32
@@ -62,6 +62,7 @@ def joined(
 
     `pid` (of the source or the destination) selects one of several migrations. Raises JoinError, UsageError.
     """
+    first, second = _without_hops(first), _without_hops(second)
     near, far = survey(names[0], first), survey(names[1], second)
     _refuse_same(near, far)
     found = matching.matches(near.ends, far.ends, names)
@@ -79,6 +80,15 @@ def joined(
         others = ", ".join(str(other.near) for other in found if other is not chosen[0])
         notes.append(f"both recordings also hold migrations of {others}; --pid chooses")
     return _merged(near, far, match, bounds, evidence, notes)
+
+
+def _without_hops(recording: Recording) -> Recording:
+    """The recording without the processes that passed the migration's bytes on: none of them is a side."""
+    hops = {event.pid for event in recording.events if isinstance(event, ev.Mark) and event.name == ev.HOP}
+    if not hops:
+        return recording
+    kept = [e for e in recording.events if pid_of(e) not in hops and not (isinstance(e, ev.Mark) and e.name == ev.HOP)]
+    return replace(recording, events=kept)
 
 
 def _refuse_same(near: Survey, far: Survey) -> None:

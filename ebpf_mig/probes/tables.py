@@ -32,6 +32,11 @@ class ProcessTable:
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1, vcpu_fd=fd)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
 
+    def follow(self, pid: int) -> None:
+        """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran."""
+        processes = self._program.table("processes")
+        processes[ctypes.c_uint32(pid)] = processes.Leaf(running=1)
+
     def remove(self, pid: int) -> None:
         """Stops tracing a process; the accounts of its threads stay."""
         processes = self._program.table("processes")

@@ -168,6 +168,11 @@ class Tracer:
             self._user_stacks.prepare([pid])
         self._polled.follow(pid)
 
+    def follow(self, pid: int) -> None:
+        """Also traces the sends and receives of a process that is no VMM. Only for a tracer without pids; `remove` ends
+        it."""
+        self._processes.follow(pid)
+
     def remove(self, pid: int) -> list[AnyEvent]:
         """Stops tracing a process and returns its remaining events. Call `poll` afterwards."""
         self._processes.remove(pid)

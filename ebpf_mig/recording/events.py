@@ -60,6 +60,7 @@ __all__ = [
     "ENDED",
     "FILE",
     "FORWARDER",
+    "HOP",
     "LATEST",
     "NEIGHBOUR",
     "PIPE",
@@ -242,6 +243,8 @@ NEIGHBOUR, FORWARDER = "session.neighbour", "session.forwarder"
 """Marks from /proc: who holds the other end of a carrier. `detail` is its name and pid, several after `, ` from the VMM
 on; `value` is the carrier's key. A forwarder has sockets of its own, with which it can pass the bytes on.
 """
+HOP = "session.hop"
+"""Mark of a process whose calls are recorded because it passes the migration's bytes on. `detail` is its name."""
 
 
 class CpuQuota(Event, frozen=True, tag=19):

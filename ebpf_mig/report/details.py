@@ -35,6 +35,7 @@ def rows(b: Breakdown) -> Iterator[Row]:
     yield from text_vmm.postcopy(b.postcopy)
     yield from _dirty_log(b)
     yield from text_wire.network(b)
+    yield from text_wire.hops(b)
     yield from text_wire.waits(b)
     yield from text_vmm.witnesses(b.witnesses)
     yield from _trust(b)

@@ -44,6 +44,14 @@ def network(b: Breakdown) -> Iterator[Row]:
         yield Row("", f"{len(carriers) - MAX_SOCKETS} more sockets", verbose=True)
 
 
+def hops(b: Breakdown) -> Iterator[Row]:
+    """What each process on the way added to the last byte."""
+    for at, hop in enumerate(b.hops or []):
+        parts = f"read it after {ms(hop.unread_ns)}, then held it for {ms(hop.held_ns)}"
+        text = f"{printable(hop.process)} {hop.pid} delayed the last byte by {ms(hop.delay_ns)} ms: {parts}"
+        yield Row("" if at else "on the way", text)
+
+
 def _named(role: str) -> str:
     """`source's migration socket` for the role `source migration`."""
     side, _, what = role.partition(" ")

@@ -21,20 +21,22 @@ _STDIN, _STDOUT, _STDERR = range(3)
 _SOCKET = re.compile(r"socket:\[\d+\]", re.ASCII)
 
 
-def marks(carriers: Iterable[Socket], traced: Iterable[int], now_ns: int) -> list[Mark]:
-    """One for each carrier whose other end is held by a process that can be seen."""
+def marks(carriers: Iterable[Socket], traced: Iterable[int], now_ns: int) -> tuple[list[Mark], set[int]]:
+    """One for each carrier whose other end is held by a process that can be seen; and the pids of those processes."""
     wanted, own = list(carriers), set(traced)
     if not wanted:
-        return []
+        return [], set()
     walk = _Walk(own)
     found: list[Mark] = []
+    hops: set[int] = set()
     for carrier in wanted:
         way = walk.way(_link(carrier))
         if way:
             named = ", ".join(f"{printable(procfs.comm(pid)) or 'a process'} {pid}" for pid in way)
             name = FORWARDER if walk.forwards(way[-1]) else NEIGHBOUR
             found.append(Mark(now_ns, carrier.pid, name, named, carrier.socket))
-    return found
+            hops.update(way)
+    return found, hops
 
 
 def _link(carrier: Socket) -> str:

@@ -118,6 +118,7 @@ class Session:
         namespaces.require_host_pids()
         require_alive(targets)
         self.targets = tuple(targets)
+        self._grows = grows
         pids = [target.pid for target in targets]
         self._tracer = Tracer(() if grows else pids, tier=tier, user_stacks=user_stacks)
         if grows:
@@ -139,6 +140,13 @@ class Session:
         """Also traces this process from now on. Only for a session that grows. The header does not list it."""
         self._tracer.add(target.pid)
         self.targets = (*self.targets, target)
+
+    def follow(self, pid: int) -> None:
+        """Also traces the sends and receives of a process that passes the migration's bytes on. Nothing happens in a
+        session that does not grow, nor if the table of processes is full."""
+        if self._grows:
+            with contextlib.suppress(OSError, KeyError):
+                self._tracer.follow(pid)
 
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""

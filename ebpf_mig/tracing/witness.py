@@ -11,11 +11,14 @@ from collections.abc import Iterable, Sequence
 
 from ebpf_mig.linux import procfs
 from ebpf_mig.linux.procfs import carrier_descriptor, is_ending
-from ebpf_mig.recording.events import CLOSED, ENDED, AnyEvent, Mark
+from ebpf_mig.recording.events import CLOSED, ENDED, HOP, AnyEvent, Mark
+from ebpf_mig.text import printable
 from ebpf_mig.tracing import neighbours
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 
 INTERVAL_NS = 50_000_000
+MOST_HOPS = 16
+"""Processes that are followed because they pass a migration's bytes on."""
 SURE_NS = 200_000_000
 """A VMM that still lives this long after it closed its connection is not exiting."""
 
@@ -32,6 +35,8 @@ class Witness:
         self._ended: set[int] = set()
         self._marks: list[Mark] = []
         self._due_ns = 0
+        self.hops: set[int] = set()
+        """Processes that hold the other ends of carriers, and pass on what goes through them."""
 
     def look(self, watch: MigrationWatch, now_ns: int) -> None:
         """Looks for the other ends of new carriers, and checks every process, at most once in `INTERVAL_NS`."""
@@ -53,7 +58,10 @@ class Witness:
         """Looks once for the other end of each carrier that leads out of the traced processes."""
         new = [carrier for carrier in watch.opaque if (carrier.pid, carrier.socket) not in self._met]
         self._met |= {(carrier.pid, carrier.socket) for carrier in new}
-        found = neighbours.marks(new, self._pids, now_ns)
+        found, hops = neighbours.marks(new, self._pids, now_ns)
+        for pid in sorted(hops - self.hops)[: MOST_HOPS - len(self.hops)]:
+            self.hops.add(pid)
+            found.append(Mark(now_ns, pid, HOP, printable(procfs.comm(pid)) or "a process"))
         self._marks += found
         return found
 
@@ -64,6 +72,7 @@ class Witness:
     def merge(self, other: Witness) -> None:
         """Takes over the state of another witness."""
         self._pids |= other._pids
+        self.hops |= other.hops
         self._met |= other._met
         self._descriptors |= other._descriptors
         self._missing |= other._missing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import threading
@@ -119,3 +120,66 @@ def test_watch_makes_one_migration_of_both_halves(forwarder: Forwarder, tmp_path
     assert (found.phase_ns("unattributed") or 0) <= found.window_ns * 0.02
     # STOP comes after the stop and RESUME before the start, by what a busy machine takes for either.
     assert 0 <= found.blackout_ns - (resume - stop) <= 20_000_000
+
+
+class Holding:
+    """A forwarder that holds back whatever ends as QEMU's stream does, with the JSON that describes its state."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+        self.held_ns = 0
+        """Of the last bytes: from its read to its send, on its own clock."""
+
+    def pump(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                read = time.monotonic_ns()
+                if data.endswith(b"]}"):
+                    time.sleep(self.delay_s)
+                other.sendall(data)
+                self.held_ns = time.monotonic_ns() - read
+            other.shutdown(socket.SHUT_WR)
+
+    def serve(self, listener: socket.socket, target: Path) -> None:
+        near, far = listener.accept()[0], socket.socket(socket.AF_UNIX)
+        far.connect(str(target))
+        with near, far:
+            threading.Thread(target=_pump, args=(far, near), daemon=True).start()
+            self.pump(near, far)
+
+
+@pytest.mark.parametrize("delay_ms", [5, 50])
+@pytest.mark.parametrize("tool", ["record", "watch"])
+def test_the_delay_of_a_hop(tool: str, delay_ms: int, tmp_path: Path) -> None:
+    """Within 5 % or 200 us of what the forwarder itself measures."""
+    near, far, state = tmp_path / "near", tmp_path / "far", tmp_path / "state"
+    holding = Holding(delay_ms / 1000)
+    with ExitStack() as stack:
+        pair = stack.enter_context(QemuPair(LASTING, None, NAMED))
+        command = [*PROGRAM, "record", "-o", str(tmp_path / "seen.rec")]
+        command += ["--pid", str(pair.source.pid), "--pid", str(pair.destination.pid)]
+        if tool == "watch":
+            command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
+            command += ["--state-directory", str(state)]
+        tracer = stack.enter_context(running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        assert tracer.stderr is not None
+        assert tracer.stderr.readline()
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(near))
+        listener.listen()
+        forwarder = threading.Thread(target=holding.serve, args=(listener, far), daemon=True)
+        forwarder.start()
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        destination("migrate-incoming", uri=f"unix:{far}")
+        source("migrate-set-parameters", **{"max-bandwidth": LASTING.bandwidth_bytes, "downtime-limit": 1000})
+        source("migrate", uri=f"unix:{near}")
+        assert source.reaches("completed", "failed") == "completed"
+        until(destination.runs)
+        assert tracer.wait(30) == 0
+    seen = report(next(state.glob("*.rec")) if tool == "watch" else tmp_path / "seen.rec")
+    assert seen.hops is not None and seen.migration.result == "completed"
+    (hop,) = seen.hops
+    assert hop.pid == os.getpid() and hop.delay_ns == hop.unread_ns + hop.held_ns
+    assert holding.held_ns >= delay_ms * 1_000_000
+    assert abs(hop.held_ns - holding.held_ns) <= max(200_000, holding.held_ns // 20), (hop, holding.held_ns)
+    assert seen.blackout_ns is not None and seen.blackout_ns > hop.held_ns

@@ -23,7 +23,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux import procfs
-from ebpf_mig.recording.events import FORWARDER, NEIGHBOUR, RECEIVE, SEND, Mark, Transfer
+from ebpf_mig.recording.events import FORWARDER, HOP, NEIGHBOUR, RECEIVE, SEND, Mark, Transfer
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
 from ebpf_mig.vmm.qemu.lab import QemuPair
@@ -88,7 +88,7 @@ def test_the_demo_has_both_ends_and_three_witnesses(tmp_path: Path) -> None:
     assert qemus() == []
     names = {event.name for event in read_recording(path).events if isinstance(event, Mark)}
     # Redaction leaves the other marks as they are. libvirtd made the connection, so it may be beside the source.
-    assert {"session.trigger"} <= names - vmm.words() <= {"session.trigger", NEIGHBOUR, FORWARDER}
+    assert {"session.trigger"} <= names - vmm.words() <= {"session.trigger", NEIGHBOUR, FORWARDER, HOP}
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_a_paused_guest_has_no_blackout() -> None:
         assert len(found.dirty_log.passes) == 2
 
 
-def stopped_early(script: Script, thread: int, *, seen: bool = True) -> tuple[Vm, Vm]:
+def stopped_early(script: Script, thread: int, *, seen: bool = True, answer: bool = True) -> tuple[Vm, Vm]:
     """A guest stops while its memory is copied, which goes on for a second. `thread` asks for the stop."""
     source, destination = script.pair(vcpus=1 if seen else 0)
     if seen:
@@ -359,8 +359,20 @@ def stopped_early(script: Script, thread: int, *, seen: bool = True) -> tuple[Vm
     source.ioctls("GET_REGS GET_MSRS", 1_000_400, 1_000_500)
     source.send(1_000_600, 1_000_700, 50_000)
     destination.ioctls("SET_REGS SET_MSRS", 1_000_800, 1_000_900)
-    source.receive(1_001_000, 1_001_100, 8, calls=1)
+    if answer:
+        source.receive(1_001_000, 1_001_100, 8, calls=1)
     return source, destination
+
+
+def test_a_destination_that_loaded_a_stopped_guest_has_it() -> None:
+    """Without an answer, and if both VMMs ended before the closed connection was noticed. Not if it loaded nothing."""
+    for loaded, result in ((True, "completed"), (False, "unknown")):
+        script = Script()
+        _, destination = stopped_early(script, thread=3, answer=False)
+        if not loaded:
+            destination.events = [event for event in destination.events if not isinstance(event, ev.Ioctl)]
+        ending(script, "target-died")
+        assert script.result().breakdown.migration.result == result
 
 
 def test_a_guest_that_stops_by_itself_has_no_blackout() -> None:

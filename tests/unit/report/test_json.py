@@ -157,6 +157,7 @@ def test_names_and_order_of_the_schema() -> None:
             "management": None,
             "diagnosis": None,
             "stolen": None,
+            "hops": None,
         }
     )
 

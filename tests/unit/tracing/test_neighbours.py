@@ -20,7 +20,7 @@ def marks_of(descriptor: int) -> list[Mark]:
     """Of a pipe of which this process has one end."""
     key = procfs.carrier_key(OURS, descriptor)
     assert key is not None
-    return neighbours.marks([Socket(1, OURS, descriptor, key, PIPE, "", "")], [OURS], 9)
+    return neighbours.marks([Socket(1, OURS, descriptor, key, PIPE, "", "")], [OURS], 9)[0]
 
 
 def ended(process: subprocess.Popen[bytes]) -> None:
@@ -81,7 +81,7 @@ def test_the_other_end_of_a_unix_socket() -> None:
     with near:
         with far:
             process = subprocess.Popen(["cat"], stdin=far, stdout=far)
-        (found,) = neighbours.marks([Socket(1, OURS, near.fileno(), 5, AF_UNIX, "", "", peer)], [OURS], 9)
+        (found,) = neighbours.marks([Socket(1, OURS, near.fileno(), 5, AF_UNIX, "", "", peer)], [OURS], 9)[0]
         assert (found.name, found.detail, found.value) == (FORWARDER, f"cat {process.pid}", 5)
     process.wait(10)
 
@@ -91,4 +91,4 @@ def test_what_nobody_else_holds() -> None:
     assert marks_of(write_end) == []
     os.close(read_end)
     os.close(write_end)
-    assert neighbours.marks([], [OURS], 9) == []
+    assert neighbours.marks([], [OURS], 9) == ([], set())
