@@ -12,15 +12,18 @@ before it was sent, and everything soon after. No content is looked at, so this 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.reception import LOADED_BYTES, STREAM_BYTES
 from ebpf_mig.analysis.wire import PEEKED_BYTES
-from ebpf_mig.recording.events import Transfer
+from ebpf_mig.recording.events import RECEIVE, Transfer
 
 LATE_NS = 1_000_000_000
 """Forwarders pass bytes on within this time."""
+MAGIC_BYTES = 4
+"""What QEMU's destination reads first with MSG_PEEK (`migration_channel_read_peek`, migration/channel.c)."""
 WHOLE_BYTES = 64 << 10
 """Two streams of at least this length that are equal to the byte are the same one."""
 
@@ -99,6 +102,22 @@ def _late(sent: Flow, received: Flow, unseen: int) -> int | None:
         if at < len(received.until) and until - unseen > 0 and received.begin[0] <= end:
             late = max(late, received.end[at] - end)
     return late
+
+
+def length(process: Process, direction: int, keys: Collection[int]) -> int | None:
+    """The number of bytes that one side counted on the migration's carriers, and so the other one, too.
+
+    None if there are fewer than `WHOLE_BYTES`. A destination that looks at the first bytes before it reads them (QEMU:
+    MSG_PEEK) counts these twice; here they count once.
+    """
+    counted = 0
+    for key in keys:
+        calls = process.streams.get((direction, key), ())
+        counted += sum(t.bytes for t in calls)
+        first = next((t for t in calls if t.bytes), None)
+        if direction == RECEIVE and first is not None and (first.calls, first.bytes) == (1, MAGIC_BYTES):
+            counted -= MAGIC_BYTES
+    return counted if counted >= WHOLE_BYTES else None
 
 
 def best(sources: Sequence[Flow], destinations: Sequence[Flow]) -> tuple[Flow, Flow, Fit] | None:

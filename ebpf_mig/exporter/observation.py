@@ -152,7 +152,7 @@ def with_parts(seen: Observation, analysis: Analysis) -> Observation:
 
     return msgspec.structs.replace(
         seen,
-        migration=migration_id(analysis),
+        migration=migration_id(analysis, seen.vm),
         source_ns=parts.source_ns,
         until_state_ns=parts.until_state_ns,
         destination_ns=parts.destination_ns,

@@ -2,8 +2,9 @@
 """A migration as an OpenTelemetry trace, with an id that both hosts derive independently.
 
 In: the analysis of one host's recording. Out: spans in wall-clock time. The trace id is derived from the migration's
-TCP connection, of which both hosts know the two ends. The source's span id is derived from the trace id, so the
-destination can use it as the parent. Pure.
+TCP connection, of which both hosts know the two ends. Behind a forwarder between UNIX sockets or pipes, where each host
+knows other ends, it is derived from the VM's name and the length of the stream. The source's span id is derived from
+the trace id, so the destination can use it as the parent. Pure.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.analysis import flow
+from ebpf_mig.breakdown import Breakdown, Transport
 from ebpf_mig.exporter.observation import Observation
+from ebpf_mig.recording.events import RECEIVE, SEND
 
 if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
@@ -52,7 +55,7 @@ def trace_of(analysis: Analysis, seen: Observation) -> Trace | None:
     if b.window_ns is None or header.clock is None:
         return None
     zero = analysis.origin_ns - header.clock.monotonic_ns + header.clock.realtime_ns
-    trace_id = migration_id(analysis)
+    trace_id = migration_id(analysis, seen.vm)
     of_source = digest(f"{trace_id} source", 16)
     begin = b.window_ns - b.migration.total_ns if b.migration.total_ns is not None else 0
     visits = sorted(
@@ -69,16 +72,32 @@ def trace_of(analysis: Analysis, seen: Observation) -> Trace | None:
         trace_id=trace_id,
         span_id=of_source if seen.role != "destination" else "",
         parent_id=of_source if seen.role == "destination" else "",
-        root=Span("migration", zero + begin, zero + b.window_ns, _attributes(b, seen, len(visits) - len(spans))),
+        root=Span(
+            "migration",
+            zero + begin,
+            zero + b.window_ns,
+            _attributes(b, seen, len(visits) - len(spans), stream_bytes(analysis)),
+        ),
         spans=sorted(spans, key=lambda span: (span.begin_ns, -span.end_ns)),
         vm=seen.vm,
     )
 
 
-def migration_id(analysis: Analysis) -> str:
-    """The trace id. It is the recording's own if the migration has no TCP connection that both hosts know."""
-    header = analysis.header
+def migration_id(analysis: Analysis, vm: str) -> str:
+    """The trace id. It is the recording's own if nothing that both hosts know identifies the migration."""
+    header, length = analysis.header, stream_bytes(analysis)
+    carrier = analysis.breakdown.migration.transport
+    if not analysis.connection and length and carrier in (Transport.UNIX, Transport.VSOCK, Transport.PIPE):
+        return id_of(f"{vm} {length}")
     return id_of(analysis.connection or f"{header.boot_id} {header.begin_ns}")
+
+
+def stream_bytes(analysis: Analysis) -> int | None:
+    """The length of the migration's stream in bytes, which both sides count alike, whatever lies between them."""
+    traced = analysis.traced
+    if traced.source is not None:
+        return flow.length(traced.source, SEND, traced.channels.source)
+    return flow.length(traced.destination, RECEIVE, traced.channels.destination) if traced.destination else None
 
 
 def id_of(text: str) -> str:
@@ -93,7 +112,7 @@ def digest(text: str, digits: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
-def _attributes(b: Breakdown, seen: Observation, left_out: int) -> dict[str, Attribute]:
+def _attributes(b: Breakdown, seen: Observation, left_out: int, length: int | None) -> dict[str, Attribute]:
     found: dict[str, Attribute] = {
         "ebpf_mig.vmm": seen.vmm,
         "ebpf_mig.role": seen.role,
@@ -107,6 +126,8 @@ def _attributes(b: Breakdown, seen: Observation, left_out: int) -> dict[str, Att
         found["ebpf_mig.final_memory_bytes"] = seen.final_bytes
     if seen.blackout_ns is not None:
         found["ebpf_mig.blackout_ns"] = seen.blackout_ns
+    if length is not None:
+        found["ebpf_mig.stream_bytes"] = length
     if left_out > 0:
         found["ebpf_mig.spans_left_out"] = left_out
     return found

@@ -11,7 +11,7 @@ import pytest
 from ebpf_mig.collector import analyse
 from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.observation import observe
-from ebpf_mig.exporter.otel_spans import Trace, trace_of
+from ebpf_mig.exporter.otel_spans import Trace, migration_id, trace_of
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Header
 from ebpf_mig.recording.file import Recording, read_recording
 
@@ -91,3 +91,18 @@ def test_endpoints_are_those_of_the_specification() -> None:
     for bad in ("collector:4317", "grpc://c", "http://", "http://c:99999999", "\n"):
         with pytest.raises(UsageError, match="not an OTLP endpoint"):
             otlp.url_of(bad)
+
+
+@pytest.mark.parametrize("name", ["qemu-7.2-unix", "qemu-10.0-unix", "qemu-11.1-unix", "cloud-hypervisor-54-unix"])
+def test_the_length_of_the_stream_stands_in_for_addresses(name: str) -> None:
+    """Behind a forwarder between UNIX sockets no address is common to both hosts. Another VM has another id."""
+    recording = read_recording(DATA / f"{name}.rec")
+    header, events = recording.header, recording.events
+    whole = analyse(recording).breakdown.migration
+    assert whole.source and whole.destination
+    halves = [trace(*side(header, events, one.pid)) for one in (whole.source, whole.destination)]
+    assert halves[0].trace_id == halves[1].trace_id == trace(header, events).trace_id
+    lengths = {half.root.attributes["ebpf_mig.stream_bytes"] for half in halves}
+    assert len(lengths) == 1 and all(isinstance(length, int) and length > 1 << 20 for length in lengths)
+    found = analyse(recording)
+    assert migration_id(found, "vm") == halves[0].trace_id != migration_id(found, "other")
