@@ -127,8 +127,9 @@ class Holding:
 
     def __init__(self, delay_s: float) -> None:
         self.delay_s = delay_s
-        self.held_ns = 0
-        """Of the last bytes: from its read to its send, on its own clock."""
+        self.least_ns = self.most_ns = 0
+        """From the read of the last bytes to the begin and to the end of their send, on its own clock. It can lose the
+        CPU in between."""
 
     def pump(self, one: socket.socket, other: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -136,8 +137,9 @@ class Holding:
                 read = time.monotonic_ns()
                 if data.endswith(b"]}"):
                     time.sleep(self.delay_s)
+                self.least_ns = time.monotonic_ns() - read
                 other.sendall(data)
-                self.held_ns = time.monotonic_ns() - read
+                self.most_ns = time.monotonic_ns() - read
             other.shutdown(socket.SHUT_WR)
 
     def serve(self, listener: socket.socket, target: Path) -> None:
@@ -148,8 +150,7 @@ class Holding:
             self.pump(near, far)
 
 
-@pytest.mark.parametrize("delay_ms", [5, 50])
-@pytest.mark.parametrize("tool", ["record", "watch"])
+@pytest.mark.parametrize(("tool", "delay_ms"), [("record", 5), ("watch", 50)])
 def test_the_delay_of_a_hop(tool: str, delay_ms: int, tmp_path: Path) -> None:
     """Within 5 % or 200 us of what the forwarder itself measures."""
     near, far, state = tmp_path / "near", tmp_path / "far", tmp_path / "state"
@@ -180,6 +181,7 @@ def test_the_delay_of_a_hop(tool: str, delay_ms: int, tmp_path: Path) -> None:
     assert seen.hops is not None and seen.migration.result == "completed"
     (hop,) = seen.hops
     assert hop.pid == os.getpid() and hop.delay_ns == hop.unread_ns + hop.held_ns
-    assert holding.held_ns >= delay_ms * 1_000_000
-    assert abs(hop.held_ns - holding.held_ns) <= max(200_000, holding.held_ns // 20), (hop, holding.held_ns)
+    assert holding.least_ns >= delay_ms * 1_000_000
+    doubt = max(200_000, holding.least_ns // 20)
+    assert holding.least_ns - doubt <= hop.held_ns <= holding.most_ns + doubt, (hop, vars(holding))
     assert seen.blackout_ns is not None and seen.blackout_ns > hop.held_ns
