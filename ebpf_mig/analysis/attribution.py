@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebpf_mig.analysis import management, phases, source_work
+from ebpf_mig.analysis import arrival, management, phases, source_work
 from ebpf_mig.analysis.management import Managed
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.phases import Loading, Partition
@@ -213,7 +213,10 @@ def _since_received(load: Loading, destination: Process, receives: Sequence[Tran
 
 
 def _destination_alone(traced: TracedMigration) -> Attribution:
-    """If only the destination was traced: the window begins with its first restore work after the memory."""
+    """If only the destination was traced: the window begins with its first restore work after the memory.
+
+    If the last bytes came later, it begins with them: until they had left, the time was the source's.
+    """
     destination = traced.destination
     if destination is None:
         return Attribution(None, phases.unseen())
@@ -224,10 +227,11 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     if load is None:
         return Attribution(None, phases.unseen())
     load = _since_received(load, destination, traced.receives, min(starts))
-    partition = Partition(load.begin, max(starts))
+    handed = arrival.handed(destination, traced.receives, load)
+    partition = Partition(handed, max(starts))
     restores = [i for i in destination.ioctls if phases.is_restore(i)]
-    waits = phases.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, load.begin, min(starts))
-    phases.destination(partition, load.begin, load, None, min(starts), waits)
-    managed = _managed(traced, load.begin, load.begin, load, min(starts))
+    waits = phases.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, handed, min(starts))
+    phases.destination(partition, handed, load, None, min(starts), waits)
+    managed = _managed(traced, handed, handed, load, min(starts))
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)
     return Attribution((partition.begin, partition.end), partition.phases(traced.unmeasured), None, managed, load=load)

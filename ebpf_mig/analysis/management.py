@@ -151,11 +151,11 @@ def _of_mover(
 
 def _ends(source: Process, tid: int, wait: OffCpu, command: Command) -> bool:
     """Whether the command can have ended the sleep of the thread `tid`."""
-    if wait.preempted or not _on_futex(wait) or not wait.begin_ns <= command.at < wait.end_ns:
+    if wait.preempted or not on_futex(wait) or not wait.begin_ns <= command.at < wait.end_ns:
         return False
     executing = {t.tid for t in source.streams.get((SEND, command.socket), ()) if t.tid != tid} or {source.pid}
     return not any(
-        w.tid in executing and _on_futex(w) and command.at < w.begin_ns <= wait.end_ns < w.end_ns
+        w.tid in executing and on_futex(w) and command.at < w.begin_ns <= wait.end_ns < w.end_ns
         for w in source.off_cpu
         if not w.preempted
     )
@@ -177,7 +177,7 @@ def of_destination(destination: Process, migration: Collection[int], since: int,
     own += [t for t in destination.transfers if (t.tid == tid and t.direction == SEND) or t.socket in migration]
     worked = [e.end_ns for e in own if e.begin_ns < resumed and (_socket(e), e.begin_ns) not in answers]
     ready = max([since, *(at for at in worked if at <= came[-1].at)])
-    off = [w for w in _off(destination, tid, ready, resumed) if not w.stack or not _on_futex(w)]
+    off = [w for w in _off(destination, tid, ready, resumed) if not w.stack or not on_futex(w)]
     return _wait(Side.DESTINATION, ready, off, [c for c in came if c.at >= ready])
 
 
@@ -185,7 +185,7 @@ def _socket(event: Ioctl | Transfer) -> int:
     return event.socket if isinstance(event, Transfer) else 0
 
 
-def _on_futex(wait: OffCpu) -> bool:
+def on_futex(wait: OffCpu) -> bool:
     """It waits for another thread. An unknown stack counts as one."""
     return not wait.stack or any("futex" in frame for frame in wait.stack)
 
