@@ -75,7 +75,13 @@ def _privilege() -> Check:
 
 def _bcc() -> Check:
     run = subprocess.run(
-        [sys.executable, "-Pc", _PROBE_BCC], capture_output=True, text=True, check=False, timeout=60, cwd="/"
+        [sys.executable, "-Pc", _PROBE_BCC],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=60,
+        cwd="/",
     )
     if run.returncode == 0:
         version, _, where = run.stdout.strip().partition(" ")
@@ -128,6 +134,7 @@ def _loads() -> Check:
         [sys.executable, "-Pc", script],
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
         timeout=120,
         env=python_environment(),

@@ -15,8 +15,10 @@ import click
 
 from ebpf_mig.commands import run, two_hosts
 from ebpf_mig.commands.options import DURATION, RATE, Group, color_option, examples, format_option, strict_option
+from ebpf_mig.errors import UsageError
 from ebpf_mig.joining.merge import Hint
 from ebpf_mig.linux.capabilities import require_tracing
+from ebpf_mig.text import printable
 from ebpf_mig.vmm import adapter as adapter_of
 from ebpf_mig.vmm import adapters
 from ebpf_mig.vmm.adapter import Adapter, Kind, Option, Values
@@ -44,7 +46,7 @@ def _command(adapter: Adapter) -> click.Command:
     """`migrate VMM`: the adapter's options, then the options that all VMMs have."""
 
     def migrate(**values: Any) -> None:
-        own = {name: values.pop(name) for name in map(_key, adapter.options)}
+        own = {_key(option): _checked(option, values.pop(_key(option))) for option in adapter.options}
         _migrate(adapter, own, **values)
 
     migrate.__doc__ = adapter.about
@@ -68,6 +70,17 @@ def _command(adapter: Adapter) -> click.Command:
 
 def _key(option: Option) -> str:
     return option.name.lstrip("-").replace("-", "_").lower()
+
+
+def _checked(option: Option, value: Any) -> Any:
+    """The value; UsageError if it goes to the VMM as a text and is none. Bytes of the command line that are not UTF-8
+    are lone surrogates here, which neither JSON nor libvirt takes."""
+    if isinstance(value, str) and not option.opened:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{option.name} is not UTF-8: {printable(value)}", "VMMs take only UTF-8") from error
+    return value
 
 
 def _click(option: Option) -> Any:

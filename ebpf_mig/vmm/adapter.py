@@ -55,6 +55,12 @@ class Option:
     argument: bool = False
     """It is positional: `DOMAIN`."""
 
+    @property
+    def opened(self) -> bool:
+        """It is a path that we open ourselves, which may have any bytes. Other texts go to the VMM, which takes
+        UTF-8."""
+        return self.metavar in ("SOCKET", "FILE")
+
 
 @dataclass(frozen=True)
 class FarEnd:

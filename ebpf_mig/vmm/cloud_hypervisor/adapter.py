@@ -112,7 +112,9 @@ class CloudHypervisorAdapter(Adapter):
             fact = "not found; needed by demo --vmm cloud-hypervisor only"
             yield Check(self.title, WARN, fact, error.remedy or "")
         else:
-            run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+            run = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, errors="replace", check=False, timeout=30
+            )
             first = (run.stdout.splitlines() or ["unknown version"])[0]
             yield Check(self.title, OK, first.removeprefix("cloud-hypervisor "))
         yield _nested_state()

@@ -96,7 +96,7 @@ def build_preload(directory: Path) -> Path:
     library = directory / "nested_state.so"
     command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(_SOURCE), "-ldl"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise PreflightError(
             "a C compiler is needed for the library to preload", "apt-get install gcc libc6-dev"

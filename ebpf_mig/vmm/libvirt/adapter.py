@@ -139,7 +139,9 @@ if it is on this host, or with --destination-host."""
         how = "its Python binding" if binding else "virsh, without events"
         version = ""
         if virsh is not None:
-            run = subprocess.run([virsh, "--version"], capture_output=True, text=True, check=False, timeout=30)
+            run = subprocess.run(
+                [virsh, "--version"], capture_output=True, text=True, errors="replace", check=False, timeout=30
+            )
             version = f"{run.stdout.strip()}, "
         yield Check("libvirt", OK, f"{version}asked through {how}")
 

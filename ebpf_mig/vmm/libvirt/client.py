@@ -184,6 +184,7 @@ class Virsh:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 check=False,
                 timeout=timeout_s,
                 process_group=0,  # our Ctrl-C aborts the job and must not reach virsh

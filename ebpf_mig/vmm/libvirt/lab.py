@@ -208,7 +208,12 @@ class LibvirtHosts:
 def _virsh(host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            ["virsh", "-q", "-c", host.uri, *arguments], capture_output=True, text=True, check=False, timeout=_START_S
+            ["virsh", "-q", "-c", host.uri, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_START_S,
         )
     except subprocess.TimeoutExpired as error:
         raise VmmError(f"libvirtd of the lab's {host.role} does not answer within {_START_S:.0f} s") from error

@@ -138,7 +138,9 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
         if path is None:
             yield Check("QEMU", WARN, "not found; needed by demo only", f"apt-get install {PACKAGE}")
             return
-        run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=30)
+        run = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, errors="replace", check=False, timeout=30
+        )
         first = (run.stdout.splitlines() or ["unknown version"])[0]
         yield Check("QEMU", OK, first.removeprefix("QEMU emulator "))
 

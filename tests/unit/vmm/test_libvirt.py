@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from ebpf_mig.vmm.libvirt.client import CancelledError, error_of, mib
+from ebpf_mig.errors import VmmError
+from ebpf_mig.vmm.libvirt.client import CancelledError, Virsh, error_of, mib
 from tests.conftest import requires
 from tests.unit.commands.test_cli import ROOT, run
 
@@ -68,6 +69,13 @@ def test_a_libvirt_that_does_not_answer_is_named() -> None:
     assert done.returncode == 4
     assert "cannot connect to libvirt at qemu:///system?socket=/nowhere/sock: " in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@requires("libvirtd and virsh")
+def test_virsh_may_answer_with_any_bytes() -> None:
+    """It repeats the name as it is."""
+    with pytest.raises(VmmError, match="failed to get domain 'vm\N{REPLACEMENT CHARACTER}'"):
+        Virsh("test:///default").domain("vm\udcff")
 
 
 def test_errors_are_one_line_and_a_cancellation_is_told_apart() -> None:
