@@ -15,7 +15,7 @@ from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.phases import Loading, Partition
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.source_work import Work
-from ebpf_mig.analysis.spans import FOREVER
+from ebpf_mig.analysis.spans import FOREVER, merged
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.breakdown import Phase, PhaseName, Span, SwitchoverKind, Transport
 from ebpf_mig.recording.events import SEND, Exec, Ioctl, Transfer
@@ -223,7 +223,11 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     starts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
     if not starts:
         return Attribution(None, phases.unseen())
-    load = phases.last_loading(destination.ioctls, min(starts), traced.receives)
+    loaders = {i.tid for i in destination.ioctls if phases.is_restore(i)} - {
+        line.tid for line in destination.vcpus.values()
+    }
+    lost = merged((w.begin_ns, w.end_ns) for w in destination.off_cpu if w.preempted and w.tid in loaders)
+    load = phases.last_loading(destination.ioctls, min(starts), traced.receives, lost)
     if load is None:
         return Attribution(None, phases.unseen())
     load = _since_received(load, destination, traced.receives, min(starts))

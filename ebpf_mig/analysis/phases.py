@@ -321,13 +321,15 @@ def is_resume(ioctl: Ioctl) -> bool:
     return kvm.name_of(ioctl.cmd) in (kvm.VCPU_STATE_SET | {"SET_CLOCK"})
 
 
-def last_loading(ioctls: Sequence[Ioctl], start: int, receives: Sequence[Transfer] = ()) -> Loading | None:
+def last_loading(
+    ioctls: Sequence[Ioctl], start: int, receives: Sequence[Transfer] = (), lost: Sequence[tuple[int, int]] = ()
+) -> Loading | None:
     """The restore work that loaded the vCPUs, without the VM's set-up before the migration.
 
     A VM that was started with `-S` then waits for its manager, for any length of time. Setting the clock and restarting
     the devices after that wait is not loading. So the result is the last stretch that sets vCPU state before the clock
     is set. A rest in which only a little was received (`receives`: for the migration) does not end a stretch: the rest
-    of the state was late, e.g. because of Nagle's algorithm.
+    of the state was late, e.g. because of Nagle's algorithm. Nor does one without a CPU (`lost`, without overlaps).
     """
     work = [i for i in ioctls if is_restore(i) and i.begin_ns < start]
     if not work:
@@ -336,15 +338,19 @@ def last_loading(ioctls: Sequence[Ioctl], start: int, receives: Sequence[Transfe
     setters = [at for at, i in enumerate(work) if i.begin_ns < clock and kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
     first = max(setters, default=len(work) - 1)
     while first > 0 and kvm.name_of(work[first - 1].cmd) not in _CREATION:
-        if not _goes_on(work[first - 1].end_ns, work[first].begin_ns, receives):
+        end, begin = work[first - 1].end_ns, work[first].begin_ns
+        if not _goes_on(end, begin - covered(lost, (end, begin)), begin, receives):
             break
         first -= 1
     return loading(ioctls, work[first].begin_ns, start, [t.end_ns for t in receives if t.bytes])
 
 
-def _goes_on(end: int, begin: int, receives: Sequence[Transfer]) -> bool:
-    """Whether a rest between two restore ioctls of a destination alone is part of one stretch of loading."""
-    if begin - end < SETUP_GAP_NS:
+def _goes_on(end: int, rested: int, begin: int, receives: Sequence[Transfer]) -> bool:
+    """Whether a rest between two restore ioctls of a destination alone is part of one stretch of loading.
+
+    `rested`: where it would have ended if the thread had always had a CPU.
+    """
+    if rested - end < SETUP_GAP_NS:
         return True
     came = sum(t.bytes for t in receives if end < t.end_ns <= begin)
     return any(t.bytes and t.end_ns <= end for t in receives) and 0 < came < LATE_STATE_BYTES

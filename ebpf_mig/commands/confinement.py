@@ -82,7 +82,7 @@ def lockdown() -> Check:
 def apparmor() -> Check:
     """The AppArmor profile of this process. A profile that enforces can refuse CAP_BPF, and reading other processes."""
     try:
-        if _APPARMOR.read_text().strip() != "Y":
+        if _APPARMOR.read_text(errors="replace").strip() != "Y":
             return Check("AppArmor", OK, "not in force on this machine")
         said = procfs.text("self", "attr", "current").strip("\0\n")
     except OSError:

@@ -79,7 +79,12 @@ def _asked(build_id: str) -> Path | None:
     """The debug file that debuginfod's client fetched."""
     try:
         done = subprocess.run(
-            [_CLIENT, "debuginfo", build_id], capture_output=True, text=True, timeout=_ASK_S, check=False
+            [_CLIENT, "debuginfo", build_id],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_ASK_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

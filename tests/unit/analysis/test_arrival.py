@@ -100,3 +100,13 @@ def test_pages_for_other_threads_do_not_count() -> None:
     expected = figures(script.result())
     script, _ = migration(203_900, last=203_950, alone=True)
     assert figures(script.result()) == expected
+
+
+def test_a_thread_without_a_cpu_has_not_finished_loading() -> None:
+    """More than 20 ms between two restore ioctls, for which it could run and others had its CPU."""
+    both, alone = (migration(203_900, last=234_300, alone=one) for one in (False, True))
+    for _, destination in (both, alone):
+        segment(destination, 203_900)
+        destination.off(204_250, 234_200, preempted=True)
+    assert figures(alone[0].result()) == figures(both[0].result()) == (700, 400)
+    assert alone[0].result().window == 31_200
