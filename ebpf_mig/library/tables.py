@@ -325,7 +325,7 @@ class Events(Table):
             elif name in kind.ranges and kind.ranges[name].least == -1 and value == -1:
                 value = None
             elif isinstance(value, tuple):
-                value = list(value)
+                value = [str(item) for item in value]  # such a column holds text
             elif isinstance(value, dict):
                 value = msgspec.json.encode(value, order="sorted").decode()
             row[name] = value
