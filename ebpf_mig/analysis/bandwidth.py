@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import attrgetter
+from typing import Any, TypeVar
 
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import covered, merged, total
 from ebpf_mig.breakdown import Span, SwitchoverKind, Transport
-from ebpf_mig.recording.events import Segment
+from ebpf_mig.recording.events import Event, Segment
 
 QUEUED_BYTES = 64 << 10
 """A queue that never reaches this is only single sends in transit. The link keeps up."""
@@ -76,31 +78,38 @@ def observe(traced: TracedMigration) -> LinkUse | str:
     segments = [s for s in destination.segments if s.socket in traced.channels.destination and s.payload]
     if not any(switch.stop <= s.at_ns < switch.first_start for s in segments):
         return "no TCP segments were traced"
-    return _observe(traced, source, segments, switch.stop, switch.first_start)
+    return _observe(traced, source, destination, segments, switch.stop, switch.first_start)
 
 
-def _observe(traced: TracedMigration, source: Process, segments: Sequence[Segment], stop: int, start: int) -> LinkUse:
-    receives = traced.receives
-    last = max(s.at_ns for s in segments if s.at_ns < start)
-    sends = [t for t in traced.sends if t.begin_ns <= last]
-    sent = _curve([(t.begin_ns, t.bytes) for t in sends])  # a call that blocks has offered all its bytes
+def _observe(
+    traced: TracedMigration,
+    source: Process,
+    destination: Process,
+    segments: Sequence[Segment],
+    stop: int,
+    start: int,
+) -> LinkUse:
+    last = segments[bisect_left(segments, start, key=_at_ns) - 1].at_ns
+    sends = traced.sends[: bisect_right(traced.sends, last, key=_begin)]
+    sent = _curve(sends, _begin, _bytes, stop)  # a call that blocks has offered all its bytes
     # By the last arrival, all bytes have arrived. Bytes read before segments were traced had arrived by then. The
     # kernel reports most of the other arrivals, but not all: the missing bytes are spread evenly over them.
-    before = sum(t.bytes for t in receives if t.end_ns < segments[0].at_ns)
-    seen = sum(s.payload for s in segments if s.at_ns <= last)
-    share = Fraction(max(0, sum(t.bytes for t in sends) - before), seen)
-    arrived = _scaled(_curve([(s.at_ns, s.payload) for s in segments]), share, before)
+    first = segments[0].at_ns
+    early = traced.receives[: bisect_left(traced.receives, first, key=_begin)]
+    before = sum(t.bytes for t in early if t.end_ns < first)
+    arrivals = _curve(segments, _at_ns, _payload, stop)
+    seen, offered = _at(arrivals, last), sent[1][-1] if sends else 0
+    arrived = _scaled(arrivals, Fraction(max(0, offered - before), seen), before)
     acks = [s for s in source.segments if s.socket in traced.channels.source]
     limited, queued = _limited(sent, arrived, acks, stop, last)
-    late = [t for t in sends if t.end_ns >= stop]  # nothing was limited before
+    late = source.ended(sends, stop)  # nothing was limited before
+    receives = destination.ended(traced.receives, stop)
     blocked = sum(
         max(0, t.off_cpu_ns) * covered(limited, (t.begin_ns, t.end_ns)) // max(1, t.end_ns - t.begin_ns) for t in late
     )
-    done = max((t.end_ns for t in sends), default=stop)
+    done = max((t.end_ns for t in late), default=stop)
     reading = sum(
-        max(0, t.in_call_ns - max(0, t.off_cpu_ns))
-        for t in receives
-        if t.end_ns >= stop and covered(limited, (t.begin_ns, t.end_ns + 1))
+        max(0, t.in_call_ns - max(0, t.off_cpu_ns)) for t in receives if covered(limited, (t.begin_ns, t.end_ns + 1))
     )
     return LinkUse(
         limited=limited,
@@ -131,12 +140,16 @@ def _steadiness(arrived: Curve, limited: Sequence[Span]) -> float:
 
 Curve = tuple[list[int], list[int]]
 """Instants in order, and the sum up to and including each."""
+_begin, _bytes, _at_ns, _payload = map(attrgetter, ("begin_ns", "bytes", "at_ns", "payload"))
+_Event = TypeVar("_Event", bound=Event)
 
 
-def _curve(steps: list[tuple[int, int]]) -> Curve:
-    """The curve of (instant, count), which it sorts."""
-    steps.sort()
-    return [at for at, _ in steps], list(itertools.accumulate(count for _, count in steps))
+def _curve(events: Sequence[_Event], at: Callable[[Any], int], size: Callable[[Any], int], since: int) -> Curve:
+    """The curve of events in order, from `since` on: all up to then are one step, at the last of them."""
+    until = bisect_right(events, since, key=at)
+    early, late = events[:until], events[until:]
+    steps = itertools.accumulate(map(size, late), initial=sum(map(size, early)))
+    return [*map(at, early[-1:]), *map(at, late)], list(itertools.islice(steps, 0 if early else 1, None))
 
 
 def _scaled(curve: Curve, share: Fraction, before: int) -> Curve:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter, eq
+from operator import attrgetter, eq, sub
 from typing import Any, TypeVar
 
 import msgspec
@@ -36,12 +36,13 @@ def key_of(transfer: ev.Transfer) -> int:
     return transfer.socket if transfer.socket else -1 - transfer.fd
 
 
+_begin, _end = attrgetter("begin_ns"), attrgetter("end_ns")
 _Timed = TypeVar("_Timed", ev.Ioctl, ev.Transfer)
 
 
 def begun(events: list[_Timed], since: int) -> list[_Timed]:
     """The events that began at `since` or later. `events` are in order of their begin."""
-    return events[bisect_left(events, since, key=attrgetter("begin_ns")) :]
+    return events[bisect_left(events, since, key=_begin) :]
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Process:
 
     @cached_property
     def _longest_ns(self) -> int:
-        return max([t.end_ns - t.begin_ns for t in self.transfers], default=0)
+        return max(map(sub, map(_end, self.transfers), map(_begin, self.transfers)), default=0)
 
     def ended(self, transfers: list[ev.Transfer], since: int) -> list[ev.Transfer]:
         """Those of its `transfers` (in order) that ended at `since` or later. Earlier ones are not scanned."""
