@@ -73,7 +73,7 @@ from ebpf_mig.breakdown import (
     Witness,
 )
 from ebpf_mig.joining import error_bounds
-from ebpf_mig.recording.events import FORWARDER, NEIGHBOUR
+from ebpf_mig.recording.events import FORWARDER, KEEPER, NEIGHBOUR
 from ebpf_mig.recording.file import Recording
 
 _tid = attrgetter("tid")
@@ -121,7 +121,7 @@ def analyse(recording: Recording) -> Analysis:
 def _mode(traced: TracedMigration, result: Result) -> Mode:
     if traced.live_update:
         return Mode.CPR
-    if result == Result.SAVED and traced.channels.transport != Transport.PIPE:  # behind a pipe there may be anything
+    if result == Result.SAVED and outcome.kept(traced):
         return Mode.SNAPSHOT
     if traced.source is None:
         return Mode.UNKNOWN
@@ -156,7 +156,7 @@ def _migration(traced: TracedMigration, window: Span | None) -> Migration:
 
 def _through(traced: TracedMigration) -> list[str]:
     """Who holds the other ends of the carriers, each process once."""
-    marks = [mark for mark in traced.material.marks if mark.name in (NEIGHBOUR, FORWARDER)]
+    marks = [mark for mark in traced.material.marks if mark.name in (NEIGHBOUR, FORWARDER, KEEPER)]
     ends = ((traced.source, traced.channels.source), (traced.destination, traced.channels.destination))
     found = [m.detail for side, keys in ends if side for m in marks if m.pid == side.pid and m.value in keys]
     return list(dict.fromkeys(found))

@@ -26,7 +26,7 @@ from ebpf_mig.analysis.sockets import family_of
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import Result, SwitchoverKind, Transport
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import CLOSED, ENDED, FILE, FORWARDER, RECEIVE, SEND, Mark
+from ebpf_mig.recording.events import CLOSED, ENDED, FILE, FORWARDER, KEEPER, RECEIVE, SEND, Mark
 
 _REPORTED = (Result.COMPLETED, Result.FAILED, Result.CANCELLED)
 _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": Result.CANCELLED}
@@ -238,6 +238,13 @@ def _saved(case: TracedMigration) -> bool:
         drivers = source.fetchers | ({case.switchover.stopper} if case.switchover else set())
         return sum(t.bytes for t in case.sends if not drivers or t.tid in drivers) >= SAVED_BYTES
     return case.channels.transport == Transport.FILE and sum(t.bytes for t in case.sends) >= SAVED_BYTES
+
+
+def kept(case: TracedMigration) -> bool:
+    """Whether a state that was saved is in a file. Behind a pipe there may be anything, also another host."""
+    if case.channels.transport != Transport.PIPE:
+        return True
+    return any(mark.name == KEEPER and mark.value in case.channels.source for mark in case.material.marks)
 
 
 def _passed_on(case: TracedMigration) -> bool:

@@ -60,6 +60,9 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         node.run(lambda: gone or (count is not None and seen >= count))
 
 
+_KINDS: dict[str, str] = {Mode.CPR: " live update", Mode.SNAPSHOT: " snapshot"}
+
+
 def line(o: Observation) -> str:
     """One migration on one line; times in ms."""
     blackout = "not known" if o.blackout_ns is None else f"{o.blackout_ns / 1e6:.3f} ms"
@@ -67,5 +70,5 @@ def line(o: Observation) -> str:
     figures = f"blackout {blackout}" + (f", final fetch {final / 1e6:.3f} ms" if "blackout" in o.fetch else "")
     why = f", {printable(o.diagnosis)}" if o.diagnosis else ""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(o.at))
-    what = f"{printable(o.vm, 64) or '-'} {o.vmm} {o.role}" + (" live update" if o.mode == Mode.CPR else "")
+    what = f"{printable(o.vm, 64) or '-'} {o.vmm} {o.role}{_KINDS.get(o.mode, '')}"
     return f"{moment} {what} {o.result}: {figures}{why}, {o.verdict}, {o.recording or '-'}"

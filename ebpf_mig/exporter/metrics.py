@@ -56,7 +56,7 @@ _SPANS = "ebpf_mig_exporter_spans"
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ebpf_mig_migrations": ("Migrations seen on this node.", ("vmm", "role", "result")),
     "ebpf_mig_modes": (
-        "Migrations seen on this node, by when the memory moved; cpr is a live update.",
+        "Migrations seen on this node, by when the memory moved; cpr is a live update, snapshot a save to a file.",
         ("vmm", "mode"),
     ),
     "ebpf_mig_migrations_incomplete": ("Migrations of which events were lost.", ()),

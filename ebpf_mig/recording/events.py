@@ -61,6 +61,7 @@ __all__ = [
     "FILE",
     "FORWARDER",
     "HOP",
+    "KEEPER",
     "LATEST",
     "NEIGHBOUR",
     "PIPE",
@@ -239,9 +240,10 @@ CLOSED, ENDED = "session.closed", "session.ended"
 """Marks of a passive tracer, from /proc. A VMM that continues to run closed the carrier of its migration: `value` is
 its key as in `Transfer.socket`. A traced process ended.
 """
-NEIGHBOUR, FORWARDER = "session.neighbour", "session.forwarder"
+NEIGHBOUR, FORWARDER, KEEPER = "session.neighbour", "session.forwarder", "session.keeper"
 """Marks from /proc: who holds the other end of a carrier. `detail` is its name and pid, several after `, ` from the VMM
-on; `value` is the carrier's key. A forwarder has sockets of its own, with which it can pass the bytes on.
+on; `value` is the carrier's key. A forwarder has sockets of its own, with which it can pass the bytes on. A keeper has
+none, and its standard output is a regular file.
 """
 HOP = "session.hop"
 """Mark of a process whose calls are recorded because it passes the migration's bytes on. `detail` is its name."""

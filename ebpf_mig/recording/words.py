@@ -25,9 +25,10 @@ _TCP_INFO = frozenset({
     "busy_time", "rwnd_limited", "sndbuf_limited", "total_retrans", "bytes_retrans", "bytes_acked", "bytes_sent",
     "notsent_bytes", "rtt", "min_rtt", "snd_cwnd", "snd_mss", "snd_wnd", "delivery_rate", "queued", "jiffy_us",
 })  # fmt: skip
-_MARKS = frozenset(
-    {"session.trigger", "session.closed", "session.ended", "session.neighbour", "session.forwarder", "session.hop"}
-)
+_MARKS = frozenset({
+    "session.trigger", "session.closed", "session.ended", "session.neighbour", "session.forwarder", "session.keeper",
+    "session.hop",
+})  # fmt: skip
 _WORDS = _MACHINES | _ROLES | _REASONS | _SIGNALS | _TCP_INFO | _MARKS
 
 _FUNCTION = r"[a-z_][a-z0-9_]{0,126}(?:\.(?:isra|constprop|part|cold|llvm|\d+))*"

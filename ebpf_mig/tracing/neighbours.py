@@ -8,12 +8,14 @@ or input (`exec:gzip | nc`). It ends at a process with sockets, since which of t
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable
 
 from ebpf_mig.linux import procfs
-from ebpf_mig.recording.events import FORWARDER, NEIGHBOUR, PIPE, Mark, Socket
+from ebpf_mig.recording.events import FORWARDER, KEEPER, NEIGHBOUR, PIPE, Mark, Socket
 from ebpf_mig.text import printable
 
 MOST_HOPS = 8
@@ -33,7 +35,7 @@ def marks(carriers: Iterable[Socket], traced: Iterable[int], now_ns: int) -> tup
         way = walk.way(_link(carrier))
         if way:
             named = ", ".join(f"{printable(procfs.comm(pid)) or 'a process'} {pid}" for pid in way)
-            name = FORWARDER if walk.forwards(way[-1]) else NEIGHBOUR
+            name = FORWARDER if walk.forwards(way[-1]) else KEEPER if walk.keeps(way[-1]) else NEIGHBOUR
             found.append(Mark(now_ns, carrier.pid, name, named, carrier.socket))
             hops.update(way)
     return found, hops
@@ -61,6 +63,15 @@ class _Walk:
     def forwards(self, pid: int) -> bool:
         """Whether it has sockets, other than where it writes its complaints."""
         return any(_SOCKET.fullmatch(target) for fd, target in self._targets[pid].items() if fd != _STDERR)
+
+    def keeps(self, pid: int) -> bool:
+        """Whether its standard output is a regular file (`exec:cat > FILE`), and not a device or a named pipe."""
+        if not self._targets[pid].get(_STDOUT, "").startswith("/"):
+            return False
+        try:
+            return stat.S_ISREG(os.stat(procfs.path(pid, "fd", _STDOUT)).st_mode)  # noqa: PTH116
+        except OSError:
+            return False
 
     def way(self, link: str) -> list[int]:
         """The processes from the holder of that end on; of a shell and its command, the one that started last.

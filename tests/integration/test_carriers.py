@@ -203,6 +203,7 @@ def test_a_command_that_writes_a_file(tmp_path: Path) -> None:
 
     b = recorded(tmp_path / "x.rec", act, both=False)
     assert (b.migration.result, b.migration.transport, b.blackout_ns) == ("saved", "pipe", None)
+    assert b.migration.mode == "snapshot"
     assert [re.sub(r"\d+", "N", who) for who in b.migration.through] == ["cat N"]
     assert b.window_ns and left(b) <= 0.02 * b.window_ns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ebpf_mig.breakdown import Migration
 from ebpf_mig.linux.procfs import PLACED
-from ebpf_mig.recording.events import CLOSED, FILE, FORWARDER, NEIGHBOUR, PIPE, Ending
+from ebpf_mig.recording.events import CLOSED, FILE, FORWARDER, KEEPER, NEIGHBOUR, PIPE, Ending
 from tests.unit.script import UNIX, Script, Vm, at
 
 
@@ -47,6 +47,16 @@ def test_a_state_in_a_pipe_is_saved_unless_its_reader_can_pass_it_on() -> None:
     script.mark(10, 1000, FORWARDER, 70)
     script.mark(900, 1000, CLOSED, 70)
     assert outcome(script).result == "completed", "its VMM closed the pipe and lived on"
+
+
+def test_a_state_behind_a_pipe_is_a_snapshot_if_its_reader_writes_a_file() -> None:
+    for inode, expected in ((70, "snapshot"), (71, "precopy")):
+        script = Script()
+        handing_over(script, PIPE)
+        script.mark(10, 1000, KEEPER, inode)
+        script.mark(11, 1000, NEIGHBOUR, 70 if inode != 70 else 71)
+        found = outcome(script)
+        assert (found.result, found.transport, found.mode) == ("saved", "pipe", expected), inode
 
 
 def test_a_reader_of_another_pipe_tells_nothing() -> None:

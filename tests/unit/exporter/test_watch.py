@@ -31,3 +31,9 @@ def test_the_diagnosis_stands_on_the_line() -> None:
         "2026-01-01T00:00:00Z web qemu both completed: blackout 12.346 ms, final fetch 0.000 ms, "
         "mostly handover (84 %): x\\n (82 %), complete, 20260101T000000.000Z-1.rec"
     )
+
+
+def test_a_live_update_and_a_snapshot_have_a_word_each() -> None:
+    for mode, word in (("cpr", " live update"), ("snapshot", " snapshot"), ("precopy", ""), ("of later", "")):
+        said = line(observation(mode=mode, role="source", result="saved"))
+        assert f" source{word} saved: " in said, said

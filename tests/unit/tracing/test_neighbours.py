@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ebpf_mig.linux import procfs
-from ebpf_mig.recording.events import AF_UNIX, FORWARDER, NEIGHBOUR, PIPE, Mark, Socket
+from ebpf_mig.recording.events import AF_UNIX, FORWARDER, KEEPER, NEIGHBOUR, PIPE, Mark, Socket
 from ebpf_mig.tracing import neighbours
 
 OURS = os.getpid()
@@ -34,9 +34,33 @@ def test_a_command_that_writes_a_file(tmp_path: Path) -> None:
         process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
     assert process.stdin is not None
     (found,) = marks_of(process.stdin.fileno())
-    assert (found.name, found.detail, found.at_ns, found.pid) == (NEIGHBOUR, f"cat {process.pid}", 9, OURS)
+    assert (found.name, found.detail, found.at_ns, found.pid) == (KEEPER, f"cat {process.pid}", 9, OURS)
     assert found.value == procfs.carrier_key(OURS, process.stdin.fileno())
     ended(process)
+
+
+def test_a_command_that_writes_to_no_regular_file(tmp_path: Path) -> None:
+    """A device keeps nothing, and anybody may read a named pipe."""
+    os.mkfifo(tmp_path / "fifo")
+    for place in (os.devnull, str(tmp_path / "fifo")):
+        descriptor = os.open(place, os.O_RDWR)
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=descriptor)
+        os.close(descriptor)
+        assert process.stdin is not None
+        assert [mark.name for mark in marks_of(process.stdin.fileno())] == [NEIGHBOUR], place
+        ended(process)
+
+
+def test_a_pipeline_that_ends_in_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "state").open("wb") as file:
+        last = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+    first = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=last.stdin)
+    assert first.stdin is not None and last.stdin is not None
+    last.stdin.close()
+    (found,) = marks_of(first.stdin.fileno())
+    assert (found.name, found.detail) == (KEEPER, f"cat {first.pid}, cat {last.pid}")
+    ended(first)
+    last.wait(10)
 
 
 def test_a_pipeline_that_ends_in_a_socket() -> None:
