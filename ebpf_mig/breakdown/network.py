@@ -61,7 +61,7 @@ class Hop(Struct, frozen=True, kw_only=True):
     process: str
     """Its name."""
     pid: int
-    """Its process id."""
+    """Process id on its host."""
     sent: int
     """When the process before it had sent the last byte, ns from the window's begin."""
     unread_ns: int

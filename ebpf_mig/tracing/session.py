@@ -68,17 +68,19 @@ def require_alive(targets: Sequence[Target]) -> None:
 
 
 def require_kvm(targets: Sequence[Target]) -> None:
-    """UsageError if a target has no KVM VM. VMMs that create their VM later are exempt."""
+    """UsageError if a target has no KVM VM. VMMs that create their VM later are exempt.
+
+    If access to its descriptors is denied, its name has to be that of a VMM.
+    """
     for target in targets:
-        if not procfs.may_read_descriptors(target.pid):
-            continue
         comm = procfs.comm(target.pid)
         vmm = vmm_named(comm)
-        if procfs.holds_kvm(target.pid):
+        denied = not procfs.may_read_descriptors(target.pid)
+        if procfs.holds_kvm(target.pid) or (denied and vmm):
             continue
         if not vmm or not adapter(vmm).awaits_vm(procfs.command_line(target.pid)):
             raise UsageError(
-                f"process {target.pid} ({printable(comm)}) has no KVM VM",
+                f"process {target.pid} ({printable(comm)}) has no KVM VM{' that can be seen' if denied else ''}",
                 "check the pid of the VMM, e.g. with pgrep; a guest without KVM (TCG) cannot be traced",
             )
 

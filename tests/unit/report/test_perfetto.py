@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from ebpf_mig.analysis.lanes import view
 from ebpf_mig.collector import analyse
-from ebpf_mig.recording.events import RECEIVE, AnyEvent, Header, Ioctl, OffCpu, Thread, Transfer
+from ebpf_mig.recording.events import RECEIVE, AnyEvent, Header, Ioctl, OffCpu, RunDelay, Thread, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import perfetto, protobuf
 from tests.conftest import requires
@@ -151,11 +151,13 @@ def test_flows_pair_and_counters_grow(path: Path) -> None:
 def test_all_that_a_thread_does_is_below_its_track(path: Path) -> None:
     trace, _, recording = decode(path)
     wanted: dict[tuple[str, int], int] = defaultdict(int)
+    delays = {(e.tid, e.at_ns): e.delay_ns for e in recording.events if isinstance(e, RunDelay)}
     for e in recording.events:
         if isinstance(e, Transfer):
             wanted["receives" if e.direction == RECEIVE else "sends", e.tid] += 1
         elif isinstance(e, OffCpu) and e.begin_ns > 0:
-            wanted["off", e.tid] += 1
+            delay = 0 if e.preempted else delays.get((e.tid, e.end_ns), 0)
+            wanted["off", e.tid] += 2 if 0 < delay < e.end_ns - e.begin_ns else 1  # a sleep, and the time after it
     found: dict[tuple[str, int], int] = defaultdict(int)
     for uuid, track in trace.tracks.items():
         parent = trace.tracks.get(track.parent_uuid)
