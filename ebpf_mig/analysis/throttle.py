@@ -42,11 +42,15 @@ def stretches(source: Process, until: int, stopping: int | None) -> list[Span]:
 
 
 def _kept_out(source: Process, line: Timeline, stretch: Span, stopping: int | None) -> bool:
-    """Whether a thread other than `stopping` kicked the vCPU out, or the vCPU slept after a reset of its ring."""
+    """Whether a thread other than `stopping` kicked the vCPU out, or the vCPU slept after a reset of its ring.
+
+    A kick also counts if the vCPU had just left by itself, for an exit to user space: it sleeps before it goes back.
+    """
     gap = line.covering(stretch[0])
     kicks = source.kicks_by_tid.get(line.tid, [])
     begin = bisect_left(kicks, gap.entry or 0 if gap else 0, key=_at)
-    if any(kick.tid != stopping for kick in kicks[begin : bisect_left(kicks, stretch[0], lo=begin, key=_at)]):
+    late = min(stretch[0] + LEAST_NS, stretch[1] - LEAST_NS + 1)
+    if any(kick.tid != stopping for kick in kicks[begin : bisect_left(kicks, late, lo=begin, key=_at)]):
         return True
     resets = source.ring_resets.get(line.tid, [])
     at = bisect_left(resets, stretch[0], key=_begin)

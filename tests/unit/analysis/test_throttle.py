@@ -61,6 +61,19 @@ def test_the_window_begins_with_the_request_and_not_with_the_throttles_kick() ->
     assert result.breakdown.vcpus[0].stop == -29_980_000
 
 
+def test_a_vcpu_that_left_by_itself_right_before_the_throttles_kick() -> None:
+    """As seen with QEMU 7.2: the exit to user space was 0.4 ms before the kick, and the sleep lasted 700 ms."""
+    script, source, destination = running()
+    throttled(10_000, source, 50_000, entered=100)
+    source.last(entered=50_000, left=60_000, end=200_000)
+    source.kick(60_375, tid=MAIN)
+    source.kick(90_000, tid=MIGRATION)
+    result = handed_over(script, source, destination, 90_000)
+    assert result.window == 5000
+    assert result.breakdown.throttled is not None
+    assert result.breakdown.throttled.before_request_ns == 30_000_000
+
+
 def test_a_throttled_vcpu_that_ran_when_it_was_asked_to_stop() -> None:
     script, source, destination = running()
     throttled(10_000, source, 50_000, entered=100)
