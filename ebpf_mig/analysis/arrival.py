@@ -12,13 +12,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ebpf_mig.analysis.management import on_futex
 from ebpf_mig.analysis.phases import Loading, is_restore
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.wire import DELAYED_ACK_NS, PROMPT_NS
-from ebpf_mig.breakdown import Span
 from ebpf_mig.recording.events import Transfer
+
+
+class Wait(NamedTuple):
+    """A wait for bytes, in ns."""
+
+    begin: int
+    end: int
+    slept: int
 
 
 def handed(destination: Process, receives: Sequence[Transfer], load: Loading) -> int:
@@ -35,15 +43,18 @@ def handed(destination: Process, receives: Sequence[Transfer], load: Loading) ->
     waits = _waits(destination, needed, load)
     found = load.begin
     for at in _arrivals(destination, needed, waits, load.begin):
-        held = any(end - begin >= DELAYED_ACK_NS and begin < at <= end + PROMPT_NS for begin, end in waits)
+        held = any(wait.slept >= DELAYED_ACK_NS and wait.begin < at <= wait.end + PROMPT_NS for wait in waits)
         if not held:
             found = max(found, at)
     return found
 
 
-def _waits(destination: Process, needed: Sequence[Transfer], load: Loading) -> list[Span]:
-    """Sleeps during the loading that bytes ended: the next call of the thread that ended received them."""
-    found: list[Span] = []
+def _waits(destination: Process, needed: Sequence[Transfer], load: Loading) -> list[Wait]:
+    """Waits during the loading that bytes ended: the next call of the thread that ended received them.
+
+    A thread that also serves a monitor wakes up for that, and sleeps on: that is one wait.
+    """
+    found: dict[tuple[int, int], Wait] = {}
     for tid in sorted({t.tid for t in needed}):
         acts = [(t.end_ns, True) for t in needed if t.tid == tid]
         acts += [(i.end_ns, False) for i in destination.ioctls if i.tid == tid and i.end_ns > load.begin]
@@ -53,11 +64,13 @@ def _waits(destination: Process, needed: Sequence[Transfer], load: Loading) -> l
                 continue
             following = bisect_left(acts, (wait.end_ns, False))
             if following < len(acts) and acts[following][1]:
-                found.append((wait.begin_ns, wait.end_ns))
-    return found
+                begin, end, slept = found.get((tid, following), (wait.begin_ns, 0, 0))
+                slept += wait.end_ns - wait.begin_ns
+                found[tid, following] = Wait(min(begin, wait.begin_ns), max(end, wait.end_ns), slept)
+    return list(found.values())
 
 
-def _arrivals(destination: Process, needed: Sequence[Transfer], waits: Sequence[Span], since: int) -> list[int]:
+def _arrivals(destination: Process, needed: Sequence[Transfer], waits: Sequence[Wait], since: int) -> list[int]:
     """When bytes arrived, after `since`, that these calls received.
 
     Data that arrives inside a receive that did not sleep was sent before: the call acknowledged earlier data, or made
@@ -67,8 +80,8 @@ def _arrivals(destination: Process, needed: Sequence[Transfer], waits: Sequence[
     sockets = {t.socket for t in needed}
     segments = [s for s in destination.segments if s.socket in sockets and s.payload and since < s.at_ns <= last]
     if not any(s.socket in sockets for s in destination.segments):
-        return [end for _, end in waits if end <= last]
-    awake = [t for t in needed if t.calls <= 1 and not any(t.begin_ns < end <= t.end_ns for _, end in waits)]
+        return [wait.end for wait in waits if wait.end <= last]
+    awake = [t for t in needed if t.calls <= 1 and not any(t.begin_ns < wait.end <= t.end_ns for wait in waits)]
     return [
         s.at_ns for s in segments if not any(t.socket == s.socket and t.begin_ns < s.at_ns < t.end_ns for t in awake)
     ]

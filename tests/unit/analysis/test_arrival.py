@@ -79,13 +79,16 @@ def test_data_that_its_own_receive_released_had_been_sent() -> None:
     assert figures(alone[0].result()) == figures(both[0].result()) == (1200, 400)
 
 
-def test_a_delayed_acknowledgement_is_no_work_of_the_source() -> None:
-    """The state was sent, and Nagle's algorithm held it back for 41 ms. The wait is `handover`."""
+@pytest.mark.parametrize("sleeps", [1, 20])
+def test_a_delayed_acknowledgement_is_no_work_of_the_source(sleeps: int) -> None:
+    """The state was sent, and Nagle's algorithm held it back for 41 ms. The wait is `handover`, also if the thread
+    answered a monitor each 2 ms."""
     both, alone = (migration(204_100, last=246_000, alone=one) for one in (False, True))
     for _, destination in (both, alone):
         segment(destination, 204_095, payload=7232)
         segment(destination, 245_900)
-        destination.off(204_300, 245_950, SLEEP)
+        for us in range(204_300, 245_950, 41_650 // sleeps):
+            destination.off(us, min(us + 41_650 // sleeps - 50 * (sleeps > 1), 245_950), SLEEP)
     assert abs(both[0].result().phases["state.load"] - alone[0].result().phases["state.load"]) <= 5
     assert round(alone[0].result().phases["handover"]) == 41_800
     assert alone[0].result().phases["resume"] == 400
