@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from ebpf_mig.analysis.wire import DELAYED_ACK_NS
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import Recording
@@ -93,7 +94,10 @@ def test_alone_as_beside_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     beside = both.phase_ns("state.load"), both.phase_ns("resume")
     assert load is not None and resume is not None and beside[0] is not None and beside[1] is not None
     assert abs(resume - beside[1]) <= max(SLACK_NS, beside[1] // 20)
-    assert abs(load - beside[0]) <= max(SLACK_NS, beside[0] // 20)
+    slack = max(SLACK_NS, beside[0] // 20)
+    assert beside[0] - slack <= load
+    # When data was sent that TCP then held back, is not known on the destination: docs/concepts.md.
+    assert load <= beside[0] + slack or (one.phase_ns("handover") or 0) >= DELAYED_ACK_NS
     waited = one.phase_ns("management"), both.phase_ns("management")
     assert waited[0] is not None and waited[1] is not None
     assert abs(waited[0] - waited[1]) <= SLACK_NS
