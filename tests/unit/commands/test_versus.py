@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from ebpf_mig.cli import cli
 from ebpf_mig.commands.bench import command
 
 
@@ -31,6 +32,6 @@ from ebpf_mig.commands.bench import command
     ],
 )
 def test_what_cannot_be_compared(tmp_path: Path, words: list[str], why: str) -> None:
-    done = CliRunner().invoke(command, ["-o", str(tmp_path / "x.json"), *words])
+    done = CliRunner().invoke(command, ["-o", str(tmp_path / "x.json"), *words], **cli.context_settings)
     assert done.exit_code != 0 and why in f"{done.output}{done.exception}"
     assert not list(tmp_path.iterdir())
