@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ def alone(recording: Recording, pid: int) -> Breakdown:
     return analyse(structs.replace(recording, header=header, events=events)).breakdown
 
 
+TRIES = 6
+"""Migrations, until TCP holds nothing back."""
+
+
 @pytest.mark.parametrize("wait_s", [0.05, 0.5])
 def test_alone_as_beside_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float) -> None:
     def let_go(pair: QemuPair, _: Migration) -> None:
@@ -86,18 +91,22 @@ def test_alone_as_beside_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         manager.close()
 
     monkeypatch.setattr(migrations, "QemuPair", WaitingPair)
-    run = migrations.migrate(tmp_path, meddle=let_go)
-    both = run.breakdown
-    assert both.blackout_ns is not None
-    one = alone(run.recording, run.recording.header.targets[1].pid)
+    for number in range(TRIES):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        run = migrations.migrate(directory, meddle=let_go)
+        both = run.breakdown
+        assert both.blackout_ns is not None
+        one = alone(run.recording, run.recording.header.targets[1].pid)
+        if (one.phase_ns("handover") or 0) < DELAYED_ACK_NS:
+            break
+        # When that data was sent is not known on the destination: docs/concepts.md.
+        sys.stdout.write(f"try {number + 1}: TCP held the last data back for a delayed acknowledgement\n")
     load, resume = one.phase_ns("state.load"), one.phase_ns("resume")
     beside = both.phase_ns("state.load"), both.phase_ns("resume")
     assert load is not None and resume is not None and beside[0] is not None and beside[1] is not None
     assert abs(resume - beside[1]) <= max(SLACK_NS, beside[1] // 20)
-    slack = max(SLACK_NS, beside[0] // 20)
-    assert beside[0] - slack <= load
-    # When data was sent that TCP then held back, is not known on the destination: docs/concepts.md.
-    assert load <= beside[0] + slack or (one.phase_ns("handover") or 0) >= DELAYED_ACK_NS
+    assert abs(load - beside[0]) <= max(SLACK_NS, beside[0] // 20)
     waited = one.phase_ns("management"), both.phase_ns("management")
     assert waited[0] is not None and waited[1] is not None
     assert abs(waited[0] - waited[1]) <= SLACK_NS
