@@ -34,18 +34,24 @@ def check(found: View) -> None:
     assert leaving == list(range(1, found.flows + 1))
 
 
+def lengths(call: Ioctl | Transfer | OffCpu, delays: dict[tuple[int, int], int]) -> list[int]:
+    """Of the slices of a call. A sleep and the time without a CPU after it are two."""
+    whole = call.end_ns - call.begin_ns
+    delay = delays.get((call.tid, call.end_ns), 0) if isinstance(call, OffCpu) and not call.preempted else 0
+    return [whole - delay, delay] if 0 < delay < whole else [whole]
+
+
 @pytest.mark.parametrize("path", COMPLETED, ids=lambda path: path.stem)
 def test_every_call_of_a_real_recording_is_in_a_lane_uncut(path: Path) -> None:
     recording = read_recording(path)
     analysis = analyse(recording)
     found = view(analysis)
     check(found)
+    delays = {(e.tid, e.at_ns): e.delay_ns for e in recording.events if isinstance(e, RunDelay)}
     for kind, of in (("ioctl", Ioctl), ("socket", Transfer), ("wait", OffCpu)):
         drawn = sorted(s.end_ns - s.begin_ns for lane in found.lanes if lane.kind == kind for s in lane.slices)
-        seen = sorted(e.end_ns - e.begin_ns for e in recording.events if isinstance(e, of))
-        assert drawn == seen or (kind == "wait" and sum(drawn) == sum(seen)), (
-            "a wait can be a sleep and a time after it"
-        )
+        seen = [e for e in recording.events if isinstance(e, of)]
+        assert drawn == sorted(length for e in seen for length in lengths(e, delays))
     b = analysis.breakdown
     for vcpu in b.vcpus:
         lanes = {lane.side: lane for lane in found.lanes if lane.kind == "vcpu" and lane.name == f"vCPU {vcpu.vcpu}"}
