@@ -226,7 +226,11 @@ def test_decompression_bomb_stops_at_the_limit() -> None:
         (b"\xdc\xff\xff", "Input data was truncated"),
         (b"\x91\xdd\xff\xff\xff\xff", "Input data was truncated"),
         (b"\x91\x94\x08\x01\x02\xdb\xff\xff\xff\xff", "Input data was truncated"),
-        (b"\x91\x94\x08\x01\x02\xa1\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        # CPython's words with msgspec up to 0.22, its own since 0.23.
+        (
+            b"\x91\x94\x08\x01\x02\xa1\xff",
+            "'utf-8' codec can't decode byte 0xff in position 0|Invalid UTF-8 encoded string",
+        ),
         (b"\x91\x96\x08\x01\x02\xa1x\x00" + b"\x91" * 200_000, "maximum recursion depth exceeded"),
         (b"\x91" * 200_000, "maximum recursion depth exceeded"),
         (b"\x91\x92\x08\x01", "Expected `array` of at least length 4, got 2"),
@@ -242,7 +246,7 @@ def test_malformed_content_ends_the_reading(content: bytes, reason: str) -> None
     recording = read_recording(file_with(block_of(0x82, content), block_of(2, b"\x90")))
     assert recording.events == []
     assert recording.reason.startswith("block 1 is damaged: ")
-    assert reason in recording.reason
+    assert any(words in recording.reason for words in reason.split("|"))
 
 
 def test_newer_writers_events_fields_and_blocks() -> None:
