@@ -177,7 +177,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more."""
+    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more. The tests
+    of the exporter come first: they mostly wait, and `./check` runs those of tests/unit beside them.
+    """
+    items.sort(key=lambda item: not item.path.name.startswith("test_exporter"))
     reruns = config.pluginmanager.hasplugin("rerunfailures")
     for item in items:
         marker = item.get_closest_marker("everywhere")
