@@ -21,7 +21,7 @@ import errno
 
 from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.migration import TracedMigration
-from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.process import Process, key_of
 from ebpf_mig.analysis.sockets import family_of
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import Result, SwitchoverKind, Transport
@@ -82,7 +82,8 @@ def _runs_anew(case: TracedMigration) -> bool:
 
 def _of_a_paused_guest(case: TracedMigration) -> Result:
     """No vCPU stopped for the migration; its destination may be set going at any time later."""
-    taken = _handed_over(case, case.since) or _loaded_there(case)
+    given_up = _shut_down(case) or _other_side_is_gone(case)
+    taken = _handed_over(case, case.since) or (_loaded_there(case) and not given_up)
     if _started(case.destination) or (not _runs(case.source) and taken):
         return Result.COMPLETED
     return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
@@ -97,7 +98,7 @@ def stopped_early(case: TracedMigration) -> bool | None:
         return None
     if case.stopped_early:
         return True
-    never = not (case.source.vcpus or case.source.states or paused_before(case)) and case.switchover is None
+    never = _ran(case, case.source) is False and not paused_before(case) and case.switchover is None
     return never and bool(case.bursts) and not case.live_update
 
 
@@ -112,8 +113,20 @@ def paused_before(case: TracedMigration) -> bool | None:
     if case.switchover is not None and case.switchover.dark < began:
         return False  # a snapshot stops the guest by itself
     if not source.vcpus:
-        return not source.states
+        ran = _ran(case, source)
+        return None if ran is None else not ran
     return all(_was_paused(source, line, began, case.material.header.begin_ns) for line in source.vcpus.values())
+
+
+def _ran(case: TracedMigration, source: Process) -> bool | None:
+    """Whether a vCPU ran while it was traced; None if unknown.
+
+    A vCPU that never leaves KVM_RUN for long has no event, only its account at the end. Without an end, no account was
+    read.
+    """
+    if source.vcpus or source.states or source.spans:
+        return True
+    return None if case.material.ending is None or case.material.truncated else False
 
 
 def _was_paused(source: Process, line: Timeline, at: int, since: int) -> bool:
@@ -197,20 +210,22 @@ def _handed_over(case: TracedMigration, stop: int) -> bool:
 
     QEMU's destination reports completion on the return path (`migrate_send_rp_shut`, migration/migration.c). Cloud
     Hypervisor's destination answers the completion request. Without a return path, QEMU closes the connection after a
-    success and leaves the guest stopped.
+    success and leaves the guest stopped. To cancel or after an error, it shuts the connection down before it closes it
+    (`qemu_file_shutdown` in `migrate_fd_cancel`).
     """
     last = max((t.end_ns for t in case.sends), default=None)
     if last is None:
         return False
     answers = [t for t in case.source_transfers if t.direction == RECEIVE and t.bytes and t.end_ns > max(last, stop)]
     closed = [mark for mark in case.material.marks if mark.name == CLOSED and mark.value in case.channels.source]
-    return bool(answers or closed)
+    return bool(answers or (closed and not _shut_down(case)))
 
 
 def _loaded_there(case: TracedMigration) -> bool:
     """Whether the destination wrote its vCPUs' state after the source's last send.
 
-    It does so once all state has come (QEMU: `cpu_synchronize_all_post_init` at the end of `qemu_loadvm_state`).
+    It does so once all state has come (QEMU: `cpu_synchronize_all_post_init` at the end of `qemu_loadvm_state`), but
+    also when the stream ends too early, before it gives up.
     """
     last = max((t.begin_ns for t in case.sends), default=None)
     if last is None or case.destination is None:
@@ -302,9 +317,21 @@ def _died_with_its_state(case: TracedMigration, stop: int) -> bool:
     return (ended or ending.reason == "target-died") and not read
 
 
+def _shut_down(case: TracedMigration) -> bool:
+    """Whether the source itself shut its main connection down. QEMU does so with further ones after a success, too."""
+    source = case.source
+    if source is None:
+        return False
+    main = {key_of(t) for t in case.sends if t.tid in source.fetchers} or case.channels.source
+    own = [error for error in source.socket_errors if error.ret == 0 and error.direction == SEND]
+    return any(error.socket in main and error.at_ns >= case.since for error in own)
+
+
 def _destination_ended(case: TracedMigration) -> bool:
-    """Whether the traced destination's process ended before its guest ran."""
+    """Whether the traced destination's process ended before its guest ran. Where no process is known to be it, any."""
     gone = {mark.pid for mark in case.material.marks if mark.name == ENDED}
+    if case.destination is not None:
+        return case.destination.pid in gone
     others = gone - ({case.source.pid} if case.source else set())
     return bool(others) and (case.source is None or case.source.pid not in gone)
 

@@ -28,13 +28,14 @@ from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.observation import DELAYS_S, Status
 from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
+from ebpf_mig.exporter.track import as_of
 from ebpf_mig.exporter.tracker import Ended, Tracks
 from ebpf_mig.exporter.troubles import Troubles
 from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
-from ebpf_mig.recording.events import AnyEvent, Ending, Target, Transfer
+from ebpf_mig.recording.events import AnyEvent, Ending, Target, Transfer, VcpuState
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.session import header_for
 from ebpf_mig.tracing.witness import Witness
@@ -309,7 +310,7 @@ class NodeWatch:
         rest: list[AnyEvent] = []
         for pid in ended.pids:
             with self._troubles.of("vm", f"the end of tracing process {pid}"):
-                rest += self._tracer.names(pid) if pid in self._tracks else self._tracer.remove(pid)
+                rest += self._so_far(pid, ended.end_ns) if pid in self._tracks else self._tracer.remove(pid)
         unused = self._hops.intersection(ended.hops) - self._tracks.hops
         for pid in unused:
             with self._troubles.of("vm", f"the end of tracing process {pid}"):
@@ -337,6 +338,16 @@ class NodeWatch:
         header = header_for(targets, self._tracer.attached, notes)
         header = msgspec.structs.replace(header, begin_ns=ended.begin_ns)
         self._analysis.put(Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
+
+    def _so_far(self, pid: int, until_ns: int | None) -> list[AnyEvent]:
+        """The names and accounts of a process that remains traced: of its vCPUs, those that hold at `until_ns`."""
+        events: list[AnyEvent] = []
+        for event in self._tracer.so_far(pid):
+            if not isinstance(event, VcpuState):
+                events.append(event)
+            elif until_ns is not None and (state := as_of(event, until_ns)) is not None:
+                events.append(state)
+        return events
 
     def _account(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(lost, unpaired, run time in ns) since the last call, of all traced VMs together."""

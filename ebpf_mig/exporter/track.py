@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from ebpf_mig.analysis.reception import LOADED_BYTES, STREAM_BYTES
 from ebpf_mig.analysis.vcpu import IMMEDIATE_NS
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit, VcpuState
 from ebpf_mig.tracing.lifecycle import LARGE_BYTES, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
 
@@ -71,6 +73,19 @@ def has_run(track: Track, pid: int) -> bool:
     exits = [e for e in track.events if isinstance(e, VcpuExit) and e.pid == pid]
     at_once = {e.enter_ns for e in exits if e.on_cpu_ns <= IMMEDIATE_NS}
     return any(isinstance(e, VcpuEnter) and e.pid == pid and e.at_ns not in at_once for e in track.events)
+
+
+def as_of(state: VcpuState, at_ns: int) -> VcpuState | None:
+    """A vCPU's account that was read later, as far as it holds at `at_ns`; None if the vCPU had not run by then.
+
+    What it did later belongs to the next migration. If it has entered KVM_RUN again, the instants of the call before
+    are lost; without them, the account still says that the vCPU ran.
+    """
+    if state.enter_ns <= at_ns:
+        return replace(state, at_ns=at_ns, exit_ns=state.exit_ns if state.exit_ns <= at_ns else 0)
+    if state.runs <= 1 and not state.out_ns:
+        return None
+    return replace(state, at_ns=at_ns, enter_ns=0, exit_ns=0)
 
 
 def switches_on(event: Ioctl) -> bool:

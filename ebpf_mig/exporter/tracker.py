@@ -41,6 +41,8 @@ class _Passed:
     track: Track
     reason: str
     pid: int
+    at_ns: int
+    """When it began."""
     until_ns: int
     """Its guest's first run is awaited until then; 0: it has run, or that does not matter."""
 
@@ -58,6 +60,8 @@ class Ended:
     doubtful: bool = False
     hops: tuple[int, ...] = ()
     """Processes that were followed because they pass the migration's bytes on."""
+    end_ns: int | None = None
+    """When one of its processes began the next migration, which has all that they did later; None: none did."""
 
 
 class Tracks:
@@ -150,7 +154,7 @@ class Tracks:
 
     def over(self, now_ns: int, is_alive: Callable[[int], bool]) -> list[Ended]:
         """The tracks that ended. Their processes are no longer traced."""
-        ended = [self._ended(p.track, p.reason) for p in self._passed if now_ns >= p.until_ns]
+        ended = [self._ended(p.track, p.reason, p.at_ns) for p in self._passed if now_ns >= p.until_ns]
         self._passed = [passed for passed in self._passed if now_ns < passed.until_ns]
         for track in self._open():
             if self._by_pid.get(track.pids[0]) is not track:
@@ -178,7 +182,7 @@ class Tracks:
 
     def abandon(self) -> list[Ended]:
         """Ends all tracks because the watch ends: `interrupted` if a migration was under way."""
-        ended = [self._ended(passed.track, passed.reason) for passed in self._passed]
+        ended = [self._ended(passed.track, passed.reason, passed.at_ns) for passed in self._passed]
         self._passed.clear()
         tracks = self._open()
         for track in tracks:
@@ -212,7 +216,7 @@ class Tracks:
         """Ends the track of `pid`. Starts a new one for it, and one for each possible destination."""
         track = self._by_pid[pid]
         until = now_ns + QUIET_NS if reason == "migrated" and not has_run(track, pid) else 0
-        self._passed.append(_Passed(track, reason, pid, until))
+        self._passed.append(_Passed(track, reason, pid, at_ns, until))
         waiting = [other for other in track.pids if other != pid and other in track.fresh - track.ran]
         for again in (pid, *waiting):
             self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
@@ -344,10 +348,9 @@ class Tracks:
         self._inodes = {inode: pid for inode, pid in self._inodes.items() if pid not in gone}
 
     @staticmethod
-    def _ended(track: Track, reason: str) -> Ended:
+    def _ended(track: Track, reason: str, end_ns: int | None = None) -> Ended:
         marks = track.witness.marks() if track.witness is not None else ()
         events = [*track.events, *track.passed_on[-KEPT_EVENTS:], *marks]
         hops = tuple(track.witness.hops) if track.witness is not None else ()
-        return Ended(
-            tuple(track.pids), track.trigger, track.begin_ns, reason, events, track.thinned, track.doubtful, hops
-        )
+        pids = tuple(track.pids)
+        return Ended(pids, track.trigger, track.begin_ns, reason, events, track.thinned, track.doubtful, hops, end_ns)

@@ -10,11 +10,13 @@ import contextlib
 import ctypes
 from collections.abc import Iterable
 
-from ebpf_mig.linux.procfs import in_kvm_run, threads_of
+from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import open_batches, stream_key, vcpu_state
 from ebpf_mig.recording.events import Socket, Transfer, VcpuState
 from ebpf_mig.recording.kinds import RECORD_NAMES
+
+_NOTHING_SEEN = dict.fromkeys(("enter_ns", "exit_ns", "ret", "runs", "in_ns", "out_ns", "max_gap_ns"), 0)
 
 
 class ProcessTable:
@@ -22,15 +24,19 @@ class ProcessTable:
 
     def __init__(self, program: BpfProgram) -> None:
         self._program = program
+        self._on_cpu: dict[int, set[int]] = {}
+        """By pid: threads that were on a CPU when tracing began, where they may have been inside KVM_RUN."""
 
     def add(self, pids: Iterable[int]) -> None:
         """Starts to trace these processes. A vCPU already inside KVM_RUN (halted, say) is counted at once."""
         processes, threads = self._program.table("processes"), self._program.table("threads")
         for pid in pids:
-            inside = {tid: fd for tid in threads_of(pid) if (fd := in_kvm_run(pid, tid)) is not None}
+            tids = threads_of(pid)
+            inside = {tid: fd for tid in tids if (fd := in_kvm_run(pid, tid)) is not None}
             for tid, fd in inside.items():
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1, vcpu_fd=fd)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
+            self._on_cpu[pid] = {tid for tid in tids if tid not in inside and may_run_vcpu(pid, tid)}
 
     def follow(self, pid: int) -> None:
         """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran."""
@@ -55,8 +61,24 @@ class ProcessTable:
                 events.append(state)
         return events
 
+    def silent_vcpus(self, now_ns: int, pid: int | None = None) -> list[VcpuState]:
+        """Accounts of vCPUs that were inside KVM_RUN all the time, and so have none in the kernel half.
+
+        Nothing says of a thread on a CPU whether it is inside KVM_RUN. One that is on a CPU when tracing begins, made
+        no traced call, and is on a CPU or inside KVM_RUN at the end, counts: else a busy guest would seem to be paused.
+        """
+        busy = {one: tids for one, tids in self._on_cpu.items() if tids and pid in (None, one)}
+        known = {key.value for key, _ in self._program.table("threads").items()} if busy else set()
+        return [
+            VcpuState(now_ns, one, tid, fd=-1 if (fd := in_kvm_run(one, tid)) is None else fd, **_NOTHING_SEEN)
+            for one, tids in busy.items()
+            for tid in sorted(tids - known)
+            if may_run_vcpu(one, tid)
+        ]
+
     def forget(self, pid: int) -> None:
         """Frees entries in the table of threads."""
+        self._on_cpu.pop(pid, None)
         threads = self._program.table("threads")
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):

@@ -203,10 +203,10 @@ class Tracer:
                 break
         return [event for event in [*self._late, *batches] if isinstance(event, Transfer) and event.pid == pid]
 
-    def names(self, pid: int) -> list[AnyEvent]:
-        """The thread names of a process that remains traced."""
-        self._accounts(clock.monotonic_ns(), pid)  # they show which thread runs which vCPU
-        return list(self._threads.events(pid))
+    def so_far(self, pid: int) -> list[AnyEvent]:
+        """The vCPU accounts and thread names of a process that remains traced."""
+        accounts = self._accounts(clock.monotonic_ns(), pid)
+        return [*(event for event in accounts if isinstance(event, VcpuState)), *self._threads.events(pid)]
 
     def disarm(self) -> None:
         """Detaches; `arm` attaches again. Forgets all sockets and stacks."""
@@ -221,9 +221,9 @@ class Tracer:
     def _accounts(self, now: int, pid: int | None = None) -> list[AnyEvent]:
         """The open batches and vCPU accounts of all threads, or of one process's."""
         self._threads.read(self.pids)
-        events: list[AnyEvent] = [*self._processes.accounts(now, pid)]
+        events: list[AnyEvent] = [*self._processes.accounts(now, pid), *self._processes.silent_vcpus(now, pid)]
         for event in events:
-            if isinstance(event, VcpuState):
+            if isinstance(event, VcpuState) and event.fd >= 0:
                 self._threads.ran_vcpu(event.pid, event.tid, event.fd)
         return events
 

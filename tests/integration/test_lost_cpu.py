@@ -31,7 +31,17 @@ from tests.integration.test_results import Qmp
 pytestmark = requires(*TRACING)
 
 MS = 1_000_000
-SPINNER = "import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+NEIGHBOUR = """
+import os, time
+os.sched_setaffinity(0, [{cpu}])
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+print(flush=True)
+while True:
+    until = time.monotonic() + 0.004
+    while time.monotonic() < until:
+        pass
+    time.sleep(0.001)
+"""
 CONTENDED = {"(preempted)", "(waits for a CPU)"}
 Cause = Callable[[int], AbstractContextManager[None]]
 
@@ -82,18 +92,20 @@ def run_delays(pid: int) -> dict[int, int]:
 
 @contextlib.contextmanager
 def neighbours(pid: int) -> Iterator[None]:
-    """Two threads that spin on the only CPU of the source."""
+    """A thread with real-time priority that takes 4 of each 5 ms of the source's only CPU.
+
+    With threads of equal priority, the scheduler may give the CPU to each thread of QEMU as soon as it wakes up.
+    """
     cpu = max(os.sched_getaffinity(0))
     for tid in procfs.threads_of(pid):
         os.sched_setaffinity(tid, [cpu])
-    spinners = [subprocess.Popen([sys.executable, "-c", SPINNER.format(cpu=cpu)]) for _ in range(2)]
-    time.sleep(0.1)
-    try:
-        yield
-    finally:
-        for spinner in spinners:
-            spinner.kill()
-            spinner.wait()
+    command = [sys.executable, "-c", NEIGHBOUR.format(cpu=cpu)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as neighbour:
+        try:
+            assert neighbour.stdout is not None and neighbour.stdout.readline(), "it did not begin"
+            yield
+        finally:
+            neighbour.kill()
 
 
 def reasons(b: Breakdown) -> dict[str, int]:

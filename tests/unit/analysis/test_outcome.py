@@ -5,7 +5,19 @@ from __future__ import annotations
 
 from ebpf_mig.breakdown import Migration
 from ebpf_mig.linux.procfs import PLACED
-from ebpf_mig.recording.events import CLOSED, FILE, FORWARDER, KEEPER, NEIGHBOUR, PIPE, Ending
+from ebpf_mig.recording.events import (
+    CLOSED,
+    ENDED,
+    FILE,
+    FORWARDER,
+    KEEPER,
+    NEIGHBOUR,
+    PIPE,
+    SEND,
+    Ending,
+    SocketError,
+    VcpuState,
+)
 from tests.unit.script import UNIX, Script, Vm, at
 
 
@@ -148,3 +160,73 @@ def test_the_wait_for_cont_after_a_state_was_kept_is_part_of_resume() -> None:
         assert found.breakdown.migration.result == "saved"
         assert (found.phases["resume"], found.phases["state.send"]) == (300_000, 100)
         assert "unattributed" not in found.phases and "handover" not in found.phases
+
+
+def cancelled_try(script: Script) -> tuple[Vm, Vm]:
+    """A try that was cancelled while the guest ran, of which no vCPU event is left: the guest never left KVM_RUN.
+
+    QEMU's destination sets its vCPUs' state and ends when the stream does.
+    """
+    source, destination = script.pair()
+    source.logging(-500_000)
+    source.gets(-499_000)
+    source.send(-498_000, -2_000, 300_000, calls=10)
+    source.events.append(SocketError(at(-1_900), 1000, 1003, 70, SEND, 0))
+    destination.receive(-497_000, -1_900, 300_000, socket=80, calls=10)
+    destination.ioctls("SET_SREGS SET_REGS SET_MSRS", -1_500, -1_400)
+    source.logging(-1_000, on=False)
+    return source, destination
+
+
+def test_a_cancelled_try_whose_guest_shows_no_event_is_not_completed() -> None:
+    """The state that a destination sets as it gives up is no sign that it took over."""
+    script = Script()
+    cancelled_try(script)
+    assert outcome(script, "logging-ended").result == "unknown"
+    script.mark(-1_300, 2000, ENDED)
+    assert outcome(script, "logging-ended").result == "failed"
+
+
+def test_a_vcpu_that_never_left_its_guest_was_not_paused() -> None:
+    script = Script()
+    source, _ = cancelled_try(script)
+    assert outcome(script, "logging-ended").paused_before is True, "no vCPU was in KVM_RUN at any time"
+    script.ending = None
+    found = script.result(truncated=True).breakdown.migration
+    assert (found.paused_before, found.stopped_early, found.result) == (None, False, "unknown"), "no account was read"
+    source.events.append(VcpuState(at(0), 1000, 1100, 10, 0, 0, 0, 0, 0, 0, 0))
+    found = outcome(script, "logging-ended")
+    assert (found.paused_before, found.stopped_early, found.result) == (False, False, "unknown")
+
+
+def test_a_connection_that_the_source_shut_down_was_not_handed_over() -> None:
+    """QEMU closes it after a success, and shuts it down first to cancel. The guest was paused in both cases."""
+    for shut_down, expected in ((True, "unknown"), (False, "completed")):
+        script = Script()
+        source = script.vm(1000, "source")
+        source.socket(70, "10.0.0.1:1", "10.0.0.2:2")
+        source.logging(-500_000)
+        source.gets(-499_000)
+        source.send(-498_000, -2_000, 300_000, calls=10)
+        if shut_down:
+            source.events.append(SocketError(at(-1_900), 1000, 1003, 70, SEND, 0))
+        source.logging(-1_000, on=False)
+        script.mark(0, 1000, CLOSED, 70)
+        found = outcome(script, "handed-over")
+        assert (found.paused_before, found.result) == (True, expected)
+
+
+def test_the_end_of_another_try_s_destination_says_nothing() -> None:
+    """A paused guest moves to a second destination, after the first one gave up."""
+    script = Script()
+    source, destination = script.pair()
+    source.logging(-500_000)
+    source.gets(-499_000)
+    source.send(-498_000, -2_000, 300_000, calls=10)
+    destination.receive(-497_000, -1_900, 300_000, socket=80, calls=10)
+    destination.ioctls("SET_SREGS SET_REGS SET_MSRS", -1_500, -1_400)
+    source.logging(-1_000, on=False)
+    script.mark(-490_000, 3000, ENDED)
+    assert outcome(script, "handed-over").result == "completed"
+    script.mark(-100, 2000, ENDED)
+    assert outcome(script, "handed-over").result == "failed"

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from ebpf_mig.exporter.track import as_of
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import SEND, AnyEvent, Exec, Ioctl, Transfer
+from ebpf_mig.recording.events import SEND, AnyEvent, Exec, Ioctl, Transfer, VcpuState
 from tests.unit.exporter.test_tracker import MS, SOURCE, S, begun, ended
 
 MAIN, MIGRATION, CHANNEL, OTHER_CHANNEL = SOURCE, 11, 12, 13
@@ -59,3 +60,23 @@ def test_a_source_whose_begin_was_missed(events: list[AnyEvent]) -> None:
 )
 def test_other_readers_are_not_migrating(events: list[AnyEvent]) -> None:
     assert not is_migrating(events)
+
+
+@pytest.mark.parametrize(
+    ("enter", "left", "runs", "out", "expected"),
+    [
+        (0, 0, 0, 0, (0, 0)),
+        (40, 30, 5, 9, (40, 30)),
+        (30, 40, 5, 9, (30, 40)),
+        (30, 70, 5, 9, (30, 0)),
+        (60, 45, 5, 9, (0, 0)),
+        (60, 0, 1, 0, None),
+        (60, 55, 1, 5, (0, 0)),
+    ],
+    ids=["always inside", "inside", "outside", "left later", "entered again", "ran later only", "left and entered"],
+)
+def test_an_account_as_of_an_instant_in_the_past(
+    enter: int, left: int, runs: int, out: int, expected: tuple[int, int] | None
+) -> None:
+    found = as_of(VcpuState(90, SOURCE, 11, 6, enter, left, 0, runs, 0, out, 0), 50)
+    assert (found and (found.at_ns, found.enter_ns, found.exit_ns)) == (expected and (50, *expected))

@@ -188,9 +188,9 @@ def test_each_try_of_a_migration_is_there() -> None:
     tries = [logging(SOURCE, MS), logging(SOURCE, 2 * MS, on=False), logging(SOURCE, 3 * MS)]
     tracks.saw([*tries, logging(SOURCE, 4 * MS, on=False), logging(SOURCE, 5 * MS)], 5 * MS)
     found = ended(tracks, 5 * MS)
-    assert [(end.reason, len(end.events), end.begin_ns) for end in found] == [
-        ("logging-ended", 2, 0),
-        ("logging-ended", 2, 3 * MS),
+    assert [(end.reason, len(end.events), end.begin_ns, end.end_ns) for end in found] == [
+        ("logging-ended", 2, 0, 3 * MS),
+        ("logging-ended", 2, 3 * MS, 5 * MS),
     ]
     assert SOURCE in tracks
 

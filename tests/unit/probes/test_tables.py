@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -74,6 +76,25 @@ def test_a_process_is_traced_until_it_is_removed(program: BpfProgram) -> None:
     table.remove(OURS)
     table.remove(OURS)
     assert list(processes.items()) == []
+
+
+def test_a_thread_that_was_busy_all_the_time_may_have_run_a_guest(program: BpfProgram) -> None:
+    """A vCPU whose guest never sleeps nor leaves KVM_RUN has no event."""
+    table = ProcessTable(program)
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy, subprocess.Popen(["sleep", "60"]) as idle:
+        try:
+            time.sleep(0.1)
+            table.add([busy.pid, idle.pid])
+            expected = VcpuState(999, busy.pid, busy.pid, -1, 0, 0, 0, 0, 0, 0, 0)
+            assert table.silent_vcpus(999) == table.silent_vcpus(999, busy.pid) == [expected]
+            assert table.silent_vcpus(999, idle.pid) == []
+            put_thread(program, busy.pid, busy.pid)
+            assert table.silent_vcpus(999) == [], "it made a traced call"
+            table.forget(busy.pid)
+            assert table.silent_vcpus(999) == []
+        finally:
+            busy.kill()
+            idle.kill()
 
 
 def test_only_the_sockets_of_a_process_are_forgotten(program: BpfProgram) -> None:
