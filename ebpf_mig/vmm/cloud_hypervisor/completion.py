@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ebpf_mig.vmm.cloud_hypervisor.api import RefusedError
-from ebpf_mig.vmm.cloud_hypervisor.source import LOOK_S, Call, SourceEnd, readable
+from ebpf_mig.vmm.call import Call, readable
+from ebpf_mig.vmm.cloud_hypervisor.source import LOOK_S, SourceEnd
+from ebpf_mig.vmm.unix_http import RefusedError
 
 AFTER_S = 5.0
 """How long to wait for one end to confirm what the other end shows."""

@@ -9,15 +9,8 @@ Lines: vmm/src/lib.rs and vm-migration/src/context.rs (v52 to v54).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
-from ebpf_mig.vmm.base import RemoteEnd
-
-LOG_MOST_BYTES = 1 << 24
-"""Bytes read from the log's end. With -vv the VMM logs a line for each dirty range."""
-MOST_THERE_BYTES = 1 << 20
-"""Bytes read from the log of a VMM on another host."""
+from ebpf_mig.vmm import log_place
 
 _TOTAL = re.compile(r"Migration completed after \S+ with a downtime of (\d{1,12})ms", re.ASCII)
 _STATE_TO_RESUME = re.compile(r"Receiving final state and resuming the VM took (\d{1,12})ms", re.ASCII)
@@ -31,39 +24,8 @@ _PARTS = {
 """The keys that are read, per line. `overhead` is the part of the final iteration that is not its transfer."""
 
 
-@dataclass(frozen=True)
-class LogPlace:
+class LogPlace(log_place.LogPlace):
     """A log file, and how long it was when the migration began."""
-
-    path: str
-    offset: int
-    there: RemoteEnd | None = None
-    """The host of the file; None: this one."""
-
-    @classmethod
-    def now(cls, path: str, there: RemoteEnd | None = None) -> LogPlace:
-        """The file's present end; 0 if the file does not exist yet."""
-        if there is not None:
-            return cls(path, _size_there(there, path), there)
-        try:
-            return cls(path, Path(path).stat().st_size)
-        except OSError:
-            return cls(path, 0)
-
-    def lines(self) -> list[str]:
-        """The text written since then; empty if the log cannot be read."""
-        if self.there is not None:
-            end = _size_there(self.there, self.path)
-            since = end - self.offset if self.offset <= end else end
-            return self.there.output("tail", "-c", str(min(since, MOST_THERE_BYTES)), self.path).splitlines()
-        try:
-            with Path(self.path).open("rb") as file:
-                end = file.seek(0, 2)
-                begin = self.offset if self.offset <= end else 0
-                file.seek(max(begin, end - LOG_MOST_BYTES))
-                return file.read(LOG_MOST_BYTES).decode(errors="replace").splitlines()
-        except OSError:
-            return []
 
     def figures(self) -> dict[str, int]:
         """The VMM's own figures in ms by name, the last of each.
@@ -86,8 +48,3 @@ class LogPlace:
         """The logged reason of the failure (v53 and later); empty if there is none."""
         found = [match[1].strip() for line in self.lines() if (match := _FAILED.search(line))]
         return found[-1][:500] if found else ""
-
-
-def _size_there(there: RemoteEnd, path: str) -> int:
-    size = there.output("wc", "-c", path).split()
-    return int(size[0]) if size and re.fullmatch(r"\d{1,18}", size[0], re.ASCII) else 0

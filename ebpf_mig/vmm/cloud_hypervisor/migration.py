@@ -22,11 +22,12 @@ from ebpf_mig.linux import clock
 from ebpf_mig.linux.listening import listens
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.vmm.base import Outcome, RemoteEnd, mark
+from ebpf_mig.vmm.call import Call
 from ebpf_mig.vmm.cloud_hypervisor import event_monitor
 from ebpf_mig.vmm.cloud_hypervisor.api import Api
 from ebpf_mig.vmm.cloud_hypervisor.completion import Ending
 from ebpf_mig.vmm.cloud_hypervisor.log import LogPlace
-from ebpf_mig.vmm.cloud_hypervisor.source import Call, FarSource, NearSource
+from ebpf_mig.vmm.cloud_hypervisor.source import FarSource, NearSource
 
 _LISTEN_S = 10.0
 _SEND, _RECEIVE = "vm.send-migration", "vm.receive-migration"

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
 from ebpf_mig.vmm.base import RemoteEnd
+from ebpf_mig.vmm.call import Call, readable
 
 _WORKER = "migration-worke"
 """Comm of the sending thread, cut to 15 characters (vmm/src/migration/worker.rs, v53)."""
@@ -26,40 +23,6 @@ LOOK_S = 0.5
 _COMMS = ("-maxdepth", "2", "-name", "comm", "-exec", "cat", "{}", "+")
 FIRST_LOOK_S, MOST_LOOK_S = 10.0, 80.0
 """When a process on another host is first checked. The pauses then double up to this."""
-
-
-class Call:
-    """A blocking call in a thread of its own; `fd` becomes readable when it has returned."""
-
-    def __init__(self) -> None:
-        self.error: VmmError | None = None
-        self.begun = False
-        self.done = threading.Event()
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
-
-    def start(self, name: str, act: Callable[[], object]) -> None:
-        """Starts `act` and keeps its VmmError."""
-
-        def work() -> None:
-            try:
-                act()
-            except VmmError as error:
-                self.error = error
-            self.finish()
-
-        self.begun = True
-        threading.Thread(target=work, name=name, daemon=True).start()
-
-    def finish(self) -> None:
-        """Signals the end."""
-        self.done.set()
-        os.eventfd_write(self.fd, 1)
-
-    def close(self) -> None:
-        """Closes the descriptor, unless the call may still return."""
-        if self.fd >= 0 and (self.done.is_set() or not self.begun):
-            os.close(self.fd)
-            self.fd = -1
 
 
 class SourceEnd(Protocol):
@@ -185,11 +148,3 @@ class FarSource:
         self._pid = self._pid if names else 0
         self._next = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, MOST_LOOK_S)
-
-
-def readable(fds: Sequence[int], timeout_s: float) -> set[int]:
-    """Waits until a descriptor is readable. Returns the readable ones."""
-    waiter = select.poll()
-    for fd in fds:
-        waiter.register(fd, select.POLLIN)
-    return {fd for fd, _ in waiter.poll(None if timeout_s == float("inf") else max(0, timeout_s) * 1000)}

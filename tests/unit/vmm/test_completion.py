@@ -14,10 +14,11 @@ import pytest
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.vmm.base import RemoteEnd
+from ebpf_mig.vmm.call import Call
 from ebpf_mig.vmm.cloud_hypervisor import completion, source
 from ebpf_mig.vmm.cloud_hypervisor.api import RefusedError
 from ebpf_mig.vmm.cloud_hypervisor.completion import Ending
-from ebpf_mig.vmm.cloud_hypervisor.source import Call, FarSource, NearSource
+from ebpf_mig.vmm.cloud_hypervisor.source import FarSource, NearSource
 
 
 @pytest.fixture(autouse=True)

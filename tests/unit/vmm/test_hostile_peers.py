@@ -18,7 +18,7 @@ import pytest
 
 from ebpf_mig.cli import main
 from ebpf_mig.errors import VmmError
-from ebpf_mig.vmm.cloud_hypervisor import api as http_api
+from ebpf_mig.vmm import unix_http
 from ebpf_mig.vmm.cloud_hypervisor import event_monitor, log
 from ebpf_mig.vmm.cloud_hypervisor.api import Api
 from ebpf_mig.vmm.qemu import migration as adapter
@@ -36,7 +36,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "GREETING_S", 1)
     monkeypatch.setattr(monitor, "COMMAND_S", 1)
     monkeypatch.setattr(adapter, "_CANCEL_S", 0.5)
-    monkeypatch.setattr(http_api, "_QUICK_S", 1)
+    monkeypatch.setattr(unix_http, "QUICK_S", 1)
 
 
 def in_a_line(call: Callable[[], Any]) -> None:
