@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Firecracker: its processes are recognised."""
+"""Firecracker: a VM is handed over by a snapshot that another process loads."""
