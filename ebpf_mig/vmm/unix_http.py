@@ -78,14 +78,16 @@ class Api:
         self, method: str, name: str, body: dict[str, Any] | None = None, timeout_s: float | None = QUICK_S
     ) -> Any:
         """The decoded answer; None if it is empty. VmmError if there is no answer or it is a refusal."""
-        data = self.exchange(method, name, body, timeout_s)
+        _, data = self.exchange(method, name, body, timeout_s)
         try:
             return json.loads(data) if data else None
         except (ValueError, RecursionError) as error:
             raise self.invalid_answer() from error
 
-    def exchange(self, method: str, name: str, body: dict[str, Any] | None, timeout_s: float | None) -> bytes:
-        """The answer's body, of at most ANSWER_BYTES, within a total of `timeout_s`."""
+    def exchange(
+        self, method: str, name: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> tuple[int, bytes]:
+        """The answer's status, below 300, and its body, of at most ANSWER_BYTES, within a total of `timeout_s`."""
         connection = _UnixConnection(self.path, timeout_s)
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
@@ -104,11 +106,11 @@ class Api:
         if answer.status >= 300:
             reason = self.reason(data)[:_REASON_CHARACTERS] or f"status {answer.status}"
             raise RefusedError(f"the {self.role} refuses {name}: {reason}")
-        return data
+        return answer.status, data
 
     def typed(self, method: str, name: str, kind: type[_Answer]) -> _Answer:
         """The answer of a quick call, decoded as the given type."""
-        data = self.exchange(method, name, None, QUICK_S)
+        _, data = self.exchange(method, name, None, QUICK_S)
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:

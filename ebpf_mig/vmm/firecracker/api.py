@@ -8,6 +8,7 @@ Facts: src/firecracker/src/api_server (v1.13 to v1.16).
 
 from __future__ import annotations
 
+import http
 import json
 from typing import Annotated, Any, Literal
 
@@ -75,7 +76,7 @@ class Api(unix_http.Api):
 
     def _command(self, method: str, name: str, body: dict[str, Any], timeout_s: float | None) -> None:
         """A call whose only answer is 204, without a body."""
-        if self.exchange(method, name, body, timeout_s):
+        if self.exchange(method, name, body, timeout_s) != (http.HTTPStatus.NO_CONTENT, b""):
             raise self.invalid_answer()
 
     def reason(self, data: bytes) -> str:

@@ -125,6 +125,7 @@ class FcPair:
 
     def _start(self, role: str, more: list[str]) -> FcVm:
         api, log = (self.directory / f"{role}.{kind}" for kind in ("api", "log"))
+        log.touch()  # up to v1.13 it has to exist
         read_end, write_end = os.pipe()
         heartbeat = Heartbeat(read_end)
         self._stack.callback(heartbeat.join)
