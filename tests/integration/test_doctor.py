@@ -50,7 +50,17 @@ def checked(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]
     return {check["name"]: check for check in json.loads(done.stdout) if check["state"] != "ok"}
 
 
-ELSE = {"tracefs", "BPF statistics", "Cloud Hypervisor", "nested state", "QEMU", "libvirt", "/dev/kvm", "tracepoints"}
+ELSE = {
+    "tracefs",
+    "BPF statistics",
+    "Cloud Hypervisor",
+    "Firecracker",
+    "nested state",
+    "QEMU",
+    "libvirt",
+    "/dev/kvm",
+    "tracepoints",
+}
 """Warnings that say something else of this machine."""
 USERS = ["unshare", "--user", "--map-root-user"]
 

@@ -53,14 +53,15 @@ class FirecrackerAdapter(Adapter):
             "ebpf-mig migrate firecracker --source a.sock --destination b.sock \\",
             "    --snapshot-dir /var/snapshots/vm1",
             "ebpf-mig migrate firecracker --source a.sock --destination b.sock \\",
-            "    --snapshot-dir /var/snapshots/vm1 --backend uffd --uffd-socket /run/uffd.sock",
+            "    --snapshot-dir /var/snapshots/vm1 \\",
+            "    --backend uffd --uffd-socket /run/uffd.sock",
         ),
         "demo": ("ebpf-mig demo --vmm firecracker --vmm-binary ./firecracker",),
     }
     epilog = (
-        "The destination is a Firecracker started with --api-sock alone. Afterwards the source\n"
-        "stays paused: end its process. If the hand-over fails, the source resumes its guest,\n"
-        "unless the guest may be on the destination; the error says which."
+        "The destination is a Firecracker started with --api-sock alone. Afterwards\n"
+        "the source stays paused: end its process. If the hand-over fails, the source\n"
+        "resumes its guest, unless it may be on the destination; the error says which."
     )
     timeout_help = "Give up after this, and resume the source."
     has_lab = True
