@@ -31,6 +31,8 @@ from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.vmm.cloud_hypervisor import event_monitor
 from ebpf_mig.vmm.cloud_hypervisor.api import Api
 from ebpf_mig.vmm.cloud_hypervisor.log import LogPlace
+from ebpf_mig.vmm.firecracker.api import Api as FirecrackerApi
+from ebpf_mig.vmm.firecracker.log import LogPlace as FirecrackerLog
 from ebpf_mig.vmm.qemu import migration as qemu
 from ebpf_mig.vmm.qemu import monitor
 from tests.fuzz.target import Target, corpus
@@ -107,8 +109,11 @@ def http(data: bytes) -> None:
     """An HTTP API that answers every request with the input."""
     peer = _peer("api", False)
     peer.data = data
-    api = Api(peer.path, "source")
+    api, firecracker = Api(peer.path, "source"), FirecrackerApi(peer.path, "source")
     for ask in (
+        firecracker.instance,
+        firecracker.memory_bytes,
+        lambda: firecracker.pause(1),
         api.ping,
         api.state,
         lambda: api.call("GET", "x", timeout_s=1),
@@ -119,11 +124,12 @@ def http(data: bytes) -> None:
 
 
 def ch_log(data: bytes) -> None:
-    """A log of Cloud Hypervisor."""
+    """A log of Cloud Hypervisor, or of Firecracker."""
     place = LogPlace(str(_file("log", data)), 0)
     figures = place.figures()
     assert all(0 <= ms < 10**12 for ms in figures.values())
     assert len(place.failure()) <= 500
+    assert all(0 <= us < 10**12 for us in FirecrackerLog(place.path, 0).figures().values())
 
 
 def ch_events(data: bytes) -> None:

@@ -8,6 +8,7 @@ the snapshot would fail there, or overwrite a file.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,15 @@ class SnapshotFiles:
                 f"{_name(place)} has {size(free)} free, the guest has {size(memory_bytes)} of memory",
                 "name a directory on a larger file system",
             )
+
+
+def check_socket(destination: int, path: Path) -> None:
+    """VmmError if the process would find no socket there to send its page faults to."""
+    found = _found(destination, path)
+    if found is None or not stat.S_ISSOCK(found.st_mode):
+        why = "no socket" if found is not None else "nothing"
+        remedy = "start your page fault handler first, and give the path of its socket as the destination has it"
+        raise VmmError(f"the destination finds {why} at {_name(path)}", remedy)
 
 
 def _seen_by(pid: int, path: Path) -> Path:

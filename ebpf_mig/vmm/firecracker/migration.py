@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import VmmError
+from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.vmm.base import Outcome, mark
 from ebpf_mig.vmm.call import Call, readable
 from ebpf_mig.vmm.firecracker.api import NOT_STARTED, RUNNING, Api
-from ebpf_mig.vmm.firecracker.files import SnapshotFiles
+from ebpf_mig.vmm.firecracker.files import SnapshotFiles, check_socket
 from ebpf_mig.vmm.firecracker.log import LogPlace
 from ebpf_mig.vmm.unix_http import RefusedError
 
@@ -76,6 +77,7 @@ class FcMigration:
         self._src_pid, self._dst_pid = self._src.pid(), self._dst.pid()
         if self._src_pid == self._dst_pid:
             raise VmmError("source and destination are the same Firecracker", "give each its own API socket")
+        self._uffd = Path(options.uffd).absolute() if options.uffd is not None else None
         self._cancelled = Call()
         self._calls: list[Call] = []
         self._logs: dict[int, LogPlace] = {}
@@ -101,6 +103,8 @@ class FcMigration:
         if (state := self._dst.instance().state) != NOT_STARTED:
             raise VmmError(f"the destination has a VM already (state {state})", "start it with --api-sock alone")
         self.files.check(self._src_pid, self._dst_pid, self._src.memory_bytes())
+        if self._uffd is not None:
+            check_socket(self._dst_pid, self._uffd)
         logs = ((self._src_pid, self.options.source_log), (self._dst_pid, self.options.destination_log))
         self._logs = {pid: LogPlace.now(path) for pid, path in logs if path}
 
@@ -156,10 +160,9 @@ class FcMigration:
         }
 
     def _load_body(self) -> dict[str, Any]:
-        uffd = self.options.uffd
         backend = {"backend_type": "File", "backend_path": str(self.files.memory)}
-        if uffd is not None:
-            backend = {"backend_type": "Uffd", "backend_path": str(Path(uffd).absolute())}
+        if self._uffd is not None:
+            backend = {"backend_type": "Uffd", "backend_path": str(self._uffd)}
         body: dict[str, Any] = {"snapshot_path": str(self.files.state), "mem_backend": backend, "resume_vm": True}
         if self.options.track_dirty_pages:
             body["enable_diff_snapshots" if _is_old(self.version("destination")) else "track_dirty_pages"] = True
@@ -194,6 +197,8 @@ class FcMigration:
         try:
             self._src.resume(RESUME_S)
         except VmmError as error:
+            if not procfs.is_alive(self._src_pid):
+                return "failed", f"{why}; the source has ended, and its guest with it"
             return result, f"{why}; the guest may be paused on the source, which does not resume it: {error}"
         if result == "unknown":
             result = "cancelled" if self._cancelled.done.is_set() else "failed"

@@ -141,11 +141,12 @@ def test_a_diff_through_a_page_fault_handler(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.write_bytes(b"\0" * (1 << 20))
     with pair(tmp_path) as two:
-        two.options = replace(two.options, diff=str(base), uffd="uffd", track_dirty_pages=True)
+        uffd = os.path.relpath(two.destination.path)  # any socket that is there
+        two.options = replace(two.options, diff=str(base), uffd=uffd, track_dirty_pages=True)
         assert two.run().result == "completed"
         create, load = two.source.body("create"), two.destination.body("load")
         assert (create["snapshot_type"], create["mem_file_path"]) == ("Diff", str(base))
-        assert load["mem_backend"] == {"backend_type": "Uffd", "backend_path": str(Path("uffd").absolute())}
+        assert load["mem_backend"] == {"backend_type": "Uffd", "backend_path": str(Path(uffd).absolute())}
         assert load["track_dirty_pages"] is True
 
 
@@ -242,6 +243,13 @@ def test_an_interruption_before_the_pause(tmp_path: Path) -> None:
         assert "pause" not in two.source.calls()
 
 
+def test_a_source_that_dies_takes_its_guest_with_it(tmp_path: Path) -> None:
+    with pair(tmp_path, {"create": {"die": True}}) as two:
+        outcome = two.run()
+        assert outcome.result == "failed" and "the source has ended, and its guest with it" in outcome.error
+        assert "load" not in two.destination.calls()
+
+
 def test_a_source_that_does_not_resume_is_said(tmp_path: Path) -> None:
     with pair(tmp_path, {"resume": REFUSED}, {"load": REFUSED}) as two:
         outcome = two.run()
@@ -268,7 +276,7 @@ def test_ends_in_the_wrong_state_are_left_alone(tmp_path: Path, source: str, des
 
 
 def test_files_are_looked_at_before_the_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(two: Pair, words: str, **changes: str) -> None:
+    def refused(two: Pair, words: str, **changes: str | None) -> None:
         two.options = replace(two.options, **changes)  # type: ignore[arg-type]
         with pytest.raises(VmmError, match=words):
             two.run()
@@ -284,6 +292,8 @@ def test_files_are_looked_at_before_the_pause(tmp_path: Path, monkeypatch: pytes
         refused(two, "sees no file", diff=str(tmp_path / "base"))
         (tmp_path / "base").write_bytes(b"short")
         refused(two, "has 5 bytes, the guest has 1048576 bytes", diff=str(tmp_path / "base"))
+        refused(two, "the destination finds nothing at", diff=None, uffd=str(tmp_path / "none"))
+        refused(two, "the destination finds no socket at /etc/passwd", uffd="/etc/passwd")
         monkeypatch.setattr(files, "_STATE_BYTES", 1 << 60)
         two.options = replace(two.options, diff=None)
         refused(two, "free, the guest has 1.0 MiB of memory")
