@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import covered, merged, total
 from ebpf_mig.breakdown import Span, SwitchoverKind, Transport
-from ebpf_mig.recording.events import Event, Segment
+from ebpf_mig.recording.events import Segment
 
 QUEUED_BYTES = 64 << 10
 """A queue that never reaches this is only single sends in transit. The link keeps up."""
@@ -53,6 +53,8 @@ class LinkUse:
     steadiness: float = 0.0
     """The least that arrived in an eighth of the limited time, as a share of the mean: 1 is an even stream. A link
     carries evenly; CPUs that forward or process the stream do not."""
+    unread: tuple[Span, ...] = ()
+    """Stretches in which QUEUED_BYTES or more had arrived and were not read. Absolute, in order, disjoint."""
 
     @property
     def limited_ns(self) -> int:
@@ -92,14 +94,18 @@ def _observe(
     last = segments[bisect_left(segments, start, key=_at_ns) - 1].at_ns
     sends = traced.sends[: bisect_right(traced.sends, last, key=_begin)]
     sent = _curve(sends, _begin, _bytes, stop)  # a call that blocks has offered all its bytes
-    # By the last arrival, all bytes have arrived. Bytes read before segments were traced had arrived by then. The
-    # kernel reports most of the other arrivals, but not all: the missing bytes are spread evenly over them.
-    first = segments[0].at_ns
-    early = traced.receives[: bisect_left(traced.receives, first, key=_begin)]
-    before = sum(t.bytes for t in early if t.end_ns < first)
-    arrivals = _curve(segments, _at_ns, _payload, stop)
+    # By the last arrival, all bytes have arrived. With sequence numbers, only bytes before the first segment of each
+    # socket are missing. Without them, those read before segments were traced had arrived by then; the kernel reports
+    # most of the other arrivals, but not all: the missing bytes are spread evenly over them.
+    arrivals = _curve(_arrivals(segments), _at_ns, _payload, stop)
     seen, offered = _at(arrivals, last), sent[1][-1] if sends else 0
-    arrived = _scaled(arrivals, Fraction(max(0, offered - before), seen), before)
+    if all(map(_is_numbered, segments)):
+        arrived = _scaled(arrivals, Fraction(1), max(0, offered - seen))
+    else:
+        first = segments[0].at_ns
+        early = traced.receives[: bisect_left(traced.receives, first, key=_begin)]
+        before = sum(t.bytes for t in early if t.end_ns < first)
+        arrived = _scaled(arrivals, Fraction(max(0, offered - before), seen), before)
     acks = [s for s in source.segments if s.socket in traced.channels.source]
     limited, queued = _limited(sent, arrived, acks, stop, last)
     late = source.ended(sends, stop)  # nothing was limited before
@@ -120,7 +126,14 @@ def _observe(
         reader_ns=reading,
         queued_bytes=queued,
         steadiness=_steadiness(arrived, limited),
+        unread=_unread(arrived, _curve(traced.receives, _end, _bytes, stop), stop, last),
     )
+
+
+def _unread(arrived: Curve, read: Curve, stop: int, last: int) -> tuple[Span, ...]:
+    marks = sorted({stop, last, *_inside(arrived[0], stop, last), *_inside(read[0], stop, last)})
+    pairs = itertools.pairwise(marks)
+    return tuple(merged(span for span in pairs if _at(arrived, span[0]) - _at(read, span[0]) >= QUEUED_BYTES))
 
 
 def _steadiness(arrived: Curve, limited: Sequence[Span]) -> float:
@@ -140,11 +153,47 @@ def _steadiness(arrived: Curve, limited: Sequence[Span]) -> float:
 
 Curve = tuple[list[int], list[int]]
 """Instants in order, and the sum up to and including each."""
-_begin, _bytes, _at_ns, _payload = map(attrgetter, ("begin_ns", "bytes", "at_ns", "payload"))
-_Event = TypeVar("_Event", bound=Event)
+_begin, _end, _bytes, _at_ns, _payload = map(attrgetter, ("begin_ns", "end_ns", "bytes", "at_ns", "payload"))
+_T = TypeVar("_T")
 
 
-def _curve(events: Sequence[_Event], at: Callable[[Any], int], size: Callable[[Any], int], since: int) -> Curve:
+class _Arrival(NamedTuple):
+    """Bytes that are known to have arrived at an instant, and were not known before."""
+
+    at_ns: int
+    payload: int
+
+
+def _arrivals(segments: Sequence[Segment]) -> list[_Arrival]:
+    """The arrivals by the sequence numbers, so that a segment that was not reported is not missing for long.
+
+    Recordings of earlier versions have no sequence numbers; there, each segment counts for its payload.
+    """
+    ends: dict[int, int] = {}
+    found = []
+    for one in segments:
+        size = one.payload
+        if _is_numbered(one):
+            in_order = _ahead(one.seq, one.received) <= 0
+            reached = max(0, _ahead(one.seq + one.payload, one.received)) if in_order else 0
+            reached += one.received
+            last = ends.get(one.socket)
+            size = size if last is None else max(0, _ahead(reached, last))
+            ends[one.socket] = reached if last is None else last + size
+        found.append(_Arrival(one.at_ns, size))
+    return found
+
+
+def _is_numbered(segment: Segment) -> bool:
+    return segment.seq >= 0 and segment.received >= 0
+
+
+def _ahead(one: int, other: int) -> int:
+    """How far a sequence number of 32 bits is ahead of another one; negative if it is behind."""
+    return (one - other + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _curve(events: Sequence[_T], at: Callable[[Any], int], size: Callable[[Any], int], since: int) -> Curve:
     """The curve of events in order, from `since` on: all up to then are one step, at the last of them."""
     until = bisect_right(events, since, key=at)
     early, late = events[:until], events[until:]

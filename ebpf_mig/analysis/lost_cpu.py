@@ -30,6 +30,8 @@ RT_THROTTLED = "(real-time throttling)"
 """A real-time thread could run, and a thread that is none got its CPU."""
 RUNNABLE = "(runnable, not running)"
 """The reason is not known."""
+NO_CPU = frozenset({PREEMPTED, QUEUED, CPU_QUOTA, STOLEN, RT_THROTTLED, RUNNABLE})
+"""The thread could run and did not, whatever the reason."""
 SHARE = 0.9, 2.0
 """What was withheld is the reason of a wait if it is between these shares of the wait. A short wait next to a long
 throttling can have another reason."""
@@ -60,7 +62,9 @@ def why(process: Process, wait: OffCpu, since: int) -> str:
     if quotas is None:
         return RUNNABLE
     if held := quotas[1][1] - quotas[0][1]:
-        return CPU_QUOTA if _explains(held, span) else RUNNABLE
+        # The kernel counts a throttling when it ends. What had ended by a reading within the wait did not end it.
+        ended = _last(process.held, span[1])
+        return CPU_QUOTA if _explains(held, span) or _explains(quotas[1][1] - ended, span) else RUNNABLE
     if steals and (stolen := steals[1][1].get(wait.cpu, 0) - steals[0][1].get(wait.cpu, 0)):
         return STOLEN if wait.cpu >= 0 and _explains(stolen, span) else RUNNABLE
     other = wait.next_tid if wait.preempted else wait.previous_tid
@@ -98,6 +102,11 @@ def _around(readings: Sequence[tuple[int, T]], span: Span) -> tuple[tuple[int, T
     """The last reading before the span and the first after it; None without one of them. `readings` are in order."""
     before, after = bisect_right(readings, span[0], key=_at), bisect_left(readings, span[1], key=_at)
     return (readings[before - 1], readings[after]) if before and after < len(readings) else None
+
+
+def _last(readings: Sequence[tuple[int, int]], at: int) -> int:
+    """The last reading before an instant; there is one."""
+    return readings[bisect_left(readings, at, key=_at) - 1][1]
 
 
 _at = itemgetter(0)

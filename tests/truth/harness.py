@@ -152,6 +152,7 @@ class Run:
     """For how long the delaying thread had a CPU in those delays, by its own CPU clock, ns by phase."""
     held: tuple[int, int] = (0, 0)
     """Begin and end of another thread's hold of slots_lock, if the plan delays fetch.kernel."""
+    recording: Recording | None = None
 
     def error(self, phase: str) -> int:
         """How far our figure is outside the range that the truth allows, in ns."""
@@ -205,6 +206,7 @@ def migrate_by(tiers: Sequence[str], plan: Plan, *, unix: bool = False) -> list[
             left["checksum"] == right["checksum"],
             {**left["ran"], **right["ran"]},
             tuple(left["held"]),
+            Recording(header=header, events=events),
         )
         for header, events in traced
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import struct
@@ -34,6 +35,10 @@ CAP_DIRTY_LOG_RING = 192
 MANUAL_PROTECT_ENABLE, INITIALLY_SET = 1, 2
 
 _NORESERVE = 0x4000
+_SYS_USERFAULTFD = 323
+_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+_SET_MSRS, _MSR_WALL_CLOCK = 0x4008AE89, 0x4B564D00
+"""include/uapi/linux/userfaultfd.h; arch/x86/include/uapi/asm/kvm_para.h, MSR_KVM_WALL_CLOCK_NEW."""
 EXIT_IO = 2
 MP_STATE_RUNNABLE = 0
 _RING_PAGE_OFFSET = 64
@@ -93,6 +98,16 @@ def reserve(size: int) -> int:
 def discard(address: int, size: int) -> None:
     """Frees pages by madvise(2), which runs KVM's MMU notifier over the range (mmu_lock)."""
     _libc.madvise(address, size, mmap.MADV_DONTNEED)
+
+
+def hold_back(address: int, size: int) -> int:
+    """Who touches this memory for the first time sleeps until the returned descriptor is closed (userfaultfd(2))."""
+    descriptor = int(_libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC))
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), "userfaultfd")
+    fcntl.ioctl(descriptor, _UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+    fcntl.ioctl(descriptor, _UFFDIO_REGISTER, struct.pack("QQQQ", address, size, 1, 0))
+    return descriptor
 
 
 class Vm:
@@ -193,6 +208,11 @@ class Vcpu:
     def set(self, cmd: int, state: bytes) -> None:
         """Writes state with a KVM_SET ioctl."""
         ioctl(self.fd, cmd, ctypes.create_string_buffer(state, len(state)))
+
+    def write_wall_clock(self, address: int) -> None:
+        """Makes KVM write the wall clock to guest memory, which it does inside its SRCU (kvm_write_wall_clock)."""
+        msrs = struct.pack("<IIIIQ", 1, 0, _MSR_WALL_CLOCK, 0, address)
+        ioctl(self.fd, _SET_MSRS, ctypes.create_string_buffer(msrs, len(msrs)))
 
     def prepare(self, count: int, *, at: int = CODE) -> None:
         """Sets flat 32-bit mode, ready to run `count` entries of the address list."""

@@ -9,6 +9,7 @@ The order of the steps is that of QEMU 10.0, or with `state_first` of 7.2.
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import struct
@@ -25,7 +26,11 @@ from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode
 STATE = (kvm.GET_SREGS, kvm.GET_REGS, kvm.GET_FPU, kvm.GET_MP_STATE)
 SETTERS = (kvm.SET_SREGS, kvm.SET_REGS, kvm.SET_FPU, kvm.SET_MP_STATE)
 HOG_SLOT, HOG_BASE, HOG_BYTES = 20, 64 * kvm.GIB, 32 * kvm.GIB
+HOG_NS = 20_000_000
+"""A longer hold needs a slot of several times HOG_BYTES, on a fast machine."""
 HEAD_START_S = 0.0005
+LARGE_SLOT, LARGE_BASE = 21, 512 * kvm.GIB
+READ_SLOT, ADDED_SLOT, READ_BASE, ADDED_BASE = 22, 23, 48 * kvm.GIB, 49 * kvm.GIB
 _HEADER = struct.Struct("<cxxxIQ")
 
 
@@ -49,18 +54,22 @@ class Source(Machine):
         """Begin and end of another thread's long CLEAR, which holds slots_lock."""
         if plan.delays.get("fetch.kernel"):
             self._feed_hog(plan.delays["fetch.kernel"])
+        if plan.large_slot_bytes:
+            self.vm.set_slot(LARGE_SLOT, LARGE_BASE, plan.large_slot_bytes)
+            self._large = self.vm.bitmap_for(LARGE_SLOT), self.vm.bitmap_for(LARGE_SLOT, 0xFF)
 
     def _feed_hog(self, wanted_ns: int) -> None:
         """Calibrates how many pages one CLEAR needs to hold slots_lock for that long."""
         kvm.pin(1)
-        self.vm.set_slot(HOG_SLOT, HOG_BASE, HOG_BYTES)
-        self.vm.set_slot(HOG_SLOT, HOG_BASE, HOG_BYTES, log=True)
+        size = HOG_BYTES * -(-wanted_ns // HOG_NS)
+        self.vm.set_slot(HOG_SLOT, HOG_BASE, size)
+        self.vm.set_slot(HOG_SLOT, HOG_BASE, size, log=True)
         self._ones = self.vm.bitmap_for(HOG_SLOT, 0xFF)
         probe = kvm.GIB // PAGE
         begin = time.monotonic_ns()
         self.vm.clear_log(HOG_SLOT, self._ones, probe)
         pages = probe * wanted_ns // (time.monotonic_ns() - begin)
-        self._hog_pages = min(max(pages // 64 * 64, 64), HOG_BYTES // PAGE - probe)
+        self._hog_pages = min(max(pages // 64 * 64, 64), size // PAGE - probe)
 
     def _hog(self) -> None:
         """Makes one long CLEAR, on its own CPU: the kernel does not yield within it."""
@@ -162,6 +171,8 @@ class Source(Machine):
         plan, fetched = self.plan, list[dict[str, Any]]()
         for slot, (base, size) in self.layout.items():
             self.vm.set_slot(slot, base, size, log=True)
+        if plan.large_slot_bytes:
+            self.vm.set_slot(LARGE_SLOT, LARGE_BASE, plan.large_slot_bytes, log=True)
         self.fetch(clear=True)
         self.send_pages(
             connection, [p for b, size in self.layout.values() for p in range(b // PAGE, (b + size) // PAGE)]
@@ -193,6 +204,9 @@ class Source(Machine):
             self._hogging.wait()
             time.sleep(HEAD_START_S)
         found = self.fetch(clear=False)
+        if self.plan.large_slot_bytes:
+            self.vm.get_log(LARGE_SLOT, self._large[0])
+            self.vm.clear_log(LARGE_SLOT, self._large[1], self.plan.large_slot_bytes // PAGE)
         fetched.append(self.compare(found, wanted))
         self.delay("fetch.user")
         self.send_pages(connection, sorted(found | {kvm.LIST // PAGE}))
@@ -260,6 +274,23 @@ class Destination(Machine):
                 self.entered()
             if number == 0:
                 self.delay("state.load")
+                if self.plan.srcu_ns:
+                    self.add_slot_beside_reader()
+
+    def add_slot_beside_reader(self) -> None:
+        """Adds a memslot while another thread sleeps in a page fault, inside KVM's SRCU, for the plan's time."""
+        page = self.vm.set_slot(READ_SLOT, READ_BASE, PAGE)
+        missing = kvm.hold_back(page, PAGE)
+        thread = threading.Thread(target=self.vcpus[0].write_wall_clock, args=(READ_BASE,))
+        thread.start()
+        time.sleep(2 * HEAD_START_S)
+        begin = time.monotonic_ns()
+        timer = threading.Timer(self.plan.srcu_ns / 1e9, os.close, (missing,))
+        timer.start()
+        self.vm.set_slot(ADDED_SLOT, ADDED_BASE, PAGE)
+        self.injected["state.load"] = time.monotonic_ns() - begin
+        timer.join()
+        thread.join()
 
 
 def _exactly(reader: Any, size: int) -> bytes:

@@ -67,6 +67,10 @@ class Plan:
     dirty_pages: int = 64
     """Pages that the guest writes before each fetch except the first."""
     chunk_bytes: int = PAGE
+    srcu_ns: int = 0
+    """While the destination loads, it adds a memslot, and for so long another thread is inside KVM's SRCU."""
+    large_slot_bytes: int = 0
+    """A slot without memory behind it. The final fetch reads its log and clears all of it."""
     seed: int = 0
     address: str = ""
     """`HOST:PORT`, or the path of a UNIX socket."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, shared
 from ebpf_mig.analysis.diagnosis.frames import callers, described, meaningful, plain
 from ebpf_mig.analysis.lost_cpu import PREEMPTED, QUEUED, RUNNABLE
+from ebpf_mig.analysis.spans import merged, total
 from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.breakdown import FetchIoctl, PhaseName, Side, Transport, Wire
 from ebpf_mig.text import ms, size
@@ -24,12 +25,13 @@ _MOST_THREADS = 2
 _SEND_PHASES = (PhaseName.MEMORY_SEND, PhaseName.STATE_SAVE, PhaseName.STATE_SEND)
 WAITS_FOR_DATA = (PhaseName.HANDOVER, PhaseName.UNATTRIBUTED)
 """Phases in which the destination can only wait for the source and the network."""
-EVEN = 0.5
+EVEN = 0.7
 """In each eighth of the time, at least this share of the mean arrived: as a link carries."""
 QUEUE_NS = 5_000_000
 """A link is slow if what it had to carry at one time kept it busy for this long."""
 _WINDOW_SHARE = 0.5
-"""TCP was held up by the receive window for this share of its busy time: the reader was slow."""
+"""The reader is slow if TCP was held up by the receive window for this share of its busy time, or if so much of the
+source's sleep passed while much had arrived and was not read, or while the reader had no CPU."""
 
 
 def asleep(functions: str, *phases: PhaseName, side: Side | None = None) -> Finder:
@@ -151,12 +153,15 @@ def limited_link(facts: Facts) -> Iterator[Claim]:
 
     Within one host there is no link: what arrives there comes as fast as the CPUs work. A queue that the link drains in
     less than QUEUE_NS is the ordinary one between two CPUs. A stream that comes in bursts is not limited by the link.
+    Neither is one that a program in between passes on, or that lies unread most of the time: these can be what is slow.
     """
     use = facts.link
-    if use is None or not use.rate or use.steadiness < EVEN:
+    if use is None or not use.rate or use.steadiness < EVEN or not facts.direct:
         return
     ends = [(u.local.rpartition(":")[0], u.remote.rpartition(":")[0]) for u in facts.breakdown.sockets]
     if any(local == remote for local, remote in ends if local):
+        return
+    if total(shared(use.limited, use.unread)) > _WINDOW_SHARE * use.limited_ns:
         return
     if use.queued_bytes * 1e9 >= QUEUE_NS * use.rate:
         carried = f"{size(use.limited_bytes)} arrived at {use.rate * 8 / 1e6:.0f} Mbit/s for {ms(use.limited_ns)} ms"
@@ -175,14 +180,24 @@ def slow_reader(facts: Facts) -> Iterator[Claim]:
     """The source sleeps because its send buffer is full, and the evidence says that the reader does not empty it."""
     found = list(full_buffer(facts))
     evidence = []
-    if facts.direct and facts.breakdown.migration.transport == Transport.UNIX:
+    if not found or not facts.direct:
+        return
+    if facts.breakdown.migration.transport == Transport.UNIX:
         evidence.append("a UNIX socket has no wire: only its reader can be slow")
     for use in facts.breakdown.sockets:
         info = use.tcp_info or {}
         held, busy = info.get("rwnd_limited_us", 0), info.get("busy_us", 0)
         if use.role.startswith("source") and busy and held >= _WINDOW_SHARE * busy:
             evidence.append(f"TCP: limited by the receive window for {held // 1000} of {busy // 1000} ms busy")
-    if found and evidence:
+    full = merged(span for claim in found for span in claim.spans)
+    if facts.link is not None:
+        unread = total(shared(full, facts.link.unread))
+        if unread >= _WINDOW_SHARE * total(full):
+            evidence.append(f"for {ms(unread)} of {ms(total(full))} ms, 64 KiB or more had arrived and were not read")
+    starved = facts.lost_cpu(Side.DESTINATION)
+    if (took := total(shared(full, starved))) >= _WINDOW_SHARE * total(full):
+        evidence.append(f"for {ms(took)} of {ms(total(full))} ms, the destination's thread could run and had no CPU")
+    if evidence:
         yield from found
         yield Claim([], found[0].side, evidence)
 

@@ -16,6 +16,7 @@ from operator import itemgetter
 
 from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis.frames import meaningful
+from ebpf_mig.analysis.lost_cpu import NO_CPU
 from ebpf_mig.analysis.spans import merged, uncovered
 from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.breakdown import Breakdown, PairedBy, PhaseName, Side, Span, Wire
@@ -80,6 +81,19 @@ class Facts:
         ]
         return merged((s.begin, s.end) for s in drivers)
 
+    def lost_cpu(self, side: Side) -> list[Span]:
+        """When a thread that drives this side could run and had no CPU, in any phase."""
+        return merged(
+            (s.begin, s.end)
+            for s in self.sleeps or ()
+            if s.side == side
+            and s.phases
+            and not s.vcpu
+            and s.phases != SENDER
+            and s.stack[:1]
+            and s.stack[0] in NO_CPU
+        )
+
     @property
     def direct(self) -> bool:
         """The two VMMs are the ends of one connection: nothing that forwards it can be slow, and no wire is hidden."""
@@ -105,7 +119,8 @@ def gather(breakdown: Breakdown, sleeps: Sequence[Sleep] | None, link: LinkUse |
         near = [replace(s, begin=s.begin - origin, end=s.end - origin) for s in ordered]
     use = None
     if not isinstance(link, str) and breakdown.clock.bound_ns is not None:
-        use = replace(link, limited=tuple((begin - origin, end - origin) for begin, end in link.limited))
+        limited, unread = ([(begin - origin, end - origin) for begin, end in s] for s in (link.limited, link.unread))
+        use = replace(link, limited=tuple(limited), unread=tuple(unread))
     return Facts(breakdown, breakdown.blackout, near, use)
 
 

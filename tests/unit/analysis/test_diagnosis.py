@@ -248,6 +248,48 @@ def test_behind_a_forwarder_neither_the_reader_nor_the_network_is_judged() -> No
         assert "the network" not in {one.what for one in found.not_}, changes
 
 
+FULL = src(0, 80, "wait_woken", "sk_stream_wait_memory", "tcp_sendmsg_locked")
+
+
+def through(whole: b.Breakdown) -> b.Breakdown:
+    """The same with a program in between."""
+    return replace(whole, migration=replace(whole.migration, through=["socat 5"]))
+
+
+def test_behind_a_forwarder_a_full_window_is_not_the_destinations() -> None:
+    """It is the forwarder that does not read."""
+    assert built(windowed(), FULL).because[0].rule == "reader"
+    assert built(through(windowed()), FULL).because[0].rule == "buffer"
+
+
+def test_behind_a_forwarder_an_even_stream_is_not_the_links() -> None:
+    assert built(far(), link=LINK).because[0].rule == "link"
+    assert "link" not in {cause.rule for cause in built(through(far()), link=LINK).because}
+
+
+@pytest.mark.parametrize(("unread", "rule"), [(39, "buffer"), (40, "reader")])
+def test_what_has_arrived_and_is_not_read_is_the_readers(unread: int, rule: str) -> None:
+    lies = dataclasses.replace(LINK, limited=(), limited_bytes=0, unread=((0, unread * MS),))
+    for whole, answer in ((far(), rule), (through(far()), "buffer")):
+        assert built(whole, FULL, link=lies).because[0].rule == answer
+
+
+def test_a_link_whose_bytes_lie_unread_is_not_slow() -> None:
+    for unread, rule in ((39, "link"), (41, "reader")):
+        use = dataclasses.replace(LINK, unread=((0, unread * MS),))
+        assert built(far(), FULL, link=use).because[0].rule == rule
+
+
+@pytest.mark.parametrize(("lost", "rule"), [(39, "buffer"), (41, "reader")])
+def test_a_reader_without_a_cpu_is_why_the_buffer_is_full(lost: int, rule: str) -> None:
+    """Its wait lies in a phase of the source, so it explains nothing by itself."""
+    for word in (PREEMPTED, QUEUED, CPU_QUOTA, RUNNABLE):
+        found = built(spent(memory__send=90), FULL, dst(5, 5 + lost, word)).because[0]
+        assert (found.rule, any("had no CPU" in line for line in found.evidence)) == (rule, rule == "reader")
+    vcpu = dst(5, 5 + lost, PREEMPTED, vcpu=True)
+    assert built(spent(memory__send=90), FULL, vcpu).because[0].rule == "buffer", "it reads nothing"
+
+
 def test_waits_of_both_sides_for_their_manager_are_one_cause() -> None:
     waits = [b.ManagerWait(side=side, begin=at * MS, duration_ns=30 * MS, commands=1) for side, at in SIDES_AT]
     found = built(replace(spent(management=90), management=waits))

@@ -64,6 +64,8 @@ def test_short_waits_are_left_out_and_losing_the_cpu_is_named() -> None:
         ([(3000, 5), (6000, 94)], "(runnable, not running)"),
         ([(3000, 0), (3500, 900), (4050, 900), (6000, 1100)], "(CPU quota)"),
         ([(3000, 0), (4050, 0), (6000, 900)], "(runnable, not running)"),
+        ([(3000, 0), (4050, 150), (6000, 245)], "(CPU quota)"),  # a throttling had ended before
+        ([(3000, 0), (4050, 150), (6000, 235)], "(runnable, not running)"),
         ([(4050, 5), (6000, 5)], "(runnable, not running)"),
         ([(3000, 5), (4050, 5)], "(runnable, not running)"),
     ],

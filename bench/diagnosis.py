@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges the diagnosis on faults with a known answer: `python -m bench.diagnosis --fault link --runs 10`.
+
+In: names of faults (`bench.faults`), the number of runs, and a directory that keeps the recordings. Out: on stdout, one
+line for each run, then a Markdown table. Exit code 1 if an answer was wrong and certain, or less than nine tenths of
+the runs of a fault were right.
+
+A fault must make the downtime at least twice as long as it is without it, and 10 ms longer, so that it is more than
+half of it. A run in
+which it was not, by chance, has no known answer: it is repeated, and counted in a column of its own. The diagnosis has
+no part in this. Other load on the machine is another cause, so the VMs and what disturbs them have the highest
+priority, unless such load is the fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.faults import FAULTS, Fault
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import read_recording
+
+NEEDED = 0.9
+WITHOUT = 3
+"""Runs without the fault."""
+LONGER, LONGER_NS = 2, 10_000_000
+SEVERAL = ("other load, a quota, or a hypervisor", "the source's send buffer is full")
+"""Words that leave several causes open."""
+RIGHT, NONE, UNCERTAIN, CERTAIN, UNMADE = "right", "no single cause", "wrong, uncertain", "wrong, certain", "not made"
+HEAD = ("fault", "made how", "without ms", "with ms", RIGHT, NONE, UNCERTAIN, CERTAIN, UNMADE, "wrong words")
+
+
+@dataclass
+class Score:
+    """What became of the runs of one fault."""
+
+    fault: Fault
+    without_ns: int
+    verdicts: Counter[str] = field(default_factory=Counter)
+    with_ns: list[int] = field(default_factory=list)
+    words: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def good(self) -> bool:
+        """Nine tenths are right, and nothing wrong was certain."""
+        judged = self.verdicts.total() - self.verdicts[UNMADE]
+        return bool(judged) and self.verdicts[RIGHT] >= NEEDED * judged and not self.verdicts[CERTAIN]
+
+
+def verdict(fault: Fault, breakdown: Breakdown) -> tuple[str, str]:
+    """The verdict on a diagnosis, and its words."""
+    diagnosis = breakdown.diagnosis
+    first = diagnosis.because[0] if diagnosis and diagnosis.because else None
+    if diagnosis is None or first is None:
+        return NONE, "nothing"
+    words = f"{first.what} ({100 * first.share:.0f} %)"
+    if not diagnosis.single:
+        return NONE, words
+    if first.rule in fault.answers and first.side in (fault.side or first.side, "both"):
+        return RIGHT, words
+    certain = first.known and not any(one in first.what for one in SEVERAL)
+    return CERTAIN if certain else UNCERTAIN, words
+
+
+def blackout_of(path: Path) -> tuple[Breakdown, int]:
+    """The breakdown of a recording, and its blackout in ns."""
+    breakdown = analyse(read_recording(path)).breakdown
+    return breakdown, breakdown.blackout_ns or 0
+
+
+def judge(fault: Fault, runs: int, directory: Path) -> Score:
+    """Makes the fault until it was there in so many runs."""
+    os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.load else -20)
+    without = []
+    for number in range(WITHOUT):
+        path = directory / f"{fault.name}-without-{number}.rec"
+        fault.make(path, False)
+        without.append(blackout_of(path)[1])
+    score = Score(fault, round(statistics.median(without)))
+    for number in range(2 * runs):
+        if score.verdicts.total() - score.verdicts[UNMADE] >= runs:
+            break
+        path = directory / f"{fault.name}-{number}.rec"
+        fault.make(path, True)
+        breakdown, blackout = blackout_of(path)
+        made = blackout >= max(LONGER * score.without_ns, score.without_ns + LONGER_NS)
+        found, words = verdict(fault, breakdown) if made else (UNMADE, "")
+        score.verdicts[found] += 1
+        score.with_ns.append(blackout)
+        if found not in (RIGHT, UNMADE):
+            score.words[words] += 1
+        print(f"{fault.name} {number}: {blackout / 1e6:.1f} ms, {found}: {words}", flush=True)
+    return score
+
+
+def row(score: Score) -> str:
+    """One row of the table."""
+    counts = [str(score.verdicts[name]) for name in (RIGHT, NONE, UNCERTAIN, CERTAIN, UNMADE)]
+    took = [f"{score.without_ns / 1e6:.1f}", f"{statistics.median(score.with_ns) / 1e6:.1f}"]
+    words = "; ".join(f"{count} x {what}" for what, count in score.words.most_common())
+    return "| " + " | ".join([score.fault.name, score.fault.how, *took, *counts, words]) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [fault.name for fault in FAULTS]
+    parser.add_argument("--fault", action="append", choices=names, help="may be given several times; default: all")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--keep", type=Path, help="a directory for the recordings")
+    options = parser.parse_args()
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        kept = options.keep or Path(directory)
+        wanted = [fault for fault in FAULTS if fault.name in (options.fault or names)]
+        scores = [judge(fault, options.runs, kept) for fault in wanted]
+    print("\n| " + " | ".join(HEAD) + " |\n|---|---|--:|--:|--:|--:|--:|--:|--:|---|")
+    print("\n".join(map(row, scores)))
+    return 0 if all(score.good for score in scores) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
