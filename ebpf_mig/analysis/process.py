@@ -72,6 +72,7 @@ class Process:
     quotas: list[ev.CpuQuota] = field(default_factory=list)
     steals: list[ev.CpuSteal] = field(default_factory=list)
     execs: list[ev.Exec] = field(default_factory=list)
+    calls: list[ev.Call] = field(default_factory=list)
     born: ev.Exec | None = None
     """The execve(2) with which it replaced another process of the same pid that had a VM, too."""
     socket_errors: list[ev.SocketError] = field(default_factory=list)
@@ -360,7 +361,7 @@ def _in_order(kind: type, events: list[_Event]) -> list[_Event]:
 
 def _repaired(kind: type, events: list[Any]) -> list[Any]:
     """A call with a missing or invalid begin gets its end as its begin. Negative sizes and times become 0."""
-    if kind is ev.Ioctl:
+    if kind in (ev.Ioctl, ev.Call):
         return [i if 0 < i.begin_ns <= i.end_ns else msgspec.structs.replace(i, begin_ns=i.end_ns) for i in events]
     if kind is ev.Transfer:
         return [

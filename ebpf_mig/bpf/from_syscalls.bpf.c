@@ -9,6 +9,7 @@
 #pragma once
 
 #include "kvm.h"
+#include "file_calls.h"
 #include "sockets.h"
 #include "sched.bpf.c"
 
@@ -82,10 +83,13 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return 0;
-	if (direction_of(nr) < 0 && nr != NR_shutdown && (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
+	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) &&
+	    (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
 		return 0;
 	read_args((const void *)ctx->args[0], &c);
 	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
+		return 0;
+	if (file_call(nr) && !takes_time(&c, (const void *)ctx->args[0]))
 		return 0;
 	s = this_thread(pid_tgid);
 	p = needs_process(nr, c.a1) ? this_process(pid_tgid) : 0;
@@ -157,6 +161,8 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	else if (nr == NR_ioctl)
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
+	else if (file_call(nr))
+		file_call_done(s, p, pid_tgid, now, nr, ret);
 	else
 		transfer_done(s, p, pid_tgid, now, nr == NR_splice ? s->a1 : direction_of(nr), ret, file_of(s->a0), s->a0);
 	return 0;

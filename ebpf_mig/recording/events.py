@@ -34,6 +34,7 @@ from ebpf_mig.recording.fields import (
     VcpuIndex,
     Word,
 )
+from ebpf_mig.recording.file_events import SYNCS, Call, FileCall
 from ebpf_mig.recording.header import ClockPair, Header, Remote, Target
 from ebpf_mig.recording.socket_events import (
     AF_UNIX,
@@ -68,7 +69,9 @@ __all__ = [
     "RECEIVE",
     "RECURSION_MISSES",
     "SEND",
+    "SYNCS",
     "AnyEvent",
+    "Call",
     "ClockPair",
     "CpuQuota",
     "CpuSteal",
@@ -76,6 +79,7 @@ __all__ = [
     "Ending",
     "Event",
     "Exec",
+    "FileCall",
     "Header",
     "Ioctl",
     "Kick",
@@ -335,4 +339,5 @@ AnyEvent = (
     | Exec
     | UserStack
     | Module
+    | Call
 )

@@ -114,6 +114,8 @@ KINDS = (
     Kind(ev.UserStack, "user_stacks", Record(17, "user-stack", Layout(
         "user_stack_record", "u64 kind, at_ns, pid, tid, regs[21], words, stack[512]"))),
     Kind(ev.Module, "modules"),
+    Kind(ev.Call, "calls", Record(19, "call", Layout(
+        "call_record", "u64 kind, begin_ns, end_ns, pid, tid, call, file, bytes; s64 ret, off_cpu_ns"))),
     Kind(ev.SocketError, "socket_errors", Record(14, "socket-error", Layout(
         "socket_error_record", "u64 kind, at_ns, pid, tid, socket, direction; s64 ret"))),
 )  # fmt: skip
