@@ -124,7 +124,9 @@ def _mode(traced: TracedMigration, result: Result) -> Mode:
     if result == Result.SAVED and outcome.kept(traced):
         return Mode.SNAPSHOT
     if traced.source is None:
-        return Mode.UNKNOWN
+        return Mode.RESTORE if traced.restored is not None else Mode.UNKNOWN
+    if traced.snapshot is not None:
+        return Mode.SNAPSHOT
     if traced.postcopy:
         return Mode.POSTCOPY
     if traced.bursts or dirty_log.switched_on(traced.source, None) is not None:
@@ -170,7 +172,10 @@ def _connections(traced: TracedMigration) -> int | None:
 def _completeness(traced: TracedMigration, attribution: Attribution) -> Completeness:
     window, material = attribution.window, traced.material
     cost = own_cost.observe(material, window, attribution.phases)
-    return completeness.completeness(material, traced.source, traced.destination, window, traced.sends, cost)
+    here = traced.snapshot is not None and traced.switchover is not None and traced.switchover.first_start is not None
+    alone = here or (traced.source is None and traced.restored is not None)
+    sides = traced.source, traced.destination
+    return completeness.completeness(material, *sides, window, traced.sends, cost, alone=alone)
 
 
 def _stolen(traced: TracedMigration, window: Span | None) -> list[Stolen] | None:

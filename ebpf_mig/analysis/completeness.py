@@ -25,8 +25,11 @@ def completeness(
     window: tuple[int, int] | None,
     sends: Sequence[Transfer],
     cost: OwnCost,
+    *,
+    alone: bool = False,
 ) -> Completeness:
-    """The verdict and its reasons. `sends` are the source's sends for the migration."""
+    """The verdict and its reasons. `sends` are the source's sends for the migration. `alone`: it has one side only, as
+    a snapshot after which the guest runs on, or a restore."""
     ending = material.ending
     lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
     holes: list[str] = []
@@ -36,9 +39,9 @@ def completeness(
     holes += [_loss(name, count) for name, count in lost.items()]
     if material.unknown:
         holes.append(f"{material.unknown} events of a kind that this version does not know were left out")
-    if source is None:
+    if source is None and not alone:
         bounds.append("the source was not traced: pause, fetch and sending are unknown")
-    if destination is None:
+    if destination is None and not alone:
         bounds.append("the destination was not traced: the blackout's end is unknown")
     bounds += [_silent(process) for process in material.processes.values() if process.target and not process.was_seen]
     for signal, tier in sorted(material.header.attach.items()):

@@ -7,22 +7,26 @@ computed once, on first use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ebpf_mig.analysis import carrier, dirty_log, live_update, roles
+from ebpf_mig.analysis import carrier, dirty_log, live_update, restore, roles, snapshot
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.process import Material, Process, begun, key_of
+from ebpf_mig.analysis.restore import Restore
+from ebpf_mig.analysis.snapshot import Snapshot
 from ebpf_mig.analysis.sockets import Channels
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
-from ebpf_mig.breakdown import PHASES, PhaseName, Side, SwitchoverKind, Transport
+from ebpf_mig.breakdown import OF_FILES, PHASES, PhaseName, Side, SwitchoverKind, Transport
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
 """A source that sends more than this after the destination's start is still sending memory: postcopy."""
 
+_FILES = (Transport.FILE, Transport.NONE, Transport.UNKNOWN)
+"""What a snapshot's carrier is before its files are known: it has no connection."""
 
 _SHOWN_BY = {
     PhaseName.PAUSE: ("kick",),
@@ -63,6 +67,10 @@ class TracedMigration:
     """A new program on the same host keeps the memory (CPR)."""
     stopped_early: bool = False
     """The guest stopped while its memory was copied, and not for the switchover: it shut down, or was paused."""
+    snapshot: Snapshot | None = None
+    """The files into which the source wrote the guest; None: into none, or one that only carries a stream."""
+    restored: Restore | None = None
+    """When the destination loaded the guest from files; None: it did not."""
 
     @property
     def since(self) -> int:
@@ -83,6 +91,7 @@ class TracedMigration:
             name
             for name, side in PHASES
             if name != PhaseName.UNATTRIBUTED
+            and name not in OF_FILES
             and (
                 # A side that was not traced has no part of the window, so no wait of it can be missing.
                 (side in missing and name != PhaseName.MANAGEMENT)
@@ -166,9 +175,11 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     if source is None:
         channels = carrier.choose(None, destination, 0, frozenset())
         replaced = destination is not None and destination.born is not None
-        return TracedMigration(
-            material, None, destination, notes, None, channels, None, [], [], [], live_update=replaced
-        )
+        restored = _restored(destination, channels) if not replaced else None
+        if restored is not None:
+            channels = Channels(destination=restored.files, transport=Transport.FILE)
+        alone = TracedMigration(material, None, destination, notes, None, channels, None, [], [], [])
+        return replace(alone, live_update=replaced, restored=restored)
     channels = carrier.choose(source, destination, 0, source.fetchers)
     transfers = _on(channels.source, source)
     sends = _sends(transfers, material.header.begin_ns)
@@ -192,10 +203,38 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
         sends = _sends(transfers, began)
     if destination is not None and destination.born is not None and not channels.source:
         channels = Channels(transport=Transport.NONE)
+    written = restored = None
+    if not updated and not early and channels.transport in _FILES:
+        written, restored = snapshot.find(source, found, source.fetchers), _restored(destination, channels)
+        if written is not None:
+            read = restored.files if restored is not None else frozenset()
+            channels = Channels(written.files | channels.source, read or channels.destination, Transport.FILE)
+            transfers = _on(channels.source, source)
+            sends = _sends(transfers, began if began is not None else material.header.begin_ns)
     reported = any(m.name in names.postcopy for m in material.marks)
     if early:
         stop = found = None
     bursts = dirty_log.bursts(source, began if began is not None else 0, stop, sends)
     return TracedMigration(
-        material, source, destination, notes, began, channels, found, bursts, transfers, sends, reported, updated, early
+        material,
+        source,
+        destination,
+        notes,
+        began,
+        channels,
+        found,
+        bursts,
+        transfers,
+        sends,
+        reported,
+        updated,
+        early,
+        snapshot=written,
+        restored=restored,
     )
+
+
+def _restored(destination: Process | None, channels: Channels) -> Restore | None:
+    if destination is None or channels.transport not in _FILES or destination.was_loaded:
+        return None
+    return restore.find(destination)

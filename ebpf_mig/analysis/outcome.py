@@ -22,11 +22,11 @@ import errno
 from ebpf_mig.analysis import dirty_log
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process, key_of
-from ebpf_mig.analysis.sockets import family_of
+from ebpf_mig.analysis.snapshot import SAVED_BYTES
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import Result, SwitchoverKind, Transport
 from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import CLOSED, ENDED, FILE, FORWARDER, KEEPER, RECEIVE, SEND, Mark
+from ebpf_mig.recording.events import CLOSED, ENDED, FORWARDER, KEEPER, RECEIVE, SEND, Mark
 
 _REPORTED = (Result.COMPLETED, Result.FAILED, Result.CANCELLED)
 _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": Result.CANCELLED}
@@ -34,8 +34,6 @@ _DRIVERS = {"migrated": Result.COMPLETED, "failed": Result.FAILED, "cancelled": 
 `migrated` only means that a destination was seen to start, or, in old ones, that a lone source was silent for 2 s."""
 _BROKEN = {errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
 """What a call on a connection returns when the other end, or the way to it, is gone."""
-SAVED_BYTES = 64 << 10
-"""A saved state is larger than this."""
 LOCKED_NS = 100_000_000
 """A vCPU that is outside KVM_RUN for less than this when a migration begins, and was not kicked, may wait for the VMM:
 QEMU sets the migration up under the lock that a vCPU needs for device access.
@@ -179,7 +177,7 @@ def booted(case: TracedMigration) -> bool:
     alone = case.destination if case.source is None else None
     if alone is None or alone.born is not None or not _started(alone):
         return False
-    return not (alone.was_loaded or case.material.absent("socket"))
+    return not (alone.was_loaded or case.restored is not None or case.material.absent("socket"))
 
 
 def _reported(case: TracedMigration) -> Result | None:
@@ -245,8 +243,8 @@ def _saved(case: TracedMigration) -> bool:
         return False
     if not any(kvm.name_of(i.cmd) in kvm.VCPU_STATE_GET for i in source.other_ioctls):
         return False
-    if case.channels.transport == Transport.NONE:
-        return _into_files(case, source) >= SAVED_BYTES
+    if case.snapshot is not None:
+        return True
     if case.channels.transport == Transport.PIPE and (_passed_on(case) or case.channels.ends):
         return False
     if case.channels.transport == Transport.PIPE:
@@ -266,26 +264,6 @@ def _passed_on(case: TracedMigration) -> bool:
     """Whether a process with sockets of its own reads the source's carrier."""
     carriers = case.channels.source
     return any(mark.name == FORWARDER and mark.value in carriers for mark in case.material.marks)
-
-
-def _into_files(case: TracedMigration, source: Process) -> int:
-    """Bytes that any thread wrote to files while the guest was stopped, if it then ran on: a snapshot (savevm).
-
-    A snapshot stops its guest before it sets dirty logging up (QEMU: `save_snapshot`, migration/savevm.c, 7.2 to 11.1).
-    A migration that failed, and whose carrier is not seen, sets it up while the guest runs.
-    """
-    found, logged = case.switchover, dirty_log.switched_on(source, None)
-    if found is None or found.kind != SwitchoverKind.ABORTED or found.first_start is None:
-        return 0
-    if logged is None or logged < found.dark:
-        return 0
-    return sum(
-        t.bytes
-        for (direction, key), transfers in source.streams.items()
-        if direction == SEND and family_of(source, key) == FILE
-        for t in transfers
-        if found.stop <= t.begin_ns < found.first_start
-    )
 
 
 def _replaced_in_vain(case: TracedMigration) -> bool:

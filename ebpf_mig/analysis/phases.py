@@ -83,7 +83,7 @@ class Partition:
         """
         self.until(self.end, PhaseName.UNATTRIBUTED)
         result = []
-        for name, side in breakdown.sides_of(aborted):
+        for name, side in breakdown.sides_of(aborted, {phase for _, _, phase in self.spans}):
             spans = [(b - self.begin, e - self.begin) for b, e, phase in self.spans if phase == name]
             took = total(spans) if spans or name not in unmeasured else None
             result.append(breakdown.Phase(phase=name, side=side, duration_ns=took, spans=spans))
@@ -93,7 +93,9 @@ class Partition:
 
 def unseen() -> list[breakdown.Phase]:
     """Every phase with the duration None, for a migration without a window."""
-    return [breakdown.Phase(phase=name, side=side, duration_ns=None, spans=[]) for name, side in breakdown.PHASES]
+    return [
+        breakdown.Phase(phase=name, side=side, duration_ns=None, spans=[]) for name, side in breakdown.sides_of(False)
+    ]
 
 
 _INSIDE = {
@@ -136,7 +138,7 @@ def source(partition: Partition, stop: int, until: int, work: Work, managed: Seq
     """Assigns [stop, until) to the source's phases. `managed`: when it waited for its manager."""
     idle = [*work.preempted, *managed]
     previous: int | None = None
-    for begin, end, label in _flatten(stop, min(until, partition.end), work.intervals):
+    for begin, end, label in flatten(stop, min(until, partition.end), work.intervals):
         if label == REPLY and previous not in (MEMORY, STATE, REPLY):
             continue
         waited = begin - partition.cursor - covered(idle, (partition.cursor, begin))
@@ -179,7 +181,7 @@ def _between(previous: int | None, following: int, gap: int, fetched: bool) -> P
     return _BETWEEN_SHORT.get(pair, PhaseName.UNATTRIBUTED) if gap <= SHORT_NS else PhaseName.UNATTRIBUTED
 
 
-def _flatten(begin: int, end: int, intervals: Sequence[source_work.Interval]) -> list[source_work.Interval]:
+def flatten(begin: int, end: int, intervals: Sequence[source_work.Interval]) -> list[source_work.Interval]:
     """The intervals cut to [begin, end) and made disjoint. Where they overlap, the lowest label wins."""
     changes: list[tuple[int, int, int]] = []
     for opened, closed, label in intervals:

@@ -25,7 +25,13 @@ MOST_WAITS = 10
 SLACK_NS = 20_000
 """The running total is known at the begin and return of calls. A span's ends may be this far from such an instant."""
 _SOURCE = tuple(name for name, side in PHASES if side == Side.SOURCE)
-_DESTINATION = (PhaseName.STARTUP, PhaseName.HANDOVER, PhaseName.STATE_LOAD, PhaseName.RESUME)
+_DESTINATION = (
+    PhaseName.STARTUP,
+    PhaseName.HANDOVER,
+    PhaseName.MEMORY_LOAD,
+    PhaseName.STATE_LOAD,
+    PhaseName.RESUME,
+)
 _OWN = {Side.SOURCE: _SOURCE, Side.DESTINATION: _DESTINATION, Side.BOTH: _SOURCE + _DESTINATION}
 """The phases in which a side's waits delay the migration."""
 _VCPUS = (PhaseName.PAUSE, PhaseName.RESUME)
@@ -93,7 +99,7 @@ def longest(found: Sequence[Sleep], phases: Sequence[Phase], origin: int) -> lis
     covers = {p.phase: Cover((origin + begin, origin + end) for begin, end in p.spans) for p in phases}
     rows: list[tuple[int, int, Wait]] = []
     for sleep in found:
-        overlaps = [(covers[name].within(sleep.begin, sleep.end), name) for name in sleep.phases]
+        overlaps = [(covers[name].within(sleep.begin, sleep.end), name) for name in sleep.phases if name in covers]
         duration, phase = max(overlaps, default=(0, PhaseName.UNATTRIBUTED))
         if duration >= LONG_WAIT_NS:
             stacks = list(sleep.stack), list(sleep.user)

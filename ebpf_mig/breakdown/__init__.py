@@ -28,6 +28,7 @@ from ebpf_mig.breakdown.dirty_log import (
 from ebpf_mig.breakdown.network import Hop, Postcopy, Served, SocketUse, Wire
 from ebpf_mig.breakdown.vocabulary import (
     IMMEDIATE,
+    OF_FILES,
     PHASES,
     DirtyLogMode,
     Mode,
@@ -45,6 +46,7 @@ from ebpf_mig.breakdown.vocabulary import (
 
 __all__ = [
     "IMMEDIATE",
+    "OF_FILES",
     "PHASES",
     "SCHEMA",
     "SINGLE",

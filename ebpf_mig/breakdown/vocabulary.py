@@ -7,6 +7,7 @@ all.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 
 import msgspec
@@ -37,17 +38,21 @@ class PhaseName(StrEnum):
     FETCH_USER = "fetch.user"
     """Between these ioctls, and up to the first page sent."""
     MEMORY_SEND = "memory.send"
-    """From the first send of the final pages to the last."""
+    """From the first send of the final pages to the last; in a snapshot, the memory is written to its file."""
     STATE_SAVE = "state.save"
     """Reading vCPU and device state."""
     STATE_SEND = "state.send"
-    """Sending that state."""
+    """Sending that state; in a snapshot, writing it to its file."""
+    SYNC = "sync"
+    """In a snapshot: inside fsync(2) and calls like it. Left out where it has no time."""
     EXEC = "exec"
     """Inside execve(2): the kernel ends the old program's threads, frees its memory and VM, loads the new program."""
     STARTUP = "startup"
     """The new program starts and sets its VM up, until it begins to load the state."""
     HANDOVER = "handover"
     """Everything has been sent, and the destination waits for data or for its turn."""
+    MEMORY_LOAD = "memory.load"
+    """In a restore: the memory is read from its file, or the file is mapped. Left out where it has no time."""
     STATE_LOAD = "state.load"
     """The destination writes vCPU and device state."""
     RESUME = "resume"
@@ -97,7 +102,9 @@ class Mode(StrEnum):
     """Never: a live update (CPR). A new program on the same host takes over the memory of a guest that was stopped
     before the migration began."""
     SNAPSHOT = "snapshot"
-    """To a file, for a later restore; the result is `saved`."""
+    """To a file, for a later restore. The result is `saved`; or `completed`, if a second process loaded it."""
+    RESTORE = "restore"
+    """From a file that nobody was seen to write; the result is `completed`."""
     UNKNOWN = "unknown"
     """The recording does not say."""
 
@@ -169,9 +176,11 @@ PHASES: tuple[tuple[PhaseName, Side], ...] = (
     (PhaseName.MEMORY_SEND, Side.SOURCE),
     (PhaseName.STATE_SAVE, Side.SOURCE),
     (PhaseName.STATE_SEND, Side.SOURCE),
+    (PhaseName.SYNC, Side.SOURCE),
     (PhaseName.EXEC, Side.SOURCE),
     (PhaseName.STARTUP, Side.DESTINATION),
     (PhaseName.HANDOVER, Side.BOTH),
+    (PhaseName.MEMORY_LOAD, Side.DESTINATION),
     (PhaseName.STATE_LOAD, Side.DESTINATION),
     (PhaseName.RESUME, Side.DESTINATION),
     (PhaseName.MANAGEMENT, Side.BOTH),
@@ -181,10 +190,18 @@ PHASES: tuple[tuple[PhaseName, Side], ...] = (
 see `sides_of`."""
 
 
-def sides_of(aborted: bool) -> tuple[tuple[PhaseName, Side], ...]:
-    """`PHASES` of a migration: if the source took its guest back, the source resumes."""
+OF_FILES = frozenset({PhaseName.SYNC, PhaseName.MEMORY_LOAD})
+"""Phases of snapshots and restores. A breakdown has them only where they have time."""
+
+
+def sides_of(aborted: bool, seen: Collection[PhaseName] = ()) -> tuple[tuple[PhaseName, Side], ...]:
+    """The phases of a breakdown and their sides: if the source took its guest back, the source resumes.
+
+    `seen`: the phases that have time; those of files are left out otherwise.
+    """
     back = aborted and PhaseName.RESUME
-    return tuple((name, Side.SOURCE if name == back else side) for name, side in PHASES)
+    shown = (row for row in PHASES if row[0] not in OF_FILES or row[0] in seen)
+    return tuple((name, Side.SOURCE if name == back else side) for name, side in shown)
 
 
 IMMEDIATE = ": taken not to have run the guest"

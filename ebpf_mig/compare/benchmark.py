@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import field
 
-from ebpf_mig.breakdown import PHASES, Breakdown, PhaseName, Result, Struct, Verdict
+from ebpf_mig.breakdown import OF_FILES, PHASES, Breakdown, PhaseName, Result, Struct, Verdict
 from ebpf_mig.errors import UsageError
 
 SCHEMA = "ebpf-mig/bench/1"
@@ -88,7 +88,7 @@ def value_of(breakdown: Breakdown, figure: str) -> int | None:
             kernel, user = took.get(PhaseName.FETCH_KERNEL), took.get(PhaseName.FETCH_USER)
             return None if kernel is None or user is None else kernel + user
         case _:
-            return took.get(figure)
+            return took.get(figure, 0 if figure in OF_FILES else None)
 
 
 def encode(benchmark: Benchmark) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ebpf_mig.analysis import diagnosis
 from ebpf_mig.breakdown import Breakdown, Cause, Diagnosis, Endpoint, Mode, PairedBy, Result, Transport, Verdict
-from ebpf_mig.report.rows import PHASE_WORDS, Row, percent
+from ebpf_mig.report.rows import Row, percent, words_for
 from ebpf_mig.text import ms, printable, size
 
 _MOST_LINES = 3
@@ -91,7 +91,7 @@ def rows(b: Breakdown) -> Iterator[Row]:
     if found is None or found.mostly is None:
         return
     most = found.mostly
-    words = PHASE_WORDS.get(most.phase, "")
+    words = words_for(most.phase, b.migration.mode)
     yield Row("mostly", f"{most.phase} ({words}): {ms(most.duration_ns)} ms, {percent(most.share)}", style="bold")
     yield from _because(found)
     if found.not_:

@@ -15,11 +15,11 @@ from rich.text import Text
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import Cover
-from ebpf_mig.breakdown import Phase, PhaseName, Side
+from ebpf_mig.breakdown import PHASES, Phase, PhaseName, Side
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND
 from ebpf_mig.report.canvas import PLAIN, Canvas
-from ebpf_mig.report.rows import PHASE_WORDS, Row, percent, phase_rows
+from ebpf_mig.report.rows import Row, percent, phase_rows, words_for
 from ebpf_mig.report.schema import field_docs
 from ebpf_mig.report.text import printed
 from ebpf_mig.text import ms, printable, size
@@ -35,8 +35,9 @@ def render(analysis: Analysis, phase: PhaseName, canvas: Canvas = PLAIN) -> str:
 
 
 def _lines(analysis: Analysis, name: PhaseName) -> Iterator[tuple[Text, int]]:
-    phase = next(p for p in analysis.breakdown.phases if p.phase == name)
-    yield Text(f"{name}: {PHASE_WORDS[name]}", "bold"), 2
+    none = Phase(phase=name, side=dict(PHASES)[name], duration_ns=0, spans=[])
+    phase = next((p for p in analysis.breakdown.phases if p.phase == name), none)
+    yield Text(f"{name}: {words_for(name, analysis.breakdown.migration.mode)}", "bold"), 2
     yield Text(field_docs(PhaseName)[name.name]), 0
     yield Text(), 0
     before = ""

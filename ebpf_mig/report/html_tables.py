@@ -22,7 +22,7 @@ from ebpf_mig.breakdown import (
 )
 from ebpf_mig.report import answer, details
 from ebpf_mig.report.reference import REARM
-from ebpf_mig.report.rows import PHASE_WORDS, PhaseRow, phase_rows
+from ebpf_mig.report.rows import PhaseRow, phase_rows, words_for
 from ebpf_mig.report.terms import term
 from ebpf_mig.report.timeline import SIDES
 from ebpf_mig.text import printable
@@ -82,8 +82,9 @@ def waterfall(b: Breakdown) -> Iterator[str]:
         return
     seen = list(phase_rows(b, every=True))
     rows = [_phase(row, b.window_ns) for row in seen]
+    mode = b.migration.mode
     rows += [
-        f"<td class='w'>{term(p.phase)}</td><td>{PHASE_WORDS[p.phase]}</td><td>{SIDES.get(p.side, p.side)}</td>"
+        f"<td class='w'>{term(p.phase)}</td><td>{words_for(p.phase, mode)}</td><td>{SIDES.get(p.side, p.side)}</td>"
         "<td class='n'>not seen</td><td class='n'>-</td><td></td>"
         for p in b.phases
         if p.phase not in {row.phase for row in seen}

@@ -9,10 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ebpf_mig.breakdown import Breakdown, Phase, PhaseName, Side, Span, bounds
+from ebpf_mig.breakdown import Breakdown, Mode, Phase, PhaseName, Side, Span, bounds
 from ebpf_mig.text import ms, printable
 
-__all__ = ["PHASE_WORDS", "PhaseRow", "Row", "cut", "figure", "ms", "phase_rows", "remark", "unmeasured", "unseen"]
+__all__ = [
+    "PHASE_WORDS",
+    "PhaseRow",
+    "Row",
+    "cut",
+    "figure",
+    "ms",
+    "phase_rows",
+    "remark",
+    "unmeasured",
+    "unseen",
+    "words_for",
+]
 PHASE_WORDS = {
     PhaseName.PAUSE: "stop the vCPUs",
     PhaseName.QUIESCE: "settle devices",
@@ -21,15 +33,19 @@ PHASE_WORDS = {
     PhaseName.MEMORY_SEND: "send the last pages",
     PhaseName.STATE_SAVE: "save VM state",
     PhaseName.STATE_SEND: "send VM state",
+    PhaseName.SYNC: "wait for the disk",
     PhaseName.EXEC: "replace the program",
     PhaseName.STARTUP: "start the new program",
     PhaseName.HANDOVER: "destination waits",
+    PhaseName.MEMORY_LOAD: "read the memory",
     PhaseName.STATE_LOAD: "load VM state",
     PhaseName.RESUME: "start the vCPUs",
     PhaseName.MANAGEMENT: "wait for the manager",
     PhaseName.UNATTRIBUTED: "not explained",
 }
 """What happens in each phase, at most 22 columns."""
+_TO_FILES = {PhaseName.MEMORY_SEND: "write the memory", PhaseName.STATE_SEND: "write VM state"}
+"""The same, where a snapshot differs."""
 _RARE = frozenset({PhaseName.EXEC, PhaseName.STARTUP, PhaseName.MANAGEMENT, PhaseName.UNATTRIBUTED})
 """Phases that most migrations do without; that they did not occur needs no mention."""
 _LABEL = 21
@@ -79,6 +95,11 @@ class PhaseRow(NamedTuple):
         return self.place or ("-" if self.share is None else percent(self.share))
 
 
+def words_for(phase: PhaseName, mode: Mode) -> str:
+    """What happens in a phase of a migration of that mode."""
+    return (_TO_FILES.get(phase) if mode == Mode.SNAPSHOT else None) or PHASE_WORDS.get(phase, "")
+
+
 def percent(share: float) -> str:
     """A share of 1 as whole per cent; what is less than half of one is `<1 %`."""
     return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
@@ -106,7 +127,7 @@ def phase_rows(b: Breakdown, *, every: bool = False) -> Iterator[PhaseRow]:
 def _row(phase: Phase, b: Breakdown, spans: Sequence[Span], place: str, bound: int | None) -> PhaseRow:
     took = sum(end - begin for begin, end in spans)
     share = took / b.blackout_ns if b.blackout_ns and not place else None
-    words = PHASE_WORDS.get(phase.phase, "")
+    words = words_for(phase.phase, b.migration.mode)
     limited = bounds.limited(took, bound, b.clock)
     return PhaseRow(phase.phase, words, phase.side, took, limited, share, place, spans)
 

@@ -36,7 +36,9 @@ def test_cancelled_while_the_guest_runs_has_no_window() -> None:
     found = script.result().breakdown
     assert found.migration.result == "cancelled"
     assert (found.window_ns, found.blackout_ns, found.blackout) == (None, None, None)
-    assert [(p.phase, p.duration_ns, p.spans) for p in found.phases] == [(name, None, []) for name, _ in b.PHASES]
+    assert [(p.phase, p.duration_ns, p.spans) for p in found.phases] == [
+        (name, None, []) for name, _ in b.sides_of(False)
+    ]
     assert [(p.begin / US, p.bytes) for p in found.dirty_log.passes] == [(100, 10_000_000)]
     assert found.dirty_log.final is None and found.dirty_log.fetches == []
     assert found.sockets == [] and found.vcpus == [] and found.witnesses == []
@@ -269,7 +271,7 @@ def test_without_the_source_the_loading_is_known() -> None:
     assert found.completeness.verdict == "bounded"
     assert found.dirty_log.mode == "unknown" and found.dirty_log.final is None
     unmeasured = [p.phase for p in found.phases if p.duration_ns is None]
-    source = [name for name, side in b.PHASES if side == "source"]
+    source = [name for name, side in b.sides_of(False) if side == "source"]
     assert unmeasured == [*source, "handover"], "the other phases are known, including those that took no time"
     shown = render(found)
     assert "the source was not traced" in shown and "no dirty logging" not in shown
@@ -434,7 +436,7 @@ def test_an_empty_recording() -> None:
     assert found.migration.source is None and found.migration.destination is None
     assert found.migration.mode == "unknown"
     assert found.completeness.verdict == "bounded"
-    assert [p.duration_ns for p in found.phases] == [None] * len(b.PHASES)
+    assert [p.duration_ns for p in found.phases] == [None] * len(b.sides_of(False))
     assert found.dirty_log.mode == "unknown" and found.migration.connections is None
 
 

@@ -53,7 +53,7 @@ class TestPartition:
         partition.until(1005, "resume")
         partition.until(1010, "pause")
         found = partition.phases()
-        assert [(p.phase, p.side) for p in found] == list(b.PHASES)
+        assert [(p.phase, p.side) for p in found] == list(b.sides_of(False))
         assert found[0].spans == [(0, 3), (5, 10)]
         assert sum(p.duration_ns for p in found) == 10
 
