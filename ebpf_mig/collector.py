@@ -11,6 +11,7 @@ witnesses; state how reliable the result is; name what dominates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 
 from msgspec.structs import replace
@@ -19,6 +20,7 @@ from ebpf_mig import vmm
 from ebpf_mig.analysis import bandwidth as link
 from ebpf_mig.analysis import (
     completeness,
+    condensed,
     diagnosis,
     dirty_log,
     drivers,
@@ -73,6 +75,9 @@ from ebpf_mig.breakdown import (
     Witness,
 )
 from ebpf_mig.joining import error_bounds
+from ebpf_mig.recording.budget import TooLargeError
+from ebpf_mig.recording.coalesce import read_coalesced, read_whole_or_coalesced
+from ebpf_mig.recording.condense import read_condensed
 from ebpf_mig.recording.events import FORWARDER, KEEPER, NEIGHBOUR
 from ebpf_mig.recording.file import Recording
 
@@ -116,6 +121,23 @@ def analyse(recording: Recording) -> Analysis:
     breakdown = replace(breakdown, diagnosis=diagnosis.diagnose(breakdown, slept, link.observe(traced), origin))
     connection = sockets.connection(traced.source, traced.destination, traced.channels)
     return Analysis(breakdown, traced, attribution, origin, connection)
+
+
+def analyse_file(path: str, prepared: Callable[[Recording], Recording] = lambda recording: recording) -> Analysis:
+    """The migration in a file. What far calls of a long recording sum up to is known, but not each of them.
+
+    So it is not for reports with a time axis. All others are those of all events, to the byte, unless the recording
+    takes more memory than the size of its file justifies. `prepared` is applied to what was read, which may be twice.
+    """
+    try:
+        found = read_condensed(path)
+    except TooLargeError:
+        return analyse(prepared(read_coalesced(path)))
+    analysis = analyse(prepared(found.recording))
+    if condensed.is_exact(analysis, found.sums):
+        return analysis
+    del found, analysis  # both can be large
+    return analyse(prepared(read_whole_or_coalesced(path)))
 
 
 def _mode(traced: TracedMigration, result: Result) -> Mode:

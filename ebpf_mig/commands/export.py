@@ -91,14 +91,11 @@ def _tables(directory: Path, files: Sequence[Path], redact: bool) -> tuple[list[
 
 
 def _rows(name: str, file: Path, names: Names | None) -> tuple[Row, list[Row]]:
-    from ebpf_mig.collector import analyse
-    from ebpf_mig.recording.coalesce import read_whole_or_coalesced
+    from ebpf_mig.collector import analyse_file
 
-    recording = read_whole_or_coalesced(str(file))
-    if names is not None:
-        recording = redacted(recording, names)
-    breakdown = analyse(recording).breakdown
-    migration, phases = tables.migration_row(name, recording.header, breakdown), tables.phase_rows(name, breakdown)
+    analysis = analyse_file(str(file), lambda read: read if names is None else redacted(read, names))
+    breakdown = analysis.breakdown
+    migration, phases = tables.migration_row(name, analysis.header, breakdown), tables.phase_rows(name, breakdown)
     if not tables.fits([migration, *phases]):
         raise RecordingError(f"{printable(str(file))}: its figures are beyond 64 bits")
     return migration, phases

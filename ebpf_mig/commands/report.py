@@ -331,21 +331,27 @@ def _share(value: str, text: str) -> Fraction:
 
 
 def _analysis(file: str, redact: bool, with_axis: bool, symbols: str | None = None) -> Analysis:
-    from ebpf_mig.collector import analyse
+    from ebpf_mig.collector import analyse, analyse_file
     from ebpf_mig.recording.coalesce import read_whole_or_coalesced
     from ebpf_mig.recording.file import read_recording
     from ebpf_mig.recording.redact import Names, redacted
     from ebpf_mig.vmm import words
 
-    if file == "-":
-        recording = read_recording(sys.stdin.buffer, within_budget=True, with_axis=with_axis)
-    else:
-        recording = read_whole_or_coalesced(file, with_axis=with_axis)
-    warn(file, recording)
-    if symbols:
-        from ebpf_mig.commands.symbols import named
+    warned = False
 
-        recording = named(recording, symbols)
-    if redact:
-        recording = redacted(recording, Names(words()))
-    return analyse(recording)
+    def prepared(recording: Recording) -> Recording:
+        nonlocal warned
+        if not warned:
+            warn(file, recording)
+        warned = True
+        if symbols:
+            from ebpf_mig.commands.symbols import named
+
+            recording = named(recording, symbols)
+        return redacted(recording, Names(words())) if redact else recording
+
+    if file == "-":
+        return analyse(prepared(read_recording(sys.stdin.buffer, within_budget=True, with_axis=with_axis)))
+    if with_axis:
+        return analyse(prepared(read_whole_or_coalesced(file, with_axis=True)))
+    return analyse_file(file, prepared)

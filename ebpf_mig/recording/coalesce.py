@@ -67,7 +67,7 @@ class _Coalescer:
     def take(self, block: list[AnyEvent]) -> None:
         """Takes the next block."""
         self._recent.append(block)
-        if Ioctl in map(type, block) and any(map(_of_the_switchover, {e.cmd for e in block if type(e) is Ioctl})):
+        if Ioctl in map(type, block) and any(map(of_the_switchover, {e.cmd for e in block if type(e) is Ioctl})):
             self._spared = len(self._recent) + NEAR
         if len(self._recent) > NEAR:
             self._leave(self._recent.popleft())
@@ -133,7 +133,8 @@ def _batches(calls: list[Transfer]) -> Iterable[list[Transfer]]:
 
 
 @cache
-def _of_the_switchover(cmd: int) -> bool:
+def of_the_switchover(cmd: int) -> bool:
+    """Whether an ioctl reads or writes a vCPU's state."""
     return kvm.name_of(cmd) in kvm.VCPU_STATE_GET | kvm.VCPU_STATE_SET
 
 

@@ -316,8 +316,7 @@ def read_recording(
     with RecordingReader(source) as reader:
         budget = Budget(reader.name, with_axis=with_axis) if within_budget else None
         for block in reader.blocks():
-            if len(events) + len(block) > MAX_EVENTS:
-                reader.cut(f"it holds more than {MAX_EVENTS} events")
+            if too_many(reader, len(events) + len(block)):
                 break
             if budget is not None:
                 budget.spend(block, reader.stored)
@@ -329,6 +328,13 @@ def read_recording(
             reason=reader.reason,
             unknown=reader.unknown,
         )
+
+
+def too_many(reader: RecordingReader, count: int) -> bool:
+    """Whether a reader gave more events than are held in memory. Then it notes that later ones are missing."""
+    if count > MAX_EVENTS:
+        reader.cut(f"it holds more than {MAX_EVENTS} events")
+    return count > MAX_EVENTS
 
 
 def iter_events(source: str | Path | bytes | BinaryIO) -> Iterator[AnyEvent]:

@@ -11,6 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Collection
+from itertools import compress, count
 from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import msgspec
@@ -146,9 +147,8 @@ def decode_events(content: bytes) -> Content:
     except _UNDECODABLE as error:
         raise DamageError(str(error)) from error
     events = found.events
-    for at, kind in enumerate(map(type, events)):
-        if kind in TEXTUAL:
-            events[at] = bounded(events[at])
+    for at in compress(count(), map(TEXTUAL.__contains__, map(type, events))):
+        events[at] = bounded(events[at])
     return found
 
 

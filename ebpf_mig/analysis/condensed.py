@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the report of a condensed recording is that of the whole one, to the byte.
+
+In: an `Analysis`, and the stretches whose events were summed up when the recording was read (`recording/condense.py`).
+Out: yes or no. If no, the recording has to be read again as a whole.
+
+What a process received is compared with four kinds of instants: those of its own KVM calls and vCPUs, the begin of the
+migration, those of the window, and the reading of our own cost before it. If all sums lie before the window, and no
+instant lies in one of them, then each sum is on the same side of each instant as all events that it stands for. Only
+a pairing by the flow of bytes looks at single calls.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+
+from ebpf_mig.analysis.process import Process
+from ebpf_mig.analysis.result import Analysis
+from ebpf_mig.analysis.spans import merged
+from ebpf_mig.breakdown import PairedBy, Span
+from ebpf_mig.recording.kinds import BY_TYPE
+
+BEFORE_NS = 20_000_000
+"""Calls this long before the window can be shown with it."""
+
+
+def is_exact(analysis: Analysis, sums: Mapping[int, Sequence[Span]]) -> bool:
+    """Whether nothing in the report can depend on what the sums hide. `sums` are those of each pid, in any order."""
+    if not sums:
+        return True
+    pairing = analysis.breakdown.migration.pairing
+    if pairing is not None and pairing.by != PairedBy.CONNECTION:
+        return False
+    needed = _needed_from(analysis)
+    together = merged(span for spans in sums.values() for span in spans)
+    if needed is None or together[-1][1] >= needed - BEFORE_NS:
+        return False
+    began = analysis.traced.began
+    if began is not None and _inside(together, began):
+        return False
+    processes = analysis.traced.material.processes.values()
+    return not any(_inside(own, at) for p in processes if (own := merged(sums.get(p.pid, ()))) for at in _instants(p))
+
+
+def _needed_from(analysis: Analysis) -> int | None:
+    """From when on single calls can matter; None: always."""
+    attribution, material = analysis.attribution, analysis.traced.material
+    if attribution.window is None:
+        return None
+    begin, switchover = attribution.window[0], analysis.traced.switchover
+    found = [begin]
+    if switchover is not None:
+        found.append(switchover.dark)
+    if attribution.load is not None:
+        found.append(attribution.load.begin)
+    if material.costs:
+        found.append(max([material.header.begin_ns, *(c.at_ns for c in material.costs if c.at_ns <= begin)]))
+    return min(found)
+
+
+def _instants(process: Process) -> Iterator[int]:
+    """When the process acted."""
+    lists = (process.ioctls, process.enters, process.exits, process.states, process.spans, process.execs)
+    for events in lists:
+        for event in events:
+            yield from (getattr(event, name) for name in BY_TYPE[type(event)].instants)
+
+
+def _inside(spans: Sequence[Span], at: int) -> bool:
+    """Whether an instant lies in one of the spans, which are in order and apart."""
+    index = bisect_left(spans, at, key=lambda span: span[1])
+    return index < len(spans) and spans[index][0] <= at

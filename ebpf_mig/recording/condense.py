@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a long recording in little memory: sums stand for what a waiting destination received.
+
+In: a recording's blocks. Out: a `Condensed`: the recording, and the stretches of time that the sums cover.
+
+Before its guest runs, a destination only receives, and each of its calls is an event, as in a blackout. Of a long
+pre-copy these are most events, and a report needs only their sums. So the receives of one thread on one socket become
+one event per block of the file, and so do the TCP segments of one socket. Other events stay as they are, and so do
+those of a process that does anything with KVM within NEAR blocks, and all within NEAR blocks of an ioctl that switches
+dirty logging on (a migration begins) or reads or writes vCPU state (a switchover). `analysis/condensed.py` checks
+afterwards that the report cannot depend on what the sums hide.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import compress, groupby, repeat
+from operator import attrgetter, is_, le
+from typing import Any
+
+from msgspec.structs import replace
+
+from ebpf_mig.linux import kvm
+from ebpf_mig.recording import events as ev
+from ebpf_mig.recording.budget import Budget
+from ebpf_mig.recording.coalesce import NEAR, of_the_switchover, run_of
+from ebpf_mig.recording.file import Recording, RecordingReader, too_many
+from ebpf_mig.recording.kinds import BY_TYPE
+
+ACTS = frozenset({ev.Ioctl, ev.VcpuEnter, ev.VcpuExit, ev.VcpuState, ev.VcpuSpan, ev.Exec})
+"""What a process does with KVM, or to itself. One that waits does none of it."""
+_OTHERS = frozenset(BY_TYPE) - {ev.Transfer, ev.Segment}
+_EVERYBODY = -1
+_LEAST = 2
+"""A single event need not be summed up."""
+_MOST = 1 << 62
+"""The largest sum that an event can hold."""
+
+_way = attrgetter("pid", "tid", "socket", "direction", "hidden")
+_pid, _cmd, _begin, _end, _at = map(attrgetter, ("pid", "cmd", "begin_ns", "end_ns", "at_ns"))
+_bytes, _calls, _payload, _acked = map(attrgetter, ("bytes", "calls", "payload", "acked"))
+_end_of = attrgetter("pid", "socket")
+
+
+@dataclass
+class Condensed:
+    """A recording whose far events are summed up."""
+
+    recording: Recording
+    sums: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """The stretches of the sums, from the first to the last instant of their events, by pid. Empty: all events are
+    there."""
+
+
+def read_condensed(source: str, near: int = NEAR) -> Condensed:
+    """Reads a whole recording. Raises as `read_recording` within a budget."""
+    with RecordingReader(source) as reader:
+        budget = Budget(reader.name)
+        condenser = _Condenser(near, lambda events: budget.spend(events, reader.stored))
+        for block in reader.blocks():
+            if too_many(reader, condenser.taken + len(block)):
+                break
+            condenser.take(block)
+        events = condenser.finish()
+        recording = Recording(
+            header=reader.header,
+            events=events,
+            truncated=reader.truncated,
+            reason=reader.reason,
+            unknown=reader.unknown,
+        )
+    return Condensed(recording, dict(condenser.sums))
+
+
+class _Condenser:
+    """Takes blocks in order. Decides about each once `near` later ones have arrived."""
+
+    def __init__(self, near: int, spend: Callable[[list[ev.AnyEvent]], None]) -> None:
+        self.taken = 0
+        """Number of events so far."""
+        self.sums: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        self._near, self._spend = near, spend
+        self._kept: list[ev.AnyEvent] = []
+        self._waiting: deque[list[ev.AnyEvent]] = deque()
+        self._acting: deque[frozenset[int]] = deque(maxlen=2 * near + 1)
+        """Who acted, in each block around the oldest waiting one."""
+        self._logged: set[tuple[int, int]] = set()
+        """The slots, by pid, whose dirty pages are logged."""
+        self._first: dict[tuple[Any, ...], int] = {}
+        """When the first event of each kind of sum ended. It stays, since reports show when a stream began."""
+
+    def take(self, block: list[ev.AnyEvent]) -> None:
+        """Takes the next block."""
+        self.taken += len(block)
+        self._waiting.append(block)
+        self._acting.append(self._acting_in(block))
+        if len(self._waiting) > self._near:
+            oldest = self._waiting.popleft()
+            acting = frozenset().union(*self._acting)
+            self._keep(oldest if _EVERYBODY in acting else self._condensed(oldest, acting))
+
+    def finish(self) -> list[ev.AnyEvent]:
+        """All events that are left. The last blocks stay as they are."""
+        for block in self._waiting:
+            self._keep(block)
+        return self._kept
+
+    def _keep(self, events: list[ev.AnyEvent]) -> None:
+        self._spend(events)
+        self._kept += events
+
+    def _acting_in(self, block: list[ev.AnyEvent]) -> frozenset[int]:
+        """The pids of those that act in a block; _EVERYBODY if a migration begins there, or a switchover is near."""
+        acts: list[Any] = list(compress(block, map(ACTS.__contains__, map(type, block))))
+        calls = [act for act in acts if type(act) is ev.Ioctl]
+        switchover = any(map(of_the_switchover, set(map(_cmd, calls))))
+        everybody = (_EVERYBODY,) if self._switch_on(calls) or switchover else ()
+        return frozenset(map(_pid, acts)).union(everybody)
+
+    def _switch_on(self, calls: list[ev.Ioctl]) -> bool:
+        """Whether one of them switches dirty logging on, which is where a migration begins."""
+        found = False
+        for call in calls:
+            if kvm.is_memslot(call.cmd) and call.size:
+                logged = bool(call.flags & kvm.MEM_LOG_DIRTY_PAGES)
+                found |= logged and (call.pid, call.slot) not in self._logged
+                (self._logged.add if logged else self._logged.discard)((call.pid, call.slot))
+        return found
+
+    def _condensed(self, block: list[ev.AnyEvent], acting: Collection[int]) -> list[ev.AnyEvent]:
+        kinds = list(map(type, block))
+        found = list(compress(block, map(_OTHERS.__contains__, kinds)))
+        by_way: dict[tuple[Any, ...], list[ev.Transfer]] = defaultdict(list)
+        for way, calls in groupby(_of(block, kinds, ev.Transfer), _way):
+            by_way[way].extend(calls)
+        for way, of_way in by_way.items():
+            pid, _, socket, direction, hidden = way
+            if pid in acting or not socket or direction != ev.RECEIVE or hidden:
+                found += of_way
+            else:
+                found += self._received(way, of_way)
+        segments: list[ev.Segment] = _of(block, kinds, ev.Segment)
+        for some in ([s for s in segments if s.payload], [s for s in segments if not s.payload]):
+            for (pid, socket), arrived in groupby(sorted(some, key=_end_of), _end_of):
+                own = list(arrived)
+                found += own if pid in acting else self._arrived((pid, socket, own[0].payload > 0), own)
+        return found
+
+    def _received(self, way: tuple[Any, ...], calls: list[ev.Transfer]) -> Iterator[ev.Transfer]:
+        """One event for the calls of a thread on a socket. Calls without bytes stay as they are."""
+        if not min(map(_bytes, calls)) or not min(map(_calls, calls)):
+            yield from (call for call in calls if not call.bytes or not call.calls)
+            calls = [call for call in calls if call.bytes and call.calls]
+        if calls and way not in self._first:
+            self._first[way] = calls[0].end_ns
+            yield calls.pop(0)
+        if len(calls) < _LEAST or calls[0].begin_ns < max(1, self._first[way]) or not _in_order(calls):
+            yield from calls
+            return
+        run = run_of(calls)
+        if max(run.calls, run.bytes) > _MOST:
+            yield from calls
+            return
+        yield run
+        self.sums[run.pid].append((run.begin_ns, run.end_ns))
+
+    def _arrived(self, key: tuple[Any, ...], segments: list[ev.Segment]) -> Iterator[ev.Segment]:
+        """One event for the segments of a socket, at the last one's time."""
+        segments.sort(key=_at)
+        if key not in self._first:
+            self._first[key] = segments[0].at_ns
+            yield segments.pop(0)
+        payload, acked = sum(map(_payload, segments)), sum(map(_acked, segments))
+        if len(segments) < _LEAST or max(payload, acked) > _MOST or segments[0].at_ns < self._first[key]:
+            yield from segments
+            return
+        yield replace(segments[-1], payload=payload, acked=acked)
+        self.sums[segments[0].pid].append((segments[0].at_ns, segments[-1].at_ns))
+
+
+def _in_order(calls: list[ev.Transfer]) -> bool:
+    """Whether each call began when the one before had ended."""
+    begins, ends = list(map(_begin, calls)), list(map(_end, calls))
+    return all(map(le, begins, ends)) and all(map(le, ends, begins[1:]))
+
+
+def _of(block: list[ev.AnyEvent], kinds: list[type], wanted: type) -> list[Any]:
+    return list(compress(block, map(is_, kinds, repeat(wanted))))
