@@ -89,7 +89,10 @@ def _reads(process: Process, ioctls: list[Ioctl], setters: list[Ioctl]) -> list[
     if made and max(by_fd.values(), default=0) <= 1:
         return files if names & _SAVED else []
     if not made:
-        return files
+        # A VM that is being made when tracing begins has read its firmware, and then writes registers, too. But nobody
+        # asks it to: it serves no monitor yet.
+        asked = [r.at for r in requests.of(process, 0, files[-1].begin_ns)] if files else []
+        return [t for t in files if t.begin_ns > asked[0]] if asked else []
     known = sorted(i.begin_ns for i in setters if kvm.name_of(i.cmd) == "SET_REGS")
     many = len(by_fd) or 1
     if len(known) < (_RESETS + 1) * many:

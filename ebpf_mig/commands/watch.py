@@ -60,7 +60,7 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         node.run(lambda: gone or (count is not None and seen >= count))
 
 
-_KINDS: dict[str, str] = {Mode.CPR: " live update", Mode.SNAPSHOT: " snapshot"}
+_KINDS: dict[str, str] = {Mode.CPR: " live update", Mode.SNAPSHOT: " snapshot", Mode.RESTORE: " restore"}
 
 
 def line(o: Observation) -> str:

@@ -17,7 +17,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ebpf_mig.breakdown import PHASES, Result, Side
+from ebpf_mig.breakdown import OF_FILES, PHASES, Mode, Result, Side
 from ebpf_mig.exporter.checkpoint import Checkpoint
 from ebpf_mig.exporter.families import VM_SECONDS, last_migrations, state_of
 from ebpf_mig.exporter.latest import Halves
@@ -26,7 +26,7 @@ from ebpf_mig.exporter.observation import MODES, RESULTS, ROLES, Observation, St
 from ebpf_mig.exporter.totals import Last, Totals
 from ebpf_mig.text import printable
 
-VMS = 256
+VMS = 240
 VM_CHARACTERS = 64
 SILENT_S = 5.0
 """The watch sends its state once a second. After this long without it, the watch is considered stopped."""
@@ -34,10 +34,12 @@ DEAD_S = 60.0
 """After this long without it, the supervisor is not considered able to start the watch again."""
 
 BLACKOUT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
+FILES_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 PART_BUCKETS = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.3, 1, 5)
 """For phases, fetches and sending, in seconds: from a small VM's to those that an alert is about."""
 
 _PHASES = frozenset(phase for phase, _ in PHASES)
+_OF_MIGRATIONS = _PHASES - OF_FILES
 _PARTS = ("lock", "off_cpu", "kernel", "user")
 
 
@@ -51,12 +53,15 @@ def vm_label(name: str, style: str) -> str:
     return cut[:VM_CHARACTERS].encode("utf-8", "replace").decode()
 
 
+_FILES, _FILES_PHASE = "ebpf_mig_snapshot_seconds", "ebpf_mig_snapshot_phase_seconds"
+_FILE_MODES = (Mode.SNAPSHOT, Mode.RESTORE)
 _REJECTED = "ebpf_mig_exporter_connections_rejected"
 _SPANS = "ebpf_mig_exporter_spans"
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ebpf_mig_migrations": ("Migrations seen on this node.", ("vmm", "role", "result")),
     "ebpf_mig_modes": (
-        "Migrations seen on this node, by when the memory moved; cpr is a live update, snapshot a save to a file.",
+        "Migrations seen on this node, by when the memory moved; cpr is a live update, snapshot a save to a file, "
+        "restore a load from one.",
         ("vmm", "mode"),
     ),
     "ebpf_mig_migrations_incomplete": ("Migrations of which events were lost.", ()),
@@ -65,6 +70,7 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "ebpf_mig_final_memory_bytes": ("Memory sent in blackouts because of the final fetch.", ()),
+    _FILES_PHASE: ("Seconds of snapshots and restores that went into each phase.", ("mode", "phase")),
     _SPANS: ("Spans sent to the OTLP endpoint.", ("outcome",)),
     _REJECTED: ("Connections that were refused, cut because idle or slow, or failed.", ("reason",)),
 }
@@ -84,6 +90,12 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
         BLACKOUT_BUCKETS,
     ),
     _PHASE: ("Time of the switchover that went into each phase.", ("vmm", "phase"), PART_BUCKETS),
+    _FILES: (
+        "Snapshots and restores: snapshot, from the request to pause to the guest's going on, or to the last write; "
+        "restore, from the request to load to the guest's start.",
+        ("mode",),
+        FILES_BUCKETS,
+    ),
     _FETCH: ("Time that a migration's dirty-log fetches took, by stage and part.", ("stage", "part"), PART_BUCKETS),
     _SEND: (
         "Time in send calls on the migration's sockets in the switchover: copying or blocked.",
@@ -132,6 +144,8 @@ class Metrics:
         # If a series began with its first migration, `increase` and `rate` would not see that one.
         for vmm, mode in itertools.product(vmm_names or vmms(), MODES):
             self._totals.add("ebpf_mig_modes", (vmm, mode), 0)
+        for mode in _FILE_MODES:
+            self._totals.touch(_FILES, (mode,), FILES_BUCKETS)
         for vmm, role in itertools.product(vmm_names or vmms(), ROLES):
             self._totals.touch(_BLACKOUT, (vmm, role), BLACKOUT_BUCKETS)
             if role != Side.BOTH:
@@ -183,13 +197,16 @@ class Metrics:
         totals.add("ebpf_mig_final_memory_bytes", by=o.final_bytes or 0)
         exemplar = {"recording": o.recording[:40]} if o.recording else {}
         exemplar |= {"migration": o.migration[:40]} if o.migration else {}
+        if o.mode in _FILE_MODES:
+            self._count_files(totals, o, exemplar)
+            return
         if o.blackout_ns is not None and o.result == "completed":
             totals.observe(_BLACKOUT, (o.vmm, o.role), BLACKOUT_BUCKETS, o.blackout_ns, exemplar)
         for role, part_ns in ((Side.SOURCE, o.source_ns), (Side.DESTINATION, o.destination_ns)):
             if part_ns is not None and o.result == Result.COMPLETED:
                 totals.observe(_PART, (o.vmm, role), BLACKOUT_BUCKETS, part_ns, exemplar)
         for phase, ns in o.phases.items() if o.result != "saved" else ():
-            if phase in _PHASES:
+            if phase in _OF_MIGRATIONS:
                 totals.observe(_PHASE, (o.vmm, phase), PART_BUCKETS, ns, exemplar)
         for stage, parts in o.fetch.items():
             for part, ns in parts.items():
@@ -206,6 +223,15 @@ class Metrics:
         while len(totals.vms) > VMS:
             del totals.vms[next(iter(totals.vms))]
             totals.evicted += 1
+
+    @staticmethod
+    def _count_files(totals: Totals, o: Observation, exemplar: dict[str, str]) -> None:
+        """A snapshot or a restore has its own times: it is part of no figure on migrations."""
+        if o.window_ns is not None and o.result in (Result.SAVED, Result.COMPLETED):
+            totals.observe(_FILES, (o.mode,), FILES_BUCKETS, o.window_ns, exemplar)
+        for phase, ns in o.phases.items():
+            if phase in _PHASES and ns:
+                totals.add(_FILES_PHASE, (o.mode, phase), ns / 1e9)
 
     def rejected(self, reason: str) -> None:
         """Counts a connection that was refused or cut."""

@@ -144,7 +144,7 @@ def with_parts(seen: Observation, analysis: Analysis) -> Observation:
 
     parts, clock = observe_parts(analysis.traced, analysis.attribution), analysis.header.clock
     left = seen.result == Result.UNKNOWN and parts.stop is not None and parts.start is None
-    if seen.result != Result.COMPLETED and not left:
+    if (seen.result != Result.COMPLETED and not left) or seen.mode in (Mode.SNAPSHOT, Mode.RESTORE):
         return seen
 
     def wall(at: int | None) -> int | None:

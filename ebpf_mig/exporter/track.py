@@ -58,7 +58,7 @@ class Track:
     @property
     def proven(self) -> bool:
         """Whether this is a migration: RAM is logged, or a VM was loaded or replaced itself, and then ran."""
-        if self.logging or self.between_vms:
+        if self.logging or self.between_vms or self.watch.saved:
             return True
         return bool((self.fresh | self.watch.executed) & self.watch.arrived)
 

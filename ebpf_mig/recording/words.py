@@ -15,7 +15,7 @@ _MACHINES = frozenset({"x86_64", "aarch64", "arm64", "i686", "riscv64", "ppc64le
 _ROLES = frozenset({"source", "destination", "unknown", "both", "least", "most"})
 _REASONS = frozenset({
     "migrated", "failed", "cancelled", "duration", "interrupted", "target-died", "command-ended", "unknown", "done",
-    "completed", "logging-ended", "handed-over", "lost-sight",
+    "completed", "logging-ended", "handed-over", "lost-sight", "saved",
 })  # fmt: skip
 _SIGNALS = frozenset({
     "dirty-log", "vcpu", "state", "kick", "socket", "wire", "lock", "off-cpu", "retransmits", "hidden-sends",

@@ -32,6 +32,7 @@ from ebpf_mig.recording.events import (
     VcpuEnter,
     VcpuExit,
 )  # fmt: skip
+from ebpf_mig.tracing.file_watch import FileWatch
 
 QUIET_NS = 300_000_000
 """A migration is over only this long after its last activity. The destination starts after the source is done, and its
@@ -69,6 +70,7 @@ class MigrationWatch:
         self._started: dict[int, int] = {}
         self._executed: set[int] = set()
         """Processes that called execve(2), and are their own destination."""
+        self._files = FileWatch()
         self._paused: set[int] = set()
         """Sources whose guest did not run when their migration began, or stopped later, but not for the migration."""
         self._kicked_by: dict[int, int] = {}
@@ -105,6 +107,7 @@ class MigrationWatch:
                 if not self._runs_again(event.pid):
                     self._last_ns = max(self._last_ns, event.at_ns)
                 self._stopped_at[event.pid] = event.at_ns
+                self._files.left(event.pid)
             elif isinstance(event, Transfer):
                 self._transfer(event)
                 self._moved[event.pid, event.socket] += event.bytes
@@ -113,6 +116,7 @@ class MigrationWatch:
                 self._carriers[event.pid, event.socket] = event
             elif isinstance(event, Kick):
                 self._kicked_by[event.pid] = event.tid
+                self._files.kicked(event.pid, event.tid)
             elif isinstance(event, Exec):
                 self._replaced(event)
 
@@ -135,6 +139,10 @@ class MigrationWatch:
         """Whether it read or wrote a file: a disk, a log or firmware, unless the fetching thread wrote it."""
         known = self._carriers.get((event.pid, event.socket))
         return known is not None and known.family == FILE
+
+    def _is_unix(self, event: Transfer) -> bool:
+        known = self._carriers.get((event.pid, event.socket))
+        return known is not None and known.family == AF_UNIX
 
     @property
     def opaque(self) -> list[Socket]:
@@ -175,7 +183,8 @@ class MigrationWatch:
         """Whether its vCPUs have the state of a guest that ran elsewhere."""
         if pid not in self._loaded or pid in self._fetched:
             return False
-        return self.source_stopped or pid in self._executed or self._receptions[pid].loaded
+        loaded = self._receptions[pid].loaded or self._files.restored(pid)
+        return self.source_stopped or pid in self._executed or loaded
 
     def passed(self, pid: int) -> str | None:
         """Why the migration of `pid` is over, now that `pid` begins another one; None if it is not over.
@@ -205,9 +214,27 @@ class MigrationWatch:
             return "migrated"
         if self._handed_over(now_ns):
             return "handed-over"
+        if self._was_saved(now_ns):
+            return "saved"
         if self.under_way and now_ns - self._last_ns >= SILENCE_NS:
             return "lost-sight"
         return None
+
+    @property
+    def saved(self) -> frozenset[int]:
+        """The processes whose guest was written to files without dirty logging."""
+        return frozenset(self._files.saved) - self._fetched
+
+    def _was_saved(self, now_ns: int) -> bool:
+        """Whether a guest was written to files and runs again, or stays stopped while nobody else could load it."""
+        for pid in self.saved:
+            again = self._files.resumed.get(pid)
+            if again is not None and now_ns - again >= QUIET_NS:
+                return True
+            waits = STOPPED_NS if len(self._pids) == 1 else SILENCE_NS
+            if again is None and now_ns - max(self._files.saved[pid], self._last_ns) >= waits:
+                return True
+        return False
 
     def _runs(self, pid: int) -> bool:
         """Whether its guest runs. Call it only for a process that was seen to run its guest."""
@@ -215,10 +242,13 @@ class MigrationWatch:
 
     def _runs_again(self, pid: int) -> bool:
         """Whether its guest runs outside of a migration. The interruptions of a busy guest are no activity then."""
-        return bool(self._unlogged_at) if pid in self._fetched else pid in self._started
+        if pid in self._fetched:
+            return bool(self._unlogged_at)
+        return pid in self._started or pid in self._files.resumed
 
     def _enter(self, event: VcpuEnter) -> None:
         first = event.pid not in self._ran
+        self._files.entered(event.pid, event.at_ns)
         self._ran.add(event.pid)
         self._paused.discard(event.pid)
         if not self._runs_again(event.pid):
@@ -247,6 +277,7 @@ class MigrationWatch:
         if not self._runs_again(event.pid):
             self._last_ns = max(self._last_ns, event.end_ns)
         name = kvm.name_of(event.cmd)
+        self._files.ioctl(event)
         if event.cmd in kvm.DIRTY_LOG:
             self._fetchers.add((event.pid, event.tid))
         if event.pid not in self._ran:
@@ -298,6 +329,10 @@ class MigrationWatch:
     def _transfer(self, event: Transfer) -> None:
         """Only transfers on the migration's carrier count as activity: a monitor may answer at any time."""
         of_a_file = self.is_of_a_file(event)
+        if of_a_file:
+            self._files.transfer(event)
+        elif event.direction != SEND and self._is_unix(event):
+            self._files.received(event.pid)
         if not of_a_file and (event.pid not in self._ran or event.begin_ns < self._started.get(event.pid, 0)):
             self._receptions[event.pid].transfer(event)
         sent = self._sent.setdefault(event.pid, Counter())

@@ -230,3 +230,21 @@ def test_promtool_has_nothing_to_say() -> None:
         ["promtool", "check", "metrics"], check=False, input=text(metrics), capture_output=True, text=True
     )
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "result"), [("snapshot", "saved"), ("snapshot", "completed"), ("restore", "completed")]
+)
+def test_snapshots_and_restores_have_times_of_their_own(mode: str, result: str) -> None:
+    metrics = Metrics()
+    metrics.migration(observation(mode=mode, result=result, phases={"memory.send": 15_000_000, "sync": 0}))
+    got = samples(metrics)
+    assert got["ebpf_mig_modes_total", (("mode", mode), ("vmm", "qemu"))] == 1
+    assert got["ebpf_mig_snapshot_seconds_count", (("mode", mode),)] == 1
+    assert got["ebpf_mig_snapshot_seconds_sum", (("mode", mode),)] == 0.02
+    seconds = {labels: number for (name, labels), number in got.items() if name.startswith("ebpf_mig_snapshot_phase")}
+    assert seconds == {(("mode", mode), ("phase", "memory.send")): 0.015}
+    others = ("ebpf_mig_blackout_seconds", "ebpf_mig_downtime_part_seconds", "ebpf_mig_phase_seconds")
+    assert not any(number for (name, _), number in got.items() if name.startswith(others))
+    failed = [number for (name, labels), number in got.items() if ("result", "failed") in labels]
+    assert not any(failed)
