@@ -104,10 +104,11 @@ class FirecrackerAdapter(Adapter):
         if link is not None or local:
             what = "--two-hosts" if link is not None else "--local"
             raise UsageError("a Firecracker VM is handed over by files on one host", f"leave {what} out")
-        if scenario.dirty_ring is not None or scenario.auto_converge or scenario.multifd_channels is not None:
+        limited = scenario.downtime_ms is not None or scenario.bandwidth_bytes
+        if limited or scenario.dirty_ring is not None or scenario.auto_converge or scenario.multifd_channels:
             raise UsageError(
-                "Firecracker pauses its VM before it writes the memory",
-                "leave the dirty ring, auto-converge and channels out",
+                "Firecracker pauses its VM and then writes its memory: there are no passes to set up",
+                "leave limits, channels, auto-converge and the dirty ring out",
             )
         with FcPair(scenario, binary, uffd=scenario.postcopy) as pair:
             migration = FcMigration(pair.source.api, pair.destination.api, pair.options())
