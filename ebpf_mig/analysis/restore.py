@@ -32,6 +32,8 @@ _SAVED = frozenset({"SET_VCPU_EVENTS", "SET_XSAVE", "SET_XCRS", "SET_DEBUGREGS"}
 """What only a vCPU that has run has, for VMMs that write it only then."""
 _RESETS = 2
 """How often QEMU has written a vCPU's registers before it can load a state: for a new vCPU, and after the reset."""
+MEMORY_BYTES = 1 << 20
+"""Memory that is read as a whole is larger than this; a state is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ def _memory(reads: list[Transfer], size: Counter[int], restores: list[int]) -> l
     if not reads:
         return []
     key = max(size, key=lambda one: (size[one], -one))
+    if len(size) > 1 and size[key] < MEMORY_BYTES:
+        return []  # the memory comes later, on demand
     mine = [t for t in reads if t.socket == key]
     if len(size) == 1 and restores:
         mine = [t for t in mine if t.begin_ns < restores[0]] or mine[:1]
