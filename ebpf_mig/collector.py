@@ -31,6 +31,7 @@ from ebpf_mig.analysis import (
     notes,
     outcome,
     own_cost,
+    own_time,
     pairing,
     pause,
     postcopy,
@@ -194,10 +195,11 @@ def _connections(traced: TracedMigration) -> int | None:
 def _completeness(traced: TracedMigration, attribution: Attribution) -> Completeness:
     window, material = attribution.window, traced.material
     cost = own_cost.observe(material, window, attribution.phases)
+    tracing = own_time.observe(material, window, attribution.phases)
     here = traced.snapshot is not None and traced.switchover is not None and traced.switchover.first_start is not None
     alone = here or (traced.source is None and traced.restored is not None)
     sides = traced.source, traced.destination
-    return completeness.completeness(material, *sides, window, traced.sends, cost, alone=alone)
+    return completeness.completeness(material, *sides, window, traced.sends, cost, tracing, alone=alone)
 
 
 def _stolen(traced: TracedMigration, window: Span | None) -> list[Stolen] | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ebpf_mig.analysis.own_cost import OwnCost
 from ebpf_mig.analysis.process import Material, Process
-from ebpf_mig.breakdown import Completeness, Verdict
+from ebpf_mig.breakdown import Completeness, TracingCost, Verdict
 from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
@@ -25,6 +25,7 @@ def completeness(
     window: tuple[int, int] | None,
     sends: Sequence[Transfer],
     cost: OwnCost,
+    tracing: TracingCost | None = None,
     *,
     alone: bool = False,
 ) -> Completeness:
@@ -62,6 +63,7 @@ def completeness(
         observer_window_least_ns=cost.least,
         observer_window_estimate_ns=cost.estimate,
         observer_phases_ns=cost.phases,
+        tracing=tracing,
     )
 
 

@@ -288,6 +288,10 @@ class Material:
     """The processes that pass the migration's bytes on, by pid. They are not in `processes`."""
     hop_names: dict[int, str] = field(default_factory=dict)
     """Their names."""
+    own_runs: list[ev.OwnRuns] = field(default_factory=list)
+    own_rates: list[ev.OwnRates] = field(default_factory=list)
+    own_turns: list[ev.OwnTurn] = field(default_factory=list)
+    """Each in order of its instants."""
 
     def absent(self, signal: str) -> bool:
         """Whether the recording reports that the signal could not be traced."""
@@ -332,7 +336,12 @@ def split(recording: Recording) -> Material:
     names = {mark.pid: mark.detail for mark in marks if mark.name == ev.HOP and mark.pid not in targets}
     hops = {pid: processes.pop(pid) for pid in names if pid in processes}
     truncated, unknown = recording.truncated, recording.unknown
-    return Material(recording.header, processes, marks, _last(endings), costs, truncated, unknown, hops, names)
+    return Material(
+        recording.header, processes, marks, _last(endings), costs, truncated, unknown, hops, names,
+        sorted(by_kind[ev.OwnRuns], key=lambda runs: (runs.at_ns, _key(runs))),
+        sorted(by_kind[ev.OwnRates], key=_key),
+        sorted(by_kind[ev.OwnTurn], key=_key),
+    )  # fmt: skip
 
 
 def _tcp_key(event: ev.TcpInfo) -> tuple[int, int, list[tuple[str, int]]]:

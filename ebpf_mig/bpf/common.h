@@ -36,8 +36,10 @@ enum kind {
 	KIND_THREAD_TABLE = 15,		/* losses only: the table of threads was full */
 	KIND_RUN_DELAY = 16,
 	KIND_USER_STACK = 17,
+	KIND_OWN_RUNS = 18,
 	KIND_CALL = 19,
-	KIND_MAX = 20,
+	KIND_OWN_TURN = 20,
+	KIND_MAX = 21,
 };
 
 /* Every record is a struct of u64 and s64 that starts with the kind; recording/kinds.py lists its fields. */

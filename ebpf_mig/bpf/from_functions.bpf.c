@@ -14,6 +14,7 @@
 #include "kvm.h"
 #include "sockets.h"
 #include "sched.bpf.c"
+#include "own_runs.h"
 
 /*
  * Reads a word of the context as a plain number, since the verifier treats fentry's arguments as typed pointers.
@@ -48,42 +49,37 @@ static __always_inline void forget_call(struct thread_state *s)
 
 #if KVM_FUNCTIONS
 
-int on_kvm_ioctl(void *ctx)
+TRACED_PROGRAM(on_kvm_ioctl, void)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	u64 now;
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	read_args(user_regs(), &c);
 	if (c.nr != NR_ioctl || !is_tracked_ioctl(c.a1))
-		return 0;
+		return;
 	s = this_thread(pid_tgid);
 	p = needs_process(c.nr, c.a1) ? this_process(pid_tgid) : 0;
 	if (!s)
-		return 0;
+		return;
 	now = bpf_ktime_get_ns();
 	if (s->nr)
 		forget_call(s);
 	any_ioctl_enter(s, p, pid_tgid, now, &c);
 	begin_call(s, now, c.nr, c.a0, c.a1);
-	return 0;
 }
 
-static __always_inline int kvm_ioctl_return(void *ctx, u32 how)
+static __always_inline void kvm_ioctl_return(void *ctx, u64 pid_tgid, u32 how)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	u64 now;
 	struct process_state *p;
 	struct thread_state *s;
 	s64 ret;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	s = known_thread(pid_tgid);
 	if (!s || s->nr != NR_ioctl + 1)
-		return 0;
+		return;
 	now = bpf_ktime_get_ns();
 	ret = returned(ctx, how, 3);	/* struct file *, unsigned int, unsigned long: file_operations.unlocked_ioctl */
 	s->nr = 0;
@@ -92,38 +88,35 @@ static __always_inline int kvm_ioctl_return(void *ctx, u32 how)
 		ioctl_exit(s, p, pid_tgid, now, ret);
 	else if (p)			/* refused before it reached kvm_userspace_exit */
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
-	return 0;
 }
 
-int on_kvm_ioctl_fexit(void *ctx)
+TRACED_PROGRAM(on_kvm_ioctl_fexit, void)
 {
-	return kvm_ioctl_return(ctx, FENTRY);
+	kvm_ioctl_return(ctx, pid_tgid, FENTRY);
 }
 
 /*
  * Also attached to the functions that end a vCPU's ioctls other than KVM_RUN: a return probe on their caller would
  * be occupied while the vCPU sleeps.
  */
-int on_kvm_ioctl_kretprobe(void *ctx)
+TRACED_PROGRAM(on_kvm_ioctl_kretprobe, void)
 {
-	return kvm_ioctl_return(ctx, KPROBE);
+	kvm_ioctl_return(ctx, pid_tgid, KPROBE);
 }
 
 /* kvm_userspace_exit: reason, errno; once for each return of KVM_RUN. */
-int on_kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
+TRACED_PROGRAM(on_kvm_userspace_exit, struct bpf_raw_tracepoint_args)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), enter = 0;
+	u64 enter = 0;
 	s64 ret = (s32)ctx->args[1];
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	s = this_thread(pid_tgid);
 	p = this_process(pid_tgid);
 	if (!s || !p)
-		return 0;
+		return;
 	if (s->nr == NR_ioctl + 1 && (u32)s->a1 == KVM_RUN) {
 		enter = s->enter;
 		c.a0 = s->a0;
@@ -132,80 +125,67 @@ int on_kvm_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 		read_args(user_regs(), &c);
 	}
 	vcpu_exit(s, p, pid_tgid, bpf_ktime_get_ns(), enter, c.a0, ret);
-	return 0;
 }
 
-int on_tgkill(void *ctx)
+TRACED_PROGRAM(on_tgkill, void)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now;
+	u64 now;
 	struct call_args c;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	read_args(user_regs(), &c);
 	now = bpf_ktime_get_ns();
 	emit_wait_before_kick(pid_tgid, now);
 	emit_kick(pid_tgid, now, c.a1, c.a2);
-	return 0;
 }
 
 /* The thread, if it is inside a dirty-log ioctl. */
-static __always_inline struct thread_state *fetching(void)
+static __always_inline struct thread_state *fetching(u64 pid_tgid)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid();
-	struct thread_state *s;
+	struct thread_state *s = known_thread(pid_tgid);
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
-	s = known_thread(pid_tgid);
 	return s && s->nr == NR_ioctl + 1 && is_dirty_log(s->a1) ? s : 0;
 }
 
 /* Return of kvm_arch_sync_dirty_log. */
-int on_synced(void *ctx)
+TRACED_PROGRAM(on_synced, void)
 {
-	struct thread_state *s = fetching();
+	struct thread_state *s = fetching(pid_tgid);
 
 	if (s)
 		split_synced(s, bpf_ktime_get_ns());
-	return 0;
 }
 
-int on_flush(void *ctx)
+TRACED_PROGRAM(on_flush, void)
 {
-	struct thread_state *s = fetching();
+	struct thread_state *s = fetching(pid_tgid);
 
 	if (s && !s->flushing++)
 		split_flush(s, bpf_ktime_get_ns());
-	return 0;
 }
 
-int on_flushed(void *ctx)
+TRACED_PROGRAM(on_flushed, void)
 {
-	struct thread_state *s = fetching();
+	struct thread_state *s = fetching(pid_tgid);
 
 	if (s && s->flushing && !--s->flushing)
 		split_flushed(s, bpf_ktime_get_ns());
-	return 0;
 }
 
 /* kvm_dirty_ring_reset, one vCPU's ring. */
-int on_ring_reset(void *ctx)
+TRACED_PROGRAM(on_ring_reset, void)
 {
-	struct thread_state *s = fetching();
+	struct thread_state *s = fetching(pid_tgid);
 
 	if (s)
 		begin_part(s, SPLIT_WALK, bpf_ktime_get_ns());
-	return 0;
 }
 
-int on_ring_was_reset(void *ctx)
+TRACED_PROGRAM(on_ring_was_reset, void)
 {
-	struct thread_state *s = fetching();
+	struct thread_state *s = fetching(pid_tgid);
 
 	if (s)
 		end_part(s, bpf_ktime_get_ns());
-	return 0;
 }
 
 #endif
@@ -225,22 +205,17 @@ static __always_inline u64 passed_by_kernel(u64 message)
 }
 
 /* A send inside a KVM ioctl is made by the kernel itself, for example to fetch remote guest memory. */
-static __always_inline int transfer_entry(void *ctx, u32 how, u32 nr)
+static __always_inline void transfer_entry(void *ctx, u64 pid_tgid, u32 how, u32 nr)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid();
-	struct thread_state *s;
+	struct thread_state *s = this_thread(pid_tgid);
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
-	s = this_thread(pid_tgid);
 	if (!s || s->nr == NR_ioctl + 1)
-		return 0;
+		return;
 	if (s->nr)
 		forget_call(s);
 	begin_call(s, bpf_ktime_get_ns(), nr, first_argument(ctx, how), 0);
 	if (nr == NR_sendmsg)
 		s->descriptors = passed_by_kernel(context_word(ctx, how == FENTRY ? 8 : REG_SECOND_ARGUMENT));
-	return 0;
 }
 
 /*
@@ -273,100 +248,93 @@ static __always_inline u64 file_behind(u64 argument, u32 nr)
 	return read_u64(argument, is_socket_call(nr) ? OFF_socket_file : OFF_kiocb_file);
 }
 
-static __always_inline int transfer_exit(void *ctx, u32 how, u32 nr)
+static __always_inline void transfer_exit(void *ctx, u64 pid_tgid, u32 how, u32 nr)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now, file;
+	u64 now, file;
 	struct process_state *p;
 	struct thread_state *s;
 	bool sends;
 	s64 ret;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	s = known_thread(pid_tgid);
 	if (!s || s->nr != nr + 1)
-		return 0;
+		return;
 	now = bpf_ktime_get_ns();
 	s->nr = 0;
 	p = this_process(pid_tgid);
 	if (!p)
-		return 0;
+		return;
 	ret = (s32)returned(ctx, how, arguments_of(nr));
 	file = file_behind(s->a0, nr);
 	sends = nr == NR_sendmsg || nr == NR_write || nr == NR_writev;
 	transfer_done(s, p, pid_tgid, now, sends ? SEND : RECEIVE, ret, file, -1);
-	return 0;
 }
 
 /* The other files behind vectors have hooks of their own further down. */
-static __always_inline int vector_entry(u32 nr)
+static __always_inline void vector_entry(u64 pid_tgid, u32 nr)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct thread_state *s;
 	struct call_args c;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	read_args(user_regs(), &c);
 	if (type_of(read_u64(file_of(c.a0), OFF_file_inode)) != S_IFREG)
-		return 0;
+		return;
 	s = this_thread(pid_tgid);
 	if (!s || s->nr == NR_ioctl + 1)
-		return 0;
+		return;
 	if (s->nr)
 		forget_call(s);
 	begin_call(s, bpf_ktime_get_ns(), nr, c.a0, 0);
-	return 0;
 }
 
 #define TRANSFER_HOOKS(how, entry, exit)				\
-int on_writev_##entry(void *ctx)					\
+TRACED_PROGRAM(on_writev_##entry, void)					\
 {									\
-	return vector_entry(NR_writev);					\
+	vector_entry(pid_tgid, NR_writev);				\
 }									\
-int on_writev_##exit(void *ctx)						\
+TRACED_PROGRAM(on_writev_##exit, void)					\
 {									\
-	return transfer_exit(ctx, how, NR_writev);			\
+	transfer_exit(ctx, pid_tgid, how, NR_writev);			\
 }									\
-int on_readv_##entry(void *ctx)						\
+TRACED_PROGRAM(on_readv_##entry, void)					\
 {									\
-	return vector_entry(NR_readv);					\
+	vector_entry(pid_tgid, NR_readv);				\
 }									\
-int on_readv_##exit(void *ctx)						\
+TRACED_PROGRAM(on_readv_##exit, void)					\
 {									\
-	return transfer_exit(ctx, how, NR_readv);			\
+	transfer_exit(ctx, pid_tgid, how, NR_readv);			\
 }									\
-int on_write_##entry(void *ctx)						\
+TRACED_PROGRAM(on_write_##entry, void)					\
 {									\
-	return transfer_entry(ctx, how, NR_write);			\
+	transfer_entry(ctx, pid_tgid, how, NR_write);			\
 }									\
-int on_write_##exit(void *ctx)						\
+TRACED_PROGRAM(on_write_##exit, void)					\
 {									\
-	return transfer_exit(ctx, how, NR_write);			\
+	transfer_exit(ctx, pid_tgid, how, NR_write);			\
 }									\
-int on_read_##entry(void *ctx)						\
+TRACED_PROGRAM(on_read_##entry, void)					\
 {									\
-	return transfer_entry(ctx, how, NR_read);			\
+	transfer_entry(ctx, pid_tgid, how, NR_read);			\
 }									\
-int on_read_##exit(void *ctx)						\
+TRACED_PROGRAM(on_read_##exit, void)					\
 {									\
-	return transfer_exit(ctx, how, NR_read);			\
+	transfer_exit(ctx, pid_tgid, how, NR_read);			\
 }									\
-int on_send_##entry(void *ctx)						\
+TRACED_PROGRAM(on_send_##entry, void)					\
 {									\
-	return transfer_entry(ctx, how, NR_sendmsg);			\
+	transfer_entry(ctx, pid_tgid, how, NR_sendmsg);			\
 }									\
-int on_send_##exit(void *ctx)						\
+TRACED_PROGRAM(on_send_##exit, void)					\
 {									\
-	return transfer_exit(ctx, how, NR_sendmsg);			\
+	transfer_exit(ctx, pid_tgid, how, NR_sendmsg);			\
 }									\
-int on_receive_##entry(void *ctx)					\
+TRACED_PROGRAM(on_receive_##entry, void)				\
 {									\
-	return transfer_entry(ctx, how, NR_recvmsg);			\
+	transfer_entry(ctx, pid_tgid, how, NR_recvmsg);			\
 }									\
-int on_receive_##exit(void *ctx)					\
+TRACED_PROGRAM(on_receive_##exit, void)					\
 {									\
-	return transfer_exit(ctx, how, NR_recvmsg);			\
+	transfer_exit(ctx, pid_tgid, how, NR_recvmsg);			\
 }
 
 #if SOCKET_FUNCTIONS & FENTRY

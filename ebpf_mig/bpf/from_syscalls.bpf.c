@@ -12,6 +12,7 @@
 #include "file_calls.h"
 #include "sockets.h"
 #include "sched.bpf.c"
+#include "own_runs.h"
 
 static __always_inline int direction_of(u64 nr)
 {
@@ -74,39 +75,37 @@ static __always_inline void choose_end(struct call_args *c)
  * Most calls are irrelevant: they are rejected by number, then by request, before any lookup. `nr` is never stale:
  * the exit after an entry resets it.
  */
-int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline void sys_enter(struct bpf_raw_tracepoint_args *ctx, u64 pid_tgid, u64 nr)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr = ctx->args[1], socket;
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;
+	u64 now, socket;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) &&
 	    (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
-		return 0;
+		return;
 	read_args((const void *)ctx->args[0], &c);
 	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
-		return 0;
+		return;
 	if (file_call(nr) && !takes_time(&c, (const void *)ctx->args[0]))
-		return 0;
+		return;
 	s = this_thread(pid_tgid);
 	p = needs_process(nr, c.a1) ? this_process(pid_tgid) : 0;
 	if (!s)
-		return 0;
+		return;
 	s->seen = 1;
 	now = bpf_ktime_get_ns();
 	if (nr == NR_tgkill) {
 		emit_wait_before_kick(pid_tgid, now);
 		emit_kick(pid_tgid, now, c.a1, c.a2);
-		return 0;
+		return;
 	}
 	if (nr == NR_shutdown) {
 		socket = carrier_of(file_of(c.a0), 0);
 		if (socket)
 			emit_socket_error(pid_tgid, now, socket, SEND, 0);
-		return 0;
+		return;
 	}
 	if (nr == NR_ioctl)
 		any_ioctl_enter(s, p, pid_tgid, now, &c);
@@ -115,7 +114,17 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	begin_call(s, now, nr, c.a0, c.a1);
 	if (nr == NR_sendmsg)
 		s->descriptors = passed((const void *)c.a1);
-	return 0;
+}
+
+int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid(), began;
+
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
+		return not_traced(true);
+	began = bpf_ktime_get_ns();
+	sys_enter(ctx, pid_tgid, ctx->args[1]);
+	return traced(began, true);
 }
 
 /*
@@ -137,20 +146,18 @@ static __always_inline struct thread_state *first_exit(u64 pid_tgid, const void 
 	return s;
 }
 
-int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
+TRACED_PROGRAM(on_sys_exit, struct bpf_raw_tracepoint_args)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), now, nr;
+	u64 now, nr;
 	s64 ret = ctx->args[1];
 	struct process_state *p;
 	struct thread_state *s;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	s = known_thread(pid_tgid);
 	if (!KVM_FUNCTIONS && (!s || !s->seen))
 		s = first_exit(pid_tgid, (const void *)ctx->args[0]);
 	if (!s || !s->nr || (KVM_FUNCTIONS && s->nr == NR_ioctl + 1))
-		return 0;
+		return;
 	now = bpf_ktime_get_ns();
 	nr = s->nr - 1;
 	s->nr = 0;
@@ -158,12 +165,11 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	if (nr == NR_ioctl && (u32)s->a1 != KVM_RUN)
 		ioctl_exit(s, p, pid_tgid, now, ret);
 	else if (!p)
-		return 0;
+		return;
 	else if (nr == NR_ioctl)
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
 	else if (file_call(nr))
 		file_call_done(s, p, pid_tgid, now, nr, ret);
 	else
 		transfer_done(s, p, pid_tgid, now, nr == NR_splice ? s->a1 : direction_of(nr), ret, file_of(s->a0), s->a0);
-	return 0;
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common.h"
+#include "own_runs.h"
 
 #define KVM_TYPE 0xae
 #define KVM_RUN 0xae80
@@ -246,6 +247,8 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 
 	if (p && (u32)s->a1 == KVM_GET_DIRTY_LOG)
 		p->last_fetch = now;
+	if (!is_dirty_log(s->a1))
+		own_state_call(now);
 	if (SPLIT_KNOWN)
 		end_part(s, now);
 	r = events.ringbuf_reserve(sizeof(*r));
@@ -282,6 +285,7 @@ static __always_inline void emit_kick(u64 pid_tgid, u64 now, u64 target, u64 sig
 {
 	struct kick_record *r = events.ringbuf_reserve(sizeof(*r));
 
+	own_stop(now);
 	if (!r) {
 		count(KIND_KICK, true);
 		return;

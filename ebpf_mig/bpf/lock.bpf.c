@@ -13,43 +13,35 @@
  * contention_begin: lock, flags. Only the outermost wait counts: the slow path of a rwlock waits for an internal
  * spinlock. A mutex may report its wait twice: once spinning, once asleep.
  */
-int on_contention_begin(struct bpf_raw_tracepoint_args *ctx)
+TRACED_PROGRAM(on_contention_begin, struct bpf_raw_tracepoint_args)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid();
-	struct thread_state *s;
+	struct thread_state *s = known_thread(pid_tgid);
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
-	s = known_thread(pid_tgid);
 	if (!s || s->nr != NR_ioctl + 1 || s->lock)
-		return 0;
+		return;
 	s->lock = ctx->args[0];
 	s->lock_since = bpf_ktime_get_ns();
 	s->lock_off = s->off_call;
-	return 0;
 }
 
 /*
  * contention_end: lock, ret. The lock is identified by its offset in struct kvm, which is the private data of the
  * VM's file.
  */
-int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
+TRACED_PROGRAM(on_contention_end, struct bpf_raw_tracepoint_args)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), kvm, waited, slept;
-	struct thread_state *s;
+	struct thread_state *s = known_thread(pid_tgid);
+	u64 kvm, waited, slept;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
-	s = known_thread(pid_tgid);
 	if (!s || !s->lock || s->lock != ctx->args[0])
-		return 0;
+		return;
 	waited = bpf_ktime_get_ns() - s->lock_since;
 	slept = s->off_call - s->lock_off;
 	s->spin_ns += waited > slept ? waited - slept : 0;
 	if ((u32)s->a1 == KVM_RUN) {
 		s->span_lock += waited;
 		s->lock = 0;
-		return 0;
+		return;
 	}
 	kvm = read_u64(file_of(s->a0), OFF_file_private);
 	if (s->lock == kvm + OFF_kvm_mmu_lock)
@@ -59,5 +51,4 @@ int on_contention_end(struct bpf_raw_tracepoint_args *ctx)
 	else
 		s->lock_ns[LOCK_OTHER] += waited;
 	s->lock = 0;
-	return 0;
 }

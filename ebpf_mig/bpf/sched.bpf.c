@@ -14,7 +14,7 @@
  */
 #pragma once
 
-#include "common.h"
+#include "own_runs.h"
 #include "user_stack.h"
 
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick is unrelated to it */
@@ -193,37 +193,51 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	u64 pid_tgid = bpf_get_current_pid_tgid(), next = ctx->args[2];
 	bool of_target = EBPF_MIG_TARGETS((u32)(pid_tgid >> 32));
 	u32 tgid = 0, tid = 0, zero = 0, *previous;
+	u64 began;
 
 	if (WAIT_STACKS == STACK_WHEN_BACK) {
 		previous = switched_from.lookup(&zero);
 		if (previous)
 			*previous = (u32)pid_tgid;
-		if (of_target) {
-			bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
-			switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
+		if (!of_target) {
+			if (is_reading_process(pid_tgid >> 32))
+				own_turn_ends();
+			return not_traced(false);
 		}
-		return 0;
+		began = bpf_ktime_get_ns();
+		bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
+		switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
+		return traced(began, false);
 	}
 	bpf_probe_read_kernel(&tgid, sizeof(tgid), (void *)(next + OFF_task_tgid));
+	if (is_reading_process(pid_tgid >> 32))
+		own_turn_ends();
+	if (is_reading_process(tgid))
+		own_turn_begins();
 	if (!of_target && !EBPF_MIG_TARGETS(tgid))
-		return 0;
+		return not_traced(false);
+	began = bpf_ktime_get_ns();
 	bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
 	if (of_target)
 		switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
 	if (EBPF_MIG_TARGETS(tgid))
 		switched_in(ctx, tid, tgid, (u32)pid_tgid);
-	return 0;
+	return traced(began, false);
 }
 
 /* sched_exit_tp: is_switch[, ip in 6.16]. It also fires if the thread kept the CPU; then `off.since` is 0. */
 int on_sched_exit(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid();
+	u64 pid_tgid = bpf_get_current_pid_tgid(), began;
 	u32 zero = 0, *previous;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
+	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32))) {
+		if (ctx->args[0] && is_reading_process(pid_tgid >> 32))
+			own_turn_begins();
+		return not_traced(false);
+	}
+	began = bpf_ktime_get_ns();
 	previous = switched_from.lookup(&zero);
 	switched_in(ctx, pid_tgid, pid_tgid >> 32, previous ? *previous : 0);
-	return 0;
+	return traced(began, false);
 }

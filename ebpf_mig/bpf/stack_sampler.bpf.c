@@ -20,23 +20,21 @@ struct sample_record {
 
 BPF_ARRAY(sampling, u64, 1);		/* the period in ns, as the Python half last set it */
 
-int on_sample(void *ctx)
+TRACED_PROGRAM(on_sample, void)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), *period;
 	struct thread_state *s;
 	struct sample_record *r;
 	u32 zero = 0;
+	u64 *period;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
-		return 0;
 	s = known_thread(pid_tgid);
 	period = sampling.lookup(&zero);
 	if (!s || !period || s->nr != NR_ioctl + 1 || !is_dirty_log(s->a1))
-		return 0;
+		return;
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (!r) {
 		count(KIND_SAMPLE, true);
-		return 0;
+		return;
 	}
 	r->kind = KIND_SAMPLE;
 	r->at_ns = bpf_ktime_get_ns();
@@ -47,5 +45,4 @@ int on_sample(void *ctx)
 	bpf_get_stack(ctx, r->frames, sizeof(r->frames), 0);	/* clears the rest of the buffer, also if it fails */
 	s->samples++;
 	events.ringbuf_submit(r, s->samples % SAMPLES_A_WAKEUP ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);
-	return 0;
 }

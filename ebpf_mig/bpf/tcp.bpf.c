@@ -10,6 +10,7 @@
 #pragma once
 
 #include "sockets.h"
+#include "own_runs.h"
 
 struct segment_record {
 	u64 kind, at_ns, pid, socket, payload, acked, in_flight, unsent, window, seq, ack, received;
@@ -28,25 +29,22 @@ static __always_inline u32 read_u32(u64 base, u32 offset)
 }
 
 /* tcp_probe: sk, skb. skb->data points at the TCP header (tcp_rcv_established, net/ipv4/tcp_input.c, Linux 6.12). */
-int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline void tcp_probe(u64 sk, u64 skb, struct owner *o, u64 now)
 {
-	u64 sk = ctx->args[0], skb = ctx->args[1], now = bpf_ktime_get_ns(), header;
-	struct owner *o = tcp_owners.lookup(&sk);
+	u64 header;
 	struct process_state *p;
 	struct segment_record *r;
 	u32 tgid, una, nxt, ack, length;
 	u8 offset = 0;
 
-	if (!o || inode_of(sk) != o->socket)	/* closed; the memory may belong to another connection by now */
-		return 0;
 	tgid = o->pid;
 	p = processes.lookup(&tgid);
 	if (!p || !in_detail(p, now))
-		return 0;
+		return;
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (!r) {
 		count(KIND_SEGMENT, true);
-		return 0;
+		return;
 	}
 	header = read_u64(skb, OFF_skb_data);
 	bpf_probe_read_kernel(&offset, sizeof(offset), (void *)(header + 12));
@@ -68,7 +66,17 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	r->received = read_u32(sk, OFF_tcp_rcv_nxt);
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
-	return 0;
+}
+
+int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 sk = ctx->args[0], now = bpf_ktime_get_ns();
+	struct owner *o = tcp_owners.lookup(&sk);
+
+	if (!o || inode_of(sk) != o->socket)	/* closed; the memory may belong to another connection by now */
+		return not_traced(false);
+	tcp_probe(sk, ctx->args[1], o, now);
+	return traced(now, false);
 }
 
 /*
@@ -76,25 +84,21 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
  * byte (struct tcp_skb_cb, include/net/tcp.h, Linux 5.8 to 6.18). Each retransmission is counted. While no vCPU
  * runs, each is a record with the count so far.
  */
-int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline void tcp_retransmit_skb(u64 sk, u64 skb, struct owner *o, u64 now)
 {
-	u64 sk = ctx->args[0], skb = ctx->args[1], now = bpf_ktime_get_ns();
-	struct owner *o = tcp_owners.lookup(&sk);
 	struct retransmit_record *r;
 	struct process_state *p;
 	u32 tgid, seq;
 
-	if (!o || inode_of(sk) != o->socket)
-		return 0;
 	__sync_fetch_and_add(&o->retransmits, 1);
 	tgid = o->pid;
 	p = processes.lookup(&tgid);
 	if (!p || !in_detail(p, now))
-		return 0;
+		return;
 	r = events.ringbuf_reserve(sizeof(*r));
 	if (!r) {
 		count(KIND_RETRANSMIT, true);
-		return 0;
+		return;
 	}
 	seq = read_u32(skb, OFF_skb_cb);
 	r->kind = KIND_RETRANSMIT;
@@ -106,5 +110,15 @@ int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
 	r->number = o->retransmits;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 	__sync_fetch_and_add(&p->budget, -1);
-	return 0;
+}
+
+int on_tcp_retransmit_skb(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 sk = ctx->args[0], now = bpf_ktime_get_ns();
+	struct owner *o = tcp_owners.lookup(&sk);
+
+	if (!o || inode_of(sk) != o->socket)	/* closed; the memory may belong to another connection by now */
+		return not_traced(false);
+	tcp_retransmit_skb(sk, ctx->args[1], o, now);
+	return traced(now, false);
 }

@@ -9,26 +9,27 @@
 #pragma once
 
 #include "sockets.h"
+#include "own_runs.h"
 
 /* sock_send_length: sk, ret, flags. */
-int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
+TRACED_PROGRAM(on_sock_send_length, struct bpf_raw_tracepoint_args)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), sock, now;
+	u64 sock, now;
 	s64 sent = (s32)ctx->args[1];
 	struct transfer_batch *batch;
 	struct thread_state *s;
 	struct process_state *p;
 	bool detail;
 
-	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)) || sent <= 0)
-		return 0;
+	if (sent <= 0)
+		return;
 	s = this_thread(pid_tgid);
 	p = this_process(pid_tgid);
 	if (!s || !p || (s->nr && s->nr != NR_ioctl + 1))	/* inside a call whose exit makes the record */
-		return 0;
+		return;
 	sock = read_u64(ctx->args[0], OFF_sock_socket);
 	if (!sock)
-		return 0;
+		return;
 	now = bpf_ktime_get_ns();
 	detail = in_detail(p, now);
 	batch = &s->batch[UNTRACKED];
@@ -52,5 +53,4 @@ int on_sock_send_length(struct bpf_raw_tracepoint_args *ctx)
 		__sync_fetch_and_add(&p->budget, -1);
 		emit_batch(batch, pid_tgid, UNTRACKED);
 	}
-	return 0;
 }

@@ -196,6 +196,32 @@ class Witness(Struct, frozen=True, kw_only=True):
     """Time at the span's border that may belong to the neighbouring part, ns."""
 
 
+class PhaseCost(Struct, frozen=True, kw_only=True):
+    """What tracing took in one phase, in CPU time of all CPUs of the hosts."""
+
+    programs_ns: int
+    """Our BPF programs, ns."""
+    calls_ns: int
+    """System calls, which take longer in the kernel as soon as a program listens to them, ns."""
+    process_ns: int | None
+    """The process that records, ns; null: not measured."""
+
+
+class TracingCost(Struct, frozen=True, kw_only=True):
+    """What tracing took in the window, in CPU time of all CPUs of the hosts."""
+
+    programs_ns: int
+    """Our BPF programs, ns."""
+    calls_ns: int
+    """System calls, which take longer in the kernel as soon as a program listens to them, ns."""
+    process_ns: int | None
+    """The process that records, ns; null: not measured."""
+    doubt_ns: int
+    """How much of programs and calls may belong to the time right before or after the window, ns."""
+    phases: dict[str, PhaseCost]
+    """By phase."""
+
+
 class Completeness(Struct, frozen=True, kw_only=True):
     verdict: Verdict
     """How reliable the result is."""
@@ -218,6 +244,8 @@ class Completeness(Struct, frozen=True, kw_only=True):
     """Most likely: what ran between two readings, shared out by the calls seen and by time, ns; null: not measured."""
     observer_phases_ns: dict[str, int] | None = None
     """The estimate by phase, ns; null: not measured."""
+    tracing: TracingCost | None = None
+    """What tracing took in the window, measured by the programs themselves; null: not recorded."""
 
 
 class Clock(Struct, frozen=True, kw_only=True):

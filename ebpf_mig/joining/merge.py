@@ -194,6 +194,7 @@ def _merged(
         sockets[:] = [replace(socket, peer=peers.get((socket.pid, socket.socket), 0)) for socket in sockets]
     events: list[ev.AnyEvent] = [*chain.from_iterable(here.values()), *chain.from_iterable(there.values())]
     events += _costs(source, 0, remote=False) + _costs(destination, offset, remote=True)
+    events += _own(source, 0, remote=False) + _own(destination, offset, remote=True)
     ending = _ending(source.ending, destination.ending, offset)
     events += [ending] if ending else []
     recordings = (source, destination)
@@ -253,6 +254,18 @@ def _most(count: int) -> int:
 
 def _within(at: int) -> int:
     return min(max(at, 1), LATEST)
+
+
+_OWN = (ev.OwnRuns, ev.OwnRates, ev.OwnTurn)
+
+
+def _own(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:
+    """What our programs and our process took on one host. Both hosts' are kept apart."""
+    events = [event for kind in _OWN for event in side.kinds.get(kind, ())]
+    _shift({kind: side.kinds.get(kind, []) for kind in _OWN}, -offset)
+    for event in events:
+        force_setattr(event, "remote", remote)
+    return events
 
 
 def _costs(side: Survey, offset: int, *, remote: bool) -> list[ev.AnyEvent]:

@@ -23,6 +23,7 @@ _PROGRAMS_FOR = {FENTRY: _FENTRY, FEXIT: _FENTRY, KPROBE: _KPROBE, KRETPROBE: _K
 """The socket programs to compile. Programs that are never attached would only cost compile time."""
 STACK_NEVER, STACK_AS_IT_LEAVES, STACK_WHEN_BACK = range(3)
 """When the kernel stack of a wait is taken: values of `WAIT_STACKS` in bpf/sched.bpf.c."""
+_POSSIBLE_CPUS = Path("/sys/devices/system/cpu/possible")
 _KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
 """Stands for the offset of a member that the kernel does not have."""
@@ -94,6 +95,7 @@ def defines(
     if pids:
         macros["EBPF_MIG_TARGETS(t)"] = f"({test})"
     macros["EBPF_MIG_RING_PAGES"] = RING_BYTES // os.sysconf("SC_PAGESIZE")
+    macros["CPUS"] = _possible_cpus()
     macros["OFF_CPU_KNOWN"] = int("sched_switch" in tracepoints)
     macros["WAIT_STACKS"] = STACK_WHEN_BACK if "sched_exit_tp" in tracepoints else STACK_AS_IT_LEAVES
     macros["LOCKS_KNOWN"] = int("contention_begin" in tracepoints)
@@ -115,6 +117,12 @@ def defines(
             raise PreflightError(f"the kernel's BTF has no {member[0]}.{member[1]}", "ebpf-mig doctor")
         macros[name] = offset
     return macros
+
+
+def _possible_cpus() -> int:
+    """The highest number that a CPU of this machine can have, plus 1. The kernel lists them as `0-3,8`."""
+    last = _POSSIBLE_CPUS.read_text(encoding="ascii").strip().replace(",", "-").rpartition("-")[2]
+    return int(last) + 1
 
 
 def _kvm_offsets() -> dict[str, int]:

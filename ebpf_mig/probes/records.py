@@ -15,7 +15,19 @@ from typing import Any
 
 from ebpf_mig.probes.contract import Contract
 from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK
-from ebpf_mig.recording.events import RECEIVE, SEND, AnyEvent, OffCpu, Samples, Socket, Transfer, UserStack, VcpuState
+from ebpf_mig.recording.events import (
+    RECEIVE,
+    SEND,
+    AnyEvent,
+    OffCpu,
+    OwnRuns,
+    OwnTurn,
+    Samples,
+    Socket,
+    Transfer,
+    UserStack,
+    VcpuState,
+)
 from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
 from ebpf_mig.recording.layout import WORD, Layout
 
@@ -26,6 +38,8 @@ UNTRACKED = 2
 """A thread has one batch for each direction, and one for sends outside of the traced system calls."""
 MANY_FAILED = 1000
 """Number of consecutive calls without data that is worth an event."""
+OWN_SUMS = ("since_ns", "until_ns", "at_ns", "cpu", "run_ns", "runs", "calls", "other_runs", "other_calls")
+"""The fields of `OwnRuns` that come from the kernel, in their order."""
 
 _TABLE_MEMBERS = (
     Layout("thread_state", "u64 tgid, vcpu_fd, run_enter_ns, run_exit_ns; s64 run_ret;"
@@ -35,6 +49,7 @@ _TABLE_MEMBERS = (
     Layout("stream", "u64 bytes[2]"),
     Layout("owner", "u64 pid"),
     Layout("process_state", "s64 running"),
+    Layout("own_runs", "u64 since_ns, until_ns, run_ns, runs, calls, other_runs, other_calls"),
 )  # fmt: skip
 """Members of table structs that Python reads by name. The structs have more members."""
 CONTRACT = Contract(
@@ -97,6 +112,16 @@ def _sample(layout: Layout) -> Callable[[bytes], Samples]:
     return decode
 
 
+def _own_runs(layout: Layout) -> Callable[[bytes], OwnRuns]:
+    read = layout.reader(*OWN_SUMS)
+    return lambda record: OwnRuns(*read(record))
+
+
+def _own_turn(layout: Layout) -> Callable[[bytes], OwnTurn]:
+    read = layout.reader("begin_ns", "end_ns", "cpu")
+    return lambda record: OwnTurn(*read(record))
+
+
 def _user_stack(layout: Layout) -> Callable[[bytes], UserStack]:
     """A stack whose frames are not known yet: `user_stacks.py` finds them when the recording ends."""
     read = layout.reader("at_ns", "pid", "tid")
@@ -108,6 +133,8 @@ _DECODERS: dict[type, Callable[[Layout], Callable[[bytes], AnyEvent]]] = {
     OffCpu: _off_cpu,
     Samples: _sample,
     UserStack: _user_stack,
+    OwnRuns: _own_runs,
+    OwnTurn: _own_turn,
 }
 """Decoders of the kinds whose event has other fields than the record."""
 

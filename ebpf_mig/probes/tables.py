@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import open_batches, stream_key, vcpu_state
-from ebpf_mig.recording.events import Socket, Transfer, VcpuState
+from ebpf_mig.recording.events import OwnRuns, Socket, Transfer, VcpuState
 from ebpf_mig.recording.kinds import RECORD_NAMES
 
 _NOTHING_SEEN = dict.fromkeys(("enter_ns", "exit_ns", "ret", "runs", "in_ns", "out_ns", "max_gap_ns"), 0)
@@ -83,6 +83,18 @@ class ProcessTable:
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):
                 del threads[tid]
+
+
+def own_runs(program: BpfProgram, now_ns: int) -> list[OwnRuns]:
+    """The sums of each CPU on which our programs ran."""
+    found = []
+    for key, o in program.table("own_runs").items():
+        if o.runs or o.other_runs:
+            since, until = (o.since_ns, o.until_ns) if o.runs else (now_ns, now_ns)
+            found.append(
+                OwnRuns(since, until, now_ns, key.value, o.run_ns, o.runs, o.calls, o.other_runs, o.other_calls)
+            )
+    return found
 
 
 class SocketTable:

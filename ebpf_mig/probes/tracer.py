@@ -11,13 +11,14 @@ nothing is compiled again.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from threading import Thread
 
 import msgspec
 
 from ebpf_mig.linux import clock
-from ebpf_mig.probes import attach
+from ebpf_mig.probes import attach, own_rates
 from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.probes.loader import read_symbols
 from ebpf_mig.probes.plan import SAMPLER, Plan
@@ -26,7 +27,7 @@ from ebpf_mig.probes.records import decode
 from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.stack_sampler import Sampler, cost_ns
 from ebpf_mig.probes.stacks import Stacks
-from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
+from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
 from ebpf_mig.probes.thread_names import ThreadNames
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.user_stacks import UserStacks
@@ -114,7 +115,10 @@ class Tracer:
         if self._user_stacks is not None:
             self._user_stacks.prepare(self.pids)
         self._processes.add(self.pids)
+        self._program.table("reading_process")[ctypes.c_int(0)] = ctypes.c_uint64(os.getpid())
+        alone_ns = own_rates.time_call()
         self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
+        self._late.append(own_rates.measure(alone_ns, self._program.run_statistics))
         self._seen = True
         if self._no_samples:
             self.attached["split"] = f"absent: {self._no_samples}"
@@ -152,8 +156,9 @@ class Tracer:
         names.
         """
         now = clock.monotonic_ns()
+        last: list[AnyEvent] = [*own_runs(self._program, now)]
         self._sampler.close()
-        last = self._polled.last()
+        last += self._polled.last()
         attach.disarm(self._plan)
         rest = self.poll(0) + last
         rest += [*self._accounts(now), *self._threads.events()]

@@ -25,7 +25,8 @@ MOST_CONTENT_BYTES = 32 << 20
 
 _PLAIN: dict[type, int] = {
     ev.Ioctl: 900, ev.VcpuEnter: 700, ev.VcpuExit: 750, ev.VcpuState: 950, ev.Transfer: 800, ev.TcpInfo: 500,
-    ev.Samples: 450, ev.Socket: 450, ev.Mark: 450, ev.OwnCost: 150, ev.Kick: 250, ev.Slot: 250,
+    ev.Samples: 450, ev.Socket: 450, ev.Mark: 450, ev.OwnCost: 150, ev.OwnRuns: 300, ev.OwnTurn: 200,
+    ev.Kick: 250, ev.Slot: 250,
 }  # fmt: skip
 _WITH_AXIS: dict[type, int] = {
     ev.Ioctl: 3400, ev.VcpuEnter: 1900, ev.VcpuExit: 1900, ev.VcpuState: 1800, ev.Transfer: 2400, ev.OffCpu: 2200,

@@ -36,6 +36,7 @@ from ebpf_mig.recording.fields import (
 )
 from ebpf_mig.recording.file_events import SYNCS, Call, FileCall
 from ebpf_mig.recording.header import ClockPair, Header, Remote, Target
+from ebpf_mig.recording.own_events import OwnCost, OwnRates, OwnRuns, OwnTurn
 from ebpf_mig.recording.socket_events import (
     AF_UNIX,
     AF_VSOCK,
@@ -87,6 +88,9 @@ __all__ = [
     "Module",
     "OffCpu",
     "OwnCost",
+    "OwnRates",
+    "OwnRuns",
+    "OwnTurn",
     "Remote",
     "Retransmit",
     "RunDelay",
@@ -230,16 +234,6 @@ class Samples(Event, frozen=True, tag=15):
     """Kernel functions, innermost first."""
 
 
-class OwnCost(Event, frozen=True, tag=17):
-    """Run time of our BPF programs since tracing began, from the kernel's statistics."""
-
-    at_ns: Instant
-    run_ns: Duration
-    runs: Count
-    remote: bool = False
-    """Of the other host, in a joined recording."""
-
-
 CLOSED, ENDED = "session.closed", "session.ended"
 """Marks of a passive tracer, from /proc. A VMM that continues to run closed the carrier of its migration: `value` is
 its key as in `Transfer.socket`. A traced process ended.
@@ -333,6 +327,9 @@ AnyEvent = (
     | Samples
     | TcpInfo
     | OwnCost
+    | OwnRuns
+    | OwnRates
+    | OwnTurn
     | CpuQuota
     | CpuSteal
     | RunDelay

@@ -107,6 +107,11 @@ KINDS = (
         "sample_record", "u64 kind, at_ns, pid, tid, begin_ns, period_ns, frames[24]"))),
     Kind(ev.TcpInfo, "tcp"),
     Kind(ev.OwnCost),
+    Kind(ev.OwnRuns, record=Record(18, "own-runs", Layout(
+        "own_runs_record",
+        "u64 kind, since_ns, until_ns, at_ns, cpu, run_ns, runs, calls, other_runs, other_calls"))),
+    Kind(ev.OwnRates),
+    Kind(ev.OwnTurn, record=Record(20, "own-turn", Layout("own_turn_record", "u64 kind, begin_ns, end_ns, cpu"))),
     Kind(ev.CpuQuota, "quotas"),
     Kind(ev.Retransmit, "retransmits", Record(12, "retransmit", Layout(
         "retransmit_record", "u64 kind, at_ns, pid, socket, bytes, seq, number"))),

@@ -28,6 +28,14 @@ DETAIL_PER_MS = 4
 """Single calls added to the budget per ms, for a destination whose source is on another host."""
 USER_STACK_BUDGET = 250
 """User stacks of a process, if they are recorded, until the next fetch, and one more each ms: records of 4 KiB."""
+OWN_APART_NS = 100_000
+"""Shortest time between two records of a CPU about our own runs. Later after a stop they are further apart."""
+OWN_APART_MOST_NS = 100_000_000
+"""Longest time, as long as there are runs on that CPU."""
+OWN_RECORDS = 256
+"""Budget of such records on a CPU. Each fetch refills it."""
+OWN_REFILL_NS = 10_000_000
+"""Time after which one more is added, for a destination whose source is on another host."""
 
 SHARED = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
 """All thresholds by name."""

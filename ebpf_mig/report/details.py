@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ebpf_mig.breakdown import IMMEDIATE, Breakdown, Clock, DirtyLogMode, FetchIoctl, Verdict, bounds
+from ebpf_mig.breakdown import (
+    IMMEDIATE,
+    Breakdown,
+    Clock,
+    DirtyLogMode,
+    FetchIoctl,
+    PhaseCost,
+    TracingCost,
+    Verdict,
+    bounds,
+)
 from ebpf_mig.report import answer, text_fetch, text_vmm, text_wire
 from ebpf_mig.report.rows import Row, figure, ms, remark, unmeasured, unseen
 from ebpf_mig.text import printable, size
@@ -130,7 +140,12 @@ def _trust(b: Breakdown) -> Iterator[Row]:
     if unpaired:
         yield Row("unpaired", f"{unpaired}: harmless", verbose=True)
     yield Row("tracing", _cost(b))
-    if state.observer_window_estimate_ns is not None and state.observer_window_ns is not None:
+    if state.tracing is not None:
+        for name, cost in state.tracing.phases.items():
+            if cost.programs_ns + cost.calls_ns + (cost.process_ns or 0):
+                yield Row("", f"{name}: {_parts(cost)}", verbose=True)
+        yield Row("", f"up to {ms(state.tracing.doubt_ns)} ms of it may lie beside the window", verbose=True)
+    elif state.observer_window_estimate_ns is not None and state.observer_window_ns is not None:
         least, most = state.observer_window_least_ns or 0, state.observer_window_ns
         yield Row("", f"{ms(least)} to {ms(most)} ms by the readings around it", verbose=True)
     if state.observer_window_ns is not None and state.observer_ns is not None:
@@ -149,6 +164,8 @@ def _cost(b: Breakdown) -> str:
     """Our own run time: in the window where that was measured."""
     state = b.completeness
     by = f" ({', '.join(_tiers(state.attach))})" if state.attach else ""
+    if state.tracing is not None:
+        return f"cost {_parts(state.tracing)}{by}"
     if state.observer_window_estimate_ns is not None:
         return f"cost about {ms(state.observer_window_estimate_ns)} ms of it{by}"
     if state.observer_window_ns is not None:
@@ -156,6 +173,13 @@ def _cost(b: Breakdown) -> str:
     if state.observer_ns is not None:
         return f"cost {ms(state.observer_ns)} ms in the whole recording{by}"
     return f"cost not measured{by}"
+
+
+def _parts(cost: TracingCost | PhaseCost) -> str:
+    """`0.714 ms of CPU time in it: programs 0.412, system calls 0.271, our process 0.031`."""
+    parts = {"programs": cost.programs_ns, "system calls": cost.calls_ns, "our process": cost.process_ns}
+    listed = ", ".join(f"{name} {ms(ns)}" for name, ns in parts.items() if ns is not None)
+    return f"{ms(sum(ns or 0 for ns in parts.values()))} ms of CPU time in it: {listed}"
 
 
 def _tiers(attach: dict[str, str]) -> Iterable[str]:

@@ -315,6 +315,13 @@ def completeness(b: Breakdown) -> Iterator[str]:
         f"<td>attached: {escaped(name)}</td><td>{escaped(tier)}</td>" for name, tier in sorted(state.attach.items())
     ]
     cost = "not measured" if state.observer_ns is None else f"{milliseconds(state.observer_ns)} ms in all"
+    if state.tracing is not None:
+        parts = (state.tracing.programs_ns, state.tracing.calls_ns, state.tracing.process_ns)
+        names = ("programs", "system calls", "our process")
+        listed = ", ".join(
+            f"{name} {milliseconds(ns)}" for name, ns in zip(names, parts, strict=True) if ns is not None
+        )
+        cost += f"; in the window {milliseconds(sum(ns or 0 for ns in parts))} ms of CPU time: {listed}"
     rows.append(f"<td>cost of the observation</td><td>{cost}</td>")
     clock = bounds.alignment(b.clock) if b.clock != Clock() else "one clock"
     rows.append(f"<td>clock of the destination</td><td>{clock}</td>")

@@ -149,7 +149,7 @@ def test_every_signal_has_a_function_and_every_program_exists() -> None:
                 and f"on_{way}_##" in text
                 and kind in text
             )
-            assert f"int {program}(" in text or made_by_macro, program
+            assert f"int {program}(" in text or f"TRACED_PROGRAM({program}," in text or made_by_macro, program
 
 
 def test_kvm_run_has_no_return_probe_among_kprobes() -> None:

@@ -138,6 +138,7 @@ def test_names_and_order_of_the_schema() -> None:
                 "observer_window_least_ns": None,
                 "observer_window_estimate_ns": None,
                 "observer_phases_ns": None,
+                "tracing": None,
             },
             "clock": {
                 "offset_ns": None,
