@@ -119,7 +119,7 @@ def _shares(
     found = dict.fromkeys(taken, 0.0)
     if len(around) < 2:
         return found
-    calls = _Calls(span for process in processes for span in _calls(process, around[0].at, around[-1].at))
+    calls = Calls(span for process in processes for span in calls_of(process, around[0].at, around[-1].at))
     stretches = [_Stretch.of(one, other, calls) for one, other in pairwise(around)]
     at = [stretch.begin for stretch in stretches]
     for name, spans in taken.items():
@@ -142,13 +142,13 @@ class _Stretch(NamedTuple):
     """Run time that follows the calls."""
 
     @classmethod
-    def of(cls, one: _Reading, other: _Reading, calls: _Calls) -> _Stretch:
+    def of(cls, one: _Reading, other: _Reading, calls: Calls) -> _Stretch:
         made, cost = calls.within(one.at, other.at), float(max(0, other.run_ns - one.run_ns))
         idle = max(0.0, other.runs - one.runs - RUNS_A_CALL * made) * IDLE_RUN_NS
         even = min(cost, idle) if made else cost
         return cls(one.at, other.at, made, even, cost - even)
 
-    def share(self, begin: int, end: int, calls: _Calls) -> float:
+    def share(self, begin: int, end: int, calls: Calls) -> float:
         """The run time in a part of it, ns."""
         if begin >= end:
             return 0.0
@@ -156,7 +156,7 @@ class _Stretch(NamedTuple):
         return even + self.calls_ns * min(1.0, calls.within(begin, end) / self.calls) if self.calls else even
 
 
-def _calls(process: Process, since: int, until: int) -> Iterator[tuple[int, int, int]]:
+def calls_of(process: Process, since: int, until: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, number) of its calls and of other events that cost as much."""
     for transfer in process.ended(process.transfers, since):
         if transfer.begin_ns >= until:
@@ -178,7 +178,7 @@ def _calls(process: Process, since: int, until: int) -> Iterator[tuple[int, int,
             yield wait.begin_ns, wait.end_ns, 2  # the thread left, and came back
 
 
-class _Calls:
+class Calls:
     """How many calls there are in a stretch of time, each evenly over its own length."""
 
     def __init__(self, calls: Iterator[tuple[int, int, int]]) -> None:

@@ -16,7 +16,7 @@ from fractions import Fraction
 from msgspec.structs import replace
 
 from ebpf_mig.analysis import bandwidth as link
-from ebpf_mig.analysis import diagnosis, drivers
+from ebpf_mig.analysis import diagnosis, drivers, own_delay
 from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis.facts import shared, without
 from ebpf_mig.analysis.diagnosis.rules import PREDICTABLE
@@ -45,6 +45,8 @@ class Hypothesis:
     """The share that remains of the final fetch's time for write-protecting pages again."""
     nodelay: bool = False
     """Whether the VMM sets TCP_NODELAY."""
+    untraced: bool = False
+    """Whether nothing of ours runs."""
     causes: tuple[tuple[str, Fraction], ...] = ()
     """Rules of the diagnosis that can be predicted, and the share of their time that remains."""
     texts: tuple[tuple[str, str], ...] = ()
@@ -73,6 +75,8 @@ def predict(analysis: Analysis, hypothesis: Hypothesis) -> WhatIf:
         assumptions.append("all else takes as long as it did: what follows the fetch begins that much earlier")
         assumptions.append("work done while the link was draining its queue gains nothing: the link sets the pace")
     _causes(analysis, queued, hypothesis, use, changes, assumptions)
+    if hypothesis.untraced:
+        changes.append(_untraced(analysis, b.blackout or (0, 0), hypothesis.text("untraced"), assumptions))
     effects = [change.change_ns for change in changes]
     then = None if None in effects else max(0, b.blackout_ns + sum(ns for ns in effects if ns is not None))
     return WhatIf(blackout_ns=then, changes=changes, assumptions=assumptions)
@@ -177,6 +181,26 @@ def _causes(
         changes.append(change)
         if name in PREDICTABLE:
             assumptions.append(f"{PREDICTABLE[name]}, and nothing else takes the time instead")
+
+
+def _untraced(analysis: Analysis, blackout: Span, text: str, assumptions: list[str]) -> Change:
+    """The effect of tracing: what our programs took in the process that each phase of the blackout belongs to."""
+    found = own_delay.delays(analysis.traced, analysis.breakdown.phases, analysis.origin_ns, blackout)
+    if found is None:
+        return Change(
+            wish=text, change_ns=None, why="cannot be predicted: the recording does not say what tracing took"
+        )
+    took = sum(found.values())
+    most = sorted(found.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{name} {ns / 1e6:.3f}" for name, ns in most if ns)
+    why = f"our programs, and the longer way through system calls, took {took / 1e6:.3f} ms in the process that was"
+    why += f" to act{f': {parts}' if parts else ''}"
+    cost = analysis.breakdown.completeness.tracing
+    if cost is not None and cost.process_ns:
+        beside = f"our process, which had a CPU for {cost.process_ns / 1e6:.3f} ms of the window, took none that"
+        assumptions.append(f"{beside} the VMMs needed")
+    assumptions.append("what tracing took in caches, and in waits for the other side, is not part of it")
+    return Change(wish=text, change_ns=-took, why=why)
 
 
 def _held_back(analysis: Analysis) -> list[Span]:

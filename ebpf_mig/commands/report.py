@@ -166,8 +166,8 @@ _PREDICTING = ("text", "json", "html")
     multiple=True,
     metavar="CHANGE",
     help="Predict the blackout after a change: bandwidth=25Gbit, fetch=0 (a free final fetch; fetch=50%: half"
-    " as long), rearm=0 (pages not write-protected again), nodelay (TCP_NODELAY), or without a cause that the"
-    " diagnosis names, e.g. srcu=0. Can be repeated.",
+    " as long), rearm=0 (pages not write-protected again), nodelay (TCP_NODELAY), untraced (without"
+    " what tracing took), or without a cause that the diagnosis names, e.g. srcu=0. Can be repeated.",
 )
 @click.option(
     "--explain",
@@ -297,6 +297,10 @@ def require_complete(breakdown: Breakdown, strict: bool) -> None:
         raise IncompleteError(f"incomplete: {reasons[0]}" if reasons else "the recording is incomplete")
 
 
+_PLAIN_CHANGES = ("nodelay", "untraced")
+"""Conditions without a value."""
+
+
 def parse_changes(texts: Sequence[str]) -> Hypothesis:
     """Parses `NAME=VALUE` items; UsageError if one cannot be read or is given twice."""
     from ebpf_mig.analysis.diagnosis.rules import PREDICTABLE
@@ -304,8 +308,10 @@ def parse_changes(texts: Sequence[str]) -> Hypothesis:
     values: dict[str, tuple[str, str]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if name not in {"bandwidth", "fetch", "rearm", "nodelay", *PREDICTABLE} or (name == "nodelay") == bool(equals):
-            known = f"bandwidth=25Gbit, nodelay, or =0 behind one of fetch, rearm, {', '.join(PREDICTABLE)}"
+        known_names = {"bandwidth", "fetch", "rearm", *_PLAIN_CHANGES, *PREDICTABLE}
+        if name not in known_names or (name in _PLAIN_CHANGES) == bool(equals):
+            known = f"bandwidth=25Gbit, {', '.join(_PLAIN_CHANGES)}, or =0 behind one of fetch, rearm, "
+            known += ", ".join(PREDICTABLE)
             raise UsageError(f"cannot read the change {text!r}", f"write {known}")
         if name in values:
             raise UsageError(f"{name} is given twice")
@@ -316,7 +322,13 @@ def parse_changes(texts: Sequence[str]) -> Hypothesis:
     fetch, rearm = (_share(*values[name]) if name in values else None for name in ("fetch", "rearm"))
     causes = tuple((name, _share(*values[name])) for name in values if name in PREDICTABLE)
     return Hypothesis(
-        bandwidth, fetch, rearm, "nodelay" in values, causes, tuple((name, text) for name, (_, text) in values.items())
+        bandwidth,
+        fetch,
+        rearm,
+        "nodelay" in values,
+        "untraced" in values,
+        causes,
+        tuple((name, text) for name, (_, text) in values.items()),
     )
 
 
