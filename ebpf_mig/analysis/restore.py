@@ -34,6 +34,8 @@ _RESETS = 2
 """How often QEMU has written a vCPU's registers before it can load a state: for a new vCPU, and after the reset."""
 MEMORY_BYTES = 1 << 20
 """Memory that is read as a whole is larger than this; a state is not."""
+STREAM_BYTES = 64 << 10
+"""The same for one file with both. It has at least a header for each page, also if most are zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +135,9 @@ def _memory(reads: list[Transfer], size: Counter[int], restores: list[int]) -> l
     if not reads:
         return []
     key = max(size, key=lambda one: (size[one], -one))
-    if len(size) > 1 and size[key] < MEMORY_BYTES:
-        return []  # the memory comes later, on demand
     mine = [t for t in reads if t.socket == key]
+    if size[key] < (MEMORY_BYTES if len(size) > 1 else STREAM_BYTES):
+        return []  # the memory is mapped, or comes later, on demand
     if len(size) == 1 and restores:
         mine = [t for t in mine if t.begin_ns < restores[0]] or mine[:1]
     return [(mine[0].begin_ns, mine[-1].end_ns)]

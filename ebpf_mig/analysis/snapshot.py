@@ -168,5 +168,6 @@ def assign(partition: Partition, stop: int, until: int, found: Work, managed: Se
             phase = _INSIDE[label]
         partition.until(begin, phase)
         partition.until(end, _INSIDE[label])
-        phase = _AFTER[label]
+        if label != FETCH or phase != PhaseName.MEMORY_SEND:  # a fetch behind the memory only resets the log
+            phase = _AFTER[label]
     partition.until(until, phase)
