@@ -256,14 +256,14 @@ def apart(slices: Iterable[Slice]) -> list[Slice]:
 
 def _counters(traced: TracedMigration, process: Process, side: Side) -> Iterable[Counter]:
     """Bytes of the migration that a side has sent or received so far, over all its connections; on the source also
-    those that are on their way.
+    those that are on their way. What was written to a file is not: the destination may map it.
     """
     wanted = SEND if side == Side.SOURCE else RECEIVE
     moved = sorted((t.end_ns, t.bytes) for t in traced.transfers(process) if t.direction == wanted)
     if moved:
         yield Counter(side, process.pid, f"migration bytes {'sent' if wanted == SEND else 'received'}", _summed(moved))
     taken = [t for t in traced.transfers(traced.destination) if t.direction == RECEIVE]
-    if moved and taken and side == Side.SOURCE:
+    if moved and taken and side == Side.SOURCE and traced.snapshot is None:
         given = [(t.begin_ns, t.bytes) for t in traced.transfers(process) if t.direction == SEND]
         between = _summed(sorted([*given, *((t.end_ns, -t.bytes) for t in taken)]))
         # What left before tracing began can arrive later; fewer than none are not on their way.

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from ebpf_mig.breakdown import Breakdown, sides_of
 from ebpf_mig.collector import analyse
-from ebpf_mig.recording.events import SEND, Transfer
+from ebpf_mig.recording.events import SEND, Mark, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.report import json as json_report
 from ebpf_mig.report import text as text_report
@@ -37,6 +37,7 @@ UNSTOPPED = [path for path in RECORDINGS if path.stem.startswith("qemu") and pat
 CLOUD_HYPERVISOR = [
     path for path in RECORDINGS if path.stem.startswith("cloud") and not path.stem.endswith(("died", "failed"))
 ]
+FIRECRACKER = [path for path in RECORDINGS if path.stem.startswith("firecracker")]
 FULL_BUFFER = DATA / "qemu-7.2-unix.rec"
 """Its source blocked in a send of state until the destination had read what was before it."""
 TWO_PROCESSES = [
@@ -113,7 +114,8 @@ def test_json_reads_back_as_the_breakdown(path: Path) -> None:
 def test_partition_is_exact(path: Path) -> None:
     _, breakdown = load(path)
     aborted = path.stem.startswith("aborted")
-    assert tuple((p.phase, p.side) for p in breakdown.phases) == sides_of(aborted)
+    seen = [p.phase for p in breakdown.phases if p.duration_ns]
+    assert tuple((p.phase, p.side) for p in breakdown.phases) == sides_of(aborted, seen)
     spans = sorted(span for phase in breakdown.phases for span in phase.spans)
     assert spans[0][0] == 0 and spans[-1][1] == breakdown.window_ns
     assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
@@ -135,6 +137,25 @@ def test_what_every_version_has_in_common(path: Path) -> None:
     assert len(b.vcpus) == (3 if "3vcpus" in path.stem else 1)
     assert b.phase_ns("state.load") > 0 and b.phase_ns("state.save") > 0
     assert all(socket.bytes < 1 << 26 for socket in b.sockets)
+
+
+@pytest.mark.parametrize("path", [p for p in FIRECRACKER if p in COMPLETED], ids=lambda path: path.stem)
+def test_a_snapshot_that_a_second_process_loads(path: Path) -> None:
+    """Witnesses: what the caller saw of each call, and Firecracker's own times."""
+    recording, b = load(path)
+    assert (b.migration.result, b.migration.mode, b.migration.transport) == ("completed", "snapshot", "file")
+    assert b.completeness.verdict == "complete" and b.blackout_ns is not None
+    marks = {e.name: e for e in recording.events if isinstance(e, Mark)}
+    at = {name.removeprefix("firecracker.API."): mark.at_ns for name, mark in marks.items()}
+    assert at["load.begin"] - at["pause.end"] <= b.blackout_ns <= at["load.end"] - at["pause.begin"]
+    kind = "diff" if "diff" in path.stem else "full"
+    create_ns = marks[f"firecracker.vmm_{kind}_create_snapshot_us"].value * 1000
+    written = sum(b.phase_ns(name) or 0 for name in ("memory.send", "state.send", "sync"))
+    assert 0 < written <= create_ns <= at["create.end"] - at["create.begin"]
+    assert (b.phase_ns("sync") or 0) > 0, "fsync(2) of both files lies in the pause"
+    loaded = (b.phase_ns("memory.load") or 0) + (b.phase_ns("state.load") or 0)
+    assert 0 < loaded <= marks["firecracker.load_snapshot_us"].value * 1000
+    assert (b.phase_ns("unattributed") or 0) <= b.window_ns // 50
 
 
 @pytest.mark.parametrize("path", LIVE_UPDATES, ids=lambda path: path.stem)
