@@ -27,6 +27,8 @@ class Known:
     fresh: bool
     """Its guest has not been seen to run, so it may be a destination."""
     resident: int = 0
+    signed: tuple[int, str] = (0, "")
+    """Time and kind of its last sign."""
     credit: float = BURST
     credited: float = field(default_factory=time.monotonic)
 

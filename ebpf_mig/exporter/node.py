@@ -35,7 +35,7 @@ from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
 from ebpf_mig.probes.trigger import Sign
-from ebpf_mig.recording.events import AnyEvent, Ending, Target, Transfer, VcpuState
+from ebpf_mig.recording.events import AnyEvent, Ending, Target, Transfer
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.session import header_for
 from ebpf_mig.tracing.witness import Witness
@@ -198,6 +198,7 @@ class NodeWatch:
             self._checks += [(self._now + wait, sign.pid) for wait in RECHECKS_S]
         elif sign.pid in self._vms:
             known = sign.pid in self._tracks
+            self._vms[sign.pid].signed = sign.at_ns, sign.kind
             self._suspect(sign.pid, sign.kind)
             if sign.kind == "exec":
                 self._tracks.replaced(sign.pid, sign.at_ns)
@@ -309,6 +310,9 @@ class NodeWatch:
     def _end(self, ended: Ended) -> None:
         rest: list[AnyEvent] = []
         for pid in ended.pids:
+            at_ns, kind = self._vms[pid].signed
+            if at_ns > ended.last_ns and ended.over and pid not in self._tracks and self._alive(pid):
+                self._tracks.keep(pid, ended, kind, clock.monotonic_ns())  # it may have begun the next migration
             with self._troubles.of("vm", f"the end of tracing process {pid}"):
                 rest += self._so_far(pid, ended.end_ns) if pid in self._tracks else self._tracer.remove(pid)
         unused = self._hops.intersection(ended.hops) - self._tracks.hops
@@ -328,8 +332,9 @@ class NodeWatch:
             return
         vms = [self._vms[pid].vm for pid in ended.pids]
         for pid in ended.pids:
-            self._vms[pid].fresh = False
-            self._vms[pid].credit = BURST
+            known = self._vms[pid]
+            known.fresh = known.fresh and discovery.is_fresh(pid)  # a destination may wait for the next try
+            known.credit = BURST
         ending = Ending(clock.monotonic_ns(), ended.reason, lost, unpaired, run_ns)
         targets = [Target(pid=vm.pid, role="unknown", vmm="" if vm.vmm == "unknown" else vm.vmm) for vm in vms]
         notes = [f"{ended.thinned} early transfers were left out"] if ended.thinned else []
@@ -340,14 +345,11 @@ class NodeWatch:
         self._analysis.put(Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
 
     def _so_far(self, pid: int, until_ns: int | None) -> list[AnyEvent]:
-        """The names and accounts of a process that remains traced: of its vCPUs, those that hold at `until_ns`."""
-        events: list[AnyEvent] = []
-        for event in self._tracer.so_far(pid):
-            if not isinstance(event, VcpuState):
-                events.append(event)
-            elif until_ns is not None and (state := as_of(event, until_ns)) is not None:
-                events.append(state)
-        return events
+        """The names and accounts of a process that remains traced, as they were at `until_ns`; None: now."""
+        found = self._tracer.so_far(pid)
+        return (
+            found if until_ns is None else [known for event in found if (known := as_of(event, until_ns)) is not None]
+        )
 
     def _account(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(lost, unpaired, run time in ns) since the last call, of all traced VMs together."""

@@ -75,17 +75,21 @@ def has_run(track: Track, pid: int) -> bool:
     return any(isinstance(e, VcpuEnter) and e.pid == pid and e.at_ns not in at_once for e in track.events)
 
 
-def as_of(state: VcpuState, at_ns: int) -> VcpuState | None:
-    """A vCPU's account that was read later, as far as it holds at `at_ns`; None if the vCPU had not run by then.
+def as_of(event: AnyEvent, at_ns: int) -> AnyEvent | None:
+    """An account that was read later, as far as it holds at `at_ns`; None if it has nothing of that time.
 
-    What it did later belongs to the next migration. If it has entered KVM_RUN again, the instants of the call before
-    are lost; without them, the account still says that the vCPU ran.
+    What a vCPU did later belongs to the next migration. If it has entered KVM_RUN again, the instants of the call
+    before are lost; without them, the account still says that the vCPU ran.
     """
-    if state.enter_ns <= at_ns:
-        return replace(state, at_ns=at_ns, exit_ns=state.exit_ns if state.exit_ns <= at_ns else 0)
-    if state.runs <= 1 and not state.out_ns:
+    if isinstance(event, Transfer):
+        return event if event.end_ns <= at_ns else None
+    if not isinstance(event, VcpuState):
+        return event
+    if event.enter_ns <= at_ns:
+        return replace(event, at_ns=at_ns, exit_ns=event.exit_ns if event.exit_ns <= at_ns else 0)
+    if event.runs <= 1 and not event.out_ns:
         return None
-    return replace(state, at_ns=at_ns, enter_ns=0, exit_ns=0)
+    return replace(event, at_ns=at_ns, enter_ns=0, exit_ns=0)
 
 
 def switches_on(event: Ioctl) -> bool:

@@ -62,6 +62,13 @@ class Ended:
     """Processes that were followed because they pass the migration's bytes on."""
     end_ns: int | None = None
     """When one of its processes began the next migration, which has all that they did later; None: none did."""
+    last_ns: int = 0
+    """Its last activity."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it was a migration that came to its end."""
+        return self.reason not in ("nothing", "interrupted", "target-died")
 
 
 class Tracks:
@@ -77,8 +84,9 @@ class Tracks:
         self._witness, self._pending = witness, pending
         self._by_pid: dict[int, Track] = {}
         self._passed: list[_Passed] = []
-        self._ends: dict[tuple[str, str], int] = {}
-        self._inodes: dict[int, int] = {}
+        self._ends: dict[tuple[str, str], tuple[int, int]] = {}
+        """By address: whose socket it is, and when that was first used."""
+        self._inodes: dict[int, tuple[int, int]] = {}
 
     def __contains__(self, pid: int) -> bool:
         return pid in self._by_pid
@@ -125,7 +133,10 @@ class Tracks:
         return Track([pid], trigger, now_ns, until, news, watch, witness, last_ns=now_ns)
 
     def saw(self, events: Iterable[AnyEvent], now_ns: int) -> None:
-        """Sorts the next events."""
+        """Sorts the next events, which are in the order in which the kernel half made them.
+
+        What came before a connection or the begin of a migration decides which migration that belongs to.
+        """
         batches: dict[int, list[AnyEvent]] = {}
         for event in events:
             pid = pid_of(event)
@@ -133,21 +144,24 @@ class Tracks:
                 for track in self._open():
                     if track.witness is not None and pid in track.witness.hops:
                         track.passed_on.append(event)
-            if pid is not None and (pid in self._by_pid or self._passed_with(pid)):
-                if isinstance(event, Exec) and pid in self._by_pid and pid not in self._by_pid[pid].fresh:
-                    event = replace(event, had_vm=1)  # noqa: PLW2901 - all that is seen may be the new program's
-                batches.setdefault(pid, []).append(event)
-                if isinstance(event, Socket) and pid in self._by_pid:
-                    self._link(event)
+            if pid is None or not (pid in self._by_pid or self._passed_with(pid)):
+                continue
+            if isinstance(event, Exec) and pid in self._by_pid and pid not in self._by_pid[pid].fresh:
+                event = replace(event, had_vm=1)  # noqa: PLW2901 - all that is seen may be the new program's
+            if isinstance(event, Socket) or (isinstance(event, Ioctl) and switches_on(event)):
+                self._sort(batches, now_ns)
+                batches = {}
+            if isinstance(event, Socket) and pid in self._by_pid:
+                self._link(event)
+            batches.setdefault(pid, []).append(event)
+        self._sort(batches, now_ns)
+
+    def _sort(self, batches: dict[int, list[AnyEvent]], now_ns: int) -> None:
         for pid, batch in batches.items():
             if pid in self._by_pid:
                 self._take_in_turns(pid, batch, now_ns)
             elif passed := self._passed_with(pid):  # the other side of its migration has just begun a new one
                 passed.track.events.extend(batch)
-        # Once more: a socket of the next connection must join the tracks of the next migration.
-        for event in [e for pid, batch in batches.items() if pid in self._by_pid for e in batch]:
-            if isinstance(event, Socket):
-                self._link(event)
 
     def _passed_with(self, pid: int) -> _Passed | None:
         return next((passed for passed in reversed(self._passed) if pid in passed.track.pids), None)
@@ -219,18 +233,31 @@ class Tracks:
         self._passed.append(_Passed(track, reason, pid, at_ns, until))
         waiting = [other for other in track.pids if other != pid and other in track.fresh - track.ran]
         for again in (pid, *waiting):
-            self._by_pid[again] = self._new(again, track.trigger, now_ns, fresh=again in waiting)
+            self._go_on(again, track.trigger, now_ns, track.events, fresh=again in waiting)
             self._by_pid[again].begin_ns = at_ns
-            # Each socket is reported once, and the next connection was opened before logging began.
-            sockets = [e for e in track.events if isinstance(e, Socket) and e.pid == again]
-            self._by_pid[again].events += sockets
-            self._by_pid[again].watch.saw(sockets)
         for other in [other for other in track.pids if self._by_pid.get(other) is track]:
             del self._by_pid[other]
         self._forget_ends(set(track.pids) - {pid, *waiting})
         # Where the next connection was seen before logging, both its ends were in the old track.
         for event in [e for again in (pid, *waiting) for e in self._by_pid[again].events if isinstance(e, Socket)]:
             self._link(event)
+
+    def _go_on(self, pid: int, trigger: str, now_ns: int, before: Sequence[AnyEvent], *, fresh: bool) -> None:
+        """A new track for `pid`, which was traced until now. `before`: the events of its track before.
+
+        Each socket is reported once, and the next connection is opened before logging begins.
+        """
+        track = self._by_pid[pid] = self._new(pid, trigger, now_ns, fresh=fresh)
+        sockets = [e for e in before if isinstance(e, Socket) and e.pid == pid]
+        track.events += sockets
+        track.watch.saw(sockets)
+
+    def keep(self, pid: int, ended: Ended, trigger: str, now_ns: int) -> None:
+        """Goes on with a process of a track that is over, because of a sign that came after its last activity."""
+        self._go_on(pid, trigger, now_ns, ended.events, fresh=False)
+        for event in list(self._by_pid[pid].events):
+            if isinstance(event, Socket):
+                self._link(event)
 
     def _verdict(self, track: Track, now_ns: int, alive: Sequence[int]) -> str | None:
         if not track.proven:
@@ -294,16 +321,17 @@ class Tracks:
         track.events = kept
 
     def _link(self, event: Socket) -> None:
-        """Merges two tracks that have one end of a connection each."""
+        """Merges two tracks that have one end of a connection each, unless it was made for the next migration."""
+        own = event.pid, event.at_ns
         other = self._inodes.get(event.socket if event.family == PIPE else event.peer or -1)
-        self._inodes[event.socket] = event.pid
+        self._inodes[event.socket] = own
         if event.local and event.remote:
             other = self._ends.get((event.remote, event.local), other)
-            self._ends[event.local, event.remote] = event.pid
-        if other is None or other not in self._by_pid:
+            self._ends[event.local, event.remote] = own
+        if other is None or other[0] not in self._by_pid:
             return
-        first, second = self._by_pid[other], self._by_pid[event.pid]
-        if first is not second:
+        first, second = self._by_pid[other[0]], self._by_pid[event.pid]
+        if first is not second and not any(self._by_pid[pid].watch.was_over(pid, at_ns) for pid, at_ns in (own, other)):
             self._merge(first, second)
 
     def _merge(self, first: Track, second: Track) -> None:
@@ -344,13 +372,24 @@ class Tracks:
         self._forget_ends(set(track.pids))
 
     def _forget_ends(self, gone: set[int]) -> None:
-        self._ends = {ends: pid for ends, pid in self._ends.items() if pid not in gone}
-        self._inodes = {inode: pid for inode, pid in self._inodes.items() if pid not in gone}
+        self._ends = {ends: own for ends, own in self._ends.items() if own[0] not in gone}
+        self._inodes = {inode: own for inode, own in self._inodes.items() if own[0] not in gone}
 
     @staticmethod
     def _ended(track: Track, reason: str, end_ns: int | None = None) -> Ended:
         marks = track.witness.marks() if track.witness is not None else ()
         events = [*track.events, *track.passed_on[-KEPT_EVENTS:], *marks]
         hops = tuple(track.witness.hops) if track.witness is not None else ()
-        pids = tuple(track.pids)
-        return Ended(pids, track.trigger, track.begin_ns, reason, events, track.thinned, track.doubtful, hops, end_ns)
+        pids, last_ns = tuple(track.pids), track.watch.last_ns
+        return Ended(
+            pids,
+            track.trigger,
+            track.begin_ns,
+            reason,
+            events,
+            track.thinned,
+            track.doubtful,
+            hops,
+            end_ns,
+            last_ns,
+        )

@@ -209,9 +209,8 @@ class Tracer:
         return [event for event in [*self._late, *batches] if isinstance(event, Transfer) and event.pid == pid]
 
     def so_far(self, pid: int) -> list[AnyEvent]:
-        """The vCPU accounts and thread names of a process that remains traced."""
-        accounts = self._accounts(clock.monotonic_ns(), pid)
-        return [*(event for event in accounts if isinstance(event, VcpuState)), *self._threads.events(pid)]
+        """The accounts and thread names of a process that remains traced. Open batches come as events later, too."""
+        return [*self._accounts(clock.monotonic_ns(), pid), *self._threads.events(pid)]
 
     def disarm(self) -> None:
         """Detaches; `arm` attaches again. Forgets all sockets and stacks."""

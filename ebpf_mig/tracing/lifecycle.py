@@ -131,6 +131,11 @@ class MigrationWatch:
         """The processes that were seen to log dirty memory."""
         return frozenset(self._fetched)
 
+    @property
+    def last_ns(self) -> int:
+        """The migration's last activity."""
+        return self._last_ns
+
     def closed(self, pid: int, at_ns: int) -> None:
         """The VMM `pid` still lives, and has closed the connection that `connections` lists."""
         self._closed_at.setdefault(pid, at_ns)
@@ -196,6 +201,12 @@ class MigrationWatch:
         if pid in self._fetched and self._unlogged_at:
             return "logging-ended"
         return None
+
+    def was_over(self, pid: int, at_ns: int) -> bool:
+        """Whether the migration of `pid` was over by then: its guest had started there, or logging had ended."""
+        if pid in self._started and self._took_over(pid):
+            return at_ns > self._started[pid]
+        return pid in self._fetched and 0 < self._unlogged_at < at_ns
 
     @property
     def under_way(self) -> bool:

@@ -79,4 +79,11 @@ def test_an_account_as_of_an_instant_in_the_past(
     enter: int, left: int, runs: int, out: int, expected: tuple[int, int] | None
 ) -> None:
     found = as_of(VcpuState(90, SOURCE, 11, 6, enter, left, 0, runs, 0, out, 0), 50)
-    assert (found and (found.at_ns, found.enter_ns, found.exit_ns)) == (expected and (50, *expected))
+    seen = (found.at_ns, found.enter_ns, found.exit_ns) if isinstance(found, VcpuState) else None
+    assert seen == (expected and (50, *expected))
+
+
+def test_a_batch_that_was_read_later_belongs_to_the_try_in_which_it_ended() -> None:
+    (batch,) = send(MIGRATION, PAGES)
+    assert isinstance(batch, Transfer)
+    assert as_of(batch, batch.end_ns) is batch and as_of(batch, batch.end_ns - 1) is None

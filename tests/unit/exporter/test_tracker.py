@@ -142,6 +142,61 @@ def test_a_destination_that_migrates_on_at_once_begins_another_migration() -> No
     assert logging(DESTINATION, 5 * MS) in end.events and logging(SOURCE, MS) not in end.events
 
 
+def at(event: Socket, ms: int) -> Socket:
+    return replace(event, at_ns=ms * MS)
+
+
+@pytest.mark.parametrize("first", [1, 5, 8, 11, 15])
+def test_a_chain_that_is_read_late_is_two_migrations(first: int) -> None:
+    """A busy machine: all of A to B to C is read in two batches, or at once. C is no part of the first migration."""
+    tracks = begun(pids=[SOURCE, DESTINATION, OTHER], fresh=[DESTINATION, OTHER])
+    events = [
+        at(tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), 1),
+        at(tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1"), 1),
+        logging(SOURCE, 2 * MS),
+        stop(SOURCE, 3 * MS),
+        restore(DESTINATION, 4 * MS),
+        run(DESTINATION, 5 * MS),
+        logging(SOURCE, 6 * MS, on=False),
+        at(tcp(DESTINATION, "1.1.1.1:3", "1.1.1.1:4"), 7),
+        at(tcp(OTHER, "1.1.1.1:4", "1.1.1.1:3"), 7),
+        move(OTHER, 8 * MS, 1, 1000),
+        logging(DESTINATION, 9 * MS),
+        stop(DESTINATION, 10 * MS),
+        restore(OTHER, 11 * MS),
+        run(OTHER, 12 * MS),
+        logging(DESTINATION, 13 * MS, on=False),
+    ]
+    tracks.saw(events[:first], 13 * MS)
+    tracks.saw(events[first:], 13 * MS)
+    one, two = ended(tracks, S)
+    assert (set(one.pids), one.reason) == ({SOURCE, DESTINATION}, "migrated")
+    assert (set(two.pids), two.reason) == ({DESTINATION, OTHER}, "logging-ended")
+    assert run(OTHER, 12 * MS) in two.events and stop(SOURCE, 3 * MS) in one.events
+
+
+@pytest.mark.parametrize("first", [1, 4, 6, 9])
+def test_a_retry_that_is_read_late_is_a_try_of_its_own(first: int) -> None:
+    tracks = begun(pids=[SOURCE, DESTINATION, OTHER], fresh=[DESTINATION, OTHER])
+    events = [
+        at(tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), 1),
+        at(tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1"), 1),
+        logging(SOURCE, 2 * MS),
+        logging(SOURCE, 3 * MS, on=False),
+        at(tcp(SOURCE, "1.1.1.1:3", "1.1.1.1:4"), 4),
+        at(tcp(OTHER, "1.1.1.1:4", "1.1.1.1:3"), 4),
+        logging(SOURCE, 5 * MS),
+        stop(SOURCE, 6 * MS),
+        restore(OTHER, 7 * MS),
+        run(OTHER, 8 * MS),
+    ]
+    tracks.saw(events[:first], 8 * MS)
+    tracks.saw(events[first:], 8 * MS)
+    one, two = ended(tracks, S)
+    assert (set(one.pids), one.reason) == ({SOURCE, DESTINATION}, "logging-ended")
+    assert {SOURCE, OTHER} <= set(two.pids) and two.reason == "migrated"
+
+
 def test_a_destination_that_migrates_on_before_its_guest_has_run() -> None:
     """Its manager does not wait for that. The first run then belongs to both migrations."""
     entered = VcpuEnter(4 * MS, DESTINATION, 21, 6, 0, 0, 1)
@@ -181,6 +236,23 @@ def test_a_connection_that_was_seen_before_logging_joins_the_next_migration() ->
         (end,) = ended(tracks, S)
         assert set(end.pids) == {SOURCE, DESTINATION} and end.reason == "migrated"
         assert not tracks
+
+
+def test_a_process_that_showed_a_sign_after_its_migration_is_kept() -> None:
+    """It may migrate on. The connection for that may have been seen already."""
+    tracks = begun(pids=[SOURCE, DESTINATION, OTHER], fresh=[DESTINATION, OTHER])
+    link = [tcp(SOURCE, "1.1.1.1:1", "1.1.1.1:2"), tcp(DESTINATION, "1.1.1.1:2", "1.1.1.1:1")]
+    tracks.saw([logging(SOURCE, MS), *link, stop(SOURCE, 2 * MS), restore(DESTINATION, 3 * MS)], 3 * MS)
+    tracks.saw([run(DESTINATION, 4 * MS)], 4 * MS)
+    tracks.saw([Socket(300 * MS, DESTINATION, 8, 2001, 2, "1.1.1.1:3", "1.1.1.1:4")], 300 * MS)
+    (end,) = ended(tracks, 4 * MS + QUIET_NS)
+    assert set(end.pids) == {SOURCE, DESTINATION} and end.over and end.last_ns == 4 * MS
+    tracks.keep(DESTINATION, end, "connect", 305 * MS)
+    assert DESTINATION in tracks and SOURCE not in tracks
+    tracks.saw([logging(DESTINATION, 306 * MS), tcp(OTHER, "1.1.1.1:4", "1.1.1.1:3")], 306 * MS)
+    tracks.saw([stop(DESTINATION, 307 * MS), restore(OTHER, 308 * MS), run(OTHER, 309 * MS)], 309 * MS)
+    (end,) = ended(tracks, S)
+    assert set(end.pids) == {DESTINATION, OTHER} and end.reason == "migrated"
 
 
 def test_each_try_of_a_migration_is_there() -> None:
