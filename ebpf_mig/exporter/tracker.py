@@ -238,9 +238,11 @@ class Tracks:
         for other in [other for other in track.pids if self._by_pid.get(other) is track]:
             del self._by_pid[other]
         self._forget_ends(set(track.pids) - {pid, *waiting})
-        # Where the next connection was seen before logging, both its ends were in the old track.
-        for event in [e for again in (pid, *waiting) for e in self._by_pid[again].events if isinstance(e, Socket)]:
-            self._link(event)
+        # Where the next connection was seen before logging, both its ends were in the old track. The connection of the
+        # try before does not make its destination a part of this one.
+        for event in [e for e in self._by_pid[pid].events if isinstance(e, Socket)]:
+            if reason == "migrated" or track.watch.was_over(pid, event.at_ns):
+                self._link(event)
 
     def _go_on(self, pid: int, trigger: str, now_ns: int, before: Sequence[AnyEvent], *, fresh: bool) -> None:
         """A new track for `pid`, which was traced until now. `before`: the events of its track before.

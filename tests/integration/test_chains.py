@@ -47,8 +47,8 @@ SLACK_NS = 200_000
 
 
 @contextlib.contextmanager
-def watching(state: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [*PROGRAM, "watch", "--format", "json", "--vm", f"{OURS}*", "--state-directory", str(state)]
+def watching(state: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*PROGRAM, "watch", "--format", "json", "--vm", f"{OURS}*", "--state-directory", str(state), *more]
     with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None and "watching" in process.stderr.readline()
         yield process
@@ -139,6 +139,14 @@ def test_a_chain_without_a_rest(tmp_path: Path) -> None:
     right = [o for o in found if (o["role"], o["result"]) == ("both", "completed")]
     told = f"{len(right)} of {len(hops)} migrations, {len(found)} lines; blackouts elsewhere: {far}"
     assert len(right) == len(found) == len(hops) and not far, told
+
+
+def test_no_more_lines_than_were_asked_for(tmp_path: Path) -> None:
+    """The migrations that are still traced then are recorded, but not printed."""
+    with watching(tmp_path, "--count", "1") as process:
+        chain()
+        assert process.wait(30) == 0 and process.stdout is not None
+        assert len(process.stdout.read().splitlines()) == 1
 
 
 class Sink:
