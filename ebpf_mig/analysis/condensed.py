@@ -55,7 +55,8 @@ def _needed_from(analysis: Analysis) -> int | None:
     if attribution.load is not None:
         found.append(attribution.load.begin)
     if material.costs:
-        found.append(max([material.header.begin_ns, *(c.at_ns for c in material.costs if c.at_ns <= begin)]))
+        for remote in (False, True) if material.header.remote is not None else (False,):
+            found.append(max((c.at_ns for c in material.costs if c.remote is remote and c.at_ns <= begin), default=0))
     return min(found)
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
-from ebpf_mig.recording.events import AnyEvent, Header
+from ebpf_mig.recording.events import AnyEvent, Header, OffCpu, Samples
 
 MAGIC = b"EBPFMIG1\n"
 FORMAT = 1
@@ -147,9 +147,22 @@ def decode_events(content: bytes) -> Content:
     except _UNDECODABLE as error:
         raise DamageError(str(error)) from error
     events = found.events
+    stacks: dict[tuple[str, ...], tuple[str, ...]] = {}
     for at in compress(count(), map(TEXTUAL.__contains__, map(type, events))):
-        events[at] = bounded(events[at])
+        event = events[at]
+        if isinstance(event, (OffCpu, Samples)):
+            _with_shared_stack(event, stacks)
+        else:
+            events[at] = bounded(event)
     return found
+
+
+def _with_shared_stack(event: OffCpu | Samples, stacks: dict[tuple[str, ...], tuple[str, ...]]) -> None:
+    """Gives the event the stack within the limits. Equal stacks are one object: a block has a few, many times."""
+    shared = stacks.get(event.stack)
+    if shared is None:
+        shared = stacks[event.stack] = bounded(event).stack  # type: ignore[union-attr]
+    msgspec.structs.force_setattr(event, "stack", shared)
 
 
 def bounded(event: AnyEvent) -> AnyEvent:

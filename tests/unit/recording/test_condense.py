@@ -125,6 +125,8 @@ def test_where_a_sum_could_hide_something_the_whole_recording_is_read(
         found.sums[destination].append((analysis.traced.since - 1, analysis.traced.since))
     else:
         events.append(OwnCost(begin + 1, 1000, 10))
+        late = OwnCost(analysis.origin_ns - 1, 1000, 10)
+        assert condensed.is_exact(analyse(replace(found.recording, events=[*found.recording.events, late])), found.sums)
     changed: Recording = replace(found.recording, events=events)
     assert not condensed.is_exact(analyse(changed), found.sums)
 
