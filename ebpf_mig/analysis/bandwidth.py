@@ -126,7 +126,7 @@ def _observe(
         reader_ns=reading,
         queued_bytes=queued,
         steadiness=_steadiness(arrived, limited),
-        unread=_unread(arrived, _curve(traced.receives, _end, _bytes, stop), stop, last),
+        unread=_unread(arrived, _curve(sorted(traced.receives, key=_end), _end, _bytes, stop), stop, last),
     )
 
 

@@ -4,10 +4,11 @@
 In: an `Analysis`, and the stretches whose events were summed up when the recording was read (`recording/condense.py`).
 Out: yes or no. If no, the recording has to be read again as a whole.
 
-What a process received is compared with four kinds of instants: those of its own KVM calls and vCPUs, the begin of the
-migration, those of the window, and the reading of our own cost before it. If all sums lie before the window, and no
-instant lies in one of them, then each sum is on the same side of each instant as all events that it stands for. Only
-a pairing by the flow of bytes looks at single calls.
+What a process received is compared with five kinds of instants: those of its own KVM calls and vCPUs, the first arrival
+of data at each of its sockets, the begin of the migration, those of the window, and the reading of our own cost before
+it. If all sums lie before the window, and no
+instant lies in one of them, then each sum is on the same side of each instant as all events that it stands for. Single
+calls far from the window matter only for a pairing by the flow of bytes, and for snapshots and restores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import merged
-from ebpf_mig.breakdown import PairedBy, Span
+from ebpf_mig.breakdown import PairedBy, Span, Transport
 from ebpf_mig.recording.kinds import BY_TYPE
 
 BEFORE_NS = 20_000_000
@@ -29,17 +30,19 @@ def is_exact(analysis: Analysis, sums: Mapping[int, Sequence[Span]]) -> bool:
     """Whether nothing in the report can depend on what the sums hide. `sums` are those of each pid, in any order."""
     if not sums:
         return True
-    pairing = analysis.breakdown.migration.pairing
-    if pairing is not None and pairing.by != PairedBy.CONNECTION:
+    migration, traced = analysis.breakdown.migration, analysis.traced
+    if migration.transport not in (Transport.TCP, Transport.UNIX) or traced.snapshot or traced.restored:
+        return False
+    if migration.pairing is not None and migration.pairing.by != PairedBy.CONNECTION:
         return False
     needed = _needed_from(analysis)
     together = merged(span for spans in sums.values() for span in spans)
     if needed is None or together[-1][1] >= needed - BEFORE_NS:
         return False
-    began = analysis.traced.began
+    began = traced.began
     if began is not None and _inside(together, began):
         return False
-    processes = analysis.traced.material.processes.values()
+    processes = traced.material.processes.values()
     return not any(_inside(own, at) for p in processes if (own := merged(sums.get(p.pid, ()))) for at in _instants(p))
 
 
@@ -61,7 +64,9 @@ def _needed_from(analysis: Analysis) -> int | None:
 
 
 def _instants(process: Process) -> Iterator[int]:
-    """When the process acted."""
+    """When the process acted, and when the first data arrived at each of its sockets."""
+    first = {s.socket: s.at_ns for s in reversed(process.segments) if s.payload}
+    yield from first.values()
     lists = (process.ioctls, process.enters, process.exits, process.states, process.spans, process.execs)
     for events in lists:
         for event in events:

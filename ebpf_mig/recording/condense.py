@@ -14,7 +14,7 @@ afterwards that the report cannot depend on what the sums hide.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import compress, groupby, repeat
 from operator import attrgetter, is_, le
@@ -129,9 +129,12 @@ class _Condenser:
                 (self._logged.add if logged else self._logged.discard)((call.pid, call.slot))
         return found
 
-    def _condensed(self, block: list[ev.AnyEvent], acting: Collection[int]) -> list[ev.AnyEvent]:
+    def _condensed(self, block: list[ev.AnyEvent], acting: frozenset[int]) -> list[ev.AnyEvent]:
         kinds = list(map(type, block))
         found = list(compress(block, map(_OTHERS.__contains__, kinds)))
+        segments: list[ev.Segment] = _of(block, kinds, ev.Segment)
+        data = [segment for segment in segments if segment.payload]
+        acting |= {pid for pid, socket in set(map(_end_of, data)) if (pid, socket, True) not in self._first}
         by_way: dict[tuple[Any, ...], list[ev.Transfer]] = defaultdict(list)
         for way, calls in groupby(_of(block, kinds, ev.Transfer), _way):
             by_way[way].extend(calls)
@@ -141,11 +144,9 @@ class _Condenser:
                 found += of_way
             else:
                 found += self._received(way, of_way)
-        segments: list[ev.Segment] = _of(block, kinds, ev.Segment)
-        for some in ([s for s in segments if s.payload], [s for s in segments if not s.payload]):
+        for some in (data, [s for s in segments if not s.payload]):
             for (pid, socket), arrived in groupby(sorted(some, key=_end_of), _end_of):
-                own = list(arrived)
-                found += own if pid in acting else self._arrived((pid, socket, own[0].payload > 0), own)
+                found += self._arrived((pid, socket, some is data), list(arrived), pid in acting)
         return found
 
     def _received(self, way: tuple[Any, ...], calls: list[ev.Transfer]) -> Iterator[ev.Transfer]:
@@ -166,12 +167,17 @@ class _Condenser:
         yield run
         self.sums[run.pid].append((run.begin_ns, run.end_ns))
 
-    def _arrived(self, key: tuple[Any, ...], segments: list[ev.Segment]) -> Iterator[ev.Segment]:
-        """One event for the segments of a socket, at the last one's time."""
+    def _arrived(self, key: tuple[Any, ...], segments: list[ev.Segment], acting: bool) -> Iterator[ev.Segment]:
+        """One event for the segments of a socket, at the last one's time. Data that has sequence numbers stays as it
+        is, since these are compared one by one.
+        """
         segments.sort(key=_at)
         if key not in self._first:
             self._first[key] = segments[0].at_ns
             yield segments.pop(0)
+        if acting or any(segment.payload and segment.seq >= 0 for segment in segments):
+            yield from segments
+            return
         payload, acked = sum(map(_payload, segments)), sum(map(_acked, segments))
         if len(segments) < _LEAST or max(payload, acked) > _MOST or segments[0].at_ns < self._first[key]:
             yield from segments

@@ -105,7 +105,7 @@ def test_whatever_a_recording_holds_its_report_is_the_same_or_it_is_read_again(
     assert exact, "each report was made from the whole recording"
 
 
-@pytest.mark.parametrize("what", ["window", "act", "begin", "own cost"])
+@pytest.mark.parametrize("what", ["window", "act", "first data", "begin", "own cost"])
 def test_where_a_sum_could_hide_something_the_whole_recording_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -121,6 +121,9 @@ def test_where_a_sum_could_hide_something_the_whole_recording_is_read(
     elif what == "act":
         acts = (e for e in events if isinstance(e, Ioctl) and e.pid == destination)
         events.append(replace(next(acts), begin_ns=begin + 1, end_ns=begin + 1))
+    elif what == "first data":
+        segment = next(e for e in events if isinstance(e, Segment) and e.pid == destination and e.payload)
+        events.append(replace(segment, at_ns=begin + 1, socket=1))
     elif what == "begin":
         found.sums[destination].append((analysis.traced.since - 1, analysis.traced.since))
     else:
@@ -160,3 +163,22 @@ def test_the_begin_of_a_stream_and_empty_calls_stay() -> None:
         (20, 400, 4),
     ]
     assert condenser.sums == {7: [(20, 65)]}
+
+
+def test_data_with_sequence_numbers_stays() -> None:
+    old = [Segment(at, 7, 99, 100, 0, 0, 0, 0) for at in range(1, 6)]
+    new = [replace(segment, seq=100 * segment.at_ns, received=100 * segment.at_ns) for segment in old]
+    for segments, expected in ((old, [(1, 100), (5, 400)]), (new, [(at, 100) for at in range(1, 6)])):
+        taken: list[AnyEvent] = []
+        condenser = condense._Condenser(0, taken.extend)
+        condenser.take([segments[0]])
+        condenser.take(list(segments[1:]))
+        assert [(e.at_ns, e.payload) for e in taken if isinstance(e, Segment)] == expected
+
+
+def test_calls_beside_the_first_data_stay() -> None:
+    call = Transfer(10, 20, 7, 7, 3, 1, 99, 1, 100, 5, 5, 0, 0)
+    calls = [replace(call, begin_ns=10 * at, end_ns=10 * at + 5, position=100 * at) for at in range(1, 7)]
+    taken: list[AnyEvent] = []
+    condense._Condenser(0, taken.extend).take([*calls, Segment(42, 7, 99, 100, 0, 0, 0, 0)])
+    assert sum(isinstance(event, Transfer) for event in taken) == len(calls)
