@@ -26,8 +26,9 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.integration.test_results import Qmp
 
-SPINNERS = 6
-SPIN = "import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+SPINNERS, PREFERRED = 6, -10
+"""Other load, and its priority."""
+SPIN = "import os\nos.sched_setaffinity(0, [{cpu}])\nos.setpriority(0, 0, {nice})\nwhile True: pass"
 QUOTA_US, PERIOD_US = 10_000, 100_000
 SLOW_DISK = 2 * MIB
 READS_S, STOPS_S = 0.001, 0.008
@@ -47,8 +48,8 @@ class Lab(NamedTuple):
     link: Link | None
 
 
-Cause = Callable[[Lab], AbstractContextManager[None]]
-"""What makes the fault, from before the migration to its end."""
+Cause = Callable[[Lab], AbstractContextManager[object]]
+"""What makes the fault, from before the recording to its end."""
 
 
 @contextlib.contextmanager
@@ -66,15 +67,18 @@ def migrate(
     extra: tuple[str, ...] = (),
     proxy: Callable[[int], int] | None = None,
     manager_s: float | None = None,
+    first: Callable[[Lab], None] = lambda _lab: None,
 ) -> None:
     """One migration of QEMU under `ebpf-mig record`. `proxy` gets the destination's port and returns the source's.
 
-    `manager_s`: a manager holds the source at pre-switchover, and the destination before `cont`, for so long each.
+    `first` is called right before it. `manager_s`: a manager holds the source at pre-switchover, and the destination
+    before `cont`, for so long each.
     """
     kind = QemuPair if manager_s is None else HeldPair
     with network or contextlib.nullcontext() as link, kind(scenario, None, extra, link) as pair:
         lab = Lab(pair, Qmp(pair.source.qmp), Qmp(pair.destination.qmp), link)
-        with recorder(path, pair.source.pid, pair.destination.pid), cause(lab):
+        with cause(lab), recorder(path, pair.source.pid, pair.destination.pid):
+            first(lab)
             run(lab, proxy, manager_s)
 
 
@@ -137,24 +141,29 @@ def at(role: str) -> Callable[[Lab], int]:
 
 
 def contention(role: str) -> Cause:
-    """Threads of others spin on the only CPU of one side; the other side has another one."""
+    """Threads of others spin on the only CPU of one side. The other side has a CPU, and is preferred there."""
 
     @contextlib.contextmanager
     def cause(lab: Lab) -> Iterator[None]:
-        cpu, others = max(os.sched_getaffinity(0)), min(os.sched_getaffinity(0))
-        for vm in (lab.pair.source, lab.pair.destination):
-            for tid in procfs.threads_of(vm.pid):
-                os.sched_setaffinity(tid, [cpu if vm.role == role else others])
-        with spinning(cpu, SPINNERS):
+        apart(lab, role)
+        with spinning(max(os.sched_getaffinity(0)), SPINNERS):
             yield
 
     return cause
 
 
+def apart(lab: Lab, role: str) -> None:
+    """Gives the last CPU to one side, and the first to the other, whose threads are preferred there."""
+    for vm in (lab.pair.source, lab.pair.destination):
+        pin(vm.pid, max if vm.role == role else min)
+        for tid in procfs.threads_of(vm.pid) if vm.role != role else ():
+            os.setpriority(os.PRIO_PROCESS, tid, -20)
+
+
 @contextlib.contextmanager
 def spinning(cpu: int, count: int) -> Iterator[None]:
     """So many processes that never sleep on this CPU."""
-    started = [subprocess.Popen([sys.executable, "-c", SPIN.format(cpu=cpu)]) for _ in range(count)]
+    started = [subprocess.Popen([sys.executable, "-c", SPIN.format(cpu=cpu, nice=PREFERRED)]) for _ in range(count)]
     time.sleep(0.2)
     try:
         yield
@@ -164,17 +173,16 @@ def spinning(cpu: int, count: int) -> Iterator[None]:
             process.wait()
 
 
-def pin(pid: int) -> None:
-    """Puts all threads of a process, and those that they start, on the last CPU."""
+def pin(pid: int, which: Callable[[set[int]], int] = max) -> None:
+    """Puts all threads of a process, and those that they start, on the last CPU, or on another one."""
     for tid in procfs.threads_of(pid):
-        os.sched_setaffinity(tid, [max(os.sched_getaffinity(0))])
+        os.sched_setaffinity(tid, [which(os.sched_getaffinity(0))])
 
 
 @contextlib.contextmanager
-def one_cpu(lab: Lab) -> Iterator[None]:
-    """All threads of both sides share one CPU."""
-    pin(lab.pair.source.pid)
-    pin(lab.pair.destination.pid)
+def source_alone(lab: Lab) -> Iterator[None]:
+    """All threads of the source share the last CPU; the destination has another one."""
+    apart(lab, "source")
     yield
 
 
@@ -199,7 +207,7 @@ def quota(lab: Lab) -> Iterator[None]:
     """The source's control group may use a tenth of one CPU, and a busy process is in it."""
     limits = {"cpu.cfs_quota_us": str(QUOTA_US), "cpu.cfs_period_us": str(PERIOD_US)}
     pin(lab.pair.source.pid)
-    busy = [sys.executable, "-c", SPIN.format(cpu=max(os.sched_getaffinity(0)))]
+    busy = [sys.executable, "-c", SPIN.format(cpu=max(os.sched_getaffinity(0)), nice=-20)]
     with group("cpu", lab.pair.source.pid, limits) as made, subprocess.Popen(busy) as process:
         (made / "cgroup.procs").write_text(str(process.pid))
         try:

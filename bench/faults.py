@@ -27,10 +27,10 @@ from bench.disturbed import (
     loop_device,
     migrate,
     nothing,
-    one_cpu,
     pin,
     quota,
     slow_proxy,
+    source_alone,
     stopped_again_and_again,
 )  # fmt: skip
 from ebpf_mig.lab.netns import Link
@@ -98,18 +98,14 @@ def slow_disk(path: Path, on: bool) -> None:
         limit = f"{os.major(number)}:{os.minor(number)} {SLOW_DISK}"
         drive = f"if=none,id=disk,file={device},format=raw,cache=none,aio=threads,file.locking=off"
 
-        @contextlib.contextmanager
-        def writes(lab: Lab) -> Iterator[None]:
-            def write() -> None:
+        def writes(lab: Lab) -> None:
+            for _ in range(4):
                 lab.source("human-monitor-command", **{"command-line": 'qemu-io disk "aio_write 0 256k"'})
 
-            throttle = group("blkio", lab.pair.source.pid, {"blkio.throttle.write_bps_device": limit})
-            with throttle if on else contextlib.nullcontext():
-                for _ in range(4):
-                    write()
-                yield
+        def throttled(lab: Lab) -> contextlib.AbstractContextManager[Path]:
+            return group("blkio", lab.pair.source.pid, {"blkio.throttle.write_bps_device": limit})
 
-        migrate(path, QUICK, writes, extra=("-drive", drive))
+        migrate(path, QUICK, throttled if on else nothing, extra=("-drive", drive), first=writes)
 
 
 def manager(path: Path, on: bool) -> None:
@@ -118,10 +114,10 @@ def manager(path: Path, on: bool) -> None:
 
 
 def many_vcpus(path: Path, on: bool) -> None:
-    """The guest's vCPUs all spin, and so do those of another guest on the same CPU."""
+    """The guest's vCPUs all spin, and so do those of another guest on the source's only CPU."""
     guest = Scenario(memory_bytes=64 * MIB, working_set_bytes=MIB, pages_per_s=None, vcpus=8)
     with another(guest) if on else contextlib.nullcontext():
-        migrate(path, guest, one_cpu if on else nothing)
+        migrate(path, guest, source_alone if on else nothing)
 
 
 @contextlib.contextmanager
@@ -173,8 +169,8 @@ FAULTS = (
     Fault("reader-cpu", "the same, and 24 MiB to read", _answers("reader", "window", "cpu"),
           beside(contention("destination"), LARGE), load=True),
     Fault("management", "the manager waits 150 ms on each side", _answers("management"), manager),
-    Fault("vcpus", "two guests with 8 spinning vCPUs each, all on one CPU", _answers("vcpus", "cpu"), many_vcpus,
-          load=True),
+    Fault("vcpus", "8 spinning vCPUs, and 8 of another guest, on the source's only CPU",
+          _answers("vcpus", "cpu"), many_vcpus, "source", load=True),
     Fault("quota", "a tenth of one CPU for the source, which a busy process uses up", _answers("quota"),
           beside(quota, LARGE), "source"),
 )  # fmt: skip

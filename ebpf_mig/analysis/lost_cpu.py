@@ -35,6 +35,9 @@ NO_CPU = frozenset({PREEMPTED, QUEUED, CPU_QUOTA, STOLEN, RT_THROTTLED, RUNNABLE
 SHARE = 0.9, 2.0
 """What was withheld is the reason of a wait if it is between these shares of the wait. A short wait next to a long
 throttling can have another reason."""
+SEVERAL_NS = 10_000_000
+"""The kernel adds up the throttled time of all CPUs (`throttled_time`, `throttled_usec`). A wait of this length is
+longer than what a throttled group has left for another CPU, twice sched_cfs_bandwidth_slice_us, so all CPUs count."""
 T = TypeVar("T")
 _IDLE = 0
 """The tid of the idle task of each CPU."""
@@ -63,8 +66,9 @@ def why(process: Process, wait: OffCpu, since: int) -> str:
         return RUNNABLE
     if held := quotas[1][1] - quotas[0][1]:
         # The kernel counts a throttling when it ends. What had ended by a reading within the wait did not end it.
-        ended = _last(process.held, span[1])
-        return CPU_QUOTA if _explains(held, span) or _explains(quotas[1][1] - ended, span) else RUNNABLE
+        last = quotas[1][1] - _last(process.held, span[1])
+        cpus = len(process.cpus) if span[1] - span[0] >= SEVERAL_NS else 1
+        return CPU_QUOTA if _explains(held, span, cpus) or _explains(last, span, cpus) else RUNNABLE
     if steals and (stolen := steals[1][1].get(wait.cpu, 0) - steals[0][1].get(wait.cpu, 0)):
         return STOLEN if wait.cpu >= 0 and _explains(stolen, span) else RUNNABLE
     other = wait.next_tid if wait.preempted else wait.previous_tid
@@ -94,8 +98,8 @@ def stolen(sides: Iterable[tuple[Side, Process | None]], window: Span) -> list[S
     return sorted(rows.values(), key=lambda row: (-row.stolen_ns, row.cpu, row.side)) if known else None
 
 
-def _explains(withheld_ns: int, span: Span) -> bool:
-    return SHARE[0] <= withheld_ns / max(1, span[1] - span[0]) <= SHARE[1]
+def _explains(withheld_ns: int, span: Span, cpus: int = 1) -> bool:
+    return SHARE[0] <= withheld_ns / max(1, span[1] - span[0]) <= SHARE[1] * max(1, cpus)
 
 
 def _around(readings: Sequence[tuple[int, T]], span: Span) -> tuple[tuple[int, T], tuple[int, T]] | None:

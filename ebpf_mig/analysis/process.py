@@ -131,6 +131,11 @@ class Process:
         return sorted((reading.at_ns, reading.held_ns) for reading in self.quotas)
 
     @cached_property
+    def cpus(self) -> frozenset[int]:
+        """The CPUs that its threads were seen to leave or to get."""
+        return frozenset(wait.cpu for wait in self.off_cpu if wait.cpu >= 0)
+
+    @cached_property
     def stolen(self) -> list[tuple[int, dict[int, int]]]:
         """(instant, time stolen so far by CPU) of each reading, in order; CPU -1: all together."""
         found: dict[int, dict[int, int]] = defaultdict(dict)
