@@ -26,8 +26,8 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.integration.test_results import Qmp
 
-SPINNERS, PREFERRED = 6, -10
-"""Other load, and its priority."""
+SPINNERS, PREFERRED, BETTER = 6, -10, -5
+"""Other load, its priority, and that of the side that has none. A guest spins, too: the recorder needs a rest."""
 SPIN = "import os\nos.sched_setaffinity(0, [{cpu}])\nos.setpriority(0, 0, {nice})\nwhile True: pass"
 QUOTA_US, PERIOD_US = 10_000, 100_000
 SLOW_DISK = 2 * MIB
@@ -126,7 +126,7 @@ def recorder(path: Path, *pids: int) -> Iterator[None]:
         said = process.stderr.readline() if process.stderr else ""
         try:
             if "tracing" in said:
-                os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # it is no part of the fault
+                os.setpriority(os.PRIO_PROCESS, process.pid, 0)  # it is no part of the fault
                 yield
                 said = process.communicate(timeout=60)[1]
             if process.poll() != 0:
@@ -145,19 +145,19 @@ def contention(role: str) -> Cause:
 
     @contextlib.contextmanager
     def cause(lab: Lab) -> Iterator[None]:
-        apart(lab, role)
+        apart(lab, role, BETTER)
         with spinning(max(os.sched_getaffinity(0)), SPINNERS):
             yield
 
     return cause
 
 
-def apart(lab: Lab, role: str) -> None:
-    """Gives the last CPU to one side, and the first to the other, whose threads are preferred there."""
+def apart(lab: Lab, role: str, nice: int = 0) -> None:
+    """Gives the last CPU to one side, and the first to the other, whose threads get a priority there."""
     for vm in (lab.pair.source, lab.pair.destination):
         pin(vm.pid, max if vm.role == role else min)
         for tid in procfs.threads_of(vm.pid) if vm.role != role else ():
-            os.setpriority(os.PRIO_PROCESS, tid, -20)
+            os.setpriority(os.PRIO_PROCESS, tid, nice)
 
 
 @contextlib.contextmanager
