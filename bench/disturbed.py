@@ -33,6 +33,7 @@ QUOTA_US, PERIOD_US = 10_000, 100_000
 SLOW_DISK = 2 * MIB
 READS_S, STOPS_S = 0.001, 0.008
 """A slow reader runs and is stopped in turn."""
+ENDS_S = 60
 SMALL_BUFFERS = "4096 65536 262144"
 QUICK = Scenario(memory_bytes=64 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
 LARGE = Scenario(memory_bytes=64 * MIB, working_set_bytes=24 * MIB, pages_per_s=None, downtime_ms=2000)
@@ -49,7 +50,7 @@ class Lab(NamedTuple):
 
 
 Cause = Callable[[Lab], AbstractContextManager[object]]
-"""What makes the fault, from before the recording to its end."""
+"""What makes the fault, from before the migration to its end."""
 
 
 @contextlib.contextmanager
@@ -68,18 +69,23 @@ def migrate(
     proxy: Callable[[int], int] | None = None,
     manager_s: float | None = None,
     first: Callable[[Lab], None] = lambda _lab: None,
+    lasting: bool = False,
 ) -> None:
     """One migration of QEMU under `ebpf-mig record`. `proxy` gets the destination's port and returns the source's.
 
     `first` is called right before it. `manager_s`: a manager holds the source at pre-switchover, and the destination
-    before `cont`, for so long each.
+    before `cont`, for so long each. `lasting`: the cause lasts until the recorder has ended.
     """
     kind = QemuPair if manager_s is None else HeldPair
     with network or contextlib.nullcontext() as link, kind(scenario, None, extra, link) as pair:
         lab = Lab(pair, Qmp(pair.source.qmp), Qmp(pair.destination.qmp), link)
-        with cause(lab), recorder(path, pair.source.pid, pair.destination.pid):
-            first(lab)
-            run(lab, proxy, manager_s)
+        with recorder(path, pair.source.pid, pair.destination.pid) as recorded:
+            with cause(lab):
+                first(lab)
+                run(lab, proxy, manager_s)
+                if lasting:
+                    recorded()
+            recorded()
 
 
 class HeldPair(QemuPair):
@@ -118,26 +124,24 @@ def run(lab: Lab, proxy: Callable[[int], int] | None, manager_s: float | None) -
 
 
 @contextlib.contextmanager
-def recorder(path: Path, *pids: int) -> Iterator[None]:
-    """`ebpf-mig record` of these processes, which ends by itself after their migration."""
+def recorder(path: Path, *pids: int) -> Iterator[Callable[[], None]]:
+    """`ebpf-mig record` of these processes, which ends by itself after their migration; a function that awaits it."""
     named = [word for pid in pids for word in ("--pid", str(pid))]
     command = [sys.executable, "-m", "ebpf_mig.cli", "record", *named, "-o", str(path), "--force"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        said = process.stderr.readline() if process.stderr else ""
+
+        def recorded() -> None:
+            if process.wait(ENDS_S):
+                raise RuntimeError(f"the recorder failed: {process.stderr and process.stderr.read()}")
+
         try:
-            if "tracing" in said:
-                os.setpriority(os.PRIO_PROCESS, process.pid, 0)  # it is no part of the fault
-                yield
-                said = process.communicate(timeout=60)[1]
-            if process.poll() != 0:
+            said = process.stderr.readline() if process.stderr else ""
+            if "tracing" not in said:
                 raise RuntimeError(f"the recorder failed: {said}")
+            os.setpriority(os.PRIO_PROCESS, process.pid, 0)  # it is no part of the fault
+            yield recorded
         finally:
             process.kill()
-
-
-def at(role: str) -> Callable[[Lab], int]:
-    """The pid of one side."""
-    return lambda lab: (lab.pair.source if role == "source" else lab.pair.destination).pid
 
 
 def contention(role: str) -> Cause:

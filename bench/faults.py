@@ -128,9 +128,9 @@ def another(guest: Scenario) -> Iterator[None]:
         yield
 
 
-def beside(cause: Cause, guest: Scenario = QUICK) -> Make:
+def beside(cause: Cause, guest: Scenario = QUICK, *, lasting: bool = False) -> Make:
     """A migration, and the cause beside it."""
-    return lambda path, on: migrate(path, guest, cause if on else nothing)
+    return lambda path, on: migrate(path, guest, cause if on else nothing, lasting=lasting)
 
 
 def truth(plan: Plan) -> Make:
@@ -172,7 +172,7 @@ FAULTS = (
     Fault("vcpus", "8 spinning vCPUs, and 8 of another guest, on the source's only CPU",
           _answers("vcpus", "cpu"), many_vcpus, "source", load=True),
     Fault("quota", "a tenth of one CPU for the source, which a busy process uses up", _answers("quota"),
-          beside(quota, LARGE), "source"),
+          beside(quota, LARGE, lasting=True), "source"),
 )  # fmt: skip
 
 UNMADE = {
