@@ -76,20 +76,25 @@ def blackout_of(path: Path) -> tuple[Breakdown, int]:
     return breakdown, breakdown.blackout_ns or 0
 
 
-def judge(fault: Fault, runs: int, directory: Path) -> Score:
-    """Makes the fault until it was there in so many runs."""
-    os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.load else -20)
+def judge(fault: Fault, runs: int, directory: Path, *, again: bool) -> Score:
+    """Makes the fault until it was there in so many runs; or reads the recordings of these runs `again`."""
+    if not again:
+        os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.load else -20)
     without = []
     for number in range(WITHOUT):
         path = directory / f"{fault.name}-without-{number}.rec"
-        fault.make(path, False)
+        if not again:
+            fault.make(path, False)
         without.append(blackout_of(path)[1])
     score = Score(fault, round(statistics.median(without)))
     for number in range(2 * runs):
         if score.verdicts.total() - score.verdicts[UNMADE] >= runs:
             break
         path = directory / f"{fault.name}-{number}.rec"
-        fault.make(path, True)
+        if not again:
+            fault.make(path, True)
+        elif not path.exists():
+            break
         breakdown, blackout = blackout_of(path)
         made = blackout >= max(LONGER * score.without_ns, score.without_ns + LONGER_NS)
         found, words = verdict(fault, breakdown) if made else (UNMADE, "")
@@ -115,13 +120,16 @@ def main() -> int:
     parser.add_argument("--fault", action="append", choices=names, help="may be given several times; default: all")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--keep", type=Path, help="a directory for the recordings")
+    parser.add_argument("--again", action="store_true", help="judge the recordings in the directory, and make none")
     options = parser.parse_args()
+    if options.again and not options.keep:
+        parser.error("--again needs --keep")
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         kept = options.keep or Path(directory)
         wanted = [fault for fault in FAULTS if fault.name in (options.fault or names)]
-        scores = [judge(fault, options.runs, kept) for fault in wanted]
+        scores = [judge(fault, options.runs, kept, again=options.again) for fault in wanted]
     print("\n| " + " | ".join(HEAD) + " |\n|---|---|--:|--:|--:|--:|--:|--:|--:|---|")
     print("\n".join(map(row, scores)))
     return 0 if all(score.good for score in scores) else 1

@@ -37,7 +37,8 @@ SHARE = 0.9, 2.0
 throttling can have another reason."""
 SEVERAL_NS = 10_000_000
 """The kernel adds up the throttled time of all CPUs (`throttled_time`, `throttled_usec`). A wait of this length is
-longer than what a throttled group has left for another CPU, twice sched_cfs_bandwidth_slice_us, so all CPUs count."""
+longer than what a throttled group has left for another CPU, twice sched_cfs_bandwidth_slice_us. If a throttling ended
+about when it ended, which a reading soon after it shows, the sum may be that of several CPUs."""
 T = TypeVar("T")
 _IDLE = 0
 """The tid of the idle task of each CPU."""
@@ -67,7 +68,8 @@ def why(process: Process, wait: OffCpu, since: int) -> str:
     if held := quotas[1][1] - quotas[0][1]:
         # The kernel counts a throttling when it ends. What had ended by a reading within the wait did not end it.
         last = quotas[1][1] - _last(process.held, span[1])
-        cpus = len(process.cpus) if span[1] - span[0] >= SEVERAL_NS else 1
+        took, soon = span[1] - span[0], quotas[1][0] - span[1]
+        cpus = process.cpus if took >= SEVERAL_NS and soon <= took // 2 else 1
         return CPU_QUOTA if _explains(held, span, cpus) or _explains(last, span, cpus) else RUNNABLE
     if steals and (stolen := steals[1][1].get(wait.cpu, 0) - steals[0][1].get(wait.cpu, 0)):
         return STOLEN if wait.cpu >= 0 and _explains(stolen, span) else RUNNABLE
@@ -99,7 +101,7 @@ def stolen(sides: Iterable[tuple[Side, Process | None]], window: Span) -> list[S
 
 
 def _explains(withheld_ns: int, span: Span, cpus: int = 1) -> bool:
-    return SHARE[0] <= withheld_ns / max(1, span[1] - span[0]) <= SHARE[1] * max(1, cpus)
+    return SHARE[0] <= withheld_ns / max(1, span[1] - span[0]) <= SHARE[1] * cpus
 
 
 def _around(readings: Sequence[tuple[int, T]], span: Span) -> tuple[tuple[int, T], tuple[int, T]] | None:

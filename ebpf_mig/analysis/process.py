@@ -131,9 +131,9 @@ class Process:
         return sorted((reading.at_ns, reading.held_ns) for reading in self.quotas)
 
     @cached_property
-    def cpus(self) -> frozenset[int]:
-        """The CPUs that its threads were seen to leave or to get."""
-        return frozenset(wait.cpu for wait in self.off_cpu if wait.cpu >= 0)
+    def cpus(self) -> int:
+        """How many CPUs the host has, as far as is known: those whose stolen time was read; at least 1."""
+        return max(1, len({event.cpu for event in self.steals if event.cpu >= 0}))
 
     @cached_property
     def stolen(self) -> list[tuple[int, dict[int, int]]]:

@@ -80,24 +80,25 @@ def test_why_a_thread_that_could_run_did_not(readings: list[tuple[int, int]], wo
 
 
 @pytest.mark.parametrize(
-    ("took_us", "held", "cpus", "word"),
+    ("took_us", "held", "cpus", "read_us", "word"),
     [
-        (10_000, 39_000, (0, 1), "(CPU quota)"),
-        (10_000, 39_000, (0,), "(runnable, not running)"),
-        (10_000, 41_000, (0, 1), "(runnable, not running)"),
-        (9_900, 39_000, (0, 1), "(runnable, not running)"),  # another CPU may have had a rest of the quota
+        (10_000, 39_000, 2, 5000, "(CPU quota)"),
+        (10_000, 39_000, 2, 5001, "(runnable, not running)"),  # the throttling may have begun after the wait
+        (10_000, 39_000, 1, 5000, "(runnable, not running)"),
+        (10_000, 41_000, 2, 5000, "(runnable, not running)"),
+        (9_900, 39_000, 2, 3000, "(runnable, not running)"),  # another CPU may have had a rest of the quota
     ],
 )
 def test_the_kernel_adds_up_what_a_quota_withheld_on_all_cpus(
-    took_us: int, held: int, cpus: tuple[int, ...], word: str
+    took_us: int, held: int, cpus: int, read_us: int, word: str
 ) -> None:
     script = scripts.qemu_7_2()
     source = script.vms[0]
-    begin = 4000
-    source.events.append(ev.OffCpu(at(begin), at(begin + took_us), source.pid, source.pid + 1, (), True, 0, 77, 78))
-    source.events += [ev.OffCpu(at(100), at(900), source.pid, 9, ("f",), False, cpu, 77, 78) for cpu in cpus]
-    source.events += [ev.CpuQuota(at(us), source.pid, ns * 1000) for us, ns in ((3000, 0), (90_000, held))]
-    assert word in [wait[3][0] for wait in waits(script)]
+    end = 4000 + took_us
+    source.events.append(ev.OffCpu(at(4000), at(end), source.pid, source.pid + 1, (), True, 0, 77, 78))
+    source.events += [ev.CpuQuota(at(us), source.pid, ns * 1000) for us, ns in ((3000, 0), (end + read_us, held))]
+    source.events += [ev.CpuSteal(at(3000), source.pid, cpu, 0) for cpu in (-1, *range(cpus))]
+    assert next(wait[3] for wait in waits(script)) == [word]
 
 
 @pytest.mark.parametrize(
