@@ -132,6 +132,8 @@ def _was_paused(source: Process, line: Timeline, at: int, since: int) -> bool:
     gap = line.covering(at)
     if gap is None:
         return False
+    if line.entered_again(gap, at):
+        return False  # a VMM does not run a vCPU that is paused: this one waited for a lock or a CPU
     left = gap.begin or since
     if gap.end is None or left <= at - LOCKED_NS:
         return True

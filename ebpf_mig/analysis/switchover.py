@@ -9,7 +9,8 @@ The blackout is then the gap around the attempt. That need not be the longest ga
 A guest that was paused when the migration began was stopped by somebody else: the migration has no switchover.
 
 Throttling can already hold all vCPUs outside KVM_RUN when the pause is requested. The switchover then begins with the
-request, not when throttling stopped the last vCPU: see `throttle.py`.
+request, not when throttling stopped the last vCPU: see `throttle.py`. The same holds for a vCPU that left by itself
+and waited long for a lock of the VMM or for a CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ebpf_mig.analysis import stopper as stoppers
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import any_in
 from ebpf_mig.analysis.stopper import Workers
+from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import SwitchoverKind
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import Transfer
@@ -30,6 +32,8 @@ Gap = tuple[int, int | None]
 """From the last stop to the first entry; None: none was seen."""
 LONG_GONE_NS = 1_000_000_000
 """A vCPU that left KVM_RUN more than this before the last one did not leave because of the pause."""
+WAITED_NS = 10_000_000
+"""A vCPU that is outside for longer than this before the pause request, and is then run again, did not leave for it."""
 VOLLEY_NS = 1_000_000
 """Kicks this close together belong to one request, also those to vCPUs that had already left KVM_RUN."""
 
@@ -104,7 +108,9 @@ def paused(source: Process, began: int | None, sends: Sequence[Transfer]) -> Gap
     if began is None:
         return None
     found = next((gap for gap in source.gaps if gap[0] < began and (gap[1] is None or gap[1] > began)), None)
-    if found is None or sends:
+    if found is None or any(_was_to_run(line, found[0], began) for line in source.vcpus.values()):
+        return None
+    if sends:
         return found
     loggers = {i.tid for i in source.memslots if i.begin_ns == began}
     return None if stoppers.find(source, found[0], Workers(frozenset(), frozenset())).tid in loggers else found
@@ -136,7 +142,7 @@ def _at(source: Process, kind: SwitchoverKind, dark: int, starts: dict[int, int]
     asked = min(stopper.kicks.values(), default=dark)
     first_start = min(starts.values(), default=None)
     in_time = first_start is None or asked <= first_start  # a later kick did not pause this guest
-    if requested == dark < asked and in_time and (dark, asked) in throttle.stretches(source, asked, stopper.tid):
+    if requested == dark < asked and in_time and _held(source, dark, asked, stopper.tid):
         requested = asked
     return Switchover(
         kind=kind,
@@ -150,6 +156,23 @@ def _at(source: Process, kind: SwitchoverKind, dark: int, starts: dict[int, int]
         stopper=stopper.tid,
         dark=dark,
     )
+
+
+def _held(source: Process, dark: int, asked: int, stopper: int | None) -> bool:
+    """Whether the last vCPU had not left the guest for the pause: it was throttled, or waited in the VMM for long."""
+    if (dark, asked) in throttle.stretches(source, asked, stopper):
+        return True
+    if asked - dark < WAITED_NS:
+        return False
+    last = [line for line in source.vcpus.values() if (gap := line.covering(dark)) is not None and gap.begin == dark]
+    return any(_was_to_run(line, dark, asked) for line in last)
+
+
+def _was_to_run(line: Timeline, dark: int, after: int) -> bool:
+    """Whether the VMM called KVM_RUN again after that instant, in the gap around `dark`. It had waited for a lock or a
+    CPU: a VMM does not run a vCPU that is paused."""
+    gap = line.covering(dark)
+    return gap is not None and line.entered_again(gap, after)
 
 
 def _requested(stop: int, stops: dict[int, int], kicks: dict[int, int]) -> int:

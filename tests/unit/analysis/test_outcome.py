@@ -230,3 +230,32 @@ def test_the_end_of_another_try_s_destination_says_nothing() -> None:
     assert outcome(script, "handed-over").result == "completed"
     script.mark(-100, 2000, ENDED)
     assert outcome(script, "handed-over").result == "failed"
+
+
+def test_a_vcpu_that_waited_for_long_before_the_pause_request_was_not_paused() -> None:
+    """It left KVM_RUN by itself and waited 0.2 s for a lock of the VMM. The pause was requested meanwhile, so the
+    KVM_RUN after that returned at once. Without this call, somebody had paused the guest."""
+    for runs, expected in ((True, ("completed", False, 5_100)), (False, ("completed", True, None))):
+        script = Script()
+        source, destination = script.pair()
+        source.entered(-900_000)
+        source.logging(-30_000)
+        source.gets(-29_900)
+        source.send(-29_000, -2_000, 10_000_000, calls=80)
+        source.kick(-100)
+        if runs:
+            source.entered(0, left=-210_000)
+            source.interrupted(10, entered=0)
+        else:
+            source.last(entered=-900_000, left=-210_000, end=10_000)
+        source.gets(100)
+        source.send(300, 400, 200_000)
+        source.ioctls("GET_REGS GET_SREGS", 500, 600)
+        source.send(700, 800, 100_000)
+        destination.receive(310, 900, 10_300_000, socket=80, calls=80)
+        destination.ioctls("SET_REGS SET_SREGS", 1_000, 1_100)
+        destination.entered(5_000)
+        found = script.result()
+        seen = found.blackout
+        took = seen and seen[1] - seen[0]
+        assert (outcome(script, "migrated").result, outcome(script, "migrated").paused_before, took) == expected
