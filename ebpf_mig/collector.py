@@ -135,7 +135,7 @@ def analyse_file(path: str, prepared: Callable[[Recording], Recording] = lambda 
     except TooLargeError:
         return analyse(prepared(read_coalesced(path)))
     analysis = analyse(prepared(found.recording))
-    if condensed.is_exact(analysis, found.sums):
+    if condensed.is_exact(analysis, found):
         return analysis
     del found, analysis  # both can be large
     return analyse(prepared(read_whole_or_coalesced(path)))

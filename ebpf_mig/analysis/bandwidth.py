@@ -20,7 +20,7 @@ from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import covered, merged, total
 from ebpf_mig.breakdown import Span, SwitchoverKind, Transport
-from ebpf_mig.recording.events import Segment
+from ebpf_mig.recording.events import Segment, ahead
 
 QUEUED_BYTES = 64 << 10
 """A queue that never reaches this is only single sends in transit. The link keeps up."""
@@ -99,7 +99,7 @@ def _observe(
     # most of the other arrivals, but not all: the missing bytes are spread evenly over them.
     arrivals = _curve(_arrivals(segments), _at_ns, _payload, stop)
     seen, offered = _at(arrivals, last), sent[1][-1] if sends else 0
-    if all(map(_is_numbered, segments)):
+    if all(segment.is_numbered for segment in segments):
         arrived = _scaled(arrivals, Fraction(1), max(0, offered - seen))
     else:
         first = segments[0].at_ns
@@ -173,24 +173,13 @@ def _arrivals(segments: Sequence[Segment]) -> list[_Arrival]:
     found = []
     for one in segments:
         size = one.payload
-        if _is_numbered(one):
-            in_order = _ahead(one.seq, one.received) <= 0
-            reached = max(0, _ahead(one.seq + one.payload, one.received)) if in_order else 0
-            reached += one.received
+        if one.is_numbered:
+            reached = one.reached
             last = ends.get(one.socket)
-            size = size if last is None else max(0, _ahead(reached, last))
+            size = size if last is None else max(0, ahead(reached, last))
             ends[one.socket] = reached if last is None else last + size
         found.append(_Arrival(one.at_ns, size))
     return found
-
-
-def _is_numbered(segment: Segment) -> bool:
-    return segment.seq >= 0 and segment.received >= 0
-
-
-def _ahead(one: int, other: int) -> int:
-    """How far a sequence number of 32 bits is ahead of another one; negative if it is behind."""
-    return (one - other + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _curve(events: Sequence[_T], at: Callable[[Any], int], size: Callable[[Any], int], since: int) -> Curve:

@@ -13,21 +13,24 @@ calls far from the window matter only for a pairing by the flow of bytes, and fo
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.spans import merged
 from ebpf_mig.breakdown import PairedBy, Span, Transport
+from ebpf_mig.recording.condense import Condensed
 from ebpf_mig.recording.kinds import BY_TYPE
 
 BEFORE_NS = 20_000_000
 """Calls this long before the window can be shown with it."""
 
 
-def is_exact(analysis: Analysis, sums: Mapping[int, Sequence[Span]]) -> bool:
-    """Whether nothing in the report can depend on what the sums hide. `sums` are those of each pid, in any order."""
+def is_exact(analysis: Analysis, found: Condensed) -> bool:
+    """Whether nothing in the report can depend on what the sums hide. `analysis` is that of the condensed recording."""
+    sums = found.sums
     if not sums:
         return True
     migration, traced = analysis.breakdown.migration, analysis.traced
@@ -43,7 +46,22 @@ def is_exact(analysis: Analysis, sums: Mapping[int, Sequence[Span]]) -> bool:
     if began is not None and _inside(together, began):
         return False
     processes = traced.material.processes.values()
+    if not all(_in_turn(process, found.left_out) for process in processes):
+        return False
     return not any(_inside(own, at) for p in processes if (own := merged(sums.get(p.pid, ()))) for at in _instants(p))
+
+
+def _in_turn(process: Process, left_out: Mapping[tuple[int, int], Sequence[Span]]) -> bool:
+    """Whether no other data of its socket arrived while segments with sequence numbers were left out."""
+    arrived: dict[int, list[int]] = defaultdict(list)
+    for segment in process.segments:
+        if segment.payload and (process.pid, segment.socket) in left_out:
+            arrived[segment.socket].append(segment.at_ns)
+    return all(
+        bisect_right(at, end) - bisect_left(at, begin) == 1  # the last of them stayed
+        for socket, at in arrived.items()
+        for begin, end in left_out[process.pid, socket]
+    )
 
 
 def _needed_from(analysis: Analysis) -> int | None:

@@ -5,10 +5,11 @@ In: a recording's blocks. Out: a `Condensed`: the recording, and the stretches o
 
 Before its guest runs, a destination only receives, and each of its calls is an event, as in a blackout. Of a long
 pre-copy these are most events, and a report needs only their sums. So the receives of one thread on one socket become
-one event per block of the file, and so do the TCP segments of one socket. Other events stay as they are, and so do
-those of a process that does anything with KVM within NEAR blocks, and all within NEAR blocks of an ioctl that switches
-dirty logging on (a migration begins) or reads or writes vCPU state (a switchover). `analysis/condensed.py` checks
-afterwards that the report cannot depend on what the sums hide.
+one event per block of the file, and so do the TCP segments of one socket; of those with sequence numbers, the first and
+the last one stay. Other events stay as they are, and so do those of a process that does anything with KVM within NEAR
+blocks, and all within NEAR blocks of an ioctl that switches dirty logging on (a migration begins) or reads or writes
+vCPU state (a switchover). `analysis/condensed.py` checks afterwards that the report cannot depend on what the sums
+hide.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import compress, groupby, repeat
-from operator import attrgetter, is_, le
+from itertools import compress, groupby, pairwise, repeat
+from operator import attrgetter, is_, le, lt
 from typing import Any
 
 from msgspec.structs import replace
@@ -38,6 +39,9 @@ _LEAST = 2
 _MOST = 1 << 62
 """The largest sum that an event can hold."""
 
+_MOST_AHEAD = 1 << 30
+"""Sequence numbers have 32 bits: numbers that are further apart cannot be compared safely."""
+
 _way = attrgetter("pid", "tid", "socket", "direction", "hidden")
 _pid, _cmd, _begin, _end, _at = map(attrgetter, ("pid", "cmd", "begin_ns", "end_ns", "at_ns"))
 _bytes, _calls, _payload, _acked = map(attrgetter, ("bytes", "calls", "payload", "acked"))
@@ -52,6 +56,8 @@ class Condensed:
     sums: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """The stretches of the sums, from the first to the last instant of their events, by pid. Empty: all events are
     there."""
+    left_out: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    """The same of TCP segments with sequence numbers, by pid and socket. They are in `sums`, too."""
 
 
 def read_condensed(source: str, near: int = NEAR) -> Condensed:
@@ -71,7 +77,7 @@ def read_condensed(source: str, near: int = NEAR) -> Condensed:
             reason=reader.reason,
             unknown=reader.unknown,
         )
-    return Condensed(recording, dict(condenser.sums))
+    return Condensed(recording, dict(condenser.sums), dict(condenser.left_out))
 
 
 class _Condenser:
@@ -81,6 +87,7 @@ class _Condenser:
         self.taken = 0
         """Number of events so far."""
         self.sums: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        self.left_out: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         self._near, self._spend = near, spend
         self._kept: list[ev.AnyEvent] = []
         self._waiting: deque[list[ev.AnyEvent]] = deque()
@@ -168,15 +175,19 @@ class _Condenser:
         self.sums[run.pid].append((run.begin_ns, run.end_ns))
 
     def _arrived(self, key: tuple[Any, ...], segments: list[ev.Segment], acting: bool) -> Iterator[ev.Segment]:
-        """One event for the segments of a socket, at the last one's time. Data that has sequence numbers stays as it
-        is, since these are compared one by one.
+        """One event for the segments of a socket, at the last one's time. It has the sum of their payload, unless they
+        have sequence numbers.
         """
         segments.sort(key=_at)
         if key not in self._first:
             self._first[key] = segments[0].at_ns
             yield segments.pop(0)
-        if acting or any(segment.payload and segment.seq >= 0 for segment in segments):
+        numbered = sum(segment.is_numbered for segment in segments) if key[2] else 0
+        if acting or 0 < numbered < len(segments):
             yield from segments
+            return
+        if numbered:
+            yield from self._numbered(segments)
             return
         payload, acked = sum(map(_payload, segments)), sum(map(_acked, segments))
         if len(segments) < _LEAST or max(payload, acked) > _MOST or segments[0].at_ns < self._first[key]:
@@ -184,6 +195,16 @@ class _Condenser:
             return
         yield replace(segments[-1], payload=payload, acked=acked)
         self.sums[segments[0].pid].append((segments[0].at_ns, segments[-1].at_ns))
+
+    def _numbered(self, segments: list[ev.Segment]) -> list[ev.Segment]:
+        """The first and the last segment of a socket. Their numbers show what the others brought, if these grew."""
+        at, reached = list(map(_at, segments)), [segment.reached for segment in segments]
+        steps = [ev.ahead(after, before) for before, after in pairwise(reached)]
+        if len(segments) <= _LEAST or min(steps) < 0 or sum(steps) > _MOST_AHEAD or not all(map(lt, at, at[1:])):
+            return segments
+        self.sums[segments[0].pid].append((at[1], at[-1]))
+        self.left_out[segments[0].pid, segments[0].socket].append((at[1], at[-1]))
+        return [segments[0], segments[-1]]
 
 
 def _in_order(calls: list[ev.Transfer]) -> bool:

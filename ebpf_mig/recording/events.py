@@ -51,6 +51,7 @@ from ebpf_mig.recording.socket_events import (
     SocketError,
     TcpInfo,
     Transfer,
+    ahead,
 )
 from ebpf_mig.recording.user_events import Module, UserStack
 from ebpf_mig.recording.vcpu_events import Kick, VcpuEnter, VcpuExit, VcpuSpan, VcpuState
@@ -108,6 +109,7 @@ __all__ = [
     "VcpuExit",
     "VcpuSpan",
     "VcpuState",
+    "ahead",
 ]
 
 

@@ -128,6 +128,22 @@ class Segment(Event, frozen=True, tag=13):
     received: MaybeBits32 = -1
     """Sequence number up to which all data had arrived before it (rcv_nxt)."""
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether its sequence numbers are known."""
+        return self.seq >= 0 and self.received >= 0
+
+    @property
+    def reached(self) -> int:
+        """Sequence number up to which all data has arrived with it; may be 2^32 or more."""
+        in_order = ahead(self.seq, self.received) <= 0
+        return self.received + (max(0, ahead(self.seq + self.payload, self.received)) if in_order else 0)
+
+
+def ahead(one: int, other: int) -> int:
+    """How far a sequence number of 32 bits is ahead of another one; negative if it is behind."""
+    return (one - other + (1 << 31)) % (1 << 32) - (1 << 31)
+
 
 class Retransmit(Event, frozen=True, tag=18):
     """A TCP segment that a traced socket retransmitted in the blackout: it or its acknowledgement was lost or late.

@@ -66,7 +66,7 @@ def test_a_long_one_is_smaller_and_its_report_is_the_same(tmp_path: Path) -> Non
     assert len(found.recording.events) < 0.6 * len(plain.events)
     assert totals(found.recording.events) == totals(plain.events)
     analysis = analyse(found.recording)
-    assert condensed.is_exact(analysis, found.sums)
+    assert condensed.is_exact(analysis, found)
     assert said(analysis) == said(analyse(plain))
 
 
@@ -99,7 +99,7 @@ def test_whatever_a_recording_holds_its_report_is_the_same_or_it_is_read_again(
         path = written(tmp_path / "x.rec", base.header, events, random.choice((4, 16, 64)))
         found = read_condensed(str(path), near=random.choice((0, 1, 2)))
         analysis = analyse(found.recording)
-        if found.sums and condensed.is_exact(analysis, found.sums):
+        if found.sums and condensed.is_exact(analysis, found):
             exact += 1
             assert said(analysis) == said(analyse(read_recording(path)))
     assert exact, "each report was made from the whole recording"
@@ -114,7 +114,7 @@ def test_where_a_sum_could_hide_something_the_whole_recording_is_read(
     destination = max(found.sums, key=lambda pid: len(found.sums[pid]))
     begin, _ = found.sums[destination][-1]
     analysis = analyse(found.recording)
-    assert condensed.is_exact(analysis, found.sums)
+    assert condensed.is_exact(analysis, found)
     events = list(found.recording.events)
     if what == "window":
         found.sums[destination].append((begin, analysis.origin_ns))
@@ -129,9 +129,9 @@ def test_where_a_sum_could_hide_something_the_whole_recording_is_read(
     else:
         events.append(OwnCost(begin + 1, 1000, 10))
         late = OwnCost(analysis.origin_ns - 1, 1000, 10)
-        assert condensed.is_exact(analyse(replace(found.recording, events=[*found.recording.events, late])), found.sums)
+        assert condensed.is_exact(analyse(replace(found.recording, events=[*found.recording.events, late])), found)
     changed: Recording = replace(found.recording, events=events)
-    assert not condensed.is_exact(analyse(changed), found.sums)
+    assert not condensed.is_exact(analyse(changed), found)
 
 
 def test_what_is_not_exact_is_read_again_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +165,15 @@ def test_the_begin_of_a_stream_and_empty_calls_stay() -> None:
     assert condenser.sums == {7: [(20, 65)]}
 
 
-def test_data_with_sequence_numbers_stays() -> None:
-    old = [Segment(at, 7, 99, 100, 0, 0, 0, 0) for at in range(1, 6)]
+def test_of_data_with_sequence_numbers_the_first_and_the_last_segment_stay() -> None:
+    old = [Segment(at, 7, 99, 100, 0, 0, 0, 0) for at in range(1, 7)]
     new = [replace(segment, seq=100 * segment.at_ns, received=100 * segment.at_ns) for segment in old]
-    for segments, expected in ((old, [(1, 100), (5, 400)]), (new, [(at, 100) for at in range(1, 6)])):
+    again = [*new[:4], replace(new[4], received=100), new[5]]
+    for segments, expected in (
+        (old, [(1, 100), (6, 500)]),
+        (new, [(1, 100), (2, 100), (6, 100)]),
+        (again, [(at, 100) for at in range(1, 7)]),
+    ):
         taken: list[AnyEvent] = []
         condenser = condense._Condenser(0, taken.extend)
         condenser.take([segments[0]])
