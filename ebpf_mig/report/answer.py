@@ -53,7 +53,7 @@ def migration(b: Breakdown) -> str:
     if m.through:
         way += f" through {', '.join(map(printable, m.through))}"
     if m.connections is not None and m.connections > 1:
-        way += f" ({m.connections} connections)"
+        way += f" ({m.connections} {'files' if m.transport == Transport.FILE else 'connections'})"
     count = len(b.vcpus)
     vcpus = f", {count} vCPU{'s' if count > 1 else ''}" if count else ""
     result = {Result.UNKNOWN: "result unknown"}.get(m.result, printable(m.result))

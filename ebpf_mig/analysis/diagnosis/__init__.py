@@ -20,7 +20,8 @@ from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, cut, shared, without
 from ebpf_mig.analysis.diagnosis.rules import RULES, Rule
 from ebpf_mig.analysis.spans import Cover, merged, total
 from ebpf_mig.analysis.waits import Sleep
-from ebpf_mig.breakdown import SINGLE, Breakdown, Cause, Diagnosis, Mostly, PhaseName, Result, Side, Span, bounds
+from ebpf_mig.breakdown import SINGLE, Breakdown, Cause, Diagnosis, Mode, Mostly, PhaseName, Result, Side, Span, bounds
+from ebpf_mig.text import ms
 
 __all__ = ["diagnose", "explained", "headline"]
 MOST_CAUSES = 5
@@ -68,6 +69,8 @@ def headline(breakdown: Breakdown) -> str:
             return "No downtime: the guest stopped before the switchover (it shut down, or was paused)"
         if result in (Result.FAILED, Result.CANCELLED) and breakdown.window_ns is None:
             return "No downtime: the migration ended before the vCPUs stopped"
+        if breakdown.migration.mode == Mode.RESTORE and breakdown.window_ns is not None:
+            return f"Restored in {ms(breakdown.window_ns)} ms"
         alone = breakdown.migration.source is None
         missing = "stop" if breakdown.window_ns is None or alone else "start on the destination"
         return f"Downtime not measured: no vCPU {missing} was seen"

@@ -13,6 +13,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.linux.procfs import PLACED
 from ebpf_mig.recording.events import FILE, Call, FileCall
 from ebpf_mig.recording.file import read_recording
+from ebpf_mig.report import text
 from tests.unit.script import UNIX, Script, Vm, at
 
 DATA = Path(__file__).parents[2] / "data" / "snapshots"
@@ -175,3 +176,20 @@ def test_a_log_that_another_thread_writes_is_no_snapshot() -> None:
     vm.send(700, 800, 900_000, DISK, tid=9)
     vm.entered(1000, left=0)
     assert script.result().breakdown.migration.result == "unknown"
+
+
+def test_what_the_report_says_first() -> None:
+    handed = text.render(analyse(read_recording(DATA / "cloud-hypervisor-54-handed-over.rec")).breakdown)
+    assert "snapshot over a file (3 files)" in handed and "write the memory" in handed
+    loaded = text.render(analyse(read_recording(DATA / "cloud-hypervisor-54-on-demand-restored.rec")).breakdown)
+    assert loaded.startswith("Restored in 93.245 ms ")
+
+
+def test_a_fetch_behind_the_memory_only_resets_the_log() -> None:
+    """Firecracker's full snapshot reads the dirty log when the memory is written."""
+    script = Script()
+    vm = saved(script)
+    vm.gets(150_100, slots=(0,), took=100)
+    vm.entered(202_000, left=0)
+    found = script.result()
+    assert found.phases["fetch.kernel"] == 100 and "fetch.user" not in found.phases
