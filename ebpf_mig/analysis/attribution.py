@@ -264,13 +264,18 @@ def _aborted(
     last = max(worked, default=found.stop)
     resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
     resume = resuming[0].begin_ns if resuming else back
+    asked: list[int] = []
     labels = {label for _, _, label in work.intervals}
     kept = traced.channels.transport in (Transport.FILE, Transport.PIPE) and not traced.channels.ends
     if source_work.SAVE in labels and (kept or not labels & {source_work.MEMORY, source_work.STATE}):
         resume = last  # The state was saved without a receiver. The rest is the wait for the command to resume.
+        until = resuming[0].begin_ns if resuming else back
+        asked = [r.at for r in requests.of(source, last, until, traced.channels.source)]
     managed = _managed(traced, found.stop, back, None, None)
     if managed and managed[-1].end >= last:
         resume = managed[-1].end  # the manager gave up
+    if asked and asked[-1] > resume:
+        managed = [*managed, Managed(Side.SOURCE, resume, asked[-1], len(asked))]
     phases.source(partition, found.stop, resume, activity.work(resume), management.spans(managed))
     partition.until(partition.end, PhaseName.RESUME)
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)
