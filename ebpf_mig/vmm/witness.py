@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ebpf_mig.analysis.migration import TracedMigration
 
 
+NAMED_NS, NAMED_SHARE = 10_000, 50
+"""Shares shorter than this, or than a fiftieth of the whole, are left out of the explanations."""
+
+
 class Reference(NamedTuple):
     """One published figure for the cost of write-protecting pages again, to compare with ours."""
 

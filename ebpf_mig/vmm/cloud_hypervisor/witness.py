@@ -27,12 +27,10 @@ from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.breakdown import Phase, Span, SwitchoverKind, Wire, Witness
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, SEND, Ioctl, Transfer
-from ebpf_mig.vmm.witness import Reference, VmmWitness
+from ebpf_mig.vmm.witness import NAMED_NS, NAMED_SHARE, Reference, VmmWitness
 
 MS = 1_000_000
 _SOURCE_PARTS = ("final_iter", "state", "send_state", "complete")
-_NAMED_NS, _NAMED_SHARE = 10_000, 50
-"""Shares shorter than this, or than a fiftieth of the whole, are left out of the explanations."""
 _ORDER = (*_SOURCE_PARTS, "recv_snapshot", "restore", "resume", "state_to_resume")
 _ALSO = {"overhead": "final_iter that is not transfer", "state_to_resume": "from the state's header on"}
 _FIGURES = frozenset({
@@ -145,7 +143,7 @@ def _snapshotted(traced: TracedMigration) -> int | None:
 
 
 def _why(name: str, span: Span, parts: Sequence[Phase], wires: Sequence[Wire], found: LogSpans) -> str:
-    least = max(_NAMED_NS, (span[1] - span[0]) // _NAMED_SHARE)
+    least = max(NAMED_NS, (span[1] - span[0]) // NAMED_SHARE)
     shares: list[tuple[str, int]] = [(phase.phase, covered(phase.spans, span)) for phase in parts]
     shares.append(("after the start", span[1] - span[0] - sum(ns for _, ns in shares)))
     clauses = [", ".join(f"{phase} {ns / MS:.3f}" for phase, ns in shares if ns >= least)]
@@ -171,9 +169,7 @@ def _unnamed(figures: dict[str, int], found: LogSpans, origin: int, parts: Seque
     rest = figures["downtime"] - sum(figures[name] for name in _SOURCE_PARTS)
     gaps = uncovered(known, (begin, end))
     shares = [(p.phase, sum(covered(p.spans, (b - origin, e - origin)) for b, e in gaps)) for p in parts]
-    why = "in its total, in none of its parts: " + ", ".join(
-        f"{p} {ns / MS:.3f}" for p, ns in shares if ns >= _NAMED_NS
-    )
+    why = "in its total, in none of its parts: " + ", ".join(f"{p} {ns / MS:.3f}" for p, ns in shares if ns >= NAMED_NS)
     return [_row("unnamed", rest, None, ours, why)]
 
 

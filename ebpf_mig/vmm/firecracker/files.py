@@ -17,7 +17,7 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.text import printable, size
 
 _STATE, _MEMORY = "vm.state", "vm.memory"
-_STATE_BYTES = 1 << 20
+_STATE_ROOM_BYTES = 1 << 20
 """More than any state file has."""
 _PLACE = "name a directory by a path that both VMMs have; a jailed VMM has a root directory of its own"
 _EMPTY = "name an empty directory, or remove the file"
@@ -72,7 +72,7 @@ class SnapshotFiles:
         except OSError:
             return
         free = file_system.f_bavail * file_system.f_frsize
-        if free < memory_bytes + _STATE_BYTES:
+        if free < memory_bytes + _STATE_ROOM_BYTES:
             raise VmmError(
                 f"{_name(place)} has {size(free)} free, the guest has {size(memory_bytes)} of memory",
                 "name a directory on a larger file system",

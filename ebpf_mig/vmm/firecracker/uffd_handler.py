@@ -23,7 +23,7 @@ from collections.abc import Sequence
 UFFDIO_COPY = 0xC028AA03
 """include/uapi/linux/userfaultfd.h, with a struct of 40 bytes."""
 EVENT_PAGEFAULT = 0x12
-_MESSAGE_BYTES = 32
+_UFFD_MESSAGE_BYTES = 32
 _MAPPINGS_BYTES = 1 << 16
 
 Region = tuple[int, int, int, int]
@@ -64,10 +64,10 @@ def serve(listener: socket.socket, path: str) -> None:
 
 def _serve_faults(uffd: int, regions: Sequence[Region], source: int) -> None:
     try:
-        data = os.read(uffd, 16 * _MESSAGE_BYTES)
+        data = os.read(uffd, 16 * _UFFD_MESSAGE_BYTES)
     except BlockingIOError:
         return
-    for at in range(0, len(data), _MESSAGE_BYTES):
+    for at in range(0, len(data), _UFFD_MESSAGE_BYTES):
         event, address = struct.unpack_from("=B15xQ", data, at)
         if event != EVENT_PAGEFAULT:
             continue

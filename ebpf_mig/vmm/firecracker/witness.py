@@ -18,7 +18,7 @@ from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.spans import covered, uncovered
 from ebpf_mig.breakdown import Phase, Span, SwitchoverKind, Wire, Witness
 from ebpf_mig.vmm.firecracker.log import NAMES
-from ebpf_mig.vmm.witness import VmmWitness
+from ebpf_mig.vmm.witness import NAMED_NS, NAMED_SHARE, VmmWitness
 
 MS, US = 1_000_000, 1_000
 CALLS: Mapping[str, tuple[str, ...]] = {
@@ -28,8 +28,6 @@ CALLS: Mapping[str, tuple[str, ...]] = {
 }
 """Our calls in their order, and Firecracker's names for the time of each."""
 SUM = "firecracker.sum_us"
-_NAMED_NS, _NAMED_SHARE = 10_000, 50
-"""Shares shorter than this, or than a fiftieth of the whole, are left out of the explanations."""
 
 
 class FirecrackerWitness(VmmWitness):
@@ -97,7 +95,7 @@ def _row(call: _Call, phases: Sequence[Phase], window_ns: int) -> Witness:
     if shares := _shares(phases, [call.span]):
         why.append(shares)
     outside = ours - covered([(0, window_ns)], call.span)
-    if outside >= max(_NAMED_NS, ours // _NAMED_SHARE):
+    if outside >= max(NAMED_NS, ours // NAMED_SHARE):
         why.append(f"{outside / MS:.3f} before the kick or after the start")
     if call.inner_ns is not None:
         why.append(f"its main thread counts {call.inner_ns / MS:.3f}")
@@ -130,6 +128,6 @@ def _sum(traced: TracedMigration, phases: Sequence[Phase], origin: int, calls: S
 def _shares(phases: Sequence[Phase], within: Sequence[Span]) -> str:
     """What the phases have of these spans, those that matter."""
     whole = sum(end - begin for begin, end in within)
-    least = max(_NAMED_NS, whole // _NAMED_SHARE)
+    least = max(NAMED_NS, whole // NAMED_SHARE)
     each = [(phase.phase, sum(covered(phase.spans, span) for span in within)) for phase in phases]
     return ", ".join(f"{phase} {ns / MS:.3f}" for phase, ns in each if ns >= least)

@@ -294,7 +294,7 @@ def test_files_are_looked_at_before_the_pause(tmp_path: Path, monkeypatch: pytes
         refused(two, "has 5 bytes, the guest has 1048576 bytes", diff=str(tmp_path / "base"))
         refused(two, "the destination finds nothing at", diff=None, uffd=str(tmp_path / "none"))
         refused(two, "the destination finds no socket at /etc/passwd", uffd="/etc/passwd")
-        monkeypatch.setattr(files, "_STATE_BYTES", 1 << 60)
+        monkeypatch.setattr(files, "_STATE_ROOM_BYTES", 1 << 60)
         two.options = replace(two.options, diff=None)
         refused(two, "free, the guest has 1.0 MiB of memory")
 
