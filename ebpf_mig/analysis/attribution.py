@@ -126,6 +126,8 @@ def _through_files(
         snapshot.assign(partition, found.stop, resume, work, spans)
     managed = [Managed(Side.SOURCE, b, e, sum(b <= r.at <= e for r in asked)) for b, e in spans]
     syncs = snapshot.syncs(source, found.stop, resume)
+    if syncs and syncs[-1][1] >= max(end for _, end in snapshot.acts(source, work, found.stop, resume)):
+        syncs[-1] = syncs[-1][0], resume  # as in `assign`: time after an act belongs to it, up to the answer
     if restored is not None:
         if partition.cursor < restored.begin:
             managed.append(Managed(Side.DESTINATION, partition.cursor, restored.begin, 1))
