@@ -174,15 +174,6 @@ def test_postcopy() -> None:
         assert beats_on(pair.destination, {"A"})
 
 
-def test_a_postcopy_that_was_not_needed_is_said() -> None:
-    with QemuPair(replace(QUICK, postcopy=True)) as pair, connected(pair) as migration:
-        migration.prepare()
-        outcome = migration.run(60)
-        assert outcome.result == "completed"
-        assert outcome.remark == "--postcopy was without effect: the pre-copy converged before the switch"
-        assert "qmp.MIGRATION.postcopy-active" not in marks(outcome, pair.source.pid)
-
-
 def test_a_destination_that_listens_already() -> None:
     """A destination started with `-incoming URI` gets no second request to listen."""
     with QemuPair(QUICK) as pair:
