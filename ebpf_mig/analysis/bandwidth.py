@@ -20,7 +20,7 @@ from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.spans import covered, merged, total
 from ebpf_mig.breakdown import Span, SwitchoverKind, Transport
-from ebpf_mig.recording.events import Segment, ahead
+from ebpf_mig.recording.events import Segment, Transfer, ahead
 
 QUEUED_BYTES = 64 << 10
 """A queue that never reaches this is only single sends in transit. The link keeps up."""
@@ -126,11 +126,24 @@ def _observe(
         reader_ns=reading,
         queued_bytes=queued,
         steadiness=_steadiness(arrived, limited),
-        unread=_unread(arrived, _curve(sorted(traced.receives, key=_end), _end, _bytes, stop), stop, last),
+        unread=_unread(_at_least(arrivals, segments, traced.receives, arrived), traced.receives, stop, last),
     )
 
 
-def _unread(arrived: Curve, read: Curve, stop: int, last: int) -> tuple[Span, ...]:
+def _at_least(arrivals: Curve, segments: Sequence[Segment], receives: Sequence[Transfer], arrived: Curve) -> Curve:
+    """What had surely arrived: what was read before the first segment of its socket, and what the segments show.
+
+    `arrived` may be ahead of the truth, by what was not reported at the end.
+    """
+    first: dict[int, int] = {}
+    for one in segments:
+        first.setdefault(one.socket, one.at_ns)
+    before = sum(t.bytes for t in receives if t.end_ns < first.get(t.socket, 0))
+    return _scaled(arrivals, Fraction(1), min(before, arrived[1][0]))
+
+
+def _unread(arrived: Curve, receives: Sequence[Transfer], stop: int, last: int) -> tuple[Span, ...]:
+    read = _curve(sorted(receives, key=_end), _end, _bytes, stop)
     marks = sorted({stop, last, *_inside(arrived[0], stop, last), *_inside(read[0], stop, last)})
     pairs = itertools.pairwise(marks)
     return tuple(merged(span for span in pairs if _at(arrived, span[0]) - _at(read, span[0]) >= QUEUED_BYTES))
