@@ -16,8 +16,8 @@ from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import CONTRACT, stream_key
-from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts
-from ebpf_mig.recording.events import RECEIVE, Socket, Transfer, VcpuState
+from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
+from ebpf_mig.recording.events import RECEIVE, OwnRuns, Socket, Transfer, VcpuState
 from tests.conftest import requires
 
 pytestmark = requires("root", "bcc", "kernel BTF")
@@ -119,3 +119,16 @@ def test_counts_have_the_names_of_kinds_and_no_zeros(program: BpfProgram, compil
         lost[ctypes.c_int(kind)] = per_cpu
     assert counts(program, "lost") == {"ioctl": 3, "thread-table": 2}
     assert counts(program, "unpaired") == {}
+
+
+def test_sums_of_our_own_runs_are_those_of_each_cpu(program: BpfProgram) -> None:
+    table = program.table("own_runs")
+    try:
+        assert own_runs(program, 90) == []
+        leaf = table.Leaf(since_ns=10, until_ns=20, run_ns=5, runs=4, calls=2, other_runs=3, other_calls=1)
+        table[ctypes.c_int(0)] = leaf
+        assert own_runs(program, 90) == [OwnRuns(10, 20, 90, 0, 5, 4, 2, 3, 1)]
+        table[ctypes.c_int(0)] = table.Leaf(other_runs=3, other_calls=1)
+        assert own_runs(program, 90) == [OwnRuns(90, 90, 90, 0, 0, 0, 0, 3, 1)], "no traced process ran there"
+    finally:
+        table[ctypes.c_int(0)] = table.Leaf()
