@@ -82,7 +82,7 @@ def prefer(fault: Fault) -> None:
     """Gives us, and what we start, priority over other load. A fault that is such load competes with the VMs alone."""
     os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.load else -20)
     with contextlib.suppress(OSError):  # a kernel without groups by session
-        AUTOGROUP.write_text("-5" if fault.load else "-15")
+        AUTOGROUP.write_text("-15")
 
 
 def judge(fault: Fault, runs: int, directory: Path, *, again: bool) -> Score:
