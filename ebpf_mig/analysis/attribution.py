@@ -106,7 +106,7 @@ def _through_files(
     """The guest went to files. It goes on here, or where another process loads it, or nowhere that is known."""
     restored = traced.restored if found.kind == SwitchoverKind.COMPLETED else None
     back = found.first_start if found.first_start is not None else FOREVER
-    asked = requests.of(source, found.requested - requests.STOPPED_NS, back, traced.channels.source)
+    asked = requests.of(source, found.requested - requests.ASKED_BEFORE_NS, back, traced.channels.source)
     if written.disk:
         asked = []  # its one command was answered before, or will be answered at the end
     _, done = _written(traced, activity, source, found, back)

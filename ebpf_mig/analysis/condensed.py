@@ -24,7 +24,7 @@ from ebpf_mig.breakdown import PairedBy, Span, Transport
 from ebpf_mig.recording.condense import Condensed
 from ebpf_mig.recording.kinds import BY_TYPE
 
-BEFORE_NS = 20_000_000
+SHOWN_BEFORE_NS = 20_000_000
 """Calls this long before the window can be shown with it."""
 
 
@@ -40,7 +40,7 @@ def is_exact(analysis: Analysis, found: Condensed) -> bool:
         return False
     needed = _needed_from(analysis)
     together = merged(span for spans in sums.values() for span in spans)
-    if needed is None or together[-1][1] >= needed - BEFORE_NS:
+    if needed is None or together[-1][1] >= needed - SHOWN_BEFORE_NS:
         return False
     began = traced.began
     if began is not None and _inside(together, began):

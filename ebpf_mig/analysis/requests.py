@@ -20,7 +20,7 @@ from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.breakdown import Span
 from ebpf_mig.recording.events import AF_UNIX, RECEIVE, SEND, Transfer
 
-STOPPED_NS = 1_000_000_000
+ASKED_BEFORE_NS = 1_000_000_000
 """A request to pause was received at most this long before the guest stopped."""
 HTTP_LEAST_BYTES = 16
 """The shortest request line is longer. A console and a notification send a byte."""

@@ -32,9 +32,9 @@ _SAVED = frozenset({"SET_VCPU_EVENTS", "SET_XSAVE", "SET_XCRS", "SET_DEBUGREGS"}
 """What only a vCPU that has run has, for VMMs that write it only then."""
 _RESETS = 2
 """How often QEMU has written a vCPU's registers before it can load a state: for a new vCPU, and after the reset."""
-MEMORY_BYTES = 1 << 20
+MEMORY_FILE_BYTES = 1 << 20
 """Memory that is read as a whole is larger than this; a state is not."""
-STREAM_BYTES = 64 << 10
+STREAM_FILE_BYTES = 64 << 10
 """The same for one file with both. It has at least a header for each page, also if most are zero."""
 
 
@@ -136,7 +136,7 @@ def _memory(reads: list[Transfer], size: Counter[int], restores: list[int]) -> l
         return []
     key = max(size, key=lambda one: (size[one], -one))
     mine = [t for t in reads if t.socket == key]
-    if size[key] < (MEMORY_BYTES if len(size) > 1 else STREAM_BYTES):
+    if size[key] < (MEMORY_FILE_BYTES if len(size) > 1 else STREAM_FILE_BYTES):
         return []  # the memory is mapped, or comes later, on demand
     if len(size) == 1 and restores:
         mine = [t for t in mine if t.begin_ns < restores[0]] or mine[:1]

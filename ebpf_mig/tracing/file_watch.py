@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND, Ioctl, Transfer
 
-LEAST_BYTES = 4096
+SAVED_STATE_BYTES = 4096
 """A saved state has more."""
 _SAVED = frozenset({"SET_VCPU_EVENTS", "SET_XSAVE", "SET_XCRS", "SET_DEBUGREGS"})
 """What Cloud Hypervisor and Firecracker write only to a vCPU that has run."""
@@ -100,7 +100,7 @@ class FileWatch:
         if not vm.stopped:
             return
         vm.written[event.tid] += event.bytes
-        if vm.read_state and sum(vm.written[tid] for tid in vm.readers) >= LEAST_BYTES:
+        if vm.read_state and sum(vm.written[tid] for tid in vm.readers) >= SAVED_STATE_BYTES:
             self.saved[event.pid] = event.end_ns
             self.resumed.pop(event.pid, None)
 
@@ -116,7 +116,7 @@ class FileWatch:
         if not vm.rounds:
             return False
         if not vm.made:
-            return vm.asked_bytes >= LEAST_BYTES
+            return vm.asked_bytes >= SAVED_STATE_BYTES
         if least <= 1:
-            return vm.set_saved and sum(vm.read_bytes.values()) >= LEAST_BYTES
-        return sum(size for rounds, size in vm.read_bytes.items() if _RESETS <= rounds < least) >= LEAST_BYTES
+            return vm.set_saved and sum(vm.read_bytes.values()) >= SAVED_STATE_BYTES
+        return sum(size for rounds, size in vm.read_bytes.items() if _RESETS <= rounds < least) >= SAVED_STATE_BYTES

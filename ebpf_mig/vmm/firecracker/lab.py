@@ -20,6 +20,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.scenario import MIB, Scenario, require_x86
+from ebpf_mig.linux import procfs
 from ebpf_mig.linux.process import private_directory, spawn, stop
 from ebpf_mig.vmm.firecracker.api import RUNNING, Api
 from ebpf_mig.vmm.firecracker.migration import FcOptions
@@ -30,7 +31,6 @@ UFFD_NOTE = "page faults of the restored guest are served by the lab's own handl
 _HANDLER = Path(__file__).with_name("uffd_handler.py")
 _START_S = 30.0
 _BASE_S = 60.0
-_USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class FcPair:
         one that is made at the start.
         """
         require_x86("Firecracker")
-        if uffd and not _USERFAULTFD.exists():
+        if uffd and "unprivileged_userfaultfd" not in procfs.names("sys", "vm"):
             raise PreflightError("this kernel has no userfaultfd", "use a kernel with CONFIG_USERFAULTFD, or the file")
         self.scenario = scenario
         self.binary = find_binary(binary)

@@ -81,7 +81,7 @@ def test_so_is_one_of_blocks_as_they_are_written(tmp_path: Path) -> None:
 def test_whatever_a_recording_holds_its_report_is_the_same_or_it_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(condensed, "BEFORE_NS", 0)
+    monkeypatch.setattr(condensed, "SHOWN_BEFORE_NS", 0)
     random = Random(seed)
     contents = [path.read_bytes() for path in sorted(DATA.glob("*.rec")) if path.stat().st_size < 40_000]
     exact = 0
