@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest on real KVM that one process saves to files and another loads: `python -m tests.truth.files ROLE PLAN`.
+
+In: a role and a `Plan`, whose address is a directory; requests on a UNIX socket there, named after the role; on stdin
+`go`, then `quit`. Out: on stdout `ready`, then one line of JSON: the delays as they were, by phase, and the length of
+fsync(2). The steps are those of Firecracker: state first, then the dirty log, then memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from ebpf_mig.linux import kvm as numbers
+from tests.truth import kvm
+from tests.truth.kvm import PAGE
+from tests.truth.machine import SETTERS, STATE, Source
+from tests.truth.parts import IGNORED, KICK, Machine, Plan, decode, say
+
+CHUNK = 64 << 10
+PHASES = (
+    "pause", "quiesce", "state.save", "state.send", "fetch.user", "memory.send", "memory.load", "state.load", "resume",
+)  # fmt: skip
+"""Those that can be delayed."""
+
+
+class Server:
+    """Takes one request a connection, and answers when the work is done."""
+
+    def __init__(self, path: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(4)
+
+    def serve(self, *steps: tuple[str, object]) -> None:
+        for name, step in steps:
+            connection, _ = self._listener.accept()
+            with connection:
+                assert connection.recv(4096).split()[1] == f"/{name}".encode()
+                step()  # type: ignore[operator]
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+
+class Saved(Source):
+    """The side that has the guest."""
+
+    def files(self) -> list[Path]:
+        return [Path(self.plan.address) / name for name in ("state", "memory")]
+
+    def stop(self) -> None:
+        self.pause()
+        kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+        self.delay("quiesce")
+
+    def create(self) -> None:
+        state = self.save(STATE, delayed=True)
+        first, second = self.files()
+        half = len(state) // 2
+        file = os.open(first, os.O_CREAT | os.O_WRONLY)
+        os.write(file, state[:half].ljust(PAGE, b"\0"))
+        self.delay("state.send")
+        os.write(file, state[half:].ljust(PAGE, b"\0"))
+        os.close(file)
+        self.fetch(clear=False)
+        self.delay("fetch.user")
+        file = os.open(second, os.O_CREAT | os.O_WRONLY)
+        for base, size in self.layout.values():
+            for at in range(base, base + size, CHUNK):
+                if at == CHUNK:
+                    self.delay("memory.send")
+                os.write(file, ctypes.string_at(self.memory(at // PAGE), CHUNK))
+        begin = time.monotonic_ns()
+        os.fsync(file)
+        self.injected["sync"] = time.monotonic_ns() - begin
+        os.close(file)
+
+
+class Loaded(Machine):
+    """The side that loads it."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        for vcpu in self.vcpus:
+            vcpu.prepare(0)
+
+    def load(self) -> None:
+        first, second = (Path(self.plan.address) / name for name in ("state", "memory"))
+        file = os.open(first, os.O_RDONLY)
+        parts = [os.read(file, PAGE) for _ in range(2)]
+        os.close(file)
+        file = os.open(second, os.O_RDONLY)
+        for base, size in self.layout.values():
+            for at in range(base, base + size, CHUNK):
+                if at == CHUNK:
+                    self.delay("memory.load")
+                ctypes.memmove(self.memory(at // PAGE), os.read(file, CHUNK), CHUNK)
+        os.close(file)
+        sizes = [kvm.SIZES[getter] for getter in STATE]
+        half = sum(sizes) * len(self.vcpus) // 2
+        state = parts[0][:half] + parts[1][: sum(sizes) * len(self.vcpus) - half]
+        for number, vcpu in enumerate(self.vcpus):
+            for setter, size in zip(SETTERS, sizes, strict=True):
+                vcpu.set(setter, state[:size])
+                state = state[size:]
+                if not number and setter == SETTERS[0]:
+                    self.delay("state.load")
+
+    def go(self) -> None:
+        self.delay("resume")
+        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        for thread in self.threads:
+            thread.start()
+        for thread in self.threads:
+            thread.entered()
+
+
+def main(role: str, plan: Plan) -> None:
+    signal.signal(KICK, lambda *_: None)
+    signal.signal(IGNORED, lambda *_: None)
+    server = Server(f"{plan.address}/{role}")
+    machine: Machine
+    if role == "source":
+        machine = saved = Saved(plan)
+        for slot, (base, size) in saved.layout.items():
+            saved.vm.set_slot(slot, base, size, log=True)
+        steps: tuple[tuple[str, object], ...] = (("pause", saved.stop), ("create", saved.create))
+    else:
+        machine = loaded = Loaded(plan)
+        steps = (("load", loaded.load), ("resume", loaded.go))
+    say("ready")
+    assert sys.stdin.readline().strip() == "go"
+    server.serve(*steps)
+    machine.result()
+    sys.stdin.readline()
+    machine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], decode(sys.argv[2]))
