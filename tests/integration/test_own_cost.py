@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.analysis.spans import common
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run
 from ebpf_mig.lab.scenario import MIB, Scenario
@@ -44,6 +45,8 @@ class Witness:
         """(instant before, instant after, ns of all programs so far)."""
         self.process_ns = 0
         """CPU time of this process while it recorded."""
+        self.recorded = (0, 0)
+        """When that was."""
 
     @contextlib.contextmanager
     def over(self, programs: list[int]) -> Iterator[None]:
@@ -86,12 +89,13 @@ def witness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Witness]:
 
     def armed(session: Session, *given: object) -> object:
         header = arm(session, *given)  # type: ignore[arg-type]
-        found.process_ns = -time.process_time_ns()
+        found.recorded, found.process_ns = (clock.monotonic_ns(), 0), -time.process_time_ns()
         stack.enter_context(found.over(list(session._tracer._program._fds.values())))  # type: ignore[attr-defined]
         return header
 
     def finished(session: Session, *given: object, **named: object) -> None:
         found.process_ns += time.process_time_ns()
+        found.recorded = found.recorded[0], clock.monotonic_ns()
         stack.close()
         finish(session, *given, **named)  # type: ignore[arg-type]
 
@@ -121,7 +125,6 @@ def test_programs_cost_what_the_kernel_counted(guest: Scenario, witness: Witness
     assert cost.process_ns <= window * (analysis.traced.material.header.cpus or 1), said
     parts = cost.phases.values()
     assert sum(part.programs_ns for part in parts) == cost.programs_ns
-    since = witness.readings[0][0]
-    turns = sum(t.end_ns - t.begin_ns for t in analysis.traced.material.own_turns if t.begin_ns >= since)
+    turns = sum(common((t.begin_ns, t.end_ns), witness.recorded) for t in analysis.traced.material.own_turns)
     # Its own clock leaves out what interrupts and the hypervisor took from it while it had the CPU.
     assert 0.95 * witness.process_ns <= turns <= 1.5 * witness.process_ns, f"{turns} of {witness.process_ns}"
