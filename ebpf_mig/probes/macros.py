@@ -121,7 +121,7 @@ def defines(
 
 def _possible_cpus() -> int:
     """The highest number that a CPU of this machine can have, plus 1. The kernel lists them as `0-3,8`."""
-    last = _POSSIBLE_CPUS.read_text(encoding="ascii").strip().replace(",", "-").rpartition("-")[2]
+    last = _POSSIBLE_CPUS.read_bytes().strip().replace(b",", b"-").rpartition(b"-")[2]
     return int(last) + 1
 
 
