@@ -122,6 +122,8 @@ def _through_files(
     spans = requests.waits(snapshot.acts(source, work, found.stop, resume), asked, found.stop, resume)
     if written.stream:
         phases.source(partition, found.stop, resume, work, spans)
+        tail = [(begin, end) for begin, end, phase in partition.spans if phase == PhaseName.HANDOVER]
+        partition.give(tail, PhaseName.STATE_SEND)  # nobody waits at the other end of a file
     else:
         snapshot.assign(partition, found.stop, resume, work, spans)
     managed = [Managed(Side.SOURCE, b, e, sum(b <= r.at <= e for r in asked)) for b, e in spans]

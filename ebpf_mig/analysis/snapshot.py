@@ -64,9 +64,6 @@ def find(source: Process, found: Switchover | None, fetchers: Collection[int]) -
     reads = [i for i in begun(source.other_ioctls, found.stop) if i.begin_ns < until and source_work.is_vcpu_read(i)]
     if not reads:
         return None
-    disk = _into_a_disk(source, found)
-    if disk is not None:
-        return disk
     drivers = {i.tid for i in reads} | set(fetchers) | ({found.stopper} if found.stopper is not None else set())
     drivers -= {line.tid for line in source.vcpus.values()}
     written: Counter[int] = Counter()
@@ -76,7 +73,7 @@ def find(source: Process, found: Switchover | None, fetchers: Collection[int]) -
             written[key] += sum(mine)
     keys = frozenset(key for key, size in written.items() if size)
     if sum(written.values()) < LEAST_BYTES:
-        return None
+        return _into_a_disk(source, found)
     stream = len(keys) == 1 and bool(fetchers)
     return Snapshot(keys, max(keys, key=lambda key: (written[key], -key)), stream)
 
