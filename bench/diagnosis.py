@@ -6,10 +6,9 @@ line for each run, then a Markdown table. Exit code 1 if an answer was wrong and
 the runs of a fault were right.
 
 A fault must make the downtime at least twice as long as it is without it, and 10 ms longer, so that it is more than
-half of it. A run in
-which it was not, by chance, has no known answer: it is repeated, and counted in a column of its own. The diagnosis has
-no part in this. Other load on the machine is another cause, so the VMs and what disturbs them have a high
-priority, also as a session (sched(7), autogroup).
+half of it. A run in which it was not, by chance, has no known answer: it is repeated, and counted in a column of its
+own. The diagnosis has no part in this. Other load on the machine is another cause, so the VMs and what disturbs them
+have a high priority, and so has their autogroup (sched(7)).
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def blackout_of(path: Path) -> tuple[Breakdown, int]:
 def prefer(fault: Fault) -> None:
     """Gives us, and what we start, priority over other load. A fault that is such load competes with the VMs alone."""
     os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.load else -20)
-    with contextlib.suppress(OSError):  # a kernel without groups by session
+    with contextlib.suppress(OSError):  # a kernel without autogroups
         AUTOGROUP.write_text("-15")
 
 
