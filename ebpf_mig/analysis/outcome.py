@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 
-from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis import dirty_log, switchover
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process, key_of
 from ebpf_mig.analysis.snapshot import SAVED_BYTES
@@ -132,7 +132,7 @@ def _was_paused(source: Process, line: Timeline, at: int, since: int) -> bool:
     gap = line.covering(at)
     if gap is None:
         return False
-    if line.entered_again(gap, at):
+    if switchover.was_to_run(source, line, at, at):
         return False  # a VMM does not run a vCPU that is paused: this one waited for a lock or a CPU
     left = gap.begin or since
     if gap.end is None or left <= at - LOCKED_NS:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ebpf_mig.analysis import source_work, throttle
 from ebpf_mig.analysis import stopper as stoppers
-from ebpf_mig.analysis.process import Process
-from ebpf_mig.analysis.spans import any_in
+from ebpf_mig.analysis.process import Process, begun
+from ebpf_mig.analysis.spans import FOREVER, any_in
 from ebpf_mig.analysis.stopper import Workers
 from ebpf_mig.analysis.vcpu import Timeline
 from ebpf_mig.breakdown import SwitchoverKind
@@ -108,7 +109,7 @@ def paused(source: Process, began: int | None, sends: Sequence[Transfer]) -> Gap
     if began is None:
         return None
     found = next((gap for gap in source.gaps if gap[0] < began and (gap[1] is None or gap[1] > began)), None)
-    if found is None or any(_was_to_run(line, found[0], began) for line in source.vcpus.values()):
+    if found is None or any(was_to_run(source, line, found[0], began) for line in source.vcpus.values()):
         return None
     if sends:
         return found
@@ -165,14 +166,25 @@ def _held(source: Process, dark: int, asked: int, stopper: int | None) -> bool:
     if asked - dark < WAITED_NS:
         return False
     last = [line for line in source.vcpus.values() if (gap := line.covering(dark)) is not None and gap.begin == dark]
-    return any(_was_to_run(line, dark, asked) for line in last)
+    return any(was_to_run(source, line, dark, asked) for line in last)
 
 
-def _was_to_run(line: Timeline, dark: int, after: int) -> bool:
-    """Whether the VMM called KVM_RUN again after that instant, in the gap around `dark`. It had waited for a lock or a
-    CPU: a VMM does not run a vCPU that is paused."""
+def was_to_run(source: Process, line: Timeline, dark: int, after: int) -> bool:
+    """Whether the VMM called KVM_RUN after that instant, in the gap around `dark`, and the guest's stop followed.
+
+    The vCPU had waited for a lock or a CPU: a VMM does not run a vCPU that is paused. It does so when it sets a paused
+    guest going again, and that KVM_RUN can return at once, too (QEMU: accel/kvm/kvm-all.c, `kvm_cpu_kick_self`). So
+    before the vCPU runs, the clock or registers must be read.
+    """
     gap = line.covering(dark)
-    return gap is not None and line.entered_again(gap, after)
+    if gap is None:
+        return False
+    end = gap.end if gap.end is not None else FOREVER
+    entry = next((at for at, _ in line.immediate if after <= at < end), None)
+    if entry is None or gap.end is None:
+        return entry is not None
+    later = takewhile(lambda ioctl: ioctl.begin_ns < end, begun(source.ioctls, entry))
+    return any(source_work.is_vcpu_read(i) or kvm.name_of(i.cmd) == "GET_CLOCK" for i in later)
 
 
 def _requested(stop: int, stops: dict[int, int], kicks: dict[int, int]) -> int:

@@ -76,10 +76,6 @@ class Timeline:
         begin = self.gaps[lo].begin
         return self.gaps[lo] if begin is None or begin <= at else None
 
-    def entered_again(self, gap: Gap, after: int) -> bool:
-        """Whether KVM_RUN was called in the gap, at `after` or later, and returned at once."""
-        return any(after <= entry and (gap.end is None or entry < gap.end) for entry, _ in self.immediate)
-
     def start_after(self, at: int) -> int | None:
         """Entry of the first guest-running call at or after `at` that ends a gap."""
         return next((gap.end for gap in self.gaps if gap.end is not None and gap.end >= at), None)

@@ -17,7 +17,8 @@ from ebpf_mig.report import text
 from tests.unit.script import UNIX, Script, Vm, at
 
 DATA = Path(__file__).parents[2] / "data" / "snapshots"
-RECORDINGS = sorted(DATA.glob("*.rec"))
+PAUSED = DATA / "qemu-11.1-paused-file.rec"
+RECORDINGS = sorted(set(DATA.glob("*.rec")) - {PAUSED})
 MS = 1_000_000
 MEMORY, STATE, CONFIG, DISK = (PLACED | inode for inode in (71, 72, 73, 74))
 API = 80
@@ -59,6 +60,16 @@ def test_the_wait_for_cont_after_a_file_is_not_the_vmms() -> None:
     b = analyse(read_recording(DATA / "qemu-11.1-file.rec")).breakdown
     found = phases_of(b)
     assert 200 <= found["management"] <= 203 and found["resume"] < 3
+
+
+def test_qemus_paused_guest_that_goes_to_a_file_has_no_blackout() -> None:
+    """The script sent `stop`, `migrate` 100 ms later, and `cont` 100 ms after its end."""
+    b = analyse(read_recording(PAUSED)).breakdown
+    assert (b.window_ns, b.blackout_ns) == (None, None)
+    m = b.migration
+    assert (m.mode, m.result, m.transport) == ("snapshot", "saved", "file")
+    assert (m.paused_before, m.paused_after) == (True, False)
+    assert "No downtime: the guest was paused before the migration" in text.render(b)
 
 
 def api_call(vm: Vm, us: float, until: float, size: int = 100) -> None:
