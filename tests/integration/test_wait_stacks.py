@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def of_tids(waits: Sequence[OffCpu]) -> dict[int, set[tuple[str, ...]]]:
     return found
 
 
+def nearest(sorted_ns: Sequence[int], ns: int) -> int:
+    """The element that is nearest to a time."""
+    at = bisect.bisect(sorted_ns, ns)
+    return min(sorted_ns[max(0, at - 1) : at + 1], key=lambda other: abs(other - ns))
+
+
 def traced_twice(pid: int, seconds: float) -> tuple[list[OffCpu], list[OffCpu]]:
     """The same waits, recorded by programs that take the stack as a thread leaves, and when it is back."""
     here = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
@@ -116,13 +123,14 @@ def test_the_stack_is_the_same_when_the_thread_is_back() -> None:
     assert {call for call in CALLS if not any(call in name for name in named)} == set()
     for wait in back:
         assert wait.preempted or wait.stack, wait
-    # The same wait has the same stack. Their begins are the same switch, read by two programs.
-    known = {(wait.tid, wait.begin_ns // 1000): wait for wait in leaving}
+    # The same wait has the same stack. Each program reads the clock itself, and the first one walks the stack between.
+    # Recorded waits of a thread begin more than LONG_WAIT_NS apart, so the nearest begin is that of the same switch.
+    known = {(wait.tid, wait.begin_ns): wait for wait in leaving}
+    begins = {tid: sorted(begin for other, begin in known if other == tid) for tid in before}
     twins = [
-        (known[key], wait)
+        (known[wait.tid, begin], wait)
         for wait in back
-        for shift in (-2, -1, 0, 1, 2)
-        if (key := (wait.tid, wait.begin_ns // 1000 + shift)) in known
+        if abs((begin := nearest(begins[wait.tid], wait.begin_ns)) - wait.begin_ns) < LONG_WAIT_NS // 2
     ]
     assert len(twins) > len(back) // 2
     unlike = {
