@@ -2,8 +2,10 @@
 """A guest on real KVM that one process saves to files and another loads: `python -m tests.truth.files ROLE PLAN`.
 
 In: a role and a `Plan`, whose address is a directory; requests on a UNIX socket there, named after the role; on stdin
-`go`, then `quit`. Out: on stdout `ready`, then one line of JSON: the delays as they were, by phase, and the length of
-fsync(2). The steps are those of Firecracker: state first, then the dirty log, then memory.
+`go`, then `quit`. Out: on stdout `ready`, then one line of JSON: the delays as they were, by phase, the length of
+fsync(2), and `whole`: by phase, how long the work took that depends on the machine, with the delay in it; `waited`: how
+long the thread that works waited for a CPU. The steps are those of Firecracker: state first, then the dirty log, then
+memory.
 """
 
 from __future__ import annotations
@@ -37,17 +39,25 @@ class Server:
         self._listener.bind(path)
         self._listener.listen(4)
 
-    def serve(self, *steps: tuple[str, object]) -> None:
+    def serve(self, *steps: tuple[str, object]) -> dict[str, int]:
+        """When each request was answered, ns."""
+        answered = {}
         for name, step in steps:
             connection, _ = self._listener.accept()
             with connection:
                 assert connection.recv(4096).split()[1] == f"/{name}".encode()
                 step()  # type: ignore[operator]
                 connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+                answered[name] = time.monotonic_ns()
+        return answered
 
 
 class Saved(Source):
     """The side that has the guest."""
+
+    whole: dict[str, int]
+    synced_ns: int
+    """When fsync(2) began. What is left until the answer is part of `sync`, too."""
 
     def files(self) -> list[Path]:
         return [Path(self.plan.address) / name for name in ("state", "memory")]
@@ -68,20 +78,24 @@ class Saved(Source):
         os.close(file)
         self.fetch(clear=False)
         self.delay("fetch.user")
+        begin = time.monotonic_ns()
         file = os.open(second, os.O_CREAT | os.O_WRONLY)
         for base, size in self.layout.values():
             for at in range(base, base + size, CHUNK):
                 if at == CHUNK:
                     self.delay("memory.send")
                 os.write(file, ctypes.string_at(self.memory(at // PAGE), CHUNK))
-        begin = time.monotonic_ns()
+        self.synced_ns = time.monotonic_ns()
+        self.whole = {"memory.send": self.synced_ns - begin}
         os.fsync(file)
-        self.injected["sync"] = time.monotonic_ns() - begin
+        self.injected["sync"] = time.monotonic_ns() - self.synced_ns
         os.close(file)
 
 
 class Loaded(Machine):
     """The side that loads it."""
+
+    whole: dict[str, int]
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -93,6 +107,7 @@ class Loaded(Machine):
         file = os.open(first, os.O_RDONLY)
         parts = [os.read(file, PAGE) for _ in range(2)]
         os.close(file)
+        begin = time.monotonic_ns()
         file = os.open(second, os.O_RDONLY)
         for base, size in self.layout.values():
             for at in range(base, base + size, CHUNK):
@@ -100,6 +115,7 @@ class Loaded(Machine):
                     self.delay("memory.load")
                 ctypes.memmove(self.memory(at // PAGE), os.read(file, CHUNK), CHUNK)
         os.close(file)
+        self.whole = {"memory.load": time.monotonic_ns() - begin}
         sizes = [kvm.SIZES[getter] for getter in STATE]
         half = sum(sizes) * len(self.vcpus) // 2
         state = parts[0][:half] + parts[1][: sum(sizes) * len(self.vcpus) - half]
@@ -123,7 +139,7 @@ def main(role: str, plan: Plan) -> None:
     signal.signal(KICK, lambda *_: None)
     signal.signal(IGNORED, lambda *_: None)
     server = Server(f"{plan.address}/{role}")
-    machine: Machine
+    machine: Saved | Loaded
     if role == "source":
         machine = saved = Saved(plan)
         for slot, (base, size) in saved.layout.items():
@@ -134,8 +150,12 @@ def main(role: str, plan: Plan) -> None:
         steps = (("load", loaded.load), ("resume", loaded.go))
     say("ready")
     assert sys.stdin.readline().strip() == "go"
-    server.serve(*steps)
-    machine.result()
+    waited = kvm.run_delay_ns()
+    answered = server.serve(*steps)
+    waited = kvm.run_delay_ns() - waited
+    if isinstance(machine, Saved):
+        machine.whole["sync"] = answered["create"] - machine.synced_ns
+    machine.result(whole=machine.whole, waited=waited)
     sys.stdin.readline()
     machine.close()
 
