@@ -224,7 +224,7 @@ class Tracer:
 
     def _accounts(self, now: int, pid: int | None = None) -> list[AnyEvent]:
         """The open batches and vCPU accounts of all threads, or of one process's."""
-        self._threads.read(self.pids)
+        self._threads.read(self.pids if pid is None else [pid])
         events: list[AnyEvent] = [*self._processes.accounts(now, pid), *self._processes.silent_vcpus(now, pid)]
         for event in events:
             if isinstance(event, VcpuState) and event.fd >= 0:
