@@ -26,7 +26,7 @@ from ebpf_mig.exporter.observation import MODES, RESULTS, ROLES, Observation, St
 from ebpf_mig.exporter.totals import Last, Totals
 from ebpf_mig.text import printable
 
-VMS = 240
+VMS = 256
 VM_CHARACTERS = 64
 SILENT_S = 5.0
 """The watch sends its state once a second. After this long without it, the watch is considered stopped."""
