@@ -58,7 +58,8 @@ class Tracer:
         """`plan`: a plan without pids that another process loaded. Otherwise the programs are loaded here, with LLVM,
         for `tier`, if wanted with `user_stacks`: the user half of the stacks of waits.
 
-        With such a plan, on a node, tcp_info is not read: it costs memory and makes arming slower.
+        With such a plan, on a node, tcp_info is not read: it costs memory and makes arming slower. Nor are the rates of
+        our own cost measured, which belong to no single VM.
         """
         self.pids = tuple(pids)
         self.attached: dict[str, str] = {}
@@ -68,6 +69,7 @@ class Tracer:
         self._user_stacks = UserStacks() if user_stacks else None
         self._plan = plan or self._load(tier)
         self._seen = plan is not None
+        self._on_node = plan is not None and not self.pids
         self._program = self._plan.program
         self._processes, self._sockets = ProcessTable(self._program), SocketTable(self._program)
         self._threads, self._stacks = ThreadNames(), Stacks(self._program)
@@ -116,9 +118,10 @@ class Tracer:
             self._user_stacks.prepare(self.pids)
         self._processes.add(self.pids)
         self._program.table("reading_process")[ctypes.c_int(0)] = ctypes.c_uint64(os.getpid())
-        alone_ns = own_rates.time_call()
+        alone_ns = 0.0 if self._on_node else own_rates.time_call()
         self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
-        self._late.append(own_rates.measure(alone_ns, self._program.run_statistics))
+        if not self._on_node:
+            self._late.append(own_rates.measure(alone_ns, self._program.run_statistics))
         self._seen = True
         if self._no_samples:
             self.attached["split"] = f"absent: {self._no_samples}"
