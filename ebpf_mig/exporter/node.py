@@ -42,6 +42,8 @@ from ebpf_mig.tracing.witness import Witness
 
 IDLE_MS = 1000
 ARMED_MS = 20
+CANDIDATES_S = 0.02
+"""So long, in each turn, VMs are traced that may be the destination of another. Signs are read in between."""
 RESCAN_S = 60.0
 """A search of /proc finds VMs of which no new thread was seen, this often."""
 RECHECKS_S = (0.05, 0.25, 1.0, 3.0, 6.0)
@@ -80,6 +82,7 @@ class NodeWatch:
         self._probe, self._tracer = load_apart(Symbols.of_kernel)
         self._tracks = Tracks(Witness, self._tracer.pending)
         self._vms: dict[int, Known] = {}
+        self._candidates: dict[int, None] = {}
         self._hops: set[int] = set()
         self._checks: list[tuple[float, int]] = []
         self._armed = False
@@ -116,7 +119,8 @@ class NodeWatch:
     def step(self) -> None:
         """One turn of the loop. Waits for signs or events, at most a second."""
         if self._tracks:
-            signs = self._probe.poll(ARMED_MS)  # events can wait; a VM that begins to migrate cannot
+            # Events can wait; a VM that begins to migrate cannot.
+            signs = self._probe.poll(0 if self._candidates else ARMED_MS)
             self._saw(self._tracer.poll(0))
         else:
             wait = IDLE_MS
@@ -128,6 +132,7 @@ class NodeWatch:
             with self._troubles.of("vm", f"a sign of process {sign.pid}"):
                 self._sign(sign)
         self._recheck()
+        self._trace_candidates()
         if self._now - self._ticked >= 1:
             self._ticked = self._now
             self._tick()
@@ -269,7 +274,7 @@ class NodeWatch:
             self._tracks.extend(one.pid, until_ns)
 
     def _suspect(self, pid: int, kind: str) -> None:
-        """Traces a VM that showed a sign, and the VMs that may be its destination."""
+        """Traces a VM that showed a sign, and soon the VMs that may be its destination."""
         known = self._vms[pid]
         known.fresh = known.fresh and discovery.is_fresh(pid)
         if pid not in self._tracks and not known.may_try() and kind != "logging":
@@ -279,9 +284,19 @@ class NodeWatch:
         self._begin(pid, kind)
         if known.fresh:
             return
-        for other, candidate in self._vms.items():
-            if candidate.fresh and other not in self._tracks and discovery.is_fresh(other):
-                self._begin(other, "candidate")
+        self._candidates |= {other: None for other, candidate in self._vms.items() if candidate.fresh}
+
+    def _trace_candidates(self) -> None:
+        """Traces some of the VMs that may be the destination of a traced one. The next sign may say which it is."""
+        until = time.monotonic() + CANDIDATES_S
+        while self._candidates and time.monotonic() < until:
+            pid = next(iter(self._candidates))
+            del self._candidates[pid]
+            known = self._vms.get(pid)
+            if self._tracks and known is not None and known.fresh and pid not in self._tracks:
+                with self._troubles.of("vm", f"process {pid}"):
+                    if discovery.is_fresh(pid):
+                        self._begin(pid, "candidate")
 
     def _begin(self, pid: int, kind: str) -> None:
         new = pid not in self._tracks
