@@ -4,7 +4,8 @@
 In: a role and a `Plan`, whose address is a directory; requests on a UNIX socket there, named after the role; on stdin
 `go`, then `quit`. Out: on stdout `ready`, then one line of JSON: the delays as they were, by phase, the length of
 fsync(2), and `whole`: by phase, how long the work took that depends on the machine, with the delay in it; `waited`: how
-long the thread that works waited for a CPU. The steps are those of Firecracker: state first, then the dirty log, then
+long the thread that works waited for a CPU; `requests`: by name, when the request was there, when its answer began and
+when it was sent (ns of CLOCK_MONOTONIC). The steps are those of Firecracker: state first, then the dirty log, then
 memory.
 """
 
@@ -39,17 +40,19 @@ class Server:
         self._listener.bind(path)
         self._listener.listen(4)
 
-    def serve(self, *steps: tuple[str, object]) -> dict[str, int]:
-        """When each request was answered, ns."""
-        answered = {}
+    def serve(self, *steps: tuple[str, object]) -> dict[str, tuple[int, int, int]]:
+        """When each request was there, when its answer began and when it was sent, ns."""
+        requests = {}
         for name, step in steps:
             connection, _ = self._listener.accept()
             with connection:
                 assert connection.recv(4096).split()[1] == f"/{name}".encode()
+                there = time.monotonic_ns()
                 step()  # type: ignore[operator]
+                begin = time.monotonic_ns()
                 connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
-                answered[name] = time.monotonic_ns()
-        return answered
+                requests[name] = there, begin, time.monotonic_ns()
+        return requests
 
 
 class Saved(Source):
@@ -151,11 +154,11 @@ def main(role: str, plan: Plan) -> None:
     say("ready")
     assert sys.stdin.readline().strip() == "go"
     waited = kvm.run_delay_ns()
-    answered = server.serve(*steps)
+    requests = server.serve(*steps)
     waited = kvm.run_delay_ns() - waited
     if isinstance(machine, Saved):
-        machine.whole["sync"] = answered["create"] - machine.synced_ns
-    machine.result(whole=machine.whole, waited=waited)
+        machine.whole["sync"] = requests["create"][-1] - machine.synced_ns
+    machine.result(whole=machine.whole, waited=waited, requests=requests)
     sys.stdin.readline()
     machine.close()
 
