@@ -290,8 +290,7 @@ class NodeWatch:
         """Traces some of the VMs that may be the destination of a traced one. The next sign may say which it is."""
         until = time.monotonic() + CANDIDATES_S
         while self._candidates and time.monotonic() < until:
-            pid = next(iter(self._candidates))
-            del self._candidates[pid]
+            pid, _ = self._candidates.popitem()  # the newest: a destination is started for its migration
             known = self._vms.get(pid)
             if self._tracks and known is not None and known.fresh and pid not in self._tracks:
                 with self._troubles.of("vm", f"process {pid}"):
