@@ -30,6 +30,8 @@ left, right = socket.socketpair()
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 os.truncate(file, 1 << 16)
 left_fd, k = left.fileno(), b"x" * 1024
+class Vector(ctypes.Structure):  # here, since Python 3.14 reads a module's file for it
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 print("ready", flush=True)
 sys.stdin.readline()
 moved = []
@@ -47,8 +49,6 @@ moves("file", 0, os.writev(file, [k, k]), vectors=True)
 moves("file", 0, os.pwritev(file, [k] * 3, 0), vectors=True)
 moves("file", 1, os.readv(file, [bytearray(9 << 10)]), vectors=True)
 moves("file", 1, os.preadv(file, [bytearray(10 << 10)], 0), vectors=True)
-class Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 room, libc = ctypes.create_string_buffer(11 << 10), ctypes.CDLL(None)
 vector = ctypes.byref(Vector(ctypes.addressof(room), 11 << 10))
 moves("file", 0, libc.pwritev(file, vector, 1, ctypes.c_long(0)), vectors=True)  # Python's is pwritev2
