@@ -157,7 +157,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
 DISTURBED = Path(__file__).parent / "integration"
 """Tests with real VMs and clocks. Another process of the machine can take the CPU from a witness at any instant."""
 CROWDED = "test_exporter_limits.py"
-"""The exporter's test that does not wait: 300 processes of it are examined at once."""
+"""Tests of the exporter that need the CPUs: it examines 300 new processes at once."""
 MOST_RERUNS = 6
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
 LAB = (*TRACING[:-1], "QEMU")
