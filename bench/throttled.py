@@ -4,12 +4,14 @@
 In: a number of runs. Out: a Markdown table on stdout, and the worst run. Exit code 1 if a window begins more than 1 ms
 from QEMU's change of the run state, which directly precedes its kicks (system/cpus.c, `do_vm_stop`). QMP's STOP comes
 later, after all vCPUs have stopped and the devices' handlers have run. How much of that time the threads that stop the
-guest could run and had no CPU is the scheduler's figure; it is in a column of its own.
+guest could run and had no CPU is the scheduler's figure; it is in a column of its own. With --real-time QEMU's threads
+get a CPU before all others (SCHED_RR), so that STOP's timestamp is a prompt witness.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +19,14 @@ from pathlib import Path
 from ebpf_mig.analysis.spans import merged
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import Mark, OffCpu, RunDelay
+from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
 from tests.integration.migrations import CONVERGING, THROTTLE_AT_ONCE, Traced, first, migrate
 
 BOUND_NS = 1_000_000
+
+_REAL_TIME = """#!/bin/sh
+exec chrt --rr 1 {binary} "$@"
+"""
 
 
 def stop_after_request(run: Traced) -> int:
@@ -45,10 +52,19 @@ def without_cpu(run: Traced) -> int:
     return sum(until - since for since, until in merged(span for span in cut if span[0] < span[1]))
 
 
+def real_time(directory: Path, binary: str) -> str:
+    """A program that runs that QEMU with real-time priority (sched(7), SCHED_RR)."""
+    path = directory / "qemu-real-time"
+    path.write_text(_REAL_TIME.format(binary=shlex.quote(binary)))
+    path.chmod(0o755)
+    return str(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--vmm-binary")
+    parser.add_argument("--vmm-binary", default=DEFAULT_BINARY)
+    parser.add_argument("--real-time", action="store_true", help="QEMU's threads get a CPU before all others")
     options = parser.parse_args()
     print("| run | run state before the request ms | STOP after it ms | without a CPU ms | window ms ", end="")
     print("| throttled ms | right before ms |")
@@ -56,7 +72,10 @@ def main() -> int:
     found, stops, busy = [], [], []
     for number in range(1, options.runs + 1):
         with tempfile.TemporaryDirectory() as directory:
-            run = migrate(Path(directory), CONVERGING, binary=options.vmm_binary, extra=THROTTLE_AT_ONCE)
+            binary = options.vmm_binary
+            if options.real_time:
+                binary = real_time(Path(directory), binary)
+            run = migrate(Path(directory), CONVERGING, binary=binary, extra=THROTTLE_AT_ONCE)
             changed = first(run.source_trace, "runstate_set", "finish-migrate")
         found.append(run.origin_ns - changed.at_ns)
         stops.append(stop_after_request(run))
