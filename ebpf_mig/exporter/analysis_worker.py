@@ -30,7 +30,7 @@ IDLE_S = 10.0
 PATIENCE_S = 100
 """Time-out of one analysis, in seconds. The largest recordings take a few."""
 MEMORY_BYTES = 2 << 30
-"""Limit of the address space. `tracker.KEPT_EVENTS` of the largest events take a quarter of it."""
+"""Limit of the address space. `track.KEPT_EVENTS` of the largest events take a quarter of it."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

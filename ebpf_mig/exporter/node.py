@@ -8,7 +8,6 @@ end migrations that are over; disarm. It never calls a VMM.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import fnmatch
 import logging
@@ -20,12 +19,13 @@ from collections.abc import Callable
 import msgspec
 
 from ebpf_mig.exporter import discovery
+from ebpf_mig.exporter.accounts import Accounts
 from ebpf_mig.exporter.analysis_queue import Analysis, Case
 from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.known import BURST, Known
 from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.exporter.messages import Answer
-from ebpf_mig.exporter.observation import DELAYS_S, Status
+from ebpf_mig.exporter.observation import Status
 from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.track import as_of
@@ -85,14 +85,7 @@ class NodeWatch:
         self._candidates: dict[int, None] = {}
         self._hops: set[int] = set()
         self._checks: list[tuple[float, int]] = []
-        self._armed = False
-        self._armed_at = 0.0
-        self._armed_s = 0.0
-        self._losses: tuple[dict[str, int], dict[str, int]] = ({}, {})
-        self._lost_total: dict[str, int] = {}
-        self._run_ns: dict[str, int] = {}
-        self._triggers: dict[str, dict[str, int]] = {}
-        self._delays, self._delay_s = [0] * (len(DELAYS_S) + 1), 0.0
+        self._accounts = Accounts()
         self._kept = (0, 0)
         self._rescanned = self._ticked = 0.0
         self._now = time.monotonic()
@@ -158,20 +151,20 @@ class NodeWatch:
 
     def status(self) -> Status:
         """The state of the watch."""
-        armed_now = self._now - self._armed_at if self._armed else 0.0
+        accounts = self._accounts
         errors, limits = self._troubles.counts()
         return Status(
             run=self._run,
             vms=len(self._vms),
-            armed=self._armed,
-            armed_seconds=self._armed_s + armed_now,
-            triggers={kind: dict(outcomes) for kind, outcomes in self._triggers.items()},
-            delays=self._delays[:],
-            delay_seconds=self._delay_s,
+            armed=accounts.armed,
+            armed_seconds=accounts.armed_s(self._now),
+            triggers={kind: dict(outcomes) for kind, outcomes in accounts.triggers.items()},
+            delays=accounts.delays[:],
+            delay_seconds=accounts.delay_s,
             attached=dict(self._probe.attached),
             trigger=self._probe.trigger,
-            lost=self._lost_total | {"sign": self._probe.lost()},
-            run_seconds={name: ns / 1e9 for name, ns in self._run_ns.items()},
+            lost=accounts.lost | {"sign": self._probe.lost()},
+            run_seconds={name: ns / 1e9 for name, ns in accounts.run_ns.items()},
             errors=errors,
             limits=limits,
             recordings=self._kept[0],
@@ -208,9 +201,7 @@ class NodeWatch:
             if sign.kind == "exec":
                 self._tracks.replaced(sign.pid, sign.at_ns)
             if not known and sign.pid in self._tracks:
-                delay = (clock.monotonic_ns() - sign.at_ns) / 1e9
-                self._delays[bisect.bisect_left(DELAYS_S, delay)] += 1
-                self._delay_s += delay
+                self._accounts.delayed((clock.monotonic_ns() - sign.at_ns) / 1e9)
 
     def _recheck(self) -> None:
         due = {pid for at, pid in self._checks if at <= self._now}
@@ -278,7 +269,7 @@ class NodeWatch:
         known = self._vms[pid]
         known.fresh = known.fresh and discovery.is_fresh(pid)
         if pid not in self._tracks and not known.may_try() and kind != "logging":
-            self._count(kind, "suppressed")
+            self._accounts.count(kind, "suppressed")
             return
         _log.debug("process %d: %s", pid, kind)
         self._begin(pid, kind)
@@ -302,9 +293,9 @@ class NodeWatch:
         if new and len(self._tracks.pids) >= (TRACED if kind in PLAIN else TRACED - RESERVED):
             self._troubles.exceeded("traced", TRACED)
             return
-        if not self._armed:
+        if not self._accounts.armed:
             self._tracer.arm()
-            self._armed, self._armed_at = True, self._now
+            self._accounts.arm(self._now)
         if new:
             try:
                 self._tracer.add(pid)
@@ -316,10 +307,9 @@ class NodeWatch:
 
     def _rest(self) -> None:
         """Disarms if nothing is traced."""
-        if self._armed and not self._tracks:
-            self._armed = False
+        if self._accounts.armed and not self._tracks:
+            self._accounts.disarm(self._now)
             self._tracer.disarm()
-            self._armed_s += self._now - self._armed_at
 
     def _end(self, ended: Ended) -> None:
         rest: list[AnyEvent] = []
@@ -338,9 +328,9 @@ class NodeWatch:
         gone = [*(pid for pid in ended.pids if pid not in self._tracks), *unused]
         rest += [event for event in late if pid_of(event) in gone]
         self._saw(late)
-        lost, unpaired, run_ns = self._account()
+        lost, unpaired, run_ns = self._accounts.since_last(self._tracer.losses(), self._tracer.own_cost()[0])
         self._rest()
-        self._count(ended.trigger, "nothing" if ended.reason == "nothing" else "migration")
+        self._accounts.count(ended.trigger, "nothing" if ended.reason == "nothing" else "migration")
         _log.debug("processes %s: %s after %s", ended.pids, ended.reason, ended.trigger)
         if ended.reason == "nothing":
             return
@@ -364,23 +354,3 @@ class NodeWatch:
         return (
             found if until_ns is None else [known for event in found if (known := as_of(event, until_ns)) is not None]
         )
-
-    def _account(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        """(lost, unpaired, run time in ns) since the last call, of all traced VMs together."""
-        losses = self._tracer.losses()
-        lost, unpaired = (_since(now, before) for now, before in zip(losses, self._losses, strict=True))
-        self._losses = losses
-        for name, number in lost.items():
-            self._lost_total[name] = self._lost_total.get(name, 0) + number
-        runtime = self._tracer.own_cost()[0]
-        since = _since(runtime, self._run_ns)
-        self._run_ns |= runtime
-        return lost, unpaired, since
-
-    def _count(self, kind: str, outcome: str) -> None:
-        outcomes = self._triggers.setdefault(kind, {})
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-
-
-def _since(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    return {name: n - before.get(name, 0) for name, n in now.items() if n > before.get(name, 0)}

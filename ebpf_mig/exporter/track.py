@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of one migration, or of one sign that may be a migration, and what single events say of it.
 
-In: events of its processes. Out: a `Track`, which `tracker.py` begins, feeds, merges and ends.
+In: events of its processes. Out: a `Track`, which `tracker.py` begins, links and ends, and `taking.py` feeds.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from ebpf_mig.analysis.reception import LOADED_BYTES, STREAM_BYTES
 from ebpf_mig.analysis.vcpu import IMMEDIATE_NS
-from ebpf_mig.linux import kvm
-from ebpf_mig.recording.events import RECEIVE, AnyEvent, Ioctl, Transfer, VcpuEnter, VcpuExit, VcpuState
-from ebpf_mig.tracing.lifecycle import LARGE_BYTES, MigrationWatch
+from ebpf_mig.recording.events import AnyEvent, Transfer, VcpuEnter, VcpuExit, VcpuState
+from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.witness import Witness
 
+PROBATION_NS = 2_000_000_000
+"""How long a VM is traced after a sign. A destination may wait this long between two bursts."""
+UNPROVEN_NS = 600_000_000_000
+"""A VM that sends in bursts is traced at most this long: its first pass may be long, or its disk is busy."""
+KEPT_EVENTS = 300_000
+"""Events held of one migration. Beyond it, the earliest transfers are dropped: they only add to pre-copy totals."""
 FILLED_BYTES = 1 << 20
 """A VM that received this much from another VM is its destination."""
-SLOTS = 3
-"""A display fetches the dirty logs of fewer memslots than this."""
 
 
 @dataclass
@@ -67,6 +69,49 @@ class Track:
         """Whether one VM fills another that has not run. This holds even if the beginning was missed."""
         return len(self.pids) > 1 and any(self.received.get(pid, 0) >= FILLED_BYTES for pid in self.fresh)
 
+    def merge(self, other: Track) -> None:
+        """Takes the other half of its migration in."""
+        self.pids += other.pids
+        self.events += other.events
+        self.begin_ns = min(self.begin_ns, other.begin_ns)
+        self.fresh |= other.fresh
+        self.logging |= other.logging
+        self.watch_again()
+        self.restored |= other.restored
+        self.ran |= other.ran
+        self.stopped |= other.stopped
+        self.saved |= other.saved
+        self.fetched |= other.fetched
+        self.received |= other.received
+        self.fetchers |= other.fetchers
+        self.streamed += other.streamed
+        self.handed |= other.handed
+        if self.witness is not None and other.witness is not None:
+            self.witness.merge(other.witness)
+        self.passed_on += other.passed_on
+        self.thinned += other.thinned
+        self.until_ns = max(self.until_ns, other.until_ns)
+
+    def watch_again(self) -> None:
+        """Its events are no longer those that its watch saw."""
+        self.watch = MigrationWatch(self.pids)
+        self.watch.saw(self.events)
+        for pid in self.logging:
+            self.watch.missed_beginning(pid)
+
+    def thin(self) -> None:
+        """Drops the earlier half of the transfers."""
+        transfers = sum(isinstance(event, Transfer) for event in self.events)
+        left = transfers // 2
+        kept: list[AnyEvent] = []
+        for event in self.events:
+            if left and isinstance(event, Transfer):
+                left -= 1
+            else:
+                kept.append(event)
+        self.thinned += len(self.events) - len(kept)
+        self.events = kept
+
 
 def has_run(track: Track, pid: int) -> bool:
     """Whether its guest has run: not if each entry into KVM_RUN returned at once, for an old kick."""
@@ -90,53 +135,3 @@ def as_of(event: AnyEvent, at_ns: int) -> AnyEvent | None:
     if event.runs <= 1 and not event.out_ns:
         return None
     return replace(event, at_ns=at_ns, enter_ns=0, exit_ns=0)
-
-
-def switches_on(event: Ioctl) -> bool:
-    """Whether RAM is logged from now on. A display logs one small slot only, a migration all slots."""
-    return event.cmd in kvm.MEMSLOT and event.size >= LARGE_BYTES and bool(event.flags & kvm.MEM_LOG_DIRTY_PAGES)
-
-
-def take_ioctl(track: Track, event: Ioctl) -> None:
-    if switches_on(event):
-        track.logging.add(event.pid)
-    if event.cmd in kvm.DIRTY_LOG:
-        track.fetched.add((event.pid, event.slot))
-        track.fetchers.add((event.pid, event.tid))
-    if event.pid in track.stopped and kvm.name_of(event.cmd) in kvm.VCPU_STATE_GET:
-        track.saved.add(event.pid)
-    if kvm.name_of(event.cmd) in kvm.VCPU_STATE_SET:
-        track.restored.add(event.pid)
-
-
-def take_transfer(track: Track, event: Transfer) -> None:
-    if event.direction == RECEIVE:
-        track.received[event.pid] = track.received.get(event.pid, 0) + event.bytes
-        return
-    if event.bytes >= STREAM_BYTES * event.calls and any(pid == event.pid for pid, _ in track.fetchers):
-        track.streamed[event.pid, event.tid] += event.bytes
-    if event.pid in track.stopped - track.fresh and (event.pid, event.tid) in track.fetchers:
-        track.handed[event.pid] = track.handed.get(event.pid, 0) + event.bytes
-
-
-def found_out(track: Track) -> set[int]:
-    """Sources whose beginning was missed.
-
-    They send the stream, and the thread that fetches dirty logs does so itself, or others do, for many slots (multifd).
-    Or they are stopped, their registers are read, and the thread that fetches sends. Nobody sends where the rate of
-    dirty pages is measured. A display is served by the main thread, which fetches few slots and may send pictures.
-    """
-    suspects = {pid for pid, _ in track.fetchers} - track.logging
-    return {pid for pid in suspects if _streams(track, pid) or (pid in track.saved and _handed(track, pid))}
-
-
-def _streams(track: Track, pid: int) -> bool:
-    slots = sum(one == pid for one, _ in track.fetched)
-    senders = {tid for (one, tid), size in track.streamed.items() if one == pid and size >= LOADED_BYTES}
-    if slots >= SLOTS and senders - {pid}:
-        return True
-    return any(pid == one and tid in senders and (tid != pid or slots >= SLOTS) for one, tid in track.fetchers)
-
-
-def _handed(track: Track, pid: int) -> bool:
-    return track.handed.get(pid, 0) >= LOADED_BYTES

@@ -18,20 +18,12 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from ebpf_mig.exporter.halves import other_half
-from ebpf_mig.exporter.track import Track, found_out, has_run, switches_on, take_ioctl, take_transfer
-from ebpf_mig.recording.events import PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.exporter.taking import switches_on, take
+from ebpf_mig.exporter.track import KEPT_EVENTS, PROBATION_NS, Track, has_run
+from ebpf_mig.recording.events import PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS, MigrationWatch
 from ebpf_mig.tracing.witness import Witness
-
-PROBATION_NS = 2_000_000_000
-"""How long a VM is traced after a sign. A destination may wait this long between two bursts."""
-UNPROVEN_NS = 600_000_000_000
-"""A VM that sends in bursts is traced at most this long: its first pass may be long, or its disk is busy."""
-BURST_BYTES = 64 << 10
-"""A VM that moves this much at a time may be migrating."""
-KEPT_EVENTS = 300_000
-"""Events held of one migration. Beyond it, the earliest transfers are dropped: they only add to pre-copy totals."""
 
 
 @dataclass
@@ -125,7 +117,7 @@ class Tracks:
         if track is None or at_ns >= track.begin_ns or any(isinstance(e, Exec) and e.pid == pid for e in track.events):
             return
         track.events.insert(0, Exec(at_ns, pid, had_vm=1))
-        self._watch_again(track)
+        track.watch_again()
 
     def _new(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> Track:
         news, witness = {pid} if fresh else set(), self._witness([pid]) if self._witness else None
@@ -209,13 +201,13 @@ class Tracks:
         for at, event in enumerate(batch):
             if isinstance(event, Ioctl) and switches_on(event):
                 self._await(pid, batch[begin:at])
-                self._take(self._by_pid[pid], batch[begin:at], now_ns)
+                take(self._by_pid[pid], batch[begin:at], now_ns)
                 begin = at
                 reason = self._by_pid[pid].watch.passed(pid)
                 if reason is not None:
                     self._begin_again(pid, reason, event.begin_ns, now_ns)
         self._await(pid, batch[begin:])
-        self._take(self._by_pid[pid], batch[begin:], now_ns)
+        take(self._by_pid[pid], batch[begin:], now_ns)
 
     def _await(self, pid: int, batch: list[AnyEvent]) -> None:
         """The first run of its guest belongs to the migration before, too."""
@@ -271,57 +263,6 @@ class Tracks:
             return "lost-sight"
         return reason
 
-    def _take(self, track: Track, batch: list[AnyEvent], now_ns: int) -> None:
-        track.events += batch
-        track.watch.saw(batch)
-        burst = 0
-        for event in batch:
-            if isinstance(event, Ioctl):
-                track.last_ns = now_ns
-                take_ioctl(track, event)
-            elif isinstance(event, VcpuEnter):
-                track.ran.add(event.pid)
-                track.stopped.discard(event.pid)
-                track.saved.discard(event.pid)
-                track.handed.pop(event.pid, None)
-            elif isinstance(event, VcpuExit):
-                track.stopped.add(event.pid)
-            elif isinstance(event, Exec):
-                track.last_ns = now_ns
-                for pids in (track.restored, track.ran, track.stopped, track.saved):
-                    pids.discard(event.pid)
-                track.fetched = {(pid, slot) for pid, slot in track.fetched if pid != event.pid}
-                track.fetchers = {(pid, tid) for pid, tid in track.fetchers if pid != event.pid}
-            elif isinstance(event, Transfer) and not track.watch.is_of_a_file(event):
-                burst += event.bytes
-                take_transfer(track, event)
-        if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
-            track.last_ns = now_ns
-            track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)
-        track.logging |= track.watch.sources & set(track.pids)
-        for pid in found_out(track):
-            track.logging.add(pid)
-            track.watch.missed_beginning(pid)
-        if track.between_vms and not track.logging:
-            for pid in set(track.pids) - track.fresh:
-                track.logging.add(pid)
-                track.watch.missed_beginning(pid)
-        if len(track.events) > KEPT_EVENTS:
-            self._thin(track)
-
-    def _thin(self, track: Track) -> None:
-        """Drops the earlier half of the transfers."""
-        transfers = sum(isinstance(event, Transfer) for event in track.events)
-        left = transfers // 2
-        kept: list[AnyEvent] = []
-        for event in track.events:
-            if left and isinstance(event, Transfer):
-                left -= 1
-            else:
-                kept.append(event)
-        track.thinned += len(track.events) - len(kept)
-        track.events = kept
-
     def _link(self, event: Socket) -> None:
         """Merges two tracks that have one end of a connection each, unless it was made for the next migration."""
         own = event.pid, event.at_ns
@@ -337,36 +278,9 @@ class Tracks:
             self._merge(first, second)
 
     def _merge(self, first: Track, second: Track) -> None:
-        first.pids += second.pids
-        first.events += second.events
-        first.begin_ns = min(first.begin_ns, second.begin_ns)
-        first.fresh |= second.fresh
-        first.logging |= second.logging
-        self._watch_again(first)
-        first.restored |= second.restored
-        first.ran |= second.ran
-        first.stopped |= second.stopped
-        first.saved |= second.saved
-        first.fetched |= second.fetched
-        first.received |= second.received
-        first.fetchers |= second.fetchers
-        first.streamed += second.streamed
-        first.handed |= second.handed
-        if first.witness is not None and second.witness is not None:
-            first.witness.merge(second.witness)
-        first.passed_on += second.passed_on
-        first.thinned += second.thinned
-        first.until_ns = max(first.until_ns, second.until_ns)
+        first.merge(second)
         for pid in second.pids:
             self._by_pid[pid] = first
-
-    @staticmethod
-    def _watch_again(track: Track) -> None:
-        """Its events are no longer those that its watch saw."""
-        track.watch = MigrationWatch(track.pids)
-        track.watch.saw(track.events)
-        for pid in track.logging:
-            track.watch.missed_beginning(pid)
 
     def _forget(self, track: Track) -> None:
         for pid in track.pids:

@@ -9,12 +9,13 @@ import pytest
 from msgspec.structs import replace
 
 from ebpf_mig.exporter import tracker as module
-from ebpf_mig.exporter.tracker import PROBATION_NS, SILENCE_NS, UNPROVEN_NS, Ended, Tracks
+from ebpf_mig.exporter.track import PROBATION_NS, UNPROVEN_NS
+from ebpf_mig.exporter.tracker import Ended, Tracks
 from ebpf_mig.linux import kvm
 from ebpf_mig.linux.procfs import PLACED
 from ebpf_mig.recording.events import FILE, PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import KINDS
-from ebpf_mig.tracing.lifecycle import QUIET_NS
+from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS
 
 SOURCE, DESTINATION, OTHER = 10, 20, 30
 MS, S = 10**6, 10**9
