@@ -94,6 +94,8 @@ class Progress:
     def _transfer(self, event: Transfer) -> None:
         if event.direction != SEND or not self._begin or self._watch.is_of_a_file(event):
             return
+        if event.end_ns <= self._begin:  # a batch of before, which its thread ended with its next call
+            return
         self._now = max(self._now, event.end_ns)
         self._bytes += event.bytes
         self._sent.append((event.begin_ns, event.end_ns, event.bytes))
@@ -157,13 +159,12 @@ class Progress:
 def _rate(moved: deque[_Moved], begin: int, now: int) -> int:
     """Bytes a second over the last `RATE_NS`, or since `begin`. Older entries are removed.
 
-    A batch of calls that was begun earlier counts with its share: it can be a tenth of the stretch long.
+    A batch of calls that was begun earlier counts with its share: it can be a tenth of the stretch long. Entries are
+    not in order: the kernel half ends a batch when its thread calls again, which can be a second later.
     """
     since = max(begin, now - RATE_NS)
-    while moved and moved[0][1] <= since:
-        moved.popleft()
-    parts = (
-        count * (end - max(first, since)) // max(1, end - first) if first < end else count
-        for first, end, count in moved
-    )
+    for _ in range(len(moved)):
+        if (one := moved.popleft())[1] > since:
+            moved.append(one)
+    parts = (count * (end - max(first, since)) // max(1, end - first) for first, end, count in moved)
     return sum(parts) * _S // max(1, now - since)

@@ -18,7 +18,10 @@ import pytest
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Transfer
 from ebpf_mig.recording.file import read_recording
+from ebpf_mig.tracing.lifecycle import MigrationWatch
+from ebpf_mig.tracing.progress import Progress
 from tests.conftest import TRACING, requires
+from tests.integration.migrations import CONVERGING, THROTTLE_AT_ONCE, migrate
 
 pytestmark = requires(*TRACING)
 SLOW = [
@@ -89,6 +92,24 @@ def test_a_terminal_shows_the_passes_and_nothing_while_the_guest_is_stopped(tmp_
     assert any(at < window[0] for at, _ in shown)
     rest = "".join(text for at, text in written if at > window[1])
     assert "\r\x1b[K" in rest.partition("recording:")[0]  # the line is cleared before the next message
+
+
+def test_no_rate_is_wrong_while_the_guest_is_throttled(tmp_path: Path) -> None:
+    """Threads of a throttled vCPU end their batches late. The line after each record, beside what QEMU was told."""
+    events = list(migrate(tmp_path, CONVERGING, extra=THROTTLE_AT_ONCE).recording.events)
+    watch = MigrationWatch({event.pid for event in events if isinstance(event, Ioctl)})
+    progress, steady = Progress(watch), []
+    for event in events:
+        watch.saw([event])
+        progress.saw([event])
+        if isinstance(event, Transfer) and (text := progress.line()):
+            found = LINE.match(text)
+            assert found or re.match(r"0\.\d s, pass 1; [\d.]+ (K?i?B)/s sent; ", text), text
+            if found and float(found[1]) > 1.2:
+                steady.append(float(found[3]))
+    limit = CONVERGING.bandwidth_bytes / (1 << 20)
+    assert statistics.median(steady) == pytest.approx(limit, rel=0.1)
+    assert max(steady) < 11 * (limit / 10 + BUFFER) + ROUNDED
 
 
 def test_without_a_terminal_there_is_a_line_every_two_seconds(tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import FILE, AnyEvent, Ioctl, Kick, Socket, Transfer, VcpuEnter, VcpuExit, VcpuSpan
+from ebpf_mig.recording.file import read_recording
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.progress import Progress
 
 SRC, MIGRATION, MS, MIB = 10, 12, 1_000_000, 1 << 20
 RAM, VGA = 1, 2
+RECORDINGS = sorted((Path(__file__).parents[2] / "data").glob("*-54-*.rec"))
 
 
 def logging(slot: int, bytes_: int) -> Ioctl:
@@ -75,6 +79,25 @@ def test_two_slots_are_one_pass_and_the_first_pass_has_no_dirty_rate() -> None:
 def test_whether_it_converges(share: float, words: str) -> None:
     """The next pass takes `share` of the time of this one, and so on, until one takes less than 0.3 s."""
     assert after(*passes(share)).line() == words
+
+
+def test_a_batch_that_ended_long_ago_is_no_send_of_now() -> None:
+    """The kernel half ends a thread's batch when that thread calls again: here the monitor's, 1.5 s later."""
+    events = [fetch(1000), sent(2400, 50 * MIB), sent(2900, 50 * MIB), sent(1500, MIB), sent(900, MIB)]
+    assert after(*events).line() == "1.9 s, pass 1; 100.0 MiB/s sent; 101.0 MiB so far"
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_no_rate_of_a_real_migration_is_below_zero(path: Path) -> None:
+    """Real records in the order in which they came. Some came late."""
+    events = list(read_recording(path).events)
+    watch = MigrationWatch({event.pid for event in events if isinstance(event, Ioctl)})
+    progress = Progress(watch)
+    for event in events:
+        watch.saw([event])
+        progress.saw([event])
+        if isinstance(event, Transfer):
+            assert " -" not in progress.line()
 
 
 def test_the_display_fetched_by_another_thread_is_no_pass() -> None:
