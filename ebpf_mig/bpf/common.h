@@ -188,6 +188,38 @@ static __always_inline const void *user_regs(void)
 #endif
 }
 
+/*
+ * What a program gets where no event may be missed: see preemptible_tracepoints in probes/attach.py. The layouts of trace
+ * events are those of their `format` files, events/raw_syscalls and events/kvm in tracefs; user space relies on them.
+ */
+#if TRACE_EVENTS
+struct call_begins {
+	u64 common;
+	s64 nr;
+};
+struct call_ends {
+	u64 common;
+	s64 nr, ret;
+};
+struct userspace_exit {
+	u64 common;
+	u32 reason;
+	s32 error;
+};
+#define CALL_NUMBER(ctx) ((u64)(ctx)->nr)
+#define CALL_RETURNED(ctx) ((ctx)->ret)
+#define CALL_REGS(ctx) user_regs()
+#define EXIT_ERROR(ctx) ((ctx)->error)
+#else
+#define call_begins bpf_raw_tracepoint_args		/* regs, nr */
+#define call_ends bpf_raw_tracepoint_args		/* regs, ret */
+#define userspace_exit bpf_raw_tracepoint_args		/* reason, errno */
+#define CALL_NUMBER(ctx) ((ctx)->args[1])
+#define CALL_RETURNED(ctx) ((s64)(ctx)->args[1])
+#define CALL_REGS(ctx) ((const void *)(ctx)->args[0])
+#define EXIT_ERROR(ctx) ((s32)(ctx)->args[1])
+#endif
+
 /* The struct file behind a descriptor of the current task, or 0. */
 static __always_inline u64 file_of(u64 fd)
 {

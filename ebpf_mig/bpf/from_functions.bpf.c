@@ -105,10 +105,10 @@ TRACED_PROGRAM(on_kvm_ioctl_kretprobe, void)
 }
 
 /* kvm_userspace_exit: reason, errno; once for each return of KVM_RUN. */
-TRACED_PROGRAM(on_kvm_userspace_exit, struct bpf_raw_tracepoint_args)
+TRACED_PROGRAM(on_kvm_userspace_exit, struct userspace_exit)
 {
 	u64 enter = 0;
-	s64 ret = (s32)ctx->args[1];
+	s64 ret = EXIT_ERROR(ctx);
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;

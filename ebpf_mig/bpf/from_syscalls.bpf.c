@@ -75,20 +75,22 @@ static __always_inline void choose_end(struct call_args *c)
  * Most calls are irrelevant: they are rejected by number, then by request, before any lookup. `nr` is never stale:
  * the exit after an entry resets it.
  */
-static __always_inline void sys_enter(struct bpf_raw_tracepoint_args *ctx, u64 pid_tgid, u64 nr)
+static __always_inline void sys_enter(struct call_begins *ctx, u64 pid_tgid, u64 nr)
 {
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;
+	const void *regs;
 	u64 now, socket;
 
 	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) &&
 	    (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
 		return;
-	read_args((const void *)ctx->args[0], &c);
+	regs = CALL_REGS(ctx);
+	read_args(regs, &c);
 	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
 		return;
-	if (file_call(nr) && !takes_time(&c, (const void *)ctx->args[0]))
+	if (file_call(nr) && !takes_time(&c, regs))
 		return;
 	s = this_thread(pid_tgid);
 	p = needs_process(nr, c.a1) ? this_process(pid_tgid) : 0;
@@ -116,14 +118,14 @@ static __always_inline void sys_enter(struct bpf_raw_tracepoint_args *ctx, u64 p
 		s->descriptors = passed((const void *)c.a1);
 }
 
-int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
+int on_sys_enter(struct call_begins *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid(), began;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return not_traced(true);
 	began = bpf_ktime_get_ns();
-	sys_enter(ctx, pid_tgid, ctx->args[1]);
+	sys_enter(ctx, pid_tgid, CALL_NUMBER(ctx));
 	return traced(began, true);
 }
 
@@ -146,16 +148,16 @@ static __always_inline struct thread_state *first_exit(u64 pid_tgid, const void 
 	return s;
 }
 
-TRACED_PROGRAM(on_sys_exit, struct bpf_raw_tracepoint_args)
+TRACED_PROGRAM(on_sys_exit, struct call_ends)
 {
 	u64 now, nr;
-	s64 ret = ctx->args[1];
+	s64 ret = CALL_RETURNED(ctx);
 	struct process_state *p;
 	struct thread_state *s;
 
 	s = known_thread(pid_tgid);
 	if (!KVM_FUNCTIONS && (!s || !s->seen))
-		s = first_exit(pid_tgid, (const void *)ctx->args[0]);
+		s = first_exit(pid_tgid, CALL_REGS(ctx));
 	if (!s || !s->nr || (KVM_FUNCTIONS && s->nr == NR_ioctl + 1))
 		return;
 	now = bpf_ktime_get_ns();

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""perf_event_open(2): probes on kernel functions, and a sampling clock on one thread.
+"""perf_event_open(2): probes on kernel functions, tracepoints, and a sampling clock on one thread.
 
-In: the name of a function, or a thread id, and a loaded BPF program. Out: perf events that run the program. Closing
-them, or the end of this process, removes everything. bcc's own kprobes would leave entries in tracefs if the process is
-killed.
+In: the name of a function or tracepoint, or a thread id, and a loaded BPF program. Out: perf events that run the
+program. Closing them, or the end of this process, removes everything. bcc's own kprobes would leave entries in tracefs
+if the process is killed.
 Layout: include/uapi/linux/perf_event.h (`struct perf_event_attr`), Linux 5.10 and later.
 """
 
@@ -27,6 +27,8 @@ _ATTR_BYTES = 112
 _DISABLED, _EXCLUDE_USER = 1, 1 << 4
 _CLOEXEC = 8
 _SOFTWARE, _CPU_CLOCK = 1, 0
+_TRACEPOINT = 2
+_TRACEFS = (Path("/sys/kernel/tracing/events"), Path("/sys/kernel/debug/tracing/events"))
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -120,6 +122,32 @@ class KprobeEvent:
             if fd >= 0:
                 os.close(fd)
         self._link = self.fd = -1
+
+
+def has_trace_event(name: str) -> bool:
+    """Whether `attach_trace_event` can find the event: tracefs is mounted and readable, and has it."""
+    return _trace_event(name) >= 0
+
+
+def _trace_event(name: str) -> int:
+    """The number of an event of tracefs, -1 if it cannot be read."""
+    for events in _TRACEFS:
+        with contextlib.suppress(OSError):
+            return int((events / name / "id").read_text())
+    return -1
+
+
+def attach_trace_event(program: int, name: str) -> int:
+    """Runs `program` at a tracepoint such as `raw_syscalls/sys_enter` until the result is closed; OSError if refused.
+
+    The program runs on every CPU, and the event need not be enabled (perf_trace_run_bpf_submit, kernel/events/core.c).
+    While it is open, the tracepoint fires; the link keeps it open. Needs links (Linux 5.15).
+    """
+    event = _open((0, "I", _TRACEPOINT), (8, "Q", _trace_event(name)), (40, "Q", _DISABLED), cpu=0)
+    try:
+        return bpf.link_perf_event(program, event)
+    finally:
+        os.close(event)
 
 
 class ThreadClock:

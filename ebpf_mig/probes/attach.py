@@ -10,15 +10,18 @@ again after it was attached.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.capabilities import require_tracing
+from ebpf_mig.linux.perf import has_trace_event
 from ebpf_mig.probes import selftest
-from ebpf_mig.probes.hook import TRACEPOINT, Hook
+from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
 from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
-from ebpf_mig.probes.loader import Program, require_bcc
+from ebpf_mig.probes.loader import SAMPLING, Program, require_bcc
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.plan import SAMPLER, Plan, PlanDescription
 from ebpf_mig.probes.records import CONTRACT
@@ -28,6 +31,10 @@ from ebpf_mig.probes.tiers import AUTO, NAMES, Choice, Chooser
 FAMILY = "trace.bpf.c"
 KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
 _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))
+_CALLS = (Hook(TRACEPOINT, "sys_enter", "on_sys_enter"), Hook(TRACEPOINT, "sys_exit", "on_sys_exit"))
+_SUBSYSTEMS = {"kvm_userspace_exit": "kvm", "sys_enter": "raw_syscalls", "sys_exit": "raw_syscalls"}
+"""Directories in tracefs of the tracepoints of which no event may be missed."""
+_PREEMPTIBLE_SINCE = 7
 
 
 def load(
@@ -49,6 +56,7 @@ def load(
         tracepoints = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
         require_bcc()
         choice, chooser = _choose(tier, statistics, again=not pids)
+        choice = replace(choice, trace_events=bool(pids) and preemptible_tracepoints())
         with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
             hooks = tuple(_hooks(choice, tracepoints))
             beside()
@@ -66,7 +74,7 @@ def load(
 def _load_sampler(program: Program) -> tuple[str, int]:
     """(tier of the signal `split`, program descriptor or -1)."""
     try:
-        return "samples", program.load(SAMPLER, sampling=True)
+        return "samples", program.load(SAMPLER, SAMPLING)
     except PreflightError as error:
         return f"absent: {error}", -1
 
@@ -102,10 +110,29 @@ def _hooks(choice: Choice, tracepoints: set[str]) -> list[Hook]:
         if name in tracepoints
     ]
     if "kvm" in choice.groups:
-        hooks.append(_USERSPACE_EXIT)
+        hooks.append(_undisturbed(_USERSPACE_EXIT, choice))
     if not {"kvm", "socket"} <= choice.groups:
-        hooks += [Hook(TRACEPOINT, "sys_enter", "on_sys_enter"), Hook(TRACEPOINT, "sys_exit", "on_sys_exit")]
+        hooks += [_undisturbed(hook, choice) for hook in _CALLS]
     return hooks + list(choice.hooks)
+
+
+def preemptible_tracepoints() -> bool:
+    """Whether a raw tracepoint's program can be preempted, and tracefs shows another way to attach it.
+
+    Linux 7 runs it under SRCU instead of with preemption off (__BPF_DECLARE_TRACE, include/trace/bpf_probe.h). Until it
+    continues, the kernel skips it for all threads on that CPU. A program on a trace event still runs with preemption
+    off (perf_trace_##call, include/trace/perf.h). That is slower, and perf_event_open needs a privilege that the
+    exporter has only while it loads.
+    """
+    return int(os.uname().release.partition(".")[0]) >= _PREEMPTIBLE_SINCE and all(
+        has_trace_event(f"{subsystem}/{name}") for name, subsystem in _SUBSYSTEMS.items()
+    )
+
+
+def _undisturbed(hook: Hook, choice: Choice) -> Hook:
+    if not choice.trace_events:
+        return hook
+    return replace(hook, how=TRACE_EVENT, target=f"{_SUBSYSTEMS[hook.target]}/{hook.target}")
 
 
 def _has(extra: Extra, tracepoints: set[str]) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaches loaded programs to their hooks, and detaches them.
 
-In: hooks and the descriptors of their programs. Out: nothing. Raw tracepoints, fentry and fexit are attached through
-BPF links, kprobes through perf events; both are descriptors of this process. Needs neither bcc nor libbpf.
+In: hooks and the descriptors of their programs. Out: nothing. Tracepoints, fentry and fexit are attached through BPF
+links, kprobes through perf events; both are descriptors of this process. Needs neither bcc nor libbpf.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux.bpf import KPROBE, KRETPROBE, attach_tracing
-from ebpf_mig.linux.perf import KprobeEvent
-from ebpf_mig.probes.hook import TRACEPOINT, Hook
+from ebpf_mig.linux.perf import KprobeEvent, attach_trace_event
+from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
 
 
 class Attachments:
@@ -37,6 +37,8 @@ class Attachments:
         try:
             if hook.key in self._events:
                 self._events[hook.key].attach(program)
+            elif hook.how == TRACE_EVENT:
+                self._links[hook] = attach_trace_event(program, hook.target)
             else:
                 name = hook.target if hook.how == TRACEPOINT else ""
                 self._links[hook] = attach_tracing(program, name)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 TRACEPOINT = "tracepoint"
 """A raw tracepoint; the other ways to attach are in `linux/bpf.py`."""
+TRACE_EVENT = "trace event"
+"""A tracepoint through perf, as `raw_syscalls/sys_enter`; see `attach.preemptible_tracepoints`."""
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One attachment. `how` is `tracepoint`, or a kind of probe on the function `target`."""
+    """One attachment. `how` is `tracepoint` or `trace event`, or a kind of probe on the function `target`."""
 
     how: str
     target: str
@@ -29,4 +31,4 @@ class Hook:
     @property
     def key(self) -> str:
         """The key of the loaded program; an fentry program is loaded for one function."""
-        return self.program if self.how == TRACEPOINT else f"{self.program}:{self.target}"
+        return self.program if self.how in (TRACEPOINT, TRACE_EVENT) else f"{self.program}:{self.target}"

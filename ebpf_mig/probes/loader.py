@@ -24,9 +24,12 @@ from ebpf_mig.linux import bpf, procfs
 from ebpf_mig.probes import leaf_types, source
 from ebpf_mig.probes.attachments import Attachments
 from ebpf_mig.probes.contract import Contract
-from ebpf_mig.probes.hook import TRACEPOINT, Hook
+from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
 from ebpf_mig.probes.inherited import MapDescription, ProgramDescription
 from ebpf_mig.probes.run_statistics import run_statistics
+
+SAMPLING = "sampling"
+"""A program for samples of a perf event, beside the ways to attach of `hook`."""
 
 
 def require_bcc() -> Any:
@@ -103,7 +106,11 @@ class Program:
                 self._bpf = bcc.BPF(text=source.source_text(family, contract).encode(), cflags=flags)
         except Exception as error:
             raise PreflightError(f"{family} does not compile: {error}", "ebpf-mig doctor") from error
-        self._raw_type, self._sampling_type = bcc.BPF.RAW_TRACEPOINT, bcc.BPF.PERF_EVENT
+        self._types = {
+            TRACEPOINT: bcc.BPF.RAW_TRACEPOINT,
+            TRACE_EVENT: bcc.BPF.TRACEPOINT,
+            SAMPLING: bcc.BPF.PERF_EVENT,
+        }
         self._records: list[bytes] = []
         self._rings: set[str] = set()
         self._functions: dict[str, Any] = {}
@@ -111,16 +118,15 @@ class Program:
         """Descriptors of loaded programs, by the key of their hook."""
         self._attachments = Attachments()
 
-    def load(self, function: str, *, sampling: bool = False) -> int:
-        """Loads one function as a raw tracepoint or perf event program and returns its descriptor.
+    def load(self, function: str, how: str = TRACEPOINT) -> int:
+        """Loads one function for a tracepoint, a trace event or `SAMPLING`, and returns its descriptor.
 
         PreflightError if refused.
         """
         output: list[str] = []
-        kind = self._sampling_type if sampling else self._raw_type
         try:
             with _stderr_to(output):
-                self._functions[function] = self._bpf.load_func(function.encode(), kind)
+                self._functions[function] = self._bpf.load_func(function.encode(), self._types[how])
         except Exception as error:
             detail = _last_line(output) or str(error)
             raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
@@ -132,8 +138,8 @@ class Program:
 
         PreflightError if refused.
         """
-        if hook.how == TRACEPOINT:
-            self._fds[hook.key] = self.load(hook.program)
+        if hook.how in (TRACEPOINT, TRACE_EVENT):
+            self._fds[hook.key] = self.load(hook.program, hook.how)
             return
         code = self._bpf.dump_func(hook.program.encode())
         try:

@@ -103,6 +103,7 @@ def defines(
     macros["SOCKET_FUNCTIONS"] = sum({_PROGRAMS_FOR[h.how] for h in choice.hooks if "socket" in h.signals})
     macros["SPLIT_KNOWN"] = int("split" in choice.groups)
     macros["TASK_REGS_HELPER"] = int(choice.task_regs or (user_stacks and has_task_regs()))
+    macros["TRACE_EVENTS"] = int(choice.trace_events)
     macros["USER_STACKS"] = int(user_stacks)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
     macros |= _kvm_offsets()

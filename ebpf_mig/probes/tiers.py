@@ -43,6 +43,8 @@ class Choice:
     """Hooks by group."""
     task_regs: bool = True
     """Whether the kernel has the helper that returns the registers of the current task."""
+    trace_events: bool = False
+    """Whether system calls and returns of KVM_RUN are hooked as trace events, not as raw tracepoints."""
 
 
 class _Trial:
