@@ -13,6 +13,7 @@ from ebpf_mig.analysis.own_cost import OwnCost
 from ebpf_mig.analysis.process import Material, Process
 from ebpf_mig.breakdown import Completeness, TracingCost, Verdict
 from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
+from ebpf_mig.recording.kinds import MISSED_RETURN
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals that the phases need. The other signals only add detail."""
@@ -83,4 +84,9 @@ def _silent(process: Process) -> str:
 def _loss(name: str, count: int) -> str:
     if name == RECURSION_MISSES:
         return f"the kernel skipped {count} runs of our BPF programs (recursion_misses): some calls may have no event"
+    if name == MISSED_RETURN[1]:
+        return (
+            f"the return of {count} calls was not seen, so they have no event: the kernel has few return probes "
+            "(kretprobes), and sleeping calls of any process occupy them; leave --tier out, or use --tier tracepoint"
+        )
     return f"{count} events of {name} were lost in the kernel"

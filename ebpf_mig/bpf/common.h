@@ -39,7 +39,8 @@ enum kind {
 	KIND_OWN_RUNS = 18,
 	KIND_CALL = 19,
 	KIND_OWN_TURN = 20,
-	KIND_MAX = 21,
+	KIND_MISSED_RETURN = 21,	/* losses only: the end of a call was not seen */
+	KIND_MAX = 22,
 };
 
 /* Every record is a struct of u64 and s64 that starts with the kind; recording/kinds.py lists its fields. */

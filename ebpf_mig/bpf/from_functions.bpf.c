@@ -39,12 +39,11 @@ static __always_inline u64 returned(void *ctx, u32 how, u32 arguments)
 	return context_word(ctx, how == FENTRY ? 8 * arguments : REG_RETURNED);
 }
 
-/* A call is still in flight when another begins: its exit was missed. kretprobes miss exits when many calls sleep. */
+/* A call is still in flight when another begins: its return was missed. kretprobes miss some when many calls sleep. */
 static __always_inline void forget_call(struct thread_state *s)
 {
-	if (s->nr == NR_ioctl + 1 && (u32)s->a1 == KVM_RUN)
-		return;
-	count(s->nr == NR_ioctl + 1 ? KIND_IOCTL : KIND_TRANSFER, true);
+	if (s->nr != NR_ioctl + 1 || (u32)s->a1 != KVM_RUN)
+		count(KIND_MISSED_RETURN, true);
 }
 
 #if KVM_FUNCTIONS

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterable
 
+from ebpf_mig.linux import kvm, procfs
 from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import open_batches, stream_key, vcpu_state
 from ebpf_mig.recording.events import OwnRuns, Socket, Transfer, VcpuState
 from ebpf_mig.recording.kinds import RECORD_NAMES
 
+_WAITS = {
+    "x86_64": frozenset({7, 23, 35, 128, 202, 230, 232, 270, 271, 281}),
+    "aarch64": frozenset({22, 72, 73, 98, 101, 115, 137}),
+}
+"""Numbers of the system calls that only wait: poll, select, epoll_wait, futex, nanosleep, clock_nanosleep,
+rt_sigtimedwait and their variants (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
+"""
 _NOTHING_SEEN = dict.fromkeys(("enter_ns", "exit_ns", "ret", "runs", "in_ns", "out_ns", "max_gap_ns"), 0)
 
 
@@ -76,6 +85,24 @@ class ProcessTable:
             if may_run_vcpu(one, tid)
         ]
 
+    def missed_returns(self, pid: int | None = None) -> int:
+        """The number of threads, of all processes or one, whose last call is over although its return was not seen.
+
+        The BPF programs count a missed return when the thread makes its next call; these threads made none. Between two
+        looks at their call in flight, they wait in a system call that cannot contain it. For use while armed.
+        """
+        waiting = {tid: call for tid, call in self._in_flight(pid).items() if _only_waits(call[0], tid)}
+        after = self._in_flight(pid) if waiting else {}
+        return sum(after.get(tid) == call for tid, call in waiting.items())
+
+    def _in_flight(self, pid: int | None) -> dict[int, tuple[int, int]]:
+        """(pid, begin in ns) of the call in flight of each thread; not of KVM_RUN, whose return is a tracepoint."""
+        return {
+            key.value: (thread.tgid, thread.enter)
+            for key, thread in self._program.table("threads").items()
+            if thread.nr and thread.a1 & 0xFFFFFFFF != kvm.RUN and pid in (None, thread.tgid)
+        }
+
     def forget(self, pid: int) -> None:
         """Frees entries in the table of threads."""
         self._on_cpu.pop(pid, None)
@@ -83,6 +110,15 @@ class ProcessTable:
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):
                 del threads[tid]
+
+
+def _only_waits(pid: int, tid: int) -> bool:
+    """Whether a thread sleeps in one of `_WAITS`; False if nothing shows where it is."""
+    try:
+        number = procfs.text(pid, "task", tid, "syscall").partition(" ")[0]
+    except OSError:
+        return False
+    return number.isdecimal() and int(number) in _WAITS.get(os.uname().machine, ())
 
 
 def own_runs(program: BpfProgram, now_ns: int) -> list[OwnRuns]:

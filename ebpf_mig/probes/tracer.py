@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import Counter
 from collections.abc import Sequence
 from threading import Thread
 
@@ -42,6 +43,7 @@ from ebpf_mig.recording.events import (
     Transfer,
     VcpuState,
 )
+from ebpf_mig.recording.kinds import MISSED_RETURN
 
 _DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.all_hooks)}
 """Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
@@ -75,6 +77,7 @@ class Tracer:
         self._threads, self._stacks = ThreadNames(), Stacks(self._program)
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
         self._late: list[AnyEvent] = []
+        self._missed_returns = 0
 
     def _load(self, tier: str) -> Plan:
         try:
@@ -162,6 +165,7 @@ class Tracer:
         last: list[AnyEvent] = [*own_runs(self._program, now)]
         self._sampler.close()
         last += self._polled.last()
+        self._missed_returns += self._processes.missed_returns()
         attach.disarm(self._plan)
         rest = self.poll(0) + last
         rest += [*self._accounts(now), *self._threads.events()]
@@ -183,6 +187,7 @@ class Tracer:
 
     def remove(self, pid: int) -> list[AnyEvent]:
         """Stops tracing a process and returns its remaining events. Call `poll` afterwards."""
+        self._missed_returns += self._processes.missed_returns(pid)
         self._processes.remove(pid)
         self._late = self.poll(0)
         self._sampler.forget(pid)
@@ -238,8 +243,9 @@ class Tracer:
         """(lost, unpaired) by kind of event, without zeros. Recursion misses are those of programs that see calls."""
         ran = self._program.run_statistics()
         missed = sum(misses for name, (_, _, misses) in ran.items() if name not in _DETAIL)
-        lost = counts(self._program, "lost") | ({RECURSION_MISSES: missed} if missed else {})
-        return lost, counts(self._program, "unpaired")
+        lost = Counter(counts(self._program, "lost"))
+        lost += Counter({RECURSION_MISSES: missed, MISSED_RETURN[1]: self._missed_returns})
+        return dict(lost), counts(self._program, "unpaired")
 
     def own_cost(self) -> tuple[dict[str, int], dict[str, int]]:
         """(run time in ns, runs) of each of our programs so far; empty if the kernel does not count."""

@@ -127,8 +127,10 @@ KINDS = (
 
 THREAD_TABLE = (15, "thread-table")
 """Number and name of a kind that only appears in losses: the BPF programs' table of threads was full."""
+MISSED_RETURN = (21, "missed-return")
+"""The same for calls whose return was not seen: the kernel has a limited number of return probes."""
 RECORDS = tuple(kind.record for kind in KINDS if kind.record)
-RECORD_NAMES = dict([THREAD_TABLE, *((record.number, record.name) for record in RECORDS)])
+RECORD_NAMES = dict([THREAD_TABLE, MISSED_RETURN, *((record.number, record.name) for record in RECORDS)])
 """Names of the record kinds in reports of losses, by number."""
 
 BY_TYPE: dict[type, Kind] = {kind.event: kind for kind in KINDS}

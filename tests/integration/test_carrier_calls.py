@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import select
 import subprocess
 import sys
 import time
@@ -94,6 +96,7 @@ def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
             tracer.arm()
             process.stdin.write("\n")
             process.stdin.flush()
+            select.select([process.stdout], [], [])  # a sleep in read(2) would take a return probe from the process
             said = json.loads(process.stdout.readline())
             events = tracer.poll(100) + tracer.finish()
             assert (tracer.losses()[0], tracer.attached["pipe"], tracer.attached["file"]) == ({}, tier, tier)
@@ -118,6 +121,60 @@ def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
     assert families == {"pipe": PIPE, "file": FILE, "left": 1, "right": 1}
     others = {e.socket for e in events if isinstance(e, Socket)} - names.keys()
     assert len(others) <= 2, "its standard input and output; the eventfd is none"
+
+
+SLEEPERS = """
+import os, sys, threading
+for _ in range(int(sys.argv[1])):
+    threading.Thread(target=os.read, args=(os.pipe()[0], 1), daemon=True).start()
+sys.stdin.readline()
+"""
+READER = """
+import os, select, sys
+read_end, write_end = os.pipe()
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(5):
+    os.write(write_end, b"x" * 1000)
+    os.read(read_end, 4096)
+print("done", flush=True)
+select.select([sys.stdin], [], [])  # not in a call that the tracer sees
+"""
+
+
+@pytest.mark.everywhere("tiers")
+def test_returns_that_the_kernel_has_no_probe_for_are_counted() -> None:
+    """Sleeping reads of another process use up the return probes of reads; then each read of ours lacks its return."""
+    sleepers = 2 * (os.cpu_count() or 1) + 20  # the kernel has 10, or twice the number of CPUs; before 6.0 it may be 1
+    with subprocess.Popen(
+        [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        with Tracer([process.pid], tier=available("kprobe")) as tracer:
+            tracer.arm()
+            command = [sys.executable, "-c", SLEEPERS, str(sleepers)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as other:
+                while len([tid for tid in procfs.threads_of(other.pid) if asleep_in_read(other.pid, tid)]) <= sleepers:
+                    time.sleep(0.1)
+                process.stdin.write("\n")
+                process.stdin.flush()
+                select.select([process.stdout], [], [])
+                process.stdout.readline()
+                time.sleep(0.5)
+                events = tracer.poll(100) + tracer.finish()
+                other.kill()
+            assert tracer.losses()[0] == {"missed-return": 5}
+        process.kill()
+    moved = Counter[int]()
+    for event in events:
+        if isinstance(event, Transfer):
+            moved[event.direction] += event.bytes
+    assert moved == {SEND: 5 * 1000 + len("done\n")}
+
+
+def asleep_in_read(pid: int, tid: int) -> bool:
+    return procfs.text(pid, "task", tid, "syscall").startswith("0 ")
 
 
 SENDER = """

@@ -466,6 +466,16 @@ def test_programs_that_the_kernel_did_not_run_make_the_result_incomplete() -> No
     ]
 
 
+def test_calls_without_a_return_make_the_result_incomplete_and_name_the_remedy() -> None:
+    script = scripts.qemu_7_2()
+    ending(script, "migrated", lost={"missed-return": 2})
+    found = script.result().breakdown.completeness
+    assert (found.verdict, found.lost) == ("incomplete", {"missed-return": 2})
+    (reason,) = found.reasons
+    assert reason.startswith("the return of 2 calls was not seen, so they have no event: the kernel has few return")
+    assert reason.endswith("leave --tier out, or use --tier tracepoint")
+
+
 def test_a_recording_that_was_cut_off() -> None:
     script = scripts.qemu_7_2()
     script.ending = None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ebpf_mig.linux import kvm, procfs
 from ebpf_mig.probes.inherited import InheritedProgram
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
@@ -109,6 +110,35 @@ def test_only_the_sockets_of_a_process_are_forgotten(program: BpfProgram) -> Non
     assert {(leaf.pid, leaf.socket) for _, leaf in owners.items()} == {(17, 80), (17, 90)}
     sockets.clear()
     assert list(streams.items()) == list(owners.items()) == []
+
+
+ASLEEP = {"sleep": ("230", "115"), "cat": ("0", "63")}
+"""clock_nanosleep and read, on x86-64 and on arm64."""
+
+
+@pytest.mark.parametrize(
+    ("command", "nr", "request_", "missed"),
+    [
+        pytest.param(["sleep", "60"], 47, 0, 1, id="recvmsg, but it sleeps in clock_nanosleep"),
+        pytest.param(["sleep", "60"], 16, kvm.GET_DIRTY_LOG, 1, id="ioctl, but it sleeps in clock_nanosleep"),
+        pytest.param(["sleep", "60"], 16, kvm.RUN, 0, id="KVM_RUN needs no return probe"),
+        pytest.param(["cat"], 0, 0, 0, id="read, in which it may still be"),
+    ],
+)
+def test_a_call_that_is_over_without_a_return_is_missed(
+    program: BpfProgram, command: list[str], nr: int, request_: int, missed: int
+) -> None:
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        while procfs.text(process.pid, "syscall").split()[0] not in ASLEEP[command[0]]:
+            time.sleep(0.01)
+        threads, table = program.table("threads"), ProcessTable(program)
+        threads[ctypes.c_uint32(process.pid)] = threads.Leaf(tgid=process.pid, nr=nr + 1, a1=request_, enter=1)
+        assert (table.missed_returns(), table.missed_returns(process.pid), table.missed_returns(1)) == (
+            missed,
+            missed,
+            0,
+        )
+        process.kill()
 
 
 def test_counts_have_the_names_of_kinds_and_no_zeros(program: BpfProgram, compiled: Program) -> None:
