@@ -7,7 +7,7 @@ In: the recording's header and ending, the two sides, the window, the source's s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ebpf_mig.analysis.own_cost import OwnCost
 from ebpf_mig.analysis.process import Material, Process
@@ -38,7 +38,8 @@ def completeness(
     bounds: list[str] = []
     if material.truncated or ending is None:
         holes.append("the recording was cut off: events at its end, and the counts of losses, are missing")
-    holes += [_loss(name, count) for name, count in lost.items()]
+    missed = ending.missed_runs if ending else {}
+    holes += [_loss(name, count, missed) for name, count in lost.items()]
     if material.unknown:
         holes.append(f"{material.unknown} events of a kind that this version does not know were left out")
     if source is None and not alone:
@@ -81,9 +82,10 @@ def _silent(process: Process) -> str:
     return f"no event of process {process.pid} ({process.target.role}) was seen: does it run a KVM VM on this host?"
 
 
-def _loss(name: str, count: int) -> str:
+def _loss(name: str, count: int, missed: Mapping[str, int]) -> str:
     if name == RECURSION_MISSES:
-        return f"the kernel skipped {count} runs of our BPF programs (recursion_misses): some calls may have no event"
+        which = "".join(["recursion_misses", *(f"; {program}: {n}" for program, n in sorted(missed.items()))])
+        return f"the kernel skipped {count} runs of our BPF programs ({which}): some calls may have no event"
     if name == MISSED_RETURN[1]:
         return (
             f"the return of {count} calls was not seen, so they have no event: the kernel has few return probes "

@@ -300,4 +300,5 @@ def _ending(source: ev.Ending | None, destination: ev.Ending | None, offset: int
         both("unpaired"),
         both("observer_ns"),
         both("observer_runs"),
+        both("missed_runs"),
     )

@@ -240,12 +240,16 @@ class Tracer:
         return events
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(lost, unpaired) by kind of event, without zeros. Recursion misses are those of programs that see calls."""
-        ran = self._program.run_statistics()
-        missed = sum(misses for name, (_, _, misses) in ran.items() if name not in _DETAIL)
+        """(lost, unpaired) by kind of event, without zeros."""
+        missed = sum(self.missed_runs().values())
         lost = Counter(counts(self._program, "lost"))
         lost += Counter({RECURSION_MISSES: missed, MISSED_RETURN[1]: self._missed_returns})
         return dict(lost), counts(self._program, "unpaired")
+
+    def missed_runs(self) -> dict[str, int]:
+        """How often the kernel skipped each of our programs that see calls, without zeros."""
+        ran = self._program.run_statistics()
+        return {name: misses for name, (_, _, misses) in ran.items() if misses and name not in _DETAIL}
 
     def own_cost(self) -> tuple[dict[str, int], dict[str, int]]:
         """(run time in ns, runs) of each of our programs so far; empty if the kernel does not count."""

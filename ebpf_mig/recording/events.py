@@ -307,6 +307,8 @@ class Ending(Event, frozen=True, tag=11):
     observer_ns: dict[Probe, Count] = msgspec.field(default_factory=dict)
     """Run time of our BPF programs over the whole recording, by probe, if the kernel counts it."""
     observer_runs: dict[Probe, Count] = msgspec.field(default_factory=dict)
+    missed_runs: dict[Probe, Count] = msgspec.field(default_factory=dict)
+    """The parts of `RECURSION_MISSES`, by probe."""
 
 
 AnyEvent = (

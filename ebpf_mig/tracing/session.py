@@ -167,8 +167,9 @@ class Session:
         sink.write_many(self._tracer.finish())
         sink.write_many(extra)
         lost, unpaired = self._tracer.losses()
+        missed = self._tracer.missed_runs()
         self._tracer.close()
-        sink.write_many([Ending(clock.monotonic_ns(), reason, lost, unpaired, runtime, runs)])
+        sink.write_many([Ending(clock.monotonic_ns(), reason, lost, unpaired, runtime, runs, missed)])
         sink.flush()
 
 

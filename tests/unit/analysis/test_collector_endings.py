@@ -466,6 +466,13 @@ def test_programs_that_the_kernel_did_not_run_make_the_result_incomplete() -> No
     ]
 
 
+def test_the_programs_that_the_kernel_did_not_run_are_named() -> None:
+    script = scripts.qemu_7_2()
+    ending(script, "migrated", lost={RECURSION_MISSES: 5}, missed_runs={"on_sys_exit": 3, "on_sys_enter": 2})
+    (reason,) = script.result().breakdown.completeness.reasons
+    assert "(recursion_misses; on_sys_enter: 2; on_sys_exit: 3)" in reason
+
+
 def test_calls_without_a_return_make_the_result_incomplete_and_name_the_remedy() -> None:
     script = scripts.qemu_7_2()
     ending(script, "migrated", lost={"missed-return": 2})
