@@ -169,11 +169,14 @@ def _tracefs() -> Check:
             if stat.S_ISDIR(os.stat(path).st_mode):  # noqa: PTH116 - is_dir hides a refusal, or raises it, by version
                 return Check("tracefs", OK, path)
         except PermissionError:
-            return Check("tracefs", OK, f"{path} belongs to root; only other tools need it")
+            return Check("tracefs", OK, f"{path} belongs to root")
         except OSError:
             continue
     return Check(
-        "tracefs", WARN, "not mounted; only needed by other tools", "mount -t tracefs nodev /sys/kernel/tracing"
+        "tracefs",
+        WARN,
+        "not mounted; from Linux 7 on, events of system calls can be missed",
+        "mount -t tracefs nodev /sys/kernel/tracing",
     )
 
 

@@ -125,8 +125,8 @@ class KprobeEvent:
 
 
 def has_trace_event(name: str) -> bool:
-    """Whether `attach_trace_event` can find the event: tracefs is mounted and readable, and has it."""
-    return _trace_event(name) >= 0
+    """Whether `attach_trace_event` may work: tracefs shows the event, and perf_event_open(2) is not blocked."""
+    return _trace_event(name) >= 0 and not is_forbidden()
 
 
 def _trace_event(name: str) -> int:
