@@ -90,7 +90,7 @@ class VcpuThread:
         self.entered_ns = self.stopped_ns = self._waited_ns = 0
         self.finished, self.stopped, self.let_go = threading.Event(), threading.Event(), threading.Event()
         self.stopped.set()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=f"vcpu {vcpu.index}", daemon=True)
         self._thread.start()
 
     def _loop(self) -> None:
