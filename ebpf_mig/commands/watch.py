@@ -17,6 +17,7 @@ from ebpf_mig.exporter.observation import Observation
 from ebpf_mig.exporter.store import DIRECTORY, Store
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.text import printable
+from ebpf_mig.tracing.session import held_signals
 
 _EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 | jq .blackout_ns")
 
@@ -55,9 +56,14 @@ def command(form: str, count: int | None, only: str, state_directory: str, keep:
         except OSError:
             gone = True  # the reader is gone
 
-    with NodeWatch(store, show, only) as node:
+    with NodeWatch(store, show, only) as node, held_signals() as deliver:
         say(f"watching this node; recordings go to {printable(state_directory)}; Ctrl-C stops it")
-        node.run(lambda: gone or (count is not None and seen >= count))
+
+        def over() -> bool:
+            deliver()
+            return gone or (count is not None and seen >= count)
+
+        node.run(over)
 
 
 _KINDS: dict[str, str] = {Mode.CPR: " live update", Mode.SNAPSHOT: " snapshot", Mode.RESTORE: " restore"}

@@ -152,7 +152,7 @@ class Session:
 
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""
-        with _held_signals() as deliver, _yielding():
+        with held_signals() as deliver, _yielding():
             while True:
                 events = self._tracer.poll(POLL_MS)
                 sink.write_many(events)
@@ -188,7 +188,7 @@ def _yielding() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_signals() -> Iterator[Callable[[], None]]:
+def held_signals() -> Iterator[Callable[[], None]]:
     """Defers Ctrl-C and similar signals. Calling the result delivers the deferred ones to the previous handlers.
 
     The ring buffer delivers records through a C callback. An exception raised in it is lost, so a signal that arrived

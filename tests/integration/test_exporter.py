@@ -161,6 +161,32 @@ def test_watch_says_one_line_for_a_migration(tmp_path: Path) -> None:
     assert said["blackout_ns"] == found.blackout_ns and said["role"] == "both" and said["vm"] == f"{OURS}source"
 
 
+STRUCK = """
+import signal, sys
+from ebpf_mig.cli import main
+from ebpf_mig.probes.inherited import InheritedProgram
+keep, struck = InheritedProgram._keep, []
+
+def strike(self, *given):
+    if not struck:
+        struck.append(signal.raise_signal(signal.SIGTERM))
+    return keep(self, *given)
+
+InheritedProgram._keep = strike
+sys.exit(main(sys.argv[1:]))
+"""
+"""The program, which gets SIGTERM while libbpf hands over the first record. What a handler raises there is lost."""
+
+
+def test_a_signal_that_comes_while_records_are_handed_over_ends_the_watch(tmp_path: Path) -> None:
+    command = [PROGRAM[0], "-c", STRUCK, "watch", "--vm", f"{OURS}*", "--state-directory", str(tmp_path / "state")]
+    with running(*command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None and "watching" in process.stderr.readline()
+        with QemuPair(QUICK, None, NAMED):
+            assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.stderr.read() == "ebpf-mig: terminated\n"
+
+
 @requires("prometheus")
 def test_a_real_prometheus_answers_with_the_reports_figure(tmp_path: Path) -> None:
     state, mine = tmp_path / "state", free_port()
