@@ -55,10 +55,11 @@ def bpf_objects(pid: int) -> dict[str, set[int]]:
     """Ids of the BPF programs, maps and links that the process holds, from its fdinfo."""
     found: dict[str, set[int]] = {"prog": set(), "map": set(), "link": set()}
     for info in Path(f"/proc/{pid}/fdinfo").iterdir():
-        for line in info.read_text().splitlines():
-            kind, _, number = line.partition("_id:")
-            if kind in found:
-                found[kind].add(int(number))
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            for line in info.read_text().splitlines():
+                kind, _, number = line.partition("_id:")
+                if kind in found:
+                    found[kind].add(int(number))
     return found
 
 
