@@ -6,23 +6,29 @@ line for each run, then a Markdown table. Exit code 1 if an answer was wrong and
 the runs of a fault were right.
 
 A fault must make the downtime at least twice as long as it is without it, and 10 ms longer, so that it is more than
-half of it. A run in which it was not, by chance, has no known answer: it is repeated, and counted in a column of its
-own. The diagnosis has no part in this. Other load on the machine is another cause, so the VMs and what disturbs them
-have a high priority, and so has their autogroup (sched(7)).
+half of it. What else could have made it longer is other load on the machine. So the VMs and what disturbs them have a
+high priority, and so has their autogroup (sched(7)); and a witness must agree. The kernel's account of the waits for a
+CPU (`bench.waited`) shows that a thread of the right side waited for half of the downtime, or, where the fault is no
+such load, that none did. The truth machine's own clock shows that its fetch took half of it. A run in which the fault
+was not the cause, by chance, has no known answer: it is repeated, and counted in a column of its own. The diagnosis has
+no part in this.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import waited
 from bench.faults import FAULTS, Fault
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
@@ -33,6 +39,8 @@ WITHOUT = 3
 """Runs without the fault."""
 AUTOGROUP = Path("/proc/self/autogroup")
 LONGER, LONGER_NS = 2, 10_000_000
+HALF = 0.5
+"""A cause with this share of the downtime is the largest one."""
 SEVERAL = ("other load, a quota, or a hypervisor", "the source's send buffer is full")
 """Words that leave several causes open."""
 RIGHT, NONE, UNCERTAIN, CERTAIN, UNMADE = "right", "no single cause", "wrong, uncertain", "wrong, certain", "not made"
@@ -71,29 +79,64 @@ def verdict(fault: Fault, breakdown: Breakdown) -> tuple[str, str]:
     return CERTAIN if certain else UNCERTAIN, words
 
 
-def blackout_of(path: Path) -> tuple[Breakdown, int]:
-    """The breakdown of a recording, and its blackout in ns."""
-    breakdown = analyse(read_recording(path)).breakdown
-    return breakdown, breakdown.blackout_ns or 0
+@dataclass(frozen=True)
+class Ran:
+    """One run, read again."""
+
+    breakdown: Breakdown
+    blackout_ns: int
+    begin_ns: int
+    """When the blackout began, on the recording's clock, which is that of the witness."""
+
+    @classmethod
+    def of(cls, path: Path) -> Ran:
+        analysis = analyse(read_recording(path))
+        begin, _ = analysis.breakdown.blackout or (0, 0)
+        return cls(analysis.breakdown, analysis.breakdown.blackout_ns or 0, analysis.origin_ns + begin)
 
 
-def prefer(fault: Fault) -> None:
+def unmade(fault: Fault, without_ns: int, run: Ran, path: Path) -> str:
+    """Why the fault is not what made the downtime of this run long; empty if it is."""
+    if run.blackout_ns < max(LONGER * without_ns, without_ns + LONGER_NS):
+        return "it is no longer than without it"
+    half = HALF * run.blackout_ns
+    if fault.timed:
+        took = json.loads(path.with_suffix(".truth").read_text())[fault.timed][0]
+        return "" if took >= half else f"{fault.timed} took {took / 1e6:.1f} ms"
+    if not path.with_suffix(".waited").exists():
+        return ""
+    waits = waited.within(path.with_suffix(".waited"), run.begin_ns, run.begin_ns + run.blackout_ns)
+    said = ", ".join(f"the {role} waited {ns / 1e6:.1f} ms for a CPU" for role, ns in waits.items())
+    if fault.waits:
+        there = waits.get(fault.waits, 0)
+        return "" if there >= half and there == max(waits.values()) else said or "no reading of waits"
+    return said if max(waits.values(), default=0) >= half and not fault.throttles else ""
+
+
+@contextlib.contextmanager
+def preferred(fault: Fault) -> Iterator[None]:
     """Gives us, and what we start, priority over other load. A fault that is such load competes with the VMs alone."""
-    os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.load else -20)
-    with contextlib.suppress(OSError):  # a kernel without autogroups
+    os.setpriority(os.PRIO_PROCESS, 0, 0 if fault.waits else -20)
+    try:
+        before = AUTOGROUP.read_text().split()[-1]
         AUTOGROUP.write_text("-15")
+    except OSError:  # a kernel without autogroups
+        yield
+        return
+    try:
+        yield
+    finally:  # the shell that started us has the same group
+        AUTOGROUP.write_text(before)
 
 
 def judge(fault: Fault, runs: int, directory: Path, *, again: bool) -> Score:
     """Makes the fault until it was there in so many runs; or reads the recordings of these runs `again`."""
-    if not again:
-        prefer(fault)
     without = []
     for number in range(WITHOUT):
         path = directory / f"{fault.name}-without-{number}.rec"
         if not again:
             fault.make(path, False)
-        without.append(blackout_of(path)[1])
+        without.append(Ran.of(path).blackout_ns)
     score = Score(fault, round(statistics.median(without)))
     for number in range(2 * runs):
         if score.verdicts.total() - score.verdicts[UNMADE] >= runs:
@@ -103,14 +146,14 @@ def judge(fault: Fault, runs: int, directory: Path, *, again: bool) -> Score:
             fault.make(path, True)
         elif not path.exists():
             break
-        breakdown, blackout = blackout_of(path)
-        made = blackout >= max(LONGER * score.without_ns, score.without_ns + LONGER_NS)
-        found, words = verdict(fault, breakdown) if made else (UNMADE, "")
+        run = Ran.of(path)
+        why = unmade(fault, score.without_ns, run, path)
+        found, words = (UNMADE, why) if why else verdict(fault, run.breakdown)
         score.verdicts[found] += 1
-        score.with_ns.append(blackout)
+        score.with_ns.append(run.blackout_ns)
         if found not in (RIGHT, UNMADE):
             score.words[words] += 1
-        print(f"{fault.name} {number}: {blackout / 1e6:.1f} ms, {found}: {words}", flush=True)
+        print(f"{fault.name} {number}: {run.blackout_ns / 1e6:.1f} ms, {found}: {words}", flush=True)
     return score
 
 
@@ -137,7 +180,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         kept = options.keep or Path(directory)
         wanted = [fault for fault in FAULTS if fault.name in (options.fault or names)]
-        scores = [judge(fault, options.runs, kept, again=options.again) for fault in wanted]
+        scores = []
+        for fault in wanted:
+            with contextlib.nullcontext() if options.again else preferred(fault):
+                scores.append(judge(fault, options.runs, kept, again=options.again))
     print("\n| " + " | ".join(HEAD) + " |\n|---|---|--:|--:|--:|--:|--:|--:|--:|---|")
     print("\n".join(map(row, scores)))
     return 0 if all(score.good for score in scores) else 1

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.waited import watching
 from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux import procfs
@@ -74,13 +75,15 @@ def migrate(
     """One migration of QEMU under `ebpf-mig record`. `proxy` gets the destination's port and returns the source's.
 
     `first` is called right before it. `manager_s`: a manager holds the source at pre-switchover, and the destination
-    before `cont`, for so long each. `lasting`: the cause lasts until the recorder has ended.
+    before `cont`, for so long each. `lasting`: the cause lasts until the recorder has ended. Beside the recording, the
+    kernel's account of waits for a CPU is written (`bench.waited`).
     """
     kind = QemuPair if manager_s is None else HeldPair
     with network or contextlib.nullcontext() as link, kind(scenario, None, extra, link) as pair:
         lab = Lab(pair, Qmp(pair.source.qmp), Qmp(pair.destination.qmp), link)
-        with recorder(path, pair.source.pid, pair.destination.pid) as recorded:
-            with cause(lab):
+        pids = {vm.role: vm.pid for vm in (pair.source, pair.destination)}
+        with recorder(path, *pids.values()) as recorded:
+            with cause(lab), watching(path.with_suffix(".waited"), pids):
                 first(lab)
                 run(lab, proxy, manager_s)
                 if lasting:

@@ -10,10 +10,11 @@ kernel, where a VMM cannot be made to have them at will: the truth machine has t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.disturbed import (
@@ -43,6 +44,7 @@ from tests.truth import harness, kvm
 from tests.truth.parts import Plan
 
 MS = 1_000_000
+VCPUS = 8
 HELD_NS = 60 * MS
 WAIT_S = 0.15
 """How long the manager waits, each time."""
@@ -64,8 +66,13 @@ class Fault:
     make: Make
     side: str = ""
     """The side that the cause must name; empty: any."""
-    load: bool = False
-    """It is other load on the same CPUs, which must not be outranked by the VMs."""
+    waits: str = ""
+    """It is other load on the CPUs of this side, whose threads must have waited for it by the kernel's account. It must
+    not be outranked by the VMs."""
+    throttles: bool = False
+    """It is a quota: a thread waits for a CPU, too, but nobody has it."""
+    timed: str = ""
+    """The truth machine's own clock must show that this phase took as long."""
 
 
 def nagle(path: Path, on: bool) -> None:
@@ -114,10 +121,16 @@ def manager(path: Path, on: bool) -> None:
 
 
 def many_vcpus(path: Path, on: bool) -> None:
-    """The guest's vCPUs all spin, and so do those of another guest on the source's only CPU."""
-    guest = Scenario(memory_bytes=64 * MIB, working_set_bytes=MIB, pages_per_s=None, vcpus=8)
+    """The guest's vCPUs all spin, and so do those of another guest on the source's only CPU. Without the fault, the
+    guest has one vCPU: several would wait for each other.
+
+    The vCPUs of the source have stopped in the blackout. What is left to send is so much that its threads need a CPU
+    again and again, and the limit so high that the guest stops although that takes long.
+    """
+    one = Scenario(memory_bytes=64 * MIB, working_set_bytes=32 * MIB, pages_per_s=None, downtime_ms=5000)
+    guest = replace(one, vcpus=VCPUS, working_set_bytes=one.working_set_bytes // VCPUS)
     with another(guest) if on else contextlib.nullcontext():
-        migrate(path, guest, source_alone if on else nothing)
+        migrate(path, guest if on else one, source_alone if on else nothing)
 
 
 @contextlib.contextmanager
@@ -142,6 +155,7 @@ def truth(plan: Plan) -> Make:
             raise RuntimeError("the truth machine has no recording")
         with RecordingWriter(str(path), run.recording.header, force=True) as writer:
             writer.write_many(run.recording.events)
+        path.with_suffix(".truth").write_text(json.dumps(run.truth))
 
     return make
 
@@ -159,21 +173,21 @@ FAULTS = (
           _answers("srcu"), truth(Plan(srcu_ns=100 * MS)), "destination"),
     Fault("block", "1 MiB of writes under way at the stop, to a disk of 2 MiB/s", _answers("block"), slow_disk),
     Fault("slots_lock", "another thread's KVM_CLEAR_DIRTY_LOG of some 60 ms", _answers("slots_lock"),
-          truth(Plan(delays={"fetch.kernel": HELD_NS}, log="initially-set"))),
+          truth(Plan(delays={"fetch.kernel": HELD_NS}, log="initially-set")), timed="fetch.kernel"),
     Fault("fetch", "the log of 64 GiB is read and cleared", _answers("fetch"),
-          truth(Plan(large_slot_bytes=64 * kvm.GIB, log="initially-set"))),
+          truth(Plan(large_slot_bytes=64 * kvm.GIB, log="initially-set")), timed="fetch.kernel"),
     Fault("cpu-source", "6 others spin on the source's only CPU", _answers("cpu"), beside(contention("source")),
-          "source", load=True),
+          "source", waits="source"),
     Fault("cpu-destination", "6 others spin on the destination's only CPU", _answers("cpu"),
-          beside(contention("destination")), "destination", load=True),
+          beside(contention("destination")), "destination", waits="destination"),
     Fault("reader-cpu",
           "6 others spin on the destination's only CPU, and 24 MiB to read", _answers("reader", "window", "cpu"),
-          beside(contention("destination"), LARGE), load=True),
+          beside(contention("destination"), LARGE), waits="destination"),
     Fault("management", "the manager waits 150 ms on each side", _answers("management"), manager),
     Fault("vcpus", "8 spinning vCPUs, and 8 of another guest, on the source's only CPU",
-          _answers("vcpus", "cpu"), many_vcpus, "source", load=True),
+          _answers("vcpus", "cpu"), many_vcpus, "source", waits="source"),
     Fault("quota", "a tenth of one CPU for the source, which a busy process uses up", _answers("quota"),
-          beside(quota, LARGE, lasting=True), "source"),
+          beside(quota, LARGE, lasting=True), "source", throttles=True),
 )  # fmt: skip
 
 UNMADE = {

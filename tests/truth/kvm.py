@@ -146,8 +146,7 @@ class Vm:
 
     def clear_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char], pages: int, first: int = 0) -> None:
         """KVM_CLEAR_DIRTY_LOG of the bitmap's first `pages` bits, which are for the pages from `first` on."""
-        log = struct.pack("<IIQQ", slot, pages, first, ctypes.addressof(bitmap))
-        ioctl(self.fd, numbers.CLEAR_DIRTY_LOG, ctypes.create_string_buffer(log, 24))
+        ioctl(self.fd, numbers.CLEAR_DIRTY_LOG, clear_of(slot, bitmap, pages, first))
 
     def bitmap_for(self, slot: int, fill: int = 0) -> ctypes.Array[ctypes.c_char]:
         """A bitmap as long as the slot's dirty log, in whole 64-bit words. Its memory is touched."""
@@ -158,6 +157,11 @@ class Vm:
     def close(self) -> None:
         os.close(self.fd)
         os.close(self.kvm)
+
+
+def clear_of(slot: int, bitmap: ctypes.Array[ctypes.c_char], pages: int, first: int = 0) -> ctypes.Array[ctypes.c_char]:
+    """struct kvm_clear_dirty_log."""
+    return ctypes.create_string_buffer(struct.pack("<IIQQ", slot, pages, first, ctypes.addressof(bitmap)), 24)
 
 
 def log_of(slot: int, bitmap: ctypes.Array[ctypes.c_char]) -> ctypes.Array[ctypes.c_char]:

@@ -57,6 +57,8 @@ class Source(Machine):
         if plan.large_slot_bytes:
             self.vm.set_slot(LARGE_SLOT, LARGE_BASE, plan.large_slot_bytes)
             self._large = self.vm.bitmap_for(LARGE_SLOT), self.vm.bitmap_for(LARGE_SLOT, 0xFF)
+            self._read = kvm.log_of(LARGE_SLOT, self._large[0])
+            self._clear = kvm.clear_of(LARGE_SLOT, self._large[1], plan.large_slot_bytes // PAGE)
 
     def _feed_hog(self, wanted_ns: int) -> None:
         """Calibrates how many pages one CLEAR needs to hold slots_lock for that long."""
@@ -205,8 +207,8 @@ class Source(Machine):
             time.sleep(HEAD_START_S)
         found = self.fetch(clear=False)
         if self.plan.large_slot_bytes:
-            self.vm.get_log(LARGE_SLOT, self._large[0])
-            self.vm.clear_log(LARGE_SLOT, self._large[1], self.plan.large_slot_bytes // PAGE)
+            self.timed(self.vm.fd, numbers.GET_DIRTY_LOG, self._read, "fetch.kernel", "fetch.user")
+            self.timed(self.vm.fd, numbers.CLEAR_DIRTY_LOG, self._clear, "fetch.kernel", "fetch.user")
         fetched.append(self.compare(found, wanted))
         self.delay("fetch.user")
         self.send_pages(connection, sorted(found | {kvm.LIST // PAGE}))
