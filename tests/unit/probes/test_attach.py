@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ebpf_mig.analysis.completeness import ESSENTIAL
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.probes import attach, hook_points
-from ebpf_mig.probes.hook import Hook
+from ebpf_mig.probes.hook import TRACE_EVENT, Hook
 from ebpf_mig.probes.hook_points import EXTRAS, FUNCTIONS
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK, defines
@@ -60,6 +62,22 @@ def test_kvm_by_functions_and_sockets_by_system_calls() -> None:
     assert {"sys_enter", "kvm_vm_ioctl", "kvm_userspace_exit", "sock_send_length"} <= hooked
     table = attach._tiers(choice, TRACEPOINTS)
     assert (table["dirty-log"], table["socket"]) == ("kprobe", "tracepoint")
+
+
+@requires("root", "bcc", "kernel BTF")
+@pytest.mark.parametrize("groups", [frozenset[str](), frozenset({"kvm"})])
+def test_trace_events_have_programs_of_their_own_that_the_kernel_accepts(groups: frozenset[str]) -> None:
+    """Only the tracepoints of which no event may be missed; the names in reports stay."""
+    choice = Choice((), groups, trace_events=True)
+    raw, hooks = (attach._hooks(replace(choice, trace_events=how), TRACEPOINTS) for how in (False, True))
+    assert [hook.key for hook in hooks] == [hook.key for hook in raw]
+    events = [hook for hook in hooks if hook.how == TRACE_EVENT]
+    calls = {"raw_syscalls/sys_enter", "raw_syscalls/sys_exit"}
+    assert {hook.target for hook in events} == calls | ({"kvm/kvm_userspace_exit"} if groups else set())
+    program = Program("trace.bpf.c", defines([1], TRACEPOINTS, choice), CONTRACT)
+    for hook in events:
+        program.load_hook(hook)
+    program.close()
 
 
 @requires("root", "bcc", "kernel BTF")
