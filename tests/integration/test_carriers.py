@@ -33,21 +33,29 @@ from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
 
-PACED = 4 << 20
-"""Bytes a second: slow enough for processes in between to be met, and fast enough for a guest that dirties 1 MiB."""
+PACED = {"max-bandwidth": 4 << 20}
+"""Fast enough for a guest that dirties 1 MiB."""
+SLOWLY = {"max-bandwidth": 1 << 20, "downtime-limit": 2000}
+"""So that a recorder that waits for a CPU meets the processes in between, too."""
 GUEST = replace(QUICK, working_set_bytes=1 << 20, pages_per_s=2000)
 PIPED = subprocess.PIPE
 Act = Callable[[QemuPair, Qmp, Qmp], None]
 
 
 def recorded(
-    path: Path, act: Act, *, both: bool = True, extra: tuple[str, ...] = (), binary: str | None = None
+    path: Path,
+    act: Act,
+    *,
+    both: bool = True,
+    extra: tuple[str, ...] = (),
+    binary: str | None = None,
+    pace: dict[str, int] = PACED,
 ) -> Breakdown:
     """What `record` says of what `act` does."""
     with QemuPair(GUEST, binary, extra=extra) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         for end in (source, destination):
-            end("migrate-set-parameters", **{"max-bandwidth": PACED})
+            end("migrate-set-parameters", **pace)
         pids = ["--pid", str(pair.source.pid), *(["--pid", str(pair.destination.pid)] if both else [])]
         command = [sys.executable, "-m", "ebpf_mig", "record", *pids, "-o", str(path)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -137,7 +145,7 @@ def proxied(directory: Path) -> Act:
 
 
 def test_exec_on_both_sides(tmp_path: Path) -> None:
-    b = recorded(tmp_path / "x.rec", fifo_of_two_commands(tmp_path))
+    b = recorded(tmp_path / "x.rec", fifo_of_two_commands(tmp_path), pace=SLOWLY)
     whole(b, "pipe")
     assert [re.sub(r"\d+", "N", who) for who in b.migration.through] == ["cat N", "cat N"]
 
@@ -156,7 +164,7 @@ def test_a_socket_given_to_both(tmp_path: Path) -> None:
 def test_a_proxy_between_unix_sockets(tmp_path: Path) -> None:
     """The shape of KubeVirt and Proxmox."""
 
-    b = recorded(tmp_path / "x.rec", proxied(tmp_path))
+    b = recorded(tmp_path / "x.rec", proxied(tmp_path), pace=SLOWLY)
     whole(b, "unix")
     assert len(b.migration.through) == 1 and b.migration.through[0].startswith("socat ")
 
@@ -187,7 +195,7 @@ def test_exec_through_a_forwarder(both: bool, tmp_path: Path) -> None:
         source("migrate", uri=f"exec:socat - UNIX-CONNECT:{tmp_path}/in")
         done(source, destination)
 
-    b = recorded(tmp_path / "x.rec", act, both=both)
+    b = recorded(tmp_path / "x.rec", act, both=both, pace=SLOWLY)
     if both:
         whole(b, "pipe")
     else:  # it went on to somebody, and nobody said that it was saved
@@ -201,7 +209,7 @@ def test_a_command_that_writes_a_file(tmp_path: Path) -> None:
         source("migrate", uri=f"exec:cat > {tmp_path}/state")
         done(source)
 
-    b = recorded(tmp_path / "x.rec", act, both=False)
+    b = recorded(tmp_path / "x.rec", act, both=False, pace=SLOWLY)
     assert (b.migration.result, b.migration.transport, b.blackout_ns) == ("saved", "pipe", None)
     assert b.migration.mode == "snapshot"
     assert [re.sub(r"\d+", "N", who) for who in b.migration.through] == ["cat N"]
