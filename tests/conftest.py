@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,15 @@ DISTURBED = Path(__file__).parent / "integration"
 """Tests with real VMs and clocks. Another process of the machine can take the CPU from a witness at any instant."""
 CROWDED = "test_exporter_limits.py"
 """Tests of the exporter that need the CPUs: it examines 300 new processes at once."""
+BUSY = (
+    "cli", "doctor", "doctor_rights", "docs", "current_directory", "namespaces", "bench", "carriers", "results",
+    "lab_qemu", "driven", "injected_faults", "live", "live_update", "live_update_watched",
+)  # fmt: skip
+"""Tests that bear a busy machine. `./check` begins with them, while its other parts still run."""
+PARTS = "EBPF_MIG_PARTS"
+"""A directory in which the parts of `./check`, each a process, count together: one line for each long test that was
+left out, and one for each test that ran again.
+"""
 MOST_RERUNS = 6
 TRACING = ("root", "/dev/kvm", "bcc", "kernel BTF", "qemu-system-x86_64")
 LAB = (*TRACING[:-1], "QEMU")
@@ -176,13 +185,30 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", text)
     text = "times: checks durations; in emulated kernels it runs in the machine that has a CPU to itself"
     config.addinivalue_line("markers", text)
+    text = "long: takes long, and is far from most changes or repeats on a larger scale; only `./check --all` runs it"
+    config.addinivalue_line("markers", text)
+
+
+def _count(what: str, more: int) -> int:
+    """Adds to a count of all parts of `./check`, and returns their sum."""
+    if PARTS not in os.environ:
+        return more
+    with (Path(os.environ[PARTS]) / what).open("a+") as file:
+        file.write(f"{what}\n" * more)
+        file.seek(0)
+        return len(file.readlines())
+
+
+def _turn(item: pytest.Item) -> int:
+    if item.path.name == CROWDED:
+        return 2
+    return 0 if item.path.stem.removeprefix("test_") in BUSY else 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more. The tests
-    of the exporter come first, but for `CROWDED`: they mostly wait, and `./check` runs those of tests/unit beside them.
+    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more. Those of
+    `BUSY` come first.
     """
-    items.sort(key=lambda item: not item.path.name.startswith("test_exporter") or item.path.name == CROWDED)
     reruns = config.pluginmanager.hasplugin("rerunfailures")
     for item in items:
         marker = item.get_closest_marker("everywhere")
@@ -190,6 +216,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.user_properties.append(("subject", marker.args[0]))
         if reruns and item.path.is_relative_to(DISTURBED):
             item.add_marker(pytest.mark.flaky(reruns=1))
+    items.sort(key=_turn)
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Counts the long ones."""
+    _count("long", sum(item.get_closest_marker("long") is not None for item in items))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -202,7 +234,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run with more than `MOST_RERUNS` reruns fails: so many are not the machine's doing."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    rerun = len(reporter.stats.get("rerun", [])) if reporter is not None else 0
+    rerun = _count("reruns", len(reporter.stats.get("rerun", [])) if reporter is not None else 0)
     if rerun > MOST_RERUNS and session.exitstatus == pytest.ExitCode.OK:
         text = f"{rerun} tests failed and passed when run again; at most {MOST_RERUNS} are accepted"
         reporter.write_line(f"\n{text}", red=True)

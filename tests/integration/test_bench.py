@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from ebpf_mig.compare.benchmark import decode
 from tests.conftest import TRACING, requires
 from tests.unit.commands.test_cli import run
@@ -43,6 +45,7 @@ def test_recordings_are_kept_and_a_run_is_shown(tmp_path: Path) -> None:
     assert again.returncode == 2 and "run-001.rec exists already" in again.stderr
 
 
+@pytest.mark.long
 def test_a_sweep_has_a_result_for_each_step(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
     done = run("bench", "idle", "-n", "1", "--warm-up", "0", "--sweep", "memory=128MiB,1GiB", "-o", str(file))
@@ -68,6 +71,7 @@ def test_two_settings_in_turn_are_compared_and_the_gate_says_the_same(tmp_path: 
     assert re.search(r"^cannot tell +blackout.p50>\+5%", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.long
 def test_a_link_between_two_hosts(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     done = run("bench", "idle", "-n", "1", "--warm-up", "0", "--two-hosts", "--bandwidth", "1Gbit", "-o", str(file))

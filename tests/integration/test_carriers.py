@@ -322,7 +322,7 @@ def disks(tmp_path: Path) -> Iterator[tuple[str, ...]]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("carrier", ["pipe", "tcp", "unix"])
+@pytest.mark.parametrize("carrier", ["pipe", *(pytest.param(one, marks=pytest.mark.long) for one in ("tcp", "unix"))])
 def test_a_disk_that_is_copied_over_nbd_never_becomes_the_carrier(
     carrier: str, disks: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.collector import analyse
 from ebpf_mig.lab.scenario import MIB, Scenario
@@ -31,7 +33,7 @@ from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running
 from tests.integration.migrations import TraceLine, parse_trace
 from tests.integration.test_results import Qmp
 
-pytestmark = requires(*TRACING)
+pytestmark = [requires(*TRACING), pytest.mark.long]
 ROUNDS = int(os.environ.get("EBPF_MIG_CHAINS", "2"))
 SMALL = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=1000)
 SLOW = 16 << 20

@@ -187,6 +187,7 @@ def test_a_signal_that_comes_while_records_are_handed_over_ends_the_watch(tmp_pa
         assert process.stderr.read() == "ebpf-mig: terminated\n"
 
 
+@pytest.mark.long
 @requires("prometheus")
 def test_a_real_prometheus_answers_with_the_reports_figure(tmp_path: Path) -> None:
     state, mine = tmp_path / "state", free_port()

@@ -167,6 +167,7 @@ def panels() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_two_nodes_give_one_blackout_and_every_alert_and_panel_has_its_data(tmp_path: Path) -> None:
     begin = time.time()

@@ -59,6 +59,7 @@ def why_not_ready(port: int) -> str:
         return str(error.read().decode())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", ["watch", "listener"])
 def test_one_that_is_killed_or_stopped_is_replaced_and_counts_go_on(victim: str, tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (process, port):
@@ -152,6 +153,7 @@ def closed(*redirections: str, state: Path) -> Iterator[int]:
         assert process.wait(20) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streams", [("<&-", ">&-", "2>&-"), ("2>&-",), (">/dev/full", "2>/dev/full")])
 def test_closed_and_full_standard_streams_change_nothing(streams: tuple[str, ...], tmp_path: Path) -> None:
     with closed(*streams, state=tmp_path / "state") as port:

@@ -130,6 +130,7 @@ def test_no_process_has_more_than_it_needs_and_a_kill_leaves_nothing(tmp_path: P
             fetch(f"http://127.0.0.1:{port}/metrics")
 
 
+@pytest.mark.long
 def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminated_keeps_what_it_saw(
     tmp_path: Path,
 ) -> None:
@@ -216,6 +217,7 @@ def test_sighup_reads_the_web_configuration_again(tmp_path: Path) -> None:
         assert status("third") == 200 and status("second") == 401 and process.poll() is None
 
 
+@pytest.mark.long
 @requires("OpenTelemetry")
 @pytest.mark.parametrize(
     "collected",
@@ -257,6 +259,7 @@ def test_two_exporters_with_one_side_each_make_one_trace(collected: bool, tmp_pa
     assert {resource["service.name"] for resource in receiver.resources} == {"ebpf-mig"}
 
 
+@pytest.mark.long
 @requires("OpenTelemetry")
 def test_a_tracing_back_end_that_is_down_costs_spans_and_nothing_else(tmp_path: Path) -> None:
     with exporter(tmp_path / "state", "--otlp-endpoint", f"http://127.0.0.1:{free_port()}") as (process, port):

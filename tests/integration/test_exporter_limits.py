@@ -31,6 +31,7 @@ def crowd(number: int, ports: int = 0) -> Iterator[None]:
         process.wait(30)
 
 
+@pytest.mark.long
 def test_more_new_vms_than_can_be_traced_at_once_hide_no_migration(tmp_path: Path) -> None:
     with exporter(tmp_path / "state") as (process, port):
         with crowd(300):
@@ -43,6 +44,7 @@ def test_more_new_vms_than_can_be_traced_at_once_hide_no_migration(tmp_path: Pat
         assert process.poll() is None and value(port, "ebpf_mig_up") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", [True, False], ids=["found", "born"])
 def test_a_vm_that_listens_on_thousands_of_ports_costs_no_other_vm_its_sign(first: bool, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:

@@ -48,6 +48,7 @@ def late(port: int) -> float:
     return value(port, f"{name}_count") - value(port, f"{name}_bucket", le="0.025")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60 + 2 * NUMBER)
 def test_many_migrations_in_a_row(tmp_path: Path) -> None:
     with exporter(tmp_path / "state", "--keep", "10") as (process, port):

@@ -21,6 +21,7 @@ CONFINED = [sys.executable, os.fspath(Path(__file__).with_name("seccomp.py")), o
 pytestmark = requires("root", "libseccomp")
 
 
+@pytest.mark.long
 @requires(*TRACING)
 def test_the_exporter_counts_a_migration_and_starts_its_processes_again(tmp_path: Path) -> None:
     state = tmp_path / "state"

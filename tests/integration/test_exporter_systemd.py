@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "systemd" / "ebpf-mig-exporter.service"
 
 
+@pytest.mark.long
 def test_the_shipped_unit_measures_a_migration_reloads_restarts_and_stops(tmp_path: Path) -> None:
     port, variables, file = free_port(), tmp_path / "variables", tmp_path / "exporter.toml"
     variables.write_text(f"EBPF_MIG_EXPORTER_CONFIG_FILE={file}\nEBPF_MIG_EXPORTER_VM={OURS}*\n")

@@ -86,8 +86,8 @@ def ssh(listen: Path, target: Path, directory: Path) -> Iterator[None]:
     "forwarder",
     [
         lines,
-        pytest.param(socat, marks=requires("socat")),
-        pytest.param(ssh, marks=[requires("sshd", "tc with tbf and veth"), pytest.mark.timeout(120)]),
+        pytest.param(socat, marks=[requires("socat"), pytest.mark.long]),
+        pytest.param(ssh, marks=[requires("sshd", "tc with tbf and veth"), pytest.mark.timeout(120), pytest.mark.long]),
     ],
 )
 def test_watch_makes_one_migration_of_both_halves(forwarder: Forwarder, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ class Holding:
             self.pump(near, far)
 
 
-@pytest.mark.parametrize(("tool", "delay_ms"), [("record", 5), ("watch", 50)])
+@pytest.mark.parametrize(("tool", "delay_ms"), [("record", 5), pytest.param("watch", 50, marks=pytest.mark.long)])
 def test_the_delay_of_a_hop(tool: str, delay_ms: int, tmp_path: Path) -> None:
     """Within 5 % or 200 us of what the forwarder itself measures."""
     near, far, state = tmp_path / "near", tmp_path / "far", tmp_path / "state"

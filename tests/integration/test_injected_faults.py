@@ -217,6 +217,7 @@ def test_two_recorders_and_an_exporter_on_one_vm(tmp_path: Path) -> None:
     assert max(blackouts) - min(blackouts) < 200_000
 
 
+@pytest.mark.long
 def test_vmms_with_five_thousand_threads_each(tmp_path: Path) -> None:
     """They migrate to each other as fast as with few, and each vCPU is found."""
     words = [sys.executable, "-m", "tests.integration.swarm", "1", "--threads", "5000"]

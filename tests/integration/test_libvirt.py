@@ -29,6 +29,7 @@ from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
+from tests.integration.exporters import NAMED, OURS
 from tests.unit.vmm.test_libvirt import HIDE
 
 pytestmark = requires(*TRACING, "libvirtd and virsh", "python3-libvirt", "private mount namespaces")
@@ -95,9 +96,11 @@ def test_the_demo_has_both_ends_and_three_witnesses(tmp_path: Path) -> None:
     ("options", "mode", "connections"),
     [
         ((), "precopy", 1),
-        (("--parallel", "2"), "precopy", 3),
-        (("--postcopy", "--bandwidth", "24MiB/s"), "postcopy", None),
-        (("--downtime-limit", "1s", "--migrate-uri", "tcp://10.77.0.2"), "precopy", 1),
+        pytest.param(("--parallel", "2"), "precopy", 3, marks=pytest.mark.long),
+        pytest.param(("--postcopy", "--bandwidth", "24MiB/s"), "postcopy", None, marks=pytest.mark.long),
+        pytest.param(
+            ("--downtime-limit", "1s", "--migrate-uri", "tcp://10.77.0.2"), "precopy", 1, marks=pytest.mark.long
+        ),
     ],
     ids=["p2p", "parallel", "postcopy", "migrate-uri"],
 )
@@ -141,6 +144,7 @@ class WithDisk(LibvirtHosts):
         super()._create(directory, guest)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_copied_beside_the_memory_is_not_the_carrier(tmp_path: Path) -> None:
     """--copy-storage-all: over NBD, with more bytes than the memory has."""
     path = tmp_path / "x.rec"
@@ -163,6 +167,7 @@ def test_a_disk_that_is_copied_beside_the_memory_is_not_the_carrier(tmp_path: Pa
     assert sum(p.bytes or 0 for p in b.dirty_log.passes) + sum(s.bytes for s in b.sockets) < 32 << 20
 
 
+@pytest.mark.long
 def test_watch_sees_one_migration_through_the_tunnel(tmp_path: Path) -> None:
     """libvirt ends the source's QEMU at once: alone, it would have no result."""
     command = [*TOOL, "watch", "--format", "json", "--count", "1", "--vm", NAME]
@@ -185,6 +190,7 @@ def test_watch_sees_one_migration_through_the_tunnel(tmp_path: Path) -> None:
     assert (said["role"], b.migration.transport, len(b.migration.through)) == ("both", "pipe", 2)
 
 
+@pytest.mark.long
 def test_direct_hears_both_ends(hosts: LibvirtHosts, tmp_path: Path) -> None:
     options = ("--direct", "--migrate-uri", "tcp://10.77.0.2")
     b = result(migrate(hosts, tmp_path / "x.rec", *options, to=hosts.destination.uri))
@@ -192,6 +198,7 @@ def test_direct_hears_both_ends(hosts: LibvirtHosts, tmp_path: Path) -> None:
     assert {"libvirt.SUSPENDED..RESUMED", "qmp.STOP..RESUME"} <= witnesses(b).keys()
 
 
+@pytest.mark.long
 def test_by_virsh_where_there_is_no_binding(hosts: LibvirtHosts, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HIDE, "migrate", "libvirt", NAME, hosts.destination.uri_between, "--connect",
@@ -243,6 +250,7 @@ def test_what_libvirt_refuses_is_one_line(hosts: LibvirtHosts, tmp_path: Path, d
     assert "libvirt: " not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_nothing_is_left(tmp_path: Path) -> None:
     with subprocess.Popen(
         [*TOOL, "demo", "--vmm", "libvirt", "-o", tmp_path / "x.rec"],
@@ -260,6 +268,7 @@ def test_killed_at_any_moment_nothing_is_left(tmp_path: Path) -> None:
     assert qemus() == []
 
 
+@pytest.mark.long
 def test_a_benchmark_of_it(tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     done = subprocess.run(
@@ -286,7 +295,9 @@ def migrated(hosts: LibvirtHosts) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("wanted", [NAME, f"{NAME[:-2]}*", "uuid"])
+@pytest.mark.parametrize(
+    "wanted", [NAME, *(pytest.param(name, marks=pytest.mark.long) for name in (f"{NAME[:-1]}*", "uuid"))]
+)
 def test_record_finds_both_processes_by_the_vms_name(hosts: LibvirtHosts, tmp_path: Path, wanted: str) -> None:
     if wanted == "uuid":
         command = ["virsh", "-c", hosts.source.uri, "domuuid", NAME]
@@ -302,7 +313,7 @@ def test_record_waits_for_a_vm_that_is_not_there(tmp_path: Path) -> None:
     """The view of a destination whose source is on another host."""
     path = tmp_path / "x.rec"
     scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)
-    with record(path, "--vm", "ebpf-mig-destination") as run, QemuPair(scenario) as pair:
+    with record(path, "--vm", f"{OURS}destination") as run, QemuPair(scenario, None, NAMED) as pair:
         options = pair.options()
         with closing(QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, options)) as migration:
             migration.prepare()

@@ -22,7 +22,7 @@ from tests.integration.migrations import LASTING
 from tests.integration.test_results import Qmp
 from tests.integration.test_shapes import completed, pids, start, watched, whole
 
-pytestmark = [requires(*TRACING, "tc with tbf and veth", "nft"), pytest.mark.timeout(120)]
+pytestmark = [requires(*TRACING, "tc with tbf and veth", "nft"), pytest.mark.timeout(120), pytest.mark.long]
 
 BEHIND, SEEN = "10.99.0.2", "10.77.0.9"
 """Where the source finds the destination, and whom the destination sees."""

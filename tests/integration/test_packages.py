@@ -35,6 +35,7 @@ def names(sdist: Path) -> set[str]:
     return {name for name in found - GENERATED if ".egg-info/" not in name}
 
 
+@pytest.mark.long
 def test_an_unpacked_sdist_builds_the_same_sdist_and_wheel(tmp_path: Path) -> None:
     made = build(ROOT / "tools" / "build-wheel", tmp_path / "clone")
     (sdist,) = (tmp_path / "clone").glob("*.tar.gz")
@@ -65,6 +66,7 @@ def asked(rpm: Path, *what: str) -> list[str]:
     return subprocess.check_output(["rpm", "-qp", *what, rpm], text=True).splitlines()
 
 
+@pytest.mark.long
 def test_the_rpm_package_has_its_parts_and_fedoras_names(tmp_path: Path) -> None:
     """rpmlint is part of the build. A second build, of a tree without git, has the same bytes."""
     made = build(ROOT / "tools" / "build-rpm", tmp_path / "out")

@@ -24,6 +24,7 @@ from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
 
 pytestmark = requires(*TRACING)
+BOTH = pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.long)])
 
 
 class Qmp:
@@ -143,7 +144,7 @@ def stall_and_kill_the_destination(pair: QemuPair, source: Qmp, destination: Qmp
     assert source.runs()
 
 
-@pytest.mark.parametrize("both", [False, True])
+@BOTH
 def test_a_destination_that_stalls_for_5_s_is_no_success(both: bool, tmp_path: Path) -> None:
     seen, reason = record(tmp_path, stall_and_kill_the_destination, both=both)
     assert seen.migration.result == "failed", "the source alone sees the connection break"
@@ -213,7 +214,7 @@ def paused_and_taken_back(pair: QemuPair, source: Qmp, destination: Qmp) -> None
     time.sleep(0.5)
 
 
-@pytest.mark.parametrize("both", [False, True])
+@BOTH
 @pytest.mark.parametrize(
     ("act", "result", "after"),
     [
@@ -263,7 +264,7 @@ def kill_the_destination(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
     assert source.reaches("failed", "completed") == "failed"
 
 
-@pytest.mark.parametrize("both", [False, True])
+@BOTH
 def test_a_destination_that_dies_before_the_stop(both: bool, tmp_path: Path) -> None:
     seen, _ = record(tmp_path, kill_the_destination, both=both)
     assert (seen.migration.result, seen.window_ns) == ("failed", None)
@@ -371,6 +372,7 @@ def test_a_paused_guest_is_named_at_once(tmp_path: Path) -> None:
     assert process.returncode == 0 and "is paused" in said.splitlines()[0]
 
 
+@pytest.mark.long
 def test_a_vmm_that_cannot_be_cancelled_does_not_keep_us(tmp_path: Path) -> None:
     with QemuPair(QUICK) as pair:
         Qmp(pair.source.qmp)("migrate-set-parameters", **{"max-bandwidth": 1 << 20})

@@ -86,7 +86,9 @@ def watched(_pair: QemuPair, directory: Path) -> Iterator[Callable[[], Breakdown
         yield found
 
 
-TOOLS = pytest.mark.parametrize("tool", [recorded, watched], ids=["record", "watch"])
+TOOLS = pytest.mark.parametrize(
+    "tool", [recorded, pytest.param(watched, marks=pytest.mark.long)], ids=["record", "watch"]
+)
 
 
 def start(source: Qmp, destination: Qmp, uri: str, to: str = "") -> None:
@@ -205,6 +207,7 @@ def test_vmms_in_containers(
     assert seen.migration.transport == "unix"
 
 
+@pytest.mark.long
 @requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
 def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy process in the group uses the quota up in each period. For which thread of a VMM it then runs out is

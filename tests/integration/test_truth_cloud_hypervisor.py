@@ -65,7 +65,7 @@ def agreeing(plan: ChPlan, *, tcp: bool = False, tries: int = 3) -> ChRun:
     return run
 
 
-@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("manner", [pytest.param("v52", marks=pytest.mark.long), "v53"])
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "fetch.kernel"])
 def test_a_delay_is_booked_where_it_was_made(phase: str, manner: str) -> None:
     run = agreeing(ChPlan(delays={phase: 5 * MS}, manner=manner))
