@@ -19,7 +19,7 @@ from pathlib import Path
 from ebpf_mig.analysis.spans import merged
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import Mark, OffCpu, RunDelay
-from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
+from ebpf_mig.vmm.qemu.lab import find_binary
 from tests.integration.migrations import CONVERGING, THROTTLE_AT_ONCE, Traced, first, migrate
 
 BOUND_NS = 1_000_000
@@ -63,7 +63,7 @@ def real_time(directory: Path, binary: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--vmm-binary", default=DEFAULT_BINARY)
+    parser.add_argument("--vmm-binary")
     parser.add_argument("--real-time", action="store_true", help="QEMU's threads get a CPU before all others")
     options = parser.parse_args()
     print("| run | run state before the request ms | STOP after it ms | without a CPU ms | window ms ", end="")
@@ -72,7 +72,7 @@ def main() -> int:
     found, stops, busy = [], [], []
     for number in range(1, options.runs + 1):
         with tempfile.TemporaryDirectory() as directory:
-            binary = options.vmm_binary
+            binary = find_binary(options.vmm_binary)
             if options.real_time:
                 binary = real_time(Path(directory), binary)
             run = migrate(Path(directory), CONVERGING, binary=binary, extra=THROTTLE_AT_ONCE)
