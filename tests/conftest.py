@@ -21,6 +21,7 @@ import pytest
 
 from ebpf_mig.linux import btf
 from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
+from ebpf_mig.vmm.qemu.lab import ENVIRONMENT as OTHER_QEMU
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background jobs ignore SIGINT. Children inherit that, and then Ctrl-C cannot be tested.
@@ -117,8 +118,8 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bpftrace": lambda: shutil.which("bpftrace") is not None,
     "x86-64": lambda: platform.machine() == "x86_64",
     "chromium and chromedriver": lambda: all(map(shutil.which, ("chromium", "chromedriver"))),
-    "QEMU": lambda: shutil.which(DEFAULT_BINARY) is not None,
-    "qemu-system-x86_64": lambda: shutil.which("qemu-system-x86_64") is not None,
+    "QEMU": lambda: shutil.which(os.environ.get(OTHER_QEMU) or DEFAULT_BINARY) is not None,
+    "qemu-system-x86_64": lambda: shutil.which(os.environ.get(OTHER_QEMU) or "qemu-system-x86_64") is not None,
     "tc with tbf and veth": lambda: _succeeds("unshare", "--net", sys.executable, "-c", _LIMIT_A_LINK),
     "iptables with length and statistic": lambda: _succeeds("unshare", "--net", "sh", "-c", _LOSE_A_SEGMENT),
     "nft": lambda: _succeeds(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real live updates of a QEMU: VMs whose memory can stay, the commands that hand them over, and the guest's heartbeat.
 
-`EBPF_MIG_NEWER_QEMU` names a QEMU of version 10.2 or newer if the one in PATH is older.
+`EBPF_MIG_NEWER_QEMU` names a QEMU of version 10.2 or newer if the one of the other tests is older.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import pytest
 from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux.process import spawn, stop
+from ebpf_mig.vmm.qemu.lab import ENVIRONMENT
 from tests.integration.migrations import QUICK
 from tests.integration.test_results import Qmp
 
-NEWER = os.environ.get("EBPF_MIG_NEWER_QEMU") or "qemu-system-x86_64"
+NEWER = os.environ.get("EBPF_MIG_NEWER_QEMU") or os.environ.get(ENVIRONMENT) or "qemu-system-x86_64"
 SINCE = (10, 2)
 """cpr-transfer is of 10.0, cpr-exec of 10.2."""
 
@@ -34,7 +35,7 @@ def require_live_update() -> None:
     said = subprocess.run([NEWER, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"version (\d+)\.(\d+)", said)
     if version is None or (int(version[1]), int(version[2])) < SINCE:
-        pytest.skip("missing feature: QEMU 10.2 (in PATH or EBPF_MIG_NEWER_QEMU)")
+        pytest.skip("missing feature: QEMU 10.2 (in PATH, EBPF_MIG_QEMU or EBPF_MIG_NEWER_QEMU)")
 
 
 @dataclass

@@ -21,6 +21,7 @@ import pytest
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import RECEIVE, Transfer, VcpuEnter
 from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.qemu.lab import find_binary
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import OURS, SETTLED_S, running
 from tests.integration.migrations import QUICK
@@ -35,7 +36,7 @@ def booting(directory: Path, name: str, *more: str) -> Iterator[Qmp]:
     """A VM that boots; gives its monitor."""
     guest, monitor = directory / "guest.elf", directory / "monitor"
     guest.write_bytes(QUICK.guest())
-    command = ["qemu-system-x86_64", "-name", name, "-accel", "kvm", "-m", "128", "-nodefaults", "-display", "none"]
+    command = [find_binary(None), "-name", name, "-accel", "kvm", "-m", "128", "-nodefaults", "-display", "none"]
     command += ["-bios", "qboot.rom", "-kernel", str(guest), "-qmp", f"unix:{monitor},server=on,wait=off"]
     with running(*command, *more, stderr=subprocess.DEVNULL):
         deadline = time.monotonic() + 20

@@ -16,6 +16,7 @@ import pytest
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import Kick, Thread
 from ebpf_mig.recording.file import Recording, read_recording
+from ebpf_mig.vmm.qemu.lab import find_binary
 from tests.conftest import TRACING, requires
 
 pytestmark = requires(*TRACING)
@@ -88,7 +89,7 @@ def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tmp_path: Path
     """Each QEMU is process 1 of its namespace, with a clock a day ahead. On the host, the ids of its threads there
     belong to kernel threads.
     """
-    inside = f'exec {" ".join(PID_NAMESPACE)} {" ".join(TIME_NAMESPACE)} qemu-system-x86_64 "$@"'
+    inside = f'exec {" ".join(PID_NAMESPACE)} {" ".join(TIME_NAMESPACE)} {find_binary(None)} "$@"'
     path, signals_file = tmp_path / "a.rec", tmp_path / "signals"
     with signals_file.open("w") as sink, subprocess.Popen([*_WITNESS, _SIGNALS], stdout=sink) as witness:
         try:
@@ -127,7 +128,7 @@ def test_vcpus_have_the_vmms_own_index(tmp_path: Path) -> None:
     """With three cores per socket, the second socket's APIC ids begin at 4."""
     inside = 'args=(); for a in "$@"; do [ "$before" = -smp ] && a=6,sockets=2,cores=3; before=$a; args+=("$a"); done\n'
     path = tmp_path / "a.rec"
-    wrapper = wrapped(tmp_path / "qemu", inside + 'exec qemu-system-x86_64 "${args[@]}"')
+    wrapper = wrapped(tmp_path / "qemu", f'{inside}exec {find_binary(None)} "${{args[@]}}"')
     done = demo("--vcpus", "6", "--vmm-binary", wrapper, "--output", str(path))
     assert done.returncode == 0, done.stderr
     breakdown = analyse(read_recording(path)).breakdown

@@ -19,7 +19,7 @@ import pytest
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
-from ebpf_mig.vmm.qemu.lab import QemuPair
+from ebpf_mig.vmm.qemu.lab import QemuPair, find_binary
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
 
@@ -354,7 +354,7 @@ def one_line(*arguments: str, code: int, word: str) -> None:
 
 
 def test_a_process_without_kvm_is_refused_at_once() -> None:
-    tcg = ["qemu-system-x86_64", "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"]
+    tcg = [find_binary(None), "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"]
     for command in (["sleep", "60"], tcg):
         with subprocess.Popen(command) as process:
             try:

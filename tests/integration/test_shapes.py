@@ -23,7 +23,7 @@ import pytest
 
 from ebpf_mig.analysis.lost_cpu import CPU_QUOTA
 from ebpf_mig.breakdown import Breakdown
-from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm
+from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm, find_binary
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, report, running, until
 from tests.integration.migrations import LASTING
@@ -121,10 +121,14 @@ def whole(seen: Breakdown, took: int, doubt_ns: int = 0) -> None:
 
 CONTAINER = """#!/bin/sh
 for group in $GROUPS_OF_THE_TEST; do echo $$ > "$group/cgroup.procs"; done
-exec unshare --pid --fork --kill-child --mount-proc --net --cgroup --uts --ipc \\
-  setpriv --reuid 65534 --regid "$(stat -c %g /dev/kvm)" --clear-groups --pdeathsig KILL qemu-system-x86_64 "$@"
+exec unshare --pid --fork --kill-child --mount-proc --net --cgroup --uts --ipc sh -ec '
+  mount -t tmpfs none /mnt
+  mknod -m 666 /mnt/kvm c 10 232
+  mount --bind /mnt/kvm /dev/kvm
+  exec setpriv --reuid 65534 --regid 65534 --clear-groups --pdeathsig KILL "$QEMU_OF_THE_TEST" "$@"
+' sh "$@"
 """
-"""The user is nobody."""
+"""The user is nobody, with a /dev/kvm of its own, as container engines make it."""
 
 
 class Contained(QemuPair):
@@ -185,6 +189,7 @@ def contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *groups: Group) -
     wrapper.write_text(CONTAINER)
     wrapper.chmod(0o755)
     monkeypatch.setenv("GROUPS_OF_THE_TEST", " ".join(str(group.path) for group in groups))
+    monkeypatch.setenv("QEMU_OF_THE_TEST", find_binary(None))
     with Contained(UNIX, str(wrapper), NAMED) as pair:
         yield pair
 

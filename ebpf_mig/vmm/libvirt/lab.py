@@ -21,6 +21,7 @@ from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.netns import ADDRESSES, Link
 from ebpf_mig.lab.scenario import MIB, Scenario, require_x86
 from ebpf_mig.linux.process import private_directory, spawn, stop
+from ebpf_mig.vmm.qemu.lab import find_binary
 
 NAME = "ebpf-mig-demo"
 NEEDS = {
@@ -113,9 +114,7 @@ class LibvirtHosts:
         require_x86("libvirt")
         require_programs()
         self.scenario = scenario
-        self._binary = shutil.which(binary or "qemu-system-x86_64")
-        if self._binary is None:
-            raise PreflightError(f"no {binary} found", "name QEMU's binary with --vmm-binary")
+        self._binary = find_binary(binary)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> LibvirtHosts:
@@ -181,7 +180,7 @@ class LibvirtHosts:
   <os><type arch='x86_64' machine='pc'>hvm</type>{loader}<kernel>{escape(str(guest))}</kernel></os>
   <features><acpi/>{ring}</features>
   <devices>
-    <emulator>{escape(str(self._binary))}</emulator>
+    <emulator>{escape(self._binary)}</emulator>
     <controller type='usb' model='none'/>
     <serial type='file'><source path='{escape(str(self._serial))}' append='on'/></serial>
     <memballoon model='none'/>

@@ -11,12 +11,11 @@ import itertools
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ebpf_mig.errors import UsageError
+from ebpf_mig.errors import PreflightError, UsageError
 from ebpf_mig.linux.check import OK, WARN, Check
 from ebpf_mig.text import printable
 from ebpf_mig.vmm.adapter import Adapter, FarEnd, Kind, Option, Values
@@ -134,9 +133,12 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
 
     def checks(self) -> Iterator[Check]:
         """Which QEMU the lab would use."""
-        path = shutil.which(DEFAULT_BINARY)
-        if path is None:
-            yield Check("QEMU", WARN, "not found; needed by demo only", f"apt-get install {PACKAGE}")
+        from ebpf_mig.vmm.qemu.lab import find_binary
+
+        try:
+            path = find_binary(None)
+        except PreflightError as error:
+            yield Check("QEMU", WARN, "not found; needed by demo only", error.remedy or "")
             return
         run = subprocess.run(
             [path, "--version"], capture_output=True, text=True, errors="replace", check=False, timeout=30

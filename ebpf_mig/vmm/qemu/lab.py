@@ -25,6 +25,7 @@ from ebpf_mig.linux.process import private_directory, spawn, stop
 from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY, PACKAGE
 from ebpf_mig.vmm.qemu.migration import QemuOptions
 
+ENVIRONMENT = "EBPF_MIG_QEMU"
 _START_S = 30.0
 _FAST_FIRMWARE = "qboot.rom"
 """Boots the guest in 0.1 s where SeaBIOS needs seconds under an emulating KVM; part of qemu-system-data."""
@@ -51,12 +52,14 @@ class QemuVm:
 
 
 def find_binary(wanted: str | None) -> str:
-    """The QEMU to use; PreflightError with the package to install if there is none."""
-    path = shutil.which(wanted or DEFAULT_BINARY)
+    """The QEMU to use, from the option, the environment or PATH; PreflightError with the package to install if there
+    is none.
+    """
+    name = wanted or os.environ.get(ENVIRONMENT) or DEFAULT_BINARY
+    path = shutil.which(name)
     if path is None:
         raise PreflightError(
-            f"no {wanted or DEFAULT_BINARY} found",
-            f"apt-get install {PACKAGE}, or name the binary with --vmm-binary",
+            f"no {name} found", f"apt-get install {PACKAGE}, or name the binary with --vmm-binary or {ENVIRONMENT}"
         )
     return path
 
