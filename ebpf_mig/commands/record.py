@@ -172,6 +172,7 @@ def _until(
             known.append(pid)
             watch.joined(pid)
             witness.joined(pid)
+        witness.passed(events)
         own = run.without_hops(events, hops)
         watch.saw(own)
         live.show(own)

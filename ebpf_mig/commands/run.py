@@ -171,6 +171,7 @@ def _pump_until_done(
             session.add(target)
             watch.joined(target.pid)
             witness.joined(target.pid)
+        witness.passed(events)
         own = without_hops(events, hops)
         watch.saw(own)
         live.show(own)

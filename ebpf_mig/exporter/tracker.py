@@ -136,6 +136,7 @@ class Tracks:
                 for track in self._open():
                     if track.witness is not None and pid in track.witness.hops:
                         track.passed_on.append(event)
+                        track.witness.passed([event])
             if pid is None or not (pid in self._by_pid or self._passed_with(pid)):
                 continue
             if isinstance(event, Exec) and pid in self._by_pid and pid not in self._by_pid[pid].fresh:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from ebpf_mig.linux import procfs
 from ebpf_mig.linux.procfs import carrier_descriptor, is_ending
-from ebpf_mig.recording.events import CLOSED, ENDED, HOP, AnyEvent, Mark
+from ebpf_mig.recording.events import CLOSED, ENDED, HOP, AnyEvent, Mark, Socket
+from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.text import printable
 from ebpf_mig.tracing import neighbours
 from ebpf_mig.tracing.lifecycle import MigrationWatch
@@ -37,6 +38,14 @@ class Witness:
         self._due_ns = 0
         self.hops: set[int] = set()
         """Processes that hold the other ends of carriers, and pass on what goes through them."""
+        self._between = [MigrationWatch([])]
+        """The carriers of `hops`, also of those of merged witnesses."""
+
+    def passed(self, events: Iterable[AnyEvent]) -> None:
+        """Takes the next events of `hops`; those of others are left out."""
+        own = [event for event in events if pid_of(event) in self.hops]
+        for between in self._between:
+            between.saw(own)
 
     def look(self, watch: MigrationWatch, now_ns: int) -> None:
         """Looks for the other ends of new carriers, and checks every process, at most once in `INTERVAL_NS`."""
@@ -55,15 +64,22 @@ class Witness:
                 watch.closed(pid, since)
 
     def meet(self, watch: MigrationWatch, now_ns: int) -> list[Mark]:
-        """Looks once for the other end of each carrier that leads out of the traced processes."""
-        new = [carrier for carrier in watch.opaque if (carrier.pid, carrier.socket) not in self._met]
-        self._met |= {(carrier.pid, carrier.socket) for carrier in new}
-        found, hops = neighbours.marks(new, self._pids, now_ns)
+        """Looks once for the other end of each carrier that leads out of the traced processes, or from one process on
+        the way to the next.
+        """
+        found, hops = neighbours.marks(self._new(watch), self._pids, now_ns)
+        between = [carrier for one in self._between for carrier in self._new(one)]
+        hops |= neighbours.marks(between, self._pids | self.hops, now_ns)[1]
         for pid in sorted(hops - self.hops)[: MOST_HOPS - len(self.hops)]:
             self.hops.add(pid)
             found.append(Mark(now_ns, pid, HOP, printable(procfs.comm(pid)) or "a process"))
         self._marks += found
         return found
+
+    def _new(self, watch: MigrationWatch) -> list[Socket]:
+        new = [carrier for carrier in watch.opaque if (carrier.pid, carrier.socket) not in self._met]
+        self._met |= {(carrier.pid, carrier.socket) for carrier in new}
+        return new
 
     def joined(self, pid: int) -> None:
         """Adds a process that is traced from now on."""
@@ -73,6 +89,7 @@ class Witness:
         """Takes over the state of another witness."""
         self._pids |= other._pids
         self.hops |= other.hops
+        self._between += other._between
         self._met |= other._met
         self._descriptors |= other._descriptors
         self._missing |= other._missing

@@ -7,6 +7,7 @@ The forwarders are a process of a few lines, socat, and ssh. The witness is QEMU
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,8 @@ from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
 
+SLOW = replace(LASTING, pages_per_s=200, bandwidth_bytes=4 << 20)
+"""Takes 4 s, in which one forwarder after the other is found, also on a busy machine."""
 Forwarder = Callable[[Path, Path, Path], AbstractContextManager[object]]
 
 
@@ -150,13 +154,28 @@ class Holding:
             self.pump(near, far)
 
 
-@pytest.mark.parametrize(("tool", "delay_ms"), [("record", 5), pytest.param("watch", 50, marks=pytest.mark.long)])
-def test_the_delay_of_a_hop(tool: str, delay_ms: int, tmp_path: Path) -> None:
-    """Within 5 % or 200 us of what the forwarder itself measures."""
-    near, far, state = tmp_path / "near", tmp_path / "far", tmp_path / "state"
+SSH = [requires("sshd", "tc with tbf and veth"), pytest.mark.timeout(120)]
+
+
+@pytest.mark.parametrize(
+    ("tool", "delay_ms", "before", "names"),
+    [
+        ("record", 5, None, []),
+        pytest.param("watch", 50, None, [], marks=pytest.mark.long),
+        pytest.param("record", 50, socat, ["socat"], marks=[requires("socat"), pytest.mark.long]),
+        pytest.param("watch", 5, socat, ["socat"], marks=requires("socat")),
+        pytest.param("record", 5, ssh, ["ssh", "sshd"], marks=SSH),
+        pytest.param("watch", 50, ssh, ["ssh", "sshd"], marks=SSH),
+    ],
+)
+def test_the_delay_of_a_hop(
+    tool: str, delay_ms: int, before: Forwarder | None, names: list[str], tmp_path: Path
+) -> None:
+    """Within 5 % or 200 us of what the forwarder itself measures, also behind others, which come in their order."""
+    near, middle, far, state = (tmp_path / name for name in ("near", "middle", "far", "state"))
     holding = Holding(delay_ms / 1000)
     with ExitStack() as stack:
-        pair = stack.enter_context(QemuPair(LASTING, None, NAMED))
+        pair = stack.enter_context(QemuPair(SLOW, None, NAMED))
         command = [*PROGRAM, "record", "-o", str(tmp_path / "seen.rec")]
         command += ["--pid", str(pair.source.pid), "--pid", str(pair.destination.pid)]
         if tool == "watch":
@@ -166,20 +185,26 @@ def test_the_delay_of_a_hop(tool: str, delay_ms: int, tmp_path: Path) -> None:
         assert tracer.stderr is not None
         assert tracer.stderr.readline()
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(near))
+        listener.bind(str(middle if before else near))
         listener.listen()
+        if before:
+            stack.enter_context(before(near, middle, tmp_path))
+            until(near.exists)
         forwarder = threading.Thread(target=holding.serve, args=(listener, far), daemon=True)
         forwarder.start()
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         destination("migrate-incoming", uri=f"unix:{far}")
-        source("migrate-set-parameters", **{"max-bandwidth": LASTING.bandwidth_bytes, "downtime-limit": 1000})
+        source("migrate-set-parameters", **{"max-bandwidth": SLOW.bandwidth_bytes, "downtime-limit": 1000})
         source("migrate", uri=f"unix:{near}")
         assert source.reaches("completed", "failed") == "completed"
         until(destination.runs)
         assert tracer.wait(30) == 0
     seen = report(next(state.glob("*.rec")) if tool == "watch" else tmp_path / "seen.rec")
     assert seen.hops is not None and seen.migration.result == "completed"
-    (hop,) = seen.hops
+    *others, hop = seen.hops
+    assert [other.process for other in others] == names
+    for one, following in itertools.pairwise(seen.hops):
+        assert following.sent == one.sent + one.delay_ns
     assert hop.pid == os.getpid() and hop.delay_ns == hop.unread_ns + hop.held_ns
     assert holding.least_ns >= delay_ms * 1_000_000
     doubt = max(200_000, holding.least_ns // 20)

@@ -70,6 +70,16 @@ def test_two_hops_of_which_one_changes_the_number_of_bytes() -> None:
     ]
 
 
+def test_what_two_hops_say_to_each_other_afterwards_is_not_the_stream() -> None:
+    """ssh closes its channel; libvirtd's next calls are on the connection of the tunnel."""
+    ssh = forwarder(PROXY, (71, 70), (72, 73), 1100, 3000, 60_000_000)
+    sshd = forwarder(SSH, (73, 72), (79, 80), 3400, 8000, 50_150_000)
+    ssh.send(90_000, 90_010, 36, socket=72)
+    sshd.receive(91_000, 91_010, 36, socket=73)
+    found = migration(ssh, sshd)[1].hops or []
+    assert [(hop.unread_ns // US, hop.held_ns // US) for hop in found] == [(100, 1900), (400, 4600)]
+
+
 def test_a_byte_that_was_read_before_its_send_returned() -> None:
     (hop,) = migration(forwarder(PROXY, (71, 70), (79, 80), 950, 1950, 50_150_000))[1].hops or []
     assert (hop.unread_ns, hop.held_ns, hop.delay_ns) == (0, 1000 * US, 1000 * US)
