@@ -32,8 +32,8 @@ from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
 
-SLOW = replace(LASTING, pages_per_s=200, bandwidth_bytes=4 << 20)
-"""Takes 4 s, in which one forwarder after the other is found, also on a busy machine."""
+SLOW = replace(LASTING, bandwidth_bytes=6 << 20)
+"""Takes 3 s, in which one forwarder after the other is found, also on a busy machine."""
 Forwarder = Callable[[Path, Path, Path], AbstractContextManager[object]]
 
 
