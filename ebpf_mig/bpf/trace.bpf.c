@@ -12,6 +12,7 @@
 #include "stack_sampler.bpf.c"
 #include "tcp.bpf.c"
 #include "exec.bpf.c"
+#include "inside_kvm.bpf.c"
 #if !KVM_FUNCTIONS || !SOCKET_FUNCTIONS
 #include "from_syscalls.bpf.c"
 #endif

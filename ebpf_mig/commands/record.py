@@ -85,7 +85,7 @@ def command(
     with Session(targets, tier, grows=True, user_stacks=user_stacks) as session:
         header = session.arm()
         if pids:
-            _report_if_paused(pids[0], alone=len(pids) == 1)
+            _report_if_paused(session, pids[0], alone=len(pids) == 1)
         to = 2 if output == "-" else 1
         with (
             run.open_recording(output, "record", header, force) as (writer, where),
@@ -121,10 +121,10 @@ def _arrive(session: Session, followed: Followed | None) -> list[int]:
     return found
 
 
-def _report_if_paused(pid: int, *, alone: bool) -> None:
+def _report_if_paused(session: Session, pid: int, *, alone: bool) -> None:
     """Prints a line if no vCPU of a VM runs in any of several checks. Its migration then has no blackout."""
     for _ in range(3):
-        if not procfs.vcpus_of(pid) or any(procfs.may_run_vcpu(pid, tid) for tid in procfs.threads_of(pid)):
+        if not procfs.vcpus_of(pid) or session.runs_vcpu(pid):
             return
         time.sleep(0.02)
     either = "paused or waiting for its migration" if alone else "paused"

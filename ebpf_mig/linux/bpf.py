@@ -16,22 +16,15 @@ import os
 import resource
 import struct
 
-FENTRY, FEXIT, KPROBE, KRETPROBE = "fentry", "fexit", "kprobe", "kretprobe"
+FENTRY, FEXIT, KPROBE, KRETPROBE, ITERATOR = "fentry", "fexit", "kprobe", "kretprobe", "iterator"
 
 SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
-_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _OBJ_INFO, _BTF_GET_FD, _BTF_NEXT, _LINK_CREATE, _ENABLE_STATS = (
-    5,
-    17,
-    15,
-    19,
-    23,
-    28,
-    32,
-)
+_PROG_LOAD, _OBJ_INFO, _RAW_TRACEPOINT_OPEN, _BTF_GET_FD, _BTF_NEXT = 5, 15, 17, 19, 23
+_LINK_CREATE, _ENABLE_STATS, _ITER_CREATE = 28, 32, 33
 _NO_COMMAND = 0x7FFFFFFF
 _TYPE_KPROBE, _TYPE_TRACING = 2, 26
-_ATTACH = {FENTRY: 24, FEXIT: 25}
+_ATTACH = {FENTRY: 24, FEXIT: 25, ITERATOR: 28}
 _ATTACH_PERF_EVENT = 41
 _LOG_BYTES = 1 << 16
 _PROGRAM_INFO = 216
@@ -62,7 +55,8 @@ def _attributes(*parts: tuple[int, str, int]) -> ctypes.Array[ctypes.c_char]:
 def load(code: bytes, how: str, btf_id: int = 0, btf_fd: int = 0) -> int:
     """Loads instructions for one way of attaching; returns the descriptor. OSError with the verifier's last words.
 
-    `btf_id` identifies the function for fentry and fexit, in vmlinux's BTF or in the BTF of `btf_fd`.
+    `btf_id` identifies the function for fentry and fexit, in vmlinux's BTF or in the BTF of `btf_fd`; for an iterator,
+    the function `bpf_iter_...` of what it walks over.
     """
     with contextlib.suppress(ValueError, OSError):  # before Linux 5.11, programs count as locked memory
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -98,6 +92,20 @@ def attach_tracing(program: int, tracepoint: str = "") -> int:
 def link_perf_event(program: int, event: int) -> int:
     """Runs `program` at a perf event until the result is closed (Linux 5.15); OSError before that."""
     return _bpf(_LINK_CREATE, _attributes((0, "I", program), (4, "I", event), (8, "I", _ATTACH_PERF_EVENT)))
+
+
+def iterate(program: int) -> None:
+    """Runs an iterator program once for each object of its kind, and drops what it prints (Linux 5.8)."""
+    link = _bpf(_LINK_CREATE, _attributes((0, "I", program), (8, "I", _ATTACH[ITERATOR])))
+    try:
+        walk = _bpf(_ITER_CREATE, _attributes((0, "I", link)))
+        try:
+            while os.read(walk, 4096):
+                pass
+        finally:
+            os.close(walk)
+    finally:
+        os.close(link)
 
 
 def is_forbidden() -> bool:

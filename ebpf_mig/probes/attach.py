@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
+from ebpf_mig.linux.bpf import ITERATOR, iterate
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.perf import has_trace_event
 from ebpf_mig.probes import selftest
@@ -23,13 +24,15 @@ from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
 from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
 from ebpf_mig.probes.loader import SAMPLING, Program, require_bcc
 from ebpf_mig.probes.macros import defines
-from ebpf_mig.probes.plan import SAMPLER, Plan, PlanDescription
+from ebpf_mig.probes.plan import SAMPLER, WALKER, Plan, PlanDescription
 from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO, NAMES, Choice, Chooser
 
 FAMILY = "trace.bpf.c"
 KVM_SIGNALS = ("dirty-log", "vcpu", "state", "kick", "brownout")
+INSIDE = "vcpu-inside"
+"""Which threads are inside KVM_RUN when tracing begins and ends."""
 _USERSPACE_EXIT = Hook(TRACEPOINT, "kvm_userspace_exit", "on_kvm_userspace_exit", ("vcpu",))
 _CALLS = (Hook(TRACEPOINT, "sys_enter", "on_sys_enter"), Hook(TRACEPOINT, "sys_exit", "on_sys_exit"))
 _SUBSYSTEMS = {"kvm_userspace_exit": "kvm", "sys_enter": "raw_syscalls", "sys_exit": "raw_syscalls"}
@@ -63,12 +66,13 @@ def load(
             program = Program(FAMILY, defines(pids, tracepoints, choice, user_stacks=user_stacks), CONTRACT)
             for hook in hooks:
                 program.load_hook(hook, chooser.module_fd if chooser else -1)
+        tiers, sampler_fd = _tiers(choice, tracepoints), -1
+        tiers[INSIDE], walker_fd = _load_walker(program)
     finally:
         btf.forget()
-    tiers, sampler_fd = _tiers(choice, tracepoints), -1
     if "split" not in choice.groups:  # where no function inside the ioctl can be hooked, samples show what it did
         tiers["split"], sampler_fd = _load_sampler(program)
-    return Plan(hooks, program, tiers, sampler_fd)
+    return Plan(hooks, program, tiers, sampler_fd, walker_fd)
 
 
 def _load_sampler(program: Program) -> tuple[str, int]:
@@ -77,6 +81,16 @@ def _load_sampler(program: Program) -> tuple[str, int]:
         return "samples", program.load(SAMPLER, SAMPLING)
     except PreflightError as error:
         return f"absent: {error}", -1
+
+
+def _load_walker(program: Program) -> tuple[str, int]:
+    """(tier of the signal `vcpu-inside`, program descriptor or -1)."""
+    try:
+        walker_fd = program.load_iterator(WALKER, "task")
+        iterate(walker_fd)
+    except (PreflightError, OSError) as error:
+        return f"absent: {error}", -1
+    return ITERATOR, walker_fd
 
 
 def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tuple[Choice, Chooser | None]:

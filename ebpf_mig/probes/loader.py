@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import bpf, procfs
+from ebpf_mig.linux import bpf, btf, procfs
 from ebpf_mig.probes import leaf_types, source
 from ebpf_mig.probes.attachments import Attachments
 from ebpf_mig.probes.contract import Contract
@@ -132,6 +132,22 @@ class Program:
             raise PreflightError(f"the kernel refuses {function}: {detail}", "ebpf-mig doctor") from error
         self._fds[function] = int(self._functions[function].fd)
         return self._fds[function]
+
+    def load_iterator(self, function: str, of: str) -> int:
+        """Loads one function as an iterator over the kernel's objects of a kind, and returns its descriptor.
+
+        PreflightError if refused.
+        """
+        name = f"bpf_iter_{of}"
+        known = btf.functions(btf.VMLINUX, [name])
+        try:
+            if name not in known:
+                raise OSError(0, f"it has no iterator over every {of}")
+            fd = bpf.load(self._bpf.dump_func(function.encode()), bpf.ITERATOR, known[name].btf_id)
+        except OSError as error:
+            raise PreflightError(f"the kernel refuses {function}: {error.strerror}", "ebpf-mig doctor") from error
+        self._fds[function] = fd
+        return fd
 
     def load_hook(self, hook: Hook, module_fd: int = -1) -> None:
         """Loads the function of a hook for its way of attaching. `module_fd` is the BTF of kvm.ko.

@@ -75,6 +75,8 @@ OFFSETS = {
 }
 _SCHED_INFO, _RUN_DELAY = ("task_struct", "sched_info"), ("sched_info", "run_delay")
 """Both exist where the kernel has CONFIG_SCHED_INFO."""
+_NOTIFIERS = ("task_struct", "preempt_notifiers")
+"""Exists where the kernel has KVM."""
 _STATE = ("task_struct", "__state")
 _STATE_BEFORE_5_14 = ("task_struct", "state")
 
@@ -107,11 +109,14 @@ def defines(
     macros["USER_STACKS"] = int(user_stacks)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
     macros |= _kvm_offsets()
-    offsets = btf.offsets(btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY])
+    offsets = btf.offsets(
+        btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY, _NOTIFIERS]
+    )
     info, delay = offsets[_SCHED_INFO], offsets[_RUN_DELAY]
     macros["RUN_DELAY_KNOWN"] = int(info is not None and delay is not None)
     macros["OFF_task_run_delay"] = (info or 0) + (delay or 0)
     macros["OFF_task_state"] = offsets[_STATE] or offsets[_STATE_BEFORE_5_14] or 0
+    macros["OFF_task_notifiers"] = offsets[_NOTIFIERS] or _NONE
     for name, member in OFFSETS.items():
         offset = offsets[member]
         if offset is None:

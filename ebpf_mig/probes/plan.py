@@ -20,6 +20,10 @@ SAMPLER = "on_sample"
 """The perf event program of `bpf/stack_sampler.bpf.c`."""
 
 
+WALKER = "on_task"
+"""The iterator program of `bpf/inside_kvm.bpf.c`."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A loaded program, ready to be attached."""
@@ -33,6 +37,8 @@ class Plan:
     """Attach tier by signal."""
     sampler_fd: int = -1
     """The program that samples stacks inside dirty-log ioctls; -1 if it is not wanted or the kernel refused it."""
+    walker_fd: int = -1
+    """The program that finds the threads inside KVM; -1 if the kernel refused it."""
 
 
 class PlanDescription(msgspec.Struct, frozen=True):
@@ -47,4 +53,6 @@ class PlanDescription(msgspec.Struct, frozen=True):
 def receive_plan(description: PlanDescription, fds: Sequence[int]) -> Plan:
     """Rebuilds the plan in the process that received `fds`."""
     program = InheritedProgram(description.program, fds)
-    return Plan(tuple(description.hooks), program, description.tiers, program.descriptor(SAMPLER))
+    return Plan(
+        tuple(description.hooks), program, description.tiers, program.descriptor(SAMPLER), program.descriptor(WALKER)
+    )

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 
 from ebpf_mig.linux import kvm, procfs
+from ebpf_mig.linux.bpf import iterate
 from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import open_batches, stream_key, vcpu_state
@@ -31,10 +32,11 @@ _NOTHING_SEEN = dict.fromkeys(("enter_ns", "exit_ns", "ret", "runs", "in_ns", "o
 class ProcessTable:
     """The traced processes and their threads."""
 
-    def __init__(self, program: BpfProgram) -> None:
-        self._program = program
-        self._on_cpu: dict[int, set[int]] = {}
-        """By pid: threads that were on a CPU when tracing began, where they may have been inside KVM_RUN."""
+    def __init__(self, program: BpfProgram, walker_fd: int = -1) -> None:
+        """`walker_fd`: the program of `bpf/inside_kvm.bpf.c`; -1 if there is none."""
+        self._program, self._walker_fd = program, walker_fd
+        self._running: dict[int, set[int]] = {}
+        """By pid: threads that ran inside KVM_RUN when tracing began."""
 
     def add(self, pids: Iterable[int]) -> None:
         """Starts to trace these processes. A vCPU already inside KVM_RUN (halted, say) is counted at once."""
@@ -45,7 +47,20 @@ class ProcessTable:
             for tid, fd in inside.items():
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1, vcpu_fd=fd)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
-            self._on_cpu[pid] = {tid for tid in tids if tid not in inside and may_run_vcpu(pid, tid)}
+            self._running[pid] = self.inside(pid) - inside.keys()
+
+    def inside(self, pid: int) -> set[int]:
+        """The threads of a traced process that are inside KVM_RUN now, or in another ioctl of a vCPU.
+
+        Where the kernel cannot be asked, each thread on a CPU counts, too: /proc says of it only that it runs. A worker
+        of the VMM that is busy all the time then looks like a vCPU.
+        """
+        if self._walker_fd < 0:
+            return {tid for tid in threads_of(pid) if may_run_vcpu(pid, tid)}
+        found = self._program.table("inside_kvm")
+        found.clear()
+        iterate(self._walker_fd)
+        return {tid.value for tid, tgid in found.items() if tgid.value == pid}
 
     def follow(self, pid: int) -> None:
         """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran."""
@@ -73,16 +88,15 @@ class ProcessTable:
     def silent_vcpus(self, now_ns: int, pid: int | None = None) -> list[VcpuState]:
         """Accounts of vCPUs that were inside KVM_RUN all the time, and so have none in the kernel half.
 
-        Nothing says of a thread on a CPU whether it is inside KVM_RUN. One that is on a CPU when tracing begins, made
-        no traced call, and is on a CPU or inside KVM_RUN at the end, counts: else a busy guest would seem to be paused.
+        Without them, a busy guest would seem to be paused. Each was inside when tracing began, made no traced call, and
+        is inside at the end.
         """
-        busy = {one: tids for one, tids in self._on_cpu.items() if tids and pid in (None, one)}
+        busy = {one: tids for one, tids in self._running.items() if tids and pid in (None, one)}
         known = {key.value for key, _ in self._program.table("threads").items()} if busy else set()
         return [
             VcpuState(now_ns, one, tid, fd=-1 if (fd := in_kvm_run(one, tid)) is None else fd, **_NOTHING_SEEN)
             for one, tids in busy.items()
-            for tid in sorted(tids - known)
-            if may_run_vcpu(one, tid)
+            for tid in sorted((tids - known) & self.inside(one))
         ]
 
     def missed_returns(self, pid: int | None = None) -> int:
@@ -105,7 +119,7 @@ class ProcessTable:
 
     def forget(self, pid: int) -> None:
         """Frees entries in the table of threads."""
-        self._on_cpu.pop(pid, None)
+        self._running.pop(pid, None)
         threads = self._program.table("threads")
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):

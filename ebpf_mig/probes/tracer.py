@@ -73,7 +73,7 @@ class Tracer:
         self._seen = plan is not None
         self._on_node = plan is not None and not self.pids
         self._program = self._plan.program
-        self._processes, self._sockets = ProcessTable(self._program), SocketTable(self._program)
+        self._processes, self._sockets = ProcessTable(self._program, self._plan.walker_fd), SocketTable(self._program)
         self._threads, self._stacks = ThreadNames(), Stacks(self._program)
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
         self._late: list[AnyEvent] = []
@@ -184,6 +184,10 @@ class Tracer:
         """Also traces the sends and receives of a process that is no VMM. Only for a tracer without pids; `remove` ends
         it."""
         self._processes.follow(pid)
+
+    def runs_vcpu(self, pid: int) -> bool:
+        """Whether a thread of a traced process is inside KVM_RUN, or in another ioctl of a vCPU, at this moment."""
+        return bool(self._processes.inside(pid))
 
     def remove(self, pid: int) -> list[AnyEvent]:
         """Stops tracing a process and returns its remaining events. Call `poll` afterwards."""

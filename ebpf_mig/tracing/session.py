@@ -150,6 +150,10 @@ class Session:
             with contextlib.suppress(OSError, KeyError):
                 self._tracer.follow(pid)
 
+    def runs_vcpu(self, pid: int) -> bool:
+        """Whether a vCPU of a traced process is inside KVM_RUN at this moment."""
+        return self._tracer.runs_vcpu(pid)
+
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""
         with held_signals() as deliver, _yielding():

@@ -22,12 +22,16 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 def name_in(arguments: list[str]) -> str:
-    """The VM's name in a command line: QEMU's last `-name` (libvirt writes `guest=NAME`), else a UUID, else nothing."""
+    """The VM's name in a command line: QEMU's last `-name` with one (libvirt writes `guest=NAME`), else a UUID, else
+    nothing. A `-name` can also have other keys only, for example `debug-threads=on`.
+    """
     arguments = arguments[::-1]
     for value, option in itertools.pairwise(arguments):
         if option in ("-name", "--name", "--id"):
             guest = re.search(r"(?:^|,)guest=([^,]*)", value)
-            return guest[1] if guest else value.split(",", 1)[0]
+            first = value.split(",", 1)[0]
+            if guest or "=" not in first:
+                return guest[1] if guest else first
     for value, option in itertools.pairwise(arguments):
         if option in ("-uuid", "--uuid") and _UUID.fullmatch(value):
             return value

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.linux import kvm, procfs
+from ebpf_mig.linux.bpf import ITERATOR
 from ebpf_mig.probes import loader, source
 from ebpf_mig.probes.hook_points import FLUSHES
 from ebpf_mig.probes.run_statistics import BpfStatistics, run_statistics
@@ -76,6 +77,7 @@ def test_all_tiers_tell_the_same_migration(unix: bool) -> None:
         runs = migrate_by(names, plan, unix=unix)
         for name, run in zip(names, runs, strict=True):
             assert {attached_by(run)[signal] for signal in ESSENTIAL} == {name}
+            assert attached_by(run)["vcpu-inside"] == ITERATOR
             assert run.breakdown.completeness.verdict == "complete", run.breakdown.completeness.reasons
         for one, other in itertools.combinations(runs, 2):
             assert_same_calls(one, other)

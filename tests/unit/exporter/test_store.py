@@ -145,6 +145,8 @@ except RecordingError as error:
         ("qemu -name guest=web-1,debug-threads=on -m 1", "web-1"),
         ("qemu -name vm1,debug-threads=on", "vm1"),
         ("qemu -name first -name last", "last"),
+        ("qemu -name vm1 -name debug-threads=off,process=x", "vm1"),
+        ("qemu -name debug-threads=on", ""),
         ("qemu -uuid 12345678-1234-1234-1234-123456789abc", "12345678-1234-1234-1234-123456789abc"),
         ("qemu -uuid ../../etc", ""),
         ("cloud-hypervisor --api-socket x", ""),

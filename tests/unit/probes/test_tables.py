@@ -12,14 +12,17 @@ from collections.abc import Iterator
 import pytest
 
 from ebpf_mig.linux import kvm, procfs
+from ebpf_mig.linux.procfs import may_run_vcpu
 from ebpf_mig.probes.inherited import InheritedProgram
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import defines
+from ebpf_mig.probes.plan import WALKER
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import CONTRACT, stream_key
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
 from ebpf_mig.recording.events import RECEIVE, OwnRuns, Socket, Transfer, VcpuState
 from tests.conftest import requires
+from tests.truth.beside import HALTS, PAUSED, SPINS, vmm
 
 pytestmark = requires("root", "bcc", "kernel BTF")
 OURS = os.getpid()
@@ -30,6 +33,11 @@ def compiled() -> Iterator[Program]:
     program = Program("trace.bpf.c", defines([], set()), CONTRACT)
     yield program
     program.close()
+
+
+@pytest.fixture(scope="module")
+def walker_fd(compiled: Program) -> int:
+    return compiled.load_iterator(WALKER, "task")
 
 
 @pytest.fixture(params=["bcc", "inherited"])
@@ -79,8 +87,23 @@ def test_a_process_is_traced_until_it_is_removed(program: BpfProgram) -> None:
     assert list(processes.items()) == []
 
 
+@requires("x86-64", "/dev/kvm")
+@pytest.mark.parametrize("guest", [PAUSED, SPINS, HALTS])
+def test_a_busy_thread_of_a_vmm_is_no_vcpu(guest: str, walker_fd: int, program: BpfProgram) -> None:
+    """A vCPU whose guest never sleeps nor leaves KVM_RUN has no event, and /proc says of both threads only that they
+    run. A guest that halted is counted at once.
+    """
+    with vmm(guest) as (pid, (busy, *vcpus)):
+        assert may_run_vcpu(pid, busy)
+        table = ProcessTable(program, walker_fd)
+        table.add([pid])
+        assert table.inside(pid) == set(vcpus)
+        assert [state.tid for state in table.silent_vcpus(999)] == (vcpus if guest == SPINS else [])
+        assert [leaf.running for _, leaf in program.table("processes").items()] == [int(guest == HALTS)]
+
+
 def test_a_thread_that_was_busy_all_the_time_may_have_run_a_guest(program: BpfProgram) -> None:
-    """A vCPU whose guest never sleeps nor leaves KVM_RUN has no event."""
+    """Where the kernel cannot be asked who is inside KVM."""
     table = ProcessTable(program)
     with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy, subprocess.Popen(["sleep", "60"]) as idle:
         try:
