@@ -19,6 +19,8 @@ from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.kinds import KINDS, Kind
 
 Streams = Mapping[str, list[Any]]
+_READ_LATER: dict[type, tuple[str, ...]] = {ev.VcpuState: ("enter_ns", "exit_ns"), ev.PageFaults: ()}
+"""The instants that say when it happened, for events with another that says when it was read."""
 
 
 class Incarnation(NamedTuple):
@@ -57,7 +59,7 @@ def split(streams: Streams) -> list[Incarnation]:
 
 def _earliest(kind: Kind, event: Any) -> int | None:
     """When it began; None if that is not known, or was read later than it happened."""
-    names = ("enter_ns", "exit_ns") if isinstance(event, ev.VcpuState) else kind.instants
+    names = _READ_LATER.get(type(event), kind.instants)
     return min((at for name in names if (at := getattr(event, name))), default=None)
 
 

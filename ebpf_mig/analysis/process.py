@@ -64,6 +64,8 @@ class Process:
     segments: list[ev.Segment] = field(default_factory=list)
     retransmits: list[ev.Retransmit] = field(default_factory=list)
     spans: list[ev.VcpuSpan] = field(default_factory=list)
+    vcpu_sleeps: list[ev.VcpuSleep] = field(default_factory=list)
+    page_faults: list[ev.PageFaults] = field(default_factory=list)
     samples: list[ev.Samples] = field(default_factory=list)
     tcp: list[ev.TcpInfo] = field(default_factory=list)
     user_stacks: list[ev.UserStack] = field(default_factory=list)

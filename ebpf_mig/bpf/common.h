@@ -40,7 +40,8 @@ enum kind {
 	KIND_CALL = 19,
 	KIND_OWN_TURN = 20,
 	KIND_MISSED_RETURN = 21,	/* losses only: the end of a call was not seen */
-	KIND_MAX = 22,
+	KIND_VCPU_SLEEP = 22,		/* losses only: the table of their sums was full */
+	KIND_MAX = 23,
 };
 
 /* Every record is a struct of u64 and s64 that starts with the kind; recording/kinds.py lists its fields. */
@@ -80,6 +81,7 @@ struct thread_state {
 	struct off_cpu kept;			/* the last long wait that has no record */
 	u64 kept_until_ns, kept_previous_tid;
 	u64 kicked;				/* when this thread last kicked another */
+	u64 pages_pending;			/* that KVM fetches for this vCPU in the background */
 	u64 lock, lock_since, lock_off;		/* the lock it waits for; off_call when the wait began */
 	u64 lock_ns[3], spin_ns;		/* within the ioctl in flight, by LOCK_*; the part on the CPU */
 	u64 split_ns[3];			/* within the ioctl in flight, by SPLIT_*; where SPLIT_KNOWN */
@@ -104,6 +106,7 @@ struct process_state {
 	s64 budget;
 	u64 granted, refilled;
 	u64 user_stacks;			/* still to be taken until the next fetch */
+	u64 started;				/* its guest was seen to start: see vcpu_sleeps.h */
 };
 
 BPF_HASH(threads, u32, struct thread_state, 8192);

@@ -21,6 +21,7 @@
 #define KVM_RESET_DIRTY_RINGS 0xaec7
 #define KVM_SET_USER_MEMORY_REGION 0x4020ae46
 #define KVM_SET_USER_MEMORY_REGION2 0x40a0ae49
+#define STOPPED_NS 1000000ULL		/* a guest whose vCPUs were all outside for longer was stopped */
 
 #include "fetch_split.h"
 
@@ -78,6 +79,8 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	bool worth_a_record = !s->runs || gap > VCPU_GAP_NS || s->run_ret < 0;
 	struct vcpu_enter_record *r;
 
+	if (!p->started && p->running <= 0 && (!s->run_exit_ns || gap > STOPPED_NS))
+		p->started = 1;
 	s->runs++;
 	s->vcpu_fd = fd;
 	s->run_enter_ns = now;

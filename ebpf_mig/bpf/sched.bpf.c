@@ -4,7 +4,8 @@
  *
  * In: the raw tracepoints sched_switch and, from Linux 6.16 on, sched_exit_tp. They fire for the whole host, so the
  * check for traced threads comes first.
- * Out: sums in the state of the thread, which become part of the record of the call; and OFF_CPU records, with the
+ * Out: sums in the state of the thread, which become part of the record of the call; sums of the sleeps of vCPUs
+ * (vcpu_sleeps.h); and OFF_CPU records, with the
  * kernel stack, of long waits while no vCPU runs and of the wait before a kick. A thread that kicks vCPUs starts to
  * sleep while they still run; this sleep is recorded with its stack, too.
  *
@@ -16,6 +17,7 @@
 
 #include "own_runs.h"
 #include "user_stack.h"
+#include "vcpu_sleeps.h"
 
 #define KEPT_NS 5000000ULL		/* a wait that ended this long before a kick is unrelated to it */
 #define KICKED_NS 20000000ULL		/* so is one that begins this long after; Cloud Hypervisor re-kicks after 10 ms */
@@ -98,6 +100,8 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task, u64 
 	if (p && !preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS)) {
 		stack = stacks.get_stackid(ctx, 0);
 		keep_user_stack(pid_tgid);
+	} else if (!preempted && sleeps_count(s, p)) {
+		stack = stacks.get_stackid(ctx, 0);
 	}
 	s->off.stack = stack < 0 ? NO_STACK : stack;
 }
@@ -145,10 +149,13 @@ static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u32 previo
 		s->preempted += now - since;
 	if (s->nr)
 		s->off_call += now - (since > s->enter ? since : s->enter);
-	if (now - since < LONG_WAIT_NS)
-		return;
 	p = processes.lookup(&tgid);
-	if (!p)
+	if (!off.preempted && sleeps_count(s, p)) {
+		if (WAIT_STACKS == STACK_WHEN_BACK)
+			taken = stacks.get_stackid(ctx, 0);
+		vcpu_slept(s, tid, WAIT_STACKS == STACK_AS_IT_LEAVES ? off.stack : taken, since, now);
+	}
+	if (!p || now - since < LONG_WAIT_NS)
 		return;
 	if (!in_detail(p, now)) {
 		s->kept = off;

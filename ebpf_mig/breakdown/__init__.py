@@ -25,6 +25,7 @@ from ebpf_mig.breakdown.dirty_log import (
     Stretch,
     VcpuShare,
 )
+from ebpf_mig.breakdown.faults import PageSource, PageWaits, VcpuFaults
 from ebpf_mig.breakdown.network import Hop, Postcopy, Served, SocketUse, Wire
 from ebpf_mig.breakdown.vocabulary import (
     IMMEDIATE,
@@ -70,6 +71,8 @@ __all__ = [
     "Migration",
     "Mode",
     "Mostly",
+    "PageSource",
+    "PageWaits",
     "PairedBy",
     "Pairing",
     "Pass",
@@ -92,6 +95,7 @@ __all__ = [
     "Throttled",
     "Transport",
     "Vcpu",
+    "VcpuFaults",
     "VcpuShare",
     "Verdict",
     "Wait",
@@ -327,6 +331,8 @@ class Breakdown(Struct, frozen=True, kw_only=True):
     """How the vCPUs were stopped; null: not seen."""
     postcopy: Postcopy | None = None
     """What the destination fetched; null in another mode."""
+    page_faults: list[VcpuFaults] | None = None
+    """What each vCPU waited for after the guest's start, and its page faults; null: not traced."""
     live_update: LiveUpdate | None = None
     """What a live update (mode `cpr`) took with it, and what its start-up did; null in another mode."""
     throttled: Throttled | None = None

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
 
-VMLINUX = "/sys/kernel/btf/vmlinux"
+VMLINUX, KVM_MODULE = "/sys/kernel/btf/vmlinux", "/sys/kernel/btf/kvm"
 
 Member = tuple[str, str]
 """(struct, member)."""
@@ -169,9 +169,12 @@ def functions(path: str, names: Iterable[str], base: str | None = None) -> dict[
 
 
 def tracepoints(path: str, names: Iterable[str]) -> set[str]:
-    """The given tracepoints that the kernel has. Each has a typedef `btf_trace_NAME` in BTF."""
+    """The given tracepoints that the kernel or a loaded kvm.ko has. Each has a typedef `btf_trace_NAME` in BTF."""
     with _clear_errors(path):
-        found = _parsed(path, None).named({b"btf_trace_" + name.encode() for name in names}, _TYPEDEF)
+        wanted = {b"btf_trace_" + name.encode() for name in names}
+        found = _parsed(path, None).named(wanted, _TYPEDEF)
+        if path == VMLINUX and any(b"_kvm_" in name for name in wanted - found.keys()) and Path(KVM_MODULE).exists():
+            found = _parsed(KVM_MODULE, path).named(wanted, _TYPEDEF)
         return {name.decode().removeprefix("btf_trace_") for name in found}
 
 

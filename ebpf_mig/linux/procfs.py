@@ -207,6 +207,15 @@ def cpu_ticks(pid: int, tid: int) -> int:
         return 0
 
 
+def page_faults(pid: int, tid: int) -> tuple[int, int] | None:
+    """How many minor and major page faults a thread has had (fields 10 and 12 of `stat`); None if it has exited."""
+    try:
+        found = numbers(pid, tid)
+        return int(found[7]), int(found[9])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def stolen_ns() -> dict[int, int]:
     """Time for which a hypervisor withheld each CPU since boot, in ns, by its number; empty if it cannot be read.
 

@@ -36,11 +36,17 @@ class Extra:
 
 HIDDEN_SENDS = Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),))
 """Not needed where socket functions are hooked, since all sends pass through them."""
+ASYNC_FAULTS = Extra(
+    "async-faults",
+    (("kvm_async_pf_not_present", "on_async_page_missing"), ("kvm_async_pf_ready", "on_async_page_ready")),
+)
+"""KVM has asynchronous page faults on these machines only (CONFIG_KVM_ASYNC_PF)."""
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),), (("sched_exit_tp", "on_sched_exit"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
     Extra("wire", (("tcp_probe", "on_tcp_probe"),)),
     Extra("retransmits", (("tcp_retransmit_skb", "on_tcp_retransmit_skb"),)),
+    *(ASYNC_FAULTS for machine in ("x86_64", "s390x") if machine == os.uname().machine),
     Extra("exec", (("sched_process_exec", "on_process_exec"),)),
     Extra("exec-begin", (("sched_prepare_exec", "on_prepare_exec"),)),
     HIDDEN_SENDS,

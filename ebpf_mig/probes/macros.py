@@ -24,7 +24,6 @@ _PROGRAMS_FOR = {FENTRY: _FENTRY, FEXIT: _FENTRY, KPROBE: _KPROBE, KRETPROBE: _K
 STACK_NEVER, STACK_AS_IT_LEAVES, STACK_WHEN_BACK = range(3)
 """When the kernel stack of a wait is taken: values of `WAIT_STACKS` in bpf/sched.bpf.c."""
 _POSSIBLE_CPUS = Path("/sys/devices/system/cpu/possible")
-_KVM_MODULE = "/sys/kernel/btf/kvm"
 _NONE = 0xFFFF
 """Stands for the offset of a member that the kernel does not have."""
 _USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
@@ -136,7 +135,7 @@ def _kvm_offsets() -> dict[str, int]:
     members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
     manual = ("kvm", "manual_dirty_log_protect")
     offsets = btf.offsets(btf.VMLINUX, [*members.values(), manual])
-    if None in offsets.values() and Path(_KVM_MODULE).exists():
-        offsets = btf.offsets(_KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
+    if None in offsets.values() and Path(btf.KVM_MODULE).exists():
+        offsets = btf.offsets(btf.KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
     locks = {name: _NOWHERE if offsets[member] is None else offsets[member] or 0 for name, member in members.items()}
     return locks | {"OFF_kvm_manual": offsets[manual] or _NONE}

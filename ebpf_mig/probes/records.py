@@ -26,6 +26,7 @@ from ebpf_mig.recording.events import (
     Socket,
     Transfer,
     UserStack,
+    VcpuSleep,
     VcpuState,
 )
 from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
@@ -34,6 +35,10 @@ from ebpf_mig.recording.layout import WORD, Layout
 _AF_INET, _AF_INET6 = 2, 10
 NO_STACK = 0xFFFFFFFF
 """Stands for a missing id in the kernel's stack map."""
+_STACK_BITS = 16
+"""Of a key in the table `vcpu_sleeps` (bpf/vcpu_sleeps.h)."""
+NO_SLEEP_STACK = 0xFFFF
+"""The same in a key of the table `vcpu_sleeps`."""
 UNTRACKED = 2
 """A thread has one batch for each direction, and one for sends outside of the traced system calls."""
 MANY_FAILED = 1000
@@ -48,6 +53,7 @@ _TABLE_MEMBERS = (
            "u64 off_cpu_ns, off_before_ns, descriptors"),
     Layout("stream", "u64 bytes[2]"),
     Layout("owner", "u64 pid"),
+    Layout("vcpu_sleep", "u64 tgid, count, slept_ns, longest_ns, since_ns, until_ns"),
     Layout("process_state", "s64 running"),
     Layout("own_runs", "u64 since_ns, until_ns, run_ns, runs, calls, other_runs, other_calls"),
 )  # fmt: skip
@@ -56,7 +62,8 @@ CONTRACT = Contract(
     records=tuple(record.layout for record in RECORDS),
     members=_TABLE_MEMBERS,
     numbers={f"KIND_{name.upper().replace('-', '_')}": number for number, name in RECORD_NAMES.items()}
-    | {"KIND_MAX": max(RECORD_NAMES) + 1, "NO_STACK": NO_STACK}
+    | {"KIND_MAX": max(RECORD_NAMES) + 1, "NO_STACK": NO_STACK, "NO_SLEEP_STACK": NO_SLEEP_STACK}
+    | {"PENDING_BIT": _STACK_BITS}
     | {"SEND": SEND, "RECEIVE": RECEIVE, "UNTRACKED": UNTRACKED}
     | {"STACK_AS_IT_LEAVES": STACK_AS_IT_LEAVES, "STACK_WHEN_BACK": STACK_WHEN_BACK},
 )
@@ -174,6 +181,22 @@ def vcpu_state(at_ns: int, tid: int, thread: Any) -> VcpuState | None:
         in_ns=thread.in_ns,
         out_ns=thread.out_ns,
         max_gap_ns=thread.max_gap_ns,
+    )
+
+
+def vcpu_sleep(key: int, sums: Any) -> VcpuSleep:
+    """The sleeps with one stack, from an entry of the table `vcpu_sleeps`. The stack is an id, as that of `OffCpu`."""
+    stack_id = key & (1 << _STACK_BITS) - 1
+    return VcpuSleep(
+        sums.since_ns,
+        sums.until_ns,
+        pid=sums.tgid,
+        tid=key >> 32,
+        count=sums.count,
+        slept_ns=sums.slept_ns,
+        longest_ns=sums.longest_ns,
+        pending=key >> _STACK_BITS & 1,
+        stack=() if stack_id == NO_SLEEP_STACK else (str(stack_id),),
     )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import msgspec
 
 from ebpf_mig.probes.program import BpfProgram
-from ebpf_mig.recording.events import OffCpu, Samples
+from ebpf_mig.recording.events import OffCpu, Samples, VcpuSleep
 
 _SCHEDULER = {"schedule", "__schedule", "preempt_schedule_common"}
-_MAX_FRAMES = 12
+_MAX_FRAMES, _MAX_FAULT_FRAMES = 12, 32
 
 
 class Stacks:
@@ -31,12 +31,20 @@ class Stacks:
         """A wait whose stack is an id in the kernel's stack map. The scheduler's own functions are left out."""
         if not wait.stack:
             return wait
-        (stack_id,) = wait.stack
+        return msgspec.structs.replace(wait, stack=self._frames(wait.stack[0])[:_MAX_FRAMES])
+
+    def named_sleep(self, sleep: VcpuSleep) -> VcpuSleep:
+        """The same for the sleeps of a vCPU. Below a page fault there can be a file system and a block device."""
+        if not sleep.stack:
+            return sleep
+        return msgspec.structs.replace(sleep, stack=self._frames(sleep.stack[0])[:_MAX_FAULT_FRAMES])
+
+    def _frames(self, stack_id: str) -> tuple[str, ...]:
         if stack_id not in self._of_ids:
             frames = self._program.kernel_stack("stacks", int(stack_id))
             begin = 1 + max((i for i, frame in enumerate(frames) if frame in _SCHEDULER), default=-1)
-            self._of_ids[stack_id] = frames[begin : begin + _MAX_FRAMES]
-        return msgspec.structs.replace(wait, stack=self._of_ids[stack_id])
+            self._of_ids[stack_id] = frames[begin:]
+        return self._of_ids[stack_id]
 
     def named_sample(self, sample: Samples) -> Samples:
         """A sample whose stack is a list of addresses."""

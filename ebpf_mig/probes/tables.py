@@ -15,8 +15,8 @@ from ebpf_mig.linux import kvm, procfs
 from ebpf_mig.linux.bpf import iterate
 from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
-from ebpf_mig.probes.records import open_batches, stream_key, vcpu_state
-from ebpf_mig.recording.events import OwnRuns, Socket, Transfer, VcpuState
+from ebpf_mig.probes.records import open_batches, stream_key, vcpu_sleep, vcpu_state
+from ebpf_mig.recording.events import OwnRuns, Socket, Transfer, VcpuSleep, VcpuState
 from ebpf_mig.recording.kinds import RECORD_NAMES
 
 _WAITS = {
@@ -85,6 +85,11 @@ class ProcessTable:
                 events.append(state)
         return events
 
+    def sleeps(self, pid: int | None = None) -> list[VcpuSleep]:
+        """The sleeps of all vCPUs, or of one process's, so far."""
+        sums = self._program.table("vcpu_sleeps").items()
+        return [vcpu_sleep(key.value, one) for key, one in sums if pid in (None, one.tgid)]
+
     def silent_vcpus(self, now_ns: int, pid: int | None = None) -> list[VcpuState]:
         """Accounts of vCPUs that were inside KVM_RUN all the time, and so have none in the kernel half.
 
@@ -124,6 +129,10 @@ class ProcessTable:
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):
                 del threads[tid]
+        sleeps = self._program.table("vcpu_sleeps")
+        for key in [key for key, one in sleeps.items() if one.tgid == pid]:
+            with contextlib.suppress(KeyError):
+                del sleeps[key]
 
 
 def _only_waits(pid: int, tid: int) -> bool:

@@ -20,6 +20,7 @@ import msgspec
 
 from ebpf_mig.linux import clock
 from ebpf_mig.probes import attach, own_rates
+from ebpf_mig.probes.fault_counts import FaultCounts
 from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.probes.loader import read_symbols
 from ebpf_mig.probes.plan import SAMPLER, Plan
@@ -76,6 +77,7 @@ class Tracer:
         self._processes, self._sockets = ProcessTable(self._program, self._plan.walker_fd), SocketTable(self._program)
         self._threads, self._stacks = ThreadNames(), Stacks(self._program)
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
+        self._faults = FaultCounts()
         self._late: list[AnyEvent] = []
         self._missed_returns = 0
 
@@ -117,6 +119,7 @@ class Tracer:
         for pid in self.pids:
             self._polled.follow(pid)
         self._threads.read(self.pids)
+        self._faults.begin(self.pids)
         if self._user_stacks is not None:
             self._user_stacks.prepare(self.pids)
         self._processes.add(self.pids)
@@ -176,6 +179,7 @@ class Tracer:
         self.pids = (*self.pids, pid)
         self._processes.add([pid])  # first: a running migration does not wait until we know the names of its threads
         self._threads.read([pid])
+        self._faults.begin([pid])
         if self._user_stacks is not None:
             self._user_stacks.prepare([pid])
         self._polled.follow(pid)
@@ -201,6 +205,7 @@ class Tracer:
         self._processes.forget(pid)
         self.pids = tuple(other for other in self.pids if other != pid)
         self._threads.forget(pid)
+        self._faults.forget(pid)
         self._sockets.forget(pid)
         return rest
 
@@ -241,7 +246,8 @@ class Tracer:
         for event in events:
             if isinstance(event, VcpuState) and event.fd >= 0:
                 self._threads.ran_vcpu(event.pid, event.tid, event.fd)
-        return events
+        events += self._faults.counts({(e.pid, e.tid) for e in events if isinstance(e, VcpuState)})
+        return events + [self._stacks.named_sleep(sleep) for sleep in self._processes.sleeps(pid)]
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
         """(lost, unpaired) by kind of event, without zeros."""

@@ -36,7 +36,10 @@ _ANY = 400
 """Bytes per event until the report is written: measured as the peak of whole reports, rounded up."""
 _ITEM = 60
 """Bytes of a string in a stack or of an entry of a map, without its characters."""
-_LISTS = {ev.OffCpu: attrgetter("stack"), ev.Samples: attrgetter("stack"), ev.TcpInfo: attrgetter("values")}
+_LISTS = {
+    **dict.fromkeys((ev.OffCpu, ev.Samples, ev.VcpuSleep), attrgetter("stack")),
+    ev.TcpInfo: attrgetter("values"),
+}
 
 
 class TooLargeError(RecordingError):

@@ -54,7 +54,7 @@ from ebpf_mig.recording.socket_events import (
     ahead,
 )
 from ebpf_mig.recording.user_events import Module, UserStack
-from ebpf_mig.recording.vcpu_events import Kick, VcpuEnter, VcpuExit, VcpuSpan, VcpuState
+from ebpf_mig.recording.vcpu_events import Kick, PageFaults, VcpuEnter, VcpuExit, VcpuSleep, VcpuSpan, VcpuState
 
 __all__ = [
     "AF_UNIX",
@@ -92,6 +92,7 @@ __all__ = [
     "OwnRates",
     "OwnRuns",
     "OwnTurn",
+    "PageFaults",
     "Remote",
     "Retransmit",
     "RunDelay",
@@ -107,6 +108,7 @@ __all__ = [
     "UserStack",
     "VcpuEnter",
     "VcpuExit",
+    "VcpuSleep",
     "VcpuSpan",
     "VcpuState",
     "ahead",
@@ -341,4 +343,6 @@ AnyEvent = (
     | UserStack
     | Module
     | Call
+    | VcpuSleep
+    | PageFaults
 )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
-from ebpf_mig.recording.events import AnyEvent, Header, OffCpu, Samples
+from ebpf_mig.recording.events import AnyEvent, Header, OffCpu, Samples, VcpuSleep
 
 MAGIC = b"EBPFMIG1\n"
 FORMAT = 1
@@ -150,14 +150,14 @@ def decode_events(content: bytes) -> Content:
     stacks: dict[tuple[str, ...], tuple[str, ...]] = {}
     for at in compress(count(), map(TEXTUAL.__contains__, map(type, events))):
         event = events[at]
-        if isinstance(event, (OffCpu, Samples)):
+        if isinstance(event, (OffCpu, Samples, VcpuSleep)):
             _with_shared_stack(event, stacks)
         else:
             events[at] = bounded(event)
     return found
 
 
-def _with_shared_stack(event: OffCpu | Samples, stacks: dict[tuple[str, ...], tuple[str, ...]]) -> None:
+def _with_shared_stack(event: OffCpu | Samples | VcpuSleep, stacks: dict[tuple[str, ...], tuple[str, ...]]) -> None:
     """Gives the event the stack within the limits. Equal stacks are one object: a block has a few, many times."""
     shared = stacks.get(event.stack)
     if shared is None:

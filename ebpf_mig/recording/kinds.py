@@ -103,6 +103,8 @@ KINDS = (
     Kind(ev.VcpuSpan, "spans", Record(11, "vcpu-span", Layout(
         "vcpu_span_record",
         "u64 kind, since_ns, until_ns, pid, tid, outside_ns, longest_ns, gaps; s64 lock_ns"))),
+    Kind(ev.VcpuSleep, "vcpu_sleeps"),
+    Kind(ev.PageFaults, "page_faults"),
     Kind(ev.Samples, "samples", Record(10, "sample", Layout(
         "sample_record", "u64 kind, at_ns, pid, tid, begin_ns, period_ns, frames[24]"))),
     Kind(ev.TcpInfo, "tcp"),
@@ -129,8 +131,10 @@ THREAD_TABLE = (15, "thread-table")
 """Number and name of a kind that only appears in losses: the BPF programs' table of threads was full."""
 MISSED_RETURN = (21, "missed-return")
 """The same for calls whose return was not seen: the kernel has a limited number of return probes."""
+SLEEP_TABLE = (22, "vcpu-sleep")
+"""The same for their table of the sleeps of vCPUs."""
 RECORDS = tuple(kind.record for kind in KINDS if kind.record)
-RECORD_NAMES = dict([THREAD_TABLE, MISSED_RETURN, *((record.number, record.name) for record in RECORDS)])
+RECORD_NAMES = dict([THREAD_TABLE, MISSED_RETURN, SLEEP_TABLE, *((record.number, record.name) for record in RECORDS)])
 """Names of the record kinds in reports of losses, by number."""
 
 BY_TYPE: dict[type, Kind] = {kind.event: kind for kind in KINDS}

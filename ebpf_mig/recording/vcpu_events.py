@@ -6,7 +6,19 @@ In: nothing. Out: structs. The conventions are those of `events.py`, which expor
 
 from __future__ import annotations
 
-from ebpf_mig.recording.fields import Bits64, Count, Duration, Event, Fd, Instant, MaybeDuration, Pid, Returned
+from ebpf_mig.recording.fields import (
+    Bits64,
+    Count,
+    Duration,
+    Event,
+    Fd,
+    Flag,
+    Instant,
+    MaybeDuration,
+    Pid,
+    Returned,
+    Symbol,
+)
 
 
 class VcpuEnter(Event, frozen=True, tag=2):
@@ -90,3 +102,43 @@ class Kick(Event, frozen=True, tag=5):
     tid: Pid
     target_tid: Pid
     signal: Bits64
+
+
+class VcpuSleep(Event, frozen=True, tag=30):
+    """The sleeps of one vCPU thread inside KVM_RUN with the same kernel stack, after its guest was seen to start.
+
+    Read when tracing ended. A vCPU that is halted sleeps, too: the stack tells why.
+    """
+
+    since_ns: Instant
+    """Begin of the first."""
+    until_ns: Instant
+    """End of the last."""
+    pid: Pid
+    tid: Pid
+    count: Count
+    slept_ns: Duration
+    """All together."""
+    longest_ns: Duration
+    pending: Flag = 0
+    """1: meanwhile a kernel thread fetched a page for this vCPU (KVM's asynchronous page fault)."""
+    stack: tuple[Symbol, ...] = ()
+    """Kernel functions, innermost first; empty: not known."""
+
+
+class PageFaults(Event, frozen=True, tag=31):
+    """The page faults of one vCPU thread while it was traced, as the kernel counts them.
+
+    Source: `minflt` and `majflt` in /proc/PID/task/TID/stat (proc(5)). Pages that KVM maps for the guest are among
+    them (mm_account_fault, mm/memory.c, Linux 5.10 to 6.18), but not those that a userfaultfd handler filled: after the
+    wait the page is there, and that is no fault (__get_user_pages, mm/gup.c).
+    """
+
+    at_ns: Instant
+    """When it was read."""
+    pid: Pid
+    tid: Pid
+    minor: Count
+    """Served without reading: the page was in the page cache, or new."""
+    major: Count
+    """A file had to be read, or the fault was tried again after a wait."""

@@ -19,7 +19,7 @@ _REASONS = frozenset({
 })  # fmt: skip
 _SIGNALS = frozenset({
     "dirty-log", "vcpu", "state", "kick", "socket", "wire", "lock", "off-cpu", "retransmits", "hidden-sends",
-    "brownout", "split", "samples", "pipe", "file", "exec", "exec-begin", "vcpu-inside",
+    "brownout", "split", "samples", "pipe", "file", "exec", "exec-begin", "vcpu-inside", "async-faults",
 })  # fmt: skip
 _TCP_INFO = frozenset({
     "busy_time", "rwnd_limited", "sndbuf_limited", "total_retrans", "bytes_retrans", "bytes_acked", "bytes_sent",
@@ -35,7 +35,8 @@ _FUNCTION = r"[a-z_][a-z0-9_]{0,126}(?:\.(?:isra|constprop|part|cold|llvm|\d+))*
 """A function name in the style of the kernel. Names with capitals are few and listed."""
 _CAPITALS = r"(?:entry_SYSCALL_64_after_hwframe|entry_SYSCALL_64|do_SYSCALL_64|do_IRQ|common_IRQ|ret_from_fork_asm)"
 _SYMBOL = re.compile(rf"{_FUNCTION}|{_CAPITALS}|\[unknown\]", re.ASCII)
-_PROBE = re.compile(rf"on_[a-z0-9_]{{1,60}}(?::(?:{_FUNCTION}))?|recursion-misses|thread-table|missed-return", re.ASCII)
+_LOSSES = r"recursion-misses|thread-table|missed-return|vcpu-sleep"
+_PROBE = re.compile(rf"on_[a-z0-9_]{{1,60}}(?::(?:{_FUNCTION}))?|{_LOSSES}", re.ASCII)
 _VERSION = re.compile(r"(?:(?:ebpf-mig|v) ?)?\d{1,6}(?:\.\d{1,6}){0,4}(?:rc\d{1,3}|-rc\d{1,3})?", re.ASCII)
 _PACKAGED = re.compile(
     r"(\d{1,3}(?:\.\d{1,4}){1,3})(?:[-+.](?:\d{1,6}|rc\d+|deb\d+|bpo\d+|el\d+(?:_\d+)?|fc\d+|cloud|generic|rt|amd64|arm64"

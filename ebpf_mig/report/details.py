@@ -19,7 +19,7 @@ from ebpf_mig.breakdown import (
     Verdict,
     bounds,
 )
-from ebpf_mig.report import answer, text_fetch, text_vmm, text_wire
+from ebpf_mig.report import answer, text_faults, text_fetch, text_vmm, text_wire
 from ebpf_mig.report.rows import Row, figure, ms, remark, unmeasured, unseen
 from ebpf_mig.text import printable, size
 
@@ -43,6 +43,7 @@ def rows(b: Breakdown) -> Iterator[Row]:
     yield from text_vmm.management(b.management)
     yield from text_vmm.live_update(b.live_update)
     yield from text_vmm.postcopy(b.postcopy)
+    yield from text_faults.rows(b)
     yield from _dirty_log(b)
     yield from text_wire.network(b)
     yield from text_wire.hops(b)

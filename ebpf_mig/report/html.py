@@ -61,6 +61,7 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
         ("What if", whatif.html(b)),
         ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),
+        ("Page faults after the start", tables.page_faults(b)),
         ("Final dirty-log fetch", itertools.chain(charts.split(b), tables.fetch(b))),
         ("Pre-copy passes", itertools.chain(charts.convergence(b), tables.passes(b))),
         ("Sockets", tables.sockets(b)),

@@ -147,6 +147,19 @@ def vcpus(b: Breakdown) -> Iterator[str]:
     yield table("vcpus", ("vCPU", "#blackout ms", "#kick to stop ms", "#stop at ms", "#start at ms"), rows)
 
 
+def page_faults(b: Breakdown) -> Iterator[str]:
+    """What each vCPU waited for after the start."""
+    rows = [
+        f"<td>{v.vcpu}</td><td>{w.source}</td>{_count(w.count)}{_ns(w.waited_ns)}{_ns(w.longest_ns)}{_ns(w.last_ns)}"
+        for v in b.page_faults or ()
+        for w in v.waits
+    ]
+    heads = ("vCPU", "pages from", "#waits", "#waited ms", "#longest ms", "#last, after the start ms")
+    yield table("page-faults", heads, rows)
+    counts = [f"<td>{v.vcpu}</td>{_count(v.minor)}{_count(v.major)}" for v in b.page_faults or ()]
+    yield table("page-fault-counts", ("vCPU", "#minor", "#major"), counts)
+
+
 def fetch(b: Breakdown) -> Iterator[str]:
     """The final fetch, what it caused, and each of its ioctls."""
     final = b.dirty_log.final

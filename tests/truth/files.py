@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from ebpf_mig.linux import kvm as numbers
-from tests.truth import kvm
+from tests.truth import kvm, on_demand
 from tests.truth.kvm import PAGE
 from tests.truth.machine import SETTERS, STATE, Source
 from tests.truth.parts import IGNORED, KICK, Machine, Plan, decode, say
@@ -67,6 +67,10 @@ class Saved(Source):
 
     def stop(self) -> None:
         self.pause()
+        if self.plan.backend:
+            self.vcpus[0].prepare(kvm.load_list(self.vm, [page * PAGE for page in on_demand.touched(self.plan)]))
+            if self.plan.interrupts:
+                on_demand.interruptible(self.vcpus[0])
         kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
         self.delay("quiesce")
 
@@ -104,6 +108,9 @@ class Loaded(Machine):
         super().__init__(plan)
         for vcpu in self.vcpus:
             vcpu.prepare(0)
+        self.pages = on_demand.Pages(plan, self.vm.slots) if plan.backend else None
+        self.touched_ns = 0
+        """From the start until the guest had touched its pages."""
 
     def load(self) -> None:
         first, second = (Path(self.plan.address) / name for name in ("state", "memory"))
@@ -111,13 +118,11 @@ class Loaded(Machine):
         parts = [os.read(file, PAGE) for _ in range(2)]
         os.close(file)
         begin = time.monotonic_ns()
-        file = os.open(second, os.O_RDONLY)
-        for base, size in self.layout.values():
-            for at in range(base, base + size, CHUNK):
-                if at == CHUNK:
-                    self.delay("memory.load")
-                ctypes.memmove(self.memory(at // PAGE), os.read(file, CHUNK), CHUNK)
-        os.close(file)
+        if self.pages is not None:
+            self.pages.start()
+            self.pages.load()
+        else:
+            self._read(second)
         self.whole = {"memory.load": time.monotonic_ns() - begin}
         sizes = [kvm.SIZES[getter] for getter in STATE]
         half = sum(sizes) * len(self.vcpus) // 2
@@ -129,13 +134,30 @@ class Loaded(Machine):
                 if not number and setter == SETTERS[0]:
                     self.delay("state.load")
 
+    def _read(self, path: Path) -> None:
+        file = os.open(path, os.O_RDONLY)
+        for base, size in self.layout.values():
+            for at in range(base, base + size, CHUNK):
+                if at == CHUNK:
+                    self.delay("memory.load")
+                ctypes.memmove(self.memory(at // PAGE), os.read(file, CHUNK), CHUNK)
+        os.close(file)
+
     def go(self) -> None:
         self.delay("resume")
         kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        begin = time.monotonic_ns()
         for thread in self.threads:
             thread.start()
         for thread in self.threads:
             thread.entered()
+        if self.pages is not None:
+            self.threads[0].finished.wait()
+            self.touched_ns = time.monotonic_ns() - begin
+
+    def served(self) -> list[tuple[int, int]]:
+        """When each page was asked for, and when it was there, ns."""
+        return self.pages.served() if self.pages is not None else []
 
 
 def main(role: str, plan: Plan) -> None:
@@ -158,9 +180,14 @@ def main(role: str, plan: Plan) -> None:
     waited = kvm.run_delay_ns() - waited
     if isinstance(machine, Saved):
         machine.whole["sync"] = requests["create"][-1] - machine.synced_ns
-    machine.result(whole=machine.whole, waited=waited, requests=requests)
+    more: dict[str, object] = {}
+    if isinstance(machine, Loaded):
+        more = {"served": machine.served(), "touched": machine.touched_ns}
+    machine.result(whole=machine.whole, waited=waited, requests=requests, **more)
     sys.stdin.readline()
     machine.close()
+    if isinstance(machine, Loaded) and machine.pages is not None:
+        machine.pages.close()
 
 
 if __name__ == "__main__":

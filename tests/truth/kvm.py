@@ -100,13 +100,16 @@ def discard(address: int, size: int) -> None:
     _libc.madvise(address, size, mmap.MADV_DONTNEED)
 
 
-def hold_back(address: int, size: int) -> int:
-    """Who touches this memory for the first time sleeps until the returned descriptor is closed (userfaultfd(2))."""
+def hold_back(*ranges: tuple[int, int]) -> int:
+    """Who touches this memory (addresses and sizes) for the first time sleeps until the page is served, or the returned
+    descriptor closed (userfaultfd(2)).
+    """
     descriptor = int(_libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC))
     if descriptor < 0:
         raise OSError(ctypes.get_errno(), "userfaultfd")
     fcntl.ioctl(descriptor, _UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
-    fcntl.ioctl(descriptor, _UFFDIO_REGISTER, struct.pack("QQQQ", address, size, 1, 0))
+    for address, size in ranges:
+        fcntl.ioctl(descriptor, _UFFDIO_REGISTER, struct.pack("QQQQ", address, size, 1, 0))
     return descriptor
 
 

@@ -282,7 +282,7 @@ class Destination(Machine):
     def add_slot_beside_reader(self) -> None:
         """Adds a memslot while another thread sleeps in a page fault, inside KVM's SRCU, for the plan's time."""
         page = self.vm.set_slot(READ_SLOT, READ_BASE, PAGE)
-        missing = kvm.hold_back(page, PAGE)
+        missing = kvm.hold_back((page, PAGE))
         thread = threading.Thread(target=self.vcpus[0].write_wall_clock, args=(READ_BASE,))
         thread.start()
         time.sleep(2 * HEAD_START_S)

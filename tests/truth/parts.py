@@ -71,6 +71,11 @@ class Plan:
     """While the destination loads, it adds a memslot, and for so long another thread is inside KVM's SRCU."""
     large_slot_bytes: int = 0
     """A slot without memory behind it. The final fetch reads its log and clears all of it."""
+    backend: str = ""
+    """Of a restore: `userfaultfd` or `file`, whose pages come when the guest touches them, each after the delay
+    `page`; else the memory is read."""
+    interrupts: bool = False
+    """The restored guest can take interrupts, so that KVM fetches its pages in the background."""
     seed: int = 0
     address: str = ""
     """`HOST:PORT`, or the path of a UNIX socket."""
