@@ -131,7 +131,7 @@ def test_a_reader_written_from_the_documentation_alone() -> None:
     assert seen[0][1]["clock"] == [1000, 1_700_000_000_000_000_000, 150]
     tagged = [event for _, block in seen[1:] for event in block]
     assert tagged[0] == [8, 1, 2, "CPU 0/KVM", 0]
-    assert tagged[-1] == [11, 50, "migrated", {"socket": 0}, {}, {}, {}]
+    assert tagged[-1] == [11, 50, "migrated", {"socket": 0}, {}, {}, {}, {}]
 
 
 def test_documentation_lists_every_field_of_every_event_in_order() -> None:
