@@ -157,13 +157,6 @@ FEATURES: dict[str, Callable[[], bool]] = {
 }
 DISTURBED = Path(__file__).parent / "integration"
 """Tests with real VMs and clocks. Another process of the machine can take the CPU from a witness at any instant."""
-CROWDED = "test_exporter_limits.py"
-"""Tests of the exporter that need the CPUs: it examines 300 new processes at once."""
-BUSY = (
-    "cli", "doctor", "doctor_rights", "docs", "current_directory", "namespaces", "bench", "carriers", "results",
-    "lab_qemu", "driven", "injected_faults", "live", "live_update", "live_update_watched",
-)  # fmt: skip
-"""Tests that bear a busy machine. `./check` begins with them, while its other parts still run."""
 PARTS = "EBPF_MIG_PARTS"
 """A directory in which the parts of `./check`, each a process, count together: one line for each long test that was
 left out, and one for each test that ran again.
@@ -200,16 +193,8 @@ def _count(what: str, more: int) -> int:
         return len(file.readlines())
 
 
-def _turn(item: pytest.Item) -> int:
-    if item.path.name == CROWDED:
-        return 2
-    return 0 if item.path.stem.removeprefix("test_") in BUSY else 1
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more. Those of
-    `BUSY` come first.
-    """
+    """The marker's subject goes into JUnit files, as a property. A failed test of `DISTURBED` runs once more."""
     reruns = config.pluginmanager.hasplugin("rerunfailures")
     for item in items:
         marker = item.get_closest_marker("everywhere")
@@ -217,7 +202,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.user_properties.append(("subject", marker.args[0]))
         if reruns and item.path.is_relative_to(DISTURBED):
             item.add_marker(pytest.mark.flaky(reruns=1))
-    items.sort(key=_turn)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

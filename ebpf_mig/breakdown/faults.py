@@ -47,10 +47,10 @@ class VcpuFaults(Struct, frozen=True, kw_only=True):
     """What one vCPU waited for inside KVM_RUN, from the guest's start to the end of tracing."""
 
     vcpu: int
-    """Its index."""
+    """Index of the vCPU."""
     waits: list[PageWaits]
     """By source, in the order of `PageSource`."""
     minor: int | None
-    """Page faults that the kernel counted for its thread and that read nothing; null: not known."""
+    """Number of page faults that the kernel counted for its thread and that read nothing; null: not known."""
     major: int | None
-    """Those for which a file was read, or that were tried again after a wait; null: not known."""
+    """Number of those for which a file was read, or that were tried again after a wait; null: not known."""

@@ -153,6 +153,7 @@ def test_names_and_order_of_the_schema() -> None:
             "what_if": None,
             "pausing": None,
             "postcopy": None,
+            "page_faults": None,
             "live_update": None,
             "throttled": None,
             "management": None,
