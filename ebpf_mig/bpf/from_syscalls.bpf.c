@@ -129,15 +129,22 @@ int on_sys_enter(struct call_begins *ctx)
 	return traced(began, true);
 }
 
+#define ERESTARTSYS 512
+#define ERESTART_RESTARTBLOCK 516
+
 /*
  * A thread that is first seen at an exit was inside the call when tracing began. Only KVM_RUN counts then: a call
- * without an enter.
+ * without an enter. A signal ends a wait with one of the restart codes (linux/errno.h): when a VMM ends, each of its
+ * threads leaves its call like this at the same moment, which would fill the table of threads. KVM_RUN returns -EINTR.
  */
-static __always_inline struct thread_state *first_exit(u64 pid_tgid, const void *regs)
+static __always_inline struct thread_state *first_exit(u64 pid_tgid, const void *regs, s64 ret)
 {
-	struct thread_state *s = this_thread(pid_tgid);
+	struct thread_state *s;
 	struct call_args c;
 
+	if (ret >= -ERESTART_RESTARTBLOCK && ret <= -ERESTARTSYS)
+		return 0;
+	s = this_thread(pid_tgid);
 	if (!s)
 		return 0;
 	s->seen = 1;
@@ -157,7 +164,7 @@ TRACED_PROGRAM(on_sys_exit, struct call_ends)
 
 	s = known_thread(pid_tgid);
 	if (!KVM_FUNCTIONS && (!s || !s->seen))
-		s = first_exit(pid_tgid, CALL_REGS(ctx));
+		s = first_exit(pid_tgid, CALL_REGS(ctx), ret);
 	if (!s || !s->nr || (KVM_FUNCTIONS && s->nr == NR_ioctl + 1))
 		return;
 	now = bpf_ktime_get_ns();

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ import pytest
 
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux.limits import ADDRESS_SPACE, DESCRIPTORS
+from ebpf_mig.recording.events import Ending
+from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
@@ -217,17 +220,29 @@ def test_two_recorders_and_an_exporter_on_one_vm(tmp_path: Path) -> None:
     assert max(blackouts) - min(blackouts) < 200_000
 
 
-@pytest.mark.long
-def test_vmms_with_five_thousand_threads_each(tmp_path: Path) -> None:
-    """They migrate to each other as fast as with few, and each vCPU is found."""
+@contextlib.contextmanager
+def two_with_five_thousand_threads() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """VMMs that migrate after a line on the standard input of the process that started them, and their pids."""
     words = [sys.executable, "-m", "tests.integration.swarm", "1", "--threads", "5000"]
-    log = tmp_path / "log"
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as vmms:
         assert vmms.stdin is not None and vmms.stdout is not None
         assert vmms.stdout.readline() == "ready\n"
         pids = Path(f"/proc/{vmms.pid}/task/{vmms.pid}/children").read_text().split()
         pids = [pid for pid in pids if len(os.listdir(f"/proc/{pid}/task")) > 5000]  # noqa: PTH208
-        options = [part for pid in pids for part in ("--pid", pid)]
+        assert len(pids) == 2
+        try:
+            yield vmms, [int(pid) for pid in pids]
+        finally:
+            vmms.stdin.close()
+
+
+@pytest.mark.long
+def test_vmms_with_five_thousand_threads_each(tmp_path: Path) -> None:
+    """They migrate to each other as fast as with few, and each vCPU is found."""
+    log = tmp_path / "log"
+    with two_with_five_thousand_threads() as (vmms, pids):
+        assert vmms.stdin is not None and vmms.stdout is not None
+        options = [part for pid in pids for part in ("--pid", str(pid))]
         began = time.monotonic()
         with recorder([*PROGRAM, "record", *options, "-o", str(tmp_path / "x.rec")], log) as process:
             armed_s = time.monotonic() - began
@@ -235,10 +250,23 @@ def test_vmms_with_five_thousand_threads_each(tmp_path: Path) -> None:
             vmms.stdin.flush()
             assert vmms.stdout.readline() == "done 1\n"
             assert process.wait(30) == 0, log.read_text()
-        vmms.stdin.close()
-    assert len(pids) == 2 and armed_s < 30
+    assert armed_s < 30
     found = reported(tmp_path / "x.rec")
     assert found["completeness"]["verdict"] != "incomplete" and found["blackout_ns"], found["completeness"]  # type: ignore[index]
+
+
+@pytest.mark.long
+def test_threads_that_all_end_at_once_fill_no_table(tmp_path: Path) -> None:
+    """They leave the system call in which they wait. The table of threads has 8192 places."""
+    with two_with_five_thousand_threads() as (vmms, pids):
+        options = [part for pid in pids for part in ("--pid", str(pid))]
+        with recorder([*PROGRAM, "record", *options, "-o", str(tmp_path / "x.rec")], tmp_path / "log") as process:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            assert process.wait(30) == 0
+        vmms.kill()
+    ending = read_recording(tmp_path / "x.rec").events[-1]
+    assert isinstance(ending, Ending) and ending.lost == {}
 
 
 VM = """
