@@ -149,8 +149,12 @@ SLOW = [*DEMO, "--working-set", "32MiB", "--bandwidth", "2MiB/s", "--downtime-li
 @requires(*TRACING)
 @pytest.mark.parametrize("after_s", [0.2, 1.0, 4.0])
 def test_ctrl_c_leaves_nothing(tmp_path: Path, lab_directory: Path, after_s: float) -> None:
-    code, stderr = interrupt(tmp_path, SLOW, signal.SIGINT, after_s)
-    nothing_left(lab_directory)
+    for _ in range(4):
+        code, stderr = interrupt(tmp_path, SLOW, signal.SIGINT, after_s)
+        nothing_left(lab_directory)
+        if code != -signal.SIGINT or "ebpf_mig" in stderr:
+            break
+        after_s *= 2  # the machine is so busy that Python itself had not run a line of ours yet
     assert code == 130
     assert "Traceback" not in stderr
 

@@ -26,7 +26,7 @@ from tests.unit.recording.samples import filled
 
 DATA = Path(__file__).parents[2] / "data"
 MOST_GROWTH = 2.5
-FEW, TRIES = 4000, 4
+FEW, TRIES = 4000, 12
 LEAST_S = 0.02
 """Times below this are not compared: they are noise."""
 
