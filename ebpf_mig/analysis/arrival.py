@@ -14,8 +14,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ebpf_mig.analysis.loading import Loading, is_restore
 from ebpf_mig.analysis.management import on_futex
-from ebpf_mig.analysis.phases import Loading, is_restore
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.wire import DELAYED_ACK_NS, PROMPT_NS
 from ebpf_mig.recording.events import Transfer

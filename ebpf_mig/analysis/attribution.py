@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebpf_mig.analysis import arrival, management, phases, requests, restore, snapshot, source_work
+from ebpf_mig.analysis import arrival, loading, management, phases, requests, restore, snapshot, source_work
+from ebpf_mig.analysis.loading import Loading
 from ebpf_mig.analysis.management import Managed
 from ebpf_mig.analysis.migration import TracedMigration
-from ebpf_mig.analysis.phases import Loading, Partition
+from ebpf_mig.analysis.phases import Partition
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.requests import Request
 from ebpf_mig.analysis.snapshot import Snapshot
@@ -78,7 +79,7 @@ def attribute(traced: TracedMigration) -> Attribution:
     phases.source(partition, found.stop, handed, work, management.spans(managed))
     if found.first_start is not None or load is not None:
         begin = found.first_start if found.first_start is not None else partition.end
-        restores = [i for i in traced.destination.ioctls if phases.is_restore(i)] if traced.destination else []
+        restores = [i for i in traced.destination.ioctls if loading.is_restore(i)] if traced.destination else []
         late = traced.destination.ended(traced.receives, found.stop) if traced.destination else []
         receives = [t for t in late if t.end_ns <= begin]
         received = max((t.end_ns for t in receives), default=None)
@@ -86,7 +87,7 @@ def attribute(traced: TracedMigration) -> Attribution:
         loaders = {i.tid for i in restores}
         if any(t.tid in loaders and t.end_ns <= begin for t in traced.receives):
             receives = [t for t in receives if t.tid in loaders]
-        waits = phases.arrivals(receives, restores, handed, begin)
+        waits = loading.arrivals(receives, restores, handed, begin)
         phases.destination(partition, handed, load, received, begin, waits)
     partition.until(partition.end, PhaseName.HANDOVER)
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)
@@ -164,7 +165,7 @@ def _asked_to_resume(source: Process, done: int, back: int, asked: Sequence[Requ
 
     If neither was seen, all time after the writing is the wait for the command, and part of resuming.
     """
-    resuming = [i.begin_ns for i in source.ioctls if done <= i.begin_ns < back and phases.is_resume(i)]
+    resuming = [i.begin_ns for i in source.ioctls if done <= i.begin_ns < back and loading.is_resume(i)]
     acts = min(resuming, default=back)
     return max((r.at for r in asked if done <= r.at <= acts), default=acts if written.disk else done)
 
@@ -187,7 +188,7 @@ def _replaced(
 ) -> Attribution:
     """The process replaced itself by execve(2): the old program saves the state, the new one starts and loads it."""
     destination = traced.destination
-    load = phases.reloading(destination.ioctls, found.first_start) if destination is not None else None
+    load = loading.again(destination.ioctls, found.first_start) if destination is not None else None
     acts = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < born.at_ns]
     acts += [t.end_ns for t in traced.own_transfers if found.stop <= t.begin_ns < born.at_ns]
     handed = max(acts, default=found.stop)
@@ -228,7 +229,7 @@ def _loading(traced: TracedMigration, found: Switchover, work: Work) -> Loading 
         return None
     since = max(found.stop, work.state_from if work.state_from is not None else found.stop)
     sent_at = [t.begin_ns for t in traced.own_transfers if t.direction == SEND]
-    return phases.loading(traced.destination.ioctls, since, found.first_start, sent_at)
+    return loading.after(traced.destination.ioctls, since, found.first_start, sent_at)
 
 
 def _handed(traced: TracedMigration, source: Process, found: Switchover, work: Work, load: Loading | None) -> int:
@@ -266,7 +267,7 @@ def _aborted(
     worked = [end for begin, end, label in work.intervals if begin < back and label != source_work.SAVE]
     worked += [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < back and source_work.is_vcpu_read(i)]
     last = max(worked, default=found.stop)
-    resuming = [i for i in source.ioctls if last <= i.begin_ns < back and phases.is_resume(i)]
+    resuming = [i for i in source.ioctls if last <= i.begin_ns < back and loading.is_resume(i)]
     resume = resuming[0].begin_ns if resuming else back
     asked: list[int] = []
     labels = {label for _, _, label in work.intervals}
@@ -300,7 +301,7 @@ def _by_loaders(receives: list[Transfer], restores: list[Ioctl], until: int) -> 
 def _since_received(load: Loading, destination: Process, receives: Sequence[Transfer], start: int) -> Loading:
     """The loading without what came before the first byte: with CPR, the destination sets its VM up just before."""
     first = min((t.end_ns for t in receives if t.bytes), default=load.begin)
-    return load if first <= load.begin else phases.loading(destination.ioctls, first, start, ()) or load
+    return load if first <= load.begin else loading.after(destination.ioctls, first, start, ()) or load
 
 
 def _destination_alone(traced: TracedMigration) -> Attribution:
@@ -314,18 +315,18 @@ def _destination_alone(traced: TracedMigration) -> Attribution:
     starts = [line.first_run for line in destination.vcpus.values() if line.first_run is not None]
     if not starts:
         return Attribution(None, phases.unseen())
-    loaders = {i.tid for i in destination.ioctls if phases.is_restore(i)} - {
+    loaders = {i.tid for i in destination.ioctls if loading.is_restore(i)} - {
         line.tid for line in destination.vcpus.values()
     }
     lost = merged((w.begin_ns, w.end_ns) for w in destination.off_cpu if w.preempted and w.tid in loaders)
-    load = phases.last_loading(destination.ioctls, min(starts), traced.receives, lost)
+    load = loading.last(destination.ioctls, min(starts), traced.receives, lost)
     if load is None:
         return Attribution(None, phases.unseen())
     load = _since_received(load, destination, traced.receives, min(starts))
     handed = arrival.handed(destination, traced.receives, load)
     partition = Partition(handed, max(starts))
-    restores = [i for i in destination.ioctls if phases.is_restore(i)]
-    waits = phases.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, handed, min(starts))
+    restores = [i for i in destination.ioctls if loading.is_restore(i)]
+    waits = loading.arrivals(_by_loaders(traced.receives, restores, min(starts)), restores, handed, min(starts))
     phases.destination(partition, handed, load, None, min(starts), waits)
     managed = _managed(traced, handed, handed, load, min(starts))
     partition.give(management.spans(managed), PhaseName.MANAGEMENT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from ebpf_mig.analysis import phases, waits
+from ebpf_mig.analysis import loading, waits
 from ebpf_mig.analysis.attribution import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.waits import Party, Sleep
@@ -31,7 +31,7 @@ def sleeps(traced: TracedMigration, attribution: Attribution) -> list[Sleep] | N
         parties.append(Party(traced.source, Side.BOTH if aborted else Side.SOURCE, own, senders))
     if traced.destination is not None:
         receivers = frozenset(map(_tid, traced.receives))
-        restorers = frozenset(i.tid for i in traced.destination.ioctls if phases.is_restore(i))
+        restorers = frozenset(i.tid for i in traced.destination.ioctls if loading.is_restore(i))
         drivers = receivers & restorers or receivers
         if traced.destination.born is not None:
             drivers = restorers - {line.tid for line in traced.destination.vcpus.values()}

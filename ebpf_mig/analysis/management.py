@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ebpf_mig.analysis.phases import is_clock
+from ebpf_mig.analysis.loading import is_clock
 from ebpf_mig.analysis.process import Process, begun
 from ebpf_mig.analysis.spans import FOREVER, covered
 from ebpf_mig.breakdown import Side, Span

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ebpf_mig.analysis import phases, requests
+from ebpf_mig.analysis import loading, requests
 from ebpf_mig.analysis.phases import Partition
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.reception import LOADED_BYTES
@@ -80,7 +80,7 @@ def _reads(process: Process, ioctls: list[Ioctl], setters: list[Ioctl]) -> list[
     by_fd = Counter(i.fd for i in setters if kvm.name_of(i.cmd) == "SET_REGS")
     names = {kvm.name_of(i.cmd) for i in setters}
     last = max(i.begin_ns for i in setters)
-    restorers = {i.tid for i in ioctls if phases.is_restore(i)}
+    restorers = {i.tid for i in ioctls if loading.is_restore(i)}
     files = [
         t
         for (direction, key), transfers in process.streams.items()
@@ -116,9 +116,9 @@ def _described(
     begin = asked[-1].at if asked else first
     last = max(i.end_ns for i in setters)
     came = [r for r in requests.of(process, last, start, size.keys()) if r.at > last]
-    clock = next((i.begin_ns for i in ioctls if i.begin_ns > last and phases.is_clock(i)), start)
+    clock = next((i.begin_ns for i in ioctls if i.begin_ns > last and loading.is_clock(i)), start)
     resume = max((r.at for r in came if r.at <= clock), default=start)
-    restores = [i for i in ioctls if phases.is_restore(i) and begin <= i.begin_ns]
+    restores = [i for i in ioctls if loading.is_restore(i) and begin <= i.begin_ns]
     loaded = max([last, *(i.end_ns for i in restores if resume < start and i.end_ns <= resume)])
     acts = [(t.begin_ns, t.end_ns) for t in reads] + [(i.begin_ns, i.end_ns) for i in ioctls if i.begin_ns >= begin]
     managed = _waits(acts, [*asked[-1:], *came], begin, resume) if resume < start else []

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import msgspec
 
-from ebpf_mig.analysis import pause, phases, source_work
+from ebpf_mig.analysis import loading, pause, source_work
 from ebpf_mig.analysis.attribution import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process, key_of
@@ -299,7 +299,7 @@ def _destination(traced: TracedMigration, found: Switchover) -> tuple[dict[str, 
     process = traced.destination
     if process is None or found.first_start is None:
         return {}, 0
-    restores = [i for i in process.ioctls if phases.is_restore(i) and found.stop <= i.begin_ns < found.first_start]
+    restores = [i for i in process.ioctls if loading.is_restore(i) and found.stop <= i.begin_ns < found.first_start]
     if not restores:
         return {}, 0
     loader = restores[-1].tid
