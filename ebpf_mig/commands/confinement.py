@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import bpf, perf, procfs
+from ebpf_mig.linux import bpf, descriptors, perf, procfs
 from ebpf_mig.linux.capabilities import (
     capabilities,
     has_seccomp_filter,
@@ -107,6 +107,6 @@ def _refused() -> str:
             os.close(bpf.load(_RETURN_0, bpf.KPROBE))
         except PermissionError:
             found.append("BPF programs")
-    if "CAP_SYS_PTRACE" in capabilities() and not procfs.may_read_descriptors(1):
+    if "CAP_SYS_PTRACE" in capabilities() and not descriptors.may_read(1):
         found.append("to read the descriptors of other processes, by which VMs are found")
     return " and ".join(found)

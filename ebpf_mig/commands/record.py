@@ -18,7 +18,7 @@ from ebpf_mig.commands.child import Child
 from ebpf_mig.commands.live import LiveLine
 from ebpf_mig.commands.options import DURATION, examples
 from ebpf_mig.errors import UsageError
-from ebpf_mig.linux import clock, procfs
+from ebpf_mig.linux import clock, descriptors, procfs
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.process import is_private
 from ebpf_mig.recording.events import AnyEvent, Target
@@ -124,7 +124,7 @@ def _arrive(session: Session, followed: Followed | None) -> list[int]:
 def _report_if_paused(session: Session, pid: int, *, alone: bool) -> None:
     """Prints a line if no vCPU of a VM runs in any of several checks. Its migration then has no blackout."""
     for _ in range(3):
-        if not procfs.vcpus_of(pid) or session.runs_vcpu(pid):
+        if not descriptors.vcpus_of(pid) or session.runs_vcpu(pid):
             return
         time.sleep(0.02)
     either = "paused or waiting for its migration" if alone else "paused"

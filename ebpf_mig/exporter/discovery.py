@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.vmm import adapter, vmm_named
 from ebpf_mig.vmm.processes import name_in
 
@@ -39,7 +39,7 @@ def find_vms() -> dict[int, Vm]:
 
 def vm_of(pid: int) -> Vm | None:
     """The VM that the process owns, or waits to take over; or None."""
-    owns, vmm = procfs.holds_vm(pid), vmm_named(procfs.comm(pid))
+    owns, vmm = descriptors.holds_vm(pid), vmm_named(procfs.comm(pid))
     if not owns and not vmm:
         return None
     arguments, started = procfs.command_line(pid), procfs.start_time(pid)

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 import re
-import stat
 from collections.abc import Iterator
 
 from ebpf_mig.linux import kvm
@@ -29,9 +28,6 @@ _PF_EXITING = 0x4
 """include/linux/sched.h: getting shut down."""
 _PF_USER_WORKER = 0x4000
 """include/linux/sched.h, Linux 6.4: a thread of the process that never runs in user space."""
-_UNPLACED = re.compile(r"(?:socket|pipe):\[(\d+)\]", re.ASCII)
-_VM, _VCPU = "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:"
-"""Link texts: kvm_dev_ioctl_create_vm and create_vcpu_fd in virt/kvm/kvm_main.c."""
 
 
 def path(*parts: int | str) -> str:
@@ -71,8 +67,13 @@ def link(*parts: int | str) -> str:
 
 def inode(*parts: int | str) -> int:
     """The inode number of the target of a path below /proc; raises as `read`."""
+    return status(*parts).st_ino
+
+
+def status(*parts: int | str) -> os.stat_result:
+    """What stat(2) says of the target of a path below /proc; raises as `read`."""
     with _translated():
-        return os.stat(path(*parts)).st_ino  # noqa: PTH116
+        return os.stat(path(*parts))  # noqa: PTH116
 
 
 def lines(*parts: int | str) -> Iterator[bytes]:
@@ -250,82 +251,6 @@ def resident_bytes(pid: int) -> int:
         return int(read(pid, "statm").split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, IndexError, ValueError):
         return 0
-
-
-def descriptors(pid: int) -> Iterator[tuple[int, str]]:
-    """(number, link target) of each open descriptor; none if the process is gone or access is denied."""
-    try:
-        found = names(pid, "fd")
-    except (OSError, ValueError):
-        return
-    for name in found:
-        with contextlib.suppress(OSError, ValueError):
-            yield int(name), link(pid, "fd", name)
-
-
-def may_read_descriptors(pid: int) -> bool:
-    """False if access is denied. AppArmor lets a process list another one's descriptors, and hides what they are."""
-    try:
-        for name in names(pid, "fd"):
-            with contextlib.suppress(ProcessLookupError):  # closed since
-                link(pid, "fd", name)
-                return True
-    except OSError:
-        return False
-    return True
-
-
-PLACED = 1 << 61
-"""Set in the key of a file or a named pipe, see `carrier_key` and bpf/sockets.h."""
-
-
-def carrier_key(pid: int, descriptor: int | str) -> int | None:
-    """The key of an open socket, pipe or file, as in `Transfer.socket`; None: another kind. Raises as `read`.
-
-    The device number is the kernel's own (include/linux/kdev_t.h). btrfs shows another one to user space.
-    """
-    target = link(pid, "fd", descriptor)
-    if match := _UNPLACED.fullmatch(target):
-        return int(match[1])
-    if not target.startswith("/"):
-        return None
-    with _translated():
-        found = os.stat(path(pid, "fd", descriptor))  # noqa: PTH116
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
-        return None
-    device = os.major(found.st_dev) << 20 | os.minor(found.st_dev)
-    return PLACED | (device & 0x1FFFFF) << 40 | found.st_ino & 0xFFFFFFFFFF
-
-
-def carrier_descriptor(pid: int, key: int) -> int | None:
-    """The descriptor of a carrier that a process has open; None if it has closed it, -1 if that cannot be read."""
-    unplaced = (f"socket:[{key}]", f"pipe:[{key}]")
-    try:
-        found = names(pid, "fd")
-        for name in found:
-            with contextlib.suppress(ProcessLookupError):
-                target = link(pid, "fd", name)
-                if target in unplaced or (key & PLACED and target.startswith("/") and carrier_key(pid, name) == key):
-                    return int(name)
-    except OSError:
-        return -1
-    return None
-
-
-def holds_vm(pid: int) -> bool:
-    """Whether the process has a KVM VM open; False if access is denied."""
-    return any(target == _VM for _, target in descriptors(pid))
-
-
-def holds_kvm(pid: int) -> bool:
-    """Whether the process has a KVM VM or /dev/kvm open. A VMM that waits for its VM has /dev/kvm open."""
-    return any(target in (_VM, "/dev/kvm") for _, target in descriptors(pid))
-
-
-def vcpus_of(pid: int) -> dict[int, int]:
-    """KVM's id of each vCPU (on x86 its APIC id), by descriptor."""
-    pairs = ((fd, target.removeprefix(_VCPU)) for fd, target in descriptors(pid) if target.startswith(_VCPU))
-    return {fd: int(number) for fd, number in pairs if number.isdecimal()}
 
 
 def may_run_vcpu(pid: int, tid: int) -> bool:

@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 
 _LISTEN = b"0A"
 _ACCEPTS = 0x10000
@@ -31,7 +31,7 @@ def peer_pid(connection: socket.socket) -> int:
 
 def inodes(pid: int) -> set[int]:
     """Inode numbers of the sockets that the process has open."""
-    matches = (_INODE.fullmatch(target) for _, target in procfs.descriptors(pid))
+    matches = (_INODE.fullmatch(target) for _, target in descriptors.links(pid))
     return {int(match[1]) for match in matches if match}
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from ebpf_mig.linux.descriptors import vcpus_of
 from ebpf_mig.linux.namespaces import host_tids
-from ebpf_mig.linux.procfs import comm, threads_of, vcpus_of
+from ebpf_mig.linux.procfs import comm, threads_of
 from ebpf_mig.recording.events import Thread
 
 

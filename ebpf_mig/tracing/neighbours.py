@@ -14,7 +14,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.recording.events import FORWARDER, KEEPER, NEIGHBOUR, PIPE, Mark, Socket
 from ebpf_mig.text import printable
 
@@ -55,7 +55,7 @@ class _Walk:
         for pid in procfs.processes():
             if pid in traced:
                 continue
-            self._targets[pid] = targets = dict(procfs.descriptors(pid))
+            self._targets[pid] = targets = dict(descriptors.links(pid))
             for target in set(targets.values()):
                 if target.startswith(("pipe:", "socket:")):
                     self._holders[target].append(pid)

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from ebpf_mig import __version__
 from ebpf_mig.errors import UsageError
-from ebpf_mig.linux import clock, namespaces, procfs
+from ebpf_mig.linux import clock, descriptors, namespaces, procfs
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
@@ -75,8 +75,8 @@ def require_kvm(targets: Sequence[Target]) -> None:
     for target in targets:
         comm = procfs.comm(target.pid)
         vmm = vmm_named(comm)
-        denied = not procfs.may_read_descriptors(target.pid)
-        if procfs.holds_kvm(target.pid) or (denied and vmm):
+        denied = not descriptors.may_read(target.pid)
+        if descriptors.holds_kvm(target.pid) or (denied and vmm):
             continue
         if not vmm or not adapter(vmm).awaits_vm(procfs.command_line(target.pid)):
             raise UsageError(

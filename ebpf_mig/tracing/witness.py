@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ebpf_mig.linux import procfs
-from ebpf_mig.linux.procfs import carrier_descriptor, is_ending
+from ebpf_mig.linux import descriptors, procfs
+from ebpf_mig.linux.descriptors import carrier_descriptor
+from ebpf_mig.linux.procfs import is_ending
 from ebpf_mig.recording.events import CLOSED, ENDED, HOP, AnyEvent, Mark, Socket
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.text import printable
@@ -118,6 +119,6 @@ class Witness:
 
 def _points_to(pid: int, descriptor: int, inode: int) -> bool:
     try:
-        return procfs.carrier_key(pid, descriptor) == inode
+        return descriptors.carrier_key(pid, descriptor) == inode
     except OSError:
         return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors
 from ebpf_mig.linux.sockets import peer_pid
 from ebpf_mig.vmm import adapters
 
@@ -31,7 +31,7 @@ def process_behind(path: str) -> int:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise VmmError(f"cannot connect to the VMM's socket {path}: {why}", _REMEDY) from error
-    if procfs.holds_kvm(peer):
+    if descriptors.holds_kvm(peer):
         return peer
     problem = VmmError(f"no VMM serves {path}", _REMEDY)
     for adapter in adapters():

@@ -26,7 +26,7 @@ from ebpf_mig.errors import EbpfMigError, PreflightError, UsageError, VmmError
 from ebpf_mig.exporter import webconfig
 from ebpf_mig.exporter.metrics import Metrics
 from ebpf_mig.exporter.web import Web
-from ebpf_mig.linux import btf, procfs
+from ebpf_mig.linux import btf, descriptors, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.vmm.cloud_hypervisor import event_monitor
 from ebpf_mig.vmm.cloud_hypervisor.api import Api
@@ -162,13 +162,14 @@ def proc(data: bytes) -> None:
 
     with mock.patch.object(procfs, "path", lambda *parts: "/".join((str(root), *map(str, parts)))):
         facts = (procfs.is_alive, procfs.start_time, procfs.threads_of, procfs.comm, procfs.command_line,
-                 procfs.resident_bytes, procfs.holds_vm, procfs.holds_kvm, procfs.vcpus_of, procfs.exists)  # fmt: skip
+                 procfs.resident_bytes, procfs.exists,
+                 descriptors.holds_vm, descriptors.holds_kvm, descriptors.vcpus_of)  # fmt: skip
         for fact in facts:
             fact(7)
         procfs.processes()
         procfs.cpu_ticks(7, 8)
         procfs.in_kvm_run(7, 8)
-        list(procfs.descriptors(7))
+        list(descriptors.links(7))
         for raising in (lambda: procfs.fields(7, 8), lambda: procfs.process_of(7), lambda: procfs.numbers(7)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 raising()

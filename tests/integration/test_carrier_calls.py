@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import FILE, PIPE, RECEIVE, SEND, Socket, Transfer
 from tests.conftest import FEATURES, requires
@@ -100,7 +100,7 @@ def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
             said = json.loads(process.stdout.readline())
             events = tracer.poll(100) + tracer.finish()
             assert (tracer.losses()[0], tracer.attached["pipe"], tracer.attached["file"]) == ({}, tier, tier)
-        keys = {name: procfs.carrier_key(process.pid, fd) for name, fd in said["fds"].items()}
+        keys = {name: descriptors.carrier_key(process.pid, fd) for name, fd in said["fds"].items()}
         process.stdin.close()
     all_calls = tier == "tracepoint"
     expected: Counter[tuple[str, int]] = Counter()
@@ -237,7 +237,7 @@ def test_a_send_that_was_under_way_comes_before_the_next() -> None:
         [sys.executable, "-c", BLOCKED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None
-        key = procfs.carrier_key(process.pid, int(process.stdout.readline()))
+        key = descriptors.carrier_key(process.pid, int(process.stdout.readline()))
         with Tracer([process.pid], tier="tracepoint") as tracer:
             tracer.arm()
             if tracer.attached.get("hidden-sends") != "tracepoint":

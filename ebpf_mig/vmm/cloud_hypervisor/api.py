@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors
 from ebpf_mig.vmm import unix_http
 from ebpf_mig.vmm.unix_http import RefusedError
 
@@ -44,7 +44,7 @@ class Api(unix_http.Api):
         """
         answer = self.typed("GET", "vmm.ping", _Ping)
         peer = self.creator()
-        return (peer if procfs.holds_kvm(peer) or not answer.pid else answer.pid), answer.version[:64]
+        return (peer if descriptors.holds_kvm(peer) or not answer.pid else answer.pid), answer.version[:64]
 
     def state(self) -> str:
         """The VM's state (`Running`, `Paused`, ...), empty if there is no VM."""

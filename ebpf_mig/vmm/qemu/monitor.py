@@ -18,7 +18,7 @@ from typing import Any
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.linux.sockets import peer_pid
 
 GREETING_S = 5.0
@@ -143,7 +143,7 @@ class Monitor:
             raise VmmError(
                 f"cannot find the pid of the QEMU behind {self.path}", "run ebpf-mig in the host's pid namespace"
             )
-        return next((pid for pid in candidates if procfs.holds_vm(pid)), candidates[0])
+        return next((pid for pid in candidates if descriptors.holds_vm(pid)), candidates[0])
 
     async def close(self) -> None:
         """Disconnects, quietly; idempotent."""

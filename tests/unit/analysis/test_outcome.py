@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ebpf_mig.breakdown import Migration
-from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.linux.descriptors import PLACED
 from ebpf_mig.recording.events import (
     CLOSED,
     ENDED,

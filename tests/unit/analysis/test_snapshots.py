@@ -10,7 +10,7 @@ import pytest
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
-from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.linux.descriptors import PLACED
 from ebpf_mig.recording.events import FILE, Call, FileCall
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.report import text

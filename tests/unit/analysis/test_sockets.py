@@ -8,7 +8,7 @@ import pytest
 from ebpf_mig.analysis.carrier import choose
 from ebpf_mig.analysis.process import Process, split
 from ebpf_mig.analysis.sockets import Channels, normal
-from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.linux.descriptors import PLACED
 from ebpf_mig.recording.events import FILE, PIPE
 from tests.unit.script import BASE, UNIX, Script, Vm
 

@@ -12,7 +12,7 @@ from ebpf_mig.exporter import tracker as module
 from ebpf_mig.exporter.track import PROBATION_NS, UNPROVEN_NS
 from ebpf_mig.exporter.tracker import Ended, Tracks
 from ebpf_mig.linux import kvm
-from ebpf_mig.linux.procfs import PLACED
+from ebpf_mig.linux.descriptors import PLACED
 from ebpf_mig.recording.events import FILE, PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS

@@ -15,7 +15,7 @@ from tests.conftest import TRACING, requires
 EXHAUSTED = """
 import os, resource, sys
 from ebpf_mig.errors import PreflightError
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 import ebpf_mig.tracing.neighbours
 pid = os.getpid()
 resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
@@ -36,11 +36,12 @@ print(answer)
 ASKED = [
     "procfs.is_alive(pid)", "procfs.is_ending(pid)", "procfs.start_time(pid)", "procfs.threads_of(pid)",
     "procfs.processes()", "procfs.comm(pid)", "procfs.command_line(pid)", "procfs.cpu_ticks(pid, pid)",
-    "procfs.resident_bytes(pid)", "list(procfs.descriptors(pid))", "procfs.carrier_descriptor(pid, 7)",
-    "procfs.holds_kvm(pid)", "procfs.vcpus_of(pid)", "procfs.in_kvm_run(pid, pid)", "procfs.may_run_vcpu(pid, pid)",
+    "procfs.resident_bytes(pid)", "list(descriptors.links(pid))", "descriptors.carrier_descriptor(pid, 7)",
+    "descriptors.holds_kvm(pid)", "descriptors.vcpus_of(pid)", "procfs.in_kvm_run(pid, pid)",
+    "procfs.may_run_vcpu(pid, pid)",
     "procfs.read(pid, 'stat')", "list(procfs.lines('stat'))", "procfs.control_groups(pid)",
 ]  # fmt: skip
-"""Everything in `procfs` that opens something."""
+"""Everything in `procfs` and `descriptors` that opens something."""
 
 
 @pytest.mark.parametrize("question", ASKED)

@@ -16,7 +16,7 @@ import pytest
 
 import ebpf_mig
 from ebpf_mig.exporter import discovery
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.linux.kallsyms import UNKNOWN, Symbols
 from ebpf_mig.text import printable
 from ebpf_mig.vmm.processes import name_in
@@ -94,7 +94,7 @@ def test_what_is_gone_is_gone_in_one_way() -> None:
         zombie = child.pid
         assert procfs.exists(zombie)
         assert not procfs.is_alive(zombie)
-        assert list(procfs.descriptors(zombie)) == []
+        assert list(descriptors.links(zombie)) == []
         assert procfs.command_line(zombie) == [""]
     for gone in (zombie, 1 << 22, -5, 0):
         with pytest.raises(ProcessLookupError):
@@ -104,11 +104,11 @@ def test_what_is_gone_is_gone_in_one_way() -> None:
         with pytest.raises(ProcessLookupError):
             procfs.link(gone, "fd", 0)
         assert not procfs.exists(gone)
-        assert procfs.threads_of(gone) == [] == procfs.command_line(gone) == list(procfs.descriptors(gone))
+        assert procfs.threads_of(gone) == [] == procfs.command_line(gone) == list(descriptors.links(gone))
         assert procfs.comm(gone) == procfs.comm(gone, gone) == ""
         assert procfs.start_time(gone) is None
         assert procfs.resident_bytes(gone) == procfs.cpu_ticks(gone, gone) == 0
-        assert not procfs.holds_kvm(gone)
+        assert not descriptors.holds_kvm(gone)
         assert discovery.vm_of(gone) is None
 
 
@@ -127,14 +127,14 @@ def test_what_is_refused_is_no_end() -> None:
     """User nobody reads files of a process of root."""
     script = f"""
 import os
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
 for file in ("syscall", "fd"):
     try:
         procfs.names(1, file) if file == "fd" else procfs.read(1, file)
     except PermissionError:
         print("refused")
-print(procfs.is_alive(1), procfs.holds_kvm(1), procfs.in_kvm_run(1, 1), bool(procfs.comm(1)))
+print(procfs.is_alive(1), descriptors.holds_kvm(1), procfs.in_kvm_run(1, 1), bool(procfs.comm(1)))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=PACKAGE.parent

@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors
 from ebpf_mig.recording.events import AF_UNIX, FORWARDER, KEEPER, NEIGHBOUR, PIPE, Mark, Socket
 from ebpf_mig.tracing import neighbours
 
@@ -18,7 +18,7 @@ OURS = os.getpid()
 
 def marks_of(descriptor: int) -> list[Mark]:
     """Of a pipe of which this process has one end."""
-    key = procfs.carrier_key(OURS, descriptor)
+    key = descriptors.carrier_key(OURS, descriptor)
     assert key is not None
     return neighbours.marks([Socket(1, OURS, descriptor, key, PIPE, "", "")], [OURS], 9)[0]
 
@@ -35,7 +35,7 @@ def test_a_command_that_writes_a_file(tmp_path: Path) -> None:
     assert process.stdin is not None
     (found,) = marks_of(process.stdin.fileno())
     assert (found.name, found.detail, found.at_ns, found.pid) == (KEEPER, f"cat {process.pid}", 9, OURS)
-    assert found.value == procfs.carrier_key(OURS, process.stdin.fileno())
+    assert found.value == descriptors.carrier_key(OURS, process.stdin.fileno())
     ended(process)
 
 
@@ -100,7 +100,7 @@ def test_complaints_over_a_socket_are_no_way_out() -> None:
 
 def test_the_other_end_of_a_unix_socket() -> None:
     near, far = socket.socketpair()
-    peer = procfs.carrier_key(OURS, far.fileno())
+    peer = descriptors.carrier_key(OURS, far.fileno())
     assert peer is not None
     with near:
         with far:
