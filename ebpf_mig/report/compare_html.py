@@ -12,7 +12,7 @@ from statistics import median
 
 from ebpf_mig.report import html_frame as frame
 from ebpf_mig.report.compare_rows import Line, Sheet
-from ebpf_mig.report.html_tables import escaped, table
+from ebpf_mig.report.html_markup import escaped, table
 from ebpf_mig.report.terms import term
 from ebpf_mig.text import ms
 

@@ -15,10 +15,10 @@ from typing import Any
 from ebpf_mig.analysis.lanes import View
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.report import html_charts as charts
+from ebpf_mig.report import html_dirty_log, terms, timeline, whatif
 from ebpf_mig.report import html_frame as frame
 from ebpf_mig.report import html_tables as tables
-from ebpf_mig.report import terms, timeline, whatif
-from ebpf_mig.report.html_tables import escaped
+from ebpf_mig.report.html_markup import escaped
 from ebpf_mig.text import printable
 
 _KEYS = (
@@ -62,8 +62,8 @@ def _page(b: Breakdown, view: View) -> Iterator[str]:
         ("Timeline", _timeline(b)),
         ("vCPUs", tables.vcpus(b)),
         ("Page faults after the start", tables.page_faults(b)),
-        ("Final dirty-log fetch", itertools.chain(charts.split(b), tables.fetch(b))),
-        ("Pre-copy passes", itertools.chain(charts.convergence(b), tables.passes(b))),
+        ("Final dirty-log fetch", itertools.chain(charts.split(b), html_dirty_log.fetch(b))),
+        ("Pre-copy passes", itertools.chain(charts.convergence(b), html_dirty_log.passes(b))),
         ("Sockets", tables.sockets(b)),
         ("In flight", tables.wire(b)),
         ("Waits", tables.waits(b)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpf_mig.breakdown import Breakdown, Split
-from ebpf_mig.report import html_tables as tables
+from ebpf_mig.report import html_markup as markup
 
 _WIDTH, _HEIGHT = 1000, 100
 
@@ -41,11 +41,11 @@ def convergence(b: Breakdown) -> Iterator[str]:
         x, width = _WIDTH * (begin - first) / span, max(_WIDTH * (following - begin) / span, 2)
         height = max(_HEIGHT * size / most, 1)
         yield f"<rect class='{name}' x='{x:.2f}' y='{_HEIGHT - height:.2f}' width='{width:.2f}' height='{height:.2f}'>"
-        yield f"<title>{label}: {tables.size(size)}</title></rect>"
+        yield f"<title>{label}: {markup.size(size)}</title></rect>"
     yield "</svg>\n<p class='soft'>Bars are as wide as a pass took and as high as what it sent"
     if final is not None and stop is not None:
-        yield f"; the last is the blackout. {tables.size(sent[0])} in the first pass, "
-        yield f"{tables.size(sent[-1])} in the last, {tables.size(final.bytes)} left for the blackout"
+        yield f"; the last is the blackout. {markup.size(sent[0])} in the first pass, "
+        yield f"{markup.size(sent[-1])} in the last, {markup.size(final.bytes)} left for the blackout"
     yield ".</p>\n"
 
 
@@ -60,12 +60,12 @@ def split(b: Breakdown) -> Iterator[str]:
         return
     scale = max(ns + (errors[name] or 0) for name, ns in parts.items())
     rows = [
-        f"<td>{name}</td><td class='n'>{tables.milliseconds(ns)}</td>"
-        f"<td class='n'>{tables.milliseconds(errors[name])}</td>"
+        f"<td>{name}</td><td class='n'>{markup.milliseconds(ns)}</td>"
+        f"<td class='n'>{markup.milliseconds(errors[name])}</td>"
         f"<td class='n'>{100 * ns / total:.1f} %</td><td class='bars'>{_bar(ns, errors[name], scale)}</td>"
         for name, ns in parts.items()
     ]
-    yield tables.table("split", ("inside the ioctls", "#ms", "#± ms", "#share", ""), rows)
+    yield markup.table("split", ("inside the ioctls", "#ms", "#± ms", "#share", ""), rows)
     samples = whole.samples
     yield "<p class='soft'>"
     yield (

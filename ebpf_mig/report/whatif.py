@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 
 from ebpf_mig.breakdown import Breakdown, Change
-from ebpf_mig.report import html_tables as tables
+from ebpf_mig.report import html_markup as markup
 from ebpf_mig.text import printable
 
 _LABEL, _TEXT_AT = 21, 35
@@ -50,12 +50,12 @@ def html(b: Breakdown) -> Iterator[str]:
     if b.what_if is None:
         return
     then = b.what_if.blackout_ns
-    yield f"<p><b>{tables.milliseconds(then)} ms</b> instead of {tables.milliseconds(b.blackout_ns)}: predicted, not "
+    yield f"<p><b>{markup.milliseconds(then)} ms</b> instead of {markup.milliseconds(b.blackout_ns)}: predicted, not "
     yield "measured.</p>\n"
     rows = [
-        f"<td class='w'>{tables.escaped(c.wish)}</td><td class='n'>{tables.milliseconds(c.change_ns)}</td>"
-        f"<td>{tables.escaped(c.why, 1000)}</td>"
+        f"<td class='w'>{markup.escaped(c.wish)}</td><td class='n'>{markup.milliseconds(c.change_ns)}</td>"
+        f"<td>{markup.escaped(c.why, 1000)}</td>"
         for c in b.what_if.changes
     ]
-    yield tables.table("what-if", ("wish", "#change ms", "why"), rows)
-    yield "<p>Assumed:</p>\n<ul>" + "".join(f"<li>{tables.escaped(a)}</li>" for a in b.what_if.assumptions) + "</ul>\n"
+    yield markup.table("what-if", ("wish", "#change ms", "why"), rows)
+    yield "<p>Assumed:</p>\n<ul>" + "".join(f"<li>{markup.escaped(a)}</li>" for a in b.what_if.assumptions) + "</ul>\n"
