@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ebpf_mig.commands.formats import FORMATS
 from ebpf_mig.commands.options import (
     DURATION,
     ParamType,
@@ -20,7 +21,7 @@ from ebpf_mig.commands.options import (
     strict_option,
     write_result,
 )
-from ebpf_mig.commands.report import FORMATS, require_complete, warn
+from ebpf_mig.commands.report import require_complete, warn
 from ebpf_mig.errors import UsageError
 from ebpf_mig.joining.merge import Hint
 

@@ -18,10 +18,11 @@ import click
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
+from ebpf_mig.commands.formats import rendered
 from ebpf_mig.commands.live import LiveLine
 from ebpf_mig.commands.options import say as say  # noqa: PLC0414 - others take it from here
 from ebpf_mig.commands.options import write_result
-from ebpf_mig.commands.report import rendered, require_complete
+from ebpf_mig.commands.report import require_complete
 from ebpf_mig.errors import IncompleteError, UsageError, VmmError
 from ebpf_mig.linux import clock
 from ebpf_mig.linux.process import is_private

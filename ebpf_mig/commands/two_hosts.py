@@ -21,9 +21,10 @@ import msgspec
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run as tracing
+from ebpf_mig.commands.formats import rendered
 from ebpf_mig.commands.join import clock_offset_option
 from ebpf_mig.commands.options import say, write_result
-from ebpf_mig.commands.report import rendered, warn
+from ebpf_mig.commands.report import warn
 from ebpf_mig.errors import PreflightError, RecordingError, UsageError
 from ebpf_mig.joining.match import JoinError
 from ebpf_mig.joining.merge import Hint, joined

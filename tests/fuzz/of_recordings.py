@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 from ebpf_mig.analysis import lanes, stacks, whatif
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands.report import parse_changes
+from ebpf_mig.commands.changes import parse_changes
 from ebpf_mig.errors import EbpfMigError, RecordingError
 from ebpf_mig.joining.merge import joined
 from ebpf_mig.recording.events import AnyEvent

@@ -15,7 +15,7 @@ from ebpf_mig.analysis.whatif import predict
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run
-from ebpf_mig.commands.report import parse_changes
+from ebpf_mig.commands.changes import parse_changes
 from ebpf_mig.lab.netns import Link
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording.file import Recording, read_recording

@@ -13,7 +13,7 @@ from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.whatif import Hypothesis, predict
 from ebpf_mig.breakdown import Side
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands.report import parse_changes
+from ebpf_mig.commands.changes import parse_changes
 from ebpf_mig.errors import UsageError
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.file import read_recording

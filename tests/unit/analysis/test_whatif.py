@@ -13,7 +13,7 @@ import pytest
 from ebpf_mig.analysis.whatif import PAYLOAD, Hypothesis, predict
 from ebpf_mig.breakdown import Split, WhatIf
 from ebpf_mig.collector import analyse
-from ebpf_mig.commands.report import parse_changes
+from ebpf_mig.commands.changes import parse_changes
 from ebpf_mig.errors import UsageError
 from ebpf_mig.recording import events as ev
 from ebpf_mig.report import whatif

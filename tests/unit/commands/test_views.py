@@ -22,8 +22,8 @@ import pytest
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.cli import COMMANDS, cli
 from ebpf_mig.collector import analyse
+from ebpf_mig.commands.formats import FORMATS
 from ebpf_mig.commands.man import page
-from ebpf_mig.commands.report import FORMATS
 from ebpf_mig.compare.benchmark import Benchmark
 from ebpf_mig.joining.merge import read_both
 from ebpf_mig.recording.events import Mark, Socket, Target, Thread
