@@ -8,8 +8,7 @@ integer nanoseconds; instants are nanoseconds from the window's begin (negative 
 
 from __future__ import annotations
 
-from msgspec import field
-
+from ebpf_mig.breakdown.completeness import Completeness, PhaseCost, TracingCost
 from ebpf_mig.breakdown.delays import LiveUpdate, ManagerWait, Pausing, Stolen, Throttled, Wait
 from ebpf_mig.breakdown.diagnosis import SINGLE, Cause, Diagnosis, Innocent, Mostly
 from ebpf_mig.breakdown.dirty_log import (
@@ -26,7 +25,9 @@ from ebpf_mig.breakdown.dirty_log import (
     VcpuShare,
 )
 from ebpf_mig.breakdown.faults import PageSource, PageWaits, VcpuFaults
+from ebpf_mig.breakdown.migration import Endpoint, Migration, Pairing
 from ebpf_mig.breakdown.network import Hop, Postcopy, Served, SocketUse, Wire
+from ebpf_mig.breakdown.prediction import Change, WhatIf
 from ebpf_mig.breakdown.vocabulary import (
     IMMEDIATE,
     OF_FILES,
@@ -78,6 +79,7 @@ __all__ = [
     "Pass",
     "Pausing",
     "Phase",
+    "PhaseCost",
     "PhaseName",
     "Postcopy",
     "Rearm",
@@ -93,6 +95,7 @@ __all__ = [
     "Struct",
     "SwitchoverKind",
     "Throttled",
+    "TracingCost",
     "Transport",
     "Vcpu",
     "VcpuFaults",
@@ -105,55 +108,6 @@ __all__ = [
     "sides_of",
 ]
 SCHEMA = "ebpf-mig/breakdown/1"
-
-
-class Endpoint(Struct, frozen=True, kw_only=True):
-    host: str
-    """Host name, as the host reports it; a placeholder if it was redacted."""
-    pid: int
-    """Process id on its host."""
-
-
-class Pairing(Struct, frozen=True, kw_only=True):
-    """How sure it is that the two processes are the two sides of one migration."""
-
-    by: PairedBy
-    """What shows it."""
-    bytes: int | None = None
-    """Number of bytes that both sides counted, where that shows it."""
-
-
-class Migration(Struct, frozen=True, kw_only=True):
-    vmm: str
-    """Name of the VMM, as given when tracing started; empty: unknown."""
-    vmm_version: str
-    """Its version; empty: unknown."""
-    mode: Mode
-    """When the memory moved."""
-    transport: Transport
-    """What carried the migration."""
-    connections: int | None
-    """Number of connections that carried it; null: not known."""
-    result: Result
-    """How it ended."""
-    source: Endpoint | None
-    """Null: not traced."""
-    destination: Endpoint | None
-    """Null: not traced."""
-    total_ns: int | None
-    """From dirty logging switched on (or the trigger) to the window's end, ns; null: the begin was not seen."""
-    paused_before: bool | None = None
-    """Whether the guest was paused when the migration began; null: not known."""
-    paused_after: bool | None = None
-    """Whether no vCPU ran on either side when tracing ended; null: not known, because the other side was not traced."""
-    stopped_early: bool | None = None
-    """Whether the guest stopped while its memory was copied, and not for the switchover: it shut down, or somebody
-    paused it. Then there is no blackout. Null: not known."""
-    through: list[str] = field(default_factory=list)
-    """Processes between the two on this host, as name and pid, from the source on: who reads the source's pipe or UNIX
-    socket, and who feeds the destination's. Empty: none is known."""
-    pairing: Pairing | None = None
-    """How the two sides were found to belong together; null: one side was traced, or no socket was used."""
 
 
 class Phase(Struct, frozen=True, kw_only=True):
@@ -200,58 +154,6 @@ class Witness(Struct, frozen=True, kw_only=True):
     """Time at the span's border that may belong to the neighbouring part, ns."""
 
 
-class PhaseCost(Struct, frozen=True, kw_only=True):
-    """What tracing took in one phase, in CPU time of all CPUs of the hosts."""
-
-    programs_ns: int
-    """Our BPF programs, ns."""
-    calls_ns: int
-    """System calls, which take longer in the kernel as soon as a program listens to them, ns."""
-    process_ns: int | None
-    """The process that records, ns; null: not measured."""
-
-
-class TracingCost(Struct, frozen=True, kw_only=True):
-    """What tracing took in the window, in CPU time of all CPUs of the hosts."""
-
-    programs_ns: int
-    """Our BPF programs, ns."""
-    calls_ns: int
-    """System calls, which take longer in the kernel as soon as a program listens to them, ns."""
-    process_ns: int | None
-    """The process that records, ns; null: not measured."""
-    doubt_ns: int
-    """How much of programs and calls may belong to the time right before or after the window, ns."""
-    phases: dict[str, PhaseCost]
-    """By phase."""
-
-
-class Completeness(Struct, frozen=True, kw_only=True):
-    verdict: Verdict
-    """How reliable the result is."""
-    lost: dict[str, int] | None
-    """Number of events lost in the kernel, by probe; null: the recording was cut off before the counts."""
-    unpaired: dict[str, int] | None
-    """Number of unpaired events, e.g. exits without an entry, by probe; harmless. Null: as `lost`."""
-    attach: dict[str, str]
-    """By signal, how it was traced: `fentry`, `kprobe`, `tracepoint`, or `absent` and why."""
-    observer_ns: int | None
-    """Run time of our BPF programs, over the whole recording and all threads of the host, ns; null: not measured."""
-    reasons: list[str]
-    """Why the verdict is not `complete`, one line each."""
-    observer_window_ns: int | None = None
-    """In the window, at most: from the last reading before it to the first after it, and no more than all CPUs had
-    where their number is known, ns; null: not measured."""
-    observer_window_least_ns: int | None = None
-    """At least: between the first and the last reading in it, ns; null: not measured."""
-    observer_window_estimate_ns: int | None = None
-    """Most likely: what ran between two readings, shared out by the calls seen and by time, ns; null: not measured."""
-    observer_phases_ns: dict[str, int] | None = None
-    """The estimate by phase, ns; null: not measured."""
-    tracing: TracingCost | None = None
-    """What tracing took in the window, measured by the programs themselves; null: not recorded."""
-
-
 class Clock(Struct, frozen=True, kw_only=True):
     """The destination's clock beside the source's. On one host it is the same: all are 0."""
 
@@ -267,28 +169,6 @@ class Clock(Struct, frozen=True, kw_only=True):
     """Number of pairs of an event on the source and a later one on the destination: they bound it from above."""
     pairs_back: int = 0
     """Number of pairs the other way: they bound it from below."""
-
-
-class Change(Struct, frozen=True, kw_only=True):
-    """The effect of one `--what-if` change on the blackout."""
-
-    wish: str
-    """As the user wrote it: `fetch=0`."""
-    change_ns: int | None
-    """By how much the blackout would be longer, ns; negative: shorter. Null: cannot be predicted."""
-    why: str
-    """What the prediction is computed from."""
-
-
-class WhatIf(Struct, frozen=True, kw_only=True):
-    """A prediction for the same migration under other conditions. Never a measurement."""
-
-    blackout_ns: int | None
-    """The predicted blackout, ns; null: one of the changes cannot be predicted."""
-    changes: list[Change]
-    """One row for each change."""
-    assumptions: list[str]
-    """Assumptions of the prediction, one line each."""
 
 
 class Breakdown(Struct, frozen=True, kw_only=True):
