@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from bench.joining import side_of
 from bench.reading import MILLION, SEED, begin_of, peak_bytes, precopy_of, stretched, switchover_of
-from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.sockets import mirrors
 from ebpf_mig.collector import analyse
 from ebpf_mig.joining.merge import read_both

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from ebpf_mig.analysis import dirty_log
-from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.switchover import find
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse, analyse_file

@@ -42,9 +42,9 @@ from ebpf_mig.analysis import (
     wire,
     witnesses,
 )
-from ebpf_mig.analysis import process as processes
 from ebpf_mig.analysis.attribution import Attribution, attribute
 from ebpf_mig.analysis.dirty_log import Burst
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.migration import TracedMigration, identify
 from ebpf_mig.analysis.passes import DirtyLogRows
 from ebpf_mig.analysis.process import Process
@@ -88,7 +88,7 @@ _tid = attrgetter("tid")
 
 def analyse(recording: Recording) -> Analysis:
     """The migration in a recording: its breakdown, and the data that it was made from."""
-    traced = identify(processes.split(recording), vmm.mark_names())
+    traced = identify(split(recording), vmm.mark_names())
     attribution = attribute(traced)
     window = attribution.window
     origin = window[0] if window else traced.since

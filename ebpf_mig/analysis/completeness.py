@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ebpf_mig.analysis.material import Material
 from ebpf_mig.analysis.own_cost import OwnCost
-from ebpf_mig.analysis.process import Material, Process
+from ebpf_mig.analysis.process import Process
 from ebpf_mig.breakdown import Completeness, TracingCost, Verdict
 from ebpf_mig.recording.events import RECURSION_MISSES, Transfer
 from ebpf_mig.recording.kinds import MISSED_RETURN

@@ -13,7 +13,8 @@ from functools import cached_property
 from ebpf_mig.analysis import carrier, dirty_log, live_update, restore, roles, snapshot
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
-from ebpf_mig.analysis.process import Material, Process, begun, key_of
+from ebpf_mig.analysis.material import Material
+from ebpf_mig.analysis.process import Process, begun, key_of
 from ebpf_mig.analysis.restore import Restore
 from ebpf_mig.analysis.snapshot import Snapshot
 from ebpf_mig.analysis.sockets import Channels

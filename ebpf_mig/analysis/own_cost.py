@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
-from ebpf_mig.analysis.process import Material, Process, begun
+from ebpf_mig.analysis.material import Material
+from ebpf_mig.analysis.process import Process, begun
 from ebpf_mig.breakdown import Phase, Span
 
 IDLE_RUN_NS = 55

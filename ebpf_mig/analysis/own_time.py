@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ebpf_mig.analysis.process import Material
+from ebpf_mig.analysis.material import Material
 from ebpf_mig.breakdown import Phase, PhaseCost, Span, TracingCost
 from ebpf_mig.recording import events as ev
 

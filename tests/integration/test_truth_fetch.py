@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.analysis import fetch_split, tcp_info
-from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.material import split
 from ebpf_mig.breakdown import Split
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import AnyEvent, Header, Ioctl, Samples, TcpInfo, Transfer, VcpuSpan

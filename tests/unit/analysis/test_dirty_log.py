@@ -7,8 +7,9 @@ import msgspec
 
 from ebpf_mig.analysis import dirty_log, fetch_split
 from ebpf_mig.analysis.dirty_log import Burst
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.passes import DirtyLogRows
-from ebpf_mig.analysis.process import Process, split
+from ebpf_mig.analysis.process import Process
 from ebpf_mig.breakdown import Slot, Split
 from tests.unit.script import US, Script, Vm, at
 

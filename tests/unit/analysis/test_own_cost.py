@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from ebpf_mig.analysis import own_cost
-from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.material import split
 from ebpf_mig.breakdown import Phase, PhaseName, Side, Span
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording import events as ev

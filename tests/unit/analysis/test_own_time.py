@@ -10,8 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from ebpf_mig.analysis import own_time
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.own_time import Curve, Piece
-from ebpf_mig.analysis.process import split
 from ebpf_mig.breakdown import Phase, PhaseName, Side, Span, TracingCost
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording import events as ev

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from ebpf_mig.analysis import dirty_log
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.passes import DirtyLogRows
-from ebpf_mig.analysis.process import split
 from ebpf_mig.breakdown import Logging, VcpuShare
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.roles import assign
 from tests.unit import scripts
 from tests.unit.script import Script

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 
 from ebpf_mig.analysis.carrier import choose
-from ebpf_mig.analysis.process import Process, split
+from ebpf_mig.analysis.material import split
+from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.sockets import Channels, normal
 from ebpf_mig.linux.descriptors import PLACED
 from ebpf_mig.recording.events import FILE, PIPE

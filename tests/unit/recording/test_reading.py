@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.reading import SEED, precopy_of, stretched, switchover_of
-from ebpf_mig.analysis.process import split
+from ebpf_mig.analysis.material import split
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import Header, Kick, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
