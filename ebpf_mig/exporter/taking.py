@@ -40,7 +40,7 @@ def take(track: Track, batch: list[AnyEvent], now_ns: int) -> None:
                 pids.discard(event.pid)
             track.fetched = {(pid, slot) for pid, slot in track.fetched if pid != event.pid}
             track.fetchers = {(pid, tid) for pid, tid in track.fetchers if pid != event.pid}
-        elif isinstance(event, Transfer) and not track.watch.is_of_a_file(event):
+        elif isinstance(event, Transfer) and not track.watch.carriers.is_of_a_file(event):
             burst += event.bytes
             _take_transfer(track, event)
     if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:

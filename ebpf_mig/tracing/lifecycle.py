@@ -13,15 +13,12 @@ arrived over a connection, or a traced source must have stopped.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ebpf_mig.analysis.reception import Reception
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import (
-    AF_UNIX,
-    FILE,
-    PIPE,
     SEND,
     AnyEvent,
     Exec,
@@ -32,6 +29,7 @@ from ebpf_mig.recording.events import (
     VcpuEnter,
     VcpuExit,
 )  # fmt: skip
+from ebpf_mig.tracing.carriers import Carriers
 from ebpf_mig.tracing.file_watch import FileWatch
 
 QUIET_NS = 300_000_000
@@ -43,14 +41,6 @@ SILENCE_NS = 60_000_000_000
 """Stop waiting for a migration after this long without activity."""
 LARGE_BYTES = 1 << 20
 """Smallest memslot that counts as RAM. The VGA slot is smaller, and is logged without a migration, too."""
-COMPANION_SHARE = 4
-"""A socket with less than 1/COMPANION_SHARE of the busiest socket's bytes is a monitor or a console, not a connection
-of the migration. multifd channels carry about the same amount each.
-"""
-
-
-CARRIER_BYTES = 64 << 10
-"""A socket that sent less does not carry the migration. The page headers of even a tiny VM's memory take more."""
 
 
 class MigrationWatch:
@@ -75,15 +65,7 @@ class MigrationWatch:
         """Sources whose guest did not run when their migration began, or stopped later, but not for the migration."""
         self._kicked_by: dict[int, int] = {}
         """By pid: the thread that last kicked a vCPU."""
-        self._sent: dict[int, Counter[int]] = {}
-        self._sent_by_fetchers: dict[int, Counter[int]] = {}
-        self._fetchers: set[tuple[int, int]] = set()
-        """(pid, tid) of threads that fetch dirty logs."""
-        self._moved: Counter[tuple[int, int]] = Counter()
-        """Bytes in both directions by (pid, carrier)."""
-        self._carriers: dict[tuple[int, int], Socket] = {}
-        self._sent_at: dict[int, int] = {}
-        self._answered_at: dict[int, int] = {}
+        self.carriers = Carriers()
         self._closed_at: dict[int, int] = {}
         self._unlogged_at = 0
         self._last_ns = 0
@@ -110,10 +92,9 @@ class MigrationWatch:
                 self._files.left(event.pid)
             elif isinstance(event, Transfer):
                 self._transfer(event)
-                self._moved[event.pid, event.socket] += event.bytes
                 self._moved_ns = max(self._moved_ns, event.end_ns)
             elif isinstance(event, Socket):
-                self._carriers[event.pid, event.socket] = event
+                self.carriers.known[event.pid, event.socket] = event
             elif isinstance(event, Kick):
                 self._kicked_by[event.pid] = event.tid
                 self._files.kicked(event.pid, event.tid)
@@ -140,32 +121,12 @@ class MigrationWatch:
         """The VMM `pid` still lives, and has closed the connection that `connections` lists."""
         self._closed_at.setdefault(pid, at_ns)
 
-    def is_of_a_file(self, event: Transfer) -> bool:
-        """Whether it read or wrote a file: a disk, a log or firmware, unless the fetching thread wrote it."""
-        known = self._carriers.get((event.pid, event.socket))
-        return known is not None and known.family == FILE
-
-    def _is_unix(self, event: Transfer) -> bool:
-        known = self._carriers.get((event.pid, event.socket))
-        return known is not None and known.family == AF_UNIX
-
-    @property
-    def opaque(self) -> list[Socket]:
-        """Pipes and UNIX sockets that moved much, and whose other end no traced process holds."""
-        ends = Counter(key for _, key in self._carriers)
-        large = [carrier for at, carrier in self._carriers.items() if self._moved[at] >= CARRIER_BYTES]
-        return [
-            one
-            for one in large
-            if (one.family == PIPE and ends[one.socket] < 2) or (one.family == AF_UNIX and not ends[one.peer])
-        ]
-
     @property
     def connections(self) -> dict[int, int]:
         """The sources whose guest may have stopped for good, with the inode of the socket that sent most."""
-        sources = [pid for pid in self._fetched if pid in self._sent and pid not in self._closed_at]
+        sources = [pid for pid in self._fetched if pid not in self._closed_at]
         stopped = [pid for pid in sources if pid not in self._ran or not self._runs(pid)]
-        return {pid: socket for pid in stopped if (socket := self._busiest(pid))}
+        return {pid: socket for pid in stopped if (socket := self.carriers.busiest(pid))}
 
     @property
     def executed(self) -> frozenset[int]:
@@ -264,7 +225,7 @@ class MigrationWatch:
         self._paused.discard(event.pid)
         if not self._runs_again(event.pid):
             self._last_ns = max(self._last_ns, event.at_ns)
-        for known in (self._stopped_at, self._answered_at, self._closed_at):
+        for known in (self._stopped_at, self.carriers.answered_at, self._closed_at):
             known.pop(event.pid, None)
         if first and event.pid in self._loaded and event.pid not in self._fetched:
             self._started[event.pid] = event.at_ns
@@ -273,10 +234,9 @@ class MigrationWatch:
         """The process continues with another program: nothing that was known of its VM holds any more."""
         for pids in (self._fetched, self._missed, self._loaded, self._ran, self._paused):
             pids.discard(event.pid)
-        for known in (self._stopped_at, self._started, self._sent_at, self._answered_at, self._closed_at):
+        for known in (self._stopped_at, self._started, self.carriers.sent_at, self._closed_at):
             known.pop(event.pid, None)
-        self._sent.pop(event.pid, None)
-        self._sent_by_fetchers.pop(event.pid, None)
+        self.carriers.start_anew(event.pid)
         self._receptions.pop(event.pid, None)
         self._logged = {(pid, slot) for pid, slot in self._logged if pid != event.pid}
         self._unlogged = {(pid, slot) for pid, slot in self._unlogged if pid != event.pid}
@@ -290,7 +250,7 @@ class MigrationWatch:
         name = kvm.name_of(event.cmd)
         self._files.ioctl(event)
         if event.cmd in kvm.DIRTY_LOG:
-            self._fetchers.add((event.pid, event.tid))
+            self.carriers.fetchers.add((event.pid, event.tid))
         if event.pid not in self._ran:
             self._receptions[event.pid].ioctl(event)
         if event.cmd == kvm.GET_DIRTY_LOG and any(pid == event.pid for pid, _ in self._logged):
@@ -308,7 +268,12 @@ class MigrationWatch:
         somebody paused it. The thread that fetches asks for the migration's own stop, and fetches after that."""
         kicker = self._kicked_by.get(event.pid)
         stopped = self._stopped_at.get(event.pid)
-        if stopped is not None and stopped < event.begin_ns and kicker and (event.pid, kicker) not in self._fetchers:
+        if (
+            stopped is not None
+            and stopped < event.begin_ns
+            and kicker
+            and (event.pid, kicker) not in self.carriers.fetchers
+        ):
             self._paused.add(event.pid)
 
     def _memslot(self, event: Ioctl) -> None:
@@ -319,8 +284,8 @@ class MigrationWatch:
             return
         if event.flags & kvm.MEM_LOG_DIRTY_PAGES:
             if event.pid not in self._fetched or self._unlogged_at:
-                for known in (self._sent, self._sent_by_fetchers, self._answered_at, self._closed_at):
-                    known.pop(event.pid, None)
+                self.carriers.start_anew(event.pid)
+                self._closed_at.pop(event.pid, None)
                 running = event.pid in self._ran and self._runs(event.pid)
                 (self._paused.discard if running else self._paused.add)(event.pid)
             self._logged.add(key)
@@ -330,7 +295,7 @@ class MigrationWatch:
             return
         made = key in self._unlogged or event.pid in self._executed  # a new program makes all its slots
         self._unlogged.add(key)
-        if not made and event.pid in self._sent and event.pid not in self._fetched and self._busiest(event.pid):
+        if not made and event.pid not in self._fetched and self.carriers.busiest(event.pid):
             self.missed_beginning(event.pid)  # an existing slot loses the flag after much was sent
         if key in self._logged or event.pid in self._missed:
             self._logged.discard(key)
@@ -339,36 +304,15 @@ class MigrationWatch:
 
     def _transfer(self, event: Transfer) -> None:
         """Only transfers on the migration's carrier count as activity: a monitor may answer at any time."""
-        of_a_file = self.is_of_a_file(event)
+        of_a_file = self.carriers.is_of_a_file(event)
         if of_a_file:
             self._files.transfer(event)
-        elif event.direction != SEND and self._is_unix(event):
+        elif event.direction != SEND and self.carriers.is_unix(event):
             self._files.received(event.pid)
         if not of_a_file and (event.pid not in self._ran or event.begin_ns < self._started.get(event.pid, 0)):
             self._receptions[event.pid].transfer(event)
-        sent = self._sent.setdefault(event.pid, Counter())
-        if event.direction == SEND:
-            fetches = (event.pid, event.tid) in self._fetchers
-            if fetches:
-                self._sent_by_fetchers.setdefault(event.pid, Counter())[event.socket] += event.bytes
-            if of_a_file and not fetches:
-                return
-            sent[event.socket] += event.bytes
-            if fetches or sent[event.socket] * COMPANION_SHARE >= max(sent.values()):
-                if event.pid in self._fetched:
-                    self._last_ns = max(self._last_ns, event.end_ns)
-                self._sent_at[event.pid] = max(self._sent_at.get(event.pid, 0), event.end_ns)
-        elif event.bytes and event.socket in sent and event.socket == self._busiest(event.pid):
-            self._answered_at[event.pid] = max(self._answered_at.get(event.pid, 0), event.end_ns)
-
-    def _busiest(self, pid: int) -> int:
-        """The carrier: where the thread that fetches dirty logs sends most, or else where all threads do; 0: none."""
-        empty: Counter[int] = Counter()
-        for sent in (self._sent_by_fetchers.get(pid, empty), self._sent.get(pid, empty)):
-            most = max(sent, key=lambda socket: (sent[socket], socket), default=0)
-            if most and sent[most] >= CARRIER_BYTES:
-                return most
-        return 0
+        if self.carriers.carried(event) and event.pid in self._fetched:
+            self._last_ns = max(self._last_ns, event.end_ns)
 
     def _handed_over(self, now_ns: int) -> bool:
         """Whether a source's last bytes were answered or its VMM closed the connection, and its guest stays stopped.
@@ -380,8 +324,8 @@ class MigrationWatch:
                 continue
             if pid in self._ran and self._runs(pid):
                 continue
-            answered = self._answered_at.get(pid, 0)
-            known = [answered] if answered > self._sent_at.get(pid, 0) else []
+            answered = self.carriers.answered_at.get(pid, 0)
+            known = [answered] if answered > self.carriers.sent_at.get(pid, 0) else []
             known += [self._closed_at[pid]] if pid in self._closed_at else []
             if known and now_ns - max(min(known), self._last_ns) >= STOPPED_NS:
                 return True

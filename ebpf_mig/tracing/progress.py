@@ -92,7 +92,7 @@ class Progress:
         return text[:width]
 
     def _transfer(self, event: Transfer) -> None:
-        if event.direction != SEND or not self._begin or self._watch.is_of_a_file(event):
+        if event.direction != SEND or not self._begin or self._watch.carriers.is_of_a_file(event):
             return
         if event.end_ns <= self._begin:  # a batch of before, which its thread ended with its next call
             return

@@ -78,7 +78,7 @@ class Witness:
         return found
 
     def _new(self, watch: MigrationWatch) -> list[Socket]:
-        new = [carrier for carrier in watch.opaque if (carrier.pid, carrier.socket) not in self._met]
+        new = [carrier for carrier in watch.carriers.opaque if (carrier.pid, carrier.socket) not in self._met]
         self._met |= {(carrier.pid, carrier.socket) for carrier in new}
         return new
 

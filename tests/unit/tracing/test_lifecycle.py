@@ -202,11 +202,11 @@ def test_opaque_is_what_leads_out_of_the_traced_processes() -> None:
     tcp = [Socket(1, SRC, 9, 72, 2, "10.0.0.1:1", "10.0.0.2:2")]
     watch = MigrationWatch([SRC, DST])
     watch.saw([*pipe, *unix, *tcp, wrote(MS, 70, 9), wrote(MS, 71, 9)])
-    assert watch.opaque == [], "too little to be the migration"
+    assert watch.carriers.opaque == [], "too little to be the migration"
     watch.saw([wrote(2 * MS, inode) for inode in (70, 71, 72)])
-    assert watch.opaque == pipe + unix
+    assert watch.carriers.opaque == pipe + unix
     watch.saw([Socket(2, DST, 9, 81, AF_UNIX, "", "", 71), Socket(2, DST, 9, 70, PIPE, "", "")])
-    assert watch.opaque == [], "the other process has the other ends"
+    assert watch.carriers.opaque == [], "the other process has the other ends"
 
 
 def test_a_source_that_replaces_itself_is_its_own_destination() -> None:
