@@ -25,6 +25,7 @@ from ebpf_mig.exporter.discovery import Vm
 from ebpf_mig.exporter.known import BURST, Known
 from ebpf_mig.exporter.loader_process import load_apart
 from ebpf_mig.exporter.messages import Answer
+from ebpf_mig.exporter.newcomers import CHECKS, Newcomers
 from ebpf_mig.exporter.observation import Status
 from ebpf_mig.exporter.spawn import give_back
 from ebpf_mig.exporter.store import Store
@@ -46,8 +47,6 @@ CANDIDATES_S = 0.02
 """So long, in each turn, VMs are traced that may be the destination of another. Signs are read in between."""
 RESCAN_S = 60.0
 """A search of /proc finds VMs of which no new thread was seen, this often."""
-RECHECKS_S = (0.05, 0.25, 1.0, 3.0, 6.0)
-"""A process creates its VM a little after its first thread. It is checked again after these times."""
 VMS = 4096
 """VMs watched at a time: the size of the standing probe's table."""
 TRACED, RESERVED = 256, 64
@@ -57,8 +56,6 @@ UPDATE_NS = 30_000_000_000
 """How long a VM is traced after a process appeared that waits to take it over: its guest stops at once then."""
 UPDATED = 16
 """If no VM has the name of that process, so many of the same VMM are traced."""
-CHECKS = 8192
-"""Pending checks of new processes."""
 
 _log = logging.getLogger("ebpf_mig.exporter")
 
@@ -84,7 +81,7 @@ class NodeWatch:
         self._vms: dict[int, Known] = {}
         self._candidates: dict[int, None] = {}
         self._hops: set[int] = set()
-        self._checks: list[tuple[float, int]] = []
+        self._newcomers = Newcomers()
         self._accounts = Accounts()
         self._kept = (0, 0)
         self._rescanned = self._ticked = 0.0
@@ -116,10 +113,7 @@ class NodeWatch:
             signs = self._probe.poll(0 if self._candidates else ARMED_MS)
             self._saw(self._tracer.poll(0))
         else:
-            wait = IDLE_MS
-            if self._checks:
-                wait = max(0, min(wait, int((min(self._checks)[0] - time.monotonic()) * 1000) + 1))
-            signs = self._probe.poll(wait)
+            signs = self._probe.poll(self._newcomers.wait_ms(time.monotonic(), IDLE_MS))
         self._now = time.monotonic()
         for sign in signs:
             with self._troubles.of("vm", f"a sign of process {sign.pid}"):
@@ -190,10 +184,8 @@ class NodeWatch:
             if vm is not None:
                 self._found(vm, new=True)
         elif sign.kind == "process":
-            if len(self._checks) >= CHECKS:
+            if not self._newcomers.add(sign.pid, self._now):
                 self._troubles.exceeded("new-processes", CHECKS)
-                return
-            self._checks += [(self._now + wait, sign.pid) for wait in RECHECKS_S]
         elif sign.pid in self._vms:
             known = sign.pid in self._tracks
             self._vms[sign.pid].signed = sign.at_ns, sign.kind
@@ -204,15 +196,11 @@ class NodeWatch:
                 self._accounts.delayed((clock.monotonic_ns() - sign.at_ns) / 1e9)
 
     def _recheck(self) -> None:
-        due = {pid for at, pid in self._checks if at <= self._now}
-        if not due:
-            return
-        self._checks = [(at, pid) for at, pid in self._checks if at > self._now]
-        for pid in due - self._vms.keys():
+        for pid in self._newcomers.due(self._now) - self._vms.keys():
             with self._troubles.of("vm", f"new process {pid}"):
                 vm = discovery.vm_of(pid)
                 if vm is not None:
-                    self._checks = [check for check in self._checks if check[1] != pid]
+                    self._newcomers.drop(pid)
                     self._found(vm, new=True)
 
     def _tick(self) -> None:
