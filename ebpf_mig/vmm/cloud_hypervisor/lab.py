@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.netns import ADDRESSES, PORT, Link
+from ebpf_mig.lab.program import find_program
 from ebpf_mig.lab.scenario import MIB, Scenario, require_x86
 from ebpf_mig.linux import kvm
 from ebpf_mig.linux.process import private_directory, spawn, stop
@@ -60,18 +60,13 @@ class ChVm:
 
 
 def find_binary(wanted: str | None) -> str:
-    """The VMM to use, from the option, the environment or PATH; PreflightError with what to install if there is
-    none.
-    """
-    name = wanted or os.environ.get(ENVIRONMENT) or DEFAULT_BINARY
-    path = shutil.which(name)
-    if path is None:
-        raise PreflightError(
-            f"no {name} found",
-            "install a release from github.com/cloud-hypervisor/cloud-hypervisor, or name it with --vmm-binary or "
-            f"{ENVIRONMENT}",
-        )
-    return path
+    """The VMM to use; PreflightError if there is none."""
+    return find_program(
+        wanted,
+        ENVIRONMENT,
+        DEFAULT_BINARY,
+        "install a release from github.com/cloud-hypervisor/cloud-hypervisor, or name it",
+    )
 
 
 def lacks_nested_state() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError, VmmError
 from ebpf_mig.lab.heartbeat import Heartbeat
 from ebpf_mig.lab.netns import ADDRESSES, PORT, Link
+from ebpf_mig.lab.program import find_program
 from ebpf_mig.lab.scenario import ARM64, MIB, Scenario
 from ebpf_mig.linux.process import private_directory, spawn, stop
 from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY, PACKAGE
@@ -52,16 +52,8 @@ class QemuVm:
 
 
 def find_binary(wanted: str | None) -> str:
-    """The QEMU to use, from the option, the environment or PATH; PreflightError with the package to install if there
-    is none.
-    """
-    name = wanted or os.environ.get(ENVIRONMENT) or DEFAULT_BINARY
-    path = shutil.which(name)
-    if path is None:
-        raise PreflightError(
-            f"no {name} found", f"apt-get install {PACKAGE}, or name the binary with --vmm-binary or {ENVIRONMENT}"
-        )
-    return path
+    """The VMM to use; PreflightError if there is none."""
+    return find_program(wanted, ENVIRONMENT, DEFAULT_BINARY, f"apt-get install {PACKAGE}, or name the binary")
 
 
 class QemuPair:
