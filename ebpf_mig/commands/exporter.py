@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 
-from ebpf_mig.commands.options import SIZE, ParamType, examples, say
+from ebpf_mig.commands.node_options import node_options
+from ebpf_mig.commands.options import ParamType, examples, say
 from ebpf_mig.commands.settings import add_variables, config_file_option, refuse_unknown_variables
 from ebpf_mig.errors import UsageError
 from ebpf_mig.exporter.log_lines import FORMATS
 from ebpf_mig.exporter.observation import vmms
 from ebpf_mig.exporter.spawn import become
-from ebpf_mig.exporter.store import DIRECTORY, Store
+from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.supervisor import SIGNALS, Plan
 from ebpf_mig.linux import capabilities
 from ebpf_mig.text import printable
@@ -59,14 +60,7 @@ _EXAMPLES = examples(
     help="Where to listen.",
 )
 @click.option("--web.config.file", "web_config", type=click.Path(), help="TLS and users, in exporter-toolkit's format.")
-@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs whose name matches.")
-@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Directory of the recordings.")
-@click.option(
-    "--keep", type=click.IntRange(1), default=100, show_default=True, help="Largest number of recordings to keep."
-)
-@click.option(
-    "--keep-size", type=SIZE, default="1GiB", show_default=True, help="Largest size of all recordings together."
-)
+@node_options
 @click.option(
     "--vm-label",
     type=click.Choice(["name", "hash", "none"]),

@@ -10,11 +10,12 @@ import click
 import msgspec
 
 from ebpf_mig.breakdown import Mode
-from ebpf_mig.commands.options import SIZE, encoded, examples, format_option, say
+from ebpf_mig.commands.node_options import node_options
+from ebpf_mig.commands.options import encoded, examples, format_option, say
 from ebpf_mig.exporter.messages import Answer
 from ebpf_mig.exporter.node import NodeWatch
 from ebpf_mig.exporter.observation import Observation
-from ebpf_mig.exporter.store import DIRECTORY, Store
+from ebpf_mig.exporter.store import Store
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.text import printable
 from ebpf_mig.tracing.session import held_signals
@@ -25,14 +26,7 @@ _EXAMPLES = examples("ebpf-mig watch", "ebpf-mig watch --format json --count 1 |
 @click.command("watch", epilog=_EXAMPLES)
 @format_option("text", "json")
 @click.option("--count", type=click.IntRange(1), help="End after this many migrations.  [default: Ctrl-C]")
-@click.option("--vm", "only", default="*", metavar="GLOB", help="Watch only VMs whose name matches.")
-@click.option("--state-directory", default=DIRECTORY, show_default=True, help="Directory of the recordings.")
-@click.option(
-    "--keep", type=click.IntRange(1), default=100, show_default=True, help="Largest number of recordings to keep."
-)
-@click.option(
-    "--keep-size", type=SIZE, default="1GiB", show_default=True, help="Largest size of all recordings together."
-)
+@node_options
 def command(form: str, count: int | None, only: str, state_directory: str, keep: int, keep_size: int) -> None:
     """Print the blackout of each migration on this node when it ends.
 
