@@ -59,11 +59,13 @@ def follows(direction: Direction, hull: Hull, receiver_is_other: bool) -> bool:
         if latest is None or latest == used:
             continue  # an earlier receive gave a tighter bound
         used = latest
-        if receiver_is_other:
-            hull.add(latest, arrived - latest)
-        else:
-            hull.add(arrived, arrived - latest)
+        _add(hull, latest, arrived, receiver_is_other)
     return True
+
+
+def _add(hull: Hull, before: int, after: int, after_is_other: bool) -> None:
+    """Adds a pair at its instant on this clock. `after_is_other`: the later one of the two is on the other clock."""
+    hull.add(before if after_is_other else after, after - before)
 
 
 Block = tuple[int, int, int, int, int]
@@ -142,10 +144,7 @@ def acknowledged(receiver: Sequence[Segment], acks: Sequence[Segment], hull: Hul
         if latest is None or latest == used:
             continue
         used = latest
-        if receiver_is_other:
-            hull.add(ack.at_ns, ack.at_ns - latest)
-        else:
-            hull.add(latest, ack.at_ns - latest)
+        _add(hull, latest, ack.at_ns, not receiver_is_other)
 
 
 def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, data_is_other: bool) -> None:
@@ -171,10 +170,7 @@ def released(sender: Sequence[Segment], data: Sequence[Segment], hull: Hull, dat
         if latest is None or latest == used:
             continue
         used = latest
-        if data_is_other:
-            hull.add(latest, segment.at_ns - latest)
-        else:
-            hull.add(segment.at_ns, segment.at_ns - latest)
+        _add(hull, latest, segment.at_ns, data_is_other)
 
 
 def _next(segment: Segment) -> int:
@@ -208,10 +204,7 @@ def arrived(
         if latest is None or latest == used:
             continue
         used = latest
-        if data_is_other:
-            hull.add(latest, segment.at_ns - latest)
-        else:
-            hull.add(segment.at_ns, segment.at_ns - latest)
+        _add(hull, latest, segment.at_ns, data_is_other)
 
 
 def _origin(blocks: Sequence[Block], acks: Sequence[Segment]) -> int | None:
