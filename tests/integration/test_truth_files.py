@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -35,8 +35,18 @@ def ask(path: str, name: str) -> None:
         assert client.recv(4096).startswith(b"HTTP/1.1 204")
 
 
-def handed_over(plan: Plan, wait_ns: int) -> tuple[Breakdown, dict[str, int], dict[str, int]]:
-    """The breakdown, the delays as they were, and what else took time. Between its requests the caller waits."""
+class Traced(NamedTuple):
+    """A guest that was saved and loaded, and what each side said of it."""
+
+    breakdown: Breakdown
+    source: dict[str, Any]
+    destination: dict[str, Any]
+    waits: list[int]
+    """How long the caller waited after each request, ns."""
+
+
+def saved_and_loaded(plan: Plan, wait_ns: int) -> Traced:
+    """Between its requests the caller waits."""
     module, waits = "tests.truth.files", list[int]()
     with helpers((module, "destination", encode(plan)), (module, "source", encode(plan))) as (there, here):
 
@@ -53,12 +63,18 @@ def handed_over(plan: Plan, wait_ns: int) -> tuple[Breakdown, dict[str, int], di
 
         targets = [Target(pid=here.pid, role="source"), Target(pid=there.pid, role="destination")]
         header, events, (left, right) = trace(targets, act)
+    return Traced(analyse(Recording(header=header, events=events)).breakdown, left, right, waits)
+
+
+def handed_over(plan: Plan, wait_ns: int) -> tuple[Breakdown, dict[str, int], dict[str, int]]:
+    """The breakdown, the delays as they were, and what else took time."""
+    breakdown, left, right, waits = saved_and_loaded(plan, wait_ns)
     assert left["checksum"] == right["checksum"]
     injected = {**left["injected"], **right["injected"], "management": sum(waits)}
     whole = {**left["whole"], **right["whole"], "waited": left["waited"] + right["waited"]}
     requests = [*left["requests"].values(), *right["requests"].values()]
     whole["management"] = sum(there - answer for (_, answer, _), (there, _, _) in itertools.pairwise(requests))
-    return analyse(Recording(header=header, events=events)).breakdown, injected, whole
+    return breakdown, injected, whole
 
 
 @pytest.mark.parametrize("one", [False, True], ids=["all", "each"])

@@ -4,21 +4,15 @@ the kernel's own count of page faults."""
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from ebpf_mig.breakdown import Breakdown, PageSource
-from ebpf_mig.collector import analyse
-from ebpf_mig.recording.events import Target
-from ebpf_mig.recording.file import Recording
 from tests.conftest import requires
-from tests.integration.test_truth_files import ask
-from tests.truth.harness import helpers, trace
-from tests.truth.parts import SLOWNESS, Plan, encode
+from tests.integration.test_truth_files import saved_and_loaded
+from tests.truth.parts import SLOWNESS, Plan
 
 pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
 
@@ -35,22 +29,10 @@ class Seen(NamedTuple):
 
 def restored(plan: Plan) -> Seen:
     """What was seen of a guest that is saved, loaded, and then touches its pages."""
-    module = "tests.truth.files"
-    with helpers((module, "destination", encode(plan)), (module, "source", encode(plan))) as (there, here):
-
-        def act() -> list[dict[str, Any]]:
-            for helper in (here, there):
-                helper.say("go")
-            for role, name in (("source", "pause"), ("source", "create"), ("destination", "load")):
-                ask(f"{plan.address}/{role}", name)
-                time.sleep(0.01)
-            ask(f"{plan.address}/destination", "resume")
-            return [json.loads(there.expect()), json.loads(here.expect())]
-
-        targets = [Target(pid=here.pid, role="source"), Target(pid=there.pid, role="destination")]
-        header, events, (found, _) = trace(targets, act)
+    traced = saved_and_loaded(plan, 10 * MS)
+    found = traced.destination
     served = [(begin, end) for begin, end in found["served"]]
-    return Seen(analyse(Recording(header=header, events=events)).breakdown, served, found["touched"])
+    return Seen(traced.breakdown, served, found["touched"])
 
 
 @pytest.mark.parametrize(

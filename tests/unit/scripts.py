@@ -260,3 +260,7 @@ def dirty_ring() -> Script:
     destination.ioctls(WRITES, 3600, 3680, tid=VCPU)
     destination.entered(4000)
     return script
+
+
+ALL = [qemu_7_2, qemu_10_0, qemu_11_1, multifd, cloud_hypervisor_53, cloud_hypervisor_local, dirty_ring]
+"""A migration of each kind."""

@@ -172,21 +172,7 @@ def _unpack_kernel(debs: list[Path], files: Path, place: Path, helper: Path) -> 
     (stage / "lib/modules").mkdir(parents=True)
     modules.rename(stage / "lib/modules" / modules.name)
     run(*inside(helper, ["depmod", "-b", "/mnt", modules.name], binds={stage: "/mnt"}))
-    run(
-        "mke2fs",
-        "-q",
-        "-F",
-        "-t",
-        "ext4",
-        "-O",
-        "^has_journal",
-        "-L",
-        "kern",
-        "-d",
-        str(stage),
-        str(place / "kern.ext4"),
-        "400M",
-    )
+    _filled(stage, place / "kern.ext4", "kern", "400M")
     (place / "version").write_text(modules.name)
 
 
@@ -214,21 +200,12 @@ def source_image(source: Path, image: Path, script: str) -> None:
         stage = Path(temporary)
         shutil.copytree(source, stage / "src", ignore=WITHOUT, symlinks=True)
         (stage / "script").write_text(script)
-        run(
-            "mke2fs",
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-O",
-            "^has_journal",
-            "-L",
-            "tests",
-            "-d",
-            str(stage),
-            str(image),
-            "256M",
-        )
+        _filled(stage, image, "tests", "256M")
+
+
+def _filled(stage: Path, image: Path, label: str, size: str) -> None:
+    """Makes a disk with the files of `stage`."""
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-L", label, "-d", str(stage), str(image), size)
 
 
 def results_image(image: Path) -> None:

@@ -396,18 +396,7 @@ def test_roles_without_hints() -> None:
     assert script.result().breakdown.phases == scripts.cloud_hypervisor_53().result().breakdown.phases
 
 
-ALL = [
-    scripts.qemu_7_2,
-    scripts.qemu_10_0,
-    scripts.qemu_11_1,
-    scripts.multifd,
-    scripts.cloud_hypervisor_53,
-    scripts.cloud_hypervisor_local,
-    scripts.dirty_ring,
-]
-
-
-@pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", scripts.ALL, ids=lambda make: make.__name__)
 def test_the_order_of_events_does_not_matter(make: type) -> None:
     script: Script = make()
     expected = msgspec.json.encode(analyse(script.recording).breakdown, order="deterministic")
@@ -422,7 +411,7 @@ def test_the_order_of_events_does_not_matter(make: type) -> None:
         )
 
 
-@pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", scripts.ALL, ids=lambda make: make.__name__)
 def test_the_partition_is_exact(make: type) -> None:
     found = make().result().breakdown
     spans = sorted(span for phase in found.phases for span in phase.spans)

@@ -24,15 +24,6 @@ NAMES = (  # noqa: SIM905
     "GET_DIRTY_LOG CLEAR_DIRTY_LOG RESET_DIRTY_RINGS SET_USER_MEMORY_REGION GET_REGS GET_MSRS GET_CLOCK SET_CLOCK "
     "KVMCLOCK_CTRL SET_REGS SET_MSRS CREATE_VCPU SET_GSI_ROUTING GET_IRQCHIP IOEVENTFD"
 ).split()
-SCRIPTS = [
-    scripts.qemu_7_2,
-    scripts.qemu_10_0,
-    scripts.qemu_11_1,
-    scripts.multifd,
-    scripts.cloud_hypervisor_53,
-    scripts.cloud_hypervisor_local,
-    scripts.dirty_ring,
-]
 
 # Few distinct instants, so that ties, zeros and calls that end before they begin are frequent.
 moment = st.one_of(st.just(0), st.integers(1, 40).map(lambda n: BASE + n * 300_000), st.integers(1, 1 << 40))
@@ -230,7 +221,7 @@ def test_any_steps_of_the_migration_of_a_paused_guest(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(SCRIPTS),
+    st.sampled_from(scripts.ALL),
     st.lists(st.integers(0, 10_000), max_size=8),
     st.lists(event(), max_size=6),
     st.randoms(use_true_random=False),
@@ -250,7 +241,7 @@ def test_migrations_with_events_missing_and_foreign_ones_added(  # type: ignore[
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(SCRIPTS), st.integers(-(10**9), 10**15))
+@given(st.sampled_from(scripts.ALL), st.integers(-(10**9), 10**15))
 def test_the_zero_of_the_clock_does_not_matter(make, shift: int) -> None:  # type: ignore[no-untyped-def]
     script: Script = make()
     moved = [_moved(e, shift) for e in script.events]
