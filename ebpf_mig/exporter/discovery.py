@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebpf_mig.linux import descriptors, procfs
-from ebpf_mig.vmm import adapter, vmm_named
-from ebpf_mig.vmm.processes import name_in
+from ebpf_mig.vmm import adapter
+from ebpf_mig.vmm.processes import name_in, vmm_of
 
 BUSY_TICKS = 5
 """CPU time, in hundredths of a second. A vCPU thread uses less than this before its guest runs."""
@@ -24,7 +24,7 @@ class Vm:
     started: int
     """Clock ticks from boot to its start. Distinguishes it from a later process with the same pid."""
     vmm: str
-    """qemu, cloud-hypervisor, firecracker or unknown; guessed from the process's name."""
+    """qemu, cloud-hypervisor, firecracker or unknown; guessed from the process's name or its program's."""
     name: str
     """From its command line; tenants may choose it. Empty if there is none."""
     awaits_update: bool = False
@@ -39,7 +39,7 @@ def find_vms() -> dict[int, Vm]:
 
 def vm_of(pid: int) -> Vm | None:
     """The VM that the process owns, or waits to take over; or None."""
-    owns, vmm = descriptors.holds_vm(pid), vmm_named(procfs.comm(pid))
+    owns, vmm = descriptors.holds_vm(pid), vmm_of(pid)
     if not owns and not vmm:
         return None
     arguments, started = procfs.command_line(pid), procfs.start_time(pid)

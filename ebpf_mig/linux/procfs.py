@@ -191,6 +191,17 @@ def comm(pid: int, tid: int | None = None) -> str:
         return ""
 
 
+def program(pid: int) -> str:
+    """The name of the file that a process executes; empty if it is gone or access is denied.
+
+    It has ` (deleted)` behind it if the file was replaced since.
+    """
+    try:
+        return link(pid, "exe").rpartition("/")[2]
+    except (OSError, ValueError):
+        return ""
+
+
 def command_line(pid: int) -> list[str]:
     """The arguments of a process, from the first 64 KiB of its command line; none if it is gone or a zombie."""
     try:

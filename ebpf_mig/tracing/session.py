@@ -25,7 +25,8 @@ from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.text import printable
-from ebpf_mig.vmm import adapter, vmm_named
+from ebpf_mig.vmm import adapter
+from ebpf_mig.vmm.processes import vmm_of
 
 POLL_MS = 20
 YIELD_NICE = 10
@@ -73,14 +74,14 @@ def require_kvm(targets: Sequence[Target]) -> None:
     If access to its descriptors is denied, its name has to be that of a VMM.
     """
     for target in targets:
-        comm = procfs.comm(target.pid)
-        vmm = vmm_named(comm)
+        vmm = vmm_of(target.pid)
         denied = not descriptors.may_read(target.pid)
         if descriptors.holds_kvm(target.pid) or (denied and vmm):
             continue
         if not vmm or not adapter(vmm).awaits_vm(procfs.command_line(target.pid)):
+            named = printable(procfs.comm(target.pid))
             raise UsageError(
-                f"process {target.pid} ({printable(comm)}) has no KVM VM{' that can be seen' if denied else ''}",
+                f"process {target.pid} ({named}) has no KVM VM{' that can be seen' if denied else ''}",
                 "check the pid of the VMM, e.g. with pgrep; a guest without KVM (TCG) cannot be traced",
             )
 
@@ -104,8 +105,7 @@ def header_for(targets: Sequence[Target], attached: dict[str, str], notes: Seque
 
 
 def _with_comm(target: Target) -> Target:
-    comm = procfs.comm(target.pid)
-    return replace(target, comm=comm, vmm=target.vmm or vmm_named(comm))
+    return replace(target, comm=procfs.comm(target.pid), vmm=target.vmm or vmm_of(target.pid))
 
 
 class Session:

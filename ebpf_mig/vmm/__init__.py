@@ -62,5 +62,5 @@ def migrating() -> list[str]:
 
 
 def vmm_named(comm: str) -> str:
-    """The VMM that a process's name (15 characters at most) stands for, a hint; empty if none."""
+    """The VMM that the name of a process or of its program stands for, a hint; empty if none."""
     return next((one.name for one in adapters() if one.comms and comm.startswith(one.comms)), "")

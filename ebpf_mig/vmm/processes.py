@@ -44,9 +44,17 @@ def uuid_in(arguments: list[str]) -> str:
     return next((v.lower() for v, o in pairs if o in ("-uuid", "--uuid") and _UUID.fullmatch(v)), "")
 
 
+def vmm_of(pid: int) -> str:
+    """The VMM that a process is by its name, or else by its program's, a hint; empty if none.
+
+    QEMU takes another name with `-name process=NAME` (prctl(2), PR_SET_NAME, in `os_set_proc_name`, os-posix.c).
+    """
+    return vmm_named(procfs.comm(pid)) or vmm_named(procfs.program(pid))
+
+
 def runs(pid: int, wanted: str) -> bool:
-    """Whether the process is a VMM, by its name, whose VM has that name or UUID. `wanted` may be a glob pattern."""
-    if not vmm_named(procfs.comm(pid)):
+    """Whether the process is a VMM whose VM has that name or UUID. `wanted` may be a glob pattern."""
+    if not vmm_of(pid):
         return False
     arguments = procfs.command_line(pid)
     name = name_in(arguments)

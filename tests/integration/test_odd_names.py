@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
-from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, exporter, fetch, until, value
+from tests.integration.exporters import OURS, PROGRAM, SETTLED_S, exporter, fetch, until, value
 from tests.integration.migrations import QUICK
 from tests.integration.test_results import Qmp, complete
 
@@ -23,7 +24,8 @@ pytestmark = requires(*TRACING)
 
 NAME = b"\xff\n\x1b[31m<b>|`"
 """A byte that is no UTF-8, a line's end, a terminal's red, and the marks of HTML and Markdown."""
-INHERITED = ["-name", "debug-threads=off,process=" + os.fsdecode(NAME)]
+VM = f"{OURS}odd"
+INHERITED = ["-name", f"guest={VM},debug-threads=off,process=" + os.fsdecode(NAME)]
 """QEMU names its first thread, and the others, vCPUs too, inherit the name."""
 ALWAYS = {"html": b"\\n\\x1b[31m&lt;b&gt;|`", "perfetto": b"\\n\\x1b[31m<b>|`"}
 """The name as the kinds of report have it that show each thread; others have it if the thread waited."""
@@ -33,7 +35,7 @@ KINDS = ("text", "json", "html", "csv", "markdown", "svg", "folded", "speedscope
 
 @contextlib.contextmanager
 def named() -> Iterator[QemuPair]:
-    with QemuPair(QUICK, None, [*NAMED, *INHERITED]) as pair:
+    with QemuPair(QUICK, None, INHERITED) as pair:
         tasks = Path(f"/proc/{pair.source.pid}/task")
         assert [(task / "comm").read_bytes() for task in tasks.iterdir()].count(NAME + b"\n") >= 3
         yield pair
@@ -49,9 +51,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with named() as pair:
             source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
             time.sleep(SETTLED_S)
-            pids = ["--pid", str(pair.source.pid), "--pid", str(pair.destination.pid)]
             with subprocess.Popen(
-                [*PROGRAM, "record", *pids, "-o", str(place / "x.rec")], stderr=subprocess.PIPE
+                [*PROGRAM, "record", "--vm", VM, "-o", str(place / "x.rec")], stderr=subprocess.PIPE
             ) as recording:
                 assert recording.stderr is not None and b"tracing" in recording.stderr.readline()
                 complete(pair, source, destination)
@@ -65,6 +66,12 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines, said = watching.communicate(timeout=30)
     assert len(lines.splitlines()) == 1 and b"\x1b" not in lines + said, (lines, said)
     return place / "x.rec"
+
+
+def test_its_program_tells_the_vmm(recording: Path) -> None:
+    """The process's own name is not one of a VMM."""
+    targets = read_recording(recording).header.targets
+    assert [(target.vmm, target.role) for target in targets] == [("qemu", "source"), ("qemu", "destination")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

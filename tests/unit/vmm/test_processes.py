@@ -68,6 +68,22 @@ def test_a_process_that_only_mentions_the_name_is_no_vmm(start: Start) -> None:
     assert processes.find(UUID) == []
 
 
+def test_a_vmm_that_gave_itself_another_name_is_found(tmp_path: Path) -> None:
+    """QEMU does with `-name process=NAME`. Its program still has the old one, also after an upgrade replaced it."""
+    name, program = f"vm-{os.getpid()}", tmp_path / "qemu-system-x86_64"
+    shutil.copy(shutil.which("bash") or "/bin/bash", program)
+    script = "echo -n web > /proc/$$/comm; echo; read"
+    command = [program, "-c", script, "-name", f"guest={name},process=web"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        assert processes.procfs.comm(process.pid) == "web"
+        assert processes.find(name) == [process.pid]
+        program.unlink()
+        assert processes.find(name) == [process.pid]
+        process.stdin.close()
+
+
 def test_two_of_a_name_are_found_oldest_first(start: Start) -> None:
     name = f"vm-{os.getpid()}"
     first = start("qemu-kvm", "-name", name)
