@@ -196,8 +196,8 @@ def _connections(traced: TracedMigration) -> int | None:
 
 def _completeness(traced: TracedMigration, attribution: Attribution) -> Completeness:
     window, material = attribution.window, traced.material
-    cost = own_cost.observe(material, window, attribution.phases)
     tracing = own_time.observe(material, window, attribution.phases)
+    cost = own_cost.of(tracing) if tracing else own_cost.observe(material, window, attribution.phases)
     here = traced.snapshot is not None and traced.switchover is not None and traced.switchover.first_start is not None
     alone = here or (traced.source is None and traced.restored is not None)
     sides = traced.source, traced.destination

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ebpf_mig.analysis import own_time
 from ebpf_mig.analysis.material import Material
 from ebpf_mig.analysis.own_cost import OwnCost
 from ebpf_mig.analysis.process import Process
@@ -54,13 +55,12 @@ def completeness(
     inherited = destination is not None and destination.born is not None  # the state may lie in memory, or in a file
     if source is not None and window is not None and not sends and not inherited:
         bounds.append(_no_carrier(material))
-    observer = ending.observer_ns if ending else {}
     return Completeness(
         verdict=Verdict.INCOMPLETE if holes else Verdict.BOUNDED if bounds else Verdict.COMPLETE,
         lost=lost if ending else None,
         unpaired=dict(sorted(ending.unpaired.items())) if ending else None,
         attach=dict(sorted(material.header.attach.items())),
-        observer_ns=sum(observer.values()) if observer else None,
+        observer_ns=sum(ending.observer_ns.values()) if ending and ending.observer_ns else own_time.in_all(material),
         reasons=holes + bounds,
         observer_window_ns=cost.most,
         observer_window_least_ns=cost.least,

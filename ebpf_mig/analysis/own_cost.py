@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ebpf_mig.analysis.material import Material
 from ebpf_mig.analysis.process import Process, begun
-from ebpf_mig.breakdown import Phase, Span
+from ebpf_mig.breakdown import Phase, Span, TracingCost
 
 IDLE_RUN_NS = 55
 """One run of a program for a process that is not traced: 52 to 60 ns, measured on Linux 6.18 where nothing else ran."""
@@ -39,6 +39,13 @@ class OwnCost(NamedTuple):
     estimate: int | None = None
     phases: dict[str, int] | None = None
     """The estimate by phase."""
+
+
+def of(tracing: TracingCost) -> OwnCost:
+    """The same from the sums that the programs themselves recorded, which need no readings around the window."""
+    about, doubt = tracing.programs_ns, tracing.doubt_ns
+    phases = {name: cost.programs_ns for name, cost in tracing.phases.items()}
+    return OwnCost(max(0, about - doubt), about + doubt, about, phases)
 
 
 class _Reading(NamedTuple):

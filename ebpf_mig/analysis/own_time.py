@@ -21,7 +21,7 @@ from ebpf_mig.breakdown import Phase, PhaseCost, Span, TracingCost
 from ebpf_mig.recording import events as ev
 
 SAME_NS = 100_000_000
-"""The kernel's statistics and our own sums are compared if they were read at most this far apart."""
+"""The kernel's statistics and our last sums are compared if they were read at most this far apart."""
 MOST_TIMES = 4
 """The time stamps leave at most this many times of what a run takes in a loop: code that ran long ago is slower."""
 
@@ -83,16 +83,12 @@ class Spent:
 
 def spent(material: Material, remote: bool) -> Spent | None:
     """What was spent on one host, at any time. None: not recorded."""
-    rates = [rate for rate in material.own_rates if rate.remote is remote]
-    sums = [found for found in material.own_runs if found.remote is remote]
-    if not rates or not sums:
+    rates, sums = _recorded(material, remote)
+    if rates is None or not sums:
         return None
-    by_cpu: dict[int, list[ev.OwnRuns]] = defaultdict(list)
-    for found in sums:
-        by_cpu[found.cpu].append(found)
-    run_ns = _run_ns(material, remote, [readings[-1] for readings in by_cpu.values()], rates[-1])
-    path_ns = max(0, rates[-1].call_ns - 2 * rates[-1].run_ns)
-    cpus = [[*map(Curve, _pieces(readings, rates[-1].at_ns, run_ns, path_ns))] for readings in by_cpu.values()]
+    run_ns = _run_ns(material, remote, sums, rates)
+    path_ns = max(0, rates.call_ns - 2 * rates.run_ns)
+    cpus = [[*map(Curve, _pieces(readings, rates.at_ns, run_ns, path_ns))] for readings in sums]
     vmms, others, vmm_calls, other_calls = map(list, zip(*cpus, strict=True))
     turns: dict[int, list[Piece]] = defaultdict(list)
     for turn in material.own_turns:
@@ -102,16 +98,40 @@ def spent(material: Material, remote: bool) -> Spent | None:
     return Spent(vmms, others, vmm_calls, other_calls, own)
 
 
-def _run_ns(material: Material, remote: bool, last: Sequence[ev.OwnRuns], rates: ev.OwnRates) -> float:
+def _recorded(material: Material, remote: bool) -> tuple[ev.OwnRates | None, list[list[ev.OwnRuns]]]:
+    """The rates of one host, and the sums of each of its CPUs in order of time."""
+    rates = [rate for rate in material.own_rates if rate.remote is remote]
+    by_cpu: dict[int, list[ev.OwnRuns]] = defaultdict(list)
+    for found in material.own_runs:
+        if found.remote is remote:
+            by_cpu[found.cpu].append(found)
+    return rates[-1] if rates else None, list(by_cpu.values())
+
+
+def in_all(material: Material) -> int | None:
+    """Run time of our programs over the whole recording, over all CPUs of the hosts, in ns. None: not recorded."""
+    total = 0.0
+    for remote in (False, True) if material.header.remote is not None else (False,):
+        rates, sums = _recorded(material, remote)
+        if rates is None or not sums:
+            return None
+        run_ns, last = _run_ns(material, remote, sums, rates), [readings[-1] for readings in sums]
+        total += sum(found.run_ns + (found.runs + found.other_runs) * run_ns for found in last)
+    return round(total)
+
+
+def _run_ns(material: Material, remote: bool, sums: Sequence[Sequence[ev.OwnRuns]], rates: ev.OwnRates) -> float:
     """What a run takes besides the time that it measures itself, in ns: what is missing to the kernel's statistics."""
     readings = [cost for cost in material.costs if cost.remote is remote]
     run_ns, at_ns = (readings[-1].run_ns, readings[-1].at_ns) if readings else (0, 0)
     if material.ending and not remote and material.header.remote is None and material.ending.observer_ns:
         run_ns, at_ns = sum(material.ending.observer_ns.values()), material.ending.at_ns
-    if not run_ns or at_ns + SAME_NS < max(found.at_ns for found in last):
+    together = [found for readings in sums for found in readings if found.at_ns == at_ns]
+    then = together or [readings[-1] for readings in sums]
+    if not run_ns or at_ns + SAME_NS < max(found.at_ns for found in then):
         return rates.run_ns
-    runs = sum(found.runs + found.other_runs for found in last)
-    rest = (run_ns - sum(found.run_ns for found in last)) / max(1, runs)
+    runs = sum(found.runs + found.other_runs for found in then)
+    rest = (run_ns - sum(found.run_ns for found in then)) / max(1, runs)
     return min(max(rest, rates.run_ns), MOST_TIMES * rates.run_ns)
 
 

@@ -45,16 +45,18 @@ class Completeness(Struct, frozen=True, kw_only=True):
     attach: dict[str, str]
     """By signal, how it was traced: `fentry`, `kprobe`, `tracepoint`, or `absent` and why."""
     observer_ns: int | None
-    """Run time of our BPF programs, over the whole recording and all threads of the host, ns; null: not measured."""
+    """Run time of our BPF programs, over the whole recording and all threads of the hosts, ns; null: not measured."""
     reasons: list[str]
     """Why the verdict is not `complete`, one line each."""
     observer_window_ns: int | None = None
-    """In the window, at most: from the last reading before it to the first after it, and no more than all CPUs had
-    where their number is known, ns; null: not measured."""
+    """In the window, at most, ns; null: not measured. By `tracing` and its doubt. In recordings without it: from the
+    last reading before the window to the first after it, and no more than all CPUs had where their number is known."""
     observer_window_least_ns: int | None = None
-    """At least: between the first and the last reading in it, ns; null: not measured."""
+    """At least, ns; null: not measured. In recordings without `tracing`: between the first and the last reading
+    in it."""
     observer_window_estimate_ns: int | None = None
-    """Most likely: what ran between two readings, shared out by the calls seen and by time, ns; null: not measured."""
+    """Most likely, ns; null: not measured. In recordings without `tracing`: what ran between two readings, shared
+    out by the calls seen and by time."""
     observer_phases_ns: dict[str, int] | None = None
     """The estimate by phase, ns; null: not measured."""
     tracing: TracingCost | None = None

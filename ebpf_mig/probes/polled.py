@@ -55,6 +55,11 @@ class Polled:
         self._last_ns = self._last_cost_ns = self._last_groups_ns = 0
         self._fetching = False
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a process kicked its vCPUs and none has run since, as far as the events say."""
+        return bool(self._stopped)
+
     def begin(self) -> None:
         """Starts to prepare, in a thread; idempotent."""
         if self._with_tcp:

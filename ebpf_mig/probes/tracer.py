@@ -39,6 +39,7 @@ from ebpf_mig.recording.events import (
     Ioctl,
     Kick,
     OffCpu,
+    OwnCost,
     Samples,
     Socket,
     Transfer,
@@ -48,6 +49,10 @@ from ebpf_mig.recording.kinds import MISSED_RETURN
 
 _DETAIL = {SAMPLER, *(program for extra in EXTRAS for _, program in extra.all_hooks)}
 """Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
+CALIBRATION_NS = 100_000_000
+"""How long the kernel counts the run time of our programs, from when they are attached. In a migration, they run some
+thousand times meanwhile.
+"""
 SNAPSHOTS = 8
 """How often the open batches of a process are read at most, if each time another one has ended meanwhile."""
 
@@ -79,6 +84,8 @@ class Tracer:
         self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
         self._faults = FaultCounts()
         self._late: list[AnyEvent] = []
+        self._calibrated_ns = 0
+        """When the kernel need not count any longer."""
         self._missed_returns = 0
 
     def _load(self, tier: str) -> Plan:
@@ -128,6 +135,7 @@ class Tracer:
         self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
         if not self._on_node:
             self._late.append(own_rates.measure(alone_ns, self._program.run_statistics))
+        self._calibrated_ns = clock.monotonic_ns() + CALIBRATION_NS
         self._seen = True
         if self._no_samples:
             self.attached["split"] = f"absent: {self._no_samples}"
@@ -148,7 +156,21 @@ class Tracer:
             events.append(event)
         if events:
             self._sampler.follow(events)
-        return late + events + self._polled.due(events)
+        return late + events + self._polled.due(events) + self._calibration()
+
+    def _calibration(self) -> list[AnyEvent]:
+        """The kernel's count of our programs' run time beside their own sums, once. Then the kernel stops counting:
+        that costs each run about as much as the sums do (docs/overhead.md).
+
+        Not while vCPUs are stopped, since the kernel patches its code on all CPUs for it (static_branch_dec of
+        bpf_stats_enabled_key). On a node the count is a metric, and goes on.
+        """
+        now = clock.monotonic_ns()
+        if self._on_node or now < self._calibrated_ns or self._polled.stopped or not self._statistics.enabled:
+            return []
+        sums, cost = own_runs(self._program, now), self._total_cost()
+        self._statistics.close()
+        return [*sums, OwnCost(now, *cost)] if cost is not None else []
 
     def _decode(self, record: bytes) -> AnyEvent:
         event = decode(record)
@@ -262,7 +284,7 @@ class Tracer:
         return {name: misses for name, (_, _, misses) in ran.items() if misses and name not in _DETAIL}
 
     def own_cost(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(run time in ns, runs) of each of our programs so far; empty if the kernel does not count."""
+        """(run time in ns, runs) of each of our programs so far; empty if the kernel does not count, or no longer."""
         if not self._statistics.enabled:
             return {}, {}
         statistics = self._program.run_statistics()

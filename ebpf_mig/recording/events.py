@@ -307,7 +307,8 @@ class Ending(Event, frozen=True, tag=11):
     harmless.
     """
     observer_ns: dict[Probe, Count] = msgspec.field(default_factory=dict)
-    """Run time of our BPF programs over the whole recording, by probe, if the kernel counts it."""
+    """Run time of our BPF programs over the whole recording, by probe, if the kernel counted it to the end: in a
+    recording of less than 0.1 s, or of `watch` and `exporter`."""
     observer_runs: dict[Probe, Count] = msgspec.field(default_factory=dict)
     missed_runs: dict[Probe, Count] = msgspec.field(default_factory=dict)
     """The parts of `RECURSION_MISSES`, by probe."""

@@ -20,6 +20,10 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.commands import run
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux import bpf, clock
+from ebpf_mig.probes.run_statistics import BpfStatistics
+from ebpf_mig.probes.tables import own_runs
+from ebpf_mig.probes.tracer import CALIBRATION_NS, Tracer
+from ebpf_mig.recording.events import AnyEvent, OwnCost, OwnRuns
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.tracing.session import Session
 from ebpf_mig.vmm.qemu.lab import QemuPair
@@ -38,7 +42,10 @@ APART_S = 0.0005
 
 
 class Witness:
-    """A process that reads the run time of all programs of a session all the time: `bpf_prog_info.run_time_ns`."""
+    """A process that reads the run time of all programs of a session all the time: `bpf_prog_info.run_time_ns`.
+
+    It makes the kernel count all that time; the session itself does so only in the beginning.
+    """
 
     def __init__(self) -> None:
         self.readings: list[tuple[int, int, int]] = []
@@ -51,6 +58,7 @@ class Witness:
     @contextlib.contextmanager
     def over(self, programs: list[int]) -> Iterator[None]:
         (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+        counting = BpfStatistics()
         pid = os.fork()
         if not pid:
             os.setpriority(os.PRIO_PROCESS, 0, -10)
@@ -72,6 +80,7 @@ class Witness:
                 self.readings = [(before, after, ran) for before, after, ran in json.load(here)]
             os.waitpid(pid, 0)
             os.close(asked)
+            counting.close()
 
     def within(self, begin: int, end: int) -> tuple[int, int]:
         """(at least, at most) ns of all programs between two instants."""
@@ -128,3 +137,34 @@ def test_programs_cost_what_the_kernel_counted(guest: Scenario, witness: Witness
     turns = sum(common((t.begin_ns, t.end_ns), witness.recorded) for t in analysis.traced.material.own_turns)
     # Its own clock leaves out what interrupts and the hypervisor took from it while it had the CPU.
     assert 0.95 * witness.process_ns <= turns <= 1.5 * witness.process_ns, f"{turns} of {witness.process_ns}"
+
+
+def makes_the_kernel_count() -> bool:
+    """Whether this process holds a descriptor of BPF_ENABLE_STATS: the kernel calls it `bpf-stats`."""
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return Path("anon_inode:bpf-stats") in links
+
+
+def test_the_kernel_counts_in_the_beginning_only() -> None:
+    """It need not count while the programs run on. What it counted is recorded beside their sums."""
+
+    def poll(seconds: float) -> list[AnyEvent]:
+        end, events = time.monotonic() + seconds, list[AnyEvent]()
+        while time.monotonic() < end:
+            events += tracer.poll(20)
+        return events
+
+    def runs() -> int:
+        return sum(found.runs + found.other_runs for found in own_runs(tracer._program, 0))
+
+    with QemuPair(PRECOPY) as pair, Tracer([pair.source.pid]) as tracer:
+        tracer.arm()
+        assert makes_the_kernel_count()
+        events = poll(CALIBRATION_NS / 1e9 + 0.4)
+        assert not makes_the_kernel_count()
+        before, later, after = runs(), poll(0.3), runs()
+    assert before < after and not any(isinstance(event, OwnCost) for event in later)
+    cost = [event for event in events if isinstance(event, OwnCost)][-1]
+    sums = [event for event in events if isinstance(event, OwnRuns) and event.at_ns == cost.at_ns]
+    summed = sum(found.runs + found.other_runs for found in sums)
+    assert summed > 0 and abs(cost.runs - summed) < 0.05 * summed + 50

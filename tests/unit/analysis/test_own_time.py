@@ -89,6 +89,16 @@ def test_the_kernels_own_sum_corrects_what_a_run_takes() -> None:
     assert cost(RATES, *BUSY, wild).programs_ns == 50 * US + 60 * own_time.MOST_TIMES * RUN_NS
 
 
+def test_the_kernels_sum_of_the_first_tenth_of_a_second_corrects_all_runs() -> None:
+    """The kernel no longer counted afterwards. Its sum belongs to our sums of the same instant, on every CPU."""
+    early = [ev.OwnRuns(2 * MS, 9 * MS, 10 * MS, cpu, 100 * US, 500, 200, 100, 50) for cpu in (0, 1)]
+    counted = ev.OwnCost(10 * MS, 2 * (100 * US + 600 * 80), 1200)
+    events = [RATES, *early, counted, *BUSY]
+    assert cost(*events).programs_ns == 50 * US + 60 * 80
+    assert own_time.in_all(split(recording(*events))) == 7 * MS + 50 * US + 9160 * 80 + 100 * US + 600 * 80
+    assert own_time.in_all(split(recording(*BUSY))) is None
+
+
 def test_our_process_counts_while_it_has_a_cpu() -> None:
     turns = [ev.OwnTurn(99 * MS, 100 * MS + 10 * US, 0), ev.OwnTurn(101 * MS, 101 * MS + 5 * US, 1)]
     found = cost(RATES, *BUSY, *turns)
