@@ -92,7 +92,7 @@ def play(fault: Fault, node: Node, pair: QemuPair, directory: Path, settled_at: 
         if tracer is not None:
             hitting = threading.Timer(fault.after_s, strike, (fault, tracer.process.pid))
             hitting.start()
-            tracer.armed(15.0)
+            tracer.armed(60.0)
         moving = threading.Thread(target=migrate)
         moving.start()
         if tracer is None:
