@@ -131,11 +131,20 @@ def _possible_cpus() -> int:
 
 
 def _kvm_offsets() -> dict[str, int]:
-    """The offsets of the locks in `struct kvm`, from the BTF of vmlinux or kvm.ko; `_NOWHERE` if neither has it."""
+    """Offsets in `struct kvm` and `struct kvm_vcpu`, from the BTF of vmlinux or kvm.ko.
+
+    If neither has them, as in Linux 5.10 with kvm.ko: `_NOWHERE` for locks, `_NONE` for others.
+    """
     members = {"OFF_kvm_mmu_lock": ("kvm", "mmu_lock"), "OFF_kvm_slots_lock": ("kvm", "slots_lock")}
     manual = ("kvm", "manual_dirty_log_protect")
-    offsets = btf.offsets(btf.VMLINUX, [*members.values(), manual])
+    notifier, vcpu_id = ("kvm_vcpu", "preempt_notifier"), ("kvm_vcpu", "vcpu_id")
+    wanted = [*members.values(), manual, notifier, vcpu_id]
+    offsets = btf.offsets(btf.VMLINUX, wanted)
     if None in offsets.values() and Path(btf.KVM_MODULE).exists():
-        offsets = btf.offsets(btf.KVM_MODULE, [*members.values(), manual], base=btf.VMLINUX)
+        offsets = btf.offsets(btf.KVM_MODULE, wanted, base=btf.VMLINUX)
     locks = {name: _NOWHERE if offsets[member] is None else offsets[member] or 0 for name, member in members.items()}
-    return locks | {"OFF_kvm_manual": offsets[manual] or _NONE}
+    known = offsets[notifier] is not None and offsets[vcpu_id] is not None
+    return locks | {
+        "OFF_kvm_manual": offsets[manual] or _NONE,
+        "OFF_notifier_vcpu_id": (offsets[vcpu_id] or 0) - (offsets[notifier] or 0) if known else _NONE,
+    }

@@ -55,6 +55,7 @@ _TABLE_MEMBERS = (
     Layout("owner", "u64 pid"),
     Layout("vcpu_sleep", "u64 tgid, count, slept_ns, longest_ns, since_ns, until_ns"),
     Layout("process_state", "s64 running"),
+    Layout("inside_kvm_state", "u64 tgid; s64 vcpu_id"),
     Layout("own_runs", "u64 since_ns, until_ns, run_ns, runs, calls, other_runs, other_calls"),
 )  # fmt: skip
 """Members of table structs that Python reads by name. The structs have more members."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from ebpf_mig.linux import kvm, procfs
 from ebpf_mig.linux.bpf import iterate
+from ebpf_mig.linux.descriptors import vcpus_of
 from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import open_batches, stream_key, vcpu_sleep, vcpu_state
@@ -47,20 +48,22 @@ class ProcessTable:
             for tid, fd in inside.items():
                 threads[ctypes.c_uint32(tid)] = threads.Leaf(tgid=pid, counted=1, vcpu_fd=fd)
             processes[ctypes.c_uint32(pid)] = processes.Leaf(running=len(inside))
-            self._running[pid] = self.inside(pid) - inside.keys()
+            self._running[pid] = self.inside(pid).keys() - inside.keys()
 
-    def inside(self, pid: int) -> set[int]:
+    def inside(self, pid: int) -> dict[int, int]:
         """The threads of a traced process that are inside KVM_RUN now, or in another ioctl of a vCPU.
+
+        The values are KVM's ids of the vCPUs, -1 if unknown.
 
         Where the kernel cannot be asked, each thread on a CPU counts, too: /proc says of it only that it runs. A worker
         of the VMM that is busy all the time then looks like a vCPU.
         """
         if self._walker_fd < 0:
-            return {tid for tid in threads_of(pid) if may_run_vcpu(pid, tid)}
+            return {tid: -1 for tid in threads_of(pid) if may_run_vcpu(pid, tid)}
         found = self._program.table("inside_kvm")
         found.clear()
         iterate(self._walker_fd)
-        return {tid.value for tid, tgid in found.items() if tgid.value == pid}
+        return {tid.value: state.vcpu_id for tid, state in found.items() if state.tgid == pid}
 
     def follow(self, pid: int) -> None:
         """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran."""
@@ -99,9 +102,10 @@ class ProcessTable:
         busy = {one: tids for one, tids in self._running.items() if tids and pid in (None, one)}
         known = {key.value for key, _ in self._program.table("threads").items()} if busy else set()
         return [
-            VcpuState(now_ns, one, tid, fd=-1 if (fd := in_kvm_run(one, tid)) is None else fd, **_NOTHING_SEEN)
+            VcpuState(now_ns, one, tid, fd=_descriptor(one, tid, inside[tid]), **_NOTHING_SEEN)
             for one, tids in busy.items()
-            for tid in sorted((tids - known) & self.inside(one))
+            if (inside := self.inside(one))
+            for tid in sorted((tids - known) & inside.keys())
         ]
 
     def missed_returns(self, pid: int | None = None) -> int:
@@ -133,6 +137,13 @@ class ProcessTable:
         for key in [key for key, one in sleeps.items() if one.tgid == pid]:
             with contextlib.suppress(KeyError):
                 del sleeps[key]
+
+
+def _descriptor(pid: int, tid: int, vcpu_id: int) -> int:
+    """The descriptor of the vCPU that a thread runs, by where it sleeps, or else by KVM's id of it; -1: unknown."""
+    if (fd := in_kvm_run(pid, tid)) is not None:
+        return fd
+    return min((fd for fd, number in vcpus_of(pid).items() if number == vcpu_id), default=-1)
 
 
 def _only_waits(pid: int, tid: int) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from ebpf_mig.linux import kvm, procfs
+from ebpf_mig.linux.descriptors import vcpus_of
 from ebpf_mig.linux.procfs import may_run_vcpu
 from ebpf_mig.probes.inherited import InheritedProgram
 from ebpf_mig.probes.loader import Program
@@ -22,7 +23,7 @@ from ebpf_mig.probes.records import CONTRACT, stream_key
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
 from ebpf_mig.recording.events import RECEIVE, OwnRuns, Socket, Transfer, VcpuState
 from tests.conftest import requires
-from tests.truth.beside import HALTS, PAUSED, SPINS, vmm
+from tests.truth.beside import HALTS, PAUSED, SPINS, VCPU_ID, vmm
 
 pytestmark = requires("root", "bcc", "kernel BTF")
 OURS = os.getpid()
@@ -97,8 +98,10 @@ def test_a_busy_thread_of_a_vmm_is_no_vcpu(guest: str, walker_fd: int, program: 
         assert may_run_vcpu(pid, busy)
         table = ProcessTable(program, walker_fd)
         table.add([pid])
-        assert table.inside(pid) == set(vcpus)
-        assert [state.tid for state in table.silent_vcpus(999)] == (vcpus if guest == SPINS else [])
+        assert table.inside(pid) == dict.fromkeys(vcpus, VCPU_ID)
+        silent = table.silent_vcpus(999)
+        assert [state.tid for state in silent] == (vcpus if guest == SPINS else [])
+        assert all(vcpus_of(pid)[state.fd] == VCPU_ID for state in silent), "/proc/PID/syscall says `running` of it"
         assert [leaf.running for _, leaf in program.table("processes").items()] == [int(guest == HALTS)]
 
 
