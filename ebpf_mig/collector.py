@@ -198,7 +198,8 @@ def _completeness(traced: TracedMigration, attribution: Attribution) -> Complete
     window, material = attribution.window, traced.material
     tracing = own_time.observe(material, window, attribution.phases)
     cost = own_cost.of(tracing) if tracing else own_cost.observe(material, window, attribution.phases)
-    here = traced.snapshot is not None and traced.switchover is not None and traced.switchover.first_start is not None
+    found, saved = traced.switchover, traced.snapshot is not None or outcome.result(traced) == Result.SAVED
+    here = saved and found is not None and found.first_start is not None
     alone = here or (traced.source is None and traced.restored is not None)
     sides = traced.source, traced.destination
     return completeness.completeness(material, *sides, window, traced.sends, cost, tracing, alone=alone)

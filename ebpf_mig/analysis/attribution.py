@@ -108,7 +108,7 @@ def _through_files(
     restored = traced.restored if found.kind == SwitchoverKind.COMPLETED else None
     back = found.first_start if found.first_start is not None else FOREVER
     asked = requests.of(source, found.requested - requests.ASKED_BEFORE_NS, back, traced.channels.source)
-    if written.disk:
+    if written.disk or written.background:
         asked = []  # its one command was answered before, or will be answered at the end
     _, done = _written(traced, activity, source, found, back)
     if found.kind == SwitchoverKind.ABORTED:
@@ -166,8 +166,8 @@ def _asked_to_resume(source: Process, done: int, back: int, asked: Sequence[Requ
     If neither was seen, all time after the writing is the wait for the command, and part of resuming.
     """
     resuming = [i.begin_ns for i in source.ioctls if done <= i.begin_ns < back and loading.is_resume(i)]
-    acts = min(resuming, default=back)
-    return max((r.at for r in asked if done <= r.at <= acts), default=acts if written.disk else done)
+    acts, by_itself = min(resuming, default=back), written.disk or written.background
+    return max((r.at for r in asked if done <= r.at <= acts), default=acts if by_itself else done)
 
 
 def _restored_alone(traced: TracedMigration) -> Attribution:

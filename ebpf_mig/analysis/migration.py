@@ -17,7 +17,7 @@ from ebpf_mig.analysis.material import Material
 from ebpf_mig.analysis.process import Process, begun, key_of
 from ebpf_mig.analysis.restore import Restore
 from ebpf_mig.analysis.snapshot import Snapshot
-from ebpf_mig.analysis.sockets import Channels
+from ebpf_mig.analysis.sockets import Channels, transport_of
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.breakdown import OF_FILES, PHASES, PhaseName, Side, SwitchoverKind, Transport
@@ -69,7 +69,8 @@ class TracedMigration:
     stopped_early: bool = False
     """The guest stopped while its memory was copied, and not for the switchover: it shut down, or was paused."""
     snapshot: Snapshot | None = None
-    """The files into which the source wrote the guest; None: into none, or one that only carries a stream."""
+    """The files into which the source wrote the guest; None: into none, or one that only carries a stream. Of one that
+    is written in the background: the carrier."""
     restored: Restore | None = None
     """When the destination loaded the guest from files; None: it did not."""
 
@@ -204,8 +205,13 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
         sends = _sends(transfers, began)
     if destination is not None and destination.born is not None and not channels.source:
         channels = Channels(transport=Transport.NONE)
-    written = restored = None
-    if not updated and not early and channels.transport in _FILES:
+    restored = None
+    written = snapshot.in_background(source, found) if not updated and not early else None
+    if written is not None:
+        channels = Channels(written.files, frozenset(), transport_of(source, written.files))
+        transfers = _on(channels.source, source)
+        sends = _sends(transfers, material.header.begin_ns)
+    elif not updated and not early and channels.transport in _FILES:
         written, restored = snapshot.find(source, found, source.fetchers), _restored(destination, channels)
         if written is not None:
             read = restored.files if restored is not None else frozenset()

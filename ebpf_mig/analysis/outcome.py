@@ -105,6 +105,8 @@ def paused_before(case: TracedMigration) -> bool | None:
     source = case.source
     if source is None or _absent(case, "vcpu"):
         return None
+    if case.snapshot is not None and case.snapshot.background:
+        return False  # it stops the guest by itself, and does not write a paused one in this way
     began = case.began if case.began is not None else dirty_log.switched_on(source, None)
     if began is None:
         return None
@@ -245,7 +247,7 @@ def _saved(case: TracedMigration) -> bool:
         return False
     if not any(kvm.name_of(i.cmd) in kvm.VCPU_STATE_GET for i in source.other_ioctls):
         return False
-    if case.snapshot is not None:
+    if case.snapshot is not None and not case.snapshot.background:
         return True
     if case.channels.transport == Transport.PIPE and (_passed_on(case) or case.channels.ends):
         return False

@@ -6,7 +6,8 @@ did while the guest was stopped, by kind.
 
 Cloud Hypervisor and Firecracker write the memory to one file and state and configuration to others (CH 54:
 `memory-ranges`, `state.json`, `config.json`; Firecracker: two files named by the caller). The file with most bytes is
-the memory's. QEMU writes one stream: memory, then state. Its savevm goes into a disk image, by worker threads.
+the memory's. QEMU writes one stream: memory, then state. Its savevm goes into a disk image, by worker threads. With
+its background-snapshot, nothing is written while the guest is stopped.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ class Snapshot:
     """One file, which the thread that fetches dirty logs writes in order: memory, then state (QEMU)."""
     disk: bool = False
     """Inside of a disk image, written by worker threads; one command does all of it (QEMU's savevm)."""
+    background: bool = False
+    """Written while the guest runs on, its memory write-protected: QEMU's background-snapshot. It may be a pipe or a
+    socket."""
 
 
 def find(source: Process, found: Switchover | None, fetchers: Collection[int]) -> Snapshot | None:
@@ -76,6 +80,38 @@ def find(source: Process, found: Switchover | None, fetchers: Collection[int]) -
         return _into_a_disk(source, found)
     stream = len(keys) == 1 and bool(fetchers)
     return Snapshot(keys, max(keys, key=lambda key: (written[key], -key)), stream)
+
+
+def in_background(source: Process, found: Switchover | None) -> Snapshot | None:
+    """Where the thread that stopped the guest writes its memory while the guest runs again.
+
+    QEMU (`bg_migration_thread`, migration/migration.c, 7.2 to 11.1) stops the guest, keeps its state in a buffer,
+    write-protects the memory, sets the guest going, and then writes memory and state, without a dirty log. A main
+    thread that stops the guest may write a log afterwards.
+    """
+    if found is None or found.kind != SwitchoverKind.ABORTED or found.first_start is None:
+        return None
+    if found.stopper in (None, source.pid) or found.stopper in source.fetchers:
+        return None
+    if dirty_log.switched_on(source, None) is not None:
+        return None
+    reads = [i for i in begun(source.other_ioctls, found.stop) if source_work.is_vcpu_read(i)]
+    read = max((i.end_ns for i in reads if i.begin_ns < found.first_start), default=None)
+    if read is None:
+        return None
+    sent: Counter[int] = Counter()
+    before: Counter[int] = Counter()
+    for (direction, key), transfers in source.streams.items():
+        for one in transfers if direction == SEND else ():
+            if one.tid == found.stopper:
+                (before if one.end_ns < read else sent)[key] += one.bytes
+    key = max(sent, key=lambda one: (sent[one], -one), default=0)
+    if sent[key] < SAVED_BYTES or sent[key] < before[key]:
+        return None  # it sent before the stop: a pre-copy that was given up
+    last = max(t.end_ns for t in source.streams[SEND, key] if t.tid == found.stopper)
+    if last < found.first_start:
+        return None  # it was done when the guest ran again
+    return Snapshot(frozenset({key}), key, background=True)
 
 
 def _into_a_disk(source: Process, found: Switchover) -> Snapshot | None:
@@ -110,7 +146,7 @@ def work(source: Process, snapshot: Snapshot, bursts: Sequence[Burst], stop: int
     ]
     sends = [
         t
-        for key in snapshot.files
+        for key in (() if snapshot.background else snapshot.files)
         for t in begun(source.streams.get((SEND, key), []), stop)
         if t.begin_ns < until and t.bytes
     ]
@@ -144,11 +180,14 @@ def _told_apart(
 
 
 def acts(source: Process, found: Work, stop: int, until: int) -> list[Span]:
-    """Everything that shows that the VMM worked in [stop, until)."""
+    """Everything that shows that the VMM worked in [stop, until).
+
+    Not io_uring_enter(2), with which QEMU 11 also waits for its monitor (util/fdmon-io_uring.c).
+    """
     spans = [(begin, end) for begin, end, _ in found.intervals]
     spans += [(i.begin_ns, i.end_ns) for i in begun(source.ioctls, stop) if i.begin_ns < until]
-    spans += [(c.begin_ns, c.end_ns) for c in source.calls if stop <= c.begin_ns < until]
-    return spans
+    calls = [c for c in source.calls if c.call != FileCall.IO_URING_ENTER]
+    return spans + [(c.begin_ns, c.end_ns) for c in calls if stop <= c.begin_ns < until]
 
 
 def assign(partition: Partition, stop: int, until: int, found: Work, managed: Sequence[Span]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ebpf_mig.breakdown import Breakdown, Mode, Result, Side
+from ebpf_mig.breakdown import Breakdown, DirtyLogMode, Mode, Result, Side
 
 if TYPE_CHECKING:
     from ebpf_mig.analysis.result import Analysis
@@ -130,7 +130,7 @@ def observe(b: Breakdown, *, at: float, recording: str, vmm: str, vm: str, trigg
         reasons=b.completeness.reasons,
         lost=b.completeness.lost or {},
         diagnosis=b.diagnosis.summary if b.diagnosis else "",
-        begin_seen=m.source is None or m.total_ns is not None or b.window_ns is None,
+        begin_seen=m.source is None or m.total_ns is not None or b.window_ns is None or _without_log(b),
     )
 
 
@@ -159,6 +159,11 @@ def with_parts(seen: Observation, analysis: Analysis) -> Observation:
         stopped_at_ns=wall(parts.stop),
         started_at_ns=wall(parts.start),
     )
+
+
+def _without_log(b: Breakdown) -> bool:
+    """Whether it is a snapshot whose begin cannot be missed, since no dirty logging is switched on for it."""
+    return b.migration.mode == Mode.SNAPSHOT and b.dirty_log.mode == DirtyLogMode.NONE
 
 
 def _fetch(b: Breakdown) -> dict[str, dict[str, int]]:

@@ -15,6 +15,8 @@ from ebpf_mig.recording.events import SEND, Ioctl, Transfer
 
 SAVED_STATE_BYTES = 4096
 """A saved state has more."""
+SAVED_BYTES = 64 << 10
+"""Memory and state have more."""
 _SAVED = frozenset({"SET_VCPU_EVENTS", "SET_XSAVE", "SET_XCRS", "SET_DEBUGREGS"})
 """What Cloud Hypervisor and Firecracker write only to a vCPU that has run."""
 _RESETS = 2
@@ -42,6 +44,14 @@ class _Vm:
     """Bytes read from files after that."""
     restored: bool = False
     read_state: bool = False
+    vcpus: set[int] = field(default_factory=set)
+    """Threads that run vCPUs."""
+    kickers: set[int] = field(default_factory=set)
+    """Threads that kicked vCPUs since the stop."""
+    savers: set[int] = field(default_factory=set)
+    """Threads that may save in the background: those that stopped the guest, after its registers were read."""
+    saved_bytes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """What they sent since the registers were read, by thread and carrier."""
 
 
 class FileWatch:
@@ -52,7 +62,9 @@ class FileWatch:
         self.saved: dict[int, int] = {}
         """When the last part of a saved guest was written, by pid; also if it runs again by now."""
         self.resumed: dict[int, int] = {}
-        """When the guest of one of them ran again."""
+        """When the guest of one of them ran again; also when it was last written, if that goes on in the background."""
+        self.in_background: set[int] = set()
+        """Those that are written while the guest runs."""
 
     def restored(self, pid: int) -> bool:
         """Whether its guest ran for the first time after it was loaded from files."""
@@ -60,22 +72,28 @@ class FileWatch:
 
     def kicked(self, pid: int, tid: int) -> None:
         """The thread `tid` asked a vCPU of `pid` to stop."""
-        self._of(pid).readers.add(tid)
+        vm = self._of(pid)
+        vm.readers.add(tid)
+        vm.kickers.add(tid)
 
     def left(self, pid: int) -> None:
         """A vCPU was interrupted."""
         vm = self._of(pid)
         vm.stopped = vm.ran = True
 
-    def entered(self, pid: int, at_ns: int) -> None:
-        """A vCPU entered the guest."""
+    def entered(self, pid: int, tid: int, at_ns: int) -> None:
+        """The vCPU of the thread `tid` entered the guest."""
         vm = self._of(pid)
         if not vm.ran:
             vm.restored = self._loaded(vm)
         if pid in self.saved and vm.stopped:
             self.resumed.setdefault(pid, at_ns)
+        vm.vcpus.add(tid)
+        if vm.stopped and vm.read_state:
+            vm.savers |= vm.kickers - vm.vcpus - {pid}
         vm.ran, vm.stopped, vm.read_state = True, False, False
         vm.readers.clear()
+        vm.kickers.clear()
         vm.written.clear()
 
     def ioctl(self, event: Ioctl) -> None:
@@ -88,6 +106,21 @@ class FileWatch:
         if not vm.ran and name in kvm.VCPU_STATE_SET:
             vm.rounds[event.fd] += name == "SET_REGS"
             vm.set_saved |= name in _SAVED
+
+    def sent(self, event: Transfer) -> bool:
+        """Something was sent. Returns whether a thread did that which saves a guest that runs on.
+
+        As `analysis/snapshot.py`, `in_background`: the main thread stops guests for other reasons, and writes logs.
+        """
+        vm, key = self._of(event.pid), (event.tid, event.socket)
+        if event.tid not in (vm.kickers if vm.stopped and vm.read_state else vm.savers):
+            return False
+        vm.saved_bytes[key] += event.bytes  # its thread may begin before the vCPUs are woken
+        if vm.stopped or vm.saved_bytes[key] < SAVED_BYTES:
+            return False
+        self.saved[event.pid] = self.resumed[event.pid] = event.end_ns
+        self.in_background.add(event.pid)
+        return True
 
     def transfer(self, event: Transfer) -> None:
         """What was read from or written to a regular file."""

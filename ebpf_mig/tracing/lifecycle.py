@@ -201,7 +201,8 @@ class MigrationWatch:
         """Whether a guest was written to files and runs again, or stays stopped while nobody else could load it."""
         for pid in self.saved:
             again = self._files.resumed.get(pid)
-            if again is not None and now_ns - again >= QUIET_NS:
+            quiet = STOPPED_NS if pid in self._files.in_background else QUIET_NS  # a disk may keep its thread waiting
+            if again is not None and now_ns - again >= quiet:
                 return True
             waits = STOPPED_NS if len(self._pids) == 1 else SILENCE_NS
             if again is None and now_ns - max(self._files.saved[pid], self._last_ns) >= waits:
@@ -220,7 +221,7 @@ class MigrationWatch:
 
     def _enter(self, event: VcpuEnter) -> None:
         first = event.pid not in self._ran
-        self._files.entered(event.pid, event.at_ns)
+        self._files.entered(event.pid, event.tid, event.at_ns)
         self._ran.add(event.pid)
         self._paused.discard(event.pid)
         if not self._runs_again(event.pid):
@@ -305,6 +306,8 @@ class MigrationWatch:
     def _transfer(self, event: Transfer) -> None:
         """Only transfers on the migration's carrier count as activity: a monitor may answer at any time."""
         of_a_file = self.carriers.is_of_a_file(event)
+        if event.direction == SEND and event.pid not in self._fetched and self._files.sent(event):
+            self._last_ns = max(self._last_ns, event.end_ns)
         if of_a_file:
             self._files.transfer(event)
         elif event.direction != SEND and self.carriers.is_unix(event):

@@ -71,6 +71,18 @@ def test_a_state_behind_a_pipe_is_a_snapshot_if_its_reader_writes_a_file() -> No
         assert (found.result, found.transport, found.mode) == ("saved", "pipe", expected), inode
 
 
+def test_a_guest_that_runs_on_after_it_was_saved_has_a_blackout_whose_end_is_known() -> None:
+    for resumed in (True, False):
+        script = Script()
+        source = handing_over(script, PIPE)
+        if resumed:
+            source.ioctl("SET_CLOCK", 5000)
+            source.entered(6000, left=0)
+        b = script.result().breakdown
+        assert b.migration.result == "saved"
+        assert (b.completeness.verdict == "complete") is resumed, b.completeness.reasons
+
+
 def test_a_reader_of_another_pipe_tells_nothing() -> None:
     script = Script()
     handing_over(script, PIPE)

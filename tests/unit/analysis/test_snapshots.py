@@ -204,3 +204,76 @@ def test_a_fetch_behind_the_memory_only_resets_the_log() -> None:
     vm.entered(202_000, left=0)
     found = script.result()
     assert found.phases["fetch.kernel"] == 100 and "fetch.user" not in found.phases
+
+
+def in_the_background(*, carrier: int = MEMORY, family: int = FILE, tid: int = 1, logs: bool = False) -> Script:
+    """QEMU's background-snapshot: the thread that stops the guest reads the state, and writes when the guest runs."""
+    script = Script()
+    vm = script.vm(1000, "source")
+    vm.socket(carrier, family=family)
+    if logs:
+        vm.logging(-50_000)
+    vm.kick(-20)
+    vm.interrupted(0)
+    vm.ioctl("GET_CLOCK", 200)
+    vm.ioctls("GET_REGS GET_SREGS", 1000, 2000)
+    vm.ioctl("GET_IRQCHIP", 2500)
+    if not logs:
+        vm.send(7000, 7900, 40_000, carrier, tid)  # another thread wakes the vCPUs
+    vm.ioctl("SET_CLOCK", 8000, tid=0)
+    vm.entered(9000, left=0)
+    vm.send(20_000, 90_000, 32 << 20, carrier, tid)
+    vm.send(90_500, 91_000, 30_000, carrier, tid)
+    return script
+
+
+def test_a_guest_that_is_written_while_it_runs() -> None:
+    found = in_the_background().result()
+    m = found.breakdown.migration
+    assert (m.mode, m.result, m.transport) == ("snapshot", "saved", "file")
+    assert (m.paused_before, m.paused_after) == (False, False)
+    assert found.breakdown.blackout_ns == 9_000_000
+    assert found.phases == {"pause": 20, "quiesce": 1000, "state.save": 7000, "resume": 1000}
+    assert (found.breakdown.completeness.verdict, found.breakdown.completeness.reasons) == ("complete", [])
+
+
+@pytest.mark.parametrize(
+    "script",
+    [in_the_background(tid=0), in_the_background(tid=9), in_the_background(logs=True)],
+    ids=["main-thread", "another", "pre-copy"],
+)
+def test_what_is_written_later_need_not_be_the_guest(script: Script) -> None:
+    """A log of the main thread, a disk, what follows a migration that failed."""
+    m = script.result().breakdown.migration
+    assert m.result != "saved" and m.mode != "snapshot"
+
+
+def test_nobody_is_known_to_have_kept_what_goes_into_a_socket() -> None:
+    m = in_the_background(carrier=70, family=UNIX).result().breakdown.migration
+    assert (m.mode, m.result, m.transport) == ("snapshot", "unknown", "unix")
+
+
+def test_a_main_loop_that_waits_by_io_uring_does_no_work() -> None:
+    """QEMU 11 writes a file, is asked for its status, and is set going much later."""
+    script = Script()
+    vm = script.vm(1000, "source")
+    vm.socket(79, family=UNIX)
+    vm.socket(MEMORY, family=FILE)
+    vm.logging(-50_000)
+    vm.gets(-49_000)
+    vm.send(-48_000, -40_000, 8 << 20, MEMORY)
+    vm.command(-30_000, 40)
+    vm.kick(-20)
+    vm.interrupted(0)
+    vm.gets(100)
+    vm.ioctls("GET_REGS GET_SREGS", 500, 600)
+    vm.send(700, 1000, 50_000, MEMORY)
+    for us in (20_000, 200_000, 290_000):
+        vm.command(us, 40)
+        vm.events.append(Call(at(us + 90), at(us + 95), 1000, 1000, FileCall.IO_URING_ENTER))
+    vm.command(300_000, 20)
+    vm.ioctl("SET_CLOCK", 301_000, tid=0)
+    vm.entered(302_000, left=0)
+    found = script.result()
+    assert 298_900 <= found.phases["management"] <= 299_100 and found.phases["state.send"] == 300
+    assert found.breakdown.completeness.verdict == "complete"

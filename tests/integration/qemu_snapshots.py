@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways in which QEMU saves a guest by itself, driven by QMP without any code of ours.
+
+In: a running VM. Out: the guest runs again, and its files are in a directory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.vmm.qemu.lab import QemuVm, find_binary
+from tests.integration.migrations import QUICK
+from tests.integration.test_results import Qmp
+
+MS = 1_000_000
+APART_S = 0.3
+"""How long the script waits before it sets a guest going that was saved."""
+AGREES_NS = 20 * MS
+"""QEMU's STOP and RESUME lie this close to the guest's stop and start, on a machine that is not busy."""
+SAVED = replace(QUICK, working_set_bytes=1 << 20, pages_per_s=2000)
+SLOWLY = {"max-bandwidth": 1 << 20, "downtime-limit": 2000}
+"""So that the command that writes the file is met."""
+
+
+def write(q: Qmp, uri: str) -> None:
+    """`migrate`, and `cont` if the guest then stays stopped."""
+    q("migrate", uri=uri)
+    assert q.reaches("completed", "failed") == "completed", q("query-migrate")
+    time.sleep(APART_S)
+    if not q.runs():
+        q("cont")
+
+
+def job(q: Qmp, name: str, command: str, **more: Any) -> None:
+    """Runs a job to its end."""
+    q(command, **{"job-id": name, **more})
+    deadline = time.monotonic() + 30
+    while not (over := [one for one in q("query-jobs") if one["id"] == name and one["status"] == "concluded"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "error" not in over[0], over
+    q("job-dismiss", id=name)
+
+
+def disk(q: Qmp, path: Path) -> None:
+    """A disk that belongs to no device, and can take a state."""
+    for driver, more in (("file", {"filename": str(path)}), ("qcow2", {"file": "file"})):
+        options = {"driver": driver, "size": 0 if driver == "file" else 1 << 20, **more}
+        job(q, driver, "blockdev-create", options=options)
+        q("blockdev-add", **{"driver": driver, "node-name": driver, **more})
+
+
+def save_into_disk(q: Qmp, directory: Path) -> None:
+    disk(q, directory / "disk")
+    job(q, "save", "snapshot-save", tag="one", vmstate="qcow2", devices=["qcow2"])
+
+
+def savevm(q: Qmp, directory: Path) -> None:
+    """The monitor's command for people."""
+    disk(q, directory / "disk")
+    assert q("human-monitor-command", **{"command-line": "savevm one"}) == ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the ways."""
+
+    name: str
+    since: tuple[int, int] = (0, 0)
+    """The first QEMU that has it."""
+    capabilities: Sequence[str] = ()
+    parameters: dict[str, Any] = field(default_factory=dict)
+    uri: str = ""
+    act: Callable[[Qmp, Path], None] | None = None
+    transport: str = "file"
+    stays: bool = False
+    """The guest stays stopped until it is set going."""
+    extra: Sequence[str] = ()
+    """Arguments for QEMU."""
+
+    def run(self, q: Qmp, directory: Path) -> None:
+        """Saves the guest, and waits until it runs again."""
+        q.capability(*self.capabilities)
+        if self.parameters:
+            assert "error" not in q("migrate-set-parameters", **self.parameters)
+        if self.act is not None:
+            self.act(q, directory)
+        else:
+            write(q, self.uri.format(directory / "state"))
+        assert q.runs()
+
+    def needed(self) -> None:
+        """Skips the test if QEMU is older."""
+        if version() < self.since:
+            pytest.skip(f"missing feature: QEMU {'.'.join(map(str, self.since))} (in PATH or EBPF_MIG_QEMU)")
+
+
+FILE, EXEC = "file:{}", "exec:cat > {}"
+DIRECT = {"direct-io": True}
+BACKGROUND = ("background-snapshot",)
+KINDS = (
+    Kind("file", (8, 2), uri=FILE, stays=True),
+    Kind("mapped-ram", (9, 0), ("mapped-ram",), uri=FILE, stays=True),
+    Kind("mapped-ram-direct", (9, 1), ("mapped-ram",), DIRECT, FILE, stays=True),
+    Kind("mapped-ram-multifd", (9, 0), ("mapped-ram", "multifd"), uri=FILE, stays=True),
+    Kind("mapped-ram-multifd-direct", (9, 1), ("mapped-ram", "multifd"), DIRECT, FILE, stays=True),
+    Kind("exec", (0, 0), (), SLOWLY, EXEC, transport="pipe", stays=True),
+    Kind("snapshot-save", act=save_into_disk),
+    Kind("savevm", act=savevm),
+    Kind("background-exec", (0, 0), BACKGROUND, uri=EXEC, transport="pipe"),
+    Kind("background-file", (8, 2), BACKGROUND, uri=FILE),
+)
+
+
+def version() -> tuple[int, int]:
+    """That of the tests' QEMU."""
+    said = subprocess.run([find_binary(None), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", said)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+def holds(b: Breakdown, origin_ns: int, kind: Kind, q: Qmp, vm: QemuVm, wall_minus_monotonic_ns: int) -> None:
+    """Whether the breakdown is right. The witnesses: QEMU's STOP and RESUME, and the guest's heartbeat."""
+    m = b.migration
+    assert (m.mode, m.result, m.transport) == ("snapshot", "saved", kind.transport)
+    assert (m.paused_before, m.paused_after) == (False, False)
+    assert (b.completeness.verdict, b.completeness.reasons) == ("complete", [])
+    assert b.window_ns and b.blackout and sum(p.duration_ns or 0 for p in b.phases) == b.window_ns
+    assert b.phase_ns("unattributed") <= 0.02 * b.window_ns
+    stop, start = (origin_ns + at for at in b.blackout)
+    beats = [at for at, _ in vm.heartbeat.beats]
+    assert not [at for at in beats if stop + MS < at < start], "a beat in the blackout"
+    assert any(at <= stop + MS for at in beats) and any(at >= start for at in beats)
+    stopped, resumed = (q.at(event) - wall_minus_monotonic_ns for event in ("STOP", "RESUME"))
+    assert abs(stopped - stop) <= AGREES_NS and abs(resumed - start) <= AGREES_NS, (stopped - stop, resumed - start)
+    if kind.stays:
+        assert b.phase_ns("management") >= 0.95 * APART_S * 1e9, "the script waited"
+    else:
+        assert b.phase_ns("management") == 0

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU's own snapshots, which somebody else triggers, as `record`, `watch` and `exporter` see them.
+
+Witnesses: QEMU's events STOP and RESUME, and the guest's heartbeat.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.file import read_recording
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.conftest import TRACING, requires
+from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, exporter, running, until, value
+from tests.integration.qemu_snapshots import AGREES_NS, BACKGROUND, KINDS, SAVED, Kind, holds, version
+from tests.integration.test_results import Qmp
+
+pytestmark = requires(*TRACING)
+ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def offset_ns() -> int:
+    return time.time_ns() - time.monotonic_ns()
+
+
+@ALL
+def test_record(kind: Kind, tmp_path: Path) -> None:
+    kind.needed()
+    with QemuPair(SAVED, extra=kind.extra) as pair:
+        q, offset = Qmp(pair.source.qmp), offset_ns()
+        command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(pair.source.pid), "-o", "x.rec"]
+        with running(*command, stderr=PIPE, cwd=tmp_path) as process:
+            assert process.stderr is not None and "tracing" in process.stderr.readline()
+            kind.run(q, tmp_path)
+            said = process.communicate(timeout=30)[1]
+        assert process.returncode == 0, said
+        analysis = analyse(read_recording(tmp_path / "x.rec"))
+        holds(analysis.breakdown, analysis.origin_ns, kind, q, pair.source, offset)
+    if kind.capabilities == BACKGROUND:
+        assert analysis.breakdown.dirty_log.mode == "none"
+
+
+@ALL
+def test_watch(kind: Kind, tmp_path: Path) -> None:
+    kind.needed()
+    state = tmp_path / "state.d"
+    command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
+    with (
+        QemuPair(SAVED, extra=[*NAMED, *kind.extra]) as pair,
+        running(*command, "--state-directory", str(state), stdout=PIPE, stderr=PIPE) as watch,
+    ):
+        assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
+        time.sleep(SETTLED_S)
+        q, offset = Qmp(pair.source.qmp), offset_ns()
+        kind.run(q, tmp_path)
+        said = json.loads(watch.stdout.readline())
+        analysis = analyse(read_recording(state / said["recording"]))
+        holds(analysis.breakdown, analysis.origin_ns, kind, q, pair.source, offset)
+    assert (said["mode"], said["result"], said["role"]) == ("snapshot", "saved", "source")
+    assert said["blackout_ns"] == analysis.breakdown.blackout_ns
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.uri], ids=lambda kind: kind.name)
+def test_record_of_the_vm_that_loads_it(kind: Kind, tmp_path: Path) -> None:
+    """The guest was saved before. Witnesses: when it was asked to load, RESUME, and the guest's first beat."""
+    kind.needed()
+    with QemuPair(SAVED, extra=kind.extra) as pair:
+        source, q, offset = Qmp(pair.source.qmp), Qmp(pair.destination.qmp), offset_ns()
+        kind.run(source, tmp_path)
+        command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(pair.destination.pid), "-o", "x.rec"]
+        with running(*command, stderr=PIPE, cwd=tmp_path) as process:
+            assert process.stderr is not None
+            while "tracing" not in (line := process.stderr.readline()):
+                assert line
+            q.capability(*set(kind.capabilities) - set(BACKGROUND))
+            if kind.parameters:
+                q("migrate-set-parameters", **kind.parameters)
+            asked = time.monotonic_ns()
+            state = f"{tmp_path}/state"
+            q("migrate-incoming", uri=f"exec:cat {state}" if kind.transport == "pipe" else f"file:{state}")
+            until(lambda: pair.destination.heartbeat.beats)
+            said = process.communicate(timeout=30)[1]
+        assert process.returncode == 0, said
+        analysis = analyse(read_recording(tmp_path / "x.rec"))
+        b, beats = analysis.breakdown, [at for at, _ in pair.destination.heartbeat.beats]
+        resumed = q.at("RESUME") - offset
+    assert b.migration.result == "completed" and b.blackout_ns is None
+    assert b.window_ns and sum(p.duration_ns or 0 for p in b.phases) == b.window_ns
+    assert b.phase_ns("unattributed") <= 0.02 * b.window_ns
+    start = analysis.origin_ns + min(v.start for v in b.vcpus if v.start is not None)
+    assert asked <= analysis.origin_ns <= start <= min(beats)
+    assert abs(resumed - start) <= AGREES_NS
+    if kind.transport == "file":
+        assert (b.migration.mode, b.migration.transport) == ("restore", "file")
+        assert (b.completeness.verdict, b.completeness.reasons) == ("complete", [])
+        assert analysis.origin_ns - asked <= AGREES_NS, "it begins with the request"
+
+
+@pytest.mark.long
+def test_the_exporter_counts_them_under_their_mode(tmp_path: Path) -> None:
+    kinds = [kind for kind in KINDS if kind.since <= version()]
+    with exporter(tmp_path / "state.d") as (_, port):
+        for turn, kind in enumerate(kinds):
+            directory = tmp_path / kind.name
+            directory.mkdir()
+            with QemuPair(SAVED, extra=[*NAMED, *kind.extra]) as pair:
+                time.sleep(SETTLED_S)
+                kind.run(Qmp(pair.source.qmp), directory)
+                until(lambda turn=turn: value(port, "ebpf_mig_migrations_total") == turn + 1)
+            assert value(port, "ebpf_mig_modes_total", mode="snapshot") == turn + 1, kind.name
+            assert value(port, "ebpf_mig_migrations_total", result="saved") == turn + 1, kind.name
+        assert value(port, "ebpf_mig_snapshot_seconds_count", mode="snapshot") == len(kinds)
+        assert value(port, "ebpf_mig_blackout_seconds_count") == 0
+        assert value(port, "ebpf_mig_migrations_incomplete_total") == 0
