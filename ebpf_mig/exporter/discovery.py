@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.vmm import adapter
-from ebpf_mig.vmm.processes import name_in, vmm_of
+from ebpf_mig.vmm.processes import is_vcpu, name_in, vmm_of
 
 BUSY_TICKS = 5
 """CPU time, in hundredths of a second. A vCPU thread uses less than this before its guest runs."""
@@ -51,11 +51,14 @@ def vm_of(pid: int) -> Vm | None:
 def is_fresh(pid: int) -> bool:
     """Whether the guest has not run yet, according to /proc. The VM may be waiting to be loaded.
 
-    The vCPU threads of a waiting VM have used almost no CPU time. All threads but the first are checked; in QEMU the
-    first one does the loading. A guest that mostly sleeps does so inside KVM_RUN. Guest time (proc(5)) would be
-    simpler, but stays 0 on some hosts.
+    The vCPU threads of a waiting VM have used almost no CPU time. If the threads' names do not say which these are, all
+    but the first are checked; in QEMU the first one does the loading. A guest that mostly sleeps does so inside
+    KVM_RUN. Guest time (proc(5)) would be simpler, but stays 0 on some hosts.
     """
-    for tid in procfs.threads_of(pid):
-        if procfs.in_kvm_run(pid, tid) is not None or (tid != pid and procfs.cpu_ticks(pid, tid) >= BUSY_TICKS):
-            return False
-    return True
+    threads = procfs.threads_of(pid)
+    vcpus = [tid for tid in threads if is_vcpu(procfs.comm(pid, tid))]
+    if not vcpus or len(vcpus) < len(descriptors.vcpus_of(pid)):
+        vcpus = [tid for tid in threads if tid != pid]
+    if any(procfs.cpu_ticks(pid, tid) >= BUSY_TICKS for tid in vcpus):
+        return False
+    return all(procfs.in_kvm_run(pid, tid) is None for tid in threads)

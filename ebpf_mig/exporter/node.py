@@ -266,12 +266,14 @@ class NodeWatch:
         self._candidates |= {other: None for other, candidate in self._vms.items() if candidate.fresh}
 
     def _trace_candidates(self) -> None:
-        """Traces some of the VMs that may be the destination of a traced one. The next sign may say which it is."""
+        """Traces some of the VMs that may be the destination of a traced one. The next sign may say which it is. A
+        new VM that is traced already stays so for as long as the others.
+        """
         until = time.monotonic() + CANDIDATES_S
         while self._candidates and time.monotonic() < until:
             pid, _ = self._candidates.popitem()  # the newest: a destination is started for its migration
             known = self._vms.get(pid)
-            if self._tracks and known is not None and known.fresh and pid not in self._tracks:
+            if self._tracks and known is not None and known.fresh:
                 with self._troubles.of("vm", f"process {pid}"):
                     if discovery.is_fresh(pid):
                         self._begin(pid, "candidate")

@@ -93,8 +93,9 @@ class Tracks:
 
     @property
     def hops(self) -> set[int]:
-        """The processes that pass the bytes of a traced migration on."""
-        found = [track.witness.hops for track in self._open() if track.witness is not None]
+        """The processes that pass the bytes of a traced migration on, or of what may be one."""
+        tracks = (track for track in self._open() if track.proven or track.fresh or track.fetched)
+        found = [track.witness.hops for track in tracks if track.witness is not None]
         return set().union(*found) - self._by_pid.keys()
 
     def begin(self, pid: int, trigger: str, now_ns: int, *, fresh: bool) -> None:
@@ -168,7 +169,7 @@ class Tracks:
                 continue  # it is the other half of one before
             if track.witness is not None and track.proven:
                 track.witness.look(track.watch, now_ns)
-            elif track.witness is not None and (track.fresh or track.fetched):
+            elif track.witness is not None:
                 track.witness.meet(track.watch, now_ns)  # it may be one side; who is beside it ends with the stream
             reason = self._verdict(track, now_ns, [pid for pid in track.pids if is_alive(pid)])
             if reason not in (None, "nothing") and (other := self._other_half(track)) is not None:

@@ -21,6 +21,16 @@ from ebpf_mig.vmm import vmm_named
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
+_VCPU = re.compile(r"CPU \d+/KVM|(?:fc_)?vcpu ?\d+", re.ASCII)
+
+
+def is_vcpu(thread: str) -> bool:
+    """Whether a thread's name is that of a vCPU, a hint: `CPU 3/KVM` (QEMU with debug-threads=on, as with libvirt),
+    `vcpu3` (Cloud Hypervisor), `fc_vcpu 3` (Firecracker).
+    """
+    return bool(_VCPU.fullmatch(thread))
+
+
 def name_in(arguments: list[str]) -> str:
     """The VM's name in a command line: QEMU's last `-name` with one (libvirt writes `guest=NAME`), else a UUID, else
     nothing. A `-name` can also have other keys only, for example `debug-threads=on`.

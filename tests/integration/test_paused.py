@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the guest run? A VMM can be busy without it. This one is our own, so what it does is known."""
+"""Does the guest run? A VMM can be busy without it. Most are our own, so what they do is known."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from ebpf_mig.exporter.discovery import BUSY_TICKS, is_fresh
+from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import VcpuState
 from ebpf_mig.recording.file import read_recording
-from tests.conftest import requires
+from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.conftest import TRACING, requires
+from tests.integration.migrations import QUICK
+from tests.integration.test_results import Qmp
 from tests.truth.beside import HALTS, PAUSED, SPINS, vmm
 
 
@@ -31,3 +37,17 @@ def test_a_busy_thread_is_no_guest(guest: str, tmp_path: Path) -> None:
     """Of a guest that is busy all the time there is no event either."""
     with vmm(guest) as (pid, (_, *vcpus)):
         assert record(pid, tmp_path / "x.rec") == (guest == PAUSED, vcpus)
+
+
+@requires(*TRACING)
+def test_a_busy_monitor_makes_no_guest_run() -> None:
+    """libvirt asks a new QEMU so much that the monitor's thread uses more CPU time than a vCPU that boots. The watch
+    then has to know that it may be a destination.
+    """
+    with QemuPair(QUICK) as pair:
+        pid, monitor = pair.destination.pid, Qmp(pair.destination.qmp)
+        deadline = time.monotonic() + 60
+        while max(procfs.cpu_ticks(pid, tid) for tid in procfs.threads_of(pid) if tid != pid) < 2 * BUSY_TICKS:
+            monitor("query-status", unknown="x" * (1 << 20))
+            assert time.monotonic() < deadline
+        assert is_fresh(pid) and not is_fresh(pair.source.pid)

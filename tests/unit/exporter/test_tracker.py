@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Sequence
 
 import pytest
@@ -11,11 +13,24 @@ from msgspec.structs import replace
 from ebpf_mig.exporter import tracker as module
 from ebpf_mig.exporter.track import PROBATION_NS, UNPROVEN_NS
 from ebpf_mig.exporter.tracker import Ended, Tracks
-from ebpf_mig.linux import kvm
+from ebpf_mig.linux import descriptors, kvm
 from ebpf_mig.linux.descriptors import PLACED
-from ebpf_mig.recording.events import FILE, PIPE, AnyEvent, Exec, Ioctl, Socket, Transfer, VcpuEnter, VcpuExit
+from ebpf_mig.recording.events import (
+    FILE,
+    NEIGHBOUR,
+    PIPE,
+    AnyEvent,
+    Exec,
+    Ioctl,
+    Mark,
+    Socket,
+    Transfer,
+    VcpuEnter,
+    VcpuExit,
+)
 from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS
+from ebpf_mig.tracing.witness import Witness
 
 SOURCE, DESTINATION, OTHER = 10, 20, 30
 MS, S = 10**6, 10**9
@@ -433,3 +448,26 @@ def test_a_vm_may_be_kept_on_probation_for_longer() -> None:
     tracks.extend(SOURCE, 10**10)
     assert ended(tracks, 10**10 - 1) == []
     assert [found.reason for found in ended(tracks, 10**10)] == ["nothing"]
+
+
+def test_who_is_beside_a_source_is_known_before_it_is_proven() -> None:
+    """If the begin was missed, it is proven when it ends, and then the process beside it can be gone. That process is
+    not followed before.
+    """
+    us = os.getpid()
+    tracks = Tracks(Witness)
+    tracks.begin(us, "thread", 0, fresh=False)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as beside:
+        assert beside.stdin is not None
+        descriptor = beside.stdin.fileno()
+        key = descriptors.carrier_key(us, descriptor)
+        assert key is not None
+        sent = replace(move(us, MS, 0, 1 << 20), socket=key, tid=9)
+        tracks.saw([Socket(1, us, descriptor, key, PIPE, "", ""), sent], MS)
+        assert ended(tracks, MS, [us]) == [] and tracks.hops == set()
+    fetches = [replace(fetch(us, 2 * MS, slot), tid=9) for slot in range(3)]
+    tracks.saw([*fetches, replace(sent, begin_ns=3 * MS, end_ns=3 * MS + 1)], 3 * MS)
+    assert ended(tracks, 3 * MS, [us]) == [] and tracks.hops == {beside.pid}
+    (end,) = tracks.abandon()
+    marks = [event for event in end.events if isinstance(event, Mark) and event.name == NEIGHBOUR]
+    assert [(mark.pid, mark.value, mark.detail) for mark in marks] == [(us, key, f"cat {beside.pid}")]
