@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_mig.exporter.discovery import BUSY_TICKS
 from ebpf_mig.lab.scenario import MIB, Scenario
+from ebpf_mig.linux import procfs
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
 from tests.conftest import TRACING, requires
@@ -167,6 +169,32 @@ def test_one_that_is_killed_and_started_again_picks_up_and_one_that_is_terminate
     (cut,) = (tmp_path / "terminated").iterdir()
     assert report(cut).migration.result == "unknown" and report(cut).blackout_ns is None
     assert not list((tmp_path / "killed").iterdir())
+
+
+@pytest.mark.long
+def test_one_that_starts_while_a_destination_is_loaded_has_its_half(tmp_path: Path) -> None:
+    """Its multifd threads have been busy by then, and its vCPU has not: its guest has not run."""
+    monitors = ["-qmp", f"unix:{tmp_path}/{{role}}.more,server=on,wait=off"]
+    slow = Scenario(128 * MIB, 64 * MIB, 20_000, multifd_channels=2, bandwidth_bytes=20 << 20, downtime_ms=1)
+    with (
+        QemuPair(slow, None, ["-name", OURS + "{role},debug-threads=on", *monitors]) as pair,
+        contextlib.closing(QemuMigration(pair.source.qmp, pair.destination.qmp, pair.uri, pair.options())) as migration,
+    ):
+        migration.prepare()
+        thread = threading.Thread(target=quietly, args=(migration,))
+        thread.start()
+        pid = pair.destination.pid
+
+        def loaded_ticks() -> int:
+            loaders = [tid for tid in procfs.threads_of(pid) if procfs.comm(pid, tid).startswith("multifd")]
+            return max((procfs.cpu_ticks(pid, tid) for tid in loaders), default=0)
+
+        until(lambda: loaded_ticks() >= BUSY_TICKS, 60)
+        with exporter(tmp_path / "state", vms="destination") as (_, port):
+            until(lambda: value(port, "ebpf_mig_armed") == 1)
+            lift_limit(tmp_path / "source.more")
+            thread.join()
+            until(lambda: value(port, "ebpf_mig_migrations_total", role="destination") == 1, 15)
 
 
 @requires("bcrypt", "PyYAML")
