@@ -111,12 +111,12 @@ def again(ioctls: Sequence[Ioctl], start: int | None) -> Loading | None:
     if not setters:
         return None
     end = max(i.end_ns for i in setters)
-    vcpus = {i.tid for i in setters}
-    devices = [i for i in restores if i.tid not in vcpus and i.end_ns <= end]
+    threads, vcpus = {i.tid for i in setters}, {i.fd for i in setters}
+    devices = [i for i in restores if (i.tid not in threads or i.fd not in vcpus) and i.end_ns <= end]
     last = max((i.begin_ns for i in devices), default=end)
     before = [i.end_ns for i in setters if i.end_ns <= last]
     since = max(before, default=min(i.begin_ns for i in setters))
-    begin = min(i.begin_ns for i in restores if i.begin_ns >= since)
+    begin = min((i.begin_ns for i in restores if i.begin_ns >= since), default=since)
     return Loading(begin, end)
 
 

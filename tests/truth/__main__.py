@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.truth sweep --runs 100`, `large` or `sends`. Exit code 1 if a run was not sound."""
+"""`python -m tests.truth sweep --runs 100`, `demand`, `exec`, `large` or `sends`.
+
+Exit code 1 if a run was not sound.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from tests.truth import large, rate, sweep
+from tests.truth import large, more_sweeps, rate, sweep
 
 
 def _say(line: str) -> None:
@@ -26,16 +29,20 @@ def main() -> int:
     """Runs the command given."""
     parser = argparse.ArgumentParser(prog="python -m tests.truth")
     commands = parser.add_subparsers(dest="command", required=True)
-    sweeping = commands.add_parser("sweep")
-    sweeping.add_argument("--runs", type=int, default=100)
-    sweeping.add_argument("--first", type=int, default=0, help="number of the first run, to continue an earlier sweep")
+    sweeps = {"sweep": sweep.sweep, "demand": more_sweeps.demand, "exec": more_sweeps.execs}
+    for name in sweeps:
+        sweeping = commands.add_parser(name)
+        sweeping.add_argument("--runs", type=int, default=100)
+        sweeping.add_argument(
+            "--first", type=int, default=0, help="number of the first run, to continue an earlier one"
+        )
     commands.add_parser("large")
     sending = commands.add_parser("sends")
     sending.add_argument("--count", type=int, default=1_000_000)
     sending.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.command == "sweep":
-        return 0 if sweep.sweep(arguments.runs, _say, arguments.first) else 1
+    if arguments.command in sweeps:
+        return 0 if sweeps[arguments.command](arguments.runs, _say, arguments.first) else 1
     if arguments.command == "sends":
         return _sends(arguments.count, arguments.rounds)
     _say(f"{'64 GiB, no memory behind it':<34}{'ms':>9}{'ms/GiB':>9}  known")

@@ -95,6 +95,15 @@ def reserve(size: int) -> int:
     return int(address)
 
 
+def shared(descriptor: int, offset: int, size: int) -> int:
+    """The address of memory of a memfd, which outlives the program."""
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED
+    address = _libc.mmap(None, size, protection, flags, descriptor, offset)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap")
+    return int(address)
+
+
 def discard(address: int, size: int) -> None:
     """Frees pages by madvise(2), which runs KVM's MMU notifier over the range (mmu_lock)."""
     _libc.madvise(address, size, mmap.MADV_DONTNEED)
@@ -114,12 +123,13 @@ def hold_back(*ranges: tuple[int, int]) -> int:
 
 
 class Vm:
-    """A VM; `ring` is the size of each vCPU's dirty ring in entries, `manual` the flags of manual protection."""
+    """A VM; `ring` is the size of each vCPU's dirty ring in entries, `manual` the flags of manual protection. `memory`:
+    the memfd that its memory is in, at the guest's addresses; -1: anonymous memory."""
 
-    def __init__(self, *, irqchip: bool = True, manual: int = 0, ring: int = 0) -> None:
+    def __init__(self, *, irqchip: bool = True, manual: int = 0, ring: int = 0, memory: int = -1) -> None:
         self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self.fd = ioctl(self.kvm, numbers.CREATE_VM)
-        self.ring = ring
+        self.ring, self.memory = ring, memory
         self.slots: dict[int, tuple[int, int, int]] = {}
         if manual:
             self._enable(CAP_MANUAL_DIRTY_LOG_PROTECT2, manual)
@@ -137,7 +147,10 @@ class Vm:
 
     def set_slot(self, slot: int, base: int, size: int, *, log: bool = False) -> int:
         """Sets a memslot and keeps its memory if it has some. Returns the memory's address."""
-        address = self.slots[slot][2] if slot in self.slots else reserve(size)
+        if slot in self.slots:
+            address = self.slots[slot][2]
+        else:
+            address = reserve(size) if self.memory < 0 else shared(self.memory, base, size)
         region = struct.pack("<IIQQQ", slot, int(log), base, size, address)
         ioctl(self.fd, numbers.SET_USER_MEMORY_REGION, ctypes.create_string_buffer(region, 32))
         self.slots[slot] = (base, size, address)

@@ -37,8 +37,8 @@ _HEADER = struct.Struct("<cxxxIQ")
 class Source(Machine):
     """The side that has the guest."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: Plan, memory: int = -1) -> None:
+        super().__init__(plan, memory)
         kvm.load_list(self.vm, [])
         for vcpu, thread in zip(self.vcpus, self.threads, strict=True):
             vcpu.prepare(0)

@@ -87,6 +87,13 @@ class Pages:
         self._say("served")
         return [(begin, end) for begin, end in json.loads(self._read())]
 
+    def outlive(self) -> int:
+        """Lets the next program of this process read what `served` returns: from this descriptor, a line of JSON. The
+        server prints it when this program's end of its input is closed."""
+        assert self._server.stdout is not None
+        os.set_inheritable(self._server.stdout.fileno(), True)
+        return self._server.stdout.fileno()
+
     def close(self) -> None:
         self._server.kill()
         self._server.wait()

@@ -20,10 +20,13 @@ import struct
 import sys
 import threading
 import time
+from pathlib import Path
 
 from tests.truth.kvm import PAGE
 from tests.truth.parts import say
 
+ASKED = ".asked"
+"""A file with this at the end of its name is made when the first page is asked for."""
 _COPY, _PAGEFAULT, _MESSAGE = 0xC028AA03, 0x12, 32
 _IN, _OUT = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ")
 _LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _INIT = 1, 2, 3, 14, 15, 26
@@ -36,12 +39,15 @@ class Server:
 
     def __init__(self, path: str, delay_ns: int) -> None:
         self.file, self.delay_ns = os.open(path, os.O_RDONLY), delay_ns
+        self._asked = Path(path + ASKED)
         self.size = os.fstat(self.file).st_size
         self.served: list[tuple[int, int]] = []
 
     def wait(self) -> int:
         """Lets the delay pass. Returns its begin, ns."""
         begin = time.monotonic_ns()
+        if not self.served:
+            self._asked.touch()
         time.sleep(self.delay_ns / 1e9)
         return begin
 

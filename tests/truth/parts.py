@@ -168,12 +168,13 @@ class Machine:
 
     thread_of: type[VcpuThread] = VcpuThread
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, memory: int = -1) -> None:
+        """`memory`: see `kvm.Vm`."""
         self.plan, self.marks = plan, list[tuple[int, int, str]]()
         self.injected: dict[str, int] = {}
         self.ran: dict[str, int] = {}
         manual = {"manual": kvm.MANUAL_PROTECT_ENABLE, "initially-set": 3}.get(plan.log, 0)
-        self.vm = Vm(manual=manual, ring=4096 if plan.log == "ring" else 0)
+        self.vm = Vm(manual=manual, ring=4096 if plan.log == "ring" else 0, memory=memory)
         self.layout = {0: (0, plan.first_slot_bytes)}
         for index in range(1, plan.slots):
             self.layout[index] = (plan.first_slot_bytes + (index - 1) * SLOT_BYTES, SLOT_BYTES)

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from ebpf_mig.breakdown import Mode, Result, Transport
+from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
 from tests.unit.script import UNIX, US, Script, Vm, at
 from tests.unit.scripts import READS, VCPU, WRITES
@@ -204,6 +205,21 @@ def test_execve_and_start_up_are_phases_of_their_own() -> None:
 def test_where_the_begin_of_execve_is_unknown_it_follows_the_last_call() -> None:
     found = executed(begin=None).result().phases
     assert (found["state.save"], found["exec"]) == (310, 2490)
+
+
+def test_a_program_whose_one_thread_loads_devices_and_vcpus() -> None:
+    """Devices are then told apart by the descriptor: it is that of the VM."""
+    script = executed()
+    vm = script.vms[0]
+    vm.events = [
+        replace(e, tid=1000, fd=12 if "SET" in kvm.name_of(e.cmd) else e.fd)
+        if isinstance(e, ev.Ioctl) and e.tid == 1000 + VCPU + NEW
+        else e
+        for e in vm.events
+    ]
+    vm.ioctl("SET_IRQCHIP", 24_000, 100, tid=0)
+    found = script.result().phases
+    assert (found["startup"], found["state.load"], found["resume"]) == (20_000, 1200, 800)
 
 
 def test_what_was_passed_and_what_kvm_did_in_the_start_up() -> None:
