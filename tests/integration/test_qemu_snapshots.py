@@ -62,7 +62,7 @@ def test_watch(kind: Kind, tmp_path: Path) -> None:
         kind.run(q, tmp_path)
         said = json.loads(watch.stdout.readline())
         analysis = analyse(read_recording(state / said["recording"]))
-        holds(analysis.breakdown, analysis.origin_ns, kind, q, pair.source, offset)
+        holds(analysis.breakdown, analysis.origin_ns, kind, q, pair.source, offset, late=True)
     assert (said["mode"], said["result"], said["role"]) == ("snapshot", "saved", "source")
     assert said["blackout_ns"] == analysis.breakdown.blackout_ns
 
