@@ -38,7 +38,16 @@ struct run_delay_record {
 };
 
 BPF_STACK_TRACE(stacks, 1024);
+#define STACK_PLACE_TAKEN (-17)		/* EEXIST: another stack has this one's place in the map */
 BPF_PERCPU_ARRAY(switched_from, u32, 1);	/* who had this CPU before the last switch; with STACK_WHEN_BACK */
+
+/* Without its innermost function, which only says that the thread is switched, a stack has another place. */
+static __always_inline s64 stack_here(void *ctx)
+{
+	s64 found = stacks.get_stackid(ctx, 0);
+
+	return found == STACK_PLACE_TAKEN ? stacks.get_stackid(ctx, 1) : found;
+}
 
 static __always_inline bool is_real_time(u64 task)
 {
@@ -98,10 +107,10 @@ static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task, u64 
 		return;
 	p = this_process(pid_tgid);
 	if (p && !preempted && p->budget > 0 && (p->running <= 0 || now - s->kicked < KICKED_NS)) {
-		stack = stacks.get_stackid(ctx, 0);
+		stack = stack_here(ctx);
 		keep_user_stack(pid_tgid);
 	} else if (!preempted && sleeps_count(s, p)) {
-		stack = stacks.get_stackid(ctx, 0);
+		stack = stack_here(ctx);
 	}
 	s->off.stack = stack < 0 ? NO_STACK : stack;
 }
@@ -152,7 +161,7 @@ static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u32 previo
 	p = processes.lookup(&tgid);
 	if (!off.preempted && sleeps_count(s, p)) {
 		if (WAIT_STACKS == STACK_WHEN_BACK)
-			taken = stacks.get_stackid(ctx, 0);
+			taken = stack_here(ctx);
 		vcpu_slept(s, tid, WAIT_STACKS == STACK_AS_IT_LEAVES ? off.stack : taken, since, now);
 	}
 	if (!p || now - since < LONG_WAIT_NS)
@@ -168,7 +177,7 @@ static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u32 previo
 	if (!off.preempted) {
 		s->slept_until = now;
 		if (WAIT_STACKS == STACK_WHEN_BACK)
-			taken = stacks.get_stackid(ctx, 0);
+			taken = stack_here(ctx);
 	}
 	if (WAIT_STACKS != STACK_AS_IT_LEAVES)
 		off.stack = taken < 0 ? NO_STACK : taken;
