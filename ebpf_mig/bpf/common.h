@@ -102,6 +102,7 @@ struct thread_state {
 
 struct process_state {
 	s64 running;				/* vCPUs known to be inside KVM_RUN; initially those seen in /proc */
+	u64 passes_on;				/* it is no VMM, but passes a migration's bytes on */
 	u64 epoch, last_fetch;			/* epoch: number of this process's dirty-log fetches so far */
 	s64 budget;
 	u64 granted, refilled;

@@ -273,13 +273,13 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 					  u64 now, u32 direction, s64 ret, u64 file, u64 fd)
 {
 	struct transfer_batch *batch = direction == SEND ? &s->batch[0] : &s->batch[1];
-	u64 took = now - s->enter, socket;
+	u64 took = now - s->enter, gap = p->passes_on ? HOP_GAP_NS : COALESCE_GAP_NS, socket;
 	bool detail = in_detail(p, now);
 
 	if (ret <= 0)
 		transfer_failed(s, pid_tgid, now, direction, ret, file);
 	if (!batch->calls || batch->file != file || batch->fd != fd || batch->epoch != p->epoch || detail ||
-	    s->enter - batch->end_ns > COALESCE_GAP_NS || now - batch->begin_ns > COALESCE_MAX_NS) {
+	    s->enter - batch->end_ns > gap || now - batch->begin_ns > COALESCE_MAX_NS) {
 		socket = carrier_of(file, ret);
 		if (!socket)
 			return;

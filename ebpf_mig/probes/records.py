@@ -54,7 +54,7 @@ _TABLE_MEMBERS = (
     Layout("stream", "u64 bytes[2]"),
     Layout("owner", "u64 pid"),
     Layout("vcpu_sleep", "u64 tgid, count, slept_ns, longest_ns, since_ns, until_ns"),
-    Layout("process_state", "s64 running"),
+    Layout("process_state", "s64 running; u64 passes_on"),
     Layout("inside_kvm_state", "u64 tgid; s64 vcpu_id"),
     Layout("own_runs", "u64 since_ns, until_ns, run_ns, runs, calls, other_runs, other_calls"),
 )  # fmt: skip

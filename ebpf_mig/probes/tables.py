@@ -66,9 +66,11 @@ class ProcessTable:
         return {tid.value: state.vcpu_id for tid, state in found.items() if state.tgid == pid}
 
     def follow(self, pid: int) -> None:
-        """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran."""
+        """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran. Those
+        that are further apart than `HOP_GAP_NS` are not.
+        """
         processes = self._program.table("processes")
-        processes[ctypes.c_uint32(pid)] = processes.Leaf(running=1)
+        processes[ctypes.c_uint32(pid)] = processes.Leaf(running=1, passes_on=1)
 
     def remove(self, pid: int) -> None:
         """Stops tracing a process; the accounts of its threads stay."""

@@ -20,6 +20,8 @@ LONG_WAIT_NS = 100_000
 """Shorter waits off the CPU get no event."""
 COALESCE_GAP_NS = 10_000_000
 """Calls further apart are not coalesced into one batch."""
+HOP_GAP_NS = 200_000
+"""The same for a process that passes a migration's bytes on: its last read is told from later ones by this gap."""
 COALESCE_MAX_NS = 100_000_000
 """A batch of coalesced calls ends after this."""
 DETAIL_BUDGET = 8000
