@@ -33,7 +33,8 @@ OWN_PROC = [
 """As --mount-proc does. That one also works on the mount at "/", and a chroot has none."""
 TIME_NAMESPACE = ["unshare", "--time", "--fork", "--kill-child", "--monotonic", "86400", "--boottime", "86400"]
 _WITNESS = """
-mount -t tracefs nodev /sys/kernel/tracing && cd /sys/kernel/tracing/instances && mkdir "$1" && cd "$1" || exit
+[ -d /sys/kernel/tracing/instances ] || mount -t tracefs nodev /sys/kernel/tracing
+cd /sys/kernel/tracing/instances && mkdir "$1" && cd "$1" || exit
 echo mono >trace_clock && echo 1 >events/signal/signal_generate/enable && echo ready && read line
 echo 0 >events/signal/signal_generate/enable
 cat trace
