@@ -47,7 +47,7 @@ QUICK = ["--memory", "128M", "--working-set", "2M", "--force"]
 
 def demo(*arguments: str, inside: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [*(inside or []), *TOOL, "demo", *QUICK, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
 
 def wrapped(path: Path, line: str) -> str:
