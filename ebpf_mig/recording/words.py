@@ -44,7 +44,7 @@ _PACKAGED = re.compile(
     re.ASCII,
 )
 """Version suffixes of distributions. Other builders add names of their own."""
-_WAY = r"(?:fentry|kprobe|tracepoint|samples)(?:\+(?:fentry|kprobe|tracepoint|samples))?"
+_WAY = r"(?:fentry|kprobe|tracepoint|samples|iterator)(?:\+(?:fentry|kprobe|tracepoint|samples|iterator))?"
 _TIER = re.compile(
     rf"{_WAY}(?: and {_WAY})?|absent(?:: on the (?:source|destination))?"
     r"(?:: (?:no such tracepoint|not hooked|not known))?"

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ebpf_mig.analysis.snapshot import SAVED_BYTES
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND, Ioctl, Transfer
 
 SAVED_STATE_BYTES = 4096
 """A saved state has more."""
-SAVED_BYTES = 64 << 10
-"""Memory and state have more."""
 _SAVED = frozenset({"SET_VCPU_EVENTS", "SET_XSAVE", "SET_XCRS", "SET_DEBUGREGS"})
 """What Cloud Hypervisor and Firecracker write only to a vCPU that has run."""
 _RESETS = 2

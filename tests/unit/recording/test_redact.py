@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ebpf_mig.linux import bpf
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.events import Header, Mark, OffCpu, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
@@ -96,6 +97,13 @@ def test_words_that_name_nobody_stay(file: Path) -> None:
             assert before == after
         if isinstance(before, ev.Mark):
             assert before.name == after.name
+
+
+@pytest.mark.parametrize("way", ["tracepoint", bpf.FENTRY, bpf.KPROBE, bpf.ITERATOR, f"{bpf.FENTRY}+{bpf.KPROBE}"])
+def test_each_way_to_attach_stays(way: str) -> None:
+    header = Header(attach={"vcpu-inside": way})
+    clean = redacted(Recording(header=header, events=[], truncated=False, reason="", unknown=0), Names(words())).header
+    assert clean.attach == header.attach
 
 
 def test_a_kernel_of_ones_own_keeps_its_numbers_and_absence_stays_absence() -> None:
