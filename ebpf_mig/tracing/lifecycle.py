@@ -68,6 +68,8 @@ class MigrationWatch:
         self.carriers = Carriers()
         self._closed_at: dict[int, int] = {}
         self._unlogged_at = 0
+        self._gone_at = 0
+        """When all sources were first known to have ended."""
         self._last_ns = 0
         self._moved_ns = 0
         """Time of the last transfer on any socket. It counts as activity once a process is known to be a source."""
@@ -178,6 +180,8 @@ class MigrationWatch:
         """The reason to stop tracing, or None while the migration is under way or has not begun."""
         if not alive:
             return "target-died"
+        if self._runs_without_source(now_ns, alive):
+            return "handed-over"
         if now_ns - self._last_ns < QUIET_NS:
             return None
         if self._unlogged_at and now_ns - self._unlogged_at >= QUIET_NS:
@@ -191,6 +195,17 @@ class MigrationWatch:
         if self.under_way and now_ns - self._last_ns >= SILENCE_NS:
             return "lost-sight"
         return None
+
+    def _runs_without_source(self, now_ns: int, alive: Sequence[int]) -> bool:
+        """Whether the sources have ended, and a guest runs elsewhere. A destination that was traced too late to see it
+        loaded never arrives, and its running guest is no silence.
+        """
+        if not self._fetched or not self._fetched.isdisjoint(alive):
+            self._gone_at = 0
+            return False
+        self._gone_at = self._gone_at or now_ns
+        runs = any(pid in self._ran and self._runs(pid) for pid in alive)
+        return runs and now_ns - self._gone_at >= STOPPED_NS
 
     @property
     def saved(self) -> frozenset[int]:

@@ -62,6 +62,27 @@ def test_a_started_destination_ends_it_after_a_quiet_while() -> None:
     assert verdict(events, 9 * MS + QUIET_NS) == "migrated"
 
 
+def test_a_destination_that_was_traced_too_late_ends_it_with_its_source() -> None:
+    """Its guest was not seen to be loaded, and never falls silent."""
+    watch = MigrationWatch((SRC,))
+    watch.saw([VcpuEnter(1, SRC, 11, 7, 0, 0, 1), logging(2, True), fetch(2 * MS), stop(3 * MS), fetch(4 * MS)])
+    watch.joined(DST)
+    for at in range(10 * MS, 10_000 * MS, 100 * MS):
+        watch.saw([VcpuEnter(at, DST, 21, 7, at - MS, 0, 9)])
+        assert watch.verdict(at, (SRC, DST)) is None
+    end = 10_000 * MS
+    assert watch.verdict(end, (DST,)) is None, "it may have ended just now"
+    watch.saw([VcpuEnter(end + STOPPED_NS, DST, 21, 7, end, 0, 9)])
+    assert watch.verdict(end + STOPPED_NS, (DST,)) == "handed-over"
+
+
+def test_a_source_that_ends_while_nobody_runs_is_awaited() -> None:
+    watch = MigrationWatch((SRC, DST))
+    watch.saw([logging(1, True), fetch(2 * MS), stop(3 * MS), fetch(4 * MS), came(5 * MS)])
+    assert watch.verdict(10 * MS, (DST,)) is None
+    assert watch.verdict(10 * MS + STOPPED_NS, (DST,)) is None
+
+
 def test_a_running_guest_is_not_a_started_destination() -> None:
     events: list[AnyEvent] = [VcpuEnter(MS, SRC, 11, 7, 0, 0, 1), VcpuEnter(5 * MS, SRC, 11, 7, 2 * MS, 0, 9)]
     assert verdict(events, 10_000 * MS, (SRC,)) is None
