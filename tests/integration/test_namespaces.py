@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.qemu.lab import find_binary
 from tests.conftest import TRACING, requires
 from tests.truth.parts import SLOWNESS
+from tests.truth.tracefs import traced
 
 pytestmark = requires(*TRACING)
 
@@ -32,16 +30,7 @@ OWN_PROC = [
 ]  # fmt: skip
 """As --mount-proc does. That one also works on the mount at "/", and a chroot has none."""
 TIME_NAMESPACE = ["unshare", "--time", "--fork", "--kill-child", "--monotonic", "86400", "--boottime", "86400"]
-_WITNESS = """
-[ -d /sys/kernel/tracing/instances ] || mount -t tracefs nodev /sys/kernel/tracing
-cd /sys/kernel/tracing/instances && mkdir "$1" && cd "$1" || exit
-echo mono >trace_clock && echo 1 >events/signal/signal_generate/enable && echo ready && read line
-echo 0 >events/signal/signal_generate/enable
-cat trace
-cd .. && rmdir "$1"
-"""
-"""Its own instance of the kernel's trace buffer: no other reader of tracefs is disturbed."""
-_SIGNAL = re.compile(r" (\d+)\.(\d{6}): signal_generate: sig=(\d+) .* pid=(\d+) grp=")
+_SIGNAL = re.compile(r"sig=(\d+) .* pid=(\d+) grp=")
 QUICK = ["--memory", "128M", "--working-set", "2M", "--force"]
 
 
@@ -93,18 +82,9 @@ def test_the_tool_in_a_time_namespace_stamps_by_the_hosts_clock(tmp_path: Path) 
     assert abs(stop.value_ns) < 60 * 10**9
 
 
-@contextlib.contextmanager
-def signals() -> Iterator[list[tuple[int, int, int]]]:
-    """(instant in ns, rounded to microseconds; host's thread id; signal) of each signal, once the block is over."""
-    command = ["unshare", "--mount", "sh", "-c", _WITNESS, "sh", f"ebpf-mig-test-{os.getpid()}"]
-    found: list[tuple[int, int, int]] = []
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace"
-    ) as witness:
-        assert witness.stdout is not None and witness.stdout.readline() == "ready\n"
-        yield found
-        for seconds, us, signal, tid in _SIGNAL.findall(witness.communicate("\n")[0]):
-            found.append((int(seconds) * 10**9 + int(us) * 1000, int(tid), int(signal)))
+def signals(lines: list[tuple[int, str]]) -> list[tuple[int, int, int]]:
+    """(instant in ns, host's thread id, signal) of each line of signal_generate."""
+    return [(at, int(m[2]), int(m[1])) for at, fields in lines if (m := _SIGNAL.search(fields))]
 
 
 @requires("private mount namespaces")
@@ -116,11 +96,12 @@ def test_vmms_in_pid_and_time_namespaces_are_measured_like_others(tier: str, tmp
     """
     inside = f'exec {" ".join(PID_NAMESPACE)} {" ".join(TIME_NAMESPACE)} {find_binary(None)} "$@"'
     path = tmp_path / "a.rec"
-    with signals() as rows:
+    with traced("signal/signal_generate") as lines:
         done = demo("--tier", tier, "--vmm-binary", wrapped(tmp_path / "qemu", inside), "--output", str(path))
     assert done.returncode == 0, done.stderr
     recording = read_recording(path)
-    _kicks_are_the_kernels(recording, rows)
+    assert lines is not None
+    _kicks_are_the_kernels(recording, signals(lines))
     breakdown = analyse(recording).breakdown
     assert breakdown.phase_ns("pause") > 0
     assert breakdown.completeness.verdict == "complete", breakdown.completeness.reasons

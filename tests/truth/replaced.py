@@ -2,7 +2,7 @@
 """Runs the truth machine that replaces itself under the real tracer, and compares the phases with its clock.
 
 In: a `Plan`, whose address is an empty directory. Out: a `Seen`: the breakdown, and for each phase the range that the
-truth allows.
+truth allows. When the kernel begins to replace the program, and has done so, are its own tracepoints' events.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from ebpf_mig.recording.file import Recording
 from tests.truth.execs import PHASES
 from tests.truth.harness import helpers, trace
 from tests.truth.parts import SLOWNESS, Plan, encode
+from tests.truth.tracefs import traced
 
 REST_NS = int(4_000_000 * SLOWNESS)
 """What a phase takes without a delay, if no thread waits for a CPU."""
+AGREES_NS = 100_000
+"""The kernel's events are stamped when they occur, to the microsecond."""
 
 
 @dataclass
@@ -46,9 +49,18 @@ class Seen:
         return kind and exact and self.same_memory and not self.wrong() and not b.completeness.lost
 
 
+def last(lines: list[tuple[int, str]] | None, pid: int) -> int | None:
+    """When the last event of a process was, ns; None: there is no such tracepoint."""
+    return max(at for at, fields in lines if f" pid={pid} " in fields) if lines is not None else None
+
+
 def replaced(plan: Plan) -> Seen:
     """What was seen of a VMM that replaces itself."""
-    with helpers(("tests.truth.execs", "old", encode(plan))) as (helper,):
+    with (
+        traced("sched/sched_prepare_exec") as prepared,
+        traced("sched/sched_process_exec") as executed,
+        helpers(("tests.truth.execs", "old", encode(plan))) as (helper,),
+    ):
 
         def act() -> list[dict[str, Any]]:
             helper.say("go")
@@ -68,10 +80,14 @@ def replaced(plan: Plan) -> Seen:
         truth[name] = int(0.98 * delay), whole.get(name, delay) + waited + REST_NS
     # The kernel opens the program before it ends the other threads, which is still `state.save`. The interpreter starts
     # before it reads a clock.
-    opening = REST_NS + right["waited_before"] - left["waited_before"]
+    begun, done = last(prepared, helper.pid), last(executed, helper.pid)
+    assert done is not None
+    if begun is not None:
+        opening, exact = begun - called, done - begun
+        truth["exec"] = exact - AGREES_NS, exact + AGREES_NS
+    else:  # before Linux 6.10
+        opening = REST_NS + right["waited_before"] - left["waited_before"]
+        truth["exec"] = max(0, injected.get("exec", 0) - opening), right["started"] - called
     truth["state.save"] = truth["state.save"][0], truth["state.save"][1] + opening
-    truth["exec"] = max(0, injected.get("exec", 0) - opening), right["started"] - called
-    truth["startup"] = right["begin"] - right["started"], truth["startup"][1]
-    if served is None:
-        truth["startup"] = truth["startup"][0], right["begin"] - called
+    truth["startup"] = right["begin"] - right["started"], right["begin"] - done + REST_NS
     return Seen(seen, truth, injected, left["checksum"] == right["checksum"])
