@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ebpf_mig import vmm
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.lab.scenario import MIB, Scenario
-from ebpf_mig.linux import procfs
+from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.recording.events import FORWARDER, HOP, NEIGHBOUR, RECEIVE, SEND, Mark, Transfer
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
@@ -343,3 +344,24 @@ def test_record_with_a_command_as_people_use_it(hosts: LibvirtHosts, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     complete(analyse(read_recording(path)).breakdown)
+
+
+def test_record_ends_though_it_found_the_destination_too_late(hosts: LibvirtHosts, tmp_path: Path) -> None:
+    """It gets no CPU from before the destination's process exists until the guest has run there for a while."""
+    path, [source] = tmp_path / "x.rec", [pid for pid in qemus() if descriptors.holds_vm(pid)]
+    virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", NAME, hosts.destination.uri_between]
+    command = [*TOOL, "record", "--vm", NAME, "-o", path, "--", "sh", "-c", f"sleep 1; {shlex.join(virsh)}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None and run.stderr.readline().startswith(f"tracing {source}")
+        time.sleep(0.5)
+        run.send_signal(signal.SIGSTOP)
+        until = time.monotonic() + 60
+        while procfs.is_alive(source) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1)
+        run.send_signal(signal.SIGCONT)
+        said = run.communicate(timeout=30)[1]
+    assert run.returncode == 0 and said.splitlines()[-1].startswith("handed-over"), said
+    b = analyse(read_recording(path)).breakdown
+    assert b.migration.result == "completed" and b.blackout_ns is None
+    assert b.completeness.verdict == "bounded"
