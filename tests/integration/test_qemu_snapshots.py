@@ -7,6 +7,7 @@ Witnesses: QEMU's events STOP and RESUME, and the guest's heartbeat.
 from __future__ import annotations
 
 import json
+import select
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
 ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+TRIES, PATIENCE_S = 4, 8.0
 
 
 def offset_ns() -> int:
@@ -49,20 +51,26 @@ def test_record(kind: Kind, tmp_path: Path) -> None:
 
 @ALL
 def test_watch(kind: Kind, tmp_path: Path) -> None:
+    """One that stops the guest before the probes are armed can be missed (docs/exporter.md): it is made again."""
     kind.needed()
     state = tmp_path / "state.d"
     command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
-    with (
-        QemuPair(SAVED, extra=[*NAMED, *kind.extra]) as pair,
-        running(*command, "--state-directory", str(state), stdout=PIPE, stderr=PIPE) as watch,
-    ):
+    with running(*command, "--state-directory", str(state), stdout=PIPE, stderr=PIPE) as watch:
         assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
-        time.sleep(SETTLED_S)
-        q, offset = Qmp(pair.source.qmp), offset_ns()
-        kind.run(q, tmp_path)
-        said = json.loads(watch.stdout.readline())
-        analysis = analyse(read_recording(state / said["recording"]))
-        holds(analysis.breakdown, analysis.origin_ns, kind, q, pair.source, offset, late=True)
+        for directory in (tmp_path / str(number) for number in range(TRIES)):
+            directory.mkdir()
+            with QemuPair(SAVED, extra=[*NAMED, *kind.extra]) as pair:
+                time.sleep(SETTLED_S)
+                q, offset = Qmp(pair.source.qmp), offset_ns()
+                kind.run(q, directory)
+                if not select.select([watch.stdout], [], [], PATIENCE_S)[0]:
+                    continue
+                said = json.loads(watch.stdout.readline())
+                analysis = analyse(read_recording(state / said["recording"]))
+                holds(analysis.breakdown, analysis.origin_ns, kind, q, pair.source, offset, late=True)
+                break
+        else:
+            pytest.fail(f"{kind.name} was missed {TRIES} times")
     assert (said["mode"], said["result"], said["role"]) == ("snapshot", "saved", "source")
     assert said["blackout_ns"] == analysis.breakdown.blackout_ns
 
@@ -103,17 +111,29 @@ def test_record_of_the_vm_that_loads_it(kind: Kind, tmp_path: Path) -> None:
         assert analysis.origin_ns - asked <= AGREES_NS, "it begins with the request"
 
 
+def counted(kind: Kind, directory: Path, port: int, before: int) -> bool:
+    """Whether one of them, of a new VM, is counted."""
+    directory.mkdir()
+    with QemuPair(SAVED, extra=[*NAMED, *kind.extra]) as pair:
+        time.sleep(SETTLED_S)
+        kind.run(Qmp(pair.source.qmp), directory)
+        deadline = time.monotonic() + PATIENCE_S
+        while value(port, "ebpf_mig_migrations_total") == before and time.monotonic() < deadline:
+            time.sleep(0.1)
+    return value(port, "ebpf_mig_migrations_total") == before + 1
+
+
 @pytest.mark.long
+@pytest.mark.timeout(400)
 def test_the_exporter_counts_them_under_their_mode(tmp_path: Path) -> None:
+    """One that stops the guest before the probes are armed can be missed, as docs/exporter.md says: it is made again.
+
+    What is counted is counted once, and never as failed.
+    """
     kinds = [kind for kind in KINDS if kind.since <= version()]
     with exporter(tmp_path / "state.d") as (_, port):
         for turn, kind in enumerate(kinds):
-            directory = tmp_path / kind.name
-            directory.mkdir()
-            with QemuPair(SAVED, extra=[*NAMED, *kind.extra]) as pair:
-                time.sleep(SETTLED_S)
-                kind.run(Qmp(pair.source.qmp), directory)
-                until(lambda turn=turn: value(port, "ebpf_mig_migrations_total") == turn + 1)
+            assert any(counted(kind, tmp_path / f"{kind.name}{n}", port, turn) for n in range(TRIES)), kind.name
             assert value(port, "ebpf_mig_modes_total", mode="snapshot") == turn + 1, kind.name
             assert value(port, "ebpf_mig_migrations_total", result="saved") == turn + 1, kind.name
         assert value(port, "ebpf_mig_snapshot_seconds_count", mode="snapshot") == len(kinds)
