@@ -21,6 +21,7 @@ import pytest
 from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import FILE, PIPE, RECEIVE, SEND, Socket, Transfer
+from tests.companion import Companion
 from tests.conftest import FEATURES, requires
 
 pytestmark = requires("root", "bcc", "kernel BTF")
@@ -89,7 +90,7 @@ def available(tier: str) -> str:
 @pytest.mark.parametrize("tier", ["tracepoint", "kprobe", "fentry"])
 def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MOVER, str(tmp_path / "file")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Companion(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
         with Tracer([process.pid], tier=available(tier)) as tracer:
@@ -146,15 +147,13 @@ select.select([sys.stdin], [], [])  # not in a call that the tracer sees
 def test_returns_that_the_kernel_has_no_probe_for_are_counted() -> None:
     """Sleeping reads of another process use up the return probes of reads; then each read of ours lacks its return."""
     sleepers = 2 * (os.cpu_count() or 1) + 20  # the kernel has 10, or twice the number of CPUs; before 6.0 it may be 1
-    with subprocess.Popen(
-        [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with Companion([sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
         with Tracer([process.pid], tier=available("kprobe")) as tracer:
             tracer.arm()
             command = [sys.executable, "-c", SLEEPERS, str(sleepers)]
-            with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as other:
+            with Companion(command, stdin=subprocess.PIPE, text=True) as other:
                 while len([tid for tid in procfs.threads_of(other.pid) if asleep_in_read(other.pid, tid)]) <= sleepers:
                     time.sleep(0.1)
                 process.stdin.write("\n")
@@ -192,7 +191,7 @@ while True:
 
 
 def test_batches_that_end_while_they_are_read_leave_no_hole() -> None:
-    with subprocess.Popen([sys.executable, "-c", SENDER], stdout=subprocess.PIPE, text=True) as process:
+    with Companion([sys.executable, "-c", SENDER], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
         with Tracer([process.pid]) as tracer:
@@ -233,7 +232,7 @@ sys.stdin.readline()
 
 
 def test_a_send_that_was_under_way_comes_before_the_next() -> None:
-    with subprocess.Popen(
+    with Companion(
         [sys.executable, "-c", BLOCKED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None

@@ -26,6 +26,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running
 from tests.integration.live_updates import NEWER
@@ -135,7 +136,7 @@ def proxied(directory: Path) -> Act:
     def act(_pair: QemuPair, source: Qmp, destination: Qmp) -> None:
         destination("migrate-incoming", uri=f"unix:{directory}/in")
         proxy = ["socat", f"UNIX-LISTEN:{directory}/out", f"UNIX-CONNECT:{directory}/in"]
-        with subprocess.Popen(proxy) as process:
+        with Companion(proxy) as process:
             while not (directory / "out").exists():
                 time.sleep(0.01)
             source("migrate", uri=f"unix:{directory}/out")

@@ -28,6 +28,7 @@ from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.base import Outcome
 from ebpf_mig.vmm.firecracker.lab import DEFAULT_BINARY, ENVIRONMENT, FcPair
 from ebpf_mig.vmm.firecracker.migration import FcMigration
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 
 SEVERAL = "EBPF_MIG_TEST_FIRECRACKERS"
@@ -163,7 +164,7 @@ def test_an_interruption_while_the_memory_is_written(tmp_path: Path, binary: str
         directory = pair.options().directory
         command = [sys.executable, "-m", "ebpf_mig.cli", "migrate", "firecracker", "--source", pair.source.api]
         command += ["--destination", pair.destination.api, "--snapshot-dir", directory, "-o", str(tmp_path / "x.rec")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tool:
+        with Companion(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tool:
             until = time.monotonic() + 20
             while not Path(directory, "vm.memory").exists():
                 assert time.monotonic() < until and tool.poll() is None

@@ -27,6 +27,7 @@ from ebpf_mig.recording.events import Ending
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.faults.kernel import held_by_others, programs
 from tests.integration.exporters import NAMED, exporter, is_ready, migrate, until, value
@@ -224,7 +225,7 @@ def test_two_recorders_and_an_exporter_on_one_vm(tmp_path: Path) -> None:
 def two_with_five_thousand_threads() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """VMMs that migrate after a line on the standard input of the process that started them, and their pids."""
     words = [sys.executable, "-m", "tests.integration.swarm", "1", "--threads", "5000"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as vmms:
+    with Companion(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as vmms:
         assert vmms.stdin is not None and vmms.stdout is not None
         assert vmms.stdout.readline() == "ready\n"
         pids = Path(f"/proc/{vmms.pid}/task/{vmms.pid}/children").read_text().split()
@@ -284,7 +285,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 def test_a_vmm_that_turns_into_another_program_and_ends(tmp_path: Path) -> None:
     words = [sys.executable, "-c", VM, "/bin/sleep", "2"]
     log = tmp_path / "log"
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as vmm:
+    with Companion(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as vmm:
         assert vmm.stdin is not None and vmm.stdout is not None
         assert vmm.stdout.readline() == "ready\n"
         command = [*PROGRAM, "record", "--pid", str(vmm.pid), "-o", str(tmp_path / "x.rec")]

@@ -29,6 +29,7 @@ from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS
 from tests.unit.vmm.test_libvirt import HIDE
@@ -212,7 +213,7 @@ def test_by_virsh_where_there_is_no_binding(hosts: LibvirtHosts, tmp_path: Path)
 def test_an_interruption_aborts_the_job(hosts: LibvirtHosts, tmp_path: Path) -> None:
     [source] = qemus()
     command = [*TOOL, "migrate", "libvirt", NAME, hosts.destination.uri_between, "--connect", hosts.source.uri]
-    with subprocess.Popen([*command, "--bandwidth", "1MiB/s", "-o", tmp_path / "x.rec"], stderr=subprocess.PIPE) as run:
+    with Companion([*command, "--bandwidth", "1MiB/s", "-o", tmp_path / "x.rec"], stderr=subprocess.PIPE) as run:
         until = time.monotonic() + 60
         while len(qemus()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
@@ -253,7 +254,7 @@ def test_what_libvirt_refuses_is_one_line(hosts: LibvirtHosts, tmp_path: Path, d
 
 @pytest.mark.long
 def test_killed_at_any_moment_nothing_is_left(tmp_path: Path) -> None:
-    with subprocess.Popen(
+    with Companion(
         [*TOOL, "demo", "--vmm", "libvirt", "-o", tmp_path / "x.rec"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -351,7 +352,7 @@ def test_record_ends_though_it_found_the_destination_too_late(hosts: LibvirtHost
     path, [source] = tmp_path / "x.rec", [pid for pid in qemus() if descriptors.holds_vm(pid)]
     virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", NAME, hosts.destination.uri_between]
     command = [*TOOL, "record", "--vm", NAME, "-o", path, "--", "sh", "-c", f"sleep 1; {shlex.join(virsh)}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    with Companion(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None and run.stderr.readline().startswith(f"tracing {source}")
         time.sleep(0.5)
         run.send_signal(signal.SIGSTOP)

@@ -20,6 +20,7 @@ from ebpf_mig.recording.events import SEND, AnyEvent, Ioctl, Transfer
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.tracing.lifecycle import MigrationWatch
 from ebpf_mig.tracing.progress import Progress
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import CONVERGING, THROTTLE_AT_ONCE, migrate
 
@@ -57,7 +58,7 @@ def at_terminal(recording: Path) -> list[tuple[int, str]]:
     """(when, text) of what the command writes to its terminal: CLOCK_MONOTONIC in ns."""
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "ebpf_mig", *SLOW, str(recording)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave) as process:
+    with Companion(command, stdout=subprocess.DEVNULL, stderr=slave) as process:
         os.close(slave)
         written = []
         while True:

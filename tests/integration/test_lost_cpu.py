@@ -25,6 +25,7 @@ from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import CpuSteal, OffCpu, RunDelay
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import PROGRAM
 from tests.integration.migrations import QUICK
@@ -71,7 +72,7 @@ def switched_over(path: Path, cause: Cause) -> Seen:
             one.capability("pause-before-switchover")
         pids = ["--pid", str(pair.source.pid), "--pid", str(pair.destination.pid)]
         command = [*PROGRAM, "record", *pids, "-o", str(path)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recorder:
+        with Companion(command, stderr=subprocess.PIPE, text=True) as recorder:
             assert recorder.stderr is not None and "tracing" in recorder.stderr.readline()
             destination("migrate-incoming", uri=pair.uri)
             source("migrate", uri=pair.uri)
@@ -102,7 +103,7 @@ def neighbours(pid: int) -> Iterator[None]:
     for tid in procfs.threads_of(pid):
         os.sched_setaffinity(tid, [cpu])
     command = [sys.executable, "-c", NEIGHBOUR.format(cpu=cpu)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as neighbour:
+    with Companion(command, stdout=subprocess.PIPE, text=True) as neighbour:
         try:
             assert neighbour.stdout is not None and neighbour.stdout.readline(), "it did not begin"
             yield

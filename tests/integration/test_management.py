@@ -29,6 +29,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
 
@@ -131,7 +132,7 @@ def managed(directory: Path, source_ms: float, destination_ms: float | None, *, 
         destination("migrate-incoming", uri=pair.uri)
         for vm in (pair.source, pair.destination):
             prefer(vm.pid)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recorder:
+        with Companion(command, stderr=subprocess.PIPE, text=True) as recorder:
             assert recorder.stderr is not None
             while "tracing" not in (line := recorder.stderr.readline()):
                 assert line, "the recorder ended"

@@ -15,6 +15,7 @@ import pytest
 
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import OURS, PROGRAM, SETTLED_S, exporter, fetch, until, value
 from tests.integration.migrations import QUICK
@@ -51,7 +52,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with named() as pair:
             source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
             time.sleep(SETTLED_S)
-            with subprocess.Popen(
+            with Companion(
                 [*PROGRAM, "record", "--vm", VM, "-o", str(place / "x.rec")], stderr=subprocess.PIPE
             ) as recording:
                 assert recording.stderr is not None and b"tracing" in recording.stderr.readline()

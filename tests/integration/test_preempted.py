@@ -16,6 +16,7 @@ import pytest
 
 from ebpf_mig.recording.events import VcpuExit
 from ebpf_mig.recording.file import read_recording
+from tests.companion import Companion
 from tests.conftest import requires
 from tests.integration.exporters import PROGRAM
 
@@ -45,13 +46,11 @@ SPINNER = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nw
 @pytest.mark.parametrize("beside", [0, 1])
 def test_the_time_without_a_cpu_is_that_of_the_scheduler(beside: int, tmp_path: Path) -> None:
     path = tmp_path / "x.rec"
-    with subprocess.Popen(
-        [sys.executable, "-c", GUEST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as guest:
+    with Companion([sys.executable, "-c", GUEST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
         assert guest.stdin is not None and guest.stdout is not None and guest.stdout.readline() == "ready\n"
         spinners = [subprocess.Popen([sys.executable, "-c", SPINNER]) for _ in range(beside)]
         command = [*PROGRAM, "record", "--pid", str(guest.pid), "-o", str(path)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recorder:
+        with Companion(command, stderr=subprocess.PIPE, text=True) as recorder:
             assert recorder.stderr is not None
             while "tracing" not in (line := recorder.stderr.readline()):
                 assert line, "the recorder ended"

@@ -20,6 +20,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair, find_binary
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.migrations import QUICK
 
@@ -91,7 +92,7 @@ def record(directory: Path, act: Act, *, both: bool = False) -> tuple[Breakdown,
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         pids = ["--pid", str(pair.source.pid), *(["--pid", str(pair.destination.pid)] if both else [])]
         command = [sys.executable, "-m", "ebpf_mig", "record", *pids, "-o", str(directory / "seen.rec")]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with Companion(command, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None and "tracing" in process.stderr.readline()
             act(pair, source, destination)
             said = process.communicate(timeout=30)[1]
@@ -356,7 +357,7 @@ def one_line(*arguments: str, code: int, word: str) -> None:
 def test_a_process_without_kvm_is_refused_at_once() -> None:
     tcg = [find_binary(None), "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"]
     for command in (["sleep", "60"], tcg):
-        with subprocess.Popen(command) as process:
+        with Companion(command) as process:
             try:
                 time.sleep(0.5)
                 one_line("record", "--pid", str(process.pid), code=2, word="has no KVM VM")
@@ -379,7 +380,7 @@ def test_a_vmm_that_cannot_be_cancelled_does_not_keep_us(tmp_path: Path) -> None
         # The lab's monitor serves one client: ours is gone by now.
         ends = ["--source", pair.source.qmp, "--destination", pair.destination.qmp, "--uri", pair.uri]
         command = [sys.executable, "-m", "ebpf_mig", "migrate", "qemu", *ends, "-o", str(tmp_path / "cut.rec")]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with Companion(command, stderr=subprocess.PIPE, text=True) as process:
             while not (tmp_path / "cut.rec").exists():
                 assert process.poll() is None
                 time.sleep(0.05)

@@ -24,6 +24,7 @@ import pytest
 from ebpf_mig.analysis.lost_cpu import CPU_QUOTA
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm, find_binary
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, report, running, until
 from tests.integration.migrations import LASTING
@@ -175,7 +176,7 @@ class Group:
 @contextlib.contextmanager
 def busy(group: Group) -> Iterator[None]:
     """A process in the group that never sleeps."""
-    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as process:
+    with Companion(["sh", "-c", "while :; do :; done"]) as process:
         (group.path / "cgroup.procs").write_text(str(process.pid))
         try:
             yield

@@ -20,6 +20,7 @@ from ebpf_mig.collector import analyse
 from ebpf_mig.recording.events import FILE, Socket
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.cloud_hypervisor.lab import ChPair
+from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.ch_migrations import QUICK, binaries
 
@@ -44,7 +45,7 @@ def recorded(path: Path, pids: list[int], act: Callable[[], None]) -> tuple[Reco
     """What `record` says of what `act` does. It has to end by itself."""
     named = [word for pid in pids for word in ("--pid", str(pid))]
     command = [sys.executable, "-m", "ebpf_mig", "record", *named, "-o", str(path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with Companion(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and "tracing" in process.stderr.readline()
         act()
         said = process.communicate(timeout=30)[1]

@@ -25,6 +25,7 @@ from ebpf_mig.probes.tiers import Choice
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import OffCpu
 from ebpf_mig.recording.thresholds import LONG_WAIT_NS
+from tests.companion import Companion
 from tests.conftest import requires
 
 pytestmark = requires("root", "bcc", "kernel BTF")
@@ -61,7 +62,7 @@ CALLS = ("unix_stream_read_generic", "pipe_read", "do_sys_poll", "do_nanosleep",
 @contextlib.contextmanager
 def waiting() -> Iterator[int]:
     """The pid of a process whose threads wait in all these ways."""
-    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True) as process:
+    with Companion([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         yield process.pid
         process.kill()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from tests.companion import Companion
 from tests.truth import kvm
 from tests.truth.parts import say
 
@@ -29,7 +30,7 @@ _CODE = {SPINS: "ebfe", HALTS: "f4", PAUSED: "f4"}
 def vmm(guest: str) -> Iterator[tuple[int, list[int]]]:
     """(pid, thread ids) of such a VMM, once both threads are at work."""
     command = [sys.executable, "-m", "tests.truth.beside", guest]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Companion(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         tids = [int(word) for word in process.stdout.readline().split()]
         time.sleep(0.2)

@@ -12,6 +12,8 @@ import re
 import subprocess
 from collections.abc import Iterator
 
+from tests.companion import Companion
+
 _WITNESS = """
 [ -d /sys/kernel/tracing/instances ] || mount -t tracefs nodev /sys/kernel/tracing
 cd /sys/kernel/tracing/instances && mkdir "$1" && cd "$1" || exit
@@ -41,9 +43,7 @@ def traced(tracepoint: str) -> Iterator[list[tuple[int, str]] | None]:
         tracepoint,
     ]
     found: list[tuple[int, str]] = []
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace"
-    ) as witness:
+    with Companion(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace") as witness:
         assert witness.stdout is not None
         if (said := witness.stdout.readline()) != "ready\n":
             assert said == "absent\n", said

@@ -20,6 +20,7 @@ from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.linux.kallsyms import UNKNOWN, Symbols
 from ebpf_mig.text import printable
 from ebpf_mig.vmm.processes import name_in
+from tests.companion import Companion
 from tests.conftest import requires
 
 PACKAGE = Path(ebpf_mig.__file__).parent
@@ -79,7 +80,7 @@ def test_a_thread_may_have_any_name(named: tuple[int, bytes]) -> None:
 def test_a_command_line_may_be_any_bytes() -> None:
     program = "import sys; print(flush=True); sys.stdin.read()"
     arguments = [sys.executable.encode(), b"-c", program.encode(), b"-name", b"guest=\xff\x1b[31m\xc3", b"x" * 100_000]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with Companion(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None and child.stdout is not None
         child.stdout.readline()  # before that it may not have its arguments yet
         found = procfs.command_line(child.pid)
@@ -89,7 +90,7 @@ def test_a_command_line_may_be_any_bytes() -> None:
 
 
 def test_what_is_gone_is_gone_in_one_way() -> None:
-    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+    with Companion([sys.executable, "-c", "pass"]) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         zombie = child.pid
         assert procfs.exists(zombie)
@@ -114,7 +115,7 @@ def test_what_is_gone_is_gone_in_one_way() -> None:
 
 def test_a_file_of_a_process_that_ended_after_it_was_opened() -> None:
     """The kernel returns ESRCH then, and ENOENT during a walk of `task`."""
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with Companion(["sleep", "60"]) as child:
         opened = os.open(procfs.path(child.pid, "stat"), os.O_RDONLY)
         child.kill()
     with pytest.raises(ProcessLookupError), procfs._translated():
@@ -145,7 +146,7 @@ print(procfs.is_alive(1), descriptors.holds_kvm(1), procfs.in_kvm_run(1, 1), boo
 def test_processes_that_come_and_go_while_discovery_looks() -> None:
     """2,000 processes as short as possible. With direct reads, about one in forty ended the exporter."""
     script = "for i in range(2000):\n p = os.fork()\n if not p: os._exit(0)\n os.waitpid(p, 0)"
-    with subprocess.Popen([sys.executable, "-c", f"import os\n{script}"]) as child:
+    with Companion([sys.executable, "-c", f"import os\n{script}"]) as child:
         looks = 0
         while child.poll() is None:
             for pid in range(child.pid + 1, child.pid + 2001, 50):

@@ -22,6 +22,7 @@ from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import CONTRACT, stream_key
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
 from ebpf_mig.recording.events import RECEIVE, OwnRuns, Socket, Transfer, VcpuState
+from tests.companion import Companion
 from tests.conftest import requires
 from tests.truth.beside import HALTS, PAUSED, SPINS, VCPU_ID, vmm
 
@@ -108,7 +109,7 @@ def test_a_busy_thread_of_a_vmm_is_no_vcpu(guest: str, walker_fd: int, program: 
 def test_a_thread_that_was_busy_all_the_time_may_have_run_a_guest(program: BpfProgram) -> None:
     """Where the kernel cannot be asked who is inside KVM."""
     table = ProcessTable(program)
-    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy, subprocess.Popen(["sleep", "60"]) as idle:
+    with Companion(["sh", "-c", "while :; do :; done"]) as busy, Companion(["sleep", "60"]) as idle:
         try:
             time.sleep(0.1)
             table.add([busy.pid, idle.pid])
@@ -154,7 +155,7 @@ ASLEEP = {"sleep": ("230", "115"), "cat": ("0", "63")}
 def test_a_call_that_is_over_without_a_return_is_missed(
     program: BpfProgram, command: list[str], nr: int, request_: int, missed: int
 ) -> None:
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    with Companion(command, stdin=subprocess.PIPE) as process:
         while procfs.text(process.pid, "syscall").split()[0] not in ASLEEP[command[0]]:
             time.sleep(0.01)
         threads, table = program.table("threads"), ProcessTable(program)

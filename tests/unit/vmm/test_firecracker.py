@@ -31,6 +31,7 @@ from ebpf_mig.vmm.firecracker.api import Api
 from ebpf_mig.vmm.firecracker.lab import ENVIRONMENT, find_binary
 from ebpf_mig.vmm.firecracker.log import LogPlace
 from ebpf_mig.vmm.firecracker.migration import FcMigration, FcOptions
+from tests.companion import Companion
 from tests.unit.vmm.test_hostile_peers import WRONG, in_a_line
 
 SERVER = Path(__file__).with_name("firecracker_server.py")
@@ -303,7 +304,7 @@ def test_files_are_looked_at_before_the_pause(tmp_path: Path, monkeypatch: pytes
 def jailed(directory: Path) -> Iterator[int]:
     """The pid of a process with that root directory."""
     code = "import os, sys; os.chroot(sys.argv[1]); os.write(1, b'x'); sys.stdin.read()"
-    with subprocess.Popen(
+    with Companion(
         [sys.executable, "-I", "-S", "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None and process.stdin is not None

@@ -14,6 +14,7 @@ import pytest
 
 from ebpf_mig.errors import UsageError
 from ebpf_mig.vmm import processes
+from tests.companion import Companion
 
 UUID = "4dea22b3-1d52-4a3c-9d5f-0c2d5e6f7a8b"
 Start = Callable[..., int]
@@ -74,7 +75,7 @@ def test_a_vmm_that_gave_itself_another_name_is_found(tmp_path: Path) -> None:
     shutil.copy(shutil.which("bash") or "/bin/bash", program)
     script = "echo -n web > /proc/$$/comm; echo; read"
     command = [program, "-c", script, "-name", f"guest={name},process=web"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with Companion(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
         process.stdout.readline()
         assert processes.procfs.comm(process.pid) == "web"
@@ -108,7 +109,7 @@ def test_one_that_execs_after_it_was_seen_arrives(tmp_path: Path) -> None:
     shutil.copy(shutil.which("bash") or "/bin/bash", program)
     arrivals = processes.Arrivals(name)
     script = f"read; exec {program} -c read x -name {name}"
-    with subprocess.Popen(["bash", "-c", script], stdin=subprocess.PIPE) as process:
+    with Companion(["bash", "-c", script], stdin=subprocess.PIPE) as process:
         assert process.stdin
         assert arrivals.new() == []
         process.stdin.write(b"\n")
