@@ -111,6 +111,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "bcc": lambda: importlib.util.find_spec("bcc") is not None,
     "kernel BTF": lambda: Path("/sys/kernel/btf/vmlinux").exists(),
     "user namespaces": lambda: _succeeds("unshare", "--user", "--map-root-user", "true"),
+    "gcc": lambda: shutil.which("gcc") is not None,
     "llvm-mc": lambda: shutil.which("llvm-mc") is not None,
     "private mount namespaces": lambda: _succeeds("unshare", "--mount", "true"),
     "fentry on every function": functools.cache(lambda: _tier_works("fentry")),

@@ -19,7 +19,11 @@ MS = 1_000_000
 
 @pytest.mark.parametrize(
     ("backend", "interrupts"),
-    [("userfaultfd", False), ("file", False), ("userfaultfd", True)],
+    [
+        ("userfaultfd", False),
+        pytest.param("file", False, marks=requires("private mount namespaces")),
+        ("userfaultfd", True),
+    ],
     ids=["userfaultfd", "file", "interrupts"],
 )
 def test_waits_for_pages(backend: str, interrupts: bool, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def traced(pids: Sequence[int], *without: str) -> list[AnyEvent]:
         return events + tracer.finish()
 
 
+@requires("gcc")
 @pytest.mark.parametrize("without", [(), (WHEN_BACK,)], ids=["when back", "as it leaves"])
 def test_the_function_that_sleeps_is_found_or_it_is_said_why_not(tmp_path: Path, without: tuple[str, ...]) -> None:
     with sleeping(tmp_path) as builds:
