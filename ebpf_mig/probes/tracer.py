@@ -236,7 +236,8 @@ class Tracer:
         They come as events later, too.
 
         A batch can end while the tables are read. It is in the ring then, and what follows it has a wrong position.
-        So they are read again until no batch of the process has ended meanwhile.
+        So they are read again until no batch of the process has ended meanwhile. If one ends each time, those in the
+        ring are all that is returned.
         """
         self._late = self.poll(0)
         for _ in range(SNAPSHOTS):
@@ -245,6 +246,8 @@ class Tracer:
             self._late = self.poll(0)
             if not any(isinstance(event, Transfer) and event.pid == pid for event in self._late[before:]):
                 break
+        else:
+            batches = []
         return [event for event in [*self._late, *batches] if isinstance(event, Transfer) and event.pid == pid]
 
     def so_far(self, pid: int) -> list[AnyEvent]:
