@@ -12,7 +12,6 @@ witnesses; state how reliable the result is; name what dominates.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 
 from msgspec.structs import replace
 
@@ -82,8 +81,6 @@ from ebpf_mig.recording.coalesce import read_coalesced, read_whole_or_coalesced
 from ebpf_mig.recording.condense import read_condensed
 from ebpf_mig.recording.events import FORWARDER, KEEPER, NEIGHBOUR
 from ebpf_mig.recording.file import Recording
-
-_tid = attrgetter("tid")
 
 
 def analyse(recording: Recording) -> Analysis:

@@ -7,11 +7,13 @@ Software emulation (TCG) with AMD's nested virtualisation: KVM, BPF and migratio
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,6 +118,15 @@ def _arguments(emulated: Emulator, kernel: KernelImage, root: Path, place: Path)
         arguments += ["-drive", f"if=none,id=d{number},file={disk},format=raw,{options}"]
         arguments += ["-device", f"nvme,drive=d{number},serial=d{number}"]
     return arguments
+
+
+@contextlib.contextmanager
+def turn(place: Path) -> Iterator[Path]:
+    """Waits until no other run of this user uses the folder `place`, which need not exist."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield place
 
 
 def boot(

@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.vm.catalogue import ARM64, EMULATED, KERNELS, USERLANDS, Kernel, Userland, cache
 from tests.vm.chroot import BuildError, bare_tree, overlay, packages_of, run, tree, versions
 from tests.vm.images import ROOT, WITHOUT, Apt, KernelImage, kernel_image, root_image
-from tests.vm.machine import Emulator, Outcome, arm64_emulator, boot, emulator
+from tests.vm.machine import Emulator, Outcome, arm64_emulator, boot, emulator, turn
 from tests.vm.results import FAILED, PASSED, Row, Subject, plain_release, read_junit, read_property
 
 MARKER = "everywhere"
@@ -58,6 +58,11 @@ def _pytest(keyword: str, out: str, marked: str = MARKER, files: str = "tests/in
 
 def prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emulator, KernelImage, Path]:
     """An emulator, a kernel and a root image of one architecture. Missing ones are made."""
+    with turn(cache() / "images"):
+        return _prepared(kernel, userland, processors)
+
+
+def _prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emulator, KernelImage, Path]:
     if (kernel.architecture, userland.architecture) == ("arm64", "arm64"):
         helper = tree(USERLANDS[kernel.suite])
         return arm64_emulator(helper, processors), kernel_image(kernel, helper), root_image(userland)
@@ -68,7 +73,12 @@ def prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emula
 
 
 def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
-    """Runs the suite in an emulated kernel."""
+    """Runs the suite in an emulated kernel. A second run of the same kernel and user land waits for the first."""
+    with turn(cache() / "runs" / f"{kernel}-{userland}") as place:
+        return _emulated(kernel, userland, keyword, processors, place)
+
+
+def _emulated(kernel: str, userland: str, keyword: str, processors: int, place: Path) -> Row:
     where, begin = EMULATED[userland], time.monotonic()
     emulating, image, root = prepared(KERNELS[kernel], where, processors)
     if where is ARM64:
@@ -76,7 +86,6 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
     else:
         has = packages_of(tree(where))
     row = Row(kernel, userland, "emulated", image.version, versions(has), _today())
-    place = cache() / "runs" / f"{kernel}-{userland}"
 
     def run_part(part: Part) -> list[Outcome]:
         script = f"exec python3 -m pytest {_pytest(keyword, '/out', part.marked, part.files)}\n"
@@ -97,10 +106,17 @@ def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
 
 
 def native(userland: str, keyword: str) -> Row:
-    """Installs the product in a bare user land as the README says (`./try`, `./check`), on this machine's kernel."""
+    """Installs the product in a bare user land as the README says (`./try`, `./check`), on this machine's kernel.
+
+    A second run of the same user land waits for the first.
+    """
+    with turn(cache() / "runs" / f"native-{userland}") as place:
+        return _native(userland, keyword, place)
+
+
+def _native(userland: str, keyword: str, place: Path) -> Row:
     begin = time.monotonic()
     bare = bare_tree(Userland(userland))
-    place = cache() / "runs" / f"native-{userland}"
     shutil.rmtree(place, ignore_errors=True)
     (place / "out").mkdir(parents=True)
     shutil.copytree(ROOT, place / "src", ignore=WITHOUT, symlinks=True)
