@@ -12,8 +12,8 @@ from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, AnyEvent, Exec, Ioctl, Transfer, VcpuEnter, VcpuExit
 from ebpf_mig.tracing.lifecycle import LARGE_BYTES
 
-BURST_BYTES = 64 << 10
-"""A VM that moves this much at a time may be migrating."""
+MOVING_BYTES = 64 << 10
+"""A VM that moves this much within a probation may be migrating. Of 256 KiB/s, QEMU sends 25 KiB at a time."""
 SLOTS = 3
 """A display fetches the dirty logs of fewer memslots than this."""
 
@@ -22,7 +22,6 @@ def take(track: Track, batch: list[AnyEvent], now_ns: int) -> None:
     """Adds the next events of one of its processes, and keeps what they say of the track."""
     track.events += batch
     track.watch.saw(batch)
-    burst = 0
     for event in batch:
         if isinstance(event, Ioctl):
             track.last_ns = now_ns
@@ -41,9 +40,10 @@ def take(track: Track, batch: list[AnyEvent], now_ns: int) -> None:
             track.fetched = {(pid, slot) for pid, slot in track.fetched if pid != event.pid}
             track.fetchers = {(pid, tid) for pid, tid in track.fetchers if pid != event.pid}
         elif isinstance(event, Transfer) and not track.watch.carriers.is_of_a_file(event):
-            burst += event.bytes
+            track.moved += event.bytes
             _take_transfer(track, event)
-    if burst >= BURST_BYTES or track.restored & track.fresh - track.ran:
+    if track.moved >= MOVING_BYTES or track.restored & track.fresh - track.ran:
+        track.moved = 0
         track.last_ns = now_ns
         track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)
     track.logging |= track.watch.sources & set(track.pids)

@@ -46,6 +46,8 @@ class Track:
     ran: set[int] = field(default_factory=set)
     stopped: set[int] = field(default_factory=set)
     saved: set[int] = field(default_factory=set)
+    moved: int = 0
+    """Bytes sent and received since its probation was extended last."""
     received: dict[int, int] = field(default_factory=dict)
     fetchers: set[tuple[int, int]] = field(default_factory=set)
     streamed: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -82,6 +84,7 @@ class Track:
         self.stopped |= other.stopped
         self.saved |= other.saved
         self.fetched |= other.fetched
+        self.moved += other.moved
         self.received |= other.received
         self.fetchers |= other.fetchers
         self.streamed += other.streamed

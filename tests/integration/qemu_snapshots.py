@@ -28,7 +28,7 @@ AGREES_NS = 20 * MS
 """QEMU's STOP and RESUME lie this close to the guest's stop and start, on a machine that is not busy."""
 SAVED = replace(QUICK, working_set_bytes=1 << 20, pages_per_s=2000)
 SLOWLY = {"max-bandwidth": 1 << 20, "downtime-limit": 6000}
-"""So that the command that writes the file is met. It is over within the 2 s for which a sign counts."""
+"""So that the command that writes the file is met."""
 
 
 def write(q: Qmp, uri: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
+from ebpf_mig.analysis.reception import LOADED_BYTES
 from ebpf_mig.exporter import tracker as module
 from ebpf_mig.exporter.track import PROBATION_NS, UNPROVEN_NS
 from ebpf_mig.exporter.tracker import Ended, Tracks
@@ -31,6 +32,7 @@ from ebpf_mig.recording.events import (
 from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.tracing.lifecycle import QUIET_NS, SILENCE_NS
 from ebpf_mig.tracing.witness import Witness
+from tests.companion import Companion
 
 SOURCE, DESTINATION, OTHER = 10, 20, 30
 MS, S = 10**6, 10**9
@@ -339,6 +341,23 @@ def test_a_missed_beginning_shows_by_fetches_or_by_filling_another_vm() -> None:
     assert [end.reason for end in ended(tracks, 11 * S, alive=[SOURCE])] == ["logging-ended"]
 
 
+@pytest.mark.parametrize(("part", "kept"), [(26_214, True), (3_000, False)], ids=["256 KiB/s", "30 kB/s"])
+def test_a_slow_stream_is_awaited_and_a_chat_is_not(part: int, kept: bool) -> None:
+    """QEMU sends what its max-bandwidth allows in 100 ms at once. Each part is read by itself."""
+    tracks = begun(pids=[SOURCE])
+    times = [number * 100 * MS for number in range(100)]
+    for at in times:
+        tracks.saw([move(SOURCE, at, 0, part)], at)
+        if done := ended(tracks, at):
+            break
+    assert bool(done) is not kept
+    if kept:
+        tracks.saw([fetch(SOURCE, at, slot) for slot in range(3)] + [move(SOURCE, at, 0, LOADED_BYTES)], at)
+        assert ended(tracks, at + PROBATION_NS) == [], "a migration: it fetches dirty logs and sends"
+    else:
+        assert [end.reason for end in done] == ["nothing"] and at < PROBATION_NS + 200 * MS
+
+
 def test_a_busy_disk_is_let_go_in_the_end() -> None:
     tracks = begun(pids=[SOURCE])
     for second in range(UNPROVEN_NS // S + 10):
@@ -457,7 +476,7 @@ def test_who_is_beside_a_source_is_known_before_it_is_proven() -> None:
     us = os.getpid()
     tracks = Tracks(Witness)
     tracks.begin(us, "thread", 0, fresh=False)
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as beside:
+    with Companion(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as beside:
         assert beside.stdin is not None
         descriptor = beside.stdin.fileno()
         key = descriptors.carrier_key(us, descriptor)
