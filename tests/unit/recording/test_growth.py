@@ -117,7 +117,7 @@ def in_proportion(once: float, twice: float) -> bool:
     return twice < max(once, LEAST_S) * MOST_GROWTH
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["alike", "apart"])
+@pytest.mark.parametrize("apart", [pytest.param(False, marks=pytest.mark.long), True], ids=["alike", "apart"])
 @pytest.mark.parametrize("kind", [kind.event for kind in KINDS], ids=lambda kind: kind.__name__)
 def test_twice_the_events_take_twice_the_time(kind: type[ev.Event], apart: bool) -> None:
     """CPU time, the minimum of several runs each, to exclude what a busy machine adds.
