@@ -14,8 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,6 +173,11 @@ def requires(*features: str) -> pytest.MarkDecorator:
     """Skips the test, naming what is missing."""
     missing = [name for name in features if not FEATURES[name]()]
     return pytest.mark.skipif(bool(missing), reason=f"missing feature: {', '.join(missing)}")
+
+
+def long_but(values: Iterable[Any], *short: Any) -> list[Any]:
+    """Parameters of which only those in `short` are not long."""
+    return [value if value in short else pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 def pytest_configure(config: pytest.Config) -> None:

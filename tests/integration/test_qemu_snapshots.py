@@ -21,13 +21,13 @@ import pytest
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
-from tests.conftest import TRACING, requires
+from tests.conftest import TRACING, long_but, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, exporter, running, until, value
 from tests.integration.qemu_snapshots import AGREES_NS, BACKGROUND, KINDS, SAVED, Kind, holds, version
 from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
-ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+FILE, EXEC, SAVEVM = (next(kind for kind in KINDS if kind.name == name) for name in ("file", "exec", "savevm"))
 AGES_S = (SETTLED_S, SETTLED_S, 1.0, 1.0)
 """How old the VM is at each try. One that stops its guest before the probes are armed can be missed (docs/exporter.md).
 For a VM that has just been found, they are armed."""
@@ -40,7 +40,7 @@ def offset_ns() -> int:
     return time.time_ns() - time.monotonic_ns()
 
 
-@ALL
+@pytest.mark.parametrize("kind", long_but(KINDS, FILE, EXEC, SAVEVM), ids=lambda kind: kind.name)
 def test_record(kind: Kind, tmp_path: Path) -> None:
     kind.needed()
     with QemuPair(SAVED, extra=kind.extra) as pair:
@@ -57,7 +57,7 @@ def test_record(kind: Kind, tmp_path: Path) -> None:
         assert analysis.breakdown.dirty_log.mode == "none"
 
 
-@ALL
+@pytest.mark.parametrize("kind", long_but(KINDS, EXEC), ids=lambda kind: kind.name)
 def test_watch(kind: Kind, tmp_path: Path) -> None:
     kind.needed()
     state = tmp_path / "state.d"
@@ -85,8 +85,7 @@ def test_watch(kind: Kind, tmp_path: Path) -> None:
 
 def test_a_watch_that_is_armed_late_awaits_a_slow_stream(tmp_path: Path) -> None:
     """Logging was switched on before, and the next fetch comes after 4 s: longer than a sign alone counts."""
-    kind = next(kind for kind in KINDS if kind.name == "exec")
-    kind = replace(kind, parameters={**kind.parameters, "max-bandwidth": 256 << 10})
+    kind = replace(EXEC, parameters={**EXEC.parameters, "max-bandwidth": 256 << 10})
     state = tmp_path / "state.d"
     command = [*PROGRAM, "watch", "--format", "json", "--vm", f"{OURS}*", "--state-directory", str(state)]
     with running(*command, stdout=PIPE, stderr=PIPE) as watch, QemuPair(SAVED, extra=NAMED) as pair:

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from ebpf_mig.recording.file import read_recording
+from tests.conftest import long_but
 from tests.fuzz import mutate
 from tests.fuzz.target import CORPUS, corpus
 from tests.fuzz.targets import TARGETS
@@ -18,7 +19,7 @@ from tests.fuzz.targets import TARGETS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", list(TARGETS))
+@pytest.mark.parametrize("name", long_but(TARGETS, "reader", "whole", "qmp", "proc"))
 def test_a_moment_of_each_target(name: str) -> None:
     """The inputs are the same each time, so a new failure comes from a change of the code."""
     command = [sys.executable, "-m", "tests.fuzz", "--target", name, "--seconds", "2", "--seed", "1"]

@@ -22,11 +22,13 @@ from ebpf_mig.recording.kinds import KINDS
 from ebpf_mig.recording.redact import redacted
 from ebpf_mig.report import csv, html, perfetto, text
 from ebpf_mig.report import json as json_report
+from tests.conftest import long_but
 from tests.unit.recording.samples import filled
 
 DATA = Path(__file__).parents[2] / "data"
 MOST_GROWTH = 2.5
 FEW, TRIES = (4000, 8000), 6
+FREQUENT = (ev.Ioctl, ev.Transfer, ev.Segment, ev.OffCpu, ev.Socket, ev.Thread)
 LEAST_S = 0.02
 """Times below this are not compared: they are noise."""
 
@@ -118,7 +120,7 @@ def in_proportion(once: float, twice: float) -> bool:
 
 
 @pytest.mark.parametrize("apart", [pytest.param(False, marks=pytest.mark.long), True], ids=["alike", "apart"])
-@pytest.mark.parametrize("kind", [kind.event for kind in KINDS], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", long_but([kind.event for kind in KINDS], *FREQUENT), ids=lambda kind: kind.__name__)
 def test_twice_the_events_take_twice_the_time(kind: type[ev.Event], apart: bool) -> None:
     """CPU time, the minimum of several runs each, to exclude what a busy machine adds.
 
