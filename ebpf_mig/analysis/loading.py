@@ -65,13 +65,24 @@ def after(ioctls: Sequence[Ioctl], since: int, start: int | None, sent_at: Seque
         return None
     begin = restores[0].begin_ns
     setters = [i for i in restores if kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
-    clock = next((i.begin_ns for i in work if i.begin_ns > begin and kvm.name_of(i.cmd) in _CLOCK), None)
-    before = [i for i in setters if clock is None or i.begin_ns < clock] or setters or restores
-    end = max(i.end_ns for i in before)
+    end = max(i.end_ns for i in _before_clock(setters, work, begin) or setters or restores)
     request = next((at for at in sent_at if at >= end and (start is None or at < start)), None)
     if request is not None:
         end = max([end, *(i.end_ns for i in restores if i.begin_ns < request)])
     return Loading(begin, end)
+
+
+def vcpus_loaded(ioctls: Sequence[Ioctl], since: int, start: int) -> int | None:
+    """When the vCPUs had their state, which was loaded between `since` and `start`; None if no such work was seen."""
+    work = [i for i in ioctls if since <= i.begin_ns < start]
+    setters = [i for i in work if kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
+    return max((i.end_ns for i in _before_clock(setters, work, since)), default=None)
+
+
+def _before_clock(setters: Sequence[Ioctl], work: Sequence[Ioctl], begin: int) -> list[Ioctl]:
+    """Those before the first work on the clock after `begin`."""
+    clock = next((i.begin_ns for i in work if i.begin_ns > begin and kvm.name_of(i.cmd) in _CLOCK), None)
+    return [i for i in setters if clock is None or i.begin_ns < clock]
 
 
 def arrivals(receives: Sequence[Transfer], restores: Sequence[Ioctl], since: int, until: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ebpf_mig.analysis import carrier, dirty_log, live_update, restore, roles, snapshot
+from ebpf_mig.analysis import carrier, dirty_log, live_update, loading, restore, roles, snapshot
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.material import Material
@@ -24,7 +24,9 @@ from ebpf_mig.breakdown import OF_FILES, PHASES, PhaseName, Side, SwitchoverKind
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
-"""A source that sends more than this after the destination's start is still sending memory: postcopy."""
+"""A source that sends more than this after the destination's vCPUs have their state is still sending memory: postcopy.
+In pre-copy they are the last to be loaded, in QEMU by `cpu_synchronize_all_post_init`.
+"""
 
 _FILES = (Transport.FILE, Transport.NONE, Transport.UNKNOWN)
 """What a snapshot's carrier is before its files are known: it has no connection."""
@@ -127,11 +129,18 @@ class TracedMigration:
 
     @cached_property
     def postcopy(self) -> bool:
-        """Whether the source kept sending memory after the destination's start, or the VMM reported postcopy."""
+        """Whether the source sent memory when the destination had its state, or the VMM reported postcopy.
+
+        If the manager takes long before it lets the guest start, all memory can be there by then.
+        """
         found = self.switchover
-        start = found.last_start if found and found.kind == SwitchoverKind.COMPLETED else None
-        late = sum(t.bytes for t in begun(self.sends, start + 1)) if start is not None else 0
-        return self.reported_postcopy or late > AFTER_START_BYTES
+        if self.reported_postcopy or found is None or found.kind != SwitchoverKind.COMPLETED:
+            return self.reported_postcopy
+        loaded = found.last_start
+        if self.destination is not None and found.first_start is not None:
+            loaded = loading.vcpus_loaded(self.destination.ioctls, found.stop, found.first_start) or loaded
+        late = sum(t.bytes for t in begun(self.sends, loaded + 1)) if loaded is not None else 0
+        return late > AFTER_START_BYTES
 
     @cached_property
     def answering(self) -> frozenset[int]:
