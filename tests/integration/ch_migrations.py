@@ -118,8 +118,11 @@ def disagreement(witness: Witness) -> int:
     return max(0, max(witness.value_ns - ours, ours - (witness.value_ns + CUT_MS)) - witness.doubt_ns)
 
 
-def certificates(directory: Path) -> str:
-    """Makes a CA, and a key and certificate for each side, under the file names that Cloud Hypervisor expects."""
+def certificates(directory: Path, *addresses: str) -> str:
+    """Makes a CA, and a key and certificate for each side, under the file names that Cloud Hypervisor and QEMU expect.
+    `addresses`: where servers are found.
+    """
+    names = ",".join(["DNS:localhost", *(f"IP:{address}" for address in addresses or ("127.0.0.1",))])
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
@@ -128,7 +131,7 @@ def certificates(directory: Path) -> str:
     openssl("req", "-x509", *key, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-subj", "/CN=ca")
     for side in ("server", "client"):
         openssl("req", *key, "-keyout", f"{side}-key.pem", "-out", f"{side}.csr", "-subj", f"/CN={side}")
-        (directory / f"{side}.ext").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+        (directory / f"{side}.ext").write_text(f"subjectAltName={names}\n")
         openssl(
             "x509", "-req", "-in", f"{side}.csr", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial",
             "-out", f"{side}-cert.pem", "-extfile", f"{side}.ext",

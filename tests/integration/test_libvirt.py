@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +23,7 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.linux import descriptors, procfs
-from ebpf_mig.recording.events import FORWARDER, HOP, NEIGHBOUR, RECEIVE, SEND, Mark, Transfer
+from ebpf_mig.recording.events import FORWARDER, HOP, NEIGHBOUR, RECEIVE, Mark, Transfer
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.libvirt.lab import NAME, LibvirtHosts
 from ebpf_mig.vmm.qemu.lab import QemuPair
@@ -126,70 +125,6 @@ def test_tunnelled(tmp_path: Path) -> None:
     assert {who.split()[0] for who in b.migration.through} <= {"libvirtd", "rpc-libvirtd"}
     assert len(set(b.migration.through)) == 2
     assert {s.role for s in b.sockets} == {"source migration", "destination migration"}
-
-
-class WithDisk(LibvirtHosts):
-    """The domain has a disk of 32 MiB, of which each host has a file of its own."""
-
-    DISK = "/var/lib/libvirt/images/disk.raw"
-
-    def _xml(self, guest: Path) -> str:
-        disk = f"""<disk type='file' device='disk'><driver name='qemu' type='raw'/>
-            <source file='{self.DISK}'/><target dev='vda' bus='virtio'/></disk>"""
-        return super()._xml(guest).replace("<memballoon", f"{disk}<memballoon")
-
-    def _create(self, directory: Path, guest: Path) -> None:
-        for host in (self.source, self.destination):
-            path = host.directory / self.DISK[1:]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(os.urandom(1 << 20) * 32 if host is self.source else bytes(32 << 20))
-        super()._create(directory, guest)
-
-
-@pytest.mark.long
-def test_a_disk_that_is_copied_beside_the_memory_is_not_the_carrier(tmp_path: Path) -> None:
-    """--copy-storage-all: over NBD, with more bytes than the memory has."""
-    path = tmp_path / "x.rec"
-    with WithDisk(Scenario(memory_bytes=128 * MIB, working_set_bytes=4 * MIB)) as hosts:
-        virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", "--copy-storage-all", NAME]
-        command = [*TOOL, "record", "--vm", NAME, "-o", path, "--", *virsh, hosts.destination.uri_between]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
-        assert done.returncode == 0, done.stderr
-        copied = (hosts.destination.directory / WithDisk.DISK[1:]).read_bytes()
-        assert copied == (hosts.source.directory / WithDisk.DISK[1:]).read_bytes()
-    recording = read_recording(path)
-    b = analyse(recording).breakdown
-    complete(b)
-    assert (b.migration.transport, b.migration.connections) == ("tcp", 1)
-    sent: Counter[int] = Counter()
-    for event in recording.events:
-        if isinstance(event, Transfer) and b.migration.source and event.pid == b.migration.source.pid:
-            sent[event.socket] += event.bytes if event.direction == SEND else 0
-    assert max(sent.values()) > 32 << 20, "the disk"
-    assert sum(p.bytes or 0 for p in b.dirty_log.passes) + sum(s.bytes for s in b.sockets) < 32 << 20
-
-
-@pytest.mark.long
-def test_watch_sees_one_migration_through_the_tunnel(tmp_path: Path) -> None:
-    """libvirt ends the source's QEMU at once: alone, it would have no result."""
-    command = [*TOOL, "watch", "--format", "json", "--count", "1", "--vm", NAME]
-    command += ["--state-directory", str(tmp_path / "state")]
-    scenario = Scenario(memory_bytes=128 * MIB, working_set_bytes=16 * MIB, pages_per_s=1000)
-    with (
-        LibvirtHosts(scenario) as hosts,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch,
-    ):
-        assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
-        time.sleep(4)
-        virsh = ["virsh", "-c", hosts.source.uri, "migrate", "--live", "--p2p", "--tunnelled", "--bandwidth", "16"]
-        subprocess.run([*virsh, NAME, hosts.destination.uri_between], check=True, capture_output=True, timeout=60)
-        try:
-            said = json.loads(watch.communicate(timeout=20)[0])
-        finally:
-            watch.kill()
-    b = analyse(read_recording(tmp_path / "state" / said["recording"])).breakdown
-    complete(b)
-    assert (said["role"], b.migration.transport, len(b.migration.through)) == ("both", "pipe", 2)
 
 
 @pytest.mark.long
