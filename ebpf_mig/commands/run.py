@@ -102,7 +102,7 @@ class _Run:
     ended_ns: int = 0
     given_up: bool = False
     """The VMM did not cancel in time, and we do not wait any longer."""
-    neighbours: list[Mark] = field(default_factory=list)
+    neighbours: Sequence[AnyEvent] = ()
     """Who holds the other ends of pipes and UNIX sockets."""
     called_off: threading.Event = field(default_factory=threading.Event)
     """Set by an interruption, which may come before the trigger."""
@@ -176,7 +176,8 @@ def _pump_until_done(
         own = without_hops(events, hops)
         watch.saw(own)
         live.show(own)
-        run.neighbours += witness.meet(watch, clock.monotonic_ns())
+        witness.meet(watch, clock.monotonic_ns())
+        run.neighbours = witness.marks()
         for pid in witness.hops - hops:
             hops.add(pid)
             session.follow(pid)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.linux.descriptors import carrier_descriptor
 from ebpf_mig.linux.procfs import is_ending
-from ebpf_mig.recording.events import CLOSED, ENDED, HOP, AnyEvent, Mark, Socket
+from ebpf_mig.recording.events import CLOSED, ENDED, FORWARDER, HOP, KEEPER, NEIGHBOUR, AnyEvent, Mark, Socket
 from ebpf_mig.recording.kinds import pid_of
 from ebpf_mig.text import printable
 from ebpf_mig.tracing import neighbours
@@ -64,7 +64,7 @@ class Witness:
                 self._marks.append(Mark(since, pid, CLOSED, value=inode, doubt_ns=INTERVAL_NS))
                 watch.closed(pid, since)
 
-    def meet(self, watch: MigrationWatch, now_ns: int) -> list[Mark]:
+    def meet(self, watch: MigrationWatch, now_ns: int) -> None:
         """Looks once for the other end of each carrier that leads out of the traced processes, or from one process on
         the way to the next.
         """
@@ -75,7 +75,6 @@ class Witness:
             self.hops.add(pid)
             found.append(Mark(now_ns, pid, HOP, printable(procfs.comm(pid)) or "a process"))
         self._marks += found
-        return found
 
     def _new(self, watch: MigrationWatch) -> list[Socket]:
         new = [carrier for carrier in watch.carriers.opaque if (carrier.pid, carrier.socket) not in self._met]
@@ -98,8 +97,8 @@ class Witness:
         self._marks += other._marks
 
     def marks(self) -> Sequence[AnyEvent]:
-        """The marks so far."""
-        return self._marks
+        """The marks so far. A process that was met before it was traced itself is an end of the way, not on it."""
+        return [mark for mark in self._marks if _met(mark) not in self._pids]
 
     def _closed(self, pid: int, inode: int, now_ns: int) -> bool:
         """Whether the process lives, and has not had the carrier open for `SURE_NS`."""
@@ -115,6 +114,13 @@ class Witness:
             return False
         since = self._missing.setdefault(key, now_ns)
         return now_ns - since >= SURE_NS and not is_ending(pid)
+
+
+def _met(mark: Mark) -> int | None:
+    """The process at the end of the way that the mark names; no VMM is followed by another one."""
+    if mark.name == HOP:
+        return mark.pid
+    return int(mark.detail.rpartition(" ")[2]) if mark.name in (NEIGHBOUR, FORWARDER, KEEPER) else None
 
 
 def _points_to(pid: int, descriptor: int, inode: int) -> bool:

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 from ebpf_mig.linux import descriptors
-from ebpf_mig.recording.events import AF_UNIX, FORWARDER, KEEPER, NEIGHBOUR, PIPE, Mark, Socket
+from ebpf_mig.recording.events import AF_UNIX, FORWARDER, HOP, KEEPER, NEIGHBOUR, PIPE, Mark, Socket, Transfer
 from ebpf_mig.tracing import neighbours
+from ebpf_mig.tracing.lifecycle import MigrationWatch
+from ebpf_mig.tracing.witness import Witness
 
 OURS = os.getpid()
 
@@ -107,6 +109,23 @@ def test_the_other_end_of_a_unix_socket() -> None:
             process = subprocess.Popen(["cat"], stdin=far, stdout=far)
         (found,) = neighbours.marks([Socket(1, OURS, near.fileno(), 5, AF_UNIX, "", "", peer)], [OURS], 9)[0]
         assert (found.name, found.detail, found.value) == (FORWARDER, f"cat {process.pid}", 5)
+    process.wait(10)
+
+
+def test_a_destination_that_is_traced_later_is_not_on_the_way() -> None:
+    near, far = socket.socketpair()
+    key, peer = (descriptors.carrier_key(OURS, end.fileno()) for end in (near, far))
+    assert key is not None and peer is not None
+    watch, witness = MigrationWatch([OURS]), Witness([OURS])
+    with near:
+        with far:
+            process = subprocess.Popen(["cat"], stdin=far, stdout=far)
+        watch.saw([Socket(1, OURS, near.fileno(), key, AF_UNIX, "", "", peer)])
+        watch.saw([Transfer(2, 3, OURS, OURS, near.fileno(), 0, key, 1, 1 << 20, 1, 1, 0, 0)])
+        witness.meet(watch, 9)
+        assert {mark.name for mark in witness.marks() if isinstance(mark, Mark)} == {FORWARDER, HOP}
+        witness.joined(process.pid)
+        assert witness.marks() == []
     process.wait(10)
 
 
