@@ -28,9 +28,9 @@ from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.companion import Companion
 from tests.conftest import TRACING, requires
-from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running
+from tests.integration.exporters import running
 from tests.integration.live_updates import NEWER
-from tests.integration.migrations import LASTING, QUICK
+from tests.integration.migrations import QUICK
 from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
@@ -168,24 +168,6 @@ def test_a_proxy_between_unix_sockets(tmp_path: Path) -> None:
 
     b = recorded(tmp_path / "x.rec", proxied(tmp_path), pace=SLOWLY)
     whole(b, "unix")
-    assert len(b.migration.through) == 1 and b.migration.through[0].startswith("socat ")
-
-
-@pytest.mark.skipif(not shutil.which("socat"), reason="missing feature: socat")
-def test_watch_makes_one_migration_of_the_halves_beside_a_proxy(tmp_path: Path) -> None:
-    command = [*PROGRAM, "watch", "--format", "json", "--count", "1", "--vm", f"{OURS}*"]
-    command += ["--state-directory", str(tmp_path / "state")]
-    with QemuPair(LASTING, extra=NAMED) as pair, running(*command, stdout=PIPED, stderr=PIPED) as watch:
-        assert watch.stderr is not None and watch.stdout is not None and "watching" in watch.stderr.readline()
-        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        source("migrate-set-parameters", **{"max-bandwidth": LASTING.bandwidth_bytes})
-        time.sleep(SETTLED_S)
-        proxied(tmp_path)(pair, source, destination)
-        (said,) = [json.loads(line) for line in watch.stdout.read().splitlines()]
-    b = analyse(read_recording(tmp_path / "state" / said["recording"])).breakdown
-    # The watch may be armed later than QEMU switches logging on, as docs/exporter.md says.
-    whole(b, "unix", begun=b.migration.total_ns is not None)
-    assert (said["role"], said["result"], said["blackout_ns"]) == ("both", "completed", b.blackout_ns)
     assert len(b.migration.through) == 1 and b.migration.through[0].startswith("socat ")
 
 
