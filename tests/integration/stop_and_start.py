@@ -72,7 +72,7 @@ def stop_and_start(source: Path, destination: Path, pid: int) -> StopAndStart:
     entries = _entries(far)
     assert entries, f"QEMU's trace {destination} has no start"
     waited = max(int(path.read_text().split()[1]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
-    return StopAndStart((min(asked[-1], *left[-1:]), stopped[-1]), (entries[0], entries[-1] + waited))
+    return StopAndStart((min([asked[-1], *left[-1:]]), stopped[-1]), (entries[0], entries[-1] + waited))
 
 
 def traced(path: Path, enough: Callable[[Sequence[TraceLine]], bool]) -> list[TraceLine]:

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Migrations that follow each other at once, as `watch` sees them: each is there, with its own blackout.
 
-EBPF_MIG_CHAINS is the number of rounds. The witness of a blackout is QEMU itself: the guest stopped between the change
-of the run state, which QEMU traces before its kicks, and QMP STOP; it started between QMP RESUME and the first exit
-from KVM_RUN that QEMU traces. STOP to RESUME alone is no witness on a busy machine: the thread that stops the guest may
-lose the CPU before it says so, for 130 ms in one run with three more runnable threads on two CPUs.
+EBPF_MIG_CHAINS is the number of rounds. The witness of a blackout is QEMU's own trace: see `stop_and_start.py`.
 """
 
 from __future__ import annotations
@@ -30,22 +27,14 @@ from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running
-from tests.integration.migrations import TraceLine, parse_trace
+from tests.integration.shapes import OPTIONS
+from tests.integration.stop_and_start import StopAndStart, stop_and_start
 from tests.integration.test_results import Qmp
 
 pytestmark = [requires(*TRACING), pytest.mark.long]
 ROUNDS = int(os.environ.get("EBPF_MIG_CHAINS", "2"))
 SMALL = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=1000)
 SLOW = 16 << 20
-TRACED = [*NAMED, "-trace", "runstate_set", "-trace", "kvm_run_exit", "-D", "{dir}/{role}.trace"]
-PAUSING = "finish-migrate"
-"""The run state that QEMU sets before it kicks the vCPUs."""
-NEEDED = [PAUSING], [PAUSING, "kvm_run_exit"], ["kvm_run_exit"]
-"""What QEMU's trace of A, B and C must have before it is read."""
-FLUSHED_S = 5.0
-"""QEMU writes its trace from many threads; a line that is not there by then never comes."""
-SLACK_NS = 200_000
-"""QEMU's stamps are of the wall clock, in us; the clocks drift a little."""
 
 
 @contextlib.contextmanager
@@ -70,49 +59,22 @@ def start(source: Qmp, destination: Qmp, uri: str) -> None:
 
 @dataclass(frozen=True)
 class Hop:
-    """One migration as QEMU saw it; instants of the wall clock."""
+    """One migration as QEMU saw it."""
 
     pids: tuple[int, int]
-    stop: int
-    resume: int
-    source: list[TraceLine]
-    destination: list[TraceLine]
+    truth: StopAndStart
 
     def holds(self, found: TracedMigration, offset: int) -> str:
         """Empty if the blackout lies where QEMU says; else what is wrong. `offset`: wall clock minus monotonic."""
         switchover = found.switchover
         if switchover is None or switchover.first_start is None:
             return "no blackout"
-        stop, start = switchover.stop + offset, switchover.first_start + offset
-        asked = next((line.at_ns for line in self.source if PAUSING in line.text), None)
-        if asked is None:
-            return f"QEMU's trace has no {PAUSING}, which is needed as the witness"
-        left = max((e.at_ns for e in self.source if e.name == "kvm_run_exit" and e.at_ns < self.stop), default=asked)
-        exits = [e.at_ns for e in self.destination if e.name == "kvm_run_exit"]
-        earliest, latest = min(asked, left), min(exits, default=start)
-        if not earliest - SLACK_NS <= stop <= self.stop + SLACK_NS:
-            return f"stopped {(stop - earliest) / 1e6:.3f} ms after the earliest, {(self.stop - stop) / 1e6:.3f} before"
-        if not self.resume - SLACK_NS <= start <= latest + SLACK_NS:
-            return f"started {(start - self.resume) / 1e6:.3f} ms after RESUME, {(latest - start) / 1e6:.3f} before"
-        return ""
-
-
-def traced(path: Path, *needed: str) -> list[TraceLine]:
-    """QEMU's trace, once it has a line with each of `needed`, or after FLUSHED_S."""
-    deadline = time.monotonic() + FLUSHED_S
-    while True:
-        lines = parse_trace(path, 0)
-        if (
-            all(any(text in f"{line.name} {line.text}" for line in lines) for text in needed)
-            or time.monotonic() > deadline
-        ):
-            return lines
-        time.sleep(0.05)
+        return self.truth.off(switchover.stop + offset, switchover.first_start + offset)
 
 
 def chain() -> list[Hop]:
     """A to B to C, B migrated on as soon as its guest runs."""
-    with QemuPair(SMALL, None, TRACED) as one, QemuPair(SMALL, None, TRACED) as other:
+    with QemuPair(SMALL, None, OPTIONS) as one, QemuPair(SMALL, None, OPTIONS) as other:
         time.sleep(SETTLED_S)
         a, b, c = Qmp(one.source.qmp), Qmp(one.destination.qmp), Qmp(other.destination.qmp)
         for source in (a, b):
@@ -124,10 +86,12 @@ def chain() -> list[Hop]:
         while not c.runs():
             time.sleep(0.01)
         time.sleep(0.3)
-        files = (one.directory / "source", one.directory / "destination", other.directory / "destination")
-        traces = [traced(path.with_suffix(".trace"), *needed) for path, needed in zip(files, NEEDED, strict=True)]
-        first = Hop((one.source.pid, one.destination.pid), a.at("STOP"), b.at("RESUME"), *traces[:2])
-        return [first, Hop((one.destination.pid, other.destination.pid), b.at("STOP"), c.at("RESUME"), *traces[1:])]
+        at = one.directory / "source", one.directory / "destination", other.directory / "destination"
+        near, middle, far = (path.with_suffix(".trace") for path in at)
+        return [
+            Hop((one.source.pid, one.destination.pid), stop_and_start(near, middle, one.destination.pid)),
+            Hop((one.destination.pid, other.destination.pid), stop_and_start(middle, far, other.destination.pid)),
+        ]
 
 
 def test_a_chain_without_a_rest(tmp_path: Path) -> None:

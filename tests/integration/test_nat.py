@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two hosts with NAT between them: each sees other addresses, so the stream shows what belongs together.
 
-Two network namespaces and nftables. The witness is QEMU's own STOP and RESUME.
+Two network namespaces and nftables. The witness is QEMU's own trace.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from ebpf_mig.breakdown import Breakdown, PairedBy
 from ebpf_mig.lab.netns import ADDRESSES, PORT, Link
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
-from tests.integration.exporters import NAMED, PROGRAM, report, running
 from tests.integration.migrations import LASTING
+from tests.integration.shapes import OPTIONS, Tool, completed, joined, start, watched, whole
 from tests.integration.test_results import Qmp
-from tests.integration.test_shapes import completed, pids, start, watched, whole
 
 pytestmark = [requires(*TRACING, "tc with tbf and veth", "nft"), pytest.mark.timeout(120), pytest.mark.long]
 
@@ -41,7 +40,7 @@ table ip nat {{
 
 @contextlib.contextmanager
 def behind_nat() -> Iterator[QemuPair]:
-    with Link() as link, QemuPair(LASTING, None, NAMED, link) as pair:
+    with Link() as link, QemuPair(LASTING, None, OPTIONS, link) as pair:
         with link.inside("source"):
             subprocess.run(["sh", "-ec", NAT], check=True)
         yield pair
@@ -55,38 +54,18 @@ def through_nat(seen: Breakdown) -> None:
     assert seen.migration.transport == "tcp"
 
 
-def test_watch_pairs_both_sides_of_a_nat_by_the_stream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tool", [watched, joined])
+def test_both_sides_of_a_nat_are_paired_by_the_stream(tool: Tool, tmp_path: Path) -> None:
     with behind_nat() as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        with watched(pair, tmp_path) as found:
+        with tool(pair, tmp_path) as found:
             start(source, destination, pair.uri, f"tcp:{BEHIND}:{PORT}")
-            took = completed(source, destination)
+            took = completed(pair, source, destination)
             seen = found()
     whole(seen, took)
     through_nat(seen)
-    assert seen.migration.pairing is not None and seen.migration.pairing.by in (PairedBy.STREAM, PairedBy.FLOW)
-
-
-def test_join_pairs_both_sides_of_a_nat_by_the_stream(tmp_path: Path) -> None:
-    with behind_nat() as pair, contextlib.ExitStack() as stack:
-        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        recorders = []
-        for name, pid in zip("ab", pids(pair), strict=True):
-            command = [*PROGRAM, "record", "--pid", str(pid), "-o", str(tmp_path / f"{name}.rec")]
-            recorders.append(stack.enter_context(running(*command, stderr=subprocess.PIPE)))
-            said = recorders[-1].stderr
-            assert said is not None
-            while "tracing" not in (line := said.readline()):  # first, that the destination's guest does not run
-                assert line, "the recorder ended"
-        start(source, destination, pair.uri, f"tcp:{BEHIND}:{PORT}")
-        took = completed(source, destination)
-        for recorder in recorders:
-            assert recorder.wait(30) == 0
-    both = tmp_path / "both.rec"
-    command = [*PROGRAM, "join", str(tmp_path / "a.rec"), str(tmp_path / "b.rec"), "--recording", str(both)]
-    subprocess.run(command, check=True, capture_output=True)
-    seen = report(both)
-    assert seen.clock is not None and seen.clock.bound_ns is not None
-    whole(seen, took, seen.clock.bound_ns)
-    through_nat(seen)
-    assert abs(seen.clock.offset_ns) <= seen.clock.bound_ns, "both hosts have one clock"
+    if tool is watched:
+        assert seen.migration.pairing is not None and seen.migration.pairing.by in (PairedBy.STREAM, PairedBy.FLOW)
+    else:
+        assert seen.clock is not None and seen.clock.bound_ns is not None
+        assert abs(seen.clock.offset_ns) <= seen.clock.bound_ns, "both hosts have one clock"

@@ -1,121 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Production's shapes: VMMs in containers, guests that are reset or shut down while their memory
-is copied, and VMMs that are stopped in the blackout.
+"""Production's shapes: VMMs in containers, VMMs that are stopped in the blackout, a manager that takes its time or
+cancels, guests that are paused, reset or shut down.
 
-Each is a real migration, seen by `watch` on the node or by `record`. The witness is QEMU's own STOP and RESUME.
+Each is a real migration, seen by `watch` on the node or by `record`. The witness is QEMU's own trace.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
-import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ebpf_mig.analysis.lost_cpu import CPU_QUOTA
-from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm, find_binary
 from tests.companion import Companion
 from tests.conftest import TRACING, requires
-from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, report, running, until
+from tests.integration.exporters import PROGRAM, report, running, until
 from tests.integration.migrations import LASTING
+from tests.integration.shapes import MS, OPTIONS, TOOLS, Tool, completed, pids, recorded, start, whole
 from tests.integration.test_results import Qmp
 
 pytestmark = [requires(*TRACING), pytest.mark.timeout(120)]
 
-MS = 1_000_000
-LATE_NS = 20 * MS
-"""STOP comes after the stop and RESUME before the start, by at most what a busy machine takes for either."""
 UNIX = replace(LASTING, transport="unix")
-FULL = {"max-bandwidth": LASTING.bandwidth_bytes, "downtime-limit": 2000}
-"""Much is left for the blackout."""
-Tool = Callable[[QemuPair, Path], contextlib.AbstractContextManager[Callable[[], Breakdown]]]
-
-
-def pids(pair: QemuPair) -> tuple[int, int]:
-    """The process ids of both QEMUs here, whatever started them."""
-    return qemu(pair.source), qemu(pair.destination)
-
-
-def qemu(vm: QemuVm) -> int:
-    """Who listens at a VM's monitor."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(vm.qmp)
-        return int(struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-
-
-@contextlib.contextmanager
-def recorded(pair: QemuPair, directory: Path) -> Iterator[Callable[[], Breakdown]]:
-    """`record` of both processes; the breakdown once it has ended."""
-    path = directory / "seen.rec"
-    named = [word for pid in pids(pair) for word in ("--pid", str(pid))]
-    with running(*PROGRAM, "record", *named, "-o", str(path), stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None and "tracing" in process.stderr.readline()
-
-        def found() -> Breakdown:
-            assert process.wait(30) == 0, process.stderr and process.stderr.read()
-            return report(path)
-
-        yield found
-
-
-@contextlib.contextmanager
-def watched(_pair: QemuPair, directory: Path) -> Iterator[Callable[[], Breakdown]]:
-    """`watch` on the node; the breakdown of the one migration that it reports."""
-    command = [*PROGRAM, "watch", "--format", "json", "--vm", f"{OURS}*", "--state-directory", str(directory / "state")]
-    with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None and "watching" in process.stderr.readline()
-        time.sleep(SETTLED_S)
-
-        def found() -> Breakdown:
-            time.sleep(4)
-            process.terminate()
-            (said,) = [json.loads(line) for line in process.communicate(timeout=30)[0].splitlines()]
-            seen = report(directory / "state" / said["recording"])
-            assert (said["result"], said["blackout_ns"]) == (seen.migration.result, seen.blackout_ns)
-            return seen
-
-        yield found
-
-
-TOOLS = pytest.mark.parametrize(
-    "tool", [recorded, pytest.param(watched, marks=pytest.mark.long)], ids=["record", "watch"]
-)
-
-
-def start(source: Qmp, destination: Qmp, uri: str, to: str = "") -> None:
-    """Begins the migration, to another address than the destination's if `to` is given."""
-    destination("migrate-incoming", uri=uri)
-    source("migrate-set-parameters", **FULL)
-    source("migrate", uri=to or uri)
-
-
-def completed(source: Qmp, destination: Qmp) -> int:
-    """RESUME minus STOP, once the guest runs at the destination, ns."""
-    assert source.reaches("completed", "failed") == "completed"
-    until(destination.runs)
-    return destination.at("RESUME") - source.at("STOP")
-
-
-def whole(seen: Breakdown, took: int, doubt_ns: int = 0) -> None:
-    """One completed migration with the blackout that QEMU saw, nothing in doubt, and nothing left over. `doubt_ns`: of
-    two clocks.
-    """
-    assert seen.migration.result == "completed"
-    assert (seen.completeness.verdict, seen.completeness.reasons) == ("complete", [])
-    assert seen.blackout_ns is not None and seen.window_ns is not None
-    assert -doubt_ns <= seen.blackout_ns - took <= LATE_NS + doubt_ns, (seen.blackout_ns, took)
-    assert (seen.phase_ns("unattributed") or 0) <= 0.02 * seen.window_ns
-    assert sum(phase.duration_ns or 0 for phase in seen.phases) == seen.window_ns
 
 
 # Containers
@@ -140,8 +54,8 @@ class Contained(QemuPair):
         return super()._start(role, more)
 
 
-PERIOD_NS, THROTTLED_NS = 100_000_000, 50_000_000
-"""Of the CPU quota; a fifth of a CPU leaves 80 ms of each period."""
+THROTTLED_NS = 50_000_000
+"""The CPU quota is a fifth of a CPU in each 100 ms, so it takes 80 ms of each period."""
 
 
 class Group:
@@ -191,7 +105,7 @@ def contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *groups: Group) -
     wrapper.chmod(0o755)
     monkeypatch.setenv("GROUPS_OF_THE_TEST", " ".join(str(group.path) for group in groups))
     monkeypatch.setenv("QEMU_OF_THE_TEST", find_binary(None))
-    with Contained(UNIX, str(wrapper), NAMED) as pair:
+    with Contained(UNIX, str(wrapper), OPTIONS) as pair:
         yield pair
 
 
@@ -207,15 +121,17 @@ def test_vmms_in_containers(
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         with tool(pair, tmp_path) as found:
             start(source, destination, pair.uri)
-            took = completed(source, destination)
+            took = completed(pair, source, destination)
             seen = found()
     whole(seen, took)
     assert seen.migration.transport == "unix"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(400)
 @requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
-def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@TOOLS
+def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy process in the group uses the quota up in each period. For which thread of a VMM it then runs out is
     chance. If another thread waits for that one, or two periods lie between two readings of the quota, the report does
     not name it. So up to eight migrations are made, until one does.
@@ -226,13 +142,13 @@ def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tmp_path: Path, monkeypatch: 
         directory.mkdir()
         with Group("cpu") as group, busy(group), contained(directory, monkeypatch, group) as pair:
             source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-            with recorded(pair, directory) as found:
+            with tool(pair, directory) as found:
                 group.quota(20)
                 start(source, destination, pair.uri)
-                took = completed(source, destination)
+                took = completed(pair, source, destination)
                 group.quota(100)
                 seen = found()
-        whole(seen, took, PERIOD_NS)  # QEMU's main thread can be throttled before it stamps an event
+        whole(seen, took)
         reasons = [reason for wait in seen.waits or [] for reason in wait.stack if wait.duration_ns > THROTTLED_NS]
         if CPU_QUOTA in reasons:
             return
@@ -240,45 +156,114 @@ def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tmp_path: Path, monkeypatch: 
 
 
 @requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
-def test_a_group_that_is_frozen_in_the_blackout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@TOOLS
+def test_a_group_that_is_frozen_in_the_blackout(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Group("freezer") as group, contained(tmp_path, monkeypatch, group) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        with recorded(pair, tmp_path) as found:
+        with tool(pair, tmp_path) as found:
             start(source, destination, pair.uri)
             source.hears("STOP")
             group.freeze(True)
             time.sleep(0.3)
             group.freeze(False)
-            took = completed(source, destination)
+            took = completed(pair, source, destination)
             seen = found()
     whole(seen, took)
-    assert took >= 300 * MS
+    assert took.least_ns >= 300 * MS
 
 
 # Stopped
 
 
+@TOOLS
 @pytest.mark.parametrize("which", ["source", "destination"])
-def test_a_vmm_that_is_stopped_in_the_blackout(which: str, tmp_path: Path) -> None:
+def test_a_vmm_that_is_stopped_in_the_blackout(which: str, tool: Tool, tmp_path: Path) -> None:
     """The blackout takes some ms, and can be over before the signal arrives. Then it is tried again."""
     for number in range(5):
         directory = tmp_path / str(number)
         directory.mkdir()
-        with QemuPair(LASTING, None, NAMED) as pair:
+        with QemuPair(LASTING, None, OPTIONS) as pair:
             source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-            with recorded(pair, directory) as found:
+            with tool(pair, directory) as found:
                 start(source, destination, pair.uri)
                 source.hears("STOP")
                 pid = (pair.source if which == "source" else pair.destination).pid
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(0.3)
                 os.kill(pid, signal.SIGCONT)
-                took = completed(source, destination)
+                took = completed(pair, source, destination)
                 seen = found()
         whole(seen, took)
-        if took >= 300 * MS:
+        if took.least_ns >= 300 * MS:
             return
     pytest.fail("no blackout was long enough to be stopped in")
+
+
+# The manager's doing
+
+HELD_S = 1.0
+
+
+def held(source: Qmp) -> None:
+    """Waits until QEMU asks for the manager's word, which takes its time."""
+    assert source.reaches("pre-switchover", "failed") == "pre-switchover"
+    time.sleep(HELD_S)
+
+
+@TOOLS
+def test_a_second_at_pre_switchover(tool: Tool, tmp_path: Path) -> None:
+    with QemuPair(LASTING, None, OPTIONS) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        source.capability("pause-before-switchover")
+        with tool(pair, tmp_path) as found:
+            start(source, destination, pair.uri)
+            held(source)
+            source("migrate-continue", state="pre-switchover")
+            took = completed(pair, source, destination)
+            seen = found()
+    whole(seen, took)
+    assert HELD_S * 10**9 <= (seen.phase_ns("management") or 0) <= took.most_ns
+
+
+def test_a_cancel_at_pre_switchover_and_a_retry_at_once(tmp_path: Path) -> None:
+    """QEMU's destination ends with the migration that it was started for, so the retry goes to another."""
+    path = tmp_path / "seen.rec"
+    with QemuPair(LASTING, None, OPTIONS) as pair, QemuPair(LASTING, None, OPTIONS) as other:
+        source, first = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        second = Qmp(other.destination.qmp)
+        source.capability("pause-before-switchover")
+        command = [*PROGRAM, "record", "--pid", str(pair.source.pid), "--pid", str(other.destination.pid)]
+        with running(*command, "-o", str(path), stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None and "tracing" in process.stderr.readline()
+            start(source, first, pair.uri)
+            held(source)
+            source("migrate_cancel")
+            assert source.reaches("cancelled", "failed", "completed") == "cancelled"
+            source("migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": False}])
+            start(source, second, other.uri)
+            took = completed(pair, source, second, other)
+            assert process.wait(30) == 0
+    whole(report(path), took)
+
+
+@TOOLS
+def test_a_guest_that_is_paused_has_no_blackout(tool: Tool, tmp_path: Path) -> None:
+    with QemuPair(LASTING, None, OPTIONS) as pair:
+        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+        with tool(pair, tmp_path) as found:
+            source("stop")
+            start(source, destination, pair.uri)
+            assert source.reaches("completed", "failed") == "completed"
+            until(lambda: destination.status() == "completed")
+            assert not destination.runs()
+            time.sleep(1)
+            for vm in (pair.source, pair.destination):  # as a manager does
+                vm.process.terminate()
+            seen = found()
+    assert (seen.migration.result, seen.blackout_ns, seen.window_ns) == ("completed", None, None)
+    # A watch may be armed when the guest has been paused for long, and then does not know who paused it.
+    assert seen.migration.paused_before in ((True,) if tool is recorded else (True, None))
+    assert seen.migration.paused_after
 
 
 # The guest's own doing
@@ -293,13 +278,13 @@ def under_way(source: Qmp) -> None:
 
 @TOOLS
 def test_a_guest_that_is_reset_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
-    with QemuPair(LASTING, None, NAMED) as pair:
+    with QemuPair(LASTING, None, OPTIONS) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         with tool(pair, tmp_path) as found:
             start(source, destination, pair.uri)
             under_way(source)
             source("system_reset")
-            took = completed(source, destination)
+            took = completed(pair, source, destination)
             seen = found()
     whole(seen, took)
 
@@ -307,7 +292,7 @@ def test_a_guest_that_is_reset_while_its_memory_is_copied(tool: Tool, tmp_path: 
 @TOOLS
 def test_a_guest_that_shuts_down_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
     """As with libvirt, QEMU stays. The guest stopped by itself, so no migration made it stop."""
-    with QemuPair(LASTING, None, [*NAMED, *SHUTS_DOWN, "-no-shutdown"]) as pair:
+    with QemuPair(LASTING, None, [*OPTIONS, *SHUTS_DOWN, "-no-shutdown"]) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         with tool(pair, tmp_path) as found:
             start(source, destination, pair.uri)
@@ -326,7 +311,7 @@ def test_a_guest_that_shuts_down_while_its_memory_is_copied(tool: Tool, tmp_path
 
 @TOOLS
 def test_a_guest_whose_vmm_ends_with_it_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
-    with QemuPair(LASTING, None, [*NAMED, *SHUTS_DOWN]) as pair:
+    with QemuPair(LASTING, None, [*OPTIONS, *SHUTS_DOWN]) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
         with tool(pair, tmp_path) as found:
             start(source, destination, pair.uri)
