@@ -22,8 +22,8 @@ from tests.integration.exporters import OURS, PROGRAM, children, free_port, is_r
 from tests.integration.test_results import Qmp
 from tests.soak.usage import Usage, growth
 
-SCENARIO = Scenario(memory_bytes=64 * MIB, working_set_bytes=8 * MIB, pages_per_s=1000, bandwidth_bytes=16 << 20)
-"""Half a second of pre-copy. The guest is dark for some ms."""
+SCENARIO = Scenario(memory_bytes=64 * MIB, working_set_bytes=8 * MIB, pages_per_s=1000, bandwidth_bytes=8 << 20)
+"""A second of pre-copy, so that the probes are armed before its end on a busy machine, too."""
 AGE_S = 1.5
 """A VM that migrates right after it was created can be missed (docs/exporter.md)."""
 COUNTED_S = 20.0
