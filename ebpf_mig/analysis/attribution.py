@@ -69,7 +69,8 @@ def attribute(traced: TracedMigration) -> Attribution:
     last_byte = handed if sent else None
     end = found.last_start
     if end is None:
-        moved = [t.end_ns for t in transfers if t.end_ns > found.stop]
+        until = _followed_by_pages(traced)
+        moved = [t.end_ns for t in transfers if found.stop < t.end_ns <= until]
         end = max([found.stop, handed, *moved, *([load.end] if load else [])])
     partition = Partition(found.requested, max(end, found.stop))
     handed = min(handed, found.first_start if found.first_start is not None else end)
@@ -233,18 +234,28 @@ def _loading(traced: TracedMigration, found: Switchover, work: Work) -> Loading 
 
 
 def _handed(traced: TracedMigration, source: Process, found: Switchover, work: Work, load: Loading | None) -> int:
-    """When the last byte that the destination needed left the source."""
+    """When the last byte that the destination needed left the source. In postcopy that is seen from the source alone,
+    pages that came before the first answer cannot be told from state.
+    """
     limit = found.first_start if found.first_start is not None else FOREVER
     sends = [t for t in traced.own_transfers if t.direction == SEND and t.end_ns > found.stop]
     if load is not None and traced.postcopy:
         return _state_sent(sends, work, load)
     if load is not None:
         limit = min(limit, load.end)
-    ends = [t.end_ns for t in sends if t.begin_ns < limit]
+    pages = _followed_by_pages(traced)
+    ends = [min(t.end_ns, pages) for t in sends if t.begin_ns < min(limit, pages)]
     if not ends:
         before = load.begin if load is not None else limit
         ends = [i.end_ns for i in source.ioctls if found.stop <= i.begin_ns < before]
     return max(ends, default=found.stop)
+
+
+def _followed_by_pages(traced: TracedMigration) -> int:
+    """When the destination answered to the state of a postcopy that is seen from the source alone; FOREVER if it did
+    not, or in other migrations. What the source sends later is no part of the downtime.
+    """
+    return traced.answered if traced.postcopy and traced.answered is not None else FOREVER
 
 
 def _state_sent(sends: Sequence[Transfer], work: Work, load: Loading) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ebpf_mig.analysis import carrier, dirty_log, live_update, loading, restore, roles, snapshot
+from ebpf_mig.analysis import carrier, dirty_log, live_update, loading, restore, roles, snapshot, source_work
 from ebpf_mig.analysis import switchover as switchovers
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.material import Material
@@ -18,6 +18,7 @@ from ebpf_mig.analysis.process import Process, begun, key_of
 from ebpf_mig.analysis.restore import Restore
 from ebpf_mig.analysis.snapshot import Snapshot
 from ebpf_mig.analysis.sockets import Channels, transport_of
+from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.breakdown import OF_FILES, PHASES, PhaseName, Side, SwitchoverKind, Transport
@@ -131,9 +132,12 @@ class TracedMigration:
     def postcopy(self) -> bool:
         """Whether the source sent memory when the destination had its state, or the VMM reported postcopy.
 
-        If the manager takes long before it lets the guest start, all memory can be there by then.
+        If the manager takes long before it lets the guest start, all memory can be there by then. Without the
+        destination: whether the source sent memory after the state was answered. In pre-copy nothing large follows.
         """
         found = self.switchover
+        if not self.reported_postcopy and self.destination is None and self.answered is not None:
+            return sum(t.bytes for t in begun(self.sends, self.answered)) > AFTER_START_BYTES
         if self.reported_postcopy or found is None or found.kind != SwitchoverKind.COMPLETED:
             return self.reported_postcopy
         loaded = found.last_start
@@ -141,6 +145,22 @@ class TracedMigration:
             loaded = loading.vcpus_loaded(self.destination.ioctls, found.stop, found.first_start) or loaded
         late = sum(t.bytes for t in begun(self.sends, loaded + 1)) if loaded is not None else 0
         return late > AFTER_START_BYTES
+
+    @cached_property
+    def answered(self) -> int | None:
+        """When the first answer to the state came, to a source whose destination was not traced; None: none came.
+
+        In postcopy it is the first request for a page, or QEMU's answer to its own ping
+        (migration/migration.c, `postcopy_start`).
+        """
+        found, source = self.switchover, self.source
+        if found is None or source is None or self.destination is not None or found.kind == SwitchoverKind.ABORTED:
+            return None
+        since = source_work.observe(source, found.stop, self.bursts, self.source_transfers).work(FOREVER).state_from
+        if since is None:
+            return None
+        answers = (t.end_ns for t in self.source_transfers if t.direction == RECEIVE and t.bytes)
+        return min((end for end in answers if end > since), default=None)
 
     @cached_property
     def answering(self) -> frozenset[int]:

@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebpf_mig.analysis.attribution import Attribution
-from ebpf_mig.analysis.migration import AFTER_START_BYTES, TracedMigration
+from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.breakdown import SwitchoverKind
-from ebpf_mig.recording.events import RECEIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +67,13 @@ def _handed(traced: TracedMigration, attribution: Attribution) -> int | None:
     """When the last byte of the handover left the source.
 
     Only the destination shows which bytes it needed. Without it, it is the end of the last send before the first answer
-    to the state; Cloud Hypervisor's request to complete follows such an answer. If much more follows, this may be
-    postcopy, where pages follow the state without a visible border. Then it is not known.
+    to the state; Cloud Hypervisor's request to complete follows such an answer. In postcopy, pages follow the state
+    without a visible border, so it is not known.
     """
     work = attribution.work
     if traced.destination is not None or work is None or work.state_from is None:
         return attribution.handed
-    since = work.state_from
-    answers = (t.end_ns for t in traced.source_transfers if t.direction == RECEIVE and t.bytes)
-    answered = min((end for end in answers if end > since), default=FOREVER)
-    if sum(t.bytes for t in traced.sends if t.begin_ns >= answered) > AFTER_START_BYTES:
+    if traced.postcopy:
         return None
+    answered = traced.answered if traced.answered is not None else FOREVER
     return max((t.end_ns for t in traced.sends if t.begin_ns < answered), default=attribution.handed)

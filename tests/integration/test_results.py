@@ -84,6 +84,8 @@ class Qmp:
 
 
 Act = Callable[[QemuPair, Qmp, Qmp], None]
+AGREES_NS = 20_000_000
+"""QEMU's STOP and RESUME lie this close to what they name, on a machine that is not busy."""
 
 
 def record(directory: Path, act: Act, *, both: bool = False) -> tuple[Breakdown, str]:
@@ -123,8 +125,27 @@ def complete_with_return_path(pair: QemuPair, source: Qmp, destination: Qmp) -> 
 @pytest.mark.parametrize("act", [complete, complete_with_return_path])
 def test_a_source_alone_completes_by_the_answer_or_by_closing_the_connection(act: Act, tmp_path: Path) -> None:
     seen, reason = record(tmp_path, act)
-    assert (seen.migration.result, seen.blackout_ns) == ("completed", None)
+    assert (seen.migration.mode, seen.migration.result, seen.blackout_ns) == ("precopy", "completed", None)
     assert "handed-over" in reason
+
+
+def test_a_source_alone_knows_postcopy(tmp_path: Path) -> None:
+    """The pages that follow the start take a second. The witness is QEMU, from STOP to RESUME."""
+    dark_ns: list[int] = []
+
+    def act(pair: QemuPair, source: Qmp, destination: Qmp) -> None:
+        for side in (source, destination):
+            side.capability("postcopy-ram")
+        source("migrate-set-parameters", **{"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1 << 20})
+        migrate(pair, source, destination)
+        assert source.reaches("active", "failed") == "active"
+        source("migrate-start-postcopy")
+        assert source.reaches("completed", "failed") == "completed"
+        dark_ns.append(destination.at("RESUME") - source.at("STOP"))
+
+    seen, _ = record(tmp_path, act)
+    assert (seen.migration.mode, seen.migration.result) == ("postcopy", "completed")
+    assert seen.window_ns is not None and seen.window_ns <= dark_ns[0] + AGREES_NS, (seen.window_ns, dark_ns)
 
 
 def stall(pair: QemuPair, source: Qmp, destination: Qmp) -> None:

@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Postcopy with a connection of its own for pages, on a script whose numbers are worked out by hand (us)."""
+"""Postcopy: with a connection of its own for pages, on a script whose numbers are worked out by hand (us); and seen
+from the source alone, on all recordings."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from ebpf_mig.analysis import parts
+from ebpf_mig.collector import analyse
+from ebpf_mig.recording.events import Mark
+from ebpf_mig.recording.file import Recording, RecordingReader, read_recording
+from ebpf_mig.recording.kinds import pid_of
 from tests.unit.script import Script
 from tests.unit.scripts import cloud_hypervisor_local
 
+DATA = Path(__file__).parents[2] / "data"
 US = 1000
 PAGE = 4096
 
@@ -56,3 +68,30 @@ def test_a_run_of_calls_across_the_start_is_shared_out() -> None:
 
 def test_other_modes_have_none() -> None:
     assert cloud_hypervisor_local().result().breakdown.postcopy is None
+
+
+def alone(recording: Recording, pid: int) -> Recording:
+    """What a host would have recorded that has only this process, and a VMM that says nothing."""
+    header = replace(recording.header, targets=[target for target in recording.header.targets if target.pid == pid])
+    own = [event for event in recording.events if pid_of(event) in (pid, None) and not isinstance(event, Mark)]
+    return replace(recording, header=header, events=own)
+
+
+def of_both_sides(path: Path) -> bool:
+    with RecordingReader(path) as reader:
+        return len(reader.header.targets) == 2 and reader.header.remote is None
+
+
+@pytest.mark.parametrize("path", [*filter(of_both_sides, sorted(DATA.glob("*.rec")))], ids=lambda path: path.stem)
+def test_a_source_alone_knows_postcopy(path: Path) -> None:
+    """The witness is the destination's side of the same recording."""
+    recording = read_recording(path)
+    both = analyse(recording).breakdown
+    migration = both.migration
+    assert migration.source is not None
+    seen = analyse(alone(recording, migration.source.pid))
+    assert seen.breakdown.migration.mode == migration.mode
+    if migration.mode == "postcopy":
+        assert parts.observe(seen.traced, seen.attribution).source_ns is None
+        assert seen.breakdown.window_ns is not None and both.window_ns is not None
+        assert seen.breakdown.window_ns < both.window_ns, "its window has pages that followed the start"
