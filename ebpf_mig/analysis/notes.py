@@ -22,7 +22,8 @@ def gather(traced: TracedMigration, window: Span | None, work: Work | None) -> l
         if outcome.booted(traced):
             notes.append("no state was seen to come in over a connection: the guest booted, or was loaded from a file")
     elif window is not None and traced.switchover is not None and traced.switchover.kind == SwitchoverKind.STOPPED:
-        notes.append("no vCPU was seen to start on the destination: the window ends with the last event that was seen")
+        last = "first answer to the state" if traced.answered and traced.postcopy else "last event that was seen"
+        notes.append(f"no vCPU was seen to start on the destination: the window ends with the {last}")
     if work is not None and work.coalesced:
         notes.append(
             "sends in the blackout were recorded as one batch: the boundary between memory and state is estimated"

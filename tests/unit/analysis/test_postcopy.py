@@ -95,3 +95,4 @@ def test_a_source_alone_knows_postcopy(path: Path) -> None:
         assert parts.observe(seen.traced, seen.attribution).source_ns is None
         assert seen.breakdown.window_ns is not None and both.window_ns is not None
         assert seen.breakdown.window_ns < both.window_ns, "its window has pages that followed the start"
+        assert any("the window ends with the first answer" in note for note in seen.breakdown.notes)
