@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -102,9 +103,12 @@ def joined(pair: QemuPair, directory: Path) -> Iterator[Callable[[], Breakdown]]
         yield found
 
 
+ALL = os.environ.get("EBPF_MIG_SHAPES") == "all"
+"""Each shape by each tool, which takes some ten minutes more."""
 TOOLS = pytest.mark.parametrize(
     "tool", [recorded, pytest.param(watched, marks=pytest.mark.long)], ids=["record", "watch"]
 )
+TOOL = TOOLS if ALL else pytest.mark.parametrize("tool", [recorded], ids=["record"])
 
 
 def start(source: Qmp, destination: Qmp, uri: str, to: str = "") -> None:

@@ -20,7 +20,7 @@ from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, running, until
 from tests.integration.live_updates import NEWER
 from tests.integration.migrations import LASTING
-from tests.integration.shapes import FULL, watched
+from tests.integration.shapes import ALL, FULL, watched
 from tests.integration.test_carriers import (
     PIPED,
     Act,
@@ -64,7 +64,7 @@ WATCHED: dict[str, tuple[str, Callable[[Path], Act]]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("name", WATCHED if ALL else ["exec"])
 def test_watch_sees_each_carrier(name: str, tmp_path: Path) -> None:
     transport, make = WATCHED[name]
     with QemuPair(LASTING, extra=NAMED) as pair, watched(pair, tmp_path) as found:

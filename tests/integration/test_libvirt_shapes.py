@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each way in which libvirt migrates, started by virsh, there and back, and seen by `record` and `watch` at the same
-time.
+time. With EBPF_MIG_SHAPES=all, each is tested.
 
 The witnesses are QEMU's own trace and a copied disk.
 """
@@ -29,10 +29,10 @@ from ebpf_mig.recording.events import SEND, Transfer
 from ebpf_mig.recording.file import Recording, read_recording
 from ebpf_mig.vmm.libvirt import lab
 from ebpf_mig.vmm.libvirt.lab import NAME, Host, LibvirtHosts
-from tests.conftest import TRACING, requires
+from tests.conftest import TRACING, long_but, requires
 from tests.integration.ch_migrations import certificates
 from tests.integration.exporters import PROGRAM, SETTLED_S, report, running
-from tests.integration.shapes import whole
+from tests.integration.shapes import ALL, whole
 from tests.integration.stop_and_start import EVENTS, stop_and_start
 
 pytestmark = [
@@ -117,6 +117,8 @@ SHAPES = {
     ),
 }
 COMMON = ("tunnelled",)
+USUAL = SHAPES if ALL else (*COMMON, "tls", "copy-storage-all", "postcopy")
+"""`test_libvirt.py` has p2p, direct and parallel migrations."""
 
 
 class Watched:
@@ -190,9 +192,7 @@ def migrated(hosts: TracedHosts, shape: Shape, path: Path) -> Breakdown:
     return analyse(read_recording(path)).breakdown
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in COMMON else pytest.param(name, marks=pytest.mark.long) for name in SHAPES]
-)
+@pytest.mark.parametrize("name", long_but(USUAL, *COMMON))
 def test_a_shape_by_record_and_watch(name: str, lab_of_all: Lab, tmp_path: Path) -> None:
     """With --tunnelled, libvirt ends the source's QEMU at once: alone, it would have no result."""
     shape = SHAPES[name]

@@ -24,7 +24,7 @@ from tests.companion import Companion
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import PROGRAM, report, running, until
 from tests.integration.migrations import LASTING
-from tests.integration.shapes import MS, OPTIONS, TOOLS, Tool, completed, pids, recorded, start, whole
+from tests.integration.shapes import MS, OPTIONS, TOOL, TOOLS, Tool, completed, pids, recorded, start, whole
 from tests.integration.test_results import Qmp
 
 pytestmark = [requires(*TRACING), pytest.mark.timeout(120)]
@@ -130,7 +130,7 @@ def test_vmms_in_containers(
 @pytest.mark.long
 @pytest.mark.timeout(400)
 @requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
-@TOOLS
+@TOOL
 def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy process in the group uses the quota up in each period. For which thread of a VMM it then runs out is
     chance. If another thread waits for that one, or two periods lie between two readings of the quota, the report does
@@ -156,7 +156,7 @@ def test_a_cpu_quota_on_both_is_a_cause_of_its_own(tool: Tool, tmp_path: Path, m
 
 
 @requires("private mount namespaces", "setpriv", "control groups with cpu and freezer")
-@TOOLS
+@TOOL
 def test_a_group_that_is_frozen_in_the_blackout(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Group("freezer") as group, contained(tmp_path, monkeypatch, group) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
@@ -175,7 +175,7 @@ def test_a_group_that_is_frozen_in_the_blackout(tool: Tool, tmp_path: Path, monk
 # Stopped
 
 
-@TOOLS
+@TOOL
 @pytest.mark.parametrize("which", ["source", "destination"])
 def test_a_vmm_that_is_stopped_in_the_blackout(which: str, tool: Tool, tmp_path: Path) -> None:
     """The blackout takes some ms, and can be over before the signal arrives. Then it is tried again."""
@@ -210,7 +210,7 @@ def held(source: Qmp) -> None:
     time.sleep(HELD_S)
 
 
-@TOOLS
+@TOOL
 def test_a_second_at_pre_switchover(tool: Tool, tmp_path: Path) -> None:
     with QemuPair(LASTING, None, OPTIONS) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
@@ -246,7 +246,7 @@ def test_a_cancel_at_pre_switchover_and_a_retry_at_once(tmp_path: Path) -> None:
     whole(report(path), took)
 
 
-@TOOLS
+@TOOL
 def test_a_guest_that_is_paused_has_no_blackout(tool: Tool, tmp_path: Path) -> None:
     with QemuPair(LASTING, None, OPTIONS) as pair:
         source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
