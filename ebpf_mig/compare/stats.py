@@ -54,6 +54,8 @@ def bootstrap_interval(
     """The percentile bootstrap's confidence interval of `statistic`. ValueError if empty."""
     if not values:
         raise ValueError("no values")
+    if _alike(values):
+        return statistic(values), statistic(values)
     draw = _seeded(values)
     found = [statistic(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES)]
     return quantile(found, (1 - level) / 2), quantile(found, (1 + level) / 2)
@@ -80,6 +82,8 @@ def permutation_p(a: Sequence[float], b: Sequence[float], statistic: Statistic) 
     if not a or not b:
         return 1.0
     pooled = [*a, *b]
+    if _alike(pooled):
+        return 1.0
     size = len(a)
     expected = sum(pooled) * size / len(pooled)
 
@@ -141,6 +145,8 @@ def noise_floor(values: Sequence[float], other: int, statistic: Statistic = medi
     """
     if not values or other < 1:
         raise ValueError("no values")
+    if _alike(values):
+        return abs(statistic(values) - statistic([values[0]] * other))
     draw = _seeded(values)
     found = [
         abs(statistic(draw.choices(values, k=len(values))) - statistic(draw.choices(values, k=other)))
@@ -158,6 +164,11 @@ def holm(probabilities: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, probabilities[index] * (len(order) - rank)))
         corrected[index] = highest
     return corrected
+
+
+def _alike(values: Sequence[float]) -> bool:
+    """Whether every sample of them is the same. Many figures are: those of a phase that there is not."""
+    return min(values) == max(values)
 
 
 def _others(pooled: Sequence[float], way: Sequence[int]) -> list[float]:

@@ -28,7 +28,7 @@ from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, report, running, until
 from tests.integration.migrations import LASTING
-from tests.integration.shapes import OPTIONS, completed, joined, start, whole
+from tests.integration.shapes import ALL, OPTIONS, completed, joined, start, whole
 from tests.integration.sshd import Server
 from tests.integration.test_results import Qmp
 
@@ -228,8 +228,8 @@ SSH = [requires("sshd", "tc with tbf and veth"), pytest.mark.timeout(120)]
     ("tool", "delay_ms", "before", "names"),
     [
         ("record", 5, None, []),
-        pytest.param("watch", 50, None, [], marks=pytest.mark.long),
-        pytest.param("record", 50, socat, ["socat"], marks=[requires("socat"), pytest.mark.long]),
+        *([("watch", 50, None, [])] if ALL else []),
+        *([pytest.param("record", 50, socat, ["socat"], marks=requires("socat"))] if ALL else []),
         pytest.param("watch", 5, socat, ["socat"], marks=requires("socat")),
         pytest.param("record", 5, ssh, ["ssh", "sshd"], marks=SSH),
         pytest.param("watch", 50, ssh, ["ssh", "sshd"], marks=SSH),
