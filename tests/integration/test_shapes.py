@@ -175,6 +175,7 @@ def test_a_group_that_is_frozen_in_the_blackout(tool: Tool, tmp_path: Path, monk
 # Stopped
 
 
+@pytest.mark.long
 @TOOL
 @pytest.mark.parametrize("which", ["source", "destination"])
 def test_a_vmm_that_is_stopped_in_the_blackout(which: str, tool: Tool, tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ def held(source: Qmp) -> None:
     time.sleep(HELD_S)
 
 
+@pytest.mark.long
 @TOOL
 def test_a_second_at_pre_switchover(tool: Tool, tmp_path: Path) -> None:
     with QemuPair(LASTING, None, OPTIONS) as pair:
@@ -225,6 +227,7 @@ def test_a_second_at_pre_switchover(tool: Tool, tmp_path: Path) -> None:
     assert HELD_S * 10**9 <= (seen.phase_ns("management") or 0) <= took.most_ns
 
 
+@pytest.mark.long
 def test_a_cancel_at_pre_switchover_and_a_retry_at_once(tmp_path: Path) -> None:
     """QEMU's destination ends with the migration that it was started for, so the retry goes to another."""
     path = tmp_path / "seen.rec"
@@ -246,6 +249,7 @@ def test_a_cancel_at_pre_switchover_and_a_retry_at_once(tmp_path: Path) -> None:
     whole(report(path), took)
 
 
+@pytest.mark.long
 @TOOL
 def test_a_guest_that_is_paused_has_no_blackout(tool: Tool, tmp_path: Path) -> None:
     with QemuPair(LASTING, None, OPTIONS) as pair:
@@ -289,6 +293,7 @@ def test_a_guest_that_is_reset_while_its_memory_is_copied(tool: Tool, tmp_path: 
     whole(seen, took)
 
 
+@pytest.mark.long
 @TOOLS
 def test_a_guest_that_shuts_down_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
     """As with libvirt, QEMU stays. The guest stopped by itself, so no migration made it stop."""
@@ -309,6 +314,7 @@ def test_a_guest_that_shuts_down_while_its_memory_is_copied(tool: Tool, tmp_path
     assert seen.window_ns is None or (seen.phase_ns("unattributed") or 0) <= 0.02 * seen.window_ns
 
 
+@pytest.mark.long
 @TOOLS
 def test_a_guest_whose_vmm_ends_with_it_while_its_memory_is_copied(tool: Tool, tmp_path: Path) -> None:
     with QemuPair(LASTING, None, [*OPTIONS, *SHUTS_DOWN]) as pair:
