@@ -84,6 +84,22 @@ def test_noise_floor_is_the_difference_of_equals() -> None:
     assert stats.noise_floor(noise(1, 20), 4) > floor, "fewer runs give a wider interval"
 
 
+@pytest.mark.parametrize("value", [0.0, 5.0, 0.1])
+@pytest.mark.parametrize("statistic", [stats.median, stats.p95, sum])
+def test_values_that_are_all_alike_give_what_resampling_gives(
+    value: float, statistic: stats.Statistic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = [value] * 8, [value] * 12
+
+    def found() -> tuple[object, ...]:
+        interval, floor = stats.bootstrap_interval(a, statistic), stats.noise_floor(a, len(b), statistic)
+        return interval, floor, stats.permutation_p(a, b, statistic), stats.rank_p(a, b)
+
+    at_once = found()
+    monkeypatch.setattr(stats, "_alike", lambda _values: False)
+    assert found() == at_once and at_once[2:] == (1.0, 1.0)
+
+
 def test_holm_by_hand() -> None:
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([]) == []
