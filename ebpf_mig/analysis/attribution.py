@@ -69,7 +69,7 @@ def attribute(traced: TracedMigration) -> Attribution:
     last_byte = handed if sent else None
     end = found.last_start
     if end is None:
-        until = _followed_by_pages(traced)
+        until = _pages_from(traced)
         moved = [t.end_ns for t in transfers if found.stop < t.end_ns <= until]
         end = max([found.stop, handed, *moved, *([load.end] if load else [])])
     partition = Partition(found.requested, max(end, found.stop))
@@ -243,7 +243,7 @@ def _handed(traced: TracedMigration, source: Process, found: Switchover, work: W
         return _state_sent(sends, work, load)
     if load is not None:
         limit = min(limit, load.end)
-    pages = _followed_by_pages(traced)
+    pages = _pages_from(traced)
     ends = [min(t.end_ns, pages) for t in sends if t.begin_ns < min(limit, pages)]
     if not ends:
         before = load.begin if load is not None else limit
@@ -251,9 +251,9 @@ def _handed(traced: TracedMigration, source: Process, found: Switchover, work: W
     return max(ends, default=found.stop)
 
 
-def _followed_by_pages(traced: TracedMigration) -> int:
-    """When the destination answered to the state of a postcopy that is seen from the source alone; FOREVER if it did
-    not, or in other migrations. What the source sends later is no part of the downtime.
+def _pages_from(traced: TracedMigration) -> int:
+    """From when on a source that is seen alone may send pages to a guest that runs already: in postcopy, from the first
+    answer to the state on; FOREVER in other migrations. What it sends from then on is no part of the downtime.
     """
     return traced.answered if traced.postcopy and traced.answered is not None else FOREVER
 
