@@ -7,6 +7,7 @@ In: how many. Out: lines for a table, and what did not hold. The witness of a mi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import subprocess
 import threading
@@ -38,15 +39,14 @@ class Watched:
     migrations: int
     workers: int
     directory: Path
-    ends: float = field(default_factory=lambda: float("inf"))
+    ends: float
     """No migration begins after this time (monotonic)."""
     made: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     samples: dict[str, list[Usage]] = field(default_factory=dict)
     verdicts: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
-    _next: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def run(self) -> None:
         """Makes all of them, and compares with what the exporter says."""
@@ -73,8 +73,7 @@ class Watched:
 
     def _work(self) -> None:
         while time.monotonic() < self.ends:
-            with self._lock:
-                number = next(self._next)
+            number = next(self._numbers)
             if number >= self.migrations:
                 return
             name = f"{OURS}{number}"
