@@ -33,16 +33,19 @@ def halves(
     late: int = 3,
     missed: int = 0,
     sizes: Sequence[int] = (),
+    after: Sequence[int] = (),
     tracks: Tracks | None = None,
 ) -> Tracks:
-    """Migrations of `pairs` at the same time, each through a forwarder. `sizes`: bytes more in the first send."""
+    """Migrations of `pairs` at the same time, each through a forwarder. `sizes`: bytes more in the first send.
+    `after`: how much later each sends all but its last bytes, ms."""
     tracks = tracks or Tracks()
     for source, destination in pairs:
         tracks.begin(source, "thread", 0, fresh=False)
         tracks.begin(destination, "thread", 0, fresh=True)
     for at, (source, destination) in enumerate(pairs):
         more = sizes[at] if sizes else 0
-        calls = [(ms, size + more * (ms == SIZES[0][0])) for ms, size in SIZES]
+        shift = after[at] if after else 0
+        calls = [(ms + shift * (ms < SIZES[-1][0]), size + more * (ms == SIZES[0][0])) for ms, size in SIZES]
         tracks.saw([unix(source, 1), unix(destination, 2), logging(source, MS)], MS)
         tracks.saw([*stream(source, SEND, calls), stop(source, 250 * MS)], 320 * MS)
         tracks.saw(stream(destination, RECEIVE, calls, late=late, missed=missed), 320 * MS)
@@ -86,6 +89,27 @@ def test_two_that_cannot_be_told_apart_stay_alone() -> None:
     over = ended(tracks, 700 * MS, (10, 20, 30, 40))
     assert {end.pids: end.doubtful for end in over} == {(20,): True, (40,): True}
     assert set(found(tracks, (10, 30))) == {frozenset({10}), frozenset({30})}
+
+
+def test_two_that_can_be_paired_in_one_way_only() -> None:
+    """40 may have received what 10 sent, 8 ms later. But then 20 would have received its bytes before 30 sent them."""
+    pairs = [(10, 20), (30, 40)]
+    tracks = halves(pairs, after=[0, 5], missed=1000)
+    assert found(tracks, (10, 20, 30, 40)) == {frozenset(pair): "migrated" for pair in pairs}
+
+
+def test_three_that_can_be_paired_in_one_way_only() -> None:
+    pairs = [(50, 60), (10, 20), (30, 40)]
+    tracks = halves(pairs, after=[5, 0, 9], missed=1000)
+    assert found(tracks, [pid for pair in pairs for pid in pair]) == {frozenset(pair): "migrated" for pair in pairs}
+
+
+def test_nobody_is_paired_if_one_stays_alone() -> None:
+    """The destination of 10 is elsewhere. By time alone, 40 may have received what 10 sent."""
+    tracks = halves([(30, 40)], after=[5], missed=1000)
+    tracks.begin(10, "thread", 330 * MS, fresh=False)
+    tracks.saw([unix(10, 1), logging(10, MS), *stream(10, SEND, SIZES), stop(10, 250 * MS)], 330 * MS)
+    assert set(found(tracks, (10, 30, 40))) == {frozenset({10}), frozenset({30}), frozenset({40})}
 
 
 def test_one_that_is_left_over_is_not_paired_by_default() -> None:
