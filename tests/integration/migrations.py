@@ -24,6 +24,7 @@ from ebpf_mig.vmm.qemu.migration import QemuMigration
 TRACED = (
     "runstate_set", "vm_state_notify", "migration_completion_vm_stop", "migration_bitmap_sync_start",
     "migration_bitmap_sync_end", "kvm_vcpu_ioctl", "vmstate_downtime_checkpoint", "process_incoming_migration_co_end",
+    "serial_write",
 )  # fmt: skip
 QUICK = Scenario(memory_bytes=128 * MIB, working_set_bytes=2 * MIB, pages_per_s=20_000)
 """A guest that beats every 26 ms."""

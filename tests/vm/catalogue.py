@@ -45,6 +45,8 @@ KERNELS = {
 }
 USERLANDS = {userland.name: userland for userland in map(Userland, ("bookworm", "trixie", "sid"))}
 """User lands that this machine can run. Emulated kernels can also have others."""
+EMULATES = "trixie"
+"""Its QEMU emulates machines with two processors, if no other here does it reliably (see `machine.Emulator`)."""
 ARM64 = Userland("trixie-arm64", "arm64")
 EMULATED = USERLANDS | {ARM64.name: ARM64}
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ebpf_mig.linux.process import spawn
 from tests.vm.catalogue import cache
 from tests.vm.chroot import BuildError, inside, run
 from tests.vm.images import Apt, KernelImage, read_results, results_image, source_image
@@ -153,10 +154,8 @@ def boot(
     begin = time.monotonic()
     trouble = ""
     with console.open("wb") as log:
-        process = subprocess.Popen(
-            [*(IDLE if idle else NICE), *emulated.command([*_arguments(emulated, kernel, root, place), *more])],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command = emulated.command([*_arguments(emulated, kernel, root, place), *more])
+        process = spawn([*(IDLE if idle else NICE), *command], log, log)
         try:
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from tests.vm.catalogue import ARM64, EMULATED, KERNELS, USERLANDS, Kernel, Userland, cache
+from tests.vm.catalogue import ARM64, EMULATED, EMULATES, KERNELS, USERLANDS, Kernel, Userland, cache
 from tests.vm.chroot import BuildError, bare_tree, overlay, packages_of, run, tree, versions
 from tests.vm.images import ROOT, WITHOUT, Apt, KernelImage, kernel_image, root_image
 from tests.vm.machine import Emulator, Outcome, arm64_emulator, boot, emulator, turn
@@ -69,7 +69,10 @@ def _prepared(kernel: Kernel, userland: Userland, processors: int) -> tuple[Emul
     if kernel.architecture != userland.architecture:
         raise BuildError(f"{kernel.name} is {kernel.architecture}, {userland.name} is {userland.architecture}")
     built = [place for name in USERLANDS if (place := cache() / "tree" / name).exists()]
-    return emulator(built, processors), kernel_image(kernel, tree(userland)), root_image(userland)
+    chosen = emulator(built, processors)
+    if chosen.processors < processors:
+        chosen = emulator([tree(USERLANDS[EMULATES])], processors)
+    return chosen, kernel_image(kernel, tree(userland)), root_image(userland)
 
 
 def emulated(kernel: str, userland: str, keyword: str, processors: int) -> Row:
