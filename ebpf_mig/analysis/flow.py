@@ -122,5 +122,23 @@ def length(process: Process, direction: int, keys: Collection[int]) -> int | Non
 
 def best(sources: Sequence[Flow], destinations: Sequence[Flow]) -> tuple[Flow, Flow, Fit] | None:
     """The pair of flows of two processes that fits best: whole ones first, then the one with most bytes."""
-    found = [(s, d, fit) for s in sources for d in destinations if (fit := fits(s, d)) is not None]
-    return max(found, key=lambda one: (one[2].whole, one[2].bytes, -one[2].late_ns), default=None)
+    return max(
+        _fitting(sources, destinations), key=lambda one: (one[2].whole, one[2].bytes, -one[2].late_ns), default=None
+    )
+
+
+def likeness(sources: Sequence[Flow], destinations: Sequence[Flow]) -> tuple[int, int]:
+    """How many connections of two processes can be the same: equal to the byte, and all. (0, 0): the processes can be
+    no pair. With multifd, one connection may fit another migration's by chance; all of them hardly do."""
+    found = _fitting(sources, destinations)
+    equal = [one for one in found if one[2].whole]
+    return _apart(equal), _apart(found)
+
+
+def _apart(fitting: Sequence[tuple[Flow, Flow, Fit]]) -> int:
+    """The number of flows that have a counterpart, on the side that has fewer of them."""
+    return min(len({id(one[0]) for one in fitting}), len({id(one[1]) for one in fitting}))
+
+
+def _fitting(sources: Sequence[Flow], destinations: Sequence[Flow]) -> list[tuple[Flow, Flow, Fit]]:
+    return [(s, d, fit) for s in sources for d in destinations if (fit := fits(s, d)) is not None]

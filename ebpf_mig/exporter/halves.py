@@ -76,20 +76,18 @@ class _Halves:
         return [other for other in self._best(pid) if pid in self._best(other)]
 
     def _best(self, pid: int) -> list[int]:
-        """Those whose stream fits. If some are equal to the byte, only these."""
+        """Those whose streams fit best: most connections that are equal to the byte, then most that fit at all."""
         if pid not in self._fitting:
             one = self.by_pid[pid]
-            fits = {
-                other: found[2].whole
-                for other, half in self.by_pid.items()
-                if bool(half.logging) != bool(one.logging) and (found := self._fit(one, half)) is not None
-            }
-            self._fitting[pid] = [other for other, whole in fits.items() if whole] or list(fits)
+            others = [other for other, half in self.by_pid.items() if bool(half.logging) != bool(one.logging)]
+            likeness = {other: self._likeness(one, self.by_pid[other]) for other in others}
+            most = max(likeness.values(), default=(0, 0))
+            self._fitting[pid] = [other for other in others if any(most) and likeness[other] == most]
         return self._fitting[pid]
 
-    def _fit(self, one: Track, half: Track) -> tuple[flow.Flow, flow.Flow, flow.Fit] | None:
+    def _likeness(self, one: Track, half: Track) -> tuple[int, int]:
         source, destination = (one, half) if one.logging else (half, one)
-        return flow.best(self._of(source, SEND), self._of(destination, RECEIVE))
+        return flow.likeness(self._of(source, SEND), self._of(destination, RECEIVE))
 
     def _of(self, track: Track, direction: int) -> list[flow.Flow]:
         (pid,) = track.pids

@@ -109,6 +109,19 @@ def test_the_best_pair_of_several_connections() -> None:
     assert found is not None and found[0] is other and found[2].whole
 
 
+def test_more_connections_that_fit_are_more_alike() -> None:
+    """Two migrations by multifd at the same time: of another one's connections, one fits by chance."""
+    second = [(0, 1000), (1010, 1000)]
+    ours = [a_flow(SENT), a_flow(second)]
+    own = [a_flow(SENT, late_ms=1), a_flow([(1, 1000), (1011, 1000)])]
+    others = [a_flow(SENT, late_ms=2), a_flow([(-9, 1000), (1001, 1000)])]
+    missed = [a_flow([(0.0, 70.0), *SENT[1:]], late_ms=1), own[1]]
+    assert flow.likeness(ours, own) == (2, 2)
+    assert flow.likeness(ours, others) == (1, 1)
+    assert flow.likeness(ours, missed) == (1, 2)
+    assert flow.likeness(ours, others[1:]) == (0, 0)
+
+
 def through_a_forwarder(*, unseen: int = 0) -> Pairing | None:
     """QEMU 7.2 where each side has a connection to a forwarder. The destination missed some bytes at the begin."""
     script = scripts.qemu_7_2()
