@@ -24,7 +24,7 @@ from tests.truth.beside import HALTS, PAUSED, SPINS, vmm
 def record(pid: int, path: Path) -> tuple[bool, list[int]]:
     """Whether we say that the guest is paused; and the threads that the recording has as vCPUs that ran."""
     command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(pid), "--duration", "1s", "-o", str(path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     states = [event.tid for event in read_recording(path).events if isinstance(event, VcpuState)]
     return "is paused" in done.stderr, states
