@@ -22,11 +22,12 @@ FIRST_BYTE = 16 << 20
 _LOAD = 0x100000
 _TRAMPOLINE = 0x8000
 _TRAMPOLINE_BYTES = 56
-_COM1 = 0x3F8
 _LAPIC_SVR, _LAPIC_ICR = 0xFEE000F0, 0xFEE00300
 _INIT_OTHERS, _SIPI_OTHERS = 0xC4500, 0xC4600 | _TRAMPOLINE >> 12
 _WAKE_DELAY = 200_000
 _PHYS32_ENTRY = 18
+_BEAT = "89e8 66ba f803 ee"
+"""mov eax, ebp; mov dx, COM1; out dx, al: the vCPU's letter."""
 
 
 @dataclass
@@ -116,13 +117,22 @@ def _wait_for_turn(c: _Code, cycles: int) -> None:
 
 
 def _work(c: _Code, pages: int, cycles: int | None) -> None:
-    """The endless loop of each processor. `counter` assigns the indices."""
+    """Writes each page once, without a pace, and then the endless loop of each processor. `counter` assigns the
+    indices."""
     c.label("work")
     c.op("b8", 1)  # mov eax, 1
     c.op("f00fc105", "counter")  # lock xadd [counter], eax
     c.op("8d6841")  # lea ebp, [eax+'A']
     c.op("69d8", pages * PAGE)  # imul ebx, eax, area
     c.op("81c3", FIRST_BYTE)  # add ebx
+    c.op("89de")  # mov esi, ebx
+    c.op("b9", pages)  # mov ecx
+    c.label("fill")
+    c.op("ff06")  # inc dword [esi]
+    c.op("81c6", PAGE)  # add esi
+    c.op("49")  # dec ecx
+    c.jump("75", "fill")  # jnz
+    c.op(_BEAT)
     c.op("0f31 89c7 89d4")  # rdtsc; mov edi, eax; mov esp, edx
     c.label("round")
     c.op("89de")  # mov esi, ebx
@@ -134,7 +144,7 @@ def _work(c: _Code, pages: int, cycles: int | None) -> None:
         _wait_for_turn(c, cycles)
     c.op("49")  # dec ecx
     c.jump("75", "page")  # jnz
-    c.op("89e8 66ba f803 ee")  # mov eax, ebp; mov dx, COM1; out dx, al
+    c.op(_BEAT)
     c.jump("eb", "round")  # jmp
 
 

@@ -19,7 +19,7 @@ RAM = 1 << 30
 _LOAD = RAM + (2 << 20)
 _CODE_AT = 0x1000
 _CODE = (
-    (0x100005CA, "start: adr x10, numbers"),
+    (0x100006CA, "start: adr x10, numbers"),
     (0xF9400152, "ldr x18, [x10]"),
     (0xD2800033, "mov x19, #1"),
     (0xEB12027F, "wake: cmp x19, x18"),
@@ -35,12 +35,21 @@ _CODE = (
     (0x91000673, "add x19, x19, #1"),
     (0x17FFFFF5, "b wake"),
     (0xD2800000, "first: mov x0, #0"),
-    (0x100003CA, "work: adr x10, numbers - x0 is the index of this vCPU"),
+    (0x100004CA, "work: adr x10, numbers - x0 is the index of this vCPU"),
     (0xA940B14B, "ldp x11, x12, [x10, #8] - bytes and pages of an area"),
     (0xA941B94D, "ldp x13, x14, [x10, #24] - pages a second, first area"),
     (0x9B0B380F, "madd x15, x0, x11, x14"),
     (0x11010410, "add w16, w0, #'A'"),
     (0xD2A12011, "movz x17, #0x900, lsl #16 - the PL011"),
+    (0xAA0F03F6, "mov x22, x15"),
+    (0xAA0C03F7, "mov x23, x12"),
+    (0xB94002D8, "fill: ldr w24, [x22] - each page once, without a pace"),
+    (0x11000718, "add w24, w24, #1"),
+    (0xB90002D8, "str w24, [x22]"),
+    (0x914006D6, "add x22, x22, #4096"),
+    (0xF10006F7, "subs x23, x23, #1"),
+    (0x54FFFF61, "b.ne fill"),
+    (0xB9000230, "str w16, [x17] - the letter"),
     (0xD53BE014, "mrs x20, cntfrq_el0"),
     (0xB400004D, "cbz x13, begin"),
     (0x9ACD0A8D, "udiv x13, x20, x13 - counts for a page"),
@@ -64,7 +73,6 @@ _CODE = (
     (0x54FFFE41, "b.ne page"),
     (0xB9000230, "str w16, [x17] - the letter"),
     (0x17FFFFEE, "b round"),
-    (0xD503201F, "nop"),
 )
 """Each instruction, and its source for an assembler: a test assembles it again. `numbers` follow."""
 

@@ -42,10 +42,9 @@ class Scenario:
     tunnelled: bool = False
     """Through the VMs' managers."""
 
-    def round_s(self) -> float:
-        """The approximate time in which a vCPU dirties its working set once: the period of its beat."""
-        pace = min(self.pages_per_s or _UNPACED, _UNPACED)
-        return self.working_set_bytes / 4096 / pace
+    def fill_s(self) -> float:
+        """The approximate time in which a vCPU writes its working set for the first time. Then comes its first beat."""
+        return self.working_set_bytes / 4096 / _UNPACED
 
     def guest(self) -> bytes:
         """The guest's ELF; UsageError if the numbers do not fit together."""

@@ -198,7 +198,7 @@ class ChPair:
 
     def _wait_until_up(self) -> None:
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
-        deadline = time.monotonic() + _START_S + 2 * self.scenario.round_s()
+        deadline = time.monotonic() + _START_S + 2 * self.scenario.fill_s()
         while not (letters <= self.source.heartbeat.letters() and Path(self.destination.api).exists()):
             for vm in (self.source, self.destination):
                 if (status := vm.process.poll()) is not None:

@@ -140,7 +140,7 @@ class FcPair:
 
     def _wait_until_up(self) -> None:
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
-        deadline = time.monotonic() + _START_S + 2 * self.scenario.round_s()
+        deadline = time.monotonic() + _START_S + 2 * self.scenario.fill_s()
         sockets = [Path(self.destination.api), *([self.directory / "uffd"] if self.uffd else [])]
         while not (letters <= self.source.heartbeat.letters() and all(path.exists() for path in sockets)):
             for vm in (self.source, self.destination):

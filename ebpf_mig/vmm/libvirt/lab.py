@@ -191,7 +191,7 @@ class LibvirtHosts:
     def _wait_for_guest(self) -> None:
         """Waits until every vCPU of the guest has written its letter."""
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
-        deadline = time.monotonic() + _START_S + 2 * self.scenario.round_s()
+        deadline = time.monotonic() + _START_S + 2 * self.scenario.fill_s()
         beats = ""
         while not letters <= set(beats):
             if time.monotonic() > deadline:

@@ -129,7 +129,7 @@ class QemuPair:
     def _wait_until_up(self) -> None:
         """Waits until both monitors exist and every vCPU of the guest has written output."""
         letters = {chr(ord("A") + index) for index in range(self.scenario.vcpus)}
-        patience = _START_S + 2 * self.scenario.round_s()
+        patience = _START_S + 2 * self.scenario.fill_s()
         deadline = time.monotonic() + patience
         while True:
             for vm in (self.source, self.destination):
