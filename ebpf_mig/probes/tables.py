@@ -170,20 +170,32 @@ def own_runs(program: BpfProgram, now_ns: int) -> list[OwnRuns]:
 
 
 class SocketTable:
-    """The sockets that the BPF programs have reported; each is reported once."""
+    """The sockets that the BPF programs have reported, each once, and how many of their bytes."""
 
     def __init__(self, program: BpfProgram) -> None:
         self._program = program
         self._inodes: dict[int, set[int]] = {}
         """Socket inodes by pid."""
+        self._reported: dict[int, dict[tuple[int, int], int]] = {}
+        """By pid, and by inode and direction: the bytes in the batches that came by the ring."""
 
     def seen(self, socket: Socket) -> None:
         """Notes a socket that the BPF programs reported."""
         self._inodes.setdefault(socket.pid, set()).add(socket.socket)
 
+    def moved(self, batch: Transfer) -> None:
+        """Notes a batch that came by the ring."""
+        sums, key = self._reported.setdefault(batch.pid, {}), (batch.socket, batch.direction)
+        sums[key] = max(sums.get(key, 0) if batch.position else 0, batch.position + batch.bytes)
+
+    def follows(self, batch: Transfer) -> bool:
+        """Whether an open batch follows what came by the ring. If not, a batch before it, or it, is being written."""
+        return batch.position == self._reported.get(batch.pid, {}).get((batch.socket, batch.direction), 0)
+
     def forget(self, pid: int) -> None:
         """Frees the entries of a process. If it is traced again, its sockets are reported again."""
         streams, owners = self._program.table("streams"), self._program.table("tcp_owners")
+        self._reported.pop(pid, None)
         for inode in self._inodes.pop(pid, ()):
             with contextlib.suppress(KeyError):
                 del streams[ctypes.c_uint64(stream_key(pid, inode))]
@@ -196,6 +208,7 @@ class SocketTable:
         self._program.table("streams").clear()
         self._program.table("tcp_owners").clear()
         self._inodes.clear()
+        self._reported.clear()
 
 
 def counts(program: BpfProgram, table: str) -> dict[str, int]:

@@ -178,6 +178,8 @@ class Tracer:
             self._threads.seen(event.pid, tid)  # type: ignore[union-attr]
         if isinstance(event, Socket):
             self._sockets.seen(event)
+        if isinstance(event, Transfer):
+            self._sockets.moved(event)
         if isinstance(event, Kick):
             return msgspec.structs.replace(event, target_tid=self._threads.host_tid(event.pid, event.target_tid))
         return self._stacks.named_wait(event) if isinstance(event, OffCpu) else event
@@ -235,16 +237,18 @@ class Tracer:
         """Transfers of a process that `poll` has not returned: in the ring, or still being coalesced in the kernel.
         They come as events later, too.
 
-        A batch can end while the tables are read. It is in the ring then, and what follows it has a wrong position.
-        So they are read again until no batch of the process has ended meanwhile. If one ends each time, those in the
-        ring are all that is returned.
+        A batch can end while the tables are read. It is in the ring then, and what follows it has a wrong position. Or
+        its program is still writing: it has counted the bytes, and the record is not there yet. So the tables are read
+        again until no batch of the process has ended meanwhile, and each open one follows what came by the ring. If
+        that never holds, what came by the ring is all that is returned.
         """
         self._late = self.poll(0)
         for _ in range(SNAPSHOTS):
-            batches = self._processes.accounts(clock.monotonic_ns(), pid)
+            batches = [e for e in self._processes.accounts(clock.monotonic_ns(), pid) if isinstance(e, Transfer)]
             before = len(self._late)
             self._late = self.poll(0)
-            if not any(isinstance(event, Transfer) and event.pid == pid for event in self._late[before:]):
+            ended = any(isinstance(event, Transfer) and event.pid == pid for event in self._late[before:])
+            if not ended and all(map(self._sockets.follows, batches)):
                 break
         else:
             batches = []

@@ -21,7 +21,7 @@ from ebpf_mig.probes.plan import WALKER
 from ebpf_mig.probes.program import BpfProgram
 from ebpf_mig.probes.records import CONTRACT, stream_key
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
-from ebpf_mig.recording.events import RECEIVE, OwnRuns, Socket, Transfer, VcpuState
+from ebpf_mig.recording.events import RECEIVE, SEND, OwnRuns, Socket, Transfer, VcpuState
 from tests.companion import Companion
 from tests.conftest import requires
 from tests.truth.beside import HALTS, PAUSED, SPINS, VCPU_ID, vmm
@@ -137,6 +137,26 @@ def test_only_the_sockets_of_a_process_are_forgotten(program: BpfProgram) -> Non
     assert {(leaf.pid, leaf.socket) for _, leaf in owners.items()} == {(17, 80), (17, 90)}
     sockets.clear()
     assert list(streams.items()) == list(owners.items()) == []
+
+
+def test_an_open_batch_follows_what_came_before_it(program: BpfProgram) -> None:
+    """A program that is still writing a batch's record has counted its bytes already."""
+
+    def batch(position: int, size: int, *, direction: int = SEND, pid: int = 7) -> Transfer:
+        return Transfer(1, 2, pid, pid, 3, direction, 80, 1, size, 1, 1, 0, position)
+
+    sockets = SocketTable(program)
+    assert sockets.follows(batch(0, 10)) and not sockets.follows(batch(10, 10))
+    sockets.moved(batch(0, 100))
+    assert sockets.follows(batch(100, 10))
+    sockets.moved(batch(120, 30))  # of another CPU, whose record comes first
+    sockets.moved(batch(100, 20))
+    assert sockets.follows(batch(150, 10)) and not sockets.follows(batch(160, 10))
+    assert sockets.follows(batch(0, 10, direction=RECEIVE)) and sockets.follows(batch(0, 10, pid=17))
+    sockets.moved(batch(0, 5))
+    assert sockets.follows(batch(5, 10)), "it begins anew"
+    sockets.forget(7)
+    assert sockets.follows(batch(0, 10))
 
 
 ASLEEP = {"sleep": ("230", "115"), "cat": ("0", "63")}
