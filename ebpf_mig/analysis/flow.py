@@ -132,10 +132,10 @@ def likeness(sources: Sequence[Flow], destinations: Sequence[Flow]) -> tuple[int
     no pair. With multifd, one connection may fit another migration's by chance; all of them hardly do."""
     found = _fitting(sources, destinations)
     equal = [one for one in found if one[2].whole]
-    return _apart(equal), _apart(found)
+    return _counterparts(equal), _counterparts(found)
 
 
-def _apart(fitting: Sequence[tuple[Flow, Flow, Fit]]) -> int:
+def _counterparts(fitting: Sequence[tuple[Flow, Flow, Fit]]) -> int:
     """The number of flows that have a counterpart, on the side that has fewer of them."""
     return min(len({id(one[0]) for one in fitting}), len({id(one[1]) for one in fitting}))
 
