@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import waited
-from bench.faults import FAULTS, Fault
+from bench.faults import FAULTS, NAGLE, Fault
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.recording.file import read_recording
@@ -177,6 +177,11 @@ def main() -> int:
         parser.error("--again needs --keep")
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
+    if not options.again and NAGLE not in os.environ:
+        if "nagle" in (options.fault or []):
+            parser.error(f"nagle needs two Cloud Hypervisors: set {NAGLE}=OLD:NEW")
+        print(f"nagle: left out, since {NAGLE}=OLD:NEW is not set", flush=True)
+        names.remove("nagle")
     with tempfile.TemporaryDirectory() as directory:
         kept = options.keep or Path(directory)
         wanted = [fault for fault in FAULTS if fault.name in (options.fault or names)]

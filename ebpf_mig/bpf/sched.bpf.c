@@ -38,15 +38,25 @@ struct run_delay_record {
 };
 
 BPF_STACK_TRACE(stacks, 1024);
+#define SWITCHING_FRAMES 4
 #define STACK_PLACE_TAKEN (-17)		/* EEXIST: another stack has this one's place in the map */
 BPF_PERCPU_ARRAY(switched_from, u32, 1);	/* who had this CPU before the last switch; with STACK_WHEN_BACK */
 
-/* Without its innermost function, which only says that the thread is switched, a stack has another place. */
+/*
+ * The innermost functions only say that the thread is switched: this program, who calls it, __schedule, schedule.
+ * Without some of them the stack is the same, but has another place.
+ */
 static __always_inline s64 stack_here(void *ctx)
 {
-	s64 found = stacks.get_stackid(ctx, 0);
+	s64 found = STACK_PLACE_TAKEN;
 
-	return found == STACK_PLACE_TAKEN ? stacks.get_stackid(ctx, 1) : found;
+#pragma unroll
+	for (int skip = 0; skip < SWITCHING_FRAMES; skip++) {
+		found = stacks.get_stackid(ctx, skip);
+		if (found != STACK_PLACE_TAKEN)
+			break;
+	}
+	return found;
 }
 
 static __always_inline bool is_real_time(u64 task)
