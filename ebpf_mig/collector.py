@@ -41,7 +41,8 @@ from ebpf_mig.analysis import (
     wire,
     witnesses,
 )
-from ebpf_mig.analysis.attribution import Attribution, attribute
+from ebpf_mig.analysis.attributed import Attribution
+from ebpf_mig.analysis.attribution import attribute
 from ebpf_mig.analysis.dirty_log import Burst
 from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.migration import TracedMigration, identify
@@ -145,6 +146,8 @@ def _mode(traced: TracedMigration, result: Result) -> Mode:
         return Mode.CPR
     if result == Result.SAVED and outcome.kept(traced):
         return Mode.SNAPSHOT
+    if traced.loaded_again:
+        return Mode.RESTORE
     if traced.source is None:
         return Mode.RESTORE if traced.restored is not None else Mode.UNKNOWN
     if traced.snapshot is not None:
@@ -197,9 +200,11 @@ def _completeness(traced: TracedMigration, attribution: Attribution) -> Complete
     cost = own_cost.of(tracing) if tracing else own_cost.observe(material, window, attribution.phases)
     found, saved = traced.switchover, traced.snapshot is not None or outcome.result(traced) == Result.SAVED
     here = saved and found is not None and found.first_start is not None
-    alone = here or (traced.source is None and traced.restored is not None)
+    alone = here or traced.loaded_again or (traced.source is None and traced.restored is not None)
     sides = traced.source, traced.destination
-    return completeness.completeness(material, *sides, window, traced.sends, cost, tracing, alone=alone)
+    return completeness.completeness(
+        material, *sides, window, traced.sends, cost, tracing, alone=alone, loaded_again=traced.loaded_again
+    )
 
 
 def _stolen(traced: TracedMigration, window: Span | None) -> list[Stolen] | None:

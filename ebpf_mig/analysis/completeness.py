@@ -31,9 +31,10 @@ def completeness(
     tracing: TracingCost | None = None,
     *,
     alone: bool = False,
+    loaded_again: bool = False,
 ) -> Completeness:
     """The verdict and its reasons. `sends` are the source's sends for the migration. `alone`: it has one side only, as
-    a snapshot after which the guest runs on, or a restore."""
+    a snapshot after which the guest runs on, or a restore. `loaded_again`: nothing had to be sent."""
     ending = material.ending
     lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
     holes: list[str] = []
@@ -53,7 +54,7 @@ def completeness(
         if tier.startswith("absent") and signal in ESSENTIAL:
             bounds.append(f"{signal} was not traced: {tier.removeprefix('absent').lstrip(': ') or 'absent'}")
     inherited = destination is not None and destination.born is not None  # the state may lie in memory, or in a file
-    if source is not None and window is not None and not sends and not inherited:
+    if source is not None and window is not None and not sends and not inherited and not loaded_again:
         bounds.append(_no_carrier(material))
     return Completeness(
         verdict=Verdict.INCOMPLETE if holes else Verdict.BOUNDED if bounds else Verdict.COMPLETE,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from operator import attrgetter
 
 from ebpf_mig.analysis import loading, waits
-from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.attributed import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.waits import Party, Sleep
 from ebpf_mig.breakdown import Side, SwitchoverKind
@@ -27,6 +27,8 @@ def sleeps(traced: TracedMigration, attribution: Attribution) -> list[Sleep] | N
     if traced.source is not None:
         senders = frozenset(map(_tid, traced.sends))
         own = traced.source.fetchers & senders or senders or traced.source.fetchers
+        if traced.loaded_again and traced.switchover is not None and traced.switchover.stopper is not None:
+            own = frozenset({traced.switchover.stopper})
         aborted = traced.switchover is not None and traced.switchover.kind == SwitchoverKind.ABORTED
         parties.append(Party(traced.source, Side.BOTH if aborted else Side.SOURCE, own, senders))
     if traced.destination is not None:

@@ -75,12 +75,18 @@ class TracedMigration:
     """The files into which the source wrote the guest; None: into none, or one that only carries a stream. Of one that
     is written in the background: the carrier."""
     restored: Restore | None = None
-    """When the destination loaded the guest from files; None: it did not."""
+    """When the destination loaded the guest from files; None: it did not. Or the source, see `loaded_again`."""
 
     @property
     def since(self) -> int:
         """`began`, or the recording's begin if that is unknown."""
         return self.began if self.began is not None else self.material.header.begin_ns
+
+    @property
+    def loaded_again(self) -> bool:
+        """The source stopped its guest, and replaced it by one from a file (QEMU's loadvm)."""
+        back = self.switchover is not None and self.switchover.kind == SwitchoverKind.ABORTED
+        return back and self.restored is not None
 
     @cached_property
     def unmeasured(self) -> frozenset[PhaseName]:
@@ -88,7 +94,7 @@ class TracedMigration:
         missing = {
             side
             for side, process in ((Side.SOURCE, self.source), (Side.DESTINATION, self.destination))
-            if process is None
+            if process is None and not self.loaded_again
         }
         if missing:
             missing.add(Side.BOTH)
@@ -204,13 +210,7 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     """Finds a migration's sides, switchover, begin, sockets and fetches. `names` are the names of the VMMs' marks."""
     source, destination, notes = roles.assign(material.processes.values())
     if source is None:
-        channels = carrier.choose(None, destination, 0, frozenset())
-        replaced = destination is not None and destination.born is not None
-        restored = _restored(destination, channels) if not replaced else None
-        if restored is not None:
-            channels = Channels(destination=restored.files, transport=Transport.FILE)
-        alone = TracedMigration(material, None, destination, notes, None, channels, None, [], [], [])
-        return replace(alone, live_update=replaced, restored=restored)
+        return _of_a_destination(material, destination, notes)
     channels = carrier.choose(source, destination, 0, source.fetchers)
     transfers = _on(channels.source, source)
     sends = _sends(transfers, material.header.begin_ns)
@@ -247,6 +247,10 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
             channels = Channels(written.files | channels.source, read or channels.destination, Transport.FILE)
             transfers = _on(channels.source, source)
             sends = _sends(transfers, began if began is not None else material.header.begin_ns)
+    if written is None and not updated and not early and destination is None:
+        restored = restore.again(source, found)
+        if restored is not None:
+            channels, transfers, sends = Channels(destination=restored.files, transport=Transport.FILE), [], []
     reported = any(m.name in names.postcopy for m in material.marks)
     if early:
         stop = found = None
@@ -268,6 +272,17 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
         snapshot=written,
         restored=restored,
     )
+
+
+def _of_a_destination(material: Material, destination: Process | None, notes: list[str]) -> TracedMigration:
+    """What is known without a source."""
+    channels = carrier.choose(None, destination, 0, frozenset())
+    replaced = destination is not None and destination.born is not None
+    restored = _restored(destination, channels) if not replaced else None
+    if restored is not None:
+        channels = Channels(destination=restored.files, transport=Transport.FILE)
+    alone = TracedMigration(material, None, destination, notes, None, channels, None, [], [], [])
+    return replace(alone, live_update=replaced, restored=restored)
 
 
 def _restored(destination: Process | None, channels: Channels) -> Restore | None:

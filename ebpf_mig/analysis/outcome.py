@@ -4,9 +4,10 @@
 In: a `TracedMigration`. Out: a `Result`, and two facts. Missing events never count as success. A guest that runs on
 the source again is no failure by itself: savevm, a migration to a file and a pause all stop and resume a guest.
 
-    completed   the destination's guest ran, and did not boot; or the VMM or the migration's driver reported it; or
-                the guest did not resume on the source, and the destination answered the source's last bytes, or
-                the source's VMM closed the connection and kept running
+    completed   the destination's guest ran, and did not boot; or a guest ran that was loaded from a file into the same
+                VM; or the VMM or the migration's driver reported it; or the guest did not resume on the source, and
+                the destination answered the source's last bytes, or the source's VMM closed the connection and kept
+                running
     failed      the VMM or the migration's driver reported it; or the destination's process ended, or the connection
                 broke, and the source kept its guest; or the source's process ended while its guest ran, or after
                 the guest had stopped and before dirty logs or its state were read (it shut down)
@@ -51,11 +52,7 @@ def result(case: TracedMigration) -> Result:
         return Result.FAILED
     reported = _reported(case)
     if found is not None and found.kind == SwitchoverKind.ABORTED:
-        if reported in (Result.FAILED, Result.CANCELLED):
-            return reported
-        if _saved(case):
-            return Result.SAVED
-        return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
+        return _of_a_resumed_guest(case, reported)
     if reported:
         return reported
     if case.source is None:
@@ -71,6 +68,17 @@ def result(case: TracedMigration) -> Result:
     if found is None and (_other_side_is_gone(case) or _died_running(case)):
         return Result.FAILED
     return Result.UNKNOWN
+
+
+def _of_a_resumed_guest(case: TracedMigration, reported: Result | None) -> Result:
+    """The process that stopped its guest ran one again."""
+    if reported in (Result.FAILED, Result.CANCELLED):
+        return reported
+    if case.loaded_again:
+        return Result.COMPLETED
+    if _saved(case):
+        return Result.SAVED
+    return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
 
 
 def _runs_anew(case: TracedMigration) -> bool:

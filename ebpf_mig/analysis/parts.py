@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.attributed import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.breakdown import SwitchoverKind

@@ -11,20 +11,25 @@ A VMM that boots also reads files (firmware, kernel) and writes registers. What 
                                     file after that, unless it restores: then they are written once more
 
 A file that is mapped instead of read is known by mmap(2). Its pages come when the guest touches them.
+
+QEMU's loadvm and snapshot-load replace the guest of a VM that runs (`again`). They stop it, return its disks to the
+snapshot, reset the machine, and read the state from a disk image by worker threads (`load_snapshot`,
+migration/savevm.c, 7.2 to 11.1).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ebpf_mig.analysis import loading, requests
+from ebpf_mig.analysis import dirty_log, loading, requests
 from ebpf_mig.analysis.phases import Partition
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.reception import LOADED_BYTES
 from ebpf_mig.analysis.requests import Request
 from ebpf_mig.analysis.sockets import LEAST_BYTES, family_of
-from ebpf_mig.breakdown import PhaseName, Span
+from ebpf_mig.analysis.switchover import Switchover
+from ebpf_mig.breakdown import PhaseName, Span, SwitchoverKind
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import FILE, RECEIVE, FileCall, Ioctl, Transfer
 
@@ -75,20 +80,51 @@ def find(process: Process) -> Restore | None:
     return _described(process, reads, [(c.begin_ns, c.end_ns) for c in maps], ioctls, setters, start)
 
 
+def again(process: Process, found: Switchover | None) -> Restore | None:
+    """Whether and how the process loaded another guest from a file while its own was stopped, and ran that one.
+
+    It begins with the reset. A machine that is only reset writes each vCPU's registers once. A snapshot switches dirty
+    logging on.
+    """
+    if found is None or found.kind != SwitchoverKind.ABORTED or found.first_start is None:
+        return None
+    ioctls = [i for i in process.ioctls if found.stop <= i.begin_ns < found.first_start]
+    setters = [i for i in ioctls if kvm.name_of(i.cmd) in kvm.VCPU_STATE_SET]
+    written = sorted((i.begin_ns, i.fd) for i in setters if kvm.name_of(i.cmd) == "SET_REGS")
+    many = len({fd for _, fd in written})
+    if len(written) <= many or dirty_log.switched_on(process, None) is not None:
+        return None
+    first, last = min(i.begin_ns for i in setters), max(i.begin_ns for i in setters)
+    size: Counter[int] = Counter()
+    reads = [t for t in _of_files(process) if written[many - 1][0] < t.begin_ns < last]
+    for one in reads:
+        size[one.socket] += one.bytes
+    key = max(size, key=lambda one: (size[one], -one), default=0)
+    if size[key] < STREAM_FILE_BYTES:
+        return None
+    image = [t for t in reads if t.socket == key]
+    return replace(_described(process, image, [], ioctls, setters, found.first_start), begin=first)
+
+
+def _of_files(process: Process) -> list[Transfer]:
+    """All that it read from files, in order."""
+    found = [
+        t
+        for (direction, key), transfers in process.streams.items()
+        if direction == RECEIVE and family_of(process, key) == FILE
+        for t in transfers
+        if t.bytes
+    ]
+    return sorted(found, key=lambda t: (t.begin_ns, t.end_ns, t.socket))
+
+
 def _reads(process: Process, ioctls: list[Ioctl], setters: list[Ioctl]) -> list[Transfer]:
     """What it read from files to restore, in order; empty if it did not restore."""
     by_fd = Counter(i.fd for i in setters if kvm.name_of(i.cmd) == "SET_REGS")
     names = {kvm.name_of(i.cmd) for i in setters}
     last = max(i.begin_ns for i in setters)
     restorers = {i.tid for i in ioctls if loading.is_restore(i)}
-    files = [
-        t
-        for (direction, key), transfers in process.streams.items()
-        if direction == RECEIVE and family_of(process, key) == FILE
-        for t in transfers
-        if t.begin_ns < last and t.bytes and t.tid in restorers
-    ]
-    files.sort(key=lambda t: (t.begin_ns, t.end_ns, t.socket))
+    files = [t for t in _of_files(process) if t.begin_ns < last and t.tid in restorers]
     made = any(kvm.name_of(i.cmd) == "CREATE_VCPU" for i in ioctls)
     if made and max(by_fd.values(), default=0) <= 1:
         return files if names & _SAVED else []

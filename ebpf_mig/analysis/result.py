@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.attributed import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.recording.events import Header

@@ -195,13 +195,18 @@ OF_FILES = frozenset({PhaseName.SYNC, PhaseName.MEMORY_LOAD})
 
 
 def sides_of(aborted: bool, seen: Collection[PhaseName] = ()) -> tuple[tuple[PhaseName, Side], ...]:
-    """The phases of a breakdown and their sides: if the source took its guest back, the source resumes.
+    """The phases of a breakdown and their sides: if the source took its guest back, the source resumes. It also loads,
+    if it loaded another guest in place of its own.
 
     `seen`: the phases that have time; those of files are left out otherwise.
     """
-    back = aborted and PhaseName.RESUME
     shown = (row for row in PHASES if row[0] not in OF_FILES or row[0] in seen)
-    return tuple((name, Side.SOURCE if name == back else side) for name, side in shown)
+    return tuple((name, _resumed(name, side, seen) if aborted else side) for name, side in shown)
+
+
+def _resumed(name: PhaseName, side: Side, seen: Collection[PhaseName]) -> Side:
+    loads = side == Side.DESTINATION and name in seen
+    return Side.SOURCE if name == PhaseName.RESUME or loads else side
 
 
 IMMEDIATE = ": taken not to have run the guest"

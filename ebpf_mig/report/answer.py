@@ -65,6 +65,9 @@ def migration(b: Breakdown) -> str:
 
 def ends(b: Breakdown) -> str:
     """`source pid 1 on alpha -> destination pid 2 on beta`."""
+    m = b.migration
+    if m.mode == Mode.RESTORE and m.source is not None and m.destination is None:
+        return f"{_end('', m.source)}, which loaded another guest in place of its own"
     return " -> ".join([_end("source", b.migration.source), _end("destination", b.migration.destination)]) + paired(b)
 
 
@@ -82,7 +85,7 @@ def paired(b: Breakdown) -> str:
 def _end(side: str, end: Endpoint | None) -> str:
     if end is None:
         return f"{side} not traced"
-    return f"{side} pid {end.pid}" + (f" on {printable(end.host)}" if end.host else "")
+    return f"{side} pid {end.pid}".strip() + (f" on {printable(end.host)}" if end.host else "")
 
 
 def rows(b: Breakdown) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ebpf_mig.analysis.restore import STREAM_FILE_BYTES
 from ebpf_mig.analysis.snapshot import SAVED_BYTES
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import SEND, Ioctl, Transfer
@@ -51,6 +52,10 @@ class _Vm:
     """Threads that may save in the background: those that stopped the guest, after its registers were read."""
     saved_bytes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """What they sent since the registers were read, by thread and carrier."""
+    written_again: Counter[int] = field(default_factory=Counter)
+    """How often the registers of a vCPU were written since the stop, by descriptor."""
+    read_again: int = 0
+    """Bytes read from files since then."""
 
 
 class FileWatch:
@@ -64,10 +69,16 @@ class FileWatch:
         """When the guest of one of them ran again; also when it was last written, if that goes on in the background."""
         self.in_background: set[int] = set()
         """Those that are written while the guest runs."""
+        self.loaded_again: dict[int, int] = {}
+        """When a guest ran that was loaded in place of the one that was stopped."""
 
     def restored(self, pid: int) -> bool:
         """Whether its guest ran for the first time after it was loaded from files."""
         return pid in self._vms and self._vms[pid].restored
+
+    def run_anew(self, until_ns: int) -> set[int]:
+        """The processes that have run another guest since before `until_ns`."""
+        return {pid for pid, at in self.loaded_again.items() if at <= until_ns and not self._vms[pid].stopped}
 
     def kicked(self, pid: int, tid: int) -> None:
         """The thread `tid` asked a vCPU of `pid` to stop."""
@@ -87,6 +98,8 @@ class FileWatch:
             vm.restored = self._loaded(vm)
         if pid in self.saved and vm.stopped:
             self.resumed.setdefault(pid, at_ns)
+        if min(vm.written_again.values(), default=0) > 1 and vm.read_again >= STREAM_FILE_BYTES:
+            self.loaded_again[pid] = at_ns
         vm.vcpus.add(tid)
         if vm.stopped and vm.read_state:
             vm.savers |= vm.kickers - vm.vcpus - {pid}
@@ -94,6 +107,8 @@ class FileWatch:
         vm.readers.clear()
         vm.kickers.clear()
         vm.written.clear()
+        vm.written_again.clear()
+        vm.read_again = 0
 
     def ioctl(self, event: Ioctl) -> None:
         """A KVM ioctl."""
@@ -102,6 +117,8 @@ class FileWatch:
         if vm.stopped and name in kvm.VCPU_STATE_GET:
             vm.read_state = True
             vm.readers.add(event.tid)
+        if vm.stopped and name == "SET_REGS":
+            vm.written_again[event.fd] += 1
         if not vm.ran and name in kvm.VCPU_STATE_SET:
             vm.rounds[event.fd] += name == "SET_REGS"
             vm.set_saved |= name in _SAVED
@@ -125,6 +142,7 @@ class FileWatch:
         """What was read from or written to a regular file."""
         vm = self._of(event.pid)
         if event.direction != SEND:
+            vm.read_again += event.bytes * bool(vm.written_again)
             if not vm.ran:
                 vm.asked_bytes += event.bytes * vm.asked
                 vm.read_bytes[min(vm.rounds.values(), default=0)] += event.bytes

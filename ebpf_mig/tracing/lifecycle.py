@@ -186,7 +186,7 @@ class MigrationWatch:
             return None
         if self._unlogged_at and now_ns - self._unlogged_at >= QUIET_NS:
             return "logging-ended"
-        if self.arrived:
+        if self.arrived or self._files.run_anew(now_ns - QUIET_NS) - self._fetched:
             return "migrated"
         if self._handed_over(now_ns):
             return "handed-over"
@@ -232,7 +232,7 @@ class MigrationWatch:
         """Whether its guest runs outside of a migration. The interruptions of a busy guest are no activity then."""
         if pid in self._fetched:
             return bool(self._unlogged_at)
-        return pid in self._started or pid in self._files.resumed
+        return pid in self._started or pid in self._files.resumed or pid in self._files.loaded_again
 
     def _enter(self, event: VcpuEnter) -> None:
         first = event.pid not in self._ran

@@ -62,5 +62,9 @@ def migrating() -> list[str]:
 
 
 def vmm_named(comm: str) -> str:
-    """The VMM that the name of a process or of its program stands for, a hint; empty if none."""
-    return next((one.name for one in adapters() if one.comms and comm.startswith(one.comms)), "")
+    """The VMM that the name of a process or of its program stands for, a hint; empty if none.
+
+    NixOS starts a program through a script and calls the program itself `.NAME-wrapped` (make-wrapper.sh, nixpkgs).
+    """
+    name = comm.removeprefix(".")
+    return next((one.name for one in adapters() if one.comms and name.startswith(one.comms)), "")

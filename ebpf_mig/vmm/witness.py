@@ -13,7 +13,7 @@ from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.breakdown import Wire, Witness
 
 if TYPE_CHECKING:
-    from ebpf_mig.analysis.attribution import Attribution
+    from ebpf_mig.analysis.attributed import Attribution
     from ebpf_mig.analysis.migration import TracedMigration
 
 

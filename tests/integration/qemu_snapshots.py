@@ -70,6 +70,22 @@ def savevm(q: Qmp, directory: Path) -> None:
     assert q("human-monitor-command", **{"command-line": "savevm one"}) == ""
 
 
+def loadvm(q: Qmp) -> None:
+    """In place of the guest that runs, the one that `savevm` saved."""
+    assert q("human-monitor-command", **{"command-line": "loadvm one"}) == ""
+
+
+def stop_and_load(q: Qmp) -> None:
+    """A script that stops the guest itself, and waits before each further command."""
+    for act in (
+        lambda: q("stop"),
+        lambda: job(q, "load", "snapshot-load", tag="one", vmstate="qcow2", devices=["qcow2"]),
+    ):
+        act()
+        time.sleep(APART_S)
+    q("cont")
+
+
 @dataclass(frozen=True)
 class Kind:
     """One of the ways."""

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
@@ -23,7 +24,19 @@ from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import TRACING, long_but, requires
 from tests.integration.exporters import NAMED, OURS, PROGRAM, SETTLED_S, exporter, running, until, value
-from tests.integration.qemu_snapshots import AGREES_NS, BACKGROUND, KINDS, SAVED, Kind, holds, version
+from tests.integration.qemu_snapshots import (
+    AGREES_NS,
+    APART_S,
+    BACKGROUND,
+    KINDS,
+    MS,
+    SAVED,
+    Kind,
+    holds,
+    loadvm,
+    stop_and_load,
+    version,
+)
 from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
@@ -140,6 +153,52 @@ def test_record_of_the_vm_that_loads_it(kind: Kind, tmp_path: Path) -> None:
         assert (b.migration.mode, b.migration.transport) == ("restore", "file")
         assert (b.completeness.verdict, b.completeness.reasons) == ("complete", [])
         assert analysis.origin_ns - asked <= AGREES_NS, "it begins with the request"
+
+
+@pytest.mark.parametrize(
+    ("load", "waits"), [(loadvm, 0), pytest.param(stop_and_load, 2, marks=pytest.mark.long)], ids=["loadvm", "stopped"]
+)
+def test_record_of_a_guest_that_is_loaded_again(load: Callable[[Qmp], None], waits: int, tmp_path: Path) -> None:
+    """Witnesses: STOP, RESUME, the guest's heartbeat, and how long the script waited."""
+    with QemuPair(SAVED) as pair:
+        q, offset = Qmp(pair.source.qmp), offset_ns()
+        SAVEVM.run(q, tmp_path)
+        command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(pair.source.pid), "-o", "x.rec"]
+        with running(*command, stderr=PIPE, cwd=tmp_path) as process:
+            assert process.stderr is not None and "tracing" in process.stderr.readline()
+            load(q)
+            said = process.communicate(timeout=30)[1]
+        assert (process.returncode, q.runs()) == (0, True), said
+        assert said.startswith("migrated"), said
+        analysis = analyse(read_recording(tmp_path / "x.rec"))
+        beats = [at for at, _ in pair.source.heartbeat.beats]
+        stopped, resumed = (q.at(event) - offset for event in ("STOP", "RESUME"))
+    b, m = analysis.breakdown, analysis.breakdown.migration
+    assert (m.mode, m.result, m.transport, m.paused_after) == ("restore", "completed", "file", False)
+    assert (b.completeness.verdict, b.completeness.reasons) == ("complete", [])
+    assert b.window_ns and b.blackout and sum(p.duration_ns or 0 for p in b.phases) == b.window_ns
+    assert b.phase_ns("unattributed") <= 0.02 * b.window_ns
+    stop, start = (analysis.origin_ns + at for at in b.blackout)
+    assert abs(stopped - stop) <= AGREES_NS and abs(resumed - start) <= AGREES_NS, (stopped - stop, resumed - start)
+    assert not [at for at in beats if stop + MS < at < start], "a beat in the blackout"
+    assert any(at <= stop + MS for at in beats) and any(at >= start for at in beats)
+    assert b.phase_ns("memory.load") and b.phase_ns("state.load")
+    waited = b.phase_ns("management") or 0
+    assert 0.95 * waits * APART_S * 1e9 <= waited <= waits * (APART_S * 1e9 + AGREES_NS)
+
+
+def test_a_reset_is_no_restore(tmp_path: Path) -> None:
+    """It stops the guest and writes the registers, too. The memory stays."""
+    with QemuPair(SAVED) as pair:
+        command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(pair.source.pid), "-o", "x.rec"]
+        with running(*command, stderr=PIPE, cwd=tmp_path) as process:
+            assert process.stderr is not None and "tracing" in process.stderr.readline()
+            Qmp(pair.source.qmp)("system_reset")
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+        m = analyse(read_recording(tmp_path / "x.rec")).breakdown.migration
+    assert (m.mode, m.result) == ("unknown", "unknown")
 
 
 def counted(kind: Kind, directory: Path, port: int, before: int, age_s: float) -> bool:

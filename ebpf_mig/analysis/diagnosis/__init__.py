@@ -74,7 +74,7 @@ def headline(breakdown: Breakdown) -> str:
         alone = breakdown.migration.source is None
         missing = "stop" if breakdown.window_ns is None or alone else "start on the destination"
         return f"Downtime not measured: no vCPU {missing} was seen"
-    aborted = breakdown.came_back and result != Result.SAVED
+    aborted = breakdown.came_back and result not in (Result.SAVED, Result.COMPLETED)
     return f"{'Aborted downtime' if aborted else 'Downtime'} {bounds.blackout(breakdown)}"
 
 

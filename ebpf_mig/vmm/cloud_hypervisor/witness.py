@@ -18,7 +18,7 @@ from typing import ClassVar
 import msgspec
 
 from ebpf_mig.analysis import loading, pause, source_work
-from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.attributed import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process, key_of
 from ebpf_mig.analysis.spans import covered, total, uncovered

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
-from ebpf_mig.analysis.attribution import Attribution
+from ebpf_mig.analysis.attributed import Attribution
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.spans import covered, uncovered
 from ebpf_mig.breakdown import Phase, Span, SwitchoverKind, Wire, Witness

@@ -96,7 +96,13 @@ def test_names_are_those_of_the_adapters() -> None:
 
 @pytest.mark.parametrize(
     ("comm", "name"),
-    [("qemu-system-x86", "qemu"), ("kvm", "qemu"), ("cloud-hyperviso", "cloud-hypervisor"), ("bash", "")],
+    [
+        ("qemu-system-x86", "qemu"),
+        ("kvm", "qemu"),
+        (".qemu-system-x8", "qemu"),
+        ("cloud-hyperviso", "cloud-hypervisor"),
+        ("bash", ""),
+    ],
 )
 def test_a_process_is_recognised_by_its_name(comm: str, name: str) -> None:
     assert vmm.vmm_named(comm) == name
