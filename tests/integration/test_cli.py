@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.linux.bpf import SYS_BPF
+from ebpf_mig.recording.events import RECURSION_MISSES
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from tests.conftest import LAB, TRACING, requires
 from tests.integration.migrations import QUICK
@@ -84,10 +85,14 @@ def nothing_left(directory: Path) -> None:
 def test_demo_json_is_alone_on_stdout(
     tmp_path: Path, lab_directory: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    result = run(tmp_path, *DEMO, "-o", "demo.rec", "--format", "json")
-    nothing_left(lab_directory)
-    assert result.returncode == 0, result.stderr
-    breakdown = json.loads(result.stdout)
+    for _ in range(3):
+        result = run(tmp_path, *DEMO, "-o", "demo.rec", "--force", "--format", "json")
+        nothing_left(lab_directory)
+        assert result.returncode == 0, result.stderr
+        breakdown = json.loads(result.stdout)
+        # On an emulated CPU our programs are slow. While one is preempted, the kernel skips its runs of other threads.
+        if RECURSION_MISSES not in breakdown["completeness"]["lost"]:
+            break
     record_property("attach", json.dumps(breakdown["completeness"]["attach"]))
     assert breakdown["schema"] == "ebpf-mig/breakdown/1"
     assert sum(phase["duration_ns"] for phase in breakdown["phases"]) == breakdown["window_ns"]
