@@ -86,7 +86,7 @@ class TracedMigration:
     def loaded_again(self) -> bool:
         """The source stopped its guest, and replaced it by one from a file (QEMU's loadvm)."""
         back = self.switchover is not None and self.switchover.kind == SwitchoverKind.ABORTED
-        return back and self.restored is not None
+        return back and self.restored is not None and self.destination is None
 
     @cached_property
     def unmeasured(self) -> frozenset[PhaseName]:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ebpf_mig.breakdown import Breakdown
+from ebpf_mig.analysis import outcome
+from ebpf_mig.breakdown import Breakdown, SwitchoverKind
 from ebpf_mig.collector import analyse
 from ebpf_mig.linux.descriptors import PLACED
 from ebpf_mig.recording.events import FILE, Call, FileCall
@@ -277,3 +279,11 @@ def test_a_main_loop_that_waits_by_io_uring_does_no_work() -> None:
     found = script.result()
     assert 298_900 <= found.phases["management"] <= 299_100 and found.phases["state.send"] == 300
     assert found.breakdown.completeness.verdict == "complete"
+
+
+def test_a_guest_that_another_process_loads_is_not_loaded_again() -> None:
+    """The source takes its guest back, and a copy of it runs in a second process."""
+    traced = analyse(read_recording(DATA.parent / "firecracker-1.16-file.rec")).traced
+    assert traced.switchover is not None and traced.restored is not None
+    copied = replace(traced, switchover=replace(traced.switchover, kind=SwitchoverKind.ABORTED))
+    assert not copied.loaded_again and outcome.result(copied) != "completed"
