@@ -117,7 +117,14 @@ class Node:
         wait_for(lambda: not left(), LEFT_S, lambda: f"BPF programs are left: {sorted(left())}")
         if not running:
             return
+        # A watch that was started again has a loader for a moment.
+        wait_for(self._has_one_of_each, LEFT_S, lambda: f"processes of the exporter: {descendants(self.process.pid)}")
+
+    def _has_one_of_each(self) -> bool:
         below = descendants(self.process.pid)
         names = [name for words in below.values() for name in MODULES.values() if f"exporter.{name} " in words]
-        if len(names) != len(set(names)) or len(names) != len(below):
-            raise BrokenError(f"processes of the exporter: {below}")
+        return len(names) == len(set(names)) == len(below)
+
+    def check_ended(self, name: str, pid: int) -> None:
+        """That one of its processes was told to end, and does: the watch first keeps what it was tracing."""
+        wait_for(lambda: self.pid(name) != pid, READY_S, lambda: f"the {name} does not end: {self._processes()}")

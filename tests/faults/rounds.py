@@ -22,7 +22,7 @@ from ebpf_mig.lab.scenario import MIB, Scenario
 from ebpf_mig.recording.file import read_recording
 from ebpf_mig.vmm.qemu.lab import QemuPair
 from ebpf_mig.vmm.qemu.migration import QemuMigration
-from tests.faults.node import COUNTED_S, BrokenError, Node, wait_for
+from tests.faults.node import COUNTED_S, MODULES, BrokenError, Node, wait_for
 from tests.integration.exporters import NAMED, PROGRAM
 
 VICTIMS = ("tracer", "source", "destination", "watch", "listener", "analyst", "supervisor")
@@ -121,6 +121,8 @@ def _check_exporter(fault: Fault, node: Node, before: float, result: str) -> str
     sure = fault.spares_the_vms and fault.victim != "watch"
     if sure:
         wait_for(lambda: node.migrations() > before, COUNTED_S, lambda: "the migration is not counted")
+    if fault.hit is not None and fault.signum != signal.SIGSTOP and fault.victim in MODULES:
+        node.check_ended(fault.victim, fault.hit)
     node.check_ready()
     if not sure:  # it may be counted, once
         deadline = time.monotonic() + 3.0
