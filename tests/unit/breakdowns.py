@@ -24,7 +24,7 @@ def phases(aborted: bool = False, **spans: list[b.Span]) -> list[b.Phase]:
             spans=given.get(name, []),
             duration_ns=sum(end - begin for begin, end in given.get(name, [])),
         )
-        for name, side in b.sides_of(aborted)
+        for name, side in b.sides_of(aborted, b.OF_FILES & set(given))
     ]
 
 

@@ -17,7 +17,7 @@ from ebpf_mig.analysis.diagnosis.frames import callers, described, meaningful, p
 from ebpf_mig.analysis.lost_cpu import PREEMPTED, QUEUED, RUNNABLE
 from ebpf_mig.analysis.spans import merged, total
 from ebpf_mig.analysis.waits import Sleep
-from ebpf_mig.breakdown import FetchIoctl, PhaseName, Side, Transport, Wire
+from ebpf_mig.breakdown import FetchIoctl, Mode, PhaseName, Side, Span, Transport, Wire
 from ebpf_mig.text import ms, size
 
 Finder = Callable[[Facts], Iterable[Claim]]
@@ -54,6 +54,8 @@ def lost_cpu(*words: str, vcpus: bool = False) -> Finder:
 
     def find(facts: Facts) -> Iterator[Claim]:
         found = list(facts.own(lambda s: s.stack[:1] != () and s.stack[0] in words and (s.vcpu or not vcpus)))
+        if not vcpus:
+            found += _behind_the_disk(facts, words)
         if not vcpus or len({claim.sleep.thread for claim in found if claim.sleep}) > 1:
             yield from found
 
@@ -62,7 +64,9 @@ def lost_cpu(*words: str, vcpus: bool = False) -> Finder:
 
 def contention(facts: Facts) -> Iterator[Claim]:
     """Waits for a CPU. Only two words prove that another thread had it; else it can be a quota or a hypervisor, too."""
-    found = list(facts.own(lambda s: s.stack[:1] in ((PREEMPTED,), (QUEUED,), (RUNNABLE,))))
+    words = (PREEMPTED, QUEUED, RUNNABLE)
+    found = list(facts.own(lambda s: s.stack[:1] != () and s.stack[0] in words))
+    found += _behind_the_disk(facts, words)
     doubtful = {claim.side for claim in found if claim.sleep and claim.sleep.stack[0] == RUNNABLE}
     for claim in found:
         proven = "threads of {side} wait for a CPU that others use"
@@ -210,14 +214,43 @@ _BLOCK = re.compile(
 _IDLE = re.compile(r"\w*poll\w*|futex_\w+|do_futex|schedule_hrtimeout\w*|ep_\w+|io_\w*getevents|read_events", re.ASCII)
 
 
+_WAITS_FOR_DISK = (PhaseName.QUIESCE, PhaseName.STATE_SAVE, PhaseName.SYNC, PhaseName.UNATTRIBUTED)
+_FILES = (PhaseName.MEMORY_SEND, PhaseName.STATE_SEND, PhaseName.MEMORY_LOAD, PhaseName.STATE_LOAD)
+"""The phases in which a guest that goes through files waits for a disk, too. Over a network it waits for the peer."""
+
+
 def block_device(facts: Facts) -> Iterator[Claim]:
     """After the stop, the source waits for a block device: itself, or while one of its workers does."""
-    quiet = (PhaseName.QUIESCE, PhaseName.STATE_SAVE, PhaseName.UNATTRIBUTED)
-    yield from facts.own(lambda s: in_stack(_BLOCK, s) and s.side != Side.DESTINATION, *quiet)
-    idle = [span for claim in facts.own(lambda s: in_stack(_IDLE, s), *quiet) for span in claim.spans]
-    for sleep in facts.sleeps or ():
-        if sleep.side != Side.DESTINATION and not sleep.phases and in_stack(_BLOCK, sleep):
+    yield from facts.own(lambda s: in_stack(_BLOCK, s) and s.side != Side.DESTINATION, *_quiet(facts))
+    idle = _idle(facts)
+    for sleep in _workers(facts):
+        if in_stack(_BLOCK, sleep):
             yield Claim(shared([(sleep.begin, sleep.end)], idle), sleep.side, sleep=sleep)
+
+
+def _behind_the_disk(facts: Facts, words: Sequence[str]) -> Iterator[Claim]:
+    """A worker's wait for a CPU right after a block device answered it, while the VMM waits for its workers."""
+    answered = {(sleep.thread, sleep.end) for sleep in _workers(facts) if in_stack(_BLOCK, sleep)}
+    idle = _idle(facts) if answered else []
+    for sleep in _workers(facts):
+        if sleep.stack[:1] and sleep.stack[0] in words and (sleep.thread, sleep.begin) in answered:
+            yield Claim(shared([(sleep.begin, sleep.end)], idle), sleep.side, sleep=sleep)
+
+
+def _quiet(facts: Facts) -> Sequence[PhaseName]:
+    """The phases in which the source may wait for a block device."""
+    through_files = facts.breakdown.migration.mode in (Mode.SNAPSHOT, Mode.RESTORE)
+    return (*_WAITS_FOR_DISK, *(_FILES if through_files else ()))
+
+
+def _idle(facts: Facts) -> list[Span]:
+    """When a thread that drives the migration waits for something in these phases."""
+    return [span for claim in facts.own(lambda s: in_stack(_IDLE, s), *_quiet(facts)) for span in claim.spans]
+
+
+def _workers(facts: Facts) -> list[Sleep]:
+    """Sleeps of the source's other threads."""
+    return [sleep for sleep in facts.sleeps or () if sleep.side != Side.DESTINATION and not sleep.phases]
 
 
 _POLL = re.compile(r"\w*poll\w*|ep_\w+|schedule_hrtimeout\w*", re.ASCII)

@@ -316,6 +316,31 @@ def test_a_thread_that_seems_to_be_at_work_may_have_lost_its_cpu_to_a_hypervisor
         assert found.evidence == ["a hypervisor withheld 60.000 ms of CPU 1 around the window"] * told
 
 
+FLUSH = ("io_schedule", "wait_for_completion_io_timeout", "blkdev_issue_flush", "ext4_sync_file", "do_fsync")
+
+
+@pytest.mark.parametrize(
+    ("phase", "mode", "rule"),
+    [
+        pytest.param("sync", b.Mode.SNAPSHOT, "block", id="flush"),
+        pytest.param("memory__send", b.Mode.SNAPSHOT, "block", id="file"),
+        pytest.param("memory__send", b.Mode.PRECOPY, "asleep", id="network"),
+    ],
+)
+def test_a_worker_at_the_disk_holds_up_what_goes_through_files(phase: str, mode: b.Mode, rule: str) -> None:
+    whole = spent(**{phase: 90})
+    whole = replace(whole, migration=replace(whole.migration, mode=mode))
+    found = built(whole, src(0, 88, *POLL), src(5, 85, *FLUSH, phases=()))
+    assert [cause.rule for cause in found.because][:1] == [rule]
+
+
+@pytest.mark.parametrize(("since", "rule"), [(20, "cpu"), (25, "asleep")])
+def test_a_worker_without_a_cpu_counts_once_its_disk_has_answered(since: float, rule: str) -> None:
+    """Another worker that has no CPU may have nothing to do with what the VMM waits for."""
+    found = built(spent(sync=90), src(0, 88, *POLL), src(5, 20, *FLUSH, phases=()), src(since, 85, QUEUED, phases=()))
+    assert found.because[0].rule == rule
+
+
 def test_clocks_that_allow_anything_prove_nothing_in_flight() -> None:
     whole = flight("Nagle, delayed ACK")
     assert whole.wire is not None
