@@ -72,7 +72,7 @@ def completeness(
 
 
 def _no_carrier(material: Material) -> str:
-    unseen = [f"a {kind}" for kind in ("pipe", "file") if not material.traced(kind)]
+    unseen = [f"a {kind}" for kind in ("pipe", "file", "vsock") if not material.traced(kind)]
     return (
         f"no send of the migration was recognised: its carrier is unknown ({', '.join([*unseen, 'RDMA'])}), and the "
         "source's sending phases have no time"

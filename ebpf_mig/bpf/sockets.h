@@ -29,6 +29,7 @@
 #define SCM_RIGHTS 1
 #define AF_INET 2
 #define AF_INET6 10
+#define AF_VSOCK 40
 
 struct transfer_record {
 	u64 kind, begin_ns, end_ns, pid, tid;
@@ -159,6 +160,9 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 		r->local_port = port;
 		bpf_probe_read_kernel(&port, sizeof(port), (void *)(sk + OFF_skc_dport));
 		r->remote_port = bpf_ntohs(port);
+	} else if (family == AF_VSOCK) {		/* struct sockaddr_vm, ports included */
+		bpf_probe_read_kernel(r->local, 16, (void *)(sk + OFF_vsock_local));
+		bpf_probe_read_kernel(r->remote, 16, (void *)(sk + OFF_vsock_remote));
 	}
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }

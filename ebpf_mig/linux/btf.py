@@ -19,6 +19,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError
 
 VMLINUX, KVM_MODULE = "/sys/kernel/btf/vmlinux", "/sys/kernel/btf/kvm"
+VSOCK_MODULE = "/sys/kernel/btf/vsock"
 
 Member = tuple[str, str]
 """(struct, member)."""
@@ -153,7 +154,8 @@ class FunctionType:
 
     btf_id: int
     arguments: int
-    module: bool
+    module: str
+    """Its name; empty for vmlinux."""
 
 
 def functions(path: str, names: Iterable[str], base: str | None = None) -> dict[str, FunctionType]:
@@ -162,7 +164,7 @@ def functions(path: str, names: Iterable[str], base: str | None = None) -> dict[
         btf = _parsed(path, base)
         found = btf.named({name.encode() for name in names}, _FUNC)
         return {
-            name.decode(): FunctionType(number, btf.arguments(number), base is not None)
+            name.decode(): FunctionType(number, btf.arguments(number), Path(path).name if base else "")
             for name, number in found.items()
             if base is None or number >= btf.first_id
         }

@@ -65,7 +65,7 @@ def load(
             beside()
             program = Program(FAMILY, defines(pids, tracepoints, choice, user_stacks=user_stacks), CONTRACT)
             for hook in hooks:
-                program.load_hook(hook, chooser.module_fd if chooser else -1)
+                program.load_hook(hook, chooser.module_fd(hook) if chooser else 0)
         tiers, sampler_fd = _tiers(choice, tracepoints), -1
         tiers[INSIDE], walker_fd = _load_walker(program)
     finally:
@@ -157,7 +157,8 @@ def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
     """The table of signal -> tier. A return probe has the tier of the probe at the entry."""
     table = {extra.signal: TRACEPOINT if _has(extra, tracepoints) else "absent: no such tracepoint" for extra in EXTRAS}
     table |= dict.fromkeys((*KVM_SIGNALS, "socket"), TRACEPOINT)
-    table |= dict.fromkeys(("pipe", "file"), "absent: not hooked" if "socket" in choice.groups else TRACEPOINT)
+    others = ("pipe", "file", "vsock") if selftest.VSOCK_MODULE.exists() else ("pipe", "file")
+    table |= dict.fromkeys(others, "absent: not hooked" if "socket" in choice.groups else TRACEPOINT)
     entries = {"fexit": "fentry", "kretprobe": "kprobe"}
     kinds: dict[str, set[str]] = {}
     for hook in choice.hooks:

@@ -23,7 +23,8 @@ class Hook:
     program: str
     signals: tuple[str, ...] = ()
     btf_id: int = 0
-    in_module: bool = False
+    module: str = ""
+    """The module that the function is part of; empty if that is the kernel."""
     provoked: bool = True
     one_of: str = ""
     """Of the hooks with the same program and this name, only one must fire."""

@@ -123,6 +123,8 @@ FUNCTIONS = (
     _transfers("inet6_recvmsg", "receive"),
     _extra_transfers(("pipe_write", "anon_pipe_write"), "write", "pipe", 2),
     _extra_transfers(("pipe_read", "anon_pipe_read"), "read", "pipe", 2),
+    _extra_transfers(("vsock_connectible_sendmsg", "vsock_stream_sendmsg"), "send", "vsock", 3),
+    _extra_transfers(("vsock_connectible_recvmsg", "vsock_stream_recvmsg"), "receive", "vsock", 4),
     *(_extra_transfers((f"{_SYSCALL}{name}",), name.strip("p2"), "file", 1)
       for name in ("writev", "pwritev", "pwritev2", "readv", "preadv", "preadv2")),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),

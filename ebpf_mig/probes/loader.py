@@ -149,8 +149,8 @@ class Program:
         self._fds[function] = fd
         return fd
 
-    def load_hook(self, hook: Hook, module_fd: int = -1) -> None:
-        """Loads the function of a hook for its way of attaching. `module_fd` is the BTF of kvm.ko.
+    def load_hook(self, hook: Hook, module_fd: int = 0) -> None:
+        """Loads the function of a hook for its way of attaching. `module_fd`: the BTF of the function's module.
 
         PreflightError if refused.
         """
@@ -159,7 +159,7 @@ class Program:
             return
         code = self._bpf.dump_func(hook.program.encode())
         try:
-            fd = bpf.load(code, hook.how, hook.btf_id, module_fd if hook.in_module else 0)
+            fd = bpf.load(code, hook.how, hook.btf_id, module_fd)
             self._attachments.prepare(hook)
         except OSError as error:
             why = f"the kernel refuses {hook.program} as {hook.how} of {hook.target}: {error.strerror}"

@@ -8,6 +8,7 @@ come from the running kernel's BTF, so no kernel headers are needed.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ _USER_REGS_AT = {"x86_64": 16384 - 168, "aarch64": 16384 - 336}
 """Where a task's registers are on its kernel stack, for kernels before 5.15: THREAD_SIZE without KASAN, `struct
 pt_regs` (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/memory.h and ptrace.h, Linux 5.10).
 """
+VSOCK_ADDRESS = struct.Struct("=HHII4x")
+"""struct sockaddr_vm: family, reserved, port, CID (include/uapi/linux/vm_sockets.h)."""
 _NOWHERE = 0x7FFFFFF0
 """An offset that no lock has. Waits for a lock with this offset count as waits for other locks."""
 OFFSETS = {
@@ -107,7 +110,7 @@ def defines(
     macros["TRACE_EVENTS"] = int(choice.trace_events)
     macros["USER_STACKS"] = int(user_stacks)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
-    macros |= _kvm_offsets()
+    macros |= _kvm_offsets() | _vsock_offsets()
     offsets = btf.offsets(
         btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY, _NOTIFIERS]
     )
@@ -147,4 +150,21 @@ def _kvm_offsets() -> dict[str, int]:
     return locks | {
         "OFF_kvm_manual": offsets[manual] or _NONE,
         "OFF_notifier_vcpu_id": (offsets[vcpu_id] or 0) - (offsets[notifier] or 0) if known else _NONE,
+    }
+
+
+def _vsock_offsets() -> dict[str, int]:
+    """Offsets of the two addresses in `struct vsock_sock`, from the BTF of vmlinux or vsock.ko.
+
+    If neither has them, as in Linux 5.10 or while the module is not loaded: as in Linux 5.10 to 7.2. The struct begins
+    with a `struct sock`, as `struct unix_sock` does, and a pointer. What is read there has to be a vsock's address.
+    """
+    local, remote, behind_sock = ("vsock_sock", "local_addr"), ("vsock_sock", "remote_addr"), ("unix_sock", "addr")
+    offsets = btf.offsets(btf.VMLINUX, [local, remote, behind_sock])
+    if None in (offsets[local], offsets[remote]) and Path(btf.VSOCK_MODULE).exists():
+        offsets |= btf.offsets(btf.VSOCK_MODULE, [local, remote], base=btf.VMLINUX)
+    usual = (offsets[behind_sock] or 0) + struct.calcsize("P")
+    return {
+        "OFF_vsock_local": usual if offsets[local] is None else offsets[local] or 0,
+        "OFF_vsock_remote": usual + VSOCK_ADDRESS.size if offsets[remote] is None else offsets[remote] or 0,
     }

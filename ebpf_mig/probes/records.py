@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ebpf_mig.probes.contract import Contract
-from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK
+from ebpf_mig.probes.macros import STACK_AS_IT_LEAVES, STACK_WHEN_BACK, VSOCK_ADDRESS
 from ebpf_mig.recording.events import (
+    AF_VSOCK,
     RECEIVE,
     SEND,
     AnyEvent,
@@ -33,6 +34,7 @@ from ebpf_mig.recording.kinds import KINDS, RECORD_NAMES, RECORDS, Kind
 from ebpf_mig.recording.layout import WORD, Layout
 
 _AF_INET, _AF_INET6 = 2, 10
+_CID_ANY, _CID_LOCAL = 0xFFFFFFFF, 1
 NO_STACK = 0xFFFFFFFF
 """Stands for a missing id in the kernel's stack map."""
 _STACK_BITS = 16
@@ -82,6 +84,18 @@ def _endpoint(family: int, address: tuple[int, ...], port: int) -> str:
     return ""
 
 
+def _vsock_ends(local: tuple[int, ...], remote: tuple[int, ...]) -> tuple[str, str]:
+    """`CID:PORT` of both ends; empty if no addresses were where we expect them.
+
+    A socket that connects has no CID of its own: `*`, as in ss. Who connects to CID 1 has that, too.
+    """
+    here, there = (VSOCK_ADDRESS.unpack(struct.pack("=QQ", *address)) for address in (local, remote))
+    if (here[0], there[0]) != (AF_VSOCK, AF_VSOCK):
+        return "", ""
+    own = _CID_LOCAL if (here[3], there[3]) == (_CID_ANY, _CID_LOCAL) else here[3]
+    return f"{'*' if own == _CID_ANY else own}:{here[2]}", f"{there[3]}:{there[2]}"
+
+
 def _socket(layout: Layout) -> Callable[[bytes], Socket]:
     read = layout.reader(
         "at_ns", "pid", "fd", "socket", "family", "local", "local_port", "remote", "remote_port", "peer"
@@ -89,6 +103,8 @@ def _socket(layout: Layout) -> Callable[[bytes], Socket]:
 
     def decode(record: bytes) -> Socket:
         at_ns, pid, fd, socket, family, local, local_port, remote, remote_port, peer = read(record)
+        if family == AF_VSOCK:
+            return Socket(at_ns, pid, fd, socket, family, *_vsock_ends(local, remote), peer)
         ends = _endpoint(family, local, local_port), _endpoint(family, remote, remote_port)
         return Socket(at_ns, pid, fd, socket, family, *ends, peer)
 

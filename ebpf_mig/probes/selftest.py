@@ -15,10 +15,13 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from ebpf_mig.linux import kvm
 
 PAGES = 64
+VSOCK_MODULE = Path("/sys/module/vsock")
+"""Exists if the kernel has vsock now. It loads the module when a process makes such a socket."""
 _PAGE = os.sysconf("SC_PAGESIZE")
 _CHECK_EXTENSION, _VCPU_MMAP_SIZE, _CREATE_DEVICE, _GET_MP_STATE = 0xAE03, 0xAE04, 0xC00CAEE0, 0x8004AE98
 _SET_MP_STATE = 0x4004AE99
@@ -53,7 +56,7 @@ def kick() -> None:
 
 
 def sockets() -> None:
-    """One message each over IPv4, IPv6, a UNIX stream socket and a pipe; and a file."""
+    """One message each over IPv4, IPv6, a UNIX stream socket and a pipe; a file; and vsock without a connection."""
     left, right = socket.socketpair()
     _talk(left, right)
     read_end, write_end = os.pipe()
@@ -61,6 +64,7 @@ def sockets() -> None:
         os.write(write_end, b"?")
         os.read(read_end, 1)
     _file()
+    _vsock()
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as near:
             near.bind((address, 0))
@@ -87,6 +91,19 @@ def _file() -> None:
         os.readv(fd, [room])
         os.pwritev(fd, [room], 0)
         os.preadv(fd, [room], 0)
+
+
+def _vsock() -> None:
+    """Sends and receives reach their functions, and are refused there, since nothing is connected.
+
+    The socket is made only if the kernel has vsock already: it would load the module for us, and keep it.
+    """
+    if not VSOCK_MODULE.exists():
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as alone:
+        with contextlib.suppress(OSError):
+            alone.send(b"?")
+        alone.recv(1)
 
 
 def _talk(left: socket.socket, right: socket.socket) -> None:

@@ -26,7 +26,8 @@ AUTO = "auto"
 NAMES = (AUTO, FENTRY, KPROBE, TRACEPOINT)
 """The tiers that a user can request."""
 
-_KVM_BTF = Path("/sys/kernel/btf/kvm")
+_MODULES = (btf.KVM_MODULE, btf.VSOCK_MODULE)
+"""Where the types of functions are, beside the kernel's own."""
 _NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
 """return 0"""
 _TASK_REGS = bytes.fromhex("850000009e000000 bf01000000000000 85000000af000000 b700000000000000 9500000000000000")
@@ -55,8 +56,7 @@ class _Trial:
         self.hook = hook
         self._event: KprobeEvent | None = None
         self._link = -1
-        fd = module_fd if hook.in_module else 0
-        self._program = bpf.load(_NOTHING, hook.how, hook.btf_id, fd)
+        self._program = bpf.load(_NOTHING, hook.how, hook.btf_id, module_fd)
         try:
             if hook.how in (FENTRY, FEXIT):
                 if again:  # Linux before 5.18 may refuse
@@ -90,19 +90,25 @@ class Chooser:
         self._again = again
         self._functions = functions
         self._types = self._known_types()
-        self.module_fd = bpf.module_btf("kvm") if any(t.module for t in self._types.values()) else -1
+        self._module_fds = {name: bpf.module_btf(name) for name in {t.module for t in self._types.values()} - {""}}
 
     def close(self) -> None:
-        """Closes the module's BTF; programs that were loaded with it keep it."""
-        if self.module_fd >= 0:
-            os.close(self.module_fd)
-        self.module_fd = -1
+        """Closes the modules' BTF; programs that were loaded with it keep it."""
+        for fd in self._module_fds.values():
+            if fd >= 0:
+                os.close(fd)
+        self._module_fds = {}
+
+    def module_fd(self, hook: Hook) -> int:
+        """The BTF of the module that the hook's function is part of; 0 if that is the kernel."""
+        return self._module_fds[hook.module] if hook.module else 0
 
     def _known_types(self) -> dict[str, btf.FunctionType]:
         names = {name for function in self._functions for name in function.names}
         types = btf.functions(btf.VMLINUX, names)
-        if _KVM_BTF.exists():
-            types = btf.functions(str(_KVM_BTF), names - types.keys(), base=btf.VMLINUX) | types
+        for module in _MODULES:
+            if Path(module).exists():
+                types = btf.functions(module, names - types.keys(), base=btf.VMLINUX) | types
         return types
 
     def fired(self) -> tuple[dict[Function, tuple[str, str]], dict[str, str]]:
@@ -146,7 +152,7 @@ class Chooser:
             for name in function.names:
                 try:
                     hook = self._hook(function, name, how)
-                    trials.append((function, _Trial(hook, self.module_fd, again=self._again and not trials)))
+                    trials.append((function, _Trial(hook, self.module_fd(hook), again=self._again and not trials)))
                 except OSError as error:
                     why[function.names[0]] = f"{how} on {name}: {error.strerror or error}"
                     continue
@@ -162,10 +168,10 @@ class Chooser:
 
     def _hook(self, function: Function, name: str, how: str) -> Hook:
         """A hook at the function's entry. OSError if fentry is impossible because BTF is missing."""
-        number, module = 0, False
+        number, module = 0, ""
         if how == FENTRY:
             known = self._types.get(name)
-            if known is None or (known.module and self.module_fd < 0):
+            if known is None or (known.module and self._module_fds[known.module] < 0):
                 raise OSError(0, "no type information (BTF) for it")
             if function.arguments and known.arguments != function.arguments:
                 raise OSError(0, f"{known.arguments} arguments, not {function.arguments}")

@@ -138,5 +138,5 @@ def _memslot_hooks(program: Program) -> list[Hook]:
             fired, _ = chooser.fired()
             hooks = [hook for f in MEMSLOTS if f in fired for hook in chooser.hooks(f, fired[f][1], fired[f][0])][:1]
             for hook in hooks:
-                program.load_hook(hook, chooser.module_fd)
+                program.load_hook(hook, chooser.module_fd(hook))
     return hooks

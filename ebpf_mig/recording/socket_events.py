@@ -96,7 +96,7 @@ class Socket(Event, frozen=True, tag=7):
     family: Bits64
     """AF_UNIX 1, AF_INET 2, AF_INET6 10, AF_VSOCK 40; S_IFIFO 4096: a pipe; S_IFREG 32768: a file."""
     local: Address
-    """Address and port as `ADDR:PORT`, or empty (UNIX)."""
+    """Address and port as `ADDR:PORT`, of vsock `CID:PORT` with `*` for an unknown CID, or empty (UNIX)."""
     remote: Address
     peer: Inode = 0
     """Inode of the other end; 0 unknown. For UNIX sockets, and for all sockets in a joined recording."""

@@ -116,4 +116,4 @@ def test_functions_and_their_arguments(base: str, tmp_path: Path) -> None:
     path = tmp_path / "module"
     path.write_bytes(blob(proto + a_type(len(STRINGS), 12, 0, 5), b"send\0"))
     found = btf.functions(str(path), {"send", "outer"}, base=base)
-    assert found == {"send": btf.FunctionType(btf_id=6, arguments=2, module=True)}
+    assert found == {"send": btf.FunctionType(btf_id=6, arguments=2, module="module")}

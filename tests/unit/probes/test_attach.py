@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,16 @@ def test_a_signal_of_two_kinds_of_probe_names_both() -> None:
     assert table["lock"] == "absent: no such tracepoint"
 
 
+def test_vsock_is_absent_only_where_the_kernel_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach.selftest, "VSOCK_MODULE", tmp_path / "none")
+    assert "vsock" not in attach._tiers(Choice((), ALL), set())
+    monkeypatch.setattr(attach.selftest, "VSOCK_MODULE", tmp_path)
+    assert attach._tiers(Choice((), ALL), set())["vsock"] == "absent: not hooked"
+    assert attach._tiers(Choice(), set())["vsock"] == "tracepoint"
+    hooked = (Hook("fentry", "vsock_connectible_sendmsg", "on_send_fentry", ("vsock",), module="vsock"),)
+    assert attach._tiers(Choice(hooked, ALL), set())["vsock"] == "fentry"
+
+
 class Loaded:
     """A program with a given number of runs per hook, by target."""
 
@@ -157,7 +168,7 @@ def test_without_run_statistics_no_function_is_trusted() -> None:
 
 def test_every_signal_has_a_function_and_every_program_exists() -> None:
     known = {signal for function in FUNCTIONS for signal in function.signals}
-    assert ESSENTIAL | {"brownout", "split", "hidden-sends", "pipe", "file"} == known
+    assert ESSENTIAL | {"brownout", "split", "hidden-sends", "pipe", "file", "vsock"} == known
     text = source_text("from_functions.bpf.c")
     for function in (*FUNCTIONS, *hook_points.VCPU_RETURNS):
         for program in (*function.entry.values(), *function.exit.values()):

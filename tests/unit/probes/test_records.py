@@ -51,6 +51,27 @@ def test_a_socket_s_ends_are_addresses() -> None:
     assert decoded == ev.Socket(9, 7, -1, 80, 2, "127.0.0.1:4444", "127.0.0.1:5555", 3)
 
 
+ANY = 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "ends"),
+    [
+        ((40, 0, 9999, ANY), (40, 0, 5000, 1), ("1:9999", "1:5000")),
+        ((40, 0, 5000, 1), (40, 0, 9999, 1), ("1:5000", "1:9999")),
+        ((40, 0, 9999, ANY), (40, 0, 5000, 2), ("*:9999", "2:5000")),
+        ((40, 0, 4294967294, 3), (40, 0, 5000, 2), ("3:4294967294", "2:5000")),
+        ((0, 0, 9999, ANY), (40, 0, 5000, 1), ("", "")),
+    ],
+)
+def test_a_vsock_s_ends_are_cids(local: tuple[int, ...], remote: tuple[int, ...], ends: tuple[str, str]) -> None:
+    """struct sockaddr_vm: family, reserved, port, CID. Without the family, something else is at that place."""
+    words = {"local": local, "remote": remote}
+    values: dict[str, Any] = {"at_ns": 9, "pid": 7, "fd": -1, "socket": 80, "family": 40}
+    values |= {name: list(struct.unpack("=QQ", struct.pack("=HHIIHH", *end, 0, 0))) for name, end in words.items()}
+    assert decode(record_of(RECORDS[ev.Socket], values)) == ev.Socket(9, 7, -1, 80, 40, *ends, 0)
+
+
 def test_a_wait_without_a_stack() -> None:
     values = {"begin_ns": 5, "end_ns": 9, "pid": 7, "tid": 8, "cpu": 3, "next_tid": 0, "previous_tid": 44}
     record = RECORDS[ev.OffCpu]
