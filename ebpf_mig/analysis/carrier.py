@@ -110,7 +110,7 @@ def _with_company(seen: _Seen, main: int, candidates: Mapping[int, int], crossin
     known = process.sockets.get(main)
     if known is None or known.family in (PIPE, FILE):
         return frozenset({main})
-    if known.family in (AF_UNIX, AF_VSOCK):
+    if known.family == AF_UNIX or (known.family == AF_VSOCK and not known.local):
         enough, quiet = max(LEAST_BYTES, candidates[main] // EXTRA_SHARE), _one_way(process, direction, main)
         more = {
             key
@@ -124,7 +124,7 @@ def _with_company(seen: _Seen, main: int, candidates: Mapping[int, int], crossin
             key
             for key in candidates
             if (s := process.sockets.get(key))
-            and s.family not in (AF_UNIX, AF_VSOCK, PIPE, FILE)
+            and s.family not in (AF_UNIX, PIPE, FILE)
             and end_of(s, direction) == end_of(known, direction)
         }
     return frozenset({main} | more)

@@ -59,7 +59,7 @@ def mirrors(source: Process, destination: Process) -> dict[int, int]:
         if socket.peer:
             by_peer[socket.peer] = inode
         elif socket.local and socket.remote:
-            by_ends[(normal(socket.remote), normal(socket.local))] = inode
+            by_ends |= {(remote, local): inode for local, remote in spellings(socket)}
     result: dict[int, int] = {}
     for inode, socket in sorted(source.sockets.items()):
         if socket.family in (PIPE, FILE):
@@ -70,8 +70,8 @@ def mirrors(source: Process, destination: Process) -> dict[int, int]:
         elif socket.family == AF_UNIX:
             if socket.peer in destination.sockets:
                 result[inode] = socket.peer
-        elif (ends := (normal(socket.local), normal(socket.remote))) in by_ends:
-            result[inode] = by_ends[ends]
+        elif known := [by_ends[ends] for ends in spellings(socket) if ends in by_ends]:
+            result[inode] = known[0]
     return result
 
 
@@ -91,10 +91,26 @@ def connection(source: Process | None, destination: Process | None, channels: Ch
     found: list[tuple[bool, str]] = []
     for key, directions in ways.items():
         known = process.sockets.get(key)
-        if known and known.local and known.remote:
+        if known and known.local and known.remote and known.family != AF_VSOCK:
             text = " ".join(sorted((normal(known.local), normal(known.remote))))
             found.append((len(directions) < 2, text))
     return min(found)[1] if found else ""
+
+
+def spellings(socket: Socket) -> list[tuple[str, str]]:
+    """Its local and remote address, in each way in which they can be those of the other end.
+
+    Of a vsock that connects, only the other end knows the CID. And the other end knows another one, if somebody
+    connects to its own host by a CID that is not 1 (VMADDR_CID_LOCAL).
+    """
+    local, remote = normal(socket.local), normal(socket.remote)
+    if socket.family != AF_VSOCK:
+        return [(local, remote)]
+    return [(local, remote), (_any_cid(local), remote), (local, _any_cid(remote))]
+
+
+def _any_cid(address: str) -> str:
+    return f"*:{address.rpartition(':')[2]}"
 
 
 def normal(address: str) -> str:

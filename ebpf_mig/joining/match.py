@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ebpf_mig.analysis.sockets import LEAST_BYTES, normal
+from ebpf_mig.analysis.sockets import LEAST_BYTES, normal, spellings
 from ebpf_mig.analysis.wire import PEEKED_BYTES
 from ebpf_mig.errors import RecordingError
 from ebpf_mig.joining.happens_before import sent_bytes
@@ -152,7 +152,9 @@ def _addresses(near: End, far: End) -> int:
     a, b = _ends(near.socket), _ends(far.socket)
     if a is None or b is None:
         return 0
-    if a == b[::-1]:
+    assert near.socket is not None  # noqa: S101 - `_ends` asked
+    assert far.socket is not None  # noqa: S101
+    if any(ends[::-1] in spellings(far.socket) for ends in spellings(near.socket)):
         return _SAME
     return (_port(a[0]) == _port(b[1])) + (_port(a[1]) == _port(b[0]))
 

@@ -10,7 +10,7 @@ from ebpf_mig.analysis.material import split
 from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.sockets import Channels, normal
 from ebpf_mig.linux.descriptors import PLACED
-from ebpf_mig.recording.events import FILE, PIPE
+from ebpf_mig.recording.events import AF_VSOCK, FILE, PIPE
 from tests.unit.script import BASE, UNIX, Script, Vm
 
 FETCHER = frozenset({1001})
@@ -54,6 +54,41 @@ def test_unix_sockets_meet_by_their_peers() -> None:
     source.send(100, 200, 900_000, socket=75)
     destination.receive(150, 250, 5000, socket=80)
     assert chosen(script) == Channels(frozenset({70}), frozenset({80}), "unix")
+
+
+@pytest.mark.parametrize(
+    ("near", "far"),
+    [
+        (("1:9999", "1:5000"), ("1:5000", "1:9999")),
+        (("*:9999", "2:5000"), ("2:5000", "1:9999")),  # by the host's CID, on the host
+        (("*:9999", "42:5000"), ("42:5000", "1:9999")),  # by a guest's own CID, in the guest
+        (("2:5000", "1:9999"), ("*:9999", "2:5000")),  # the side that listened sends
+    ],
+)
+def test_vsocks_meet_by_their_addresses(near: tuple[str, str], far: tuple[str, str]) -> None:
+    script = Script()
+    source, destination = script.vm(1000, "source"), script.vm(2000, "destination")
+    source.socket(70, *near, family=AF_VSOCK)
+    source.socket(71, "1:9998", "1:6000", family=AF_VSOCK)
+    destination.socket(80, *far, family=AF_VSOCK)
+    source.send(100, 200, 5000)
+    source.send(100, 200, 900_000, socket=71)
+    destination.receive(150, 250, 5000, socket=80)
+    found = chosen(script)
+    assert found == Channels(frozenset({70}), frozenset({80}), "vsock")
+    assert found.ends == ((70, 80),)
+
+
+def test_further_vsocks_of_a_migration_lead_to_the_same_port() -> None:
+    """Multifd, of which only the source was traced. The console's vsock has as many bytes."""
+    script = Script()
+    source = script.vm(1000, "source")
+    for inode, remote in ((70, "1:5000"), (71, "1:5000"), (75, "42:7000")):
+        source.socket(inode, f"*:{inode}", remote, family=AF_VSOCK)
+    source.send(100, 200, 5000)
+    source.send(100, 200, 900_000, socket=71, tid=5)
+    source.send(100, 200, 900_000, socket=75, tid=9)
+    assert chosen(script, alone=True) == Channels(frozenset({70, 71}), frozenset(), "vsock")
 
 
 def test_an_unknown_peer_is_found_through_the_other_end() -> None:
@@ -202,8 +237,8 @@ def test_without_a_send_of_the_migration_the_verdict_is_bounded() -> None:
     destination.entered(13_000)
     state = script.result().breakdown.completeness
     assert state.verdict == "bounded"
-    assert any("its carrier is unknown (a pipe, a file, RDMA)" in reason for reason in state.reasons)
-    script.attach |= {"pipe": "tracepoint", "file": "tracepoint"}
+    assert any("its carrier is unknown (a pipe, a file, a vsock, RDMA)" in reason for reason in state.reasons)
+    script.attach |= {"pipe": "tracepoint", "file": "tracepoint", "vsock": "tracepoint"}
     assert any("its carrier is unknown (RDMA)" in r for r in script.result().breakdown.completeness.reasons)
 
 
