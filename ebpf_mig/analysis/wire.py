@@ -53,7 +53,11 @@ PEEKED_BYTES = 64
 
 BOTH = "state and pages"
 PASSED_ON = "processes in between had them"
-WIRELESS = {Transport.UNIX: "a UNIX socket", Transport.PIPE: "a pipe", Transport.FILE: "a file"}
+WIRELESS = {
+    Transport.UNIX: "a UNIX socket", Transport.VSOCK: "a vsock", Transport.PIPE: "a pipe", Transport.FILE: "a file",
+}  # fmt: skip
+SOCKETS_WITHOUT_WIRE = frozenset({Transport.UNIX, Transport.VSOCK})
+"""Full buffers there are those of the reader."""
 
 
 def observe(traced: TracedMigration, window: Span | None, work: Work | None) -> list[Wire] | None:

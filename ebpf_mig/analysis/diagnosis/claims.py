@@ -17,7 +17,8 @@ from ebpf_mig.analysis.diagnosis.frames import callers, described, meaningful, p
 from ebpf_mig.analysis.lost_cpu import PREEMPTED, QUEUED, RUNNABLE
 from ebpf_mig.analysis.spans import merged, total
 from ebpf_mig.analysis.waits import Sleep
-from ebpf_mig.breakdown import FetchIoctl, Mode, PhaseName, Side, Span, Transport, Wire
+from ebpf_mig.analysis.wire import SOCKETS_WITHOUT_WIRE, WIRELESS
+from ebpf_mig.breakdown import FetchIoctl, Mode, PhaseName, Side, Span, Wire
 from ebpf_mig.text import ms, size
 
 Finder = Callable[[Facts], Iterable[Claim]]
@@ -172,7 +173,10 @@ def limited_link(facts: Facts) -> Iterator[Claim]:
         yield Claim(use.limited, Side.BOTH, [f"{carried}, with up to {size(use.queued_bytes)} in the queue"])
 
 
-_BUFFER = re.compile(r"sk_stream_wait_memory|sock_alloc_send_pskb|unix_stream_sendmsg|sock_wait_for_wmem|pipe_write")
+_BUFFER = re.compile(
+    r"sk_stream_wait_memory|sock_alloc_send_pskb|unix_stream_sendmsg|sock_wait_for_wmem|pipe_write"
+    r"|vsock_(connectible|stream)_sendmsg"
+)
 
 
 def full_buffer(facts: Facts) -> Iterator[Claim]:
@@ -186,8 +190,8 @@ def slow_reader(facts: Facts) -> Iterator[Claim]:
     evidence = []
     if not found or not facts.direct:
         return
-    if facts.breakdown.migration.transport == Transport.UNIX:
-        evidence.append("a UNIX socket has no wire: only its reader can be slow")
+    if (transport := facts.breakdown.migration.transport) in SOCKETS_WITHOUT_WIRE:
+        evidence.append(f"{WIRELESS[transport]} has no wire: only its reader can be slow")
     for use in facts.breakdown.sockets:
         info = use.tcp_info or {}
         held, busy = info.get("rwnd_limited_us", 0), info.get("busy_us", 0)

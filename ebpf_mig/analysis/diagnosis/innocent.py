@@ -11,7 +11,8 @@ from collections.abc import Iterator, Set
 
 from ebpf_mig.analysis.diagnosis.facts import Facts, shared
 from ebpf_mig.analysis.spans import merged, total
-from ebpf_mig.breakdown import Innocent, PhaseName, Transport
+from ebpf_mig.analysis.wire import SOCKETS_WITHOUT_WIRE, WIRELESS
+from ebpf_mig.breakdown import Innocent, PhaseName
 from ebpf_mig.text import ms
 
 _SMALL = 0.05
@@ -32,8 +33,8 @@ def rows(facts: Facts, guilty: Set[str]) -> Iterator[Innocent]:
         return
     if not facts.direct:
         return
-    if b.migration.transport == Transport.UNIX:
-        yield Innocent(what="the network", why="a UNIX socket has no wire")
+    if b.migration.transport in SOCKETS_WITHOUT_WIRE:
+        yield Innocent(what="the network", why=f"{WIRELESS[b.migration.transport]} has no wire")
         return
     if guilty & _NETWORK or b.wire is None:
         if "nagle" in guilty and "link" not in guilty and facts.link is not None and facts.link.limited_ns < small:

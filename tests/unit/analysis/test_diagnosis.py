@@ -234,11 +234,20 @@ def test_a_sender_counts_only_while_the_driver_waits_for_it() -> None:
     assert next(c for c in waited.because if c.rule == "cpu").duration_ns == 40 * MS
 
 
-def test_behind_a_forwarder_neither_the_reader_nor_the_network_is_judged() -> None:
-    """A UNIX socket to socat or to a manager: what is behind it was not seen."""
+@pytest.mark.parametrize(
+    ("transport", "stack"),
+    [
+        (b.Transport.UNIX, ("schedule_timeout", "sock_alloc_send_pskb", "unix_stream_sendmsg")),
+        (b.Transport.VSOCK, ("schedule_timeout", "wait_woken", "vsock_connectible_sendmsg")),  # of an emulated 6.1
+    ],
+)
+def test_behind_a_forwarder_neither_the_reader_nor_the_network_is_judged(
+    transport: b.Transport, stack: tuple[str, ...]
+) -> None:
+    """A socket to socat or to a manager: what is behind it was not seen."""
     whole = spent(memory__send=90)
-    full = src(1, 80, "schedule_timeout", "sock_alloc_send_pskb", "unix_stream_sendmsg")
-    near = replace(whole, migration=replace(whole.migration, transport=b.Transport.UNIX))
+    full = src(1, 80, *stack)
+    near = replace(whole, migration=replace(whole.migration, transport=transport))
     found = built(near, full)
     assert found.because[0].rule == "reader" and "the network" in {one.what for one in found.not_}
     stream = b.Pairing(by=b.PairedBy.STREAM, bytes=9)
