@@ -11,6 +11,7 @@ import itertools
 import platform
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -51,7 +52,9 @@ class QemuAdapter(Adapter):
         Option("--source", "QMP socket of the VM to migrate.", metavar="SOCKET", required=True),
         Option("--destination", "QMP socket of the destination VM; not for cpr-exec.", metavar="SOCKET"),
         Option(
-            "--uri", "Where the destination listens: tcp:HOST:PORT or unix:PATH; for cpr-exec file:PATH.", required=True
+            "--uri",
+            "Where the destination listens: tcp:HOST:PORT, unix:PATH or vsock:CID:PORT; for cpr-exec file:PATH.",
+            required=True,
         ),
         Option("--multifd", "Send memory over this many channels.", Kind.COUNT, most=255),
         Option("--downtime-limit", "Set QEMU's downtime-limit, e.g. 300ms.", Kind.DURATION),
@@ -94,6 +97,10 @@ needs a QMP socket of its own: -qmp unix:PATH,server=on,wait=off"""
             raise UsageError(
                 why, f"give --uri as one of {', '.join(f'{s}:' for s in _SCHEMES)}; watch others with record"
             )
+        if scheme == "vsock":
+            # The kernel loads vsock for the first such socket. QEMU makes it when the probes are chosen already.
+            with contextlib.suppress(OSError):
+                socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
         limit = values["downtime_limit"]
         options = QemuOptions(
             values["bandwidth"], None if limit is None else limit // 10**6, values["multifd"], values["postcopy"]

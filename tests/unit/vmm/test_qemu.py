@@ -66,6 +66,25 @@ def connect_error(path: Path | str) -> VmmError:
     return caught.value
 
 
+def test_a_vsock_uri_makes_the_kernel_load_vsock_before_the_probes_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def refused(family: int, _kind: int) -> socket.socket:
+        made.append(family)
+        raise OSError
+
+    given = dict.fromkeys(("multifd", "downtime_limit", "bandwidth", "postcopy", "cpr_uri", "exec_command"))
+    ends = {"source": str(tmp_path / "a"), "destination": str(tmp_path / "b"), "mode": "normal"}
+    for uri in ("tcp:127.0.0.1:1", "vsock:1:5000"):
+        with monkeypatch.context() as patched:
+            patched.setattr("ebpf_mig.vmm.qemu.adapter.socket.socket", refused)
+            patched.setattr(adapter, "QemuMigration", lambda *_: None)
+            ADAPTER.connect(given | ends | {"uri": uri})
+    assert made == [socket.AF_VSOCK]
+
+
 def test_absent_socket(tmp_path: Path) -> None:
     error = connect_error(tmp_path / "none")
     assert str(tmp_path / "none") in str(error) and "No such file" in str(error)
