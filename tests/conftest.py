@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -88,6 +89,25 @@ def _has_control_groups() -> bool:
     )
 
 
+_CID_LOCAL = 1
+"""VMADDR_CID_LOCAL of include/uapi/linux/vm_sockets.h."""
+
+
+def _vsock_loopback() -> bool:
+    """Whether one process of this host reaches another by vsock. The kernel loads the modules with the first socket."""
+    try:
+        with (
+            socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listens,
+            socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as connects,
+        ):
+            listens.bind((_CID_LOCAL, socket.VMADDR_PORT_ANY))
+            listens.listen()
+            connects.connect(listens.getsockname())
+    except OSError:
+        return False
+    return True
+
+
 _LOSE_A_SEGMENT = (
     "ip link set lo up && iptables -A INPUT -p tcp -m length --length 1000 "
     "-m statistic --mode nth --every 2 --packet 0 -j DROP"
@@ -155,6 +175,8 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "go": lambda: shutil.which("go") is not None,
     "speedscope (npm -g)": lambda: npm_package("speedscope") is not None,
     "axe-core (npm -g)": lambda: npm_package("axe-core") is not None,
+    "vsock loopback": functools.cache(_vsock_loopback),
+    "BTF of vsock": lambda: FEATURES["vsock loopback"]() and Path(btf.VSOCK_MODULE).exists(),
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 DISTURBED = Path(__file__).parent / "integration"
