@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain, pairwise
 from operator import attrgetter
@@ -93,9 +93,7 @@ class _Coalescer:
 _MOST = (1 << 63) - 1
 _LEFT_OUT = (Transfer, OffCpu)
 _way = attrgetter("pid", "tid", "socket", "direction", "hidden")
-_calls, _bytes, _failed = map(attrgetter, ("calls", "bytes", "failed"))
-_descriptors = attrgetter("descriptors")
-_end, _in_call, _max_call, _off_cpu = map(attrgetter, ("end_ns", "in_call_ns", "max_call_ns", "off_cpu_ns"))
+_end, _bytes = attrgetter("end_ns"), attrgetter("bytes")
 
 
 def coalesced(block: list[AnyEvent]) -> Iterator[AnyEvent]:
@@ -143,7 +141,14 @@ def run_of(calls: list[Transfer]) -> Transfer:
     if len(calls) == 1:
         return calls[0]
     first, last = calls[0], calls[-1]
-    known = min(map(_off_cpu, calls)) >= 0
+    count = size = in_call = failed = descriptors = 0
+    for call in calls:  # one loop is faster than a sum for each field
+        count += call.calls
+        size += call.bytes
+        in_call += call.in_call_ns
+        failed += call.failed
+        descriptors += call.descriptors
+    off_cpu = [call.off_cpu_ns for call in calls]
     return Transfer(
         first.begin_ns,
         last.end_ns,
@@ -152,19 +157,19 @@ def run_of(calls: list[Transfer]) -> Transfer:
         first.fd,
         first.direction,
         first.socket,
-        _total(_calls, calls),
-        _total(_bytes, calls),
-        _total(_in_call, calls),
-        max(map(_max_call, calls)),
-        _total(_failed, calls),
+        _limited(count),
+        _limited(size),
+        _limited(in_call),
+        max([call.max_call_ns for call in calls]),
+        _limited(failed),
         first.position,
-        _total(_off_cpu, calls) if known else -1,
+        _limited(sum(off_cpu)) if min(off_cpu) >= 0 else -1,
         first.off_before_ns,
         first.hidden,
-        _total(_descriptors, calls),
+        _limited(descriptors),
     )
 
 
-def _total(field: Callable[[Transfer], int], calls: list[Transfer]) -> int:
+def _limited(total: int) -> int:
     """A sum, limited to what can be stored, since a recording can contain any figures."""
-    return max(-_MOST, min(sum(map(field, calls)), _MOST))
+    return min(total, _MOST)

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import compress, groupby, pairwise, repeat
-from operator import attrgetter, is_, le, lt
+from itertools import pairwise
+from operator import attrgetter, lt
 from typing import Any
 
 from msgspec.structs import replace
@@ -28,11 +28,12 @@ from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.budget import Budget
 from ebpf_mig.recording.coalesce import NEAR, of_the_switchover, run_of
 from ebpf_mig.recording.file import Recording, RecordingReader, too_many
-from ebpf_mig.recording.kinds import BY_TYPE
 
 ACTS = frozenset({ev.Ioctl, ev.VcpuEnter, ev.VcpuExit, ev.VcpuState, ev.VcpuSpan, ev.Exec})
 """What a process does with KVM, or to itself. One that waits does none of it."""
-_OTHERS = frozenset(BY_TYPE) - {ev.Transfer, ev.Segment}
+_SUMMED = (ev.Transfer, ev.Segment)
+_Kinds = dict[type, list[Any]]
+"""The events of a block by their type."""
 _EVERYBODY = -1
 _LEAST = 2
 """A single event need not be summed up."""
@@ -42,10 +43,7 @@ _MOST = 1 << 62
 _MOST_AHEAD = 1 << 30
 """Sequence numbers have 32 bits: numbers that are further apart cannot be compared safely."""
 
-_way = attrgetter("pid", "tid", "socket", "direction", "hidden")
-_pid, _cmd, _begin, _end, _at = map(attrgetter, ("pid", "cmd", "begin_ns", "end_ns", "at_ns"))
-_bytes, _calls, _payload, _acked = map(attrgetter, ("bytes", "calls", "payload", "acked"))
-_end_of = attrgetter("pid", "socket")
+_at = attrgetter("at_ns")
 
 
 @dataclass
@@ -90,27 +88,30 @@ class _Condenser:
         self.left_out: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         self._near, self._spend = near, spend
         self._kept: list[ev.AnyEvent] = []
-        self._waiting: deque[list[ev.AnyEvent]] = deque()
+        self._waiting: deque[tuple[list[ev.AnyEvent], _Kinds]] = deque()
         self._acting: deque[frozenset[int]] = deque(maxlen=2 * near + 1)
         """Who acted, in each block around the oldest waiting one."""
         self._logged: set[tuple[int, int]] = set()
         """The slots, by pid, whose dirty pages are logged."""
-        self._first: dict[tuple[Any, ...], int] = {}
-        """When the first event of each kind of sum ended. It stays, since reports show when a stream began."""
+        self._received_first: dict[tuple[int, int, int], int] = {}
+        """When the first call of each thread on each socket ended. It stays, since reports show when a stream began."""
+        self._arrived_first: dict[tuple[int, int, bool], int] = {}
+        """When the first segment of each socket arrived, without and with data. It stays, too."""
 
     def take(self, block: list[ev.AnyEvent]) -> None:
         """Takes the next block."""
         self.taken += len(block)
-        self._waiting.append(block)
-        self._acting.append(self._acting_in(block))
+        kinds = _by_kind(block)
+        self._waiting.append((block, kinds))
+        self._acting.append(self._acting_in(kinds))
         if len(self._waiting) > self._near:
-            oldest = self._waiting.popleft()
+            oldest, kinds = self._waiting.popleft()
             acting = frozenset().union(*self._acting)
-            self._keep(oldest if _EVERYBODY in acting else self._condensed(oldest, acting))
+            self._keep(oldest if _EVERYBODY in acting else self._condensed(kinds, acting))
 
     def finish(self) -> list[ev.AnyEvent]:
         """All events that are left. The last blocks stay as they are."""
-        for block in self._waiting:
+        for block, _ in self._waiting:
             self._keep(block)
         return self._kept
 
@@ -118,13 +119,12 @@ class _Condenser:
         self._spend(events)
         self._kept += events
 
-    def _acting_in(self, block: list[ev.AnyEvent]) -> frozenset[int]:
+    def _acting_in(self, kinds: _Kinds) -> frozenset[int]:
         """The pids of those that act in a block; _EVERYBODY if a migration begins there, or a switchover is near."""
-        acts: list[Any] = list(compress(block, map(ACTS.__contains__, map(type, block))))
-        calls = [act for act in acts if type(act) is ev.Ioctl]
-        switchover = any(map(of_the_switchover, set(map(_cmd, calls))))
+        calls: list[ev.Ioctl] = kinds.get(ev.Ioctl, [])
+        switchover = any(map(of_the_switchover, {call.cmd for call in calls}))
         everybody = (_EVERYBODY,) if self._switch_on(calls) or switchover else ()
-        return frozenset(map(_pid, acts)).union(everybody)
+        return frozenset(act.pid for kind in ACTS for act in kinds.get(kind, ())).union(everybody)
 
     def _switch_on(self, calls: list[ev.Ioctl]) -> bool:
         """Whether one of them switches dirty logging on, which is where a migration begins."""
@@ -136,35 +136,31 @@ class _Condenser:
                 (self._logged.add if logged else self._logged.discard)((call.pid, call.slot))
         return found
 
-    def _condensed(self, block: list[ev.AnyEvent], acting: frozenset[int]) -> list[ev.AnyEvent]:
-        kinds = list(map(type, block))
-        found = list(compress(block, map(_OTHERS.__contains__, kinds)))
-        segments: list[ev.Segment] = _of(block, kinds, ev.Segment)
-        data = [segment for segment in segments if segment.payload]
-        acting |= {pid for pid, socket in set(map(_end_of, data)) if (pid, socket, True) not in self._first}
-        by_way: dict[tuple[Any, ...], list[ev.Transfer]] = defaultdict(list)
-        for way, calls in groupby(_of(block, kinds, ev.Transfer), _way):
-            by_way[way].extend(calls)
-        for way, of_way in by_way.items():
-            pid, _, socket, direction, hidden = way
-            if pid in acting or not socket or direction != ev.RECEIVE or hidden:
-                found += of_way
+    def _condensed(self, kinds: _Kinds, acting: frozenset[int]) -> list[ev.AnyEvent]:
+        found = [event for kind, events in kinds.items() if kind not in _SUMMED for event in events]
+        arrived: dict[tuple[int, int, bool], list[ev.Segment]] = defaultdict(list)
+        for segment in kinds.get(ev.Segment, ()):
+            arrived[segment.pid, segment.socket, segment.payload > 0].append(segment)
+        acting |= {key[0] for key in arrived if key[2] and key not in self._arrived_first}
+        received: dict[tuple[int, int, int], list[ev.Transfer]] = defaultdict(list)
+        for call in kinds.get(ev.Transfer, ()):
+            stays = call.direction == ev.SEND or call.hidden or not (call.socket and call.bytes and call.calls)
+            if stays or call.pid in acting:
+                found.append(call)
             else:
-                found += self._received(way, of_way)
-        for some in (data, [s for s in segments if not s.payload]):
-            for (pid, socket), arrived in groupby(sorted(some, key=_end_of), _end_of):
-                found += self._arrived((pid, socket, some is data), list(arrived), pid in acting)
+                received[call.pid, call.tid, call.socket].append(call)
+        for way, calls in received.items():
+            found += self._received(way, calls)
+        for key, segments in arrived.items():
+            found += self._arrived(key, segments, key[0] in acting)
         return found
 
-    def _received(self, way: tuple[Any, ...], calls: list[ev.Transfer]) -> Iterator[ev.Transfer]:
-        """One event for the calls of a thread on a socket. Calls without bytes stay as they are."""
-        if not min(map(_bytes, calls)) or not min(map(_calls, calls)):
-            yield from (call for call in calls if not call.bytes or not call.calls)
-            calls = [call for call in calls if call.bytes and call.calls]
-        if calls and way not in self._first:
-            self._first[way] = calls[0].end_ns
+    def _received(self, way: tuple[int, int, int], calls: list[ev.Transfer]) -> Iterator[ev.Transfer]:
+        """One event for the calls of a thread on a socket."""
+        if way not in self._received_first:
+            self._received_first[way] = calls[0].end_ns
             yield calls.pop(0)
-        if len(calls) < _LEAST or calls[0].begin_ns < max(1, self._first[way]) or not _in_order(calls):
+        if len(calls) < _LEAST or calls[0].begin_ns < max(1, self._received_first[way]) or not _in_order(calls):
             yield from calls
             return
         run = run_of(calls)
@@ -174,13 +170,13 @@ class _Condenser:
         yield run
         self.sums[run.pid].append((run.begin_ns, run.end_ns))
 
-    def _arrived(self, key: tuple[Any, ...], segments: list[ev.Segment], acting: bool) -> Iterator[ev.Segment]:
+    def _arrived(self, key: tuple[int, int, bool], segments: list[ev.Segment], acting: bool) -> Iterator[ev.Segment]:
         """One event for the segments of a socket, at the last one's time. It has the sum of their payload, unless they
         have sequence numbers.
         """
         segments.sort(key=_at)
-        if key not in self._first:
-            self._first[key] = segments[0].at_ns
+        if key not in self._arrived_first:
+            self._arrived_first[key] = segments[0].at_ns
             yield segments.pop(0)
         numbered = sum(segment.is_numbered for segment in segments) if key[2] else 0
         if acting or 0 < numbered < len(segments):
@@ -189,8 +185,8 @@ class _Condenser:
         if numbered:
             yield from self._numbered(segments)
             return
-        payload, acked = sum(map(_payload, segments)), sum(map(_acked, segments))
-        if len(segments) < _LEAST or max(payload, acked) > _MOST or segments[0].at_ns < self._first[key]:
+        payload, acked = sum([s.payload for s in segments]), sum([s.acked for s in segments])
+        if len(segments) < _LEAST or max(payload, acked) > _MOST or segments[0].at_ns < self._arrived_first[key]:
             yield from segments
             return
         yield replace(segments[-1], payload=payload, acked=acked)
@@ -207,11 +203,18 @@ class _Condenser:
         return [segments[0], segments[-1]]
 
 
+def _by_kind(block: list[ev.AnyEvent]) -> _Kinds:
+    kinds: _Kinds = defaultdict(list)
+    for event in block:
+        kinds[type(event)].append(event)
+    return kinds
+
+
 def _in_order(calls: list[ev.Transfer]) -> bool:
     """Whether each call began when the one before had ended."""
-    begins, ends = list(map(_begin, calls)), list(map(_end, calls))
-    return all(map(le, begins, ends)) and all(map(le, ends, begins[1:]))
-
-
-def _of(block: list[ev.AnyEvent], kinds: list[type], wanted: type) -> list[Any]:
-    return list(compress(block, map(is_, kinds, repeat(wanted))))
+    reached = 0
+    for call in calls:
+        if not reached <= call.begin_ns <= call.end_ns:
+            return False
+        reached = call.end_ns
+    return True
