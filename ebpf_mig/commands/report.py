@@ -25,6 +25,7 @@ from ebpf_mig.commands.formats import (
     explained,
     from_breakdown,
     picture_for,
+    rendered,
 )
 from ebpf_mig.commands.options import (
     color_option,
@@ -131,11 +132,16 @@ def command(
 
         predicted = whatif.predict(analysis, wanted)
         analysis = replace(analysis, breakdown=msgspec.structs.replace(analysis.breakdown, what_if=predicted))
-    shown = explained(analysis, phase, output, color) if phase else FORMATS[form](analysis, output, color)
-    write_result(shown, output, force=force)
-    if picture is not None:
-        write_result(FORMATS["svg"](analysis, output, color), str(picture), force=force)
-    require_complete(analysis.breakdown, strict)
+    breakdown = analysis.breakdown
+    if form == "json":
+        del analysis  # its events would take as much memory again as the text of a long recording
+        write_result(rendered(breakdown, form, output, color), output, force=force)
+    else:
+        shown = explained(analysis, phase, output, color) if phase else FORMATS[form](analysis, output, color)
+        write_result(shown, output, force=force)
+        if picture is not None:
+            write_result(FORMATS["svg"](analysis, output, color), str(picture), force=force)
+    require_complete(breakdown, strict)
 
 
 def warn(name: str, recording: Recording) -> None:
