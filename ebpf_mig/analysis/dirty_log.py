@@ -34,7 +34,7 @@ class Burst(msgspec.Struct, frozen=True, gc=False):
     them.
     """
 
-    ioctls: list[Ioctl]
+    ioctls: tuple[Ioctl, ...]
     begin: int
     end: int
     """End of the burst itself, without the CLEARs that came later."""
@@ -114,7 +114,7 @@ def bursts(process: Process, since: int, stop: int | None, sends: Sequence[Trans
 
 
 def _burst(ioctls: list[Ioctl], end: int) -> Burst:
-    return Burst(ioctls, ioctls[0].begin_ns, end, not is_clear(ioctls[0]))
+    return Burst(tuple(ioctls), ioctls[0].begin_ns, end, not is_clear(ioctls[0]))
 
 
 _begin = attrgetter("begin_ns")

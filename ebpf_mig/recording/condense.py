@@ -21,7 +21,7 @@ from itertools import pairwise
 from operator import attrgetter, lt
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
 from ebpf_mig.linux import kvm
 from ebpf_mig.recording import events as ev
@@ -34,6 +34,8 @@ ACTS = frozenset({ev.Ioctl, ev.VcpuEnter, ev.VcpuExit, ev.VcpuState, ev.VcpuSpan
 _SUMMED = (ev.Transfer, ev.Segment)
 _Kinds = dict[type, list[Any]]
 """The events of a block by their type."""
+_REPEATED = {ev.Ioctl: ("pid", "tid", "cmd"), ev.Transfer: ("pid", "tid", "socket"), ev.OffCpu: ("pid", "tid")}
+"""Fields of frequent events that have few values. A number of its own takes 32 bytes in each event."""
 _EVERYBODY = -1
 _LEAST = 2
 """A single event need not be summed up."""
@@ -113,6 +115,7 @@ class _Condenser:
         """All events that are left. The last blocks stay as they are."""
         for block, _ in self._waiting:
             self._keep(block)
+        _share_numbers(self._kept)
         return self._kept
 
     def _keep(self, events: list[ev.AnyEvent]) -> None:
@@ -201,6 +204,18 @@ class _Condenser:
         self.sums[segments[0].pid].append((at[1], at[-1]))
         self.left_out[segments[0].pid, segments[0].socket].append((at[1], at[-1]))
         return [segments[0], segments[-1]]
+
+
+def _share_numbers(events: list[ev.AnyEvent]) -> None:
+    """Makes equal numbers of the `_REPEATED` fields one object.
+
+    Not while blocks are read: numbers that are made later would lie scattered in the gaps, which takes longer.
+    """
+    numbers: dict[int, int] = {}
+    for event in events:
+        for name in _REPEATED.get(type(event), ()):
+            number = getattr(event, name)
+            force_setattr(event, name, numbers.setdefault(number, number))
 
 
 def _by_kind(block: list[ev.AnyEvent]) -> _Kinds:
