@@ -51,6 +51,7 @@ from ebpf_mig.analysis.process import Process
 from ebpf_mig.analysis.result import Analysis
 from ebpf_mig.analysis.source_work import PAGE
 from ebpf_mig.analysis.spans import FOREVER
+from ebpf_mig.analysis.uncollected import uncollected
 from ebpf_mig.breakdown import (
     Breakdown,
     Clock,
@@ -84,6 +85,7 @@ from ebpf_mig.recording.events import FORWARDER, KEEPER, NEIGHBOUR
 from ebpf_mig.recording.file import Recording
 
 
+@uncollected()
 def analyse(recording: Recording) -> Analysis:
     """The migration in a recording: its breakdown, and the data that it was made from."""
     traced = identify(split(recording), vmm.mark_names())
