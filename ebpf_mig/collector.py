@@ -73,7 +73,6 @@ from ebpf_mig.breakdown import (
     Stolen,
     Throttled,
     Transport,
-    Vcpu,
     Wire,
     Witness,
 )
@@ -101,7 +100,7 @@ def analyse(recording: Recording) -> Analysis:
         blackout_ns=_blackout(traced),
         blackout=_blackout_span(traced, origin),
         phases=attribution.phases,
-        vcpus=_vcpus(traced, origin),
+        vcpus=pause.vcpus(traced, origin),
         dirty_log=_dirty_log(traced, origin, attribution),
         sockets=sockets.usage(traced.channels, traced.source, traced.destination, window) if window else [],
         wire=wires,
@@ -262,29 +261,6 @@ def _blackout_span(traced: TracedMigration, origin: int) -> tuple[int, int] | No
     if found is None or found.first_start is None:
         return None
     return found.stop - origin, found.first_start - origin
-
-
-def _vcpus(traced: TracedMigration, origin: int) -> list[Vcpu]:
-    found = traced.switchover
-    stops = found.stops if found else {}
-    starts = found.starts if found else {}
-    if found is None and traced.source is None and traced.destination is not None:
-        lines = traced.destination.vcpus.items()
-        starts = {index: line.first_run for index, line in lines if line.first_run is not None}
-    rows: list[Vcpu] = []
-    for index in sorted(stops.keys() | starts.keys()):
-        stop, start = stops.get(index), starts.get(index)
-        kick = found.kicks.get(index) if found else None
-        rows.append(
-            Vcpu(
-                vcpu=index,
-                kick_ns=stop - kick if stop is not None and kick is not None and kick <= stop else None,
-                stop=None if stop is None else stop - origin,
-                start=None if start is None else start - origin,
-                blackout_ns=start - stop if stop is not None and start is not None and start >= stop else None,
-            )
-        )
-    return rows
 
 
 def _dirty_log(traced: TracedMigration, origin: int, attribution: Attribution) -> DirtyLog:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the VMM took to stop its vCPUs, and then to notice that they had stopped.
+"""When each vCPU stopped and started, how long the VMM took to stop them, and then to notice that they had stopped.
 
-In: the source's kicks, calls and waits. Out: a row of the breakdown. A VMM that polls every millisecond for the stop of
+In: the source's kicks, calls and waits. Out: rows of the breakdown. A VMM that polls every millisecond for the stop of
 its vCPUs adds this notice delay to the blackout (Cloud Hypervisor: vmm/src/cpu.rs, `pause`).
 """
 
 from __future__ import annotations
 
+from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.process import Process, begun
 from ebpf_mig.analysis.switchover import Switchover
-from ebpf_mig.breakdown import Pausing
+from ebpf_mig.breakdown import Pausing, Vcpu
 from ebpf_mig.recording.events import OffCpu
 
 BEFORE_NS = 1_000_000
@@ -58,3 +59,27 @@ def _before(source: Process, found: Switchover, tid: int) -> list[OffCpu]:
     """The thread's last preemption before the pause request, if it ended just before it."""
     waits = [w for w in source.off_cpu if w.preempted and w.tid == tid and w.end_ns <= found.requested]
     return [w for w in waits[-1:] if found.requested - w.end_ns <= BEFORE_NS]
+
+
+def vcpus(traced: TracedMigration, origin: int) -> list[Vcpu]:
+    """A row for each vCPU that was seen to stop or to start, relative to `origin`, ns."""
+    found = traced.switchover
+    stops = found.stops if found else {}
+    starts = found.starts if found else {}
+    if found is None and traced.source is None and traced.destination is not None:
+        lines = traced.destination.vcpus.items()
+        starts = {index: line.first_run for index, line in lines if line.first_run is not None}
+    rows: list[Vcpu] = []
+    for index in sorted(stops.keys() | starts.keys()):
+        stop, start = stops.get(index), starts.get(index)
+        kick = found.kicks.get(index) if found else None
+        rows.append(
+            Vcpu(
+                vcpu=index,
+                kick_ns=stop - kick if stop is not None and kick is not None and kick <= stop else None,
+                stop=None if stop is None else stop - origin,
+                start=None if start is None else start - origin,
+                blackout_ns=start - stop if stop is not None and start is not None and start >= stop else None,
+            )
+        )
+    return rows
