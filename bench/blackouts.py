@@ -32,8 +32,6 @@ SLOT_BYTES = 1 << 20
 MESSAGE = bytes(64)
 RUN = b"R" * 8
 PAUSE_S = 0.002
-HALT_LOOP = bytes.fromhex("f4 ebfd")
-"""1: hlt; jmp 1b"""
 
 
 class Side:
@@ -44,7 +42,7 @@ class Side:
         self.connection = connection
         self.vm = Vm()
         self.vm.set_slot(0, 0, SLOT_BYTES, log=True)
-        kvm.write(self.vm, kvm.CODE, HALT_LOOP)
+        kvm.write(self.vm, kvm.CODE, kvm.CPU.halt)
         vcpu = Vcpu(self.vm, 0)
         vcpu.prepare(0)
         self.thread = VcpuThread(vcpu)

@@ -22,10 +22,6 @@ from ebpf_mig.linux import kvm as numbers
 from tests.truth import kvm
 from tests.truth.kvm import PAGE, Vcpu, Vm
 
-OUT_LOOP = bytes.fromhex("e610 ebfc")
-"""1: out 0x10, al; jmp 1b"""
-HALT_LOOP = bytes.fromhex("f4 ebfd")
-"""1: hlt; jmp 1b"""
 HALT_AT = kvm.CODE + 0x100
 SLOT_BYTES = 1 << 20
 MESSAGE = 64
@@ -47,8 +43,8 @@ def kinds() -> dict[str, Callable[[], object]]:
     sink, unread = unread_sockets()
     vm = Vm()
     vm.set_slot(0, 0, SLOT_BYTES, log=True)
-    kvm.write(vm, kvm.CODE, OUT_LOOP)
-    kvm.write(vm, HALT_AT, HALT_LOOP)
+    kvm.write(vm, kvm.CODE, kvm.CPU.leave)
+    kvm.write(vm, HALT_AT, kvm.CPU.halt)
     busy, halted = Vcpu(vm, 0), Vcpu(vm, 1)
     busy.prepare(0)
     halted.prepare(0, at=HALT_AT)

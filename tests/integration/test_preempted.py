@@ -26,7 +26,7 @@ MS = 1_000_000
 GUEST = """
 import json, os, signal, sys, threading, time
 from tests.truth import kvm
-vm = kvm.Vm(); vm.set_slot(0, 0, 2 << 20); kvm.write(vm, kvm.CODE, bytes.fromhex("ebfe"))
+vm = kvm.Vm(); vm.set_slot(0, 0, 2 << 20); kvm.write(vm, kvm.CODE, kvm.CPU.spin)
 vcpu = kvm.Vcpu(vm, 0); vcpu.prepare(0)
 signal.signal(signal.SIGUSR1, lambda *_: None); kvm.pin(0)
 tid = threading.main_thread().native_id

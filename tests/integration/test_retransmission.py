@@ -14,7 +14,7 @@ import pytest
 from ebpf_mig.breakdown import Breakdown
 from tests.conftest import requires
 from tests.truth import kvm
-from tests.truth.ch_source import DEVICES, STATE
+from tests.truth.ch_source import DEVICES
 from tests.truth.harness import ROOT
 
 pytestmark = requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64", "iptables with length and statistic")
@@ -33,7 +33,7 @@ MS = 1_000_000
 
 @pytest.mark.parametrize("lossy", [False, True], ids=["whole", "lossy"])
 def test_a_lost_segment_is_named(lossy: bool) -> None:
-    state = base64.b64encode(bytes(sum(kvm.SIZES[command] for command in STATE))).decode()
+    state = base64.b64encode(bytes(sum(part.size for part in kvm.CPU.state))).decode()
     length = len(json.dumps({"vcpus": state, "devices": DEVICES})) + HEADERS
     first_of_two = "-m statistic --mode nth --every 2 --packet 0"  # the retransmission gets through
     lose = f"iptables -A INPUT -p tcp -m length --length {length} {first_of_two} -j DROP" if lossy else "true"

@@ -22,8 +22,7 @@ from tests.truth.parts import say
 SPINS, HALTS, PAUSED = "spins", "halts", "paused"
 VCPU_ID = 3
 """As a VMM with an APIC id of its own choice gives it to KVM_CREATE_VCPU."""
-_CODE = {SPINS: "ebfe", HALTS: "f4", PAUSED: "f4"}
-"""jmp to itself; hlt."""
+_CODE = {SPINS: kvm.CPU.spin, HALTS: kvm.CPU.halt, PAUSED: kvm.CPU.halt}
 
 
 @contextlib.contextmanager
@@ -47,7 +46,7 @@ def main(guest: str) -> None:
     vm = kvm.Vm()
     vm.set_slot(0, 0, 1 << 20)
     vcpu = kvm.Vcpu(vm, VCPU_ID)
-    kvm.write(vm, kvm.CODE, bytes.fromhex(_CODE[guest]))
+    kvm.write(vm, kvm.CODE, _CODE[guest])
     vcpu.prepare(0)
     tasks = [_work] if guest == PAUSED else [_work, vcpu.run]
     threads = [threading.Thread(target=task, daemon=True) for task in tasks]

@@ -14,8 +14,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ebpf_mig.linux import kvm as numbers
-from tests.truth import ch_wire, kvm
+from tests.truth import ch_wire
 from tests.truth.ch_api import Monitor
 from tests.truth.ch_parts import LOOK_S, ChPlan, ChVcpuThread, Clock, FailedError, supported_cpuid
 from tests.truth.kvm import PAGE, Vcpu
@@ -92,7 +91,7 @@ class ChDestination(Destination):
         """Sets the clock, waits for the delay and starts the vCPUs. Then polls every millisecond until they run."""
         self.monitor.event("resuming")
         self.delay_of("resume")
-        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.set_clock()
         for thread in self.threads:
             thread.start()
         while not all(thread.entered_ns for thread in self.threads):

@@ -14,12 +14,11 @@ import json
 import time
 from typing import Any
 
-from ebpf_mig.linux import kvm as numbers
 from tests.truth import ch_wire, kvm
 from tests.truth.ch_api import Monitor
 from tests.truth.ch_parts import KVMCLOCK_CTRL, LOOK_S, ChPlan, ChVcpuThread, Clock, FailedError, supported_cpuid
 from tests.truth.kvm import PAGE
-from tests.truth.machine import STATE, Source
+from tests.truth.machine import Source
 from tests.truth.parts import AFTER_MEMORY
 
 DEVICES = "x" * 30_000
@@ -61,13 +60,13 @@ class ChSource(Source):
         """Signals all vCPUs and waits for them. Each runs once more with immediate_exit."""
         self.monitor.event("pausing")
         if self.plan.manner != "v53":
-            kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+            self.vm.read_clock()
         super().pause()
         for vcpu in self.vcpus:
             with contextlib.suppress(OSError):  # EINVAL: the guest has no kvmclock
                 kvm.ioctl(vcpu.fd, KVMCLOCK_CTRL)
         if self.plan.manner == "v53":
-            kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+            self.vm.read_clock()
         self.delay("quiesce")
         self.monitor.event("paused")
 
@@ -117,7 +116,7 @@ class ChSource(Source):
         self.enter("state.save")
         supported_cpuid(self.vm)
         self.entered()
-        state = self.save(STATE, delayed=True)
+        state = self.save()
         if self.plan.fail == "save":
             raise FailedError("Failed to send migratable component snapshot", "Could not get vCPU state")
         self.monitor.event("snapshotted")
@@ -144,7 +143,7 @@ class ChSource(Source):
 
     def take_back(self) -> None:
         """Resumes the guest here after a failure."""
-        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.set_clock()
         for thread in self.threads:
             if thread.stopped.is_set():
                 thread.start()

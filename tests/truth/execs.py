@@ -17,7 +17,6 @@ import time
 STARTED_NS = time.monotonic_ns()
 """About the first that this program did."""
 
-import ctypes  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -26,10 +25,9 @@ import threading  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from ebpf_mig.linux import kvm as numbers  # noqa: E402
 from tests.truth import kvm, on_demand  # noqa: E402
 from tests.truth.kvm import PAGE  # noqa: E402
-from tests.truth.machine import SETTERS, STATE, Source  # noqa: E402
+from tests.truth.machine import Source  # noqa: E402
 from tests.truth.page_server import ASKED  # noqa: E402
 from tests.truth.parts import IGNORED, KICK, Machine, Plan, decode, encode, say  # noqa: E402
 
@@ -54,10 +52,10 @@ class Old(Source):
         waited, steps = kvm.run_delay_ns(), [time.monotonic_ns()]
         self.pause()
         steps.append(time.monotonic_ns())
-        kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.read_clock()
         self.delay("quiesce")
         steps.append(time.monotonic_ns())
-        Path(self.plan.address, "state").write_bytes(self.save(STATE, delayed=True))
+        Path(self.plan.address, "state").write_bytes(self.save())
         os.set_inheritable(self.guest_memory, True)
         if self.slow_file >= 0:
             threading.Thread(target=os.pread, args=(self.slow_file, PAGE, 0), daemon=True).start()
@@ -79,23 +77,23 @@ class New(Machine):
         """Returns when it began and ended to load the state, ns."""
         for vcpu in self.vcpus:
             vcpu.prepare(0)
-        chip = ctypes.create_string_buffer(kvm.SIZES[kvm.GET_IRQCHIP])
-        kvm.ioctl(self.vm.fd, kvm.GET_IRQCHIP, chip)
+        chip = kvm.CPU.chip.read(self.vm.fd) if kvm.CPU.chip is not None else b""
         self.delay("startup")
         state = Path(self.plan.address, "state").read_bytes()
         begin = time.monotonic_ns()
-        kvm.ioctl(self.vm.fd, kvm.SET_IRQCHIP, chip)
+        if kvm.CPU.chip is not None:
+            kvm.CPU.chip.write(self.vm.fd, chip)
         self.delay("state.load")
         for vcpu in self.vcpus:
-            for getter, setter in zip(STATE, SETTERS, strict=True):
-                vcpu.set(setter, state[: kvm.SIZES[getter]])
-                state = state[kvm.SIZES[getter] :]
+            for part in kvm.CPU.state:
+                part.write(vcpu.fd, state[: part.size])
+                state = state[part.size :]
         return begin, time.monotonic_ns()
 
     def go(self) -> int:
         """Runs the guest. Returns when it was sure to run, ns."""
         self.delay("resume")
-        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.set_clock()
         for thread in self.threads:
             thread.start()
         return max(by for _, by in [thread.entered() for thread in self.threads])

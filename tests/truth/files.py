@@ -19,10 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from ebpf_mig.linux import kvm as numbers
-from tests.truth import kvm, on_demand
+from tests.truth import cpu_x86, kvm, on_demand
 from tests.truth.kvm import PAGE
-from tests.truth.machine import SETTERS, STATE, Source
+from tests.truth.machine import Source
 from tests.truth.parts import IGNORED, KICK, Machine, Plan, decode, say
 
 CHUNK = 64 << 10
@@ -70,12 +69,12 @@ class Saved(Source):
         if self.plan.backend:
             self.vcpus[0].prepare(kvm.load_list(self.vm, [page * PAGE for page in on_demand.touched(self.plan)]))
             if self.plan.interrupts:
-                on_demand.interruptible(self.vcpus[0])
-        kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+                cpu_x86.interruptible(self.vcpus[0].fd)
+        self.vm.read_clock()
         self.delay("quiesce")
 
     def create(self) -> None:
-        state = self.save(STATE, delayed=True)
+        state = self.save()
         first, second = self.files()
         half = len(state) // 2
         file = os.open(first, os.O_CREAT | os.O_WRONLY)
@@ -124,14 +123,13 @@ class Loaded(Machine):
         else:
             self._read(second)
         self.whole = {"memory.load": time.monotonic_ns() - begin}
-        sizes = [kvm.SIZES[getter] for getter in STATE]
-        half = sum(sizes) * len(self.vcpus) // 2
-        state = parts[0][:half] + parts[1][: sum(sizes) * len(self.vcpus) - half]
+        size = sum(part.size for part in kvm.CPU.state) * len(self.vcpus)
+        state = parts[0][: size // 2] + parts[1][: size - size // 2]
         for number, vcpu in enumerate(self.vcpus):
-            for setter, size in zip(SETTERS, sizes, strict=True):
-                vcpu.set(setter, state[:size])
-                state = state[size:]
-                if not number and setter == SETTERS[0]:
+            for part in kvm.CPU.state:
+                part.write(vcpu.fd, state[: part.size])
+                state = state[part.size :]
+                if not number and part is kvm.CPU.state[0]:
                     self.delay("state.load")
 
     def _read(self, path: Path) -> None:
@@ -145,7 +143,7 @@ class Loaded(Machine):
 
     def go(self) -> None:
         self.delay("resume")
-        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.set_clock()
         begin = time.monotonic_ns()
         for thread in self.threads:
             thread.start()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thin wrapper of /dev/kvm for the truth machine: VMs, memslots, dirty logs, vCPUs; x86-64 only.
+"""A thin wrapper of /dev/kvm for the truth machine: VMs, memslots, dirty logs, vCPUs.
 
-In: method calls. Out: the results of ioctls; OSError if the kernel refused. Calls go through ctypes, which releases the
-interpreter's lock, so a vCPU thread in KVM_RUN does not block the others. Numbers: include/uapi/linux/kvm.h, Linux
-6.12.
+In: method calls. Out: the results of ioctls; OSError if the kernel refused. What differs between CPUs is in `CPU`.
+Numbers: include/uapi/linux/kvm.h, Linux 6.12.
 """
 
 from __future__ import annotations
@@ -13,59 +12,38 @@ import errno
 import fcntl
 import mmap
 import os
+import platform
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 from ebpf_mig.linux import kvm as numbers
+from tests.truth import cpu_arm64, cpu_x86
+from tests.truth.cpu import CODE, LIST, ioctl
 
 PAGE = 4096
 GIB = 1 << 30
 
-CREATE_IRQCHIP, GET_IRQCHIP, SET_IRQCHIP = 0xAE60, 0xC208AE62, 0x8208AE63
-GET_REGS, SET_REGS = 0x8090AE81, 0x4090AE82
-GET_SREGS, SET_SREGS = 0x8138AE83, 0x4138AE84
-GET_FPU, SET_FPU = 0x81A0AE8C, 0x41A0AE8D
-GET_MP_STATE, SET_MP_STATE = 0x8004AE98, 0x4004AE99
 GET_VCPU_MMAP_SIZE = 0xAE04
-SIZES = {GET_REGS: 144, GET_SREGS: 312, GET_FPU: 416, GET_MP_STATE: 4, GET_IRQCHIP: 520, numbers.GET_CLOCK: 48}
-
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
-CAP_DIRTY_LOG_RING = 192
 MANUAL_PROTECT_ENABLE, INITIALLY_SET = 1, 2
 
 _NORESERVE = 0x4000
-_SYS_USERFAULTFD = 323
 _UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
-_SET_MSRS, _MSR_WALL_CLOCK = 0x4008AE89, 0x4B564D00
-"""include/uapi/linux/userfaultfd.h; arch/x86/include/uapi/asm/kvm_para.h, MSR_KVM_WALL_CLOCK_NEW."""
-EXIT_IO = 2
-MP_STATE_RUNNABLE = 0
+"""include/uapi/linux/userfaultfd.h."""
 _RING_PAGE_OFFSET = 64
 _RING_DIRTY, _RING_RESET = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-_held = ctypes.PyDLL(None, use_errno=True)
-"""Keeps the interpreter's lock, so no other thread of ours runs between call and return."""
-_held.ioctl.argtypes = _libc.ioctl.argtypes
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 _ALLOWED = os.sched_getaffinity(0)
-Argument = int | ctypes.Array[ctypes.c_char] | None
-
-
-def ioctl(fd: int, cmd: int, argument: Argument = 0, *, hold: bool = False) -> int:
-    """ioctl(2); OSError with the kernel's errno. `hold`: keep the interpreter's lock, so that it returns at once."""
-    pointer = ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
-    result = int((_held if hold else _libc).ioctl(fd, cmd, pointer))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{numbers.name_of(cmd)}: {os.strerror(code)}")
-    return result
+CPU = cpu_arm64.CPU if platform.machine() == "aarch64" else cpu_x86.CPU
+"""The kind that this machine has."""
 
 
 def run_delay_ns(tid: int | None = None) -> int:
@@ -113,7 +91,7 @@ def hold_back(*ranges: tuple[int, int]) -> int:
     """Who touches this memory (addresses and sizes) for the first time sleeps until the page is served, or the returned
     descriptor closed (userfaultfd(2)).
     """
-    descriptor = int(_libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC))
+    descriptor = int(_libc.syscall(CPU.userfaultfd, os.O_CLOEXEC))
     if descriptor < 0:
         raise OSError(ctypes.get_errno(), "userfaultfd")
     fcntl.ioctl(descriptor, _UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
@@ -134,9 +112,9 @@ class Vm:
         if manual:
             self._enable(CAP_MANUAL_DIRTY_LOG_PROTECT2, manual)
         if ring:
-            self._enable(CAP_DIRTY_LOG_RING, ring * 16)
-        if irqchip:
-            ioctl(self.fd, CREATE_IRQCHIP)
+            self._enable(CPU.dirty_ring, ring * 16)
+        if irqchip and CPU.create_chip is not None:
+            ioctl(self.fd, CPU.create_chip)
 
     def _enable(self, capability: int, argument: int) -> None:
         ioctl(
@@ -163,6 +141,16 @@ class Vm:
     def clear_log(self, slot: int, bitmap: ctypes.Array[ctypes.c_char], pages: int, first: int = 0) -> None:
         """KVM_CLEAR_DIRTY_LOG of the bitmap's first `pages` bits, which are for the pages from `first` on."""
         ioctl(self.fd, numbers.CLEAR_DIRTY_LOG, clear_of(slot, bitmap, pages, first))
+
+    def read_clock(self) -> None:
+        """Reads the VM's clock, if it has one."""
+        if CPU.clock is not None:
+            CPU.clock.read(self.fd)
+
+    def set_clock(self) -> None:
+        """Sets the VM's clock to 0, if it has one."""
+        if CPU.clock is not None:
+            CPU.clock.write(self.fd, bytes(CPU.clock.size))
 
     def bitmap_for(self, slot: int, fill: int = 0) -> ctypes.Array[ctypes.c_char]:
         """A bitmap as long as the slot's dirty log, in whole 64-bit words. Its memory is touched."""
@@ -191,18 +179,13 @@ def pages_of(bitmap: ctypes.Array[ctypes.c_char]) -> set[int]:
     return {8 * at + bit for at, byte in enumerate(raw) if byte for bit in range(8) if byte >> bit & 1}
 
 
-# jecxz 2f; 1: lodsd; inc dword [eax]; loop 1b; 2: out 0x10, al; 3: hlt; jmp 3b. List at esi, its length in ecx.
-DIRTY_LIST = bytes.fromhex("e305 ad ff00 e2fb e610 f4 ebfd")
-CODE, LIST = 0x1000, 0x100000
-"""Guest addresses of the code, whose page the guest never writes, and of the list of addresses."""
-
-
 class Vcpu:
-    """One vCPU in flat 32-bit protected mode without paging."""
+    """One vCPU."""
 
     def __init__(self, vm: Vm, index: int) -> None:
         self.vm, self.index = vm, index
         self.fd = ioctl(vm.fd, numbers.CREATE_VCPU, index)
+        CPU.create(vm.fd, self.fd)
         self._run = mmap.mmap(self.fd, ioctl(vm.kvm, GET_VCPU_MMAP_SIZE))
         self._ring_at = 0
         self._ring = mmap.mmap(self.fd, vm.ring * 16, offset=_RING_PAGE_OFFSET * PAGE) if vm.ring else None
@@ -219,36 +202,13 @@ class Vcpu:
         """kvm_run.immediate_exit: the next KVM_RUN returns -EINTR at once."""
         self._run[1] = int(immediate)
 
-    def get(self, cmd: int) -> ctypes.Array[ctypes.c_char]:
-        """The state returned by a KVM_GET ioctl."""
-        state = ctypes.create_string_buffer(SIZES[cmd])
-        ioctl(self.fd, cmd, state)
-        return state
-
-    def set(self, cmd: int, state: bytes) -> None:
-        """Writes state with a KVM_SET ioctl."""
-        ioctl(self.fd, cmd, ctypes.create_string_buffer(state, len(state)))
-
-    def write_wall_clock(self, address: int) -> None:
-        """Makes KVM write the wall clock to guest memory, which it does inside its SRCU (kvm_write_wall_clock)."""
-        msrs = struct.pack("<IIIIQ", 1, 0, _MSR_WALL_CLOCK, 0, address)
-        ioctl(self.fd, _SET_MSRS, ctypes.create_string_buffer(msrs, len(msrs)))
+    def read(self) -> bytes:
+        """The whole state."""
+        return b"".join(part.read(self.fd) for part in CPU.state)
 
     def prepare(self, count: int, *, at: int = CODE) -> None:
-        """Sets flat 32-bit mode, ready to run `count` entries of the address list."""
-        sregs = bytearray(self.get(GET_SREGS).raw)
-        code = struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 8, 11, 1, 0, 1, 1, 0, 1, 0, 0, 0)
-        data = struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)
-        sregs[0:24] = code
-        for index in range(1, 6):
-            sregs[24 * index : 24 * index + 24] = data
-        cr0 = 8 * 24 + 2 * 16
-        sregs[cr0 : cr0 + 8] = struct.pack("<Q", struct.unpack_from("<Q", sregs, cr0)[0] | 1)
-        self.set(SET_SREGS, bytes(sregs))
-        regs = [0] * 18
-        regs[2], regs[4], regs[16], regs[17] = count, LIST, at, 2
-        self.set(SET_REGS, struct.pack("<18Q", *regs))
-        self.set(SET_MP_STATE, struct.pack("<I", MP_STATE_RUNNABLE))
+        """Sets the registers, ready to run `count` entries of the address list by the code at `at`."""
+        CPU.prepare(self.fd, count, at)
 
     def harvest(self) -> list[tuple[int, int]]:
         """Takes (slot, page) pairs from the dirty ring and marks them for KVM_RESET_DIRTY_RINGS."""
@@ -276,6 +236,6 @@ def write(vm: Vm, address: int, content: bytes) -> None:
 def load_list(vm: Vm, addresses: Iterable[int]) -> int:
     """Puts the code and the addresses to write to into guest memory. Returns the number of addresses."""
     listed = list(addresses)
-    write(vm, CODE, DIRTY_LIST)
+    write(vm, CODE, CPU.write_list)
     write(vm, LIST, struct.pack(f"<{len(listed)}I", *listed))
     return len(listed)

@@ -19,12 +19,11 @@ import time
 from typing import Any
 
 from ebpf_mig.linux import kvm as numbers
-from tests.truth import kvm
+from tests.truth import cpu_x86, kvm
+from tests.truth.cpu import Part
 from tests.truth.kvm import PAGE, Vcpu
 from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode, say
 
-STATE = (kvm.GET_SREGS, kvm.GET_REGS, kvm.GET_FPU, kvm.GET_MP_STATE)
-SETTERS = (kvm.SET_SREGS, kvm.SET_REGS, kvm.SET_FPU, kvm.SET_MP_STATE)
 HOG_SLOT, HOG_BASE, HOG_BYTES = 20, 64 * kvm.GIB, 32 * kvm.GIB
 HOG_NS = 20_000_000
 """A longer hold needs a slot of several times HOG_BYTES, on a fast machine."""
@@ -123,16 +122,15 @@ class Source(Machine):
         if final:
             self.entered()
 
-    def save(self, commands: tuple[int, ...], *, delayed: bool) -> bytes:
+    def save(self) -> bytes:
         """Reads the state of all vCPUs. The delay comes after the first read."""
         self.enter("state.save")
         saved = bytearray()
         for number, vcpu in enumerate(self.vcpus):
-            for place, command in enumerate(commands):
-                saved += vcpu.get(command).raw
+            for place, part in enumerate(kvm.CPU.state):
+                saved += part.read(vcpu.fd)
                 if number == place == 0:
                     self.entered()
-                if delayed and number == 0 and place == 0:
                     self.delay("state.save")
         return bytes(saved)
 
@@ -195,11 +193,11 @@ class Source(Machine):
     def hand_over(self, connection: socket.socket, fetched: list[dict[str, Any]], wanted: set[int]) -> None:
         """Runs the switchover, from the pause request to the last byte sent."""
         self.pause()
-        kvm.ioctl(self.vm.fd, numbers.GET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.read_clock()
         self.delay("quiesce")
         state = b""
         if self.plan.state_first:
-            state = self.save(STATE, delayed=True)
+            state = self.save()
         if self._hog_pages:
             self._beside = threading.Thread(target=self._hog, daemon=True)
             self._beside.start()
@@ -215,8 +213,11 @@ class Source(Machine):
         if self.plan.state_first:
             self.enter("state.save")
         else:
-            state = self.save(STATE, delayed=True)
-        kvm.ioctl(self.vm.fd, kvm.GET_IRQCHIP, ctypes.create_string_buffer(kvm.SIZES[kvm.GET_IRQCHIP]))
+            state = self.save()
+        if kvm.CPU.chip is not None:
+            kvm.CPU.chip.read(self.vm.fd)
+        else:
+            kvm.CPU.state[-1].read(self.vcpus[0].fd)  # a device's state that comes after the memory
         if self.plan.state_first:
             self.entered()
         half = len(state) // 2
@@ -255,7 +256,7 @@ class Destination(Machine):
             self.delay("handover")
         self.restore(state)
         self.delay("resume")
-        kvm.ioctl(self.vm.fd, numbers.SET_CLOCK, ctypes.create_string_buffer(48))
+        self.vm.set_clock()
         for thread in self.threads:
             thread.start()
         entered = [thread.entered() for thread in self.threads]
@@ -263,15 +264,15 @@ class Destination(Machine):
 
     def restore(self, state: bytes) -> None:
         """Writes the vCPUs' state. The delay comes after the first write."""
-        steps: list[tuple[Vcpu, int, bytes]] = []
+        steps: list[tuple[Vcpu, Part, bytes]] = []
         for vcpu in self.vcpus:
-            for getter, setter in zip(STATE, SETTERS, strict=True):
-                steps.append((vcpu, setter, state[: kvm.SIZES[getter]]))
-                state = state[kvm.SIZES[getter] :]
-        for number, (vcpu, setter, value) in enumerate(steps):
+            for part in kvm.CPU.state:
+                steps.append((vcpu, part, state[: part.size]))
+                state = state[part.size :]
+        for number, (vcpu, part, value) in enumerate(steps):
             if number == 0 or number == len(steps) - 1:
                 self.enter("resume" if number else "state.load")
-            vcpu.set(setter, value)
+            part.write(vcpu.fd, value)
             if number == 0 or number == len(steps) - 1:
                 self.entered()
             if number == 0:
@@ -280,10 +281,13 @@ class Destination(Machine):
                     self.add_slot_beside_reader()
 
     def add_slot_beside_reader(self) -> None:
-        """Adds a memslot while another thread sleeps in a page fault, inside KVM's SRCU, for the plan's time."""
+        """Adds a memslot while another thread sleeps in a page fault, inside KVM's SRCU, for the plan's time.
+
+        Only x86-64's KVM has a call that does so (kvm_write_wall_clock).
+        """
         page = self.vm.set_slot(READ_SLOT, READ_BASE, PAGE)
         missing = kvm.hold_back((page, PAGE))
-        thread = threading.Thread(target=self.vcpus[0].write_wall_clock, args=(READ_BASE,))
+        thread = threading.Thread(target=cpu_x86.write_wall_clock, args=(self.vcpus[0].fd, READ_BASE))
         thread.start()
         time.sleep(2 * HEAD_START_S)
         begin = time.monotonic_ns()

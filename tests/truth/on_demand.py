@@ -11,21 +11,17 @@ import ctypes
 import json
 import mmap
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.truth import kvm
-from tests.truth.kvm import Vcpu
 from tests.truth.parts import Plan
 
 TOUCHED_FIRST = 0x200
 """The first guest page that the guest writes after the restore; the code and the list of addresses are below."""
 _MAP_FIXED = 0x10
 _CLONE_NEWNS, _MS_PRIVATE_REC = 0x20000, 1 << 18 | 1 << 14
-_INTERRUPTS = 1 << 9
-"""EFLAGS.IF"""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -34,14 +30,6 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 def touched(plan: Plan) -> list[int]:
     """The guest pages that the guest writes once it runs again."""
     return [TOUCHED_FIRST + 3 * number for number in range(plan.dirty_pages)]
-
-
-def interruptible(vcpu: Vcpu) -> None:
-    """Lets the guest take interrupts, of which there are none. KVM then fetches its pages in the background."""
-    regs = bytearray(vcpu.get(kvm.GET_REGS).raw)
-    flags = struct.unpack_from("<Q", regs, 17 * 8)[0]
-    struct.pack_into("<Q", regs, 17 * 8, flags | _INTERRUPTS)
-    vcpu.set(kvm.SET_REGS, bytes(regs))
 
 
 class Pages:

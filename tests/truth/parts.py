@@ -19,6 +19,7 @@ from typing import Any
 
 from ebpf_mig.linux import kvm as numbers
 from tests.truth import kvm
+from tests.truth.cpu import Argument
 from tests.truth.kvm import PAGE, Vcpu, Vm
 
 KICK, IGNORED = signal.SIGUSR1, signal.SIGUSR2
@@ -108,7 +109,7 @@ class VcpuThread:
             self._waited_ns = kvm.run_delay_ns()
             self.entered_ns = time.monotonic_ns()
             while not self.stopping:
-                if self.vcpu.run() == kvm.EXIT_IO:
+                if self.vcpu.run() == kvm.CPU.written:
                     self.finished.set()
             self.stopped_ns = time.monotonic_ns()
             self.left()
@@ -194,7 +195,7 @@ class Machine:
         """Logs that the call that began the phase is over. We may have lost the CPU between the two readings."""
         self.marks[-1] = (self.marks[-1][0], time.monotonic_ns(), self.marks[-1][2])
 
-    def timed(self, fd: int, cmd: int, argument: kvm.Argument, phase: str, after: str) -> None:
+    def timed(self, fd: int, cmd: int, argument: Argument, phase: str, after: str) -> None:
         """Runs an ioctl that makes up the whole `phase`. Uncertain are waits for a CPU and the time around the call."""
         waited = kvm.run_delay_ns()
         self.enter(phase)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny guest for arm64: its instructions by LLVM's assembler, and its ELF. That it runs is shown by the demo in an
+"""The tiny guests for arm64: their instructions by LLVM's assembler, and the lab's ELF. That they run is shown in an
 emulated machine: `python -m tests.vm run --kernel arm64`.
 """
 
@@ -20,15 +20,19 @@ from ebpf_mig.lab.guest_arm64 import _CODE, RAM, build_arm64_guest
 from ebpf_mig.vmm.cloud_hypervisor.lab import ChPair
 from ebpf_mig.vmm.libvirt.lab import LibvirtHosts
 from tests.conftest import requires
+from tests.truth import cpu_arm64
 
 
 @requires("llvm-mc")
-def test_each_instruction_is_what_its_source_says() -> None:
-    source = "".join(f"{text.partition(' - ')[0]}\n" for _, text in _CODE) + "numbers:\n"
+@pytest.mark.parametrize(
+    "code", [_CODE, cpu_arm64.WRITE_LIST, cpu_arm64.LEAVE, cpu_arm64.SPIN], ids=["guest", "list", "leave", "spin"]
+)
+def test_each_instruction_is_what_its_source_says(code: tuple[tuple[int, str], ...]) -> None:
+    source = "".join(f"{text.partition(' - ')[0]}\n" for _, text in code) + "numbers:\n"
     plain = re.sub(r"#'(.)'", lambda found: f"#{ord(found[1])}", source)
     command = ["llvm-mc", "--triple=aarch64", "--filetype=obj"]
     made = subprocess.run(command, input=plain.encode(), capture_output=True, check=True).stdout
-    words = struct.pack(f"<{len(_CODE)}I", *(word for word, _ in _CODE))
+    words = struct.pack(f"<{len(code)}I", *(word for word, _ in code))
     assert words in made
 
 
