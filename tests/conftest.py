@@ -24,6 +24,7 @@ import pytest
 from ebpf_mig.linux import btf
 from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
 from ebpf_mig.vmm.qemu.lab import ENVIRONMENT as OTHER_QEMU
+from tests.truth.kvm import CPU
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background jobs ignore SIGINT. Children inherit that, and then Ctrl-C cannot be tested.
@@ -68,13 +69,13 @@ def _has_tracepoint(name: str) -> bool:
 
 
 def _dirty_ring() -> bool:
-    """KVM_CHECK_EXTENSION of KVM_CAP_DIRTY_LOG_RING, Linux 5.11 on x86-64."""
+    """KVM_CHECK_EXTENSION of the dirty ring: Linux 5.11 on x86-64, 6.3 on arm64."""
     try:
         fd = os.open("/dev/kvm", os.O_RDWR)
     except OSError:
         return False
     try:
-        return fcntl.ioctl(fd, 0xAE03, 192) > 0
+        return fcntl.ioctl(fd, 0xAE03, CPU.dirty_ring) > 0
     finally:
         os.close(fd)
 

@@ -31,7 +31,7 @@ def record(pid: int, path: Path) -> tuple[bool, list[int]]:
 
 
 @pytest.mark.everywhere("tiers")
-@requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")
+@requires("root", "/dev/kvm", "bcc", "kernel BTF")
 @pytest.mark.parametrize("guest", [PAUSED, SPINS, HALTS])
 def test_a_busy_thread_is_no_guest(guest: str, tmp_path: Path) -> None:
     """Of a guest that is busy all the time there is no event either."""

@@ -20,7 +20,7 @@ from tests.companion import Companion
 from tests.conftest import requires
 from tests.integration.exporters import PROGRAM
 
-pytestmark = requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")
+pytestmark = requires("root", "/dev/kvm", "bcc", "kernel BTF")
 
 MS = 1_000_000
 GUEST = """

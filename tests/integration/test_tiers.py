@@ -31,7 +31,7 @@ from tests.conftest import FEATURES, requires
 from tests.truth.harness import PHASES, Run, migrate_by
 from tests.truth.parts import Plan
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF")]
 everywhere = pytest.mark.everywhere("tiers")
 
 MS = 1_000_000

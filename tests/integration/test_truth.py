@@ -25,7 +25,7 @@ from tests.truth.machine import HOG_SLOT
 from tests.truth.parts import SLOWNESS, Plan
 from tests.truth.workloads import MESSAGE
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF")]
 
 TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
 MS = 1_000_000
@@ -92,7 +92,7 @@ def test_a_fetch_behind_slots_lock_names_the_lock() -> None:
     assert row.lock_wait_ns.get("mmu_lock", 0) < 0.1 * took
 
 
-@requires("tracepoints of lock waits")
+@requires("tracepoints of lock waits", "x86-64")
 def test_a_fetch_behind_mmu_lock_names_the_lock() -> None:
     if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":
         pytest.skip("missing feature: an MMU notifier that takes long on unmapped memory (shadow paging)")
@@ -180,6 +180,7 @@ def _many(workload: str, count: int) -> list[Transfer]:
     return runs
 
 
+@requires("x86-64")
 def test_large_shapes_can_be_measured() -> None:
     """A dirty log of 64 GiB without memory behind it: re-arming costs far more than reading."""
     rows = {what: ms for what, ms, _, _ in large.measure()}

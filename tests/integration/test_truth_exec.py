@@ -12,7 +12,7 @@ from tests.truth.execs import PHASES
 from tests.truth.parts import Plan
 from tests.truth.replaced import replaced
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64", "private mount namespaces")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "private mount namespaces")]
 
 MS = 1_000_000
 

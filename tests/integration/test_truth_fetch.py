@@ -21,7 +21,7 @@ from tests.conftest import requires
 from tests.truth.harness import migrate, undisturbed, work
 from tests.truth.parts import Plan
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF")]
 
 TDP_MMU = Path("/sys/module/kvm/parameters/tdp_mmu")
 MS = 1_000_000
@@ -52,6 +52,7 @@ def test_a_fetch_of_a_clean_log_is_copying() -> None:
     assert sum(found.parts.values()) == sum(fetch_split.on_cpu(i) for i in ioctls)
 
 
+@requires("x86-64")
 def test_re_arming_a_dirty_log_is_walking() -> None:
     """A dirty log that begins all dirty, on untouched memory: every page is looked up and protected."""
     if TDP_MMU.exists() and TDP_MMU.read_text().strip() == "Y":

@@ -14,7 +14,7 @@ from tests.truth.files import PHASES
 from tests.truth.parts import SLOWNESS, Plan
 from tests.truth.restores import saved_and_loaded
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF")]
 
 MS = 1_000_000
 REST_NS = int(4 * MS * SLOWNESS)

@@ -12,7 +12,7 @@ from tests.conftest import requires
 from tests.truth.parts import Plan
 from tests.truth.restores import restored
 
-pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF", "x86-64")]
+pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF")]
 
 MS = 1_000_000
 
@@ -22,7 +22,7 @@ MS = 1_000_000
     [
         ("userfaultfd", False),
         pytest.param("file", False, marks=requires("private mount namespaces")),
-        ("userfaultfd", True),
+        pytest.param("userfaultfd", True, marks=requires("x86-64")),
     ],
     ids=["userfaultfd", "file", "interrupts"],
 )
