@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_mig.errors import VmmError
-from ebpf_mig.linux import procfs
 from ebpf_mig.recording.events import AnyEvent, Target
 from ebpf_mig.vmm.base import Outcome, mark
 from ebpf_mig.vmm.call import Call, readable
@@ -197,7 +196,7 @@ class FcMigration:
         try:
             self._src.resume(RESUME_S)
         except VmmError as error:
-            if not procfs.is_alive(self._src_pid):
+            if not isinstance(error, RefusedError) and _ends(self._src_pid):
                 return "failed", f"{why}; the source has ended, and its guest with it"
             return result, f"{why}; the guest may be paused on the source, which does not resume it: {error}"
         if result == "unknown":
@@ -240,6 +239,20 @@ class FcMigration:
             for pid, place in self._logs.items()
             for name, us in sorted(place.figures().items())
         ]
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process has ended, or does within DEATH_S: it closes its sockets a moment earlier (do_exit,
+    kernel/exit.c).
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return True
+    try:
+        return bool(readable([pidfd], DEATH_S))
+    finally:
+        os.close(pidfd)
 
 
 def _is_old(version: str) -> bool:

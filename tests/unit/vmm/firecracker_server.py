@@ -3,8 +3,9 @@
 
 Arguments: the socket's path, and JSON: `state`, the state of its VM; `misbehave`, by call (`instance`,
 `machine-config`, `pause`, `resume`, `create`, `load`) what it does instead: `delay_s` before the answer, `status` and
-`body` of the answer, `raw` text instead of it, `drip` text for ever, `die`, or `state` afterwards. Each call's name and
-body are written to standard output as it arrives. One call is served at a time, as by the VMM.
+`body` of the answer, `raw` text instead of it, `drip` text for ever, `die` so many seconds after it closed its sockets,
+or `state` afterwards. Each call's name and body are written to standard output as it arrives. One call is served at a
+time, as by the VMM.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Server:
         if not wrong.keys() & {"status", "body"}:
             status, body = self.act(name, status)
         self.state = wrong.get("state", self.state)
-        if wrong.get("die"):
+        if "die" in wrong:
+            os.closerange(3, 1 << 10)
+            time.sleep(wrong["die"])
             os._exit(1)
         if "drip" in wrong:
             while True:

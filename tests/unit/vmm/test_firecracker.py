@@ -176,7 +176,7 @@ def test_a_refusal_by_the_destination_gives_the_source_its_guest_back(tmp_path: 
 
 
 def test_a_destination_that_dies_while_it_loads_gives_the_source_its_guest_back(tmp_path: Path) -> None:
-    with pair(tmp_path, destination={"load": {"die": True}}) as two:
+    with pair(tmp_path, destination={"load": {"die": 0}}) as two:
         outcome = two.run()
         assert (outcome.result, two.resumed()) == ("failed", True)
         assert "closed the connection" in outcome.error and "runs on the source again" in outcome.error
@@ -244,8 +244,10 @@ def test_an_interruption_before_the_pause(tmp_path: Path) -> None:
         assert "pause" not in two.source.calls()
 
 
-def test_a_source_that_dies_takes_its_guest_with_it(tmp_path: Path) -> None:
-    with pair(tmp_path, {"create": {"die": True}}) as two:
+@pytest.mark.parametrize("later_s", [0, 0.4])
+def test_a_source_that_dies_takes_its_guest_with_it(tmp_path: Path, later_s: float) -> None:
+    """Also if its sockets are closed while it still ends."""
+    with pair(tmp_path, {"create": {"die": later_s}}) as two:
         outcome = two.run()
         assert outcome.result == "failed" and "the source has ended, and its guest with it" in outcome.error
         assert "load" not in two.destination.calls()
