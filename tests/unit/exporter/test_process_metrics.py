@@ -24,13 +24,17 @@ def samples(supervisor: int) -> dict[tuple[str, str], float]:
 
 
 def test_the_supervisor_and_the_processes_that_it_started() -> None:
-    waits = "import sys; sys.stdin.read()"
+    waits = "import sys; print(flush=True); sys.stdin.read()"
+    begin = time.time()
     children = [
-        subprocess.Popen([sys.executable, "-c", waits, f"ebpf_mig.exporter.{module}"], stdin=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", waits, f"ebpf_mig.exporter.{module}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         for module in ("analysis_worker", "watch_process", "loader_process")
     ]
-    begin = time.time()
     try:
+        for child in children:  # the kernel shows a command line only a moment after execve(2) cannot fail any more
+            assert child.stdout is not None and child.stdout.readline()
         got = samples(os.getpid())
     finally:
         for child in children:
