@@ -202,10 +202,6 @@ class Vcpu:
         """kvm_run.immediate_exit: the next KVM_RUN returns -EINTR at once."""
         self._run[1] = int(immediate)
 
-    def read(self) -> bytes:
-        """The whole state."""
-        return b"".join(part.read(self.fd) for part in CPU.state)
-
     def prepare(self, count: int, *, at: int = CODE) -> None:
         """Sets the registers, ready to run `count` entries of the address list by the code at `at`."""
         CPU.prepare(self.fd, count, at)
