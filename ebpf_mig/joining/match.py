@@ -150,10 +150,8 @@ def _score(near: End, far: End) -> int:
 def _addresses(near: End, far: End) -> int:
     """3: addresses and ports mirror each other. 2: both ports do. 1: one port does. 0: none, or unknown."""
     a, b = _ends(near.socket), _ends(far.socket)
-    if a is None or b is None:
+    if near.socket is None or far.socket is None or a is None or b is None:
         return 0
-    assert near.socket is not None  # noqa: S101 - `_ends` asked
-    assert far.socket is not None  # noqa: S101
     if any(ends[::-1] in spellings(far.socket) for ends in spellings(near.socket)):
         return _SAME
     return (_port(a[0]) == _port(b[1])) + (_port(a[1]) == _port(b[0]))

@@ -54,10 +54,11 @@ def lost_cpu(*words: str, vcpus: bool = False) -> Finder:
     """Waits of threads that could run and did not, for one of the reasons; `vcpus`: only those of two vCPUs or more."""
 
     def find(facts: Facts) -> Iterator[Claim]:
-        found = list(facts.own(lambda s: s.stack[:1] != () and s.stack[0] in words and (s.vcpu or not vcpus)))
         if not vcpus:
-            found += _behind_the_disk(facts, words)
-        if not vcpus or len({claim.sleep.thread for claim in found if claim.sleep}) > 1:
+            yield from _without_cpu(facts, words)
+            return
+        found = [claim for claim in _without_cpu(facts, words) if claim.sleep and claim.sleep.vcpu]
+        if len({claim.sleep.thread for claim in found if claim.sleep}) > 1:
             yield from found
 
     return find
@@ -65,13 +66,17 @@ def lost_cpu(*words: str, vcpus: bool = False) -> Finder:
 
 def contention(facts: Facts) -> Iterator[Claim]:
     """Waits for a CPU. Only two words prove that another thread had it; else it can be a quota or a hypervisor, too."""
-    words = (PREEMPTED, QUEUED, RUNNABLE)
-    found = list(facts.own(lambda s: s.stack[:1] != () and s.stack[0] in words))
-    found += _behind_the_disk(facts, words)
+    found = list(_without_cpu(facts, (PREEMPTED, QUEUED, RUNNABLE)))
     doubtful = {claim.side for claim in found if claim.sleep and claim.sleep.stack[0] == RUNNABLE}
     for claim in found:
         proven = "threads of {side} wait for a CPU that others use"
         yield claim if claim.side in doubtful else replace(claim, what=proven)
+
+
+def _without_cpu(facts: Facts, words: Sequence[str]) -> Iterator[Claim]:
+    """Waits of threads that could run and did not, for one of the reasons."""
+    yield from facts.own(lambda s: s.stack[:1] != () and s.stack[0] in words)
+    yield from _behind_the_disk(facts, words)
 
 
 def sleepers(rows: Iterable[tuple[Sleep, int]]) -> list[str]:
