@@ -5,7 +5,7 @@
  *
  * In: completed calls. Out: TRANSFER records, and one SOCKET record for each process and carrier on first use. The
  * inode shows what a file is. Eventfds and other files without a place are ignored, and so are small calls on regular
- * files: log lines, for example.
+ * files: log lines, for example. Block devices are files.
  */
 #pragma once
 
@@ -17,10 +17,12 @@
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define S_IFREG 0100000
+#define S_IFBLK 0060000
 #define S_IFIFO 0010000
 #define PIPEFS_MAGIC 0x50495045			/* include/uapi/linux/magic.h */
 #define ANON_INODE_FS_MAGIC 0x09041934
 #define PLACED (1ULL << 61)			/* set in the key of a file or a named pipe: see carrier_of */
+#define BLOCK_DEVICE (0x1fffffULL << 40)	/* in place of the file system's device number */
 #define FILE_LEAST_BYTES 512
 #define EINTR 4
 #define EAGAIN 11
@@ -62,19 +64,28 @@ static __always_inline u32 type_of(u64 inode)
 	return mode & S_IFMT;
 }
 
+static __always_inline bool is_file(u32 type)
+{
+	return type == S_IFREG || type == S_IFBLK;
+}
+
 /*
  * The key of a socket, a pipe or a file that may carry a migration; 0 for all others. Sockets and pipes have inode
  * numbers of one number space (get_next_ino in fs/inode.c). Those of files and named pipes belong to their file system,
- * so its device number (dev_t) becomes part of the key. `moved` is what the call returned. Since Linux 6.16 an
- * eventfd has the mode of a regular file, too.
+ * so its device number (dev_t) becomes part of the key. A block device is its own device number, whichever node was
+ * opened. `moved` is what the call returned. Since Linux 6.16 an eventfd has the mode of a regular file, too.
  */
 static __always_inline u64 carrier_of(u64 file, s64 moved)
 {
 	u64 inode = read_u64(file, OFF_file_inode), number, place;
 	u32 type = type_of(inode), device = 0;
 
-	if (type != S_IFSOCK && type != S_IFIFO && (type != S_IFREG || moved < FILE_LEAST_BYTES))
+	if (type != S_IFSOCK && type != S_IFIFO && (!is_file(type) || moved < FILE_LEAST_BYTES))
 		return 0;
+	if (type == S_IFBLK) {
+		bpf_probe_read_kernel(&device, sizeof(device), (void *)(inode + OFF_inode_rdev));
+		return PLACED | BLOCK_DEVICE | device;
+	}
 	number = read_u64(inode, OFF_inode_ino);
 	if (type == S_IFSOCK)
 		return number;
@@ -134,7 +145,7 @@ static __always_inline void emit_socket(u64 pid_tgid, u64 now, u64 fd, u64 file,
 	if (type == S_IFSOCK)
 		bpf_probe_read_kernel(&family, sizeof(family), (void *)(sk + OFF_skc_family));
 	else
-		family = type;
+		family = is_file(type) ? S_IFREG : type;
 	r->kind = KIND_SOCKET;
 	r->at_ns = now;
 	r->pid = pid_tgid >> 32;
@@ -202,11 +213,12 @@ static __always_inline u64 advance(u64 pid_tgid, struct transfer_batch *batch, u
 	return before;
 }
 
+/* Without a thread in `pid_tgid`, it is a batch of queued requests: see queued.h. */
 static __always_inline void emit_batch(struct transfer_batch *batch, u64 pid_tgid, u32 way)
 {
 	struct transfer_record *r;
 	u32 direction = way == RECEIVE ? RECEIVE : SEND;
-	bool timed = OFF_CPU_KNOWN && way != UNTRACKED;
+	bool timed = OFF_CPU_KNOWN && way != UNTRACKED && (u32)pid_tgid;
 	u64 position;
 
 	if (!batch->calls)

@@ -7,6 +7,7 @@
 #include "kvm.h"
 #include "sockets.h"
 #include "file_calls.h"
+#include "uring.bpf.c"
 #include "sched.bpf.c"
 #include "lock.bpf.c"
 #include "stack_sampler.bpf.c"

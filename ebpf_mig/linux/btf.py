@@ -27,7 +27,10 @@ Member = tuple[str, str]
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
 _TYPE = struct.Struct("=III")
-_STRUCT, _UNION, _TYPEDEF, _FUNC, _FUNC_PROTO = 4, 5, 8, 12, 13
+_POINTER, _STRUCT, _UNION, _TYPEDEF, _FUNC, _FUNC_PROTO = 2, 4, 5, 8, 12, 13
+_ALIASES = (_TYPEDEF, 9, 10, 11)
+"""typedef, volatile, const and restrict: another type follows."""
+_ARGUMENT = struct.Struct("=II")
 # Bytes that follow the 12-byte type: fixed by kind, or per element of vlen.
 _FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
 _PER_ELEMENT = {_STRUCT: 12, _UNION: 12, 6: 8, 13: 8, 15: 12, 19: 12}
@@ -94,6 +97,25 @@ class _Btf:
         prototype = self._record(number)[1]
         info = self._record(prototype)[0]
         return info & 0xFFFF if (info >> 24) & 31 == _FUNC_PROTO else 0
+
+    def pointers(self, number: int) -> tuple[bool, ...]:
+        """Of each argument of the prototype to which typedef `number` points, whether it is a pointer."""
+        prototype = self._record(self._record(number)[1])[1]
+        if prototype < self.first_id or (self._record(prototype)[0] >> 24) & 31 != _FUNC_PROTO:
+            return ()
+        at = self.records[prototype - self.first_id] + _TYPE.size
+        count = self._record(prototype)[0] & 0xFFFF
+        kinds = (_ARGUMENT.unpack_from(self.types, at + _ARGUMENT.size * i)[1] for i in range(count))
+        return tuple(self._is_pointer(kind) for kind in kinds)
+
+    def _is_pointer(self, number: int) -> bool:
+        for _ in range(16):
+            info, following = self._record(number) if number else (0, 0)
+            kind = (info >> 24) & 31
+            if kind not in _ALIASES:
+                return kind == _POINTER
+            number = following
+        return False
 
     def _record(self, number: int) -> tuple[int, int]:
         """(info, size or type) of a type."""
@@ -178,6 +200,17 @@ def tracepoints(path: str, names: Iterable[str]) -> set[str]:
         if path == VMLINUX and any(b"_kvm_" in name for name in wanted - found.keys()) and Path(KVM_MODULE).exists():
             found = _parsed(KVM_MODULE, path).named(wanted, _TYPEDEF)
         return {name.decode().removeprefix("btf_trace_") for name in found}
+
+
+def tracepoint_arguments(path: str, name: str) -> tuple[bool, ...]:
+    """Of each argument that a raw tracepoint's program gets, whether it is a pointer; empty if there is no such
+    tracepoint. The first one of its prototype (`void *__data`, __BPF_DECLARE_TRACE, include/trace/bpf_probe.h) is not
+    passed on.
+    """
+    with _clear_errors(path):
+        btf, wanted = _parsed(path, None), b"btf_trace_" + name.encode()
+        found = btf.named({wanted}, _TYPEDEF)
+        return btf.pointers(found[wanted])[1:] if wanted in found else ()
 
 
 @contextlib.contextmanager

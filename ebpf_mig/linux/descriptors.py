@@ -45,6 +45,8 @@ def may_read(pid: int) -> bool:
 
 PLACED = 1 << 61
 """Set in the key of a file or a named pipe, see `carrier_key` and bpf/sockets.h."""
+_BLOCK_DEVICE = 0x1FFFFF << 40
+"""In place of the file system's device number in the key of a block device."""
 
 
 def carrier_key(pid: int, descriptor: int | str) -> int | None:
@@ -58,6 +60,8 @@ def carrier_key(pid: int, descriptor: int | str) -> int | None:
     if not target.startswith("/"):
         return None
     found = procfs.status(pid, "fd", descriptor)
+    if stat.S_ISBLK(found.st_mode):
+        return PLACED | _BLOCK_DEVICE | os.major(found.st_rdev) << 20 | os.minor(found.st_rdev)
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
         return None
     device = os.major(found.st_dev) << 20 | os.minor(found.st_dev)

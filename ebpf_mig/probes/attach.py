@@ -19,7 +19,7 @@ from ebpf_mig.linux import btf
 from ebpf_mig.linux.bpf import ITERATOR, iterate
 from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.perf import has_trace_event
-from ebpf_mig.probes import selftest
+from ebpf_mig.probes import selftest, uring
 from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
 from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
 from ebpf_mig.probes.loader import SAMPLING, Program, require_bcc
@@ -56,7 +56,8 @@ def load(
     """
     require_tracing()
     try:
-        tracepoints = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
+        known = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
+        tracepoints = uring.usable(known)
         require_bcc()
         choice, chooser = _choose(tier, statistics, again=not pids)
         choice = replace(choice, trace_events=bool(pids) and preemptible_tracepoints())
@@ -150,7 +151,8 @@ def _undisturbed(hook: Hook, choice: Choice) -> Hook:
 
 
 def _has(extra: Extra, tracepoints: set[str]) -> bool:
-    return all(name in tracepoints for name, _ in extra.hooks)
+    several = not extra.one_of or any(name in tracepoints for name, _ in extra.one_of)
+    return several and all(name in tracepoints for name, _ in extra.hooks)
 
 
 def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:

@@ -27,11 +27,13 @@ class Extra:
     """(raw tracepoint, BPF function)."""
     optional: tuple[tuple[str, str], ...] = ()
     """The same for tracepoints that make the signal cheaper where the kernel has them."""
+    one_of: tuple[tuple[str, str], ...] = ()
+    """The same for the names of one more tracepoint in different kernels."""
 
     @property
     def all_hooks(self) -> tuple[tuple[str, str], ...]:
         """In the order of attaching: what sees the end of a wait comes before what sees its begin."""
-        return self.optional + self.hooks
+        return self.optional + self.hooks + self.one_of
 
 
 HIDDEN_SENDS = Extra("hidden-sends", (("sock_send_length", "on_sock_send_length"),))
@@ -41,6 +43,12 @@ ASYNC_FAULTS = Extra(
     (("kvm_async_pf_not_present", "on_async_page_missing"), ("kvm_async_pf_ready", "on_async_page_ready")),
 )
 """KVM has asynchronous page faults on these machines only (CONFIG_KVM_ASYNC_PF)."""
+IO_URING = Extra(
+    "io-uring",
+    (("io_uring_complete", "on_io_uring_complete"),),
+    one_of=(("io_uring_submit_req", "on_io_uring_submit"), ("io_uring_submit_sqe", "on_io_uring_submit")),
+)
+"""Linux 6.4 renamed the second one. `uring.py` says where their arguments are."""
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),), (("sched_exit_tp", "on_sched_exit"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
@@ -50,6 +58,7 @@ EXTRAS = (
     Extra("exec", (("sched_process_exec", "on_process_exec"),)),
     Extra("exec-begin", (("sched_prepare_exec", "on_prepare_exec"),)),
     HIDDEN_SENDS,
+    IO_URING,
 )
 
 

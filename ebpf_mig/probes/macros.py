@@ -15,6 +15,7 @@ from pathlib import Path
 from ebpf_mig.errors import PreflightError
 from ebpf_mig.linux import btf
 from ebpf_mig.linux.bpf import FENTRY, FEXIT, KPROBE, KRETPROBE
+from ebpf_mig.probes import uring
 from ebpf_mig.probes.tiers import Choice, has_task_regs
 from ebpf_mig.recording.thresholds import SHARED
 
@@ -47,6 +48,7 @@ OFFSETS = {
     "OFF_file_private": ("file", "private_data"),
     "OFF_inode_ino": ("inode", "i_ino"),
     "OFF_inode_mode": ("inode", "i_mode"),
+    "OFF_inode_rdev": ("inode", "i_rdev"),
     "OFF_inode_sb": ("inode", "i_sb"),
     "OFF_sb_dev": ("super_block", "s_dev"),
     "OFF_sb_magic": ("super_block", "s_magic"),
@@ -110,7 +112,7 @@ def defines(
     macros["TRACE_EVENTS"] = int(choice.trace_events)
     macros["USER_STACKS"] = int(user_stacks)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
-    macros |= _kvm_offsets() | _vsock_offsets()
+    macros |= _kvm_offsets() | _vsock_offsets() | uring.defines(_NONE)
     offsets = btf.offsets(
         btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY, _NOTIFIERS]
     )

@@ -55,6 +55,8 @@ _TABLE_MEMBERS = (
            "u64 off_cpu_ns, off_before_ns, descriptors"),
     Layout("stream", "u64 bytes[2]"),
     Layout("owner", "u64 pid"),
+    Layout("queue", "u64 tgid, direction"),
+    Layout("request", "u64 tgid"),
     Layout("vcpu_sleep", "u64 tgid, count, slept_ns, longest_ns, since_ns, until_ns"),
     Layout("process_state", "s64 running; u64 passes_on"),
     Layout("inside_kvm_state", "u64 tgid; s64 vcpu_id"),
@@ -227,33 +229,39 @@ def open_batches(tid: int, thread: Any, streams: Mapping[int, Any]) -> list[Tran
 
     `streams` holds, by `stream_key`, the bytes sent and received on each carrier before them (`struct stream`).
     """
-    batches = []
-    for which, batch in enumerate(thread.batch):
-        if not batch.calls and batch.failed < MANY_FAILED:
-            continue
-        direction = RECEIVE if which == RECEIVE else SEND
-        stream = streams.get(stream_key(thread.tgid, batch.socket))
-        # Without calls, the other members belong to the last batch, which already has its event.
-        timed = batch.calls and which != UNTRACKED
-        batches.append(
-            Transfer(
-                batch.begin_ns,
-                batch.end_ns,
-                pid=thread.tgid,
-                tid=tid,
-                fd=batch.fd,
-                direction=direction,
-                socket=batch.socket,
-                calls=batch.calls,
-                bytes=batch.bytes if batch.calls else 0,
-                in_call_ns=batch.in_call_ns if batch.calls else 0,
-                max_call_ns=batch.max_call_ns if batch.calls else 0,
-                failed=batch.failed,
-                position=stream.bytes[direction] if stream else 0,
-                off_cpu_ns=batch.off_cpu_ns if timed else -1,
-                off_before_ns=batch.off_before_ns if timed else -1,
-                hidden=int(which == UNTRACKED),
-                descriptors=batch.descriptors if timed else 0,
-            )
-        )
-    return batches
+    return [
+        _open_batch(thread.tgid, tid, batch, which, streams)
+        for which, batch in enumerate(thread.batch)
+        if batch.calls or batch.failed >= MANY_FAILED
+    ]
+
+
+def open_requests(queue: Any, streams: Mapping[int, Any]) -> list[Transfer]:
+    """The same of a `struct queue`."""
+    return [_open_batch(queue.tgid, 0, queue.batch, queue.direction, streams)] if queue.batch.calls else []
+
+
+def _open_batch(pid: int, tid: int, batch: Any, which: int, streams: Mapping[int, Any]) -> Transfer:
+    direction = RECEIVE if which == RECEIVE else SEND
+    stream = streams.get(stream_key(pid, batch.socket))
+    # Without calls, the other members belong to the last batch, which already has its event.
+    timed = batch.calls and which != UNTRACKED and tid
+    return Transfer(
+        batch.begin_ns,
+        batch.end_ns,
+        pid=pid,
+        tid=tid,
+        fd=batch.fd,
+        direction=direction,
+        socket=batch.socket,
+        calls=batch.calls,
+        bytes=batch.bytes if batch.calls else 0,
+        in_call_ns=batch.in_call_ns if batch.calls else 0,
+        max_call_ns=batch.max_call_ns if batch.calls else 0,
+        failed=batch.failed,
+        position=stream.bytes[direction] if stream else 0,
+        off_cpu_ns=batch.off_cpu_ns if timed else -1,
+        off_before_ns=batch.off_before_ns if timed else -1,
+        hidden=int(which == UNTRACKED),
+        descriptors=batch.descriptors if timed else 0,
+    )

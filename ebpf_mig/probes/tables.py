@@ -16,7 +16,7 @@ from ebpf_mig.linux.bpf import iterate
 from ebpf_mig.linux.descriptors import vcpus_of
 from ebpf_mig.linux.procfs import in_kvm_run, may_run_vcpu, threads_of
 from ebpf_mig.probes.program import BpfProgram
-from ebpf_mig.probes.records import open_batches, stream_key, vcpu_sleep, vcpu_state
+from ebpf_mig.probes.records import open_batches, open_requests, stream_key, vcpu_sleep, vcpu_state
 from ebpf_mig.recording.events import OwnRuns, Socket, Transfer, VcpuSleep, VcpuState
 from ebpf_mig.recording.kinds import RECORD_NAMES
 
@@ -88,6 +88,9 @@ class ProcessTable:
             events += open_batches(key.value, thread, streams)
             if (state := vcpu_state(now_ns, key.value, thread)) is not None:
                 events.append(state)
+        for _, queue in self._program.table("queues").items():
+            if pid in (None, queue.tgid):
+                events += open_requests(queue, streams)
         return events
 
     def sleeps(self, pid: int | None = None) -> list[VcpuSleep]:
@@ -129,16 +132,17 @@ class ProcessTable:
         }
 
     def forget(self, pid: int) -> None:
-        """Frees entries in the table of threads."""
+        """Frees its entries in the tables of threads and of requests."""
         self._running.pop(pid, None)
         threads = self._program.table("threads")
         for tid in [tid for tid, thread in threads.items() if thread.tgid == pid]:
             with contextlib.suppress(KeyError):
                 del threads[tid]
-        sleeps = self._program.table("vcpu_sleeps")
-        for key in [key for key, one in sleeps.items() if one.tgid == pid]:
-            with contextlib.suppress(KeyError):
-                del sleeps[key]
+        for name in ("vcpu_sleeps", "queues", "requests"):
+            table = self._program.table(name)
+            for key in [key for key, one in table.items() if one.tgid == pid]:
+                with contextlib.suppress(KeyError):
+                    del table[key]
 
 
 def _descriptor(pid: int, tid: int, vcpu_id: int) -> int:

@@ -150,7 +150,7 @@ def run_of(calls: list[Transfer]) -> Transfer:
         descriptors += call.descriptors
     off_cpu = [call.off_cpu_ns for call in calls]
     return Transfer(
-        first.begin_ns,
+        first.begin_ns if first.tid else min([call.begin_ns for call in calls]),  # queued requests overlap
         last.end_ns,
         first.pid,
         first.tid,
