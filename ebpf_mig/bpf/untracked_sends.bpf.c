@@ -8,6 +8,7 @@
  */
 #pragma once
 
+#include "from_syscalls.bpf.c"
 #include "sockets.h"
 #include "own_runs.h"
 
@@ -25,7 +26,7 @@ TRACED_PROGRAM(on_sock_send_length, struct bpf_raw_tracepoint_args)
 		return;
 	s = this_thread(pid_tgid);
 	p = this_process(pid_tgid);
-	if (!s || !p || (s->nr && s->nr != NR_ioctl + 1))	/* inside a call whose exit makes the record */
+	if (!s || !p || (s->nr && direction_of(s->nr - 1) == SEND))	/* that call's exit makes the record */
 		return;
 	sock = read_u64(ctx->args[0], OFF_sock_socket);
 	if (!sock)
