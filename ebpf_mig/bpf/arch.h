@@ -29,6 +29,7 @@ struct call_args {
 #define NR_shutdown 48
 #define NR_fsync 74
 #define NR_fdatasync 75
+#define NR_io_submit 209
 #define NR_tgkill 234
 #define NR_splice 275
 #define NR_sync_file_range 277
@@ -57,6 +58,7 @@ static __always_inline void read_args(const void *regs, struct call_args *out)
 
 #elif defined(__aarch64__) || defined(EBPF_MIG_ARCH_ARM64)
 
+#define NR_io_submit 2
 #define NR_ioctl 29
 #define NR_read 63
 #define NR_write 64

@@ -10,6 +10,7 @@
 
 #include "kvm.h"
 #include "file_calls.h"
+#include "io_submit.h"
 #include "sockets.h"
 #include "sched.bpf.c"
 #include "own_runs.h"
@@ -83,7 +84,7 @@ static __always_inline void sys_enter(struct call_begins *ctx, u64 pid_tgid, u64
 	const void *regs;
 	u64 now, socket;
 
-	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) &&
+	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) && nr != NR_io_submit &&
 	    (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
 		return;
 	regs = CALL_REGS(ctx);
@@ -113,7 +114,7 @@ static __always_inline void sys_enter(struct call_begins *ctx, u64 pid_tgid, u64
 		any_ioctl_enter(s, p, pid_tgid, now, &c);
 	else if (nr == NR_splice)
 		choose_end(&c);
-	begin_call(s, now, nr, c.a0, c.a1);
+	begin_call(s, now, nr, c.a0, nr == NR_io_submit ? c.a2 : c.a1);
 	if (nr == NR_sendmsg)
 		s->descriptors = passed((const void *)c.a1);
 }
@@ -179,6 +180,8 @@ TRACED_PROGRAM(on_sys_exit, struct call_ends)
 		vcpu_exit(s, p, pid_tgid, now, s->enter, s->a0, ret);
 	else if (file_call(nr))
 		file_call_done(s, p, pid_tgid, now, nr, ret);
+	else if (nr == NR_io_submit)
+		submitted(p, pid_tgid, s->enter, now, ret, (const u64 *)s->a1);
 	else
 		transfer_done(s, p, pid_tgid, now, nr == NR_splice ? s->a1 : direction_of(nr), ret, file_of(s->a0), s->a0);
 }

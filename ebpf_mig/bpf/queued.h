@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Reads and writes of files that a thread queues, and that go on without it: those of io_uring.
+ * Reads and writes of files that a thread queues, and that go on without it: by io_uring or io_submit(2).
  *
  * In: completed requests. Out: TRANSFER records without a thread (tid 0), since nobody is inside a call meanwhile. The
  * requests of a process overlap: those on one file that the same thread completes are coalesced into a batch, from the
@@ -16,6 +16,7 @@ struct queue {
 	struct transfer_batch batch;
 };
 BPF_HASH(queues, u64, struct queue, 1024);	/* by queue_key; only one thread changes an entry */
+BPF_PERCPU_ARRAY(no_queue, struct queue, 1);	/* in place of one that the table has no room for */
 
 static __always_inline u64 queue_key(u64 pid_tgid, u32 direction, u64 carrier)
 {
@@ -45,8 +46,9 @@ static __always_inline void request_done(struct process_state *p, u64 pid_tgid, 
 					 s64 bytes, u64 file)
 {
 	u64 nobody = pid_tgid & ~0xffffffffULL, carrier, key;
-	struct queue *q, fresh = {};
 	struct transfer_batch *batch;
+	struct queue *q, *none;
+	u32 zero = 0;
 	bool detail;
 
 	if (!is_file(type_of(read_u64(file, OFF_file_inode))))
@@ -55,13 +57,16 @@ static __always_inline void request_done(struct process_state *p, u64 pid_tgid, 
 	if (!carrier)
 		return;
 	key = queue_key(pid_tgid, direction, carrier);
+	none = no_queue.lookup(&zero);
+	if (!none)
+		return;
 	q = queues.lookup(&key);
 	if (!q) {
-		queues.update(&key, &fresh);
+		queues.update(&key, none);
 		q = queues.lookup(&key);
 	}
-	if (!q)			/* too many files: the request is a batch of its own */
-		q = &fresh;
+	if (!q)
+		q = none;
 	batch = &q->batch;
 	detail = in_detail(p, now);
 	if (detail || batch->socket != carrier || q->tid != (u32)pid_tgid || batch->epoch != p->epoch ||
@@ -81,6 +86,6 @@ static __always_inline void request_done(struct process_state *p, u64 pid_tgid, 
 	add_request(batch, begin, now, bytes);
 	if (detail)
 		__sync_fetch_and_add(&p->budget, -1);
-	if (detail || q == &fresh)
+	if (detail || q == none)
 		emit_batch(batch, nobody, direction);
 }

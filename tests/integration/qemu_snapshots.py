@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.vmm.qemu.lab import QemuVm, find_binary
 from tests.integration.migrations import QUICK
 from tests.integration.test_results import Qmp
+from tests.loop_device import loop_device
 
 MS = 1_000_000
 APART_S = 0.3
 """How long the script waits before it sets a guest going that was saved."""
 AGREES_NS = 20 * MS
 """QEMU's STOP and RESUME lie this close to the guest's stop and start, on a machine that is not busy."""
+METADATA_BYTES = 2 << 20
+"""What qcow2 writes into a new image beside the state."""
 SAVED = replace(QUICK, working_set_bytes=1 << 20, pages_per_s=2000)
 SLOWLY = {"max-bandwidth": 1 << 20, "downtime-limit": 6000}
 """So that the command that writes the file is met."""
@@ -51,23 +55,51 @@ def job(q: Qmp, name: str, command: str, **more: Any) -> None:
     q("job-dismiss", id=name)
 
 
-def disk(q: Qmp, path: Path) -> None:
-    """A disk that belongs to no device, and can take a state."""
-    for driver, more in (("file", {"filename": str(path)}), ("qcow2", {"file": "file"})):
-        options = {"driver": driver, "size": 0 if driver == "file" else 1 << 20, **more}
-        job(q, driver, "blockdev-create", options=options)
-        q("blockdev-add", **{"driver": driver, "node-name": driver, **more})
+THREADS: dict[str, Any] = {"aio": "threads"}
+URING = {"aio": "io_uring", "cache": {"direct": True}}
+"""As Proxmox opens its disks."""
+URING_CACHED = {"aio": "io_uring"}
+NATIVE = {"aio": "native", "cache": {"direct": True}}
+"""As libvirt opens block devices for io='native'."""
 
 
-def save_into_disk(q: Qmp, directory: Path) -> None:
-    disk(q, directory / "disk")
+def disk(q: Qmp, path: Path, how: dict[str, Any]) -> None:
+    """A disk that belongs to no device, and can take a state: in a new file, or on a block device."""
+    place = {"filename": str(path)}
+    if not path.exists():
+        job(q, "file", "blockdev-create", options={"driver": "file", "size": 0, **place})
+    driver = "host_device" if path.is_block_device() else "file"
+    assert "error" not in q("blockdev-add", **{"driver": driver, "node-name": "file", **place, **how})
+    job(q, "qcow2", "blockdev-create", options={"driver": "qcow2", "size": 1 << 20, "file": "file"})
+    assert "error" not in q("blockdev-add", **{"driver": "qcow2", "node-name": "qcow2", "file": "file"})
+
+
+def save_into_disk(q: Qmp, directory: Path, how: dict[str, Any] = THREADS) -> None:
+    disk(q, directory / "disk", how)
     job(q, "save", "snapshot-save", tag="one", vmstate="qcow2", devices=["qcow2"])
 
 
-def savevm(q: Qmp, directory: Path) -> None:
+def savevm(q: Qmp, directory: Path, how: dict[str, Any] = THREADS) -> None:
     """The monitor's command for people."""
-    disk(q, directory / "disk")
+    disk(q, directory / "disk", how)
     assert q("human-monitor-command", **{"command-line": "savevm one"}) == ""
+
+
+def into_a_device(act: Callable[[Qmp, Path], None]) -> Callable[[Qmp, Path], None]:
+    """The same with a block device, as a volume of LVM."""
+
+    def run(q: Qmp, directory: Path) -> None:
+        with loop_device(directory / "volume", 256 << 20) as device:
+            (directory / "disk").symlink_to(device)
+            act(q, directory)
+
+    return run
+
+
+def state_bytes(q: Qmp) -> int:
+    """What QEMU says of the size of the state that it saved in a disk."""
+    node = next(one for one in q("query-named-block-nodes") if one["node-name"] == "qcow2")
+    return int(node["image"]["snapshots"][0]["vm-state-size"])
 
 
 def loadvm(q: Qmp) -> None:
@@ -132,6 +164,12 @@ KINDS = (
     Kind("exec", (0, 0), (), SLOWLY, EXEC, transport="pipe", stays=True),
     Kind("snapshot-save", act=save_into_disk),
     Kind("savevm", act=savevm),
+    Kind("snapshot-save-uring", act=partial(save_into_disk, how=URING)),
+    Kind("savevm-uring", act=partial(savevm, how=URING)),
+    Kind("savevm-uring-cached", act=partial(savevm, how=URING_CACHED)),
+    Kind("savevm-native", act=partial(savevm, how=NATIVE)),
+    Kind("savevm-uring-device", act=into_a_device(partial(savevm, how=URING))),
+    Kind("savevm-native-device", act=into_a_device(partial(savevm, how=NATIVE))),
     Kind("background-exec", (0, 0), BACKGROUND, uri=EXEC, transport="pipe"),
     Kind("background-file", (8, 2), BACKGROUND, uri=FILE),
 )
@@ -164,6 +202,10 @@ def holds(
     assert any(at <= stop + MS for at in beats) and any(at >= start for at in beats)
     stopped, resumed = (q.at(event) - wall_minus_monotonic_ns for event in ("STOP", "RESUME"))
     assert abs(stopped - stop) <= AGREES_NS and abs(resumed - start) <= AGREES_NS, (stopped - stop, resumed - start)
+    if kind.act is not None:
+        assert b.phase_ns("memory.send") and b.phase_ns("sync")
+        written, size = sum(row.bytes for row in b.sockets if row.role == "source migration"), state_bytes(q)
+        assert size <= written <= size + METADATA_BYTES, "what QEMU says of the state, and tables of clusters"
     if kind.stays:
         assert b.phase_ns("management") >= 0.95 * APART_S * 1e9, "the script waited"
     else:

@@ -40,7 +40,13 @@ from tests.integration.qemu_snapshots import (
 from tests.integration.test_results import Qmp
 
 pytestmark = requires(*TRACING)
-FILE, EXEC, SAVEVM = (next(kind for kind in KINDS if kind.name == name) for name in ("file", "exec", "savevm"))
+FILE, EXEC, SAVEVM, URING, CACHED, NATIVE, DEVICE, NATIVE_DEVICE = (
+    next(kind for kind in KINDS if kind.name == name)
+    for name in (
+        "file", "exec", "savevm", "savevm-uring", "savevm-uring-cached", "savevm-native", "savevm-uring-device",
+        "savevm-native-device",
+    )
+)  # fmt: skip
 AGES_S = (SETTLED_S, SETTLED_S, 1.0, 1.0)
 """How old the VM is at each try. One that stops its guest before the probes are armed can be missed (docs/exporter.md).
 For a VM that has just been found, they are armed."""
@@ -53,7 +59,7 @@ def offset_ns() -> int:
     return time.time_ns() - time.monotonic_ns()
 
 
-@pytest.mark.parametrize("kind", long_but(KINDS, FILE, EXEC, SAVEVM), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", long_but(KINDS, FILE, EXEC, SAVEVM, CACHED, DEVICE), ids=lambda kind: kind.name)
 def test_record(kind: Kind, tmp_path: Path) -> None:
     kind.needed()
     with QemuPair(SAVED, extra=kind.extra) as pair:
@@ -156,13 +162,18 @@ def test_record_of_the_vm_that_loads_it(kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "kind", long_but((SAVEVM, URING, CACHED, NATIVE, DEVICE, NATIVE_DEVICE), SAVEVM, CACHED), ids=lambda kind: kind.name
+)
+@pytest.mark.parametrize(
     ("load", "waits"), [(loadvm, 0), pytest.param(stop_and_load, 2, marks=pytest.mark.long)], ids=["loadvm", "stopped"]
 )
-def test_record_of_a_guest_that_is_loaded_again(load: Callable[[Qmp], None], waits: int, tmp_path: Path) -> None:
+def test_record_of_a_guest_that_is_loaded_again(
+    load: Callable[[Qmp], None], waits: int, kind: Kind, tmp_path: Path
+) -> None:
     """Witnesses: STOP, RESUME, the guest's heartbeat, and how long the script waited."""
     with QemuPair(SAVED) as pair:
         q, offset = Qmp(pair.source.qmp), offset_ns()
-        SAVEVM.run(q, tmp_path)
+        kind.run(q, tmp_path)
         command = [sys.executable, "-m", "ebpf_mig", "record", "--pid", str(pair.source.pid), "-o", "x.rec"]
         with running(*command, stderr=PIPE, cwd=tmp_path) as process:
             assert process.stderr is not None and "tracing" in process.stderr.readline()
