@@ -150,7 +150,7 @@ def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
 
     def lane(tid: int, order: int, kind: str, what: str) -> list[Slice]:
         thread = process.threads.get(tid)
-        name = f"{thread.name if thread else 'thread'} {tid}"
+        name = f"{thread.name if thread else 'thread'} {tid}" if tid else "queued"
         made = lanes.setdefault((tid, order, what), Lane(side, process.pid, tid, kind, f"{name} {what}", what=what))
         return made.slices
 
@@ -160,7 +160,7 @@ def _thread_lanes(process: Process, side: Side) -> Iterable[Lane]:
         )
     for transfer in process.transfers:
         word = "receives" if transfer.direction == RECEIVE else "sends"
-        what = f"{word} on fd {transfer.fd}"
+        what = f"{word} on fd {transfer.fd}" if transfer.tid else word
         lane(transfer.tid, 1, "socket", what).append(
             Slice(transfer.begin_ns, transfer.end_ns, word.removesuffix("s"), _transfer_args(transfer))
         )

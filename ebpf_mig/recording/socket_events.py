@@ -48,6 +48,11 @@ class Transfer(Event, frozen=True, tag=6):
 
     Outside a blackout many calls are coalesced into one batch. Inside (no vCPU of the process in KVM_RUN) each call has
     its own event until a budget is used up. `end_ns - begin_ns - in_call_ns` is the time between the calls.
+
+    Requests on files that a process queues (io_uring, io_submit(2)) have no thread: `tid` is 0. They begin with their
+    submission, end with their completion, and can overlap; `calls` counts requests. `in_call_ns` is the time in which
+    any of a batch was under way, at least. The completion of what io_submit(2) queues is not seen: such a batch ends
+    with the call, and `calls` counts these.
     """
 
     begin_ns: Instant
@@ -59,7 +64,8 @@ class Transfer(Event, frozen=True, tag=6):
     """A `Direction`."""
     socket: Inode
     """Inode number of the socket or of the pipe, which has one for both its ends. Of a file or a named pipe: bit 61,
-    the device number (dev_t) from bit 40 on, and 40 bits of the inode number. 0 if unknown.
+    the device number (dev_t) from bit 40 on, and 40 bits of the inode number. Of a block device: bits 40 to 61, and its
+    own device number. 0 if unknown.
     """
     calls: Count
     bytes: Size
@@ -94,7 +100,8 @@ class Socket(Event, frozen=True, tag=7):
     fd: Fd
     socket: Inode
     family: Bits64
-    """AF_UNIX 1, AF_INET 2, AF_INET6 10, AF_VSOCK 40; S_IFIFO 4096: a pipe; S_IFREG 32768: a file."""
+    """AF_UNIX 1, AF_INET 2, AF_INET6 10, AF_VSOCK 40; S_IFIFO 4096: a pipe; S_IFREG 32768: a file or a block
+    device."""
     local: Address
     """Address and port as `ADDR:PORT`, of vsock `CID:PORT` with `*` for an unknown CID, or empty (UNIX)."""
     remote: Address

@@ -100,6 +100,19 @@ def test_segments_have_a_lane_a_socket() -> None:
     ]
 
 
+def test_queued_requests_are_on_no_threads_lane() -> None:
+    script = scripts.qemu_7_2()
+    source = script.vms[0]
+    for tid in (-source.pid, 5):
+        source.receive(100, 200, 5000, 90, tid)
+    found = view(analyse(script.recording))
+    check(found)
+    names = {
+        (lane.tid, lane.name) for lane in found.lanes if lane.what.startswith("receives") and lane.pid == source.pid
+    }
+    assert {(0, "queued receives"), (source.pid + 5, f"thread {source.pid + 5} receives on fd 20")} <= names
+
+
 def test_a_process_that_is_no_side_has_no_bytes_of_the_migration() -> None:
     script = scripts.qemu_7_2()
     unrelated = script.vm(3000, "unknown")

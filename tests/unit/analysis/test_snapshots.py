@@ -191,6 +191,55 @@ def test_a_log_that_another_thread_writes_is_no_snapshot() -> None:
     assert script.result().breakdown.migration.result == "unknown"
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_a_disk_is_written_by_a_ring_is_no_snapshot(reads: bool) -> None:
+    """QEMU's main loop stops its guest, and hands over tables of its disk: nobody's call, although it may be its work.
+
+    Nor is reading it a restore.
+    """
+    script = Script()
+    vm = script.vm(1000, "source")
+    vm.socket(DISK, family=FILE)
+    vm.kick(-20)
+    vm.interrupted(0)
+    vm.ioctls("GET_REGS GET_SREGS", 500, 600)
+    (vm.receive if reads else vm.send)(700, 800, 900_000, DISK, tid=-1000)
+    vm.entered(1000, left=0)
+    assert not vm.events[-2].tid
+    assert script.result().breakdown.migration.mode == "unknown"
+
+
+def into_a_disk(*tids: int) -> Script:
+    """QEMU's savevm: stops the guest, switches logging on, writes memory and state, and syncs the disk."""
+    script = Script()
+    vm = script.vm(1000, "source")
+    vm.socket(DISK, family=FILE)
+    vm.kick(-20)
+    vm.interrupted(0)
+    vm.ioctl("GET_CLOCK", 50)
+    vm.logging(100)
+    vm.gets(5000)
+    for n, tid in enumerate(tids):
+        vm.send(10_000 + 10_000 * n, 25_000 + 10_000 * n, 1 << 20, DISK, tid)
+    vm.ioctls("GET_REGS GET_SREGS", 80_000, 81_000)
+    vm.send(82_000, 83_000, 40_000, DISK, tids[0])
+    vm.events.append(Call(at(84_000), at(90_000), 1000, 0, FileCall.FDATASYNC, DISK))
+    vm.ioctl("SET_CLOCK", 100_000, tid=0)
+    vm.entered(101_000, left=0)
+    return script
+
+
+def test_a_ring_and_workers_save_alike() -> None:
+    """Requests of one ring overlap, as those of two workers do. Time counts once."""
+    ring, workers = (into_a_disk(*tids).result() for tids in ((-1000, -1000), (8, 9)))
+    for found in (ring, workers):
+        m = found.breakdown.migration
+        assert (m.mode, m.result, m.transport) == ("snapshot", "saved", "file")
+        assert [row.bytes for row in found.breakdown.sockets] == [(2 << 20) + 40_000]
+    assert ring.phases == workers.phases and ring.phases["sync"] == 16_000, "up to the answer"
+    assert ring.phases["memory.send"] >= 25_000
+
+
 def test_what_the_report_says_first() -> None:
     handed = text.render(analyse(read_recording(DATA / "cloud-hypervisor-54-handed-over.rec")).breakdown)
     assert "snapshot over a file (3 files)" in handed and "write the memory" in handed

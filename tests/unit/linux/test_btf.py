@@ -117,3 +117,23 @@ def test_functions_and_their_arguments(base: str, tmp_path: Path) -> None:
     path.write_bytes(blob(proto + a_type(len(STRINGS), 12, 0, 5), b"send\0"))
     found = btf.functions(str(path), {"send", "outer"}, base=base)
     assert found == {"send": btf.FunctionType(btf_id=6, arguments=2, module="module")}
+
+
+def test_arguments_of_a_tracepoint(tmp_path: Path) -> None:
+    """A typedef of a pointer to a prototype, whose first argument is the tracepoint's own. const and typedef vanish."""
+    strings = b"\0int\0btf_trace_done\0size_t\0"
+    types = (
+        a_type(1, INT, 0, 4, struct.pack("=I", 32))  # 1
+        + a_type(0, 2, 0, 1)  # 2: int *
+        + a_type(0, 10, 0, 2)  # 3: int *const
+        + a_type(strings.index(b"size_t"), 8, 0, 1)  # 4: a typedef of int
+        + a_type(
+            0, 13, 5, 0, struct.pack("=10I", 0, 2, 0, 3, 0, 1, 0, 4, 0, 2)
+        )  # 5: (data, int *const, int, size_t, int *)
+        + a_type(0, 2, 0, 5)
+        + a_type(strings.index(b"btf_trace_done"), 8, 0, 6)
+    )
+    path = tmp_path / "vmlinux"
+    path.write_bytes(blob(types, strings))
+    assert btf.tracepoint_arguments(str(path), "done") == (True, False, False, True)
+    assert btf.tracepoint_arguments(str(path), "other") == ()

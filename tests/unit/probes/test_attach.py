@@ -50,6 +50,19 @@ def test_stacks_are_taken_when_a_thread_is_back_where_the_kernel_shows_that() ->
     assert (with_it["WAIT_STACKS"], without["WAIT_STACKS"]) == (STACK_WHEN_BACK, STACK_AS_IT_LEAVES)
 
 
+@pytest.mark.parametrize("name", ["io_uring_submit_req", "io_uring_submit_sqe"])
+def test_a_ring_is_seen_in_every_tier_by_the_names_that_the_kernel_has(name: str) -> None:
+    """The completion is attached first. Without either name for the submission, or without it, the signal is absent."""
+    here = TRACEPOINTS - {"io_uring_submit_req", "io_uring_submit_sqe"} | {name}
+    for choice in (Choice(), Choice((), ALL)):
+        hooked = [hook.target for hook in attach._hooks(choice, here)]
+        assert [target for target in hooked if "io_uring" in target] == ["io_uring_complete", name]
+        assert attach._tiers(choice, here)["io-uring"] == "tracepoint"
+        for lacking in (here - {name}, here - {"io_uring_complete"}):
+            assert attach._tiers(choice, lacking)["io-uring"] == "absent: no such tracepoint"
+            assert not [hook for hook in attach._hooks(choice, lacking) if "io_uring" in hook.target]
+
+
 def test_functions_alone_leave_system_calls_alone() -> None:
     choice = Choice((Hook("fentry", "kvm_vm_ioctl", "on_kvm_ioctl", ("dirty-log", "state")),), ALL)
     hooked = [hook.target for hook in attach._hooks(choice, TRACEPOINTS)]

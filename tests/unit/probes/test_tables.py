@@ -45,7 +45,7 @@ def walker_fd(compiled: Program) -> int:
 @pytest.fixture(params=["bcc", "inherited"])
 def program(compiled: Program, request: pytest.FixtureRequest) -> Iterator[BpfProgram]:
     """The same tables, empty."""
-    for table in ("threads", "processes", "streams", "tcp_owners"):
+    for table in ("threads", "processes", "streams", "tcp_owners", "queues", "requests"):
         compiled.table(table).clear()
     if request.param == "bcc":
         yield compiled
@@ -78,6 +78,25 @@ def test_accounts_are_those_of_one_process_or_of_all(program: BpfProgram) -> Non
     assert sorted(event.pid for event in table.accounts(999)) == [7, 7, 17, 17]
     table.forget(7)
     assert {event.pid for event in table.accounts(999)} == {17}
+
+
+def test_queued_requests_are_those_of_one_process_or_of_all(program: BpfProgram) -> None:
+    """A batch that has its event is none; what is in flight is forgotten with the process."""
+    queues, requests, streams = (program.table(name) for name in ("queues", "requests", "streams"))
+    for number, pid, calls in ((1, 7, 2), (2, 7, 0), (3, 17, 2)):
+        queue = queues.Leaf(tgid=pid, tid=pid + 1, direction=RECEIVE)
+        batch = queue.batch
+        batch.begin_ns, batch.end_ns, batch.fd, batch.socket, batch.calls = 100, 200, -1, 80, calls
+        batch.bytes, batch.in_call_ns, batch.max_call_ns = 4096, 90, 60
+        queues[ctypes.c_uint64(number)] = queue
+        requests[ctypes.c_uint64(number)] = requests.Leaf(tgid=pid)
+    streams[ctypes.c_uint64(stream_key(7, 80))] = streams.Leaf((500, 1000))
+    table = ProcessTable(program)
+    assert table.accounts(999, 7) == [Transfer(100, 200, 7, 0, -1, RECEIVE, 80, 2, 4096, 90, 60, 0, 1000)]
+    assert sorted(event.pid for event in table.accounts(999)) == [7, 17]
+    table.forget(7)
+    assert [event.pid for event in table.accounts(999)] == [17]
+    assert [one.tgid for _, one in requests.items()] == [17]
 
 
 def test_a_process_is_traced_until_it_is_removed(program: BpfProgram) -> None:

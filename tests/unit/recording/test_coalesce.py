@@ -56,6 +56,11 @@ def test_a_run_has_the_sums_of_its_calls() -> None:
     assert run.max_call_ns == 40
 
 
+def test_a_run_of_queued_requests_begins_with_the_first_of_them_and_not_with_the_first_that_was_done() -> None:
+    requests = [replace(send(*span), tid=0) for span in ((30, 40, 0, 100), (10, 70, 100, 50))]
+    assert (run_of(requests).begin_ns, run_of(requests).end_ns) == (10, 70)
+
+
 def calls_of(tid: int, *spans: tuple[int, int, int, int]) -> list[Transfer]:
     return [replace(send(*span), tid=tid) for span in spans]
 

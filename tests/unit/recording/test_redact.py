@@ -9,6 +9,9 @@ import msgspec
 import pytest
 
 from ebpf_mig.linux import bpf
+from ebpf_mig.probes import attach
+from ebpf_mig.probes.hook_points import EXTRAS
+from ebpf_mig.probes.tiers import Choice
 from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.events import Header, Mark, OffCpu, Target
 from ebpf_mig.recording.file import Recording, RecordingWriter, read_recording
@@ -102,6 +105,12 @@ def test_words_that_name_nobody_stay(file: Path) -> None:
 @pytest.mark.parametrize("way", ["tracepoint", bpf.FENTRY, bpf.KPROBE, bpf.ITERATOR, f"{bpf.FENTRY}+{bpf.KPROBE}"])
 def test_each_way_to_attach_stays(way: str) -> None:
     header = Header(attach={"vcpu-inside": way})
+    clean = redacted(Recording(header=header, events=[], truncated=False, reason="", unknown=0), Names(words())).header
+    assert clean.attach == header.attach
+
+
+def test_each_signal_stays() -> None:
+    header = Header(attach=attach._tiers(Choice(), {name for extra in EXTRAS for name, _ in extra.all_hooks}))
     clean = redacted(Recording(header=header, events=[], truncated=False, reason="", unknown=0), Names(words())).header
     assert clean.attach == header.attach
 
