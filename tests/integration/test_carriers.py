@@ -293,14 +293,14 @@ def test_a_monitor_that_is_polled_never_becomes_the_carrier(carrier: str, tmp_pa
     assert moved > sum(s.bytes for s in b.sockets if s.role == "source migration")
 
 
-@pytest.fixture
-def disks(tmp_path: Path) -> Iterator[tuple[str, ...]]:
+@pytest.fixture(params=["threads", "io_uring"])
+def disks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
     """Options for a disk of 32 MiB on each side."""
     for role in ("source", "destination"):
         with (tmp_path / f"{role}.raw").open("wb") as file:
             file.write(os.urandom(1 << 20) * 32)
     yield (
-        "-blockdev", f"driver=file,filename={tmp_path}/{{role}}.raw,node-name=disk0,discard=unmap",
+        "-blockdev", f"driver=file,filename={tmp_path}/{{role}}.raw,node-name=disk0,discard=unmap,aio={request.param}",
         "-device", "virtio-blk-pci,drive=disk0,share-rw=on",
     )  # fmt: skip
 
