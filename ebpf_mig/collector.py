@@ -204,7 +204,15 @@ def _completeness(traced: TracedMigration, attribution: Attribution) -> Complete
     alone = here or traced.loaded_again or (traced.source is None and traced.restored is not None)
     sides = traced.source, traced.destination
     return completeness.completeness(
-        material, *sides, window, traced.sends, cost, tracing, alone=alone, loaded_again=traced.loaded_again
+        material,
+        *sides,
+        window,
+        traced.sends,
+        cost,
+        tracing,
+        alone=alone,
+        loaded_again=traced.loaded_again,
+        through_files=saved or traced.restored is not None,
     )
 
 

@@ -19,6 +19,8 @@ from ebpf_mig.recording.kinds import MISSED_RETURN
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals that the phases need. The other signals only add detail."""
+_OF_FILES = "on_io_uring_"
+"""Programs that see files only (bpf/uring.bpf.c)."""
 
 
 def completeness(
@@ -32,17 +34,21 @@ def completeness(
     *,
     alone: bool = False,
     loaded_again: bool = False,
+    through_files: bool = False,
 ) -> Completeness:
     """The verdict and its reasons. `sends` are the source's sends for the migration. `alone`: it has one side only, as
-    a snapshot after which the guest runs on, or a restore. `loaded_again`: nothing had to be sent."""
+    a snapshot after which the guest runs on, or a restore. `loaded_again`: nothing had to be sent. `through_files`:
+    what the VMM does with files is part of it, and not only what its guest does with disks."""
     ending = material.ending
     lost = {name: count for name, count in sorted((ending.lost if ending else {}).items()) if count}
     holes: list[str] = []
     bounds: list[str] = []
     if material.truncated or ending is None:
         holes.append("the recording was cut off: events at its end, and the counts of losses, are missing")
-    missed = ending.missed_runs if ending else {}
-    holes += [_loss(name, count, missed) for name, count in lost.items()]
+    missed = dict(ending.missed_runs) if ending else {}
+    of_disks = 0 if through_files else sum(missed.pop(name) for name in [*missed] if name.startswith(_OF_FILES))
+    counts = {name: count - (of_disks if name == RECURSION_MISSES else 0) for name, count in lost.items()}
+    holes += [_loss(name, count, missed) for name, count in counts.items() if count > 0]
     if material.unknown:
         holes.append(f"{material.unknown} events of a kind that this version does not know were left out")
     if source is None and not alone:

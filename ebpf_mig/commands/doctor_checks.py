@@ -24,6 +24,7 @@ from ebpf_mig.linux.capabilities import capabilities, require_capabilities, requ
 from ebpf_mig.linux.check import MISSING, OK, WARN, Check
 from ebpf_mig.linux.namespaces import require_host_pids
 from ebpf_mig.linux.process import python_environment
+from ebpf_mig.probes import uring
 from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.vmm import adapters
 
@@ -153,7 +154,7 @@ def _loads() -> Check:
 def _extras() -> Check:
     wanted = {name: extra.signal for extra in EXTRAS for name, _ in extra.hooks}
     try:
-        absent = set(wanted) - btf.tracepoints(btf.VMLINUX, set(wanted))
+        absent = set(wanted) - uring.usable(btf.tracepoints(btf.VMLINUX, set(wanted)))
     except PreflightError as error:
         return Check("tracepoints", WARN, str(error))
     if absent:

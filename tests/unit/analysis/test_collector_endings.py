@@ -10,6 +10,7 @@ from ebpf_mig.recording import events as ev
 from ebpf_mig.recording.events import RECEIVE, RECURSION_MISSES, SEND, Ending
 from ebpf_mig.report.text import render
 from tests.unit import scripts
+from tests.unit.analysis.test_snapshots import into_a_disk
 from tests.unit.script import US, Script, Vm, at
 
 
@@ -471,6 +472,20 @@ def test_the_programs_that_the_kernel_did_not_run_are_named() -> None:
     ending(script, "migrated", lost={RECURSION_MISSES: 5}, missed_runs={"on_sys_exit": 3, "on_sys_enter": 2})
     (reason,) = script.result().breakdown.completeness.reasons
     assert "(recursion_misses; on_sys_enter: 2; on_sys_exit: 3)" in reason
+
+
+def test_what_a_disk_lacks_is_no_hole_in_a_migration_but_in_a_snapshot() -> None:
+    script, saved = scripts.qemu_7_2(), into_a_disk(8, 9)
+    for one in (script, saved):
+        ending(one, "migrated", lost={RECURSION_MISSES: 5}, missed_runs={"on_io_uring_complete": 3, "on_sys_enter": 2})
+    (reason,) = script.result().breakdown.completeness.reasons
+    assert reason.startswith("the kernel skipped 2 runs") and "(recursion_misses; on_sys_enter: 2)" in reason
+    (reason,) = saved.result().breakdown.completeness.reasons
+    assert reason.startswith("the kernel skipped 5 runs") and "on_io_uring_complete: 3" in reason
+    script, lost = scripts.qemu_7_2(), {RECURSION_MISSES: 3}
+    ending(script, "migrated", lost=lost, missed_runs={"on_io_uring_complete": 3})
+    found = script.result().breakdown.completeness
+    assert (found.verdict, found.reasons, found.lost) == ("complete", [], lost)
 
 
 def test_calls_without_a_return_make_the_result_incomplete_and_name_the_remedy() -> None:
