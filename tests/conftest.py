@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from ebpf_mig.linux import btf
+from ebpf_mig.probes import uring
 from ebpf_mig.vmm.qemu.adapter import DEFAULT_BINARY
 from ebpf_mig.vmm.qemu.lab import ENVIRONMENT as OTHER_QEMU
 from tests.truth.kvm import CPU
@@ -124,6 +125,11 @@ def npm_package(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _names_requests() -> bool:
+    return Path(btf.VMLINUX).exists() and uring.arguments() is not None
+
+
+RINGS = "io_uring that names its requests (Linux 5.18)"
 FEATURES: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "a clone": (Path(__file__).parents[1] / ".git").exists,
@@ -178,6 +184,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "axe-core (npm -g)": lambda: npm_package("axe-core") is not None,
     "vsock loopback": functools.cache(_vsock_loopback),
     "BTF of vsock": lambda: FEATURES["vsock loopback"]() and Path(btf.VSOCK_MODULE).exists(),
+    RINGS: _names_requests,
     "openssl": lambda: shutil.which("openssl") is not None,
 }
 DISTURBED = Path(__file__).parent / "integration"

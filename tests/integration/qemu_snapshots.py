@@ -19,6 +19,7 @@ import pytest
 
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.vmm.qemu.lab import QemuVm, find_binary
+from tests.conftest import FEATURES, RINGS
 from tests.integration.migrations import QUICK
 from tests.integration.test_results import Qmp
 from tests.loop_device import loop_device
@@ -134,6 +135,8 @@ class Kind:
     """The guest stays stopped until it is set going."""
     extra: Sequence[str] = ()
     """Arguments for QEMU."""
+    rings: bool = False
+    """By io_uring."""
 
     def run(self, q: Qmp, directory: Path) -> None:
         """Saves the guest, and waits until it runs again."""
@@ -147,7 +150,9 @@ class Kind:
         assert q.runs()
 
     def needed(self) -> None:
-        """Skips the test if QEMU is older."""
+        """Skips the test if QEMU is older, or the kernel does not show what it does."""
+        if self.rings and not FEATURES[RINGS]():
+            pytest.skip(f"missing feature: {RINGS}")
         if version() < self.since:
             pytest.skip(f"missing feature: QEMU {'.'.join(map(str, self.since))} (in PATH or EBPF_MIG_QEMU)")
 
@@ -164,11 +169,11 @@ KINDS = (
     Kind("exec", (0, 0), (), SLOWLY, EXEC, transport="pipe", stays=True),
     Kind("snapshot-save", act=save_into_disk),
     Kind("savevm", act=savevm),
-    Kind("snapshot-save-uring", act=partial(save_into_disk, how=URING)),
-    Kind("savevm-uring", act=partial(savevm, how=URING)),
-    Kind("savevm-uring-cached", act=partial(savevm, how=URING_CACHED)),
+    Kind("snapshot-save-uring", act=partial(save_into_disk, how=URING), rings=True),
+    Kind("savevm-uring", act=partial(savevm, how=URING), rings=True),
+    Kind("savevm-uring-cached", act=partial(savevm, how=URING_CACHED), rings=True),
     Kind("savevm-native", act=partial(savevm, how=NATIVE)),
-    Kind("savevm-uring-device", act=into_a_device(partial(savevm, how=URING))),
+    Kind("savevm-uring-device", act=into_a_device(partial(savevm, how=URING)), rings=True),
     Kind("savevm-native-device", act=into_a_device(partial(savevm, how=NATIVE))),
     Kind("background-exec", (0, 0), BACKGROUND, uri=EXEC, transport="pipe"),
     Kind("background-file", (8, 2), BACKGROUND, uri=FILE),

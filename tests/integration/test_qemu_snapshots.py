@@ -171,6 +171,7 @@ def test_record_of_a_guest_that_is_loaded_again(
     load: Callable[[Qmp], None], waits: int, kind: Kind, tmp_path: Path
 ) -> None:
     """Witnesses: STOP, RESUME, the guest's heartbeat, and how long the script waited."""
+    kind.needed()
     with QemuPair(SAVED) as pair:
         q, offset = Qmp(pair.source.qmp), offset_ns()
         kind.run(q, tmp_path)

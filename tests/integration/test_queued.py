@@ -20,20 +20,16 @@ from typing import Any
 import pytest
 
 from ebpf_mig.linux import descriptors
-from ebpf_mig.probes import uring
 from ebpf_mig.probes.tiers import AUTO, TRACEPOINT
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import FILE, RECEIVE, SEND, AnyEvent, Call, FileCall, Socket, Transfer
 from tests.companion import Companion
-from tests.conftest import requires
+from tests.conftest import RINGS, requires
 from tests.loop_device import loop_device
 from tests.queued import POLLED
 
 MS = 1_000_000
-pytestmark = [
-    requires("root", "bcc", "kernel BTF"),
-    pytest.mark.skipif(uring.arguments() is None, reason="missing feature: io_uring's requests (Linux 5.18)"),
-]
+pytestmark = requires("root", "bcc", "kernel BTF", RINGS)
 ASKED = """
 import os, socket, sys, time
 from tests.queued import *
@@ -104,6 +100,7 @@ def moved(events: Iterable[AnyEvent]) -> Counter[tuple[int, int]]:
     return found
 
 
+@pytest.mark.everywhere("tiers")
 @pytest.mark.parametrize("flags", [0, POLLED], ids=["entered", "polled"])
 def test_what_a_ring_reads_and_writes_on_files(flags: int, tmp_path: Path) -> None:
     """By the thread that enters the ring, a worker of the kernel, or its thread that polls; short, failed or fixed."""
@@ -167,13 +164,13 @@ def test_requests_that_overlap_are_one_batch_beside_a_vcpu_that_runs(tmp_path: P
         do("ring = Ring()")
         with traced(do, beside_a_vcpu=True) as events:
             began = do("out = time.monotonic_ns()")
-            do("ring.submit(pause(0.02), Request(WRITE, one, room), pause(0.05), Request(WRITE, one, room))")
+            do("ring.submit(pause(0.04), Request(WRITE, one, room), pause(0.05), Request(WRITE, one, room))")
             do("ring.results(4)")
             ended = do("out = time.monotonic_ns()")
     (batch,) = queued(events)
     assert (batch.calls, batch.bytes) == (2, 16384)
     assert began <= batch.begin_ns and batch.end_ns <= ended
-    assert 50 * MS <= batch.max_call_ns <= batch.in_call_ns <= batch.end_ns - batch.begin_ns < 70 * MS
+    assert 50 * MS <= batch.max_call_ns <= batch.in_call_ns <= batch.end_ns - batch.begin_ns
 
 
 def test_requests_that_are_under_way_when_tracing_begins_or_ends_do_not_count(tmp_path: Path) -> None:
