@@ -338,7 +338,8 @@ def _stream_broke(case: TracedMigration) -> bool:
     source = case.source
     if source is None:
         return False
-    seen = case.material.header.attach.get("socket") == "tracepoint"
+    attach = case.material.header.attach  # older recordings do not name the signal
+    seen = case.material.traced("shutdown") or attach.get("socket") == "tracepoint"
     for error in source.socket_errors:
         if error.socket not in case.channels.source or error.at_ns < case.since:
             continue

@@ -4,7 +4,7 @@
  * kind, mincore, io_uring_enter, and mmap of a file.
  *
  * In: completed system calls. Out: one CALL record for each, only while no vCPU of the process runs, from the budget of
- * the single transfers. Other tiers than the system calls do not see them.
+ * the single transfers.
  */
 #pragma once
 
@@ -48,6 +48,25 @@ static __always_inline u32 file_call(u64 nr)
 		return CALL_IO_URING_ENTER;
 	}
 	return 0;
+}
+
+/* Whether a system call is one of these, or moves bytes by a descriptor that may be a file's. */
+static __always_inline bool is_on_file(u64 nr)
+{
+	switch (nr) {
+	case NR_write:
+	case NR_pwrite64:
+	case NR_writev:
+	case NR_pwritev:
+	case NR_pwritev2:
+	case NR_read:
+	case NR_pread64:
+	case NR_readv:
+	case NR_preadv:
+	case NR_preadv2:
+		return true;
+	}
+	return file_call(nr);
 }
 
 /* Puts the descriptor into a0. mmap counts if it maps a file, and not only a page of it. */

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kvm.h"
+#include "file_calls.h"
 #include "sockets.h"
 #include "sched.bpf.c"
 #include "own_runs.h"
@@ -203,12 +204,31 @@ static __always_inline u64 passed_by_kernel(u64 message)
 	return descriptors_in(&h, length);
 }
 
+TRACED_PROGRAM(on_shutdown, void)
+{
+	struct call_args c;
+
+	read_args(user_regs(), &c);
+	socket_shut_down(pid_tgid, bpf_ktime_get_ns(), c.a0);
+}
+
+/* Whether the thread is inside the call on a file that was seen to begin: NFS, for example, sends in the caller. */
+static __always_inline bool is_inside_file_call(struct thread_state *s)
+{
+	struct call_args c;
+
+	if (!s->nr || !is_on_file(s->nr - 1))
+		return false;
+	read_args(user_regs(), &c);
+	return c.nr == s->nr - 1 && (c.a0 == s->a0 || c.nr == NR_mmap);
+}
+
 /* A send inside a KVM ioctl is made by the kernel itself, for example to fetch remote guest memory. */
 static __always_inline void transfer_entry(void *ctx, u64 pid_tgid, u32 how, u32 nr)
 {
 	struct thread_state *s = this_thread(pid_tgid);
 
-	if (!s || s->nr == NR_ioctl + 1)
+	if (!s || s->nr == NR_ioctl + 1 || is_inside_file_call(s))
 		return;
 	if (s->nr)
 		forget_call(s);
@@ -217,10 +237,7 @@ static __always_inline void transfer_entry(void *ctx, u64 pid_tgid, u32 how, u32
 		s->descriptors = passed_by_kernel(context_word(ctx, how == FENTRY ? 8 : REG_SECOND_ARGUMENT));
 }
 
-/*
- * Three kinds of functions are hooked: those of sockets, with struct socket * first; those of pipes, with struct kiocb *;
- * and system calls on vectors, of which only those on regular files count, with the registers of the caller.
- */
+/* The functions of sockets have a struct socket * first, those of pipes a struct kiocb *. */
 static __always_inline bool is_socket_call(u32 nr)
 {
 	return nr == NR_sendmsg || nr == NR_recvmsg;
@@ -228,23 +245,9 @@ static __always_inline bool is_socket_call(u32 nr)
 
 static __always_inline u32 arguments_of(u32 nr)
 {
-	switch (nr) {
-	case NR_sendmsg:
-		return 3;			/* sock, msg, size */
-	case NR_recvmsg:
-		return 4;			/* and flags */
-	case NR_write:
-	case NR_read:
+	if (!is_socket_call(nr))
 		return 2;			/* iocb, iter */
-	}
-	return 1;				/* registers */
-}
-
-static __always_inline u64 file_behind(u64 argument, u32 nr)
-{
-	if (nr == NR_writev || nr == NR_readv)
-		return file_of(argument);
-	return read_u64(argument, is_socket_call(nr) ? OFF_socket_file : OFF_kiocb_file);
+	return nr == NR_sendmsg ? 3 : 4;	/* sock, msg, size; and flags */
 }
 
 static __always_inline void transfer_exit(void *ctx, u64 pid_tgid, u32 how, u32 nr)
@@ -264,44 +267,66 @@ static __always_inline void transfer_exit(void *ctx, u64 pid_tgid, u32 how, u32 
 	if (!p)
 		return;
 	ret = (s32)returned(ctx, how, arguments_of(nr));
-	file = file_behind(s->a0, nr);
-	sends = nr == NR_sendmsg || nr == NR_write || nr == NR_writev;
+	file = read_u64(s->a0, is_socket_call(nr) ? OFF_socket_file : OFF_kiocb_file);
+	sends = nr == NR_sendmsg || nr == NR_write;
 	transfer_done(s, p, pid_tgid, now, sends ? SEND : RECEIVE, ret, file, -1);
 }
 
-/* The other files behind vectors have hooks of their own further down. */
-static __always_inline void vector_entry(u64 pid_tgid, u32 nr)
+/*
+ * The system calls on files are hooked themselves. Those on sockets, pipes and whatever else does not end here: what
+ * carries a migration has hooks of its own above.
+ */
+static __always_inline void file_entry(u64 pid_tgid)
 {
 	struct thread_state *s;
 	struct call_args c;
+	const void *regs = user_regs();
 
-	read_args(user_regs(), &c);
-	if (type_of(read_u64(file_of(c.a0), OFF_file_inode)) != S_IFREG)
+	read_args(regs, &c);
+	if (!is_on_file(c.nr) || !takes_time(&c, regs))
+		return;
+	if (!file_call(c.nr) && type_of(read_u64(file_of(c.a0), OFF_file_inode)) != S_IFREG)
 		return;
 	s = this_thread(pid_tgid);
 	if (!s || s->nr == NR_ioctl + 1)
 		return;
+	s->seen = 1;
 	if (s->nr)
 		forget_call(s);
-	begin_call(s, bpf_ktime_get_ns(), nr, c.a0, 0);
+	begin_call(s, bpf_ktime_get_ns(), c.nr, c.a0, c.a1);
+}
+
+static __always_inline void file_exit(void *ctx, u64 pid_tgid, u32 how)
+{
+	u64 now, nr;
+	struct process_state *p;
+	struct thread_state *s;
+	s64 ret;
+
+	s = known_thread(pid_tgid);
+	if (!s || !s->nr || !is_on_file(s->nr - 1))
+		return;
+	now = bpf_ktime_get_ns();
+	nr = s->nr - 1;
+	s->nr = 0;
+	p = this_process(pid_tgid);
+	if (!p)
+		return;
+	ret = returned(ctx, how, 1);		/* struct pt_regs * */
+	if (file_call(nr))
+		file_call_done(s, p, pid_tgid, now, nr, ret);
+	else
+		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret, file_of(s->a0), s->a0);
 }
 
 #define TRANSFER_HOOKS(how, entry, exit)				\
-TRACED_PROGRAM(on_writev_##entry, void)					\
+TRACED_PROGRAM(on_file_##entry, void)					\
 {									\
-	vector_entry(pid_tgid, NR_writev);				\
+	file_entry(pid_tgid);						\
 }									\
-TRACED_PROGRAM(on_writev_##exit, void)					\
+TRACED_PROGRAM(on_file_##exit, void)					\
 {									\
-	transfer_exit(ctx, pid_tgid, how, NR_writev);			\
-}									\
-TRACED_PROGRAM(on_readv_##entry, void)					\
-{									\
-	vector_entry(pid_tgid, NR_readv);				\
-}									\
-TRACED_PROGRAM(on_readv_##exit, void)					\
-{									\
-	transfer_exit(ctx, pid_tgid, how, NR_readv);			\
+	file_exit(ctx, pid_tgid, how);					\
 }									\
 TRACED_PROGRAM(on_write_##entry, void)					\
 {									\

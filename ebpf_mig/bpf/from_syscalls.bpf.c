@@ -15,31 +15,6 @@
 #include "sched.bpf.c"
 #include "own_runs.h"
 
-static __always_inline int direction_of(u64 nr)
-{
-	switch (nr) {
-	case NR_sendmsg:
-	case NR_sendto:
-	case NR_write:
-	case NR_writev:
-	case NR_pwrite64:
-	case NR_pwritev:
-	case NR_pwritev2:
-	case NR_sendfile:
-	case NR_splice:
-		return SEND;
-	case NR_recvmsg:
-	case NR_recvfrom:
-	case NR_read:
-	case NR_readv:
-	case NR_pread64:
-	case NR_preadv:
-	case NR_preadv2:
-		return RECEIVE;
-	}
-	return -1;
-}
-
 /* Number of descriptors that sendmsg(2) passes; `message` points to a struct user_msghdr in user memory. */
 static __always_inline u64 passed(const void *message)
 {
@@ -82,7 +57,7 @@ static __always_inline void sys_enter(struct call_begins *ctx, u64 pid_tgid, u64
 	struct thread_state *s;
 	struct call_args c;
 	const void *regs;
-	u64 now, socket;
+	u64 now;
 
 	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) && nr != NR_io_submit &&
 	    (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
@@ -105,9 +80,7 @@ static __always_inline void sys_enter(struct call_begins *ctx, u64 pid_tgid, u64
 		return;
 	}
 	if (nr == NR_shutdown) {
-		socket = carrier_of(file_of(c.a0), 0);
-		if (socket)
-			emit_socket_error(pid_tgid, now, socket, SEND, 0);
+		socket_shut_down(pid_tgid, now, c.a0);
 		return;
 	}
 	if (nr == NR_ioctl)

@@ -56,6 +56,32 @@ struct stream {
 };
 BPF_HASH(streams, u64, struct stream, 4096);
 
+/* Of a system call that moves bytes; -1 for others. */
+static __always_inline int direction_of(u64 nr)
+{
+	switch (nr) {
+	case NR_sendmsg:
+	case NR_sendto:
+	case NR_write:
+	case NR_writev:
+	case NR_pwrite64:
+	case NR_pwritev:
+	case NR_pwritev2:
+	case NR_sendfile:
+	case NR_splice:
+		return SEND;
+	case NR_recvmsg:
+	case NR_recvfrom:
+	case NR_read:
+	case NR_readv:
+	case NR_pread64:
+	case NR_preadv:
+	case NR_preadv2:
+		return RECEIVE;
+	}
+	return -1;
+}
+
 static __always_inline u32 type_of(u64 inode)
 {
 	u16 mode = 0;
@@ -268,6 +294,14 @@ static __always_inline void emit_socket_error(u64 pid_tgid, u64 now, u64 socket,
 	r->direction = direction;
 	r->ret = ret;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
+}
+
+static __always_inline void socket_shut_down(u64 pid_tgid, u64 now, u64 fd)
+{
+	u64 socket = carrier_of(file_of(fd), 0);
+
+	if (socket)
+		emit_socket_error(pid_tgid, now, socket, SEND, 0);
 }
 
 /* A call moved no data. What fails again and again is one record. */

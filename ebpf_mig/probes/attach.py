@@ -21,7 +21,7 @@ from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.perf import has_trace_event
 from ebpf_mig.probes import selftest, uring
 from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
-from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
+from ebpf_mig.probes.hook_points import EXTRAS, FUNCTIONS, HIDDEN_SENDS, Extra, Function, functions_for
 from ebpf_mig.probes.loader import SAMPLING, Program, require_bcc
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.plan import SAMPLER, WALKER, Plan, PlanDescription
@@ -47,19 +47,21 @@ def load(
     beside: Callable[[], object] = bool,
     *,
     user_stacks: bool = False,
+    plain_files: bool = True,
 ) -> Plan:
     """Compiles and loads the best programs that the kernel accepts for the requested tier (`NAMES`); attaches nothing.
 
     Without pids the plan is for a node: processes are added later, and it is armed more than once. PreflightError if
     privileges are missing, or if a tier that was requested by name does not work. `beside` is called right before the
     compiler runs, to start other work. `user_stacks`: the programs also record the user half of stacks.
+    `plain_files`: as for `hook_points.functions_for`.
     """
     require_tracing()
     try:
         known = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
         tracepoints = uring.usable(known)
         require_bcc()
-        choice, chooser = _choose(tier, statistics, again=not pids)
+        choice, chooser = _choose(tier, statistics, functions_for(plain_files=plain_files), again=not pids)
         choice = replace(choice, trace_events=bool(pids) and preemptible_tracepoints())
         with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
             hooks = tuple(_hooks(choice, tracepoints))
@@ -94,7 +96,9 @@ def _load_walker(program: Program) -> tuple[str, int]:
     return ITERATOR, walker_fd
 
 
-def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tuple[Choice, Chooser | None]:
+def _choose(
+    tier: str, statistics: BpfStatistics, functions: tuple[Function, ...] = FUNCTIONS, *, again: bool = False
+) -> tuple[Choice, Chooser | None]:
     if tier not in NAMES:
         raise PreflightError(f"there is no tier {tier!r}", f"one of {', '.join(NAMES)}")
     if tier == TRACEPOINT:
@@ -104,7 +108,7 @@ def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tup
         if tier != AUTO:
             raise PreflightError(f"tier {tier}: {why}", "run with CAP_SYS_ADMIN, or without --tier")
         return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), why)), None
-    chooser = Chooser(tier, again=again)
+    chooser = Chooser(tier, functions, again=again)
     choice = chooser.choose()
     if tier != AUTO and not {"kvm", "socket"} <= choice.groups:
         why = "; ".join(sorted(set(choice.refusals.values())))
@@ -159,7 +163,7 @@ def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
     """The table of signal -> tier. A return probe has the tier of the probe at the entry."""
     table = {extra.signal: TRACEPOINT if _has(extra, tracepoints) else "absent: no such tracepoint" for extra in EXTRAS}
     table |= dict.fromkeys((*KVM_SIGNALS, "socket"), TRACEPOINT)
-    others = ("pipe", "file", "vsock") if selftest.VSOCK_MODULE.exists() else ("pipe", "file")
+    others = ("pipe", "file", "shutdown", *(("vsock",) if selftest.VSOCK_MODULE.exists() else ()))
     table |= dict.fromkeys(others, "absent: not hooked" if "socket" in choice.groups else TRACEPOINT)
     entries = {"fexit": "fentry", "kretprobe": "kprobe"}
     kinds: dict[str, set[str]] = {}

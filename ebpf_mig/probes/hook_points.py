@@ -78,6 +78,8 @@ class Function:
     required: bool = True
     one_of: str = ""
     """A set of functions of which at least one is required."""
+    by_everybody: bool = False
+    """Whether every process calls it all the time. Hooked only where a process may need it: see `functions_for`."""
     provoked: bool = True
     """Whether `selftest` makes it fire on every machine. If not, a silent kprobe is accepted, but no silent fentry."""
 
@@ -98,6 +100,16 @@ def _extra_transfers(names: tuple[str, ...], way: str, signal: str, arguments: i
     at_entry = {how: f"on_{way}_{how}" for how in (FENTRY, KPROBE)}
     at_exit = {how: f"on_{way}_{RETURN_OF[how]}" for how in (FENTRY, KPROBE)}
     return Function(names, "socket", (signal,), at_entry, at_exit, arguments, required=False, provoked=False)
+
+
+def _on_files(name: str, *, kinds: tuple[str, ...] = (FENTRY, KPROBE), by_everybody: bool = False) -> Function:
+    """A system call on files. `kinds`: a return probe of the kprobe kind would be in use while a call sleeps."""
+    at_entry = {how: f"on_file_{how}" for how in kinds}
+    at_exit = {how: f"on_file_{RETURN_OF[how]}" for how in kinds}
+    return Function(
+        (f"{_SYSCALL}{name}",), "socket", ("file",), at_entry, at_exit, 1, required=False, by_everybody=by_everybody,
+        provoked=False,
+    )  # fmt: skip
 
 
 def _transfers(name: str, way: str, *, required: bool = False) -> Function:
@@ -130,18 +142,29 @@ FUNCTIONS = (
     _transfers("unix_stream_recvmsg", "receive", required=True),
     _transfers("inet6_sendmsg", "send"),
     _transfers("inet6_recvmsg", "receive"),
+    Function((f"{_SYSCALL}shutdown",), "socket", ("shutdown",), _both("on_shutdown"), required=False, provoked=False),
     _extra_transfers(("pipe_write", "anon_pipe_write"), "write", "pipe", 2),
     _extra_transfers(("pipe_read", "anon_pipe_read"), "read", "pipe", 2),
     _extra_transfers(("vsock_connectible_sendmsg", "vsock_stream_sendmsg"), "send", "vsock", 3),
     _extra_transfers(("vsock_connectible_recvmsg", "vsock_stream_recvmsg"), "receive", "vsock", 4),
-    *(_extra_transfers((f"{_SYSCALL}{name}",), name.strip("p2"), "file", 1)
-      for name in ("writev", "pwritev", "pwritev2", "readv", "preadv", "preadv2")),
+    *map(_on_files, (
+        "writev", "pwritev", "pwritev2", "pwrite64", "readv", "preadv", "preadv2", "pread64",
+        "fsync", "fdatasync", "sync_file_range", "msync", "mincore", "mmap",
+    )),
+    _on_files("io_uring_enter", kinds=(FENTRY,)),
+    *(_on_files(name, kinds=(FENTRY,), by_everybody=True) for name in ("write", "read")),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
     *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
       for name in FLUSHES),
     Function(("kvm_dirty_ring_reset",), "split", ("split",), _both("on_ring_reset"), _both("on_ring_was_reset"),
              required=False, provoked=False),
 )  # fmt: skip
+
+
+def functions_for(*, plain_files: bool) -> tuple[Function, ...]:
+    """The functions to try. `plain_files`: a traced process may move its guest by read(2) and write(2) on files."""
+    return tuple(function for function in FUNCTIONS if plain_files or not function.by_everybody)
+
 
 VCPU_RETURNS = tuple(
     Function((name,), "kvm", ("state",), {}, _both("on_kvm_ioctl_kretprobe"), required=False, provoked=False)

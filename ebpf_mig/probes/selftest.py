@@ -34,6 +34,8 @@ _VFIO_DEVICE = 4
 _SET_ATTRIBUTE, _HAS_ATTRIBUTE = 0x4018AEE1, 0x4018AEE3
 _LOG = 1
 _TGKILL = {"x86_64": 234, "aarch64": 131}
+_IO_URING_ENTER = 426
+"""On all machines."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
@@ -56,7 +58,9 @@ def kick() -> None:
 
 
 def sockets() -> None:
-    """One message each over IPv4, IPv6, a UNIX stream socket and a pipe; a file; and vsock without a connection."""
+    """One message each over IPv4, IPv6, a pipe, and a UNIX stream socket, which is then shut down; files; and vsock
+    without a connection.
+    """
     left, right = socket.socketpair()
     _talk(left, right)
     read_end, write_end = os.pipe()
@@ -81,7 +85,7 @@ class _Vector(ctypes.Structure):
 
 
 def _file() -> None:
-    """Writes and reads a file without a name, with vectors. Python itself makes pwritev2 of pwritev."""
+    """Writes and reads a file without a name in all ways, and maps it. Python itself makes pwritev2 of pwritev."""
     room = ctypes.create_string_buffer(_PAGE)
     vector = ctypes.byref(_Vector(ctypes.addressof(room), _PAGE))
     with contextlib.suppress(OSError), _held(os.memfd_create("ebpf-mig")) as fd:
@@ -91,6 +95,18 @@ def _file() -> None:
         os.readv(fd, [room])
         os.pwritev(fd, [room], 0)
         os.preadv(fd, [room], 0)
+        os.write(fd, room)
+        os.read(fd, _PAGE)
+        os.pwrite(fd, room, 0)
+        os.pread(fd, _PAGE, 0)
+        os.fsync(fd)
+        os.fdatasync(fd)
+        _libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(0), 0)
+        with mmap.mmap(fd, _PAGE) as mapped:
+            mapped.flush()  # msync
+            place = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            _libc.mincore(ctypes.c_void_p(place), ctypes.c_size_t(_PAGE), ctypes.create_string_buffer(1))
+    _libc.syscall(_IO_URING_ENTER, -1, 0, 0, 0, None, 0)
 
 
 def _vsock() -> None:
@@ -110,6 +126,7 @@ def _talk(left: socket.socket, right: socket.socket) -> None:
     with left, right:
         left.send(b"?")
         right.recv(1)
+        left.shutdown(socket.SHUT_RDWR)
 
 
 def _ioctl(fd: int, cmd: int, argument: bytes | int = 0) -> int:

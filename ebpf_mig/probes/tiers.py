@@ -144,7 +144,9 @@ class Chooser:
 
     def _may(self, function: Function, how: str) -> bool:
         """kretprobe instances are limited and receives sleep long, so sockets use them only on request."""
-        return how == FENTRY or function.group != "socket" or self._wanted == KPROBE
+        if function.group != "socket":
+            return True
+        return how == FENTRY or (self._wanted == KPROBE and how in (function.entry or function.exit))
 
     def _seen(self, functions: Iterable[Function], how: str, why: dict[str, str]) -> Iterator[tuple[Function, str]]:
         trials: list[tuple[Function, _Trial]] = []

@@ -61,10 +61,17 @@ class Tracer:
     """Traces the given processes, or those added later. Use it as a context manager."""
 
     def __init__(
-        self, pids: Sequence[int] = (), plan: Plan | None = None, tier: str = AUTO, *, user_stacks: bool = False
+        self,
+        pids: Sequence[int] = (),
+        plan: Plan | None = None,
+        tier: str = AUTO,
+        *,
+        user_stacks: bool = False,
+        plain_files: bool = True,
     ) -> None:
         """`plan`: a plan without pids that another process loaded. Otherwise the programs are loaded here, with LLVM,
         for `tier`, if wanted with `user_stacks`: the user half of the stacks of waits.
+        `plain_files`: one of them may move its guest by read(2) and write(2) on files. QEMU does not.
 
         With such a plan, on a node, tcp_info is not read: it costs memory and makes arming slower. Nor are the rates of
         our own cost measured, which belong to no single VM.
@@ -75,7 +82,7 @@ class Tracer:
         self._polled = Polled(self._total_cost, tcp=plan is None)
         self._symbols: Thread | None = None
         self._user_stacks = UserStacks() if user_stacks else None
-        self._plan = plan or self._load(tier)
+        self._plan = plan or self._load(tier, plain_files)
         self._seen = plan is not None
         self._on_node = plan is not None and not self.pids
         self._program = self._plan.program
@@ -88,10 +95,11 @@ class Tracer:
         """When the kernel need not count any longer."""
         self._missed_returns = 0
 
-    def _load(self, tier: str) -> Plan:
+    def _load(self, tier: str, plain_files: bool) -> Plan:
+        stacks = self._user_stacks is not None
         try:
             return attach.load(
-                self.pids, tier, self._statistics, self._prepare, user_stacks=self._user_stacks is not None
+                self.pids, tier, self._statistics, self._prepare, user_stacks=stacks, plain_files=plain_files
             )
         except BaseException:
             self._polled.close()

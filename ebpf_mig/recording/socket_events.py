@@ -181,9 +181,7 @@ class SocketError(Event, frozen=True, tag=21):
     direction: Way
     """A `Direction`."""
     ret: Returned
-    """The negative errno. 0: the traced process called shutdown(2) (SEND), or the other end closed (RECEIVE).
-    shutdown(2) is only seen in the tracepoint tier.
-    """
+    """The negative errno. 0: the traced process called shutdown(2) (SEND), or the other end closed (RECEIVE)."""
 
 
 class TcpInfo(Event, frozen=True, tag=16):

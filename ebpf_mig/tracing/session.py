@@ -122,7 +122,8 @@ class Session:
         self.targets = tuple(targets)
         self._grows = grows
         pids = [target.pid for target in targets]
-        self._tracer = Tracer(() if grows else pids, tier=tier, user_stacks=user_stacks)
+        plain = grows or any(_moves_by_plain_calls(pid) for pid in pids)
+        self._tracer = Tracer(() if grows else pids, tier=tier, user_stacks=user_stacks, plain_files=plain)
         if grows:
             for pid in pids:
                 self._tracer.add(pid)
@@ -175,6 +176,12 @@ class Session:
         self._tracer.close()
         sink.write_many([Ending(clock.monotonic_ns(), reason, lost, unpaired, runtime, runs, missed)])
         sink.flush()
+
+
+def _moves_by_plain_calls(pid: int) -> bool:
+    """Whether the process may write its guest by write(2), or read it by read(2)."""
+    vmm = vmm_of(pid)
+    return not vmm or adapter(vmm).plain_files
 
 
 @contextlib.contextmanager

@@ -81,6 +81,8 @@ class Adapter:
     """Name in text."""
     comms: tuple[str, ...] = ()
     """Prefixes of its process names, which the kernel cuts to 15 characters."""
+    plain_files = True
+    """Whether it may write or read a guest's memory and state by write(2) and read(2) on files."""
     options: tuple[Option, ...] = ()
     """Options of `migrate`; empty: it has no API to migrate."""
     about = ""

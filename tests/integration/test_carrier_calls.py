@@ -7,6 +7,7 @@ The witness is the process that makes the calls: it prints the bytes of each, by
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import select
@@ -20,14 +21,14 @@ import pytest
 
 from ebpf_mig.linux import descriptors, procfs
 from ebpf_mig.probes.tracer import Tracer
-from ebpf_mig.recording.events import FILE, PIPE, RECEIVE, SEND, Socket, Transfer
+from ebpf_mig.recording.events import FILE, PIPE, RECEIVE, SEND, Call, FileCall, Socket, Transfer
 from tests.companion import Companion
 from tests.conftest import FEATURES, requires
 
 pytestmark = requires("root", "bcc", "kernel BTF")
 
 MOVER = """
-import ctypes, json, os, socket, sys
+import ctypes, json, mmap, os, socket, sys
 pipe_read, pipe_write = os.pipe()
 left, right = socket.socketpair()
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
@@ -38,25 +39,33 @@ class Vector(ctypes.Structure):  # here, since Python 3.14 reads a module's file
 print("ready", flush=True)
 sys.stdin.readline()
 moved = []
-def moves(what, way, size, *, vectors=False, spliced=False):
-    moved.append((what, way, size, vectors, spliced))
+def moves(what, way, size, *, plain=False, spliced=False):
+    moved.append((what, way, size, plain, spliced))
 moves("pipe", 0, os.write(pipe_write, k * 3))
 moves("pipe", 1, len(os.read(pipe_read, 4096)))
 moves("pipe", 0, os.writev(pipe_write, [k, k]))
 moves("pipe", 1, os.readv(pipe_read, [bytearray(4096)]))
-moves("file", 0, os.write(file, k * 5))
+moves("file", 0, os.write(file, k * 5), plain=True)
 moves("file", 0, os.pwrite(file, k * 6, 0))
-moves("file", 1, len(os.read(file, 7 << 10)))
+moves("file", 1, len(os.read(file, 7 << 10)), plain=True)
 moves("file", 1, len(os.pread(file, 8 << 10, 0)))
-moves("file", 0, os.writev(file, [k, k]), vectors=True)
-moves("file", 0, os.pwritev(file, [k] * 3, 0), vectors=True)
-moves("file", 1, os.readv(file, [bytearray(9 << 10)]), vectors=True)
-moves("file", 1, os.preadv(file, [bytearray(10 << 10)], 0), vectors=True)
+moves("file", 0, os.writev(file, [k, k]))
+moves("file", 0, os.pwritev(file, [k] * 3, 0))
+moves("file", 1, os.readv(file, [bytearray(9 << 10)]))
+moves("file", 1, os.preadv(file, [bytearray(10 << 10)], 0))
 room, libc = ctypes.create_string_buffer(11 << 10), ctypes.CDLL(None)
 vector = ctypes.byref(Vector(ctypes.addressof(room), 11 << 10))
-moves("file", 0, libc.pwritev(file, vector, 1, ctypes.c_long(0)), vectors=True)  # Python's is pwritev2
-moves("file", 1, libc.preadv(file, vector, 1, ctypes.c_long(0)), vectors=True)
+moves("file", 0, libc.pwritev(file, vector, 1, ctypes.c_long(0)))  # Python's is pwritev2
+moves("file", 1, libc.preadv(file, vector, 1, ctypes.c_long(0)))
 os.write(file, b"a line of a log")
+mapped = mmap.mmap(file, 1 << 16)
+os.fsync(file)
+os.fdatasync(file)
+libc.sync_file_range(file, ctypes.c_long(0), ctypes.c_long(1 << 16), 0)
+mapped.flush()
+place = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
+libc.mincore(place, ctypes.c_size_t(1 << 16), room)
+libc.syscall(426, -1, 0, 0, 0, None, 0)  # io_uring_enter
 event = os.eventfd(0)
 os.write(event, (1).to_bytes(8, "little"))
 os.read(event, 8)
@@ -103,21 +112,28 @@ def test_every_call_on_every_carrier(tier: str, tmp_path: Path) -> None:
             assert (tracer.losses()[0], tracer.attached["pipe"], tracer.attached["file"]) == ({}, tier, tier)
         keys = {name: descriptors.carrier_key(process.pid, fd) for name, fd in said["fds"].items()}
         process.stdin.close()
-    all_calls = tier == "tracepoint"
     expected: Counter[tuple[str, int]] = Counter()
-    for what, way, size, vectors, spliced in said["moved"]:
-        if all_calls or (not spliced and (what != "file" or vectors)):
+    for what, way, size, plain, spliced in said["moved"]:
+        if tier == "tracepoint" or not (spliced or (plain and tier == "kprobe")):
             expected[what, way] += size
     names = {key: name for name, key in keys.items()}
     seen: Counter[tuple[str, int]] = Counter()
     for event in events:
         if isinstance(event, Transfer) and event.socket in names and event.calls:
             seen[names[event.socket], event.direction] += event.bytes
-    if not all_calls:  # what is spliced may pass the socket functions or not, as kernels differ
+    if tier != "tracepoint":  # what is spliced may pass the socket functions or not, as kernels differ
         spliced = {("left", SEND), ("left", RECEIVE)}
         expected = Counter({at: size for at, size in expected.items() if at not in spliced})
         seen = Counter({at: size for at, size in seen.items() if at not in spliced})
     assert seen == expected
+    calls = [(e.call, e.file, e.bytes, e.ret) for e in events if isinstance(e, Call) and e.file in (0, keys["file"])]
+    size, file = 1 << 16, keys["file"]
+    made = [
+        (FileCall.MMAP, file, size, 0), (FileCall.FSYNC, file, 0, 0), (FileCall.FDATASYNC, file, 0, 0),
+        (FileCall.SYNC_FILE_RANGE, file, 0, 0), (FileCall.MSYNC, 0, size, 0),
+        (FileCall.MINCORE, 0, size, 0), (FileCall.IO_URING_ENTER, 0, 0, -errno.EBADF),
+    ]  # fmt: skip
+    assert calls == (made[:-1] if tier == "kprobe" else made)
     families = {names[e.socket]: e.family for e in events if isinstance(e, Socket) and e.socket in names}
     assert families == {"pipe": PIPE, "file": FILE, "left": 1, "right": 1}
     others = {e.socket for e in events if isinstance(e, Socket)} - names.keys()

@@ -47,6 +47,10 @@ class QemuAdapter(Adapter):
     title = "QEMU"
     comms = ("qemu", "kvm")
     """`kvm` is the program's name in Red Hat's packages and the name that Proxmox gives."""
+    plain_files = False
+    """Its channels use vectors (io/channel-file.c), its disk images preadv(2), pwritev(2), pread(2), pwrite(2)
+    (block/file-posix.c, 7.2 to 11.1).
+    """
     about = "Migrate a QEMU VM through QMP."
     options = (
         Option("--source", "QMP socket of the VM to migrate.", metavar="SOCKET", required=True),

@@ -303,9 +303,13 @@ def test_a_broken_connection_is_a_failure_unless_the_source_shut_it_down() -> No
 
 def test_where_a_shutdown_is_not_seen_only_a_reset_tells() -> None:
     for error, result in (((SEND, -errno.EPIPE), "unknown"), ((SEND, -errno.ECONNRESET), "failed")):
-        script = Script()
-        script.attach = {**script.attach, "socket": "fentry"}
-        assert broke(script, error) == result
+        for shutdown in ({}, {"shutdown": "absent: not hooked"}):
+            script = Script()
+            script.attach = {**script.attach, "socket": "fentry", **shutdown}
+            assert broke(script, error) == result
+    script = Script()
+    script.attach = {**script.attach, "socket": "fentry", "shutdown": "fentry"}
+    assert broke(script, (SEND, -errno.EPIPE)) == "failed"
 
 
 def paused(script: Script, *, sends: bool = True, thread: int = 3) -> tuple[Vm, Vm]:

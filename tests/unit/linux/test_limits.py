@@ -56,7 +56,7 @@ def test_a_process_that_cannot_be_looked_at_is_not_taken_for_gone(question: str)
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        (f"--nofile={DESCRIPTORS - 1}", "open 255 files only, and tracing takes up to 256; ulimit -n 1024"),
+        (f"--nofile={DESCRIPTORS - 1}", "open 319 files only, and tracing takes up to 320; ulimit -n 1024"),
         ("--nofile=24", "open 24 files only"),
         (f"--as={ADDRESS_SPACE - 1}", "511 MiB of address space only"),
         ("--as=100000000", "95 MiB of address space only"),

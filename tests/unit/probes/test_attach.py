@@ -181,17 +181,23 @@ def test_without_run_statistics_no_function_is_trusted() -> None:
 
 def test_every_signal_has_a_function_and_every_program_exists() -> None:
     known = {signal for function in FUNCTIONS for signal in function.signals}
-    assert ESSENTIAL | {"brownout", "split", "hidden-sends", "pipe", "file", "vsock"} == known
+    assert ESSENTIAL | {"brownout", "split", "hidden-sends", "pipe", "file", "shutdown", "vsock"} == known
     text = source_text("from_functions.bpf.c")
     for function in (*FUNCTIONS, *hook_points.VCPU_RETURNS):
         for program in (*function.entry.values(), *function.exit.values()):
             way, _, kind = program.removeprefix("on_").partition("_")
             made_by_macro = (
-                way in ("send", "receive", "write", "read", "writev", "readv")
-                and f"on_{way}_##" in text
-                and kind in text
+                way in ("send", "receive", "write", "read", "file") and f"on_{way}_##" in text and kind in text
             )
             assert f"int {program}(" in text or f"TRACED_PROGRAM({program}," in text or made_by_macro, program
+
+
+def test_what_every_process_calls_is_hooked_only_where_a_vmm_needs_it() -> None:
+    """And never by kprobes: a read that sleeps would occupy one of the few return probes."""
+    left_out = set(FUNCTIONS) - set(hook_points.functions_for(plain_files=False))
+    assert {function.names[0].rpartition("_")[2] for function in left_out} == {"read", "write"}
+    assert all(set(function.entry) == {"fentry"} and set(function.exit) == {"fentry"} for function in left_out)
+    assert hook_points.functions_for(plain_files=True) == FUNCTIONS
 
 
 def test_kvm_run_has_no_return_probe_among_kprobes() -> None:
