@@ -27,6 +27,7 @@ from ebpf_mig.probes.run_statistics import BpfStatistics
 from ebpf_mig.probes.tiers import AUTO
 from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.probes.trigger import NodeProbe
+from ebpf_mig.vmm.processes import may_move_plainly
 
 TIMEOUT_S = 120.0
 """Compiling takes a second or two, and longer on a node that is out of memory."""
@@ -73,7 +74,7 @@ def load_apart(meanwhile: Callable[[], object] = bool) -> tuple[NodeProbe, Trace
     if loaded.error or loaded.node is None or loaded.trace is None:
         raise PreflightError(loaded.error, loaded.remedy or None)
     node = NodeProbe((InheritedProgram(loaded.node, fds), loaded.node_hooks))
-    return node, Tracer(plan=receive_plan(loaded.trace, fds))
+    return node, Tracer(plan=receive_plan(loaded.trace, fds), moves_plainly=may_move_plainly)
 
 
 def _load(channel: socket.socket) -> None:
@@ -83,8 +84,9 @@ def _load(channel: socket.socket) -> None:
         capabilities.keep_only(capabilities.LOADER)
         node, statistics = NodeProbe(), BpfStatistics()
         plan = attach.load((), os.environ.get("EBPF_MIG_TIER", AUTO), statistics)
-        tiers = attach.arm(plan, statistics, seen=False)  # a program that does not attach or fire is an error now
-        attach.disarm(plan)
+        # a program that does not attach or fire is an error now
+        tiers = attach.arm(plan, statistics, seen=False, by_everybody=True)
+        attach.disarm(plan, by_everybody=True)
         trace = attach.describe(plan, tiers, fds)
         loaded = LoadedObjects(node=node.describe(fds), node_hooks=list(node.hooks), trace=trace)
     except PreflightError as error:

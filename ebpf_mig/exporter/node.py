@@ -95,7 +95,7 @@ class NodeWatch:
 
     def verify(self) -> None:
         """Attaches the costly probes once with the remaining privilege, so that a PreflightError comes now."""
-        self._tracer.arm()
+        self._tracer.arm(everything=True)
         self._tracer.disarm()
         give_back()
 

@@ -13,7 +13,7 @@ import resource
 from ebpf_mig.errors import PreflightError
 
 DESCRIPTORS = 320
-"""Tracing takes 45 in the tracepoint tier, 180 by fentry and 250 by kprobes, the exporter one more a connection."""
+"""Tracing takes 45 in the tracepoint tier, 180 by fentry and 240 by kprobes, the exporter one more a connection."""
 ADDRESS_SPACE = 512 << 20
 """Loading and compiling with LLVM 14 takes 350 MB."""
 _SPENT = {

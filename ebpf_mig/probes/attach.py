@@ -21,7 +21,7 @@ from ebpf_mig.linux.capabilities import require_tracing
 from ebpf_mig.linux.perf import has_trace_event
 from ebpf_mig.probes import selftest, uring
 from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
-from ebpf_mig.probes.hook_points import EXTRAS, FUNCTIONS, HIDDEN_SENDS, Extra, Function, functions_for
+from ebpf_mig.probes.hook_points import EXTRAS, HIDDEN_SENDS, Extra
 from ebpf_mig.probes.loader import SAMPLING, Program, require_bcc
 from ebpf_mig.probes.macros import defines
 from ebpf_mig.probes.plan import SAMPLER, WALKER, Plan, PlanDescription
@@ -47,21 +47,19 @@ def load(
     beside: Callable[[], object] = bool,
     *,
     user_stacks: bool = False,
-    plain_files: bool = True,
 ) -> Plan:
     """Compiles and loads the best programs that the kernel accepts for the requested tier (`NAMES`); attaches nothing.
 
     Without pids the plan is for a node: processes are added later, and it is armed more than once. PreflightError if
     privileges are missing, or if a tier that was requested by name does not work. `beside` is called right before the
     compiler runs, to start other work. `user_stacks`: the programs also record the user half of stacks.
-    `plain_files`: as for `hook_points.functions_for`.
     """
     require_tracing()
     try:
         known = btf.tracepoints(btf.VMLINUX, [name for extra in EXTRAS for name, _ in extra.all_hooks])
         tracepoints = uring.usable(known)
         require_bcc()
-        choice, chooser = _choose(tier, statistics, functions_for(plain_files=plain_files), again=not pids)
+        choice, chooser = _choose(tier, statistics, again=not pids)
         choice = replace(choice, trace_events=bool(pids) and preemptible_tracepoints())
         with contextlib.closing(chooser) if chooser else contextlib.nullcontext():
             hooks = tuple(_hooks(choice, tracepoints))
@@ -96,9 +94,7 @@ def _load_walker(program: Program) -> tuple[str, int]:
     return ITERATOR, walker_fd
 
 
-def _choose(
-    tier: str, statistics: BpfStatistics, functions: tuple[Function, ...] = FUNCTIONS, *, again: bool = False
-) -> tuple[Choice, Chooser | None]:
+def _choose(tier: str, statistics: BpfStatistics, *, again: bool = False) -> tuple[Choice, Chooser | None]:
     if tier not in NAMES:
         raise PreflightError(f"there is no tier {tier!r}", f"one of {', '.join(NAMES)}")
     if tier == TRACEPOINT:
@@ -108,7 +104,7 @@ def _choose(
         if tier != AUTO:
             raise PreflightError(f"tier {tier}: {why}", "run with CAP_SYS_ADMIN, or without --tier")
         return Choice(refusals=dict.fromkeys(("kvm", "socket", "split"), why)), None
-    chooser = Chooser(tier, functions, again=again)
+    chooser = Chooser(tier, again=again)
     choice = chooser.choose()
     if tier != AUTO and not {"kvm", "socket"} <= choice.groups:
         why = "; ".join(sorted(set(choice.refusals.values())))
@@ -173,13 +169,15 @@ def _tiers(choice: Choice, tracepoints: set[str]) -> dict[str, str]:
     return table | {signal: "+".join(sorted(of_signal)) for signal, of_signal in kinds.items()}
 
 
-def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
+def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool, by_everybody: bool) -> dict[str, str]:
     """Attaches everything and returns the table signal -> tier; PreflightError if a hook that must fire is silent.
 
-    `seen`: the hooks were seen to fire before, so nothing is provoked.
+    `seen`: the hooks were seen to fire before, so nothing is provoked. `by_everybody`: also those that every process
+    pays for.
     """
     for hook in plan.hooks:
-        plan.program.attach(hook)
+        if by_everybody or not hook.by_everybody:
+            plan.program.attach(hook)
     if seen:
         return dict(plan.tiers)
     if not statistics.enabled:
@@ -201,10 +199,18 @@ def arm(plan: Plan, statistics: BpfStatistics, *, seen: bool) -> dict[str, str]:
     return dict(plan.tiers)
 
 
-def disarm(plan: Plan) -> None:
-    """Detaches everything; the maps stay readable."""
+def arm_costly(plan: Plan) -> None:
+    """Attaches the hooks for which every process pays."""
+    for hook in plan.hooks:
+        if hook.by_everybody:
+            plan.program.attach(hook)
+
+
+def disarm(plan: Plan, *, by_everybody: bool) -> None:
+    """Detaches everything; the maps stay readable. `by_everybody`: as it was attached."""
     for hook in reversed(plan.hooks):
-        plan.program.detach(hook)
+        if by_everybody or not hook.by_everybody:
+            plan.program.detach(hook)
 
 
 def describe(plan: Plan, attached: dict[str, str], fds: list[int]) -> PlanDescription:

@@ -28,6 +28,8 @@ class Hook:
     provoked: bool = True
     one_of: str = ""
     """Of the hooks with the same program and this name, only one must fire."""
+    by_everybody: bool = False
+    """Whether every process pays for it: see `hook_points.Function`."""
 
     @property
     def key(self) -> str:

@@ -79,7 +79,7 @@ class Function:
     one_of: str = ""
     """A set of functions of which at least one is required."""
     by_everybody: bool = False
-    """Whether every process calls it all the time. Hooked only where a process may need it: see `functions_for`."""
+    """Whether every process calls it all the time. Hooked only while a traced process may need it."""
     provoked: bool = True
     """Whether `selftest` makes it fire on every machine. If not, a silent kprobe is accepted, but no silent fentry."""
 
@@ -102,8 +102,8 @@ def _extra_transfers(names: tuple[str, ...], way: str, signal: str, arguments: i
     return Function(names, "socket", (signal,), at_entry, at_exit, arguments, required=False, provoked=False)
 
 
-def _on_files(name: str, *, kinds: tuple[str, ...] = (FENTRY, KPROBE), by_everybody: bool = False) -> Function:
-    """A system call on files. `kinds`: a return probe of the kprobe kind would be in use while a call sleeps."""
+def _on_files(name: str, *kinds: str, by_everybody: bool = False) -> Function:
+    """A system call on files."""
     at_entry = {how: f"on_file_{how}" for how in kinds}
     at_exit = {how: f"on_file_{RETURN_OF[how]}" for how in kinds}
     return Function(
@@ -129,6 +129,13 @@ FLUSHES = (
 fire. On arm64 only the fourth remains (Linux 6.12).
 """
 
+FILES_OF_QEMU = (
+    "writev", "pwritev", "pwritev2", "pwrite64", "readv", "preadv", "preadv2", "pread64", "fsync", "fdatasync",
+)  # fmt: skip
+"""The system calls by which QEMU moves a guest to and from files. The others, which it does not need, are not hooked by
+kprobes: a call that sleeps would occupy a return probe, and each hook takes two descriptors.
+"""
+
 FUNCTIONS = (
     _ioctls("kvm_vm_ioctl", ("dirty-log", "state")),
     Function(("kvm_vcpu_ioctl",), "kvm", ("vcpu", "state", "brownout"), _both("on_kvm_ioctl"),
@@ -147,24 +154,15 @@ FUNCTIONS = (
     _extra_transfers(("pipe_read", "anon_pipe_read"), "read", "pipe", 2),
     _extra_transfers(("vsock_connectible_sendmsg", "vsock_stream_sendmsg"), "send", "vsock", 3),
     _extra_transfers(("vsock_connectible_recvmsg", "vsock_stream_recvmsg"), "receive", "vsock", 4),
-    *map(_on_files, (
-        "writev", "pwritev", "pwritev2", "pwrite64", "readv", "preadv", "preadv2", "pread64",
-        "fsync", "fdatasync", "sync_file_range", "msync", "mincore", "mmap",
-    )),
-    _on_files("io_uring_enter", kinds=(FENTRY,)),
-    *(_on_files(name, kinds=(FENTRY,), by_everybody=True) for name in ("write", "read")),
+    *(_on_files(name, FENTRY, KPROBE) for name in FILES_OF_QEMU),
+    *(_on_files(name, FENTRY) for name in ("sync_file_range", "msync", "mincore", "mmap", "io_uring_enter")),
+    *(_on_files(name, FENTRY, by_everybody=True) for name in ("write", "read")),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
     *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")
       for name in FLUSHES),
     Function(("kvm_dirty_ring_reset",), "split", ("split",), _both("on_ring_reset"), _both("on_ring_was_reset"),
              required=False, provoked=False),
 )  # fmt: skip
-
-
-def functions_for(*, plain_files: bool) -> tuple[Function, ...]:
-    """The functions to try. `plain_files`: a traced process may move its guest by read(2) and write(2) on files."""
-    return tuple(function for function in FUNCTIONS if plain_files or not function.by_everybody)
-
 
 VCPU_RETURNS = tuple(
     Function((name,), "kvm", ("state",), {}, _both("on_kvm_ioctl_kretprobe"), required=False, provoked=False)

@@ -178,7 +178,9 @@ class Chooser:
             if function.arguments and known.arguments != function.arguments:
                 raise OSError(0, f"{known.arguments} arguments, not {function.arguments}")
             number, module = known.btf_id, known.module
-        return Hook(how, name, "", function.signals, number, module, function.provoked, function.one_of)
+        return Hook(
+            how, name, "", function.signals, number, module, function.provoked, function.one_of, function.by_everybody
+        )
 
     def hooks(self, function: Function, name: str, how: str) -> Iterator[Hook]:
         """The hooks of a function with one kind of probe. The exit comes first, so that no call is seen at its entry

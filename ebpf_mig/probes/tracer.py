@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Thread
 
 import msgspec
@@ -67,11 +67,11 @@ class Tracer:
         tier: str = AUTO,
         *,
         user_stacks: bool = False,
-        plain_files: bool = True,
+        moves_plainly: Callable[[int], bool] = bool,
     ) -> None:
         """`plan`: a plan without pids that another process loaded. Otherwise the programs are loaded here, with LLVM,
         for `tier`, if wanted with `user_stacks`: the user half of the stacks of waits.
-        `plain_files`: one of them may move its guest by read(2) and write(2) on files. QEMU does not.
+        `moves_plainly`: whether a process may move its guest by read(2) and write(2) on files. QEMU does not.
 
         With such a plan, on a node, tcp_info is not read: it costs memory and makes arming slower. Nor are the rates of
         our own cost measured, which belong to no single VM.
@@ -82,7 +82,7 @@ class Tracer:
         self._polled = Polled(self._total_cost, tcp=plan is None)
         self._symbols: Thread | None = None
         self._user_stacks = UserStacks() if user_stacks else None
-        self._plan = plan or self._load(tier, plain_files)
+        self._plan = plan or self._load(tier)
         self._seen = plan is not None
         self._on_node = plan is not None and not self.pids
         self._program = self._plan.program
@@ -94,12 +94,14 @@ class Tracer:
         self._calibrated_ns = 0
         """When the kernel need not count any longer."""
         self._missed_returns = 0
+        self._moves_plainly = moves_plainly
+        self._armed = self._costly = False
+        """Whether hooks are attached, and with them those for which every process pays."""
 
-    def _load(self, tier: str, plain_files: bool) -> Plan:
-        stacks = self._user_stacks is not None
+    def _load(self, tier: str) -> Plan:
         try:
             return attach.load(
-                self.pids, tier, self._statistics, self._prepare, user_stacks=stacks, plain_files=plain_files
+                self.pids, tier, self._statistics, self._prepare, user_stacks=self._user_stacks is not None
             )
         except BaseException:
             self._polled.close()
@@ -123,8 +125,10 @@ class Tracer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def arm(self) -> None:
-        """Attaches. From now on, with the tracepoint tier, every system call on the host is slightly slower."""
+    def arm(self, *, everything: bool = False) -> None:
+        """Attaches. From now on, with the tracepoint tier, every system call on the host is slightly slower. With the
+        others, read(2) and write(2) are, if a process needs it or `everything` is wanted.
+        """
         self._statistics.open()
         self._program.open_ring("events")
         if self._symbols is not None:
@@ -140,7 +144,9 @@ class Tracer:
         self._processes.add(self.pids)
         self._program.table("reading_process")[ctypes.c_int(0)] = ctypes.c_uint64(os.getpid())
         alone_ns = 0.0 if self._on_node else own_rates.time_call()
-        self.attached = attach.arm(self._plan, self._statistics, seen=self._seen)
+        self._costly = everything or any(map(self._moves_plainly, self.pids))
+        self.attached = attach.arm(self._plan, self._statistics, seen=self._seen, by_everybody=self._costly)
+        self._armed = True
         if not self._on_node:
             self._late.append(own_rates.measure(alone_ns, self._program.run_statistics))
         self._calibrated_ns = clock.monotonic_ns() + CALIBRATION_NS
@@ -201,7 +207,7 @@ class Tracer:
         self._sampler.close()
         last += self._polled.last()
         self._missed_returns += self._processes.missed_returns()
-        attach.disarm(self._plan)
+        self._detach()
         rest = self.poll(0) + last
         rest += [*self._accounts(now), *self._threads.events()]
         return rest + self._user_stacks.events() if self._user_stacks is not None else rest
@@ -210,6 +216,9 @@ class Tracer:
         """Traces one more process, at once if armed. Only for a tracer without pids."""
         self.pids = (*self.pids, pid)
         self._processes.add([pid])  # first: a running migration does not wait until we know the names of its threads
+        if self._armed and not self._costly and self._moves_plainly(pid):
+            attach.arm_costly(self._plan)
+            self._costly = True
         self._threads.read([pid])
         self._faults.begin([pid])
         if self._user_stacks is not None:
@@ -270,11 +279,15 @@ class Tracer:
         """Detaches; `arm` attaches again. Forgets all sockets and stacks."""
         self._sampler.close()
         self._polled.close()
-        attach.disarm(self._plan)
+        self._detach()
         self._program.close_ring()
         self._statistics.close()
         self._sockets.clear()
         self._stacks.clear()
+
+    def _detach(self) -> None:
+        attach.disarm(self._plan, by_everybody=self._costly)
+        self._armed = self._costly = False
 
     def _accounts(self, now: int, pid: int | None = None) -> list[AnyEvent]:
         """The open batches and vCPU accounts of all threads, or of one process's."""

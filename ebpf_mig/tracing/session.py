@@ -26,7 +26,7 @@ from ebpf_mig.probes.tracer import Tracer
 from ebpf_mig.recording.events import AnyEvent, ClockPair, Ending, Header, Target
 from ebpf_mig.text import printable
 from ebpf_mig.vmm import adapter
-from ebpf_mig.vmm.processes import vmm_of
+from ebpf_mig.vmm.processes import may_move_plainly, vmm_of
 
 POLL_MS = 20
 YIELD_NICE = 10
@@ -122,8 +122,7 @@ class Session:
         self.targets = tuple(targets)
         self._grows = grows
         pids = [target.pid for target in targets]
-        plain = grows or any(_moves_by_plain_calls(pid) for pid in pids)
-        self._tracer = Tracer(() if grows else pids, tier=tier, user_stacks=user_stacks, plain_files=plain)
+        self._tracer = Tracer(() if grows else pids, tier=tier, user_stacks=user_stacks, moves_plainly=may_move_plainly)
         if grows:
             for pid in pids:
                 self._tracer.add(pid)
@@ -176,12 +175,6 @@ class Session:
         self._tracer.close()
         sink.write_many([Ending(clock.monotonic_ns(), reason, lost, unpaired, runtime, runs, missed)])
         sink.flush()
-
-
-def _moves_by_plain_calls(pid: int) -> bool:
-    """Whether the process may write its guest by write(2), or read it by read(2)."""
-    vmm = vmm_of(pid)
-    return not vmm or adapter(vmm).plain_files
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from ebpf_mig.errors import UsageError
 from ebpf_mig.linux import clock, procfs
 from ebpf_mig.text import printable
-from ebpf_mig.vmm import vmm_named
+from ebpf_mig.vmm import adapter, vmm_named
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -60,6 +60,12 @@ def vmm_of(pid: int) -> str:
     QEMU takes another name with `-name process=NAME` (prctl(2), PR_SET_NAME, in `os_set_proc_name`, os-posix.c).
     """
     return vmm_named(procfs.comm(pid)) or vmm_named(procfs.program(pid))
+
+
+def may_move_plainly(pid: int) -> bool:
+    """Whether the process may write its guest to files by write(2), or read it by read(2)."""
+    vmm = vmm_of(pid)
+    return not vmm or adapter(vmm).plain_files
 
 
 def runs(pid: int, wanted: str) -> bool:

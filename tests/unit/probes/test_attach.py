@@ -167,9 +167,9 @@ def test_a_function_that_another_vm_came_through_when_it_was_tried_may_be_silent
     plan = Plan(hooks, Loaded(runs), {"split": "kprobe"})  # type: ignore[arg-type]
     if silent:
         with pytest.raises(PreflightError, match=f"^{silent} attached but never ran"):
-            attach.arm(plan, Counting(True), seen=False)  # type: ignore[arg-type]
+            attach.arm(plan, Counting(True), seen=False, by_everybody=True)  # type: ignore[arg-type]
     else:
-        assert attach.arm(plan, Counting(True), seen=False) == {"split": "kprobe"}  # type: ignore[arg-type]
+        assert attach.arm(plan, Counting(True), seen=False, by_everybody=True) == {"split": "kprobe"}  # type: ignore[arg-type]
 
 
 def test_without_run_statistics_no_function_is_trusted() -> None:
@@ -192,12 +192,11 @@ def test_every_signal_has_a_function_and_every_program_exists() -> None:
             assert f"int {program}(" in text or f"TRACED_PROGRAM({program}," in text or made_by_macro, program
 
 
-def test_what_every_process_calls_is_hooked_only_where_a_vmm_needs_it() -> None:
-    """And never by kprobes: a read that sleeps would occupy one of the few return probes."""
-    left_out = set(FUNCTIONS) - set(hook_points.functions_for(plain_files=False))
-    assert {function.names[0].rpartition("_")[2] for function in left_out} == {"read", "write"}
-    assert all(set(function.entry) == {"fentry"} and set(function.exit) == {"fentry"} for function in left_out)
-    assert hook_points.functions_for(plain_files=True) == FUNCTIONS
+def test_what_every_process_calls_is_never_hooked_by_kprobes() -> None:
+    """A read that sleeps would occupy one of the few return probes."""
+    costly = [function for function in FUNCTIONS if function.by_everybody]
+    assert {function.names[0].rpartition("_")[2] for function in costly} == {"read", "write"}
+    assert all(set(function.entry) == {"fentry"} and set(function.exit) == {"fentry"} for function in costly)
 
 
 def test_kvm_run_has_no_return_probe_among_kprobes() -> None:
