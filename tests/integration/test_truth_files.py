@@ -32,7 +32,9 @@ def handed_over(plan: Plan, wait_ns: int) -> tuple[Breakdown, dict[str, int], di
     return breakdown, injected, whole
 
 
-@pytest.mark.parametrize("one", [False, True], ids=["all", "each"])
+@pytest.mark.parametrize(
+    "one", [pytest.param(False, marks=pytest.mark.everywhere("tiers"), id="all"), pytest.param(True, id="each")]
+)
 def test_delays_land_in_their_phase(one: bool, tmp_path: Path) -> None:
     for number, chosen in enumerate([(name,) for name in PHASES[::4]] if one else [PHASES]):
         directory = tmp_path / str(number)
