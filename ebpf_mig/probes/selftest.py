@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ebpf_mig.linux import kvm
+from ebpf_mig.linux.capabilities import has_seccomp_filter
 
 PAGES = 64
 VSOCK_MODULE = Path("/sys/module/vsock")
@@ -104,9 +105,10 @@ def _file() -> None:
         _libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(0), 0)
         with mmap.mmap(fd, _PAGE) as mapped:
             mapped.flush()  # msync
-            place = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-            _libc.mincore(ctypes.c_void_p(place), ctypes.c_size_t(_PAGE), ctypes.create_string_buffer(1))
-    _libc.syscall(_IO_URING_ENTER, -1, 0, 0, 0, None, 0)
+            if not has_seccomp_filter():  # it may end this process: systemd's @system-service allows no mincore
+                place = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+                _libc.mincore(ctypes.c_void_p(place), ctypes.c_size_t(_PAGE), ctypes.create_string_buffer(1))
+                _libc.syscall(_IO_URING_ENTER, -1, 0, 0, 0, None, 0)
 
 
 def _vsock() -> None:
