@@ -50,7 +50,7 @@ static __always_inline u32 file_call(u64 nr)
 	return 0;
 }
 
-/* Whether a system call is one of these, or moves bytes by a descriptor that may be a file's. */
+/* Whether a system call is one of these, or moves bytes to or from what may be a file. */
 static __always_inline bool is_on_file(u64 nr)
 {
 	switch (nr) {
@@ -64,6 +64,7 @@ static __always_inline bool is_on_file(u64 nr)
 	case NR_readv:
 	case NR_preadv:
 	case NR_preadv2:
+	case NR_io_submit:
 		return true;
 	}
 	return file_call(nr);

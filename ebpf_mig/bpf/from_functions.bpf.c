@@ -12,7 +12,6 @@
 #pragma once
 
 #include "kvm.h"
-#include "file_calls.h"
 #include "sockets.h"
 #include "sched.bpf.c"
 #include "own_runs.h"
@@ -212,16 +211,7 @@ TRACED_PROGRAM(on_shutdown, void)
 	socket_shut_down(pid_tgid, bpf_ktime_get_ns(), c.a0);
 }
 
-/* Whether the thread is inside the call on a file that was seen to begin: NFS, for example, sends in the caller. */
-static __always_inline bool is_inside_file_call(struct thread_state *s)
-{
-	struct call_args c;
-
-	if (!s->nr || !is_on_file(s->nr - 1))
-		return false;
-	read_args(user_regs(), &c);
-	return c.nr == s->nr - 1 && (c.a0 == s->a0 || c.nr == NR_mmap);
-}
+#include "file_functions.h"
 
 /* A send inside a KVM ioctl is made by the kernel itself, for example to fetch remote guest memory. */
 static __always_inline void transfer_entry(void *ctx, u64 pid_tgid, u32 how, u32 nr)
@@ -272,53 +262,6 @@ static __always_inline void transfer_exit(void *ctx, u64 pid_tgid, u32 how, u32 
 	transfer_done(s, p, pid_tgid, now, sends ? SEND : RECEIVE, ret, file, -1);
 }
 
-/*
- * The system calls on files are hooked themselves. Those on sockets, pipes and whatever else does not end here: what
- * carries a migration has hooks of its own above.
- */
-static __always_inline void file_entry(u64 pid_tgid)
-{
-	struct thread_state *s;
-	struct call_args c;
-	const void *regs = user_regs();
-
-	read_args(regs, &c);
-	if (!is_on_file(c.nr) || !takes_time(&c, regs))
-		return;
-	if (!file_call(c.nr) && type_of(read_u64(file_of(c.a0), OFF_file_inode)) != S_IFREG)
-		return;
-	s = this_thread(pid_tgid);
-	if (!s || s->nr == NR_ioctl + 1)
-		return;
-	s->seen = 1;
-	if (s->nr)
-		forget_call(s);
-	begin_call(s, bpf_ktime_get_ns(), c.nr, c.a0, c.a1);
-}
-
-static __always_inline void file_exit(void *ctx, u64 pid_tgid, u32 how)
-{
-	u64 now, nr;
-	struct process_state *p;
-	struct thread_state *s;
-	s64 ret;
-
-	s = known_thread(pid_tgid);
-	if (!s || !s->nr || !is_on_file(s->nr - 1))
-		return;
-	now = bpf_ktime_get_ns();
-	nr = s->nr - 1;
-	s->nr = 0;
-	p = this_process(pid_tgid);
-	if (!p)
-		return;
-	ret = returned(ctx, how, 1);		/* struct pt_regs * */
-	if (file_call(nr))
-		file_call_done(s, p, pid_tgid, now, nr, ret);
-	else
-		transfer_done(s, p, pid_tgid, now, direction_of(nr), ret, file_of(s->a0), s->a0);
-}
-
 #define TRANSFER_HOOKS(how, entry, exit)				\
 TRACED_PROGRAM(on_file_##entry, void)					\
 {									\
@@ -327,6 +270,14 @@ TRACED_PROGRAM(on_file_##entry, void)					\
 TRACED_PROGRAM(on_file_##exit, void)					\
 {									\
 	file_exit(ctx, pid_tgid, how);					\
+}									\
+TRACED_PROGRAM(on_io_submit_##entry, void)				\
+{									\
+	io_submit_entry(pid_tgid);					\
+}									\
+TRACED_PROGRAM(on_io_submit_##exit, void)				\
+{									\
+	io_submit_exit(ctx, pid_tgid, how);				\
 }									\
 TRACED_PROGRAM(on_write_##entry, void)					\
 {									\

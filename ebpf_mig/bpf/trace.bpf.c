@@ -7,6 +7,7 @@
 #include "kvm.h"
 #include "sockets.h"
 #include "file_calls.h"
+#include "io_submit.h"
 #include "uring.bpf.c"
 #include "sched.bpf.c"
 #include "lock.bpf.c"

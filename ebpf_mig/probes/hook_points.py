@@ -102,10 +102,10 @@ def _extra_transfers(names: tuple[str, ...], way: str, signal: str, arguments: i
     return Function(names, "socket", (signal,), at_entry, at_exit, arguments, required=False, provoked=False)
 
 
-def _on_files(name: str, *kinds: str, by_everybody: bool = False) -> Function:
+def _on_files(name: str, *kinds: str, way: str = "file", by_everybody: bool = False) -> Function:
     """A system call on files."""
-    at_entry = {how: f"on_file_{how}" for how in kinds}
-    at_exit = {how: f"on_file_{RETURN_OF[how]}" for how in kinds}
+    at_entry = {how: f"on_{way}_{how}" for how in kinds}
+    at_exit = {how: f"on_{way}_{RETURN_OF[how]}" for how in kinds}
     return Function(
         (f"{_SYSCALL}{name}",), "socket", ("file",), at_entry, at_exit, 1, required=False, by_everybody=by_everybody,
         provoked=False,
@@ -155,7 +155,8 @@ FUNCTIONS = (
     _extra_transfers(("vsock_connectible_sendmsg", "vsock_stream_sendmsg"), "send", "vsock", 3),
     _extra_transfers(("vsock_connectible_recvmsg", "vsock_stream_recvmsg"), "receive", "vsock", 4),
     *(_on_files(name, FENTRY, KPROBE) for name in FILES_OF_QEMU),
-    *(_on_files(name, FENTRY) for name in ("sync_file_range", "msync", "mincore", "mmap", "io_uring_enter")),
+    *(_on_files(name, FENTRY) for name in ("sync_file_range", "msync", "mincore", "mmap")),
+    _on_files("io_submit", FENTRY, KPROBE, way="io_submit"),
     *(_on_files(name, FENTRY, by_everybody=True) for name in ("write", "read")),
     Function(("kvm_arch_sync_dirty_log",), "split", ("split",), {}, _both("on_synced")),
     *(Function((name,), "split", ("split",), _both("on_flush"), _both("on_flushed"), required=False, one_of="flush")

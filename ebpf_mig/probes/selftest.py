@@ -35,8 +35,7 @@ _VFIO_DEVICE = 4
 _SET_ATTRIBUTE, _HAS_ATTRIBUTE = 0x4018AEE1, 0x4018AEE3
 _LOG = 1
 _TGKILL = {"x86_64": 234, "aarch64": 131}
-_IO_URING_ENTER = 426
-"""On all machines."""
+_IO_SUBMIT = {"x86_64": 209, "aarch64": 2}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
@@ -108,7 +107,7 @@ def _file() -> None:
             if not has_seccomp_filter():  # it may end this process: systemd's @system-service allows no mincore
                 place = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
                 _libc.mincore(ctypes.c_void_p(place), ctypes.c_size_t(_PAGE), ctypes.create_string_buffer(1))
-                _libc.syscall(_IO_URING_ENTER, -1, 0, 0, 0, None, 0)
+                _libc.syscall(_IO_SUBMIT.get(os.uname().machine, -1), 0, 0, None)
 
 
 def _vsock() -> None:

@@ -200,13 +200,14 @@ def test_a_send_by_a_ring_counts_once(tier: str, tmp_path: Path) -> None:
     assert moved(sends) == {(key, SEND): 16384}
 
 
-def test_what_io_submit_reads_and_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tier", [AUTO, TRACEPOINT])
+def test_what_io_submit_reads_and_writes(tier: str, tmp_path: Path) -> None:
     """Its completion is not seen. What it sends on a socket is a hidden send."""
     with asked(tmp_path) as do:
         one, two = do.opens("one"), do.opens("two")
         fd = do("left, right = socket.socketpair(); out = left.fileno()")
         key = descriptors.carrier_key(do.process.pid, fd)
-        with traced(do, TRACEPOINT) as events:
+        with traced(do, tier) as events:
             began = do("out = time.monotonic_ns()")
             asks = "(PWRITE, one, room, 0), (PWRITEV, one, vectors(room, room), 8192), (PREAD, one, room, 0)"
             assert do(f"out = io_submit([{asks}])") == [8192, 16384, 8192]

@@ -185,9 +185,11 @@ def test_every_signal_has_a_function_and_every_program_exists() -> None:
     text = source_text("from_functions.bpf.c")
     for function in (*FUNCTIONS, *hook_points.VCPU_RETURNS):
         for program in (*function.entry.values(), *function.exit.values()):
-            way, _, kind = program.removeprefix("on_").partition("_")
+            way, _, kind = program.removeprefix("on_").rpartition("_")
             made_by_macro = (
-                way in ("send", "receive", "write", "read", "file") and f"on_{way}_##" in text and kind in text
+                way in ("send", "receive", "write", "read", "file", "io_submit")
+                and f"on_{way}_##" in text
+                and kind in text
             )
             assert f"int {program}(" in text or f"TRACED_PROGRAM({program}," in text or made_by_macro, program
 

@@ -15,7 +15,7 @@ seccomp = ctypes.CDLL("libseccomp.so.2")
 seccomp.seccomp_init.restype = ctypes.c_void_p
 allow, kill = 0x7FFF0000, 0x80000000
 rules = ctypes.c_void_p(seccomp.seccomp_init(ctypes.c_uint32(allow)))
-for name in (b"mincore", b"io_uring_enter"):
+for name in (b"mincore", b"io_submit"):
     assert seccomp.seccomp_rule_add(rules, ctypes.c_uint32(kill), seccomp.seccomp_syscall_resolve_name(name), 0) == 0
 assert seccomp.seccomp_load(rules) == 0
 selftest.fire_all()
