@@ -82,24 +82,34 @@ static __always_inline bool takes_time(struct call_args *c, const void *regs)
 	return (s32)fd >= 0 && c->a1 >= MMAP_LEAST_BYTES;
 }
 
+/* Room for a record, from the budget; 0 if there is none. */
+static __always_inline struct call_record *new_call(struct process_state *p, u64 now)
+{
+	struct call_record *r;
+
+	if (!in_detail(p, now))
+		return 0;
+	__sync_fetch_and_add(&p->budget, -1);
+	r = events.ringbuf_reserve(sizeof(*r));
+	if (!r) {
+		count(KIND_CALL, true);
+		return 0;
+	}
+	r->kind = KIND_CALL;
+	r->end_ns = now;
+	return r;
+}
+
 static __always_inline void file_call_done(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now,
 					   u64 nr, s64 ret)
 {
 	u32 call = file_call(nr);
 	bool named = call <= CALL_SYNC_FILE_RANGE || call == CALL_MMAP;
-	struct call_record *r;
+	struct call_record *r = new_call(p, now);
 
-	if (!in_detail(p, now))
+	if (!r)
 		return;
-	__sync_fetch_and_add(&p->budget, -1);
-	r = events.ringbuf_reserve(sizeof(*r));
-	if (!r) {
-		count(KIND_CALL, true);
-		return;
-	}
-	r->kind = KIND_CALL;
 	r->begin_ns = s->enter;
-	r->end_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->tid = (u32)pid_tgid;
 	r->call = call;

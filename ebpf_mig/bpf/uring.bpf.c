@@ -88,19 +88,11 @@ TRACED_PROGRAM(on_io_uring_submit, struct bpf_raw_tracepoint_args)
 static __always_inline void sync_done(struct process_state *p, u64 pid_tgid, struct request *request, u64 now, s64 ret,
 				      u64 file)
 {
-	struct call_record *r;
+	struct call_record *r = new_call(p, now);
 
-	if (!in_detail(p, now))
+	if (!r)
 		return;
-	__sync_fetch_and_add(&p->budget, -1);
-	r = events.ringbuf_reserve(sizeof(*r));
-	if (!r) {
-		count(KIND_CALL, true);
-		return;
-	}
-	r->kind = KIND_CALL;
 	r->begin_ns = request->begin_ns;
-	r->end_ns = now;
 	r->pid = pid_tgid >> 32;
 	r->tid = 0;				/* as of queued.h */
 	r->call = request->call;
