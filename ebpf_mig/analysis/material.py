@@ -54,6 +54,17 @@ class Material:
         """Whether the recording reports that the signal could not be traced."""
         return self.header.attach.get(signal, "").startswith("absent")
 
+    def ended_ns(self, pid: int) -> int | None:
+        """When a process was first seen to have ended, while others were traced; None if it was not."""
+        return next((mark.at_ns for mark in self.marks if mark.name == ev.ENDED and mark.pid == pid), None)
+
+    def ended_together(self, one: Process | None, other: Process | None) -> bool:
+        """Whether both ended between two looks of a busy tracer: a manager may have ended them after a success."""
+        if one is None or other is None:
+            return False
+        ended = self.ended_ns(one.pid)
+        return ended is not None and ended == self.ended_ns(other.pid)
+
     def traced(self, signal: str) -> bool:
         """Whether the signal was traced. False if the recording does not mention it."""
         return not self.header.attach.get(signal, "absent").startswith("absent")

@@ -88,11 +88,12 @@ def _runs_anew(case: TracedMigration) -> bool:
 
 def _of_a_paused_guest(case: TracedMigration) -> Result:
     """No vCPU stopped for the migration; its destination may be set going at any time later."""
-    given_up = _shut_down(case) or _other_side_is_gone(case)
-    taken = _handed_over(case, case.since) or (_loaded_there(case) and not given_up)
+    together = case.material.ended_together(case.source, case.destination)
+    gone = _stream_broke(case) or (_destination_ended(case) and not together)
+    taken = _handed_over(case, case.since) or (_loaded_there(case) and not gone and not _shut_down(case))
     if _started(case.destination) or (not _runs(case.source) and taken):
         return Result.COMPLETED
-    return Result.FAILED if _other_side_is_gone(case) else Result.UNKNOWN
+    return Result.FAILED if gone else Result.UNKNOWN
 
 
 def stopped_early(case: TracedMigration) -> bool | None:
@@ -284,7 +285,7 @@ def _replaced_in_vain(case: TracedMigration) -> bool:
     of_source = [p for p in case.material.processes.values() if source is not None and p.pid == source.pid]
     if not any(process.execs for process in of_source) or any(_started(p) for p in of_source if p is not source):
         return False
-    gone = any(mark.name == ENDED and mark.pid == of_source[0].pid for mark in case.material.marks)
+    gone = case.material.ended_ns(of_source[0].pid) is not None
     return gone or (ending is not None and ending.reason == "target-died")
 
 
@@ -301,7 +302,7 @@ def _died_with_its_state(case: TracedMigration, stop: int) -> bool:
     ending, source = case.material.ending, case.source
     if ending is None or source is None or ending.lost or _absent(case, "state") or _absent(case, "dirty-log"):
         return False
-    ended = any(mark.name == ENDED and mark.pid == source.pid for mark in case.material.marks)
+    ended = case.material.ended_ns(source.pid) is not None
     late = [i for i in source.ioctls if i.end_ns >= stop]
     read = any(kvm.is_dirty_log(i.cmd) or kvm.name_of(i.cmd) in kvm.VCPU_STATE_GET for i in late)
     return (ended or ending.reason == "target-died") and not read
@@ -338,8 +339,7 @@ def _stream_broke(case: TracedMigration) -> bool:
     source = case.source
     if source is None:
         return False
-    attach = case.material.header.attach  # older recordings do not name the signal
-    seen = case.material.traced("shutdown") or attach.get("socket") == "tracepoint"
+    seen = case.material.traced("shutdown") or case.material.header.attach.get("socket") == "tracepoint"
     for error in source.socket_errors:
         if error.socket not in case.channels.source or error.at_ns < case.since:
             continue

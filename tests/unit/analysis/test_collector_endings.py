@@ -375,14 +375,22 @@ def stopped_early(script: Script, thread: int, *, seen: bool = True, answer: boo
 
 
 def test_a_destination_that_loaded_a_stopped_guest_has_it() -> None:
-    """Without an answer, and if both VMMs ended before the closed connection was noticed. Not if it loaded nothing."""
-    for loaded, result in ((True, "completed"), (False, "unknown")):
+    """Without an answer, and if both VMMs ended before the closed connection was noticed. Not if it loaded nothing, or
+    was seen to end before the source.
+    """
+    for apart, loaded, result in (
+        (None, True, "completed"), (None, False, "unknown"), (0, True, "completed"), (0, False, "unknown"),
+        (50_000, True, "failed"),
+    ):  # fmt: skip
         script = Script()
-        _, destination = stopped_early(script, thread=3, answer=False)
+        source, destination = stopped_early(script, thread=3, answer=False)
         if not loaded:
             destination.events = [event for event in destination.events if not isinstance(event, ev.Ioctl)]
+        if apart is not None:
+            for vm, after in ((destination, 0), (source, apart)):
+                vm.events.append(ev.Mark(at(2_000_000 + after), vm.pid, ev.ENDED))
         ending(script, "target-died")
-        assert script.result().breakdown.migration.result == result
+        assert script.result().breakdown.migration.result == result, (apart, loaded)
 
 
 def test_a_guest_that_stops_by_itself_has_no_blackout() -> None:
