@@ -11,6 +11,7 @@ import fnmatch
 import glob
 import itertools
 import re
+import time
 from collections.abc import Collection
 
 from ebpf_mig.errors import UsageError
@@ -86,7 +87,9 @@ def find(wanted: str) -> list[int]:
 SEARCH_INTERVAL_NS = 10_000_000
 """Time between two scans of all processes. QEMU takes about 100 ms before it loads anything."""
 _SHARE = 20
-"""Largest share of the time spent scanning: a node can have thousands of processes."""
+"""Largest share of a CPU spent scanning: a node can have thousands of processes. Where CPUs are scarce, a scan takes
+long, and a process that starts must be found soon all the same.
+"""
 
 
 class Arrivals:
@@ -106,11 +109,12 @@ class Arrivals:
         begin = clock.monotonic_ns()
         if begin < self._due_ns:
             return []
+        spent = time.thread_time_ns()
         here = procfs.processes()
         self._known.intersection_update(here)  # pids are reused
         found = [pid for pid in here if pid not in self._known and runs(pid, self.wanted)]
         self._known.update(found)
-        self._due_ns = begin + max(SEARCH_INTERVAL_NS, _SHARE * (clock.monotonic_ns() - begin))
+        self._due_ns = begin + max(SEARCH_INTERVAL_NS, _SHARE * (time.thread_time_ns() - spent))
         return found
 
 
