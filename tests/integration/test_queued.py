@@ -101,7 +101,9 @@ def moved(events: Iterable[AnyEvent]) -> Counter[tuple[int, int]]:
 
 
 @pytest.mark.everywhere("tiers")
-@pytest.mark.parametrize("flags", [0, POLLED], ids=["entered", "polled"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(0, id="entered"), pytest.param(POLLED, id="polled", marks=pytest.mark.long)]
+)
 def test_what_a_ring_reads_and_writes_on_files(flags: int, tmp_path: Path) -> None:
     """By the thread that enters the ring, a worker of the kernel, or its thread that polls; short, failed or fixed."""
     with asked(tmp_path) as do:
@@ -157,6 +159,7 @@ def test_a_request_lasts_from_its_submission_to_its_completion(tmp_path: Path) -
     assert syncs[0].end_ns - syncs[0].begin_ns >= 200 * MS > syncs[1].end_ns - syncs[1].begin_ns
 
 
+@pytest.mark.long
 def test_requests_that_overlap_are_one_batch_beside_a_vcpu_that_runs(tmp_path: Path) -> None:
     """Its time is that in which any of them was under way, not the sum."""
     with asked(tmp_path) as do:
@@ -173,6 +176,7 @@ def test_requests_that_overlap_are_one_batch_beside_a_vcpu_that_runs(tmp_path: P
     assert 50 * MS <= batch.max_call_ns <= batch.in_call_ns <= batch.end_ns - batch.begin_ns
 
 
+@pytest.mark.long
 def test_requests_that_are_under_way_when_tracing_begins_or_ends_do_not_count(tmp_path: Path) -> None:
     with asked(tmp_path) as do:
         do.opens("one")
@@ -184,7 +188,7 @@ def test_requests_that_are_under_way_when_tracing_begins_or_ends_do_not_count(tm
     assert [(e.direction, e.bytes) for e in queued(events)] == [(RECEIVE, 8192)]
 
 
-@pytest.mark.parametrize("tier", [AUTO, TRACEPOINT])
+@pytest.mark.parametrize("tier", [AUTO, pytest.param(TRACEPOINT, marks=pytest.mark.long)])
 def test_a_send_by_a_ring_counts_once(tier: str, tmp_path: Path) -> None:
     """It is made inside io_uring_enter(2), which is a traced call, too, or by a worker."""
     with asked(tmp_path) as do:
@@ -200,7 +204,7 @@ def test_a_send_by_a_ring_counts_once(tier: str, tmp_path: Path) -> None:
     assert moved(sends) == {(key, SEND): 16384}
 
 
-@pytest.mark.parametrize("tier", [AUTO, TRACEPOINT])
+@pytest.mark.parametrize("tier", [AUTO, pytest.param(TRACEPOINT, marks=pytest.mark.long)])
 def test_what_io_submit_reads_and_writes(tier: str, tmp_path: Path) -> None:
     """Its completion is not seen. What it sends on a socket is a hidden send."""
     with asked(tmp_path) as do:
@@ -229,6 +233,7 @@ def device(tmp_path: Path) -> Iterator[Path]:
         yield made
 
 
+@pytest.mark.long
 def test_a_block_device_is_one_carrier_by_whatever_node_it_is_opened(device: Path, tmp_path: Path) -> None:
     node = tmp_path / "node"
     os.mknod(node, 0o600 | 0o060000, device.stat().st_rdev)
