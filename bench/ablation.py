@@ -37,7 +37,7 @@ from ebpf_mig.probes.plan import Plan
 from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.tiers import Choice
 from ebpf_mig.probes.tracer import Tracer
-from ebpf_mig.tracing.session import POLL_MS, _yielding
+from ebpf_mig.tracing.session import POLL_MS
 
 BLACKOUTS = 8
 """Per measurement; its figure is their median."""
@@ -146,7 +146,7 @@ class Traced:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Traces as `record` does: a thread of lower priority takes the records."""
+        """Traces as `record` does: a thread takes the records."""
         self._program.table("threads").clear()
         self._tracer.arm()
         if self.variant.statistics:
@@ -167,9 +167,8 @@ class Traced:
             self._tracer.poll(0)
 
     def _read(self, over: threading.Event) -> None:
-        with _yielding():
-            while not over.is_set():
-                self._tracer.poll(POLL_MS)
+        while not over.is_set():
+            self._tracer.poll(POLL_MS)
 
     def close(self) -> None:
         self._tracer.close()

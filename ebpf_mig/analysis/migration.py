@@ -22,6 +22,7 @@ from ebpf_mig.analysis.spans import FOREVER
 from ebpf_mig.analysis.switchover import Switchover
 from ebpf_mig.analysis.witnesses import MarkNames
 from ebpf_mig.breakdown import OF_FILES, PHASES, PhaseName, Side, SwitchoverKind, Transport
+from ebpf_mig.linux import kvm
 from ebpf_mig.recording.events import RECEIVE, SEND, Transfer
 
 AFTER_START_BYTES = 65536
@@ -87,6 +88,18 @@ class TracedMigration:
         """The source stopped its guest, and replaced it by one from a file (QEMU's loadvm)."""
         back = self.switchover is not None and self.switchover.kind == SwitchoverKind.ABORTED
         return back and self.restored is not None and self.destination is None
+
+    @cached_property
+    def nothing_seen(self) -> bool:
+        """Whether a VM only ran, and stopped or ended: nothing was logged, fetched, sent or read for a migration."""
+        source = self.source
+        if source is None or self.destination is not None or self.live_update or source.execs:
+            return False
+        if self.began is not None or self.bursts or self.sends or self.snapshot or self.restored or self.stopped_early:
+            return False
+        if any(map(self.material.absent, ("dirty-log", "state", "socket"))):
+            return False
+        return not any(kvm.name_of(ioctl.cmd) in kvm.VCPU_STATE_GET for ioctl in source.other_ioctls)
 
     @cached_property
     def unmeasured(self) -> frozenset[PhaseName]:
@@ -255,7 +268,7 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
     if early:
         stop = found = None
     bursts = dirty_log.bursts(source, began if began is not None else 0, stop, sends)
-    return TracedMigration(
+    traced = TracedMigration(
         material,
         source,
         destination,
@@ -272,6 +285,8 @@ def identify(material: Material, names: MarkNames) -> TracedMigration:
         snapshot=written,
         restored=restored,
     )
+    shut_down = traced.nothing_seen and found is not None and found.kind == SwitchoverKind.STOPPED
+    return replace(traced, switchover=None) if shut_down else traced
 
 
 def _of_a_destination(material: Material, destination: Process | None, notes: list[str]) -> TracedMigration:

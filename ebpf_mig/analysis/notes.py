@@ -17,6 +17,8 @@ from ebpf_mig.breakdown import IMMEDIATE, Side, Span, SwitchoverKind
 def gather(traced: TracedMigration, window: Span | None, work: Work | None) -> list[str]:
     """All notes, in order. `window` and `work` are None if there is no switchover."""
     notes = [*traced.notes, *traced.material.header.notes]
+    if traced.nothing_seen and traced.switchover is None:
+        notes.append("nothing of a migration was seen: the VM only ran while it was traced")
     if window is not None and traced.source is None:
         notes.append("the source was not traced: the window begins with the destination's first restore work")
         if outcome.booted(traced):

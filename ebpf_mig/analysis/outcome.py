@@ -9,8 +9,8 @@ the source again is no failure by itself: savevm, a migration to a file and a pa
                 the destination answered the source's last bytes, or the source's VMM closed the connection and kept
                 running
     failed      the VMM or the migration's driver reported it; or the destination's process ended, or the connection
-                broke, and the source kept its guest; or the source's process ended while its guest ran, or after
-                the guest had stopped and before dirty logs or its state were read (it shut down)
+                broke, and the source kept its guest; or something of a migration was seen, and the source's
+                process ended while its guest ran, or had stopped and neither dirty logs nor state were read
     cancelled   the VMM or the migration's driver reported it
     saved       the state was seen to go to a file or into a pipe, and no destination was seen
     unknown     anything else
@@ -65,7 +65,7 @@ def result(case: TracedMigration) -> Result:
         return Result.FAILED
     if found is not None and _handed_over(case, found.stop):
         return Result.COMPLETED
-    if found is None and (_other_side_is_gone(case) or _died_running(case)):
+    if found is None and not case.nothing_seen and (_other_side_is_gone(case) or _died_running(case)):
         return Result.FAILED
     return Result.UNKNOWN
 

@@ -149,6 +149,7 @@ class Tracer:
         self._armed = True
         if not self._on_node:
             self._late.append(own_rates.measure(alone_ns, self._program.run_statistics))
+            self._late += self._polled.take()  # a reader without a CPU may read the next values after the blackout
         self._calibrated_ns = clock.monotonic_ns() + CALIBRATION_NS
         self._seen = True
         if self._no_samples:

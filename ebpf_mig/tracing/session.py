@@ -29,8 +29,6 @@ from ebpf_mig.vmm import adapter
 from ebpf_mig.vmm.processes import may_move_plainly, vmm_of
 
 POLL_MS = 20
-YIELD_NICE = 10
-"""Added to the niceness of the thread that reads the records."""
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -156,7 +154,7 @@ class Session:
 
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""
-        with held_signals() as deliver, _yielding():
+        with held_signals() as deliver:
             while True:
                 events = self._tracer.poll(POLL_MS)
                 sink.write_many(events)
@@ -175,20 +173,6 @@ class Session:
         self._tracer.close()
         sink.write_many([Ending(clock.monotonic_ns(), reason, lost, unpaired, runtime, runs, missed)])
         sink.flush()
-
-
-@contextlib.contextmanager
-def _yielding() -> Iterator[None]:
-    """Lowers the priority of this thread only: if CPUs are scarce, the VMMs' threads come first."""
-    thread = threading.get_native_id()
-    before = os.getpriority(os.PRIO_PROCESS, thread)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, min(before + YIELD_NICE, 19))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # without CAP_SYS_NICE the niceness cannot be lowered again
-            os.setpriority(os.PRIO_PROCESS, thread, before)
 
 
 @contextlib.contextmanager

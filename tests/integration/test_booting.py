@@ -124,7 +124,22 @@ def test_record_goes_on(boot: Callable[[Path, str], None], enough: int, tmp_path
     early = [e for e in recording.events if isinstance(e, Transfer) and e.end_ns < started and e.direction == RECEIVE]
     assert sum(e.bytes for e in early) >= enough
     found = analyse(recording).breakdown
-    assert found.migration.result == "unknown" and "booted" in " ".join(found.notes)
+    late = boot is at_once and found.migration.source is not None  # the guest ran before the VM was found
+    assert found.migration.result == "unknown"
+    assert ("nothing of a migration" if late else "booted") in " ".join(found.notes)
+
+
+def test_a_vm_that_ends_while_it_is_recorded_had_no_migration(tmp_path: Path) -> None:
+    path, name = tmp_path / "seen.rec", f"{OURS}boot"
+    with booting(tmp_path, name):
+        command = [sys.executable, "-m", "ebpf_mig", "record", "--vm", name, "--duration", "60s", "-o", str(path)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None and "tracing" in process.stderr.readline()
+        time.sleep(0.5)
+    assert "target-died" in process.communicate(timeout=30)[1]
+    found = analyse(read_recording(path)).breakdown
+    assert (found.migration.result, found.window_ns) == ("unknown", None)
+    assert found.diagnosis is not None and found.diagnosis.headline.endswith("no migration was seen")
 
 
 def test_watch_says_nothing(tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from ebpf_mig.breakdown import Breakdown
 from ebpf_mig.collector import analyse
 from ebpf_mig.linux import procfs
@@ -139,22 +137,12 @@ def test_other_threads(tmp_path: Path) -> None:
 
 
 def test_stolen_time_is_that_of_the_kernel(tmp_path: Path) -> None:
-    """If the recorder got no CPU between the migration's begin and the stop, nothing was read before the window, and
-    nothing is reported. Then it is tried again, at most five times."""
-    for number in range(5):
-        before = procfs.stolen_ns()
-        seen = switched_over(tmp_path / f"{number}.rec", lambda _pid: contextlib.nullcontext())
-        after = procfs.stolen_ns()
-        readings = [event for event in seen.recording.events if isinstance(event, CpuSteal)]
-        for event in readings:
-            if event.cpu >= 0:
-                assert before[event.cpu] <= event.stolen_ns <= after[event.cpu]
-        stolen = seen.breakdown.stolen
-        window = analyse(seen.recording).attribution.window
-        assert window is not None and (stolen is not None or min(e.at_ns for e in readings) > window[0])
-        if stolen is not None:
-            break
-    else:
-        pytest.fail("five times, nothing was read before the window")
-    for row in stolen:
+    before = procfs.stolen_ns()
+    seen = switched_over(tmp_path / "x.rec", lambda _pid: contextlib.nullcontext())
+    after = procfs.stolen_ns()
+    for event in seen.recording.events:
+        if isinstance(event, CpuSteal) and event.cpu >= 0:
+            assert before[event.cpu] <= event.stolen_ns <= after[event.cpu]
+    assert seen.breakdown.stolen is not None, "nothing was read on one side of the window"
+    for row in seen.breakdown.stolen:
         assert 0 < row.stolen_ns <= after[row.cpu] - before[row.cpu]

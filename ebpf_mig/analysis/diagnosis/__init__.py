@@ -72,6 +72,9 @@ def headline(breakdown: Breakdown) -> str:
         if breakdown.migration.mode == Mode.RESTORE and breakdown.window_ns is not None:
             return f"Restored in {ms(breakdown.window_ns)} ms"
         alone = breakdown.migration.source is None
+        nothing = breakdown.migration.mode == Mode.UNKNOWN and result == Result.UNKNOWN and not breakdown.sockets
+        if nothing and breakdown.window_ns is None and not alone and not breakdown.dirty_log.passes:
+            return "Downtime not measured: no migration was seen"
         missing = "stop" if breakdown.window_ns is None or alone else "start on the destination"
         return f"Downtime not measured: no vCPU {missing} was seen"
     aborted = breakdown.came_back and result not in (Result.SAVED, Result.COMPLETED)
