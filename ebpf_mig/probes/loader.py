@@ -28,6 +28,10 @@ from ebpf_mig.probes.hook import TRACE_EVENT, TRACEPOINT, Hook
 from ebpf_mig.probes.inherited import MapDescription, ProgramDescription
 from ebpf_mig.probes.run_statistics import run_statistics
 
+_FASTER = ("-g0", "-Xclang", "-disable-llvm-passes")
+"""They take a quarter off the compile time. bcc optimises what clang returns (`run_pass_manager` of its bpf_module.cc),
+so that clang need not; and no program of ours needs BTF of its own.
+"""
 SAMPLING = "sampling"
 """A program for samples of a perf event, beside the ways to attach of `hook`."""
 
@@ -98,7 +102,7 @@ class Program:
         """Compiles a family of programs. PreflightError if it does not compile or violates its contract with Python."""
         bcc = require_bcc()
         os.environ["BCC_KERNEL_SOURCE"] = str(source.HEADERS)
-        flags = ["-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
+        flags = [*_FASTER, "-w", f"-DEBPF_MIG_PAGE_SIZE={os.sysconf('SC_PAGESIZE')}"]
         flags += [f"-D{name}={value}" for name, value in defines.items()]
         try:
             # LLVM ends the process on some errors, so its output must not be captured.
