@@ -133,7 +133,9 @@ def assert_heartbeat(run: Traced) -> None:
 
 
 def _beats(lines: Sequence[TraceLine]) -> list[int]:
-    return [line.at_ns for line in lines if line.name == "serial_write" and "addr 0x00 " in line.text]
+    """Writes to the data register: `write addr 0x00 val ...`, from QEMU 11.1 on `[0x00] <- ...`."""
+    data = ("write addr 0x00 ", "[0x00] <- ")
+    return [line.at_ns for line in lines if line.name == "serial_write" and line.text.startswith(data)]
 
 
 def assert_true(run: Traced) -> None:
