@@ -20,7 +20,7 @@ FIXED_FILE, LINK, ASYNC = 1, 4, 16
 DATASYNC = 1
 POLLED = 2
 """IORING_SETUP_SQPOLL: a thread of the kernel takes the requests."""
-PREAD, PWRITE, PREADV, PWRITEV = 0, 1, 7, 8
+PREAD, PWRITE, AIO_FSYNC, AIO_FDSYNC, PREADV, PWRITEV = 0, 1, 2, 3, 7, 8
 """IOCB_CMD_*."""
 _ENTER_GETEVENTS, _ENTER_SQ_WAKEUP = 1, 2
 _REGISTER_BUFFERS, _REGISTER_FILES = 0, 2
@@ -132,14 +132,14 @@ class Ring:
         return self.results(len(requests))
 
 
-def io_submit(requests: Sequence[tuple[int, int, ctypes.Array[ctypes.c_char], int]]) -> list[int]:
+def io_submit(requests: Sequence[tuple[int, int, ctypes.Array[ctypes.c_char] | None, int]]) -> list[int]:
     """Runs requests (IOCB_CMD_*, descriptor, buffer, offset) by io_submit(2) in one call, and returns their results."""
     context, count = ctypes.create_string_buffer(8), len(requests)
     _call(_IO_SETUP, count, context)
     blocks = [
         ctypes.create_string_buffer(
-            struct.pack("=QIIHhIQQq16x", n, 0, 0, opcode, 0, fd, ctypes.addressof(buffer),
-                        len(buffer) // 16 if opcode in (PREADV, PWRITEV) else len(buffer), offset), 64)
+            struct.pack("=QIIHhIQQq16x", n, 0, 0, opcode, 0, fd, ctypes.addressof(buffer) if buffer else 0,
+                        len(buffer or "") // (16 if opcode in (PREADV, PWRITEV) else 1), offset), 64)
         for n, (opcode, fd, buffer, offset) in enumerate(requests)
     ]  # fmt: skip
     pointers = struct.pack(f"={count}Q", *map(ctypes.addressof, blocks))

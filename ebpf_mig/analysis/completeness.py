@@ -19,8 +19,8 @@ from ebpf_mig.recording.kinds import MISSED_RETURN
 
 ESSENTIAL = frozenset({"dirty-log", "vcpu", "state", "kick", "socket"})
 """Signals that the phases need. The other signals only add detail."""
-_OF_FILES = "on_io_uring_"
-"""Programs that see files only (bpf/uring.bpf.c)."""
+_OF_FILES = ("on_io_uring_", "on_aio_")
+"""Programs that see files only (bpf/uring.bpf.c, bpf/aio_sync.bpf.c)."""
 
 
 def completeness(

@@ -9,6 +9,7 @@
 #include "file_calls.h"
 #include "io_submit.h"
 #include "uring.bpf.c"
+#include "aio_sync.bpf.c"
 #include "sched.bpf.c"
 #include "lock.bpf.c"
 #include "stack_sampler.bpf.c"

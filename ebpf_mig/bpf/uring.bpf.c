@@ -33,9 +33,9 @@
 #define SYNC 3
 
 struct request {
-	u64 begin_ns, tgid, kind, call;
+	u64 begin_ns, tgid, kind, call, carrier;
 };
-BPF_HASH(requests, u64, struct request, 4096);	/* in flight, by struct io_kiocb */
+BPF_HASH(requests, u64, struct request, 4096);	/* in flight, by struct io_kiocb, or as of aio_sync.bpf.c */
 
 static __always_inline u32 kind_of(u8 opcode)
 {
@@ -85,18 +85,17 @@ TRACED_PROGRAM(on_io_uring_submit, struct bpf_raw_tracepoint_args)
 		count(r.kind == SYNC ? KIND_CALL : KIND_TRANSFER, true);
 }
 
-static __always_inline void sync_done(struct process_state *p, u64 pid_tgid, struct request *request, u64 now, s64 ret,
-				      u64 file)
+static __always_inline void sync_done(struct process_state *p, const struct request *request, u64 now, s64 ret)
 {
 	struct call_record *r = new_call(p, now);
 
 	if (!r)
 		return;
 	r->begin_ns = request->begin_ns;
-	r->pid = pid_tgid >> 32;
+	r->pid = request->tgid;
 	r->tid = 0;				/* as of queued.h */
 	r->call = request->call;
-	r->file = carrier_of(file, FILE_LEAST_BYTES);
+	r->file = request->carrier;
 	r->bytes = 0;
 	r->ret = ret;
 	r->off_cpu_ns = -1;
@@ -124,8 +123,10 @@ TRACED_PROGRAM(on_io_uring_complete, struct bpf_raw_tracepoint_args)
 #endif
 	now = bpf_ktime_get_ns();
 	file = read_u64(key, OFF_request_file);
-	if (request.kind == SYNC)
-		sync_done(p, pid_tgid, &request, now, result, file);
-	else if (result > 0)
+	if (request.kind == SYNC) {
+		request.carrier = carrier_of(file, FILE_LEAST_BYTES);
+		sync_done(p, &request, now, result);
+	} else if (result > 0) {
 		request_done(p, pid_tgid, request.begin_ns, now, request.kind, result, file);
+	}
 }

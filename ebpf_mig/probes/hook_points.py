@@ -49,6 +49,9 @@ IO_URING = Extra(
     one_of=(("io_uring_submit_req", "on_io_uring_submit"), ("io_uring_submit_sqe", "on_io_uring_submit")),
 )
 """Linux 6.4 renamed the second one. `uring.py` says where their arguments are."""
+AIO_SYNC = Extra(
+    "aio-sync", (("workqueue_execute_end", "on_aio_sync_done"), ("workqueue_queue_work", "on_aio_sync_queued"))
+)
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),), (("sched_exit_tp", "on_sched_exit"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),
@@ -59,6 +62,7 @@ EXTRAS = (
     Extra("exec-begin", (("sched_prepare_exec", "on_prepare_exec"),)),
     HIDDEN_SENDS,
     IO_URING,
+    AIO_SYNC,
 )
 
 

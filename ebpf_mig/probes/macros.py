@@ -112,7 +112,7 @@ def defines(
     macros["TRACE_EVENTS"] = int(choice.trace_events)
     macros["USER_STACKS"] = int(user_stacks)
     macros["USER_REGS_AT"] = _USER_REGS_AT.get(os.uname().machine, 0)
-    macros |= _kvm_offsets() | _vsock_offsets() | uring.defines(_NONE)
+    macros |= _kvm_offsets() | _vsock_offsets() | _aio_offsets() | uring.defines(_NONE)
     offsets = btf.offsets(
         btf.VMLINUX, [*OFFSETS.values(), _STATE, _STATE_BEFORE_5_14, _SCHED_INFO, _RUN_DELAY, _NOTIFIERS]
     )
@@ -152,6 +152,21 @@ def _kvm_offsets() -> dict[str, int]:
     return locks | {
         "OFF_kvm_manual": offsets[manual] or _NONE,
         "OFF_notifier_vcpu_id": (offsets[vcpu_id] or 0) - (offsets[notifier] or 0) if known else _NONE,
+    }
+
+
+def _aio_offsets() -> dict[str, int]:
+    """Offsets in `struct aio_kiocb`, which begins with a `struct fsync_iocb` (fs/aio.c); `_NONE` without AIO."""
+    result, to_sync, asked = ("aio_kiocb", "ki_res"), ("aio_kiocb", "fsync"), ("io_event", "obj")
+    work, file = ("fsync_iocb", "work"), ("fsync_iocb", "file")
+    found = btf.offsets(btf.VMLINUX, [result, to_sync, asked, work, file])
+    known = {member: offset for member, offset in found.items() if offset is not None}
+    if len(known) < len(found):
+        return dict.fromkeys(("OFF_aio_object", "OFF_fsync_work", "OFF_fsync_file"), _NONE)
+    return {
+        "OFF_aio_object": known[result] + known[asked],
+        "OFF_fsync_work": known[to_sync] + known[work],
+        "OFF_fsync_file": known[to_sync] + known[file],
     }
 
 

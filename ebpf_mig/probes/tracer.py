@@ -21,7 +21,7 @@ import msgspec
 from ebpf_mig.linux import clock
 from ebpf_mig.probes import attach, own_rates
 from ebpf_mig.probes.fault_counts import FaultCounts
-from ebpf_mig.probes.hook_points import EXTRAS, IO_URING
+from ebpf_mig.probes.hook_points import AIO_SYNC, EXTRAS, IO_URING
 from ebpf_mig.probes.loader import read_symbols
 from ebpf_mig.probes.plan import SAMPLER, Plan
 from ebpf_mig.probes.polled import Polled
@@ -47,7 +47,8 @@ from ebpf_mig.recording.events import (
 )
 from ebpf_mig.recording.kinds import MISSED_RETURN
 
-_DETAIL = {SAMPLER, *(program for extra in EXTRAS if extra is not IO_URING for _, program in extra.all_hooks)}
+_QUEUED = (IO_URING, AIO_SYNC)
+_DETAIL = {SAMPLER, *(program for extra in EXTRAS if extra not in _QUEUED for _, program in extra.all_hooks)}
 """Programs that an interrupt handler can re-enter, for example by a lock wait. Their recursion misses lose no call."""
 CALIBRATION_NS = 100_000_000
 """How long the kernel counts the run time of our programs, from when they are attached. In a migration, they run some

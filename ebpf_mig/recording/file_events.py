@@ -29,8 +29,8 @@ SYNCS = frozenset({FileCall.FSYNC, FileCall.FDATASYNC, FileCall.SYNC_FILE_RANGE,
 
 
 class Call(Event, frozen=True, tag=27):
-    """A `FileCall` of a thread while no vCPU of its process ran. One that io_uring was asked for has no thread (`tid`
-    0).
+    """A `FileCall` of a thread while no vCPU of its process ran. One that io_uring or io_submit(2) was asked for has
+    no thread (`tid` 0), and lasts until it is done.
     """
 
     begin_ns: Instant

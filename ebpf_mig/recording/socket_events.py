@@ -51,8 +51,8 @@ class Transfer(Event, frozen=True, tag=6):
 
     Requests on files that a process queues (io_uring, io_submit(2)) have no thread: `tid` is 0. They begin with their
     submission, end with their completion, and can overlap; `calls` counts requests. `in_call_ns` is the time in which
-    any of a batch was under way, at least. The completion of what io_submit(2) queues is not seen: such a batch ends
-    with the call, and `calls` counts these.
+    any of a batch was under way, at least. The completion of a read or write that io_submit(2) queues is not seen:
+    such a batch ends with the call, and `calls` counts these.
     """
 
     begin_ns: Instant

@@ -20,7 +20,7 @@ _REASONS = frozenset({
 _SIGNALS = frozenset({
     "dirty-log", "vcpu", "state", "kick", "socket", "wire", "lock", "off-cpu", "retransmits", "hidden-sends",
     "brownout", "split", "samples", "pipe", "file", "exec", "exec-begin", "vcpu-inside", "async-faults",
-    "vsock", "io-uring", "shutdown",
+    "vsock", "io-uring", "aio-sync", "shutdown",
 })  # fmt: skip
 _TCP_INFO = frozenset({
     "busy_time", "rwnd_limited", "sndbuf_limited", "total_retrans", "bytes_retrans", "bytes_acked", "bytes_sent",

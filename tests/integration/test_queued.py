@@ -78,7 +78,7 @@ def traced(do: Asked, tier: str = AUTO, *, beside_a_vcpu: bool = False) -> Itera
     events: list[AnyEvent] = []
     with Tracer([do.process.pid], tier=tier) as tracer:
         tracer.arm()
-        assert tracer.attached["io-uring"] == TRACEPOINT
+        assert tracer.attached["io-uring"] == tracer.attached["aio-sync"] == TRACEPOINT
         if beside_a_vcpu:
             table = tracer._program.table("processes")
             table[ctypes.c_uint32(do.process.pid)] = table.Leaf(running=1)
@@ -224,6 +224,29 @@ def test_what_io_submit_reads_and_writes(tier: str, tmp_path: Path) -> None:
     assert all(began <= e.begin_ns <= e.end_ns <= ended and e.calls == 1 for e in queued(events))
     hidden = [e for e in events if isinstance(e, Transfer) and e.hidden]
     assert not hidden or moved(hidden) == {(key, SEND): 8192}
+
+
+@pytest.mark.everywhere("tiers")
+def test_a_sync_that_io_submit_queues_lasts_until_it_is_done(tmp_path: Path) -> None:
+    """The process waits for its end. What it writes, and fsync(2), are no such requests."""
+    with asked(tmp_path) as do:
+        one = do.opens("one")
+        with traced(do) as events:
+            took = []
+            for call in ("AIO_FDSYNC", "AIO_FSYNC"):
+                do("out = os.pwrite(one, os.urandom(1 << 25), 0)")
+                began, results, ended = do(
+                    f"out = [time.monotonic_ns(), io_submit([({call}, one, None, 0)]), time.monotonic_ns()]"
+                )
+                assert results == [0]
+                took.append((began, ended))
+            assert do("out = io_submit([(PWRITE, one, room, 0)])") == [8192], "no sync"
+            do("os.fsync(one)")
+    syncs = [e for e in events if isinstance(e, Call) and not e.tid]
+    assert [(e.call, e.file, e.ret) for e in syncs] == [(FileCall.FDATASYNC, one, 0), (FileCall.FSYNC, one, 0)]
+    for sync, (began, ended) in zip(syncs, took, strict=True):
+        assert began <= sync.begin_ns < sync.end_ns
+        assert abs(sync.end_ns - ended) + sync.begin_ns - began < max(5 * MS, (ended - began) // 4)
 
 
 @pytest.fixture
