@@ -234,7 +234,7 @@ def test_a_sync_that_io_submit_queues_lasts_until_it_is_done(tmp_path: Path) -> 
         with traced(do) as events:
             took = []
             for call in ("AIO_FDSYNC", "AIO_FSYNC"):
-                do("out = os.pwrite(one, os.urandom(1 << 25), 0)")
+                do("out = os.pwrite(one, bytes(1 << 26), 0)")
                 began, results, ended = do(
                     f"out = [time.monotonic_ns(), io_submit([({call}, one, None, 0)]), time.monotonic_ns()]"
                 )
@@ -246,7 +246,7 @@ def test_a_sync_that_io_submit_queues_lasts_until_it_is_done(tmp_path: Path) -> 
     assert [(e.call, e.file, e.ret) for e in syncs] == [(FileCall.FDATASYNC, one, 0), (FileCall.FSYNC, one, 0)]
     for sync, (began, ended) in zip(syncs, took, strict=True):
         assert began <= sync.begin_ns < sync.end_ns
-        assert abs(sync.end_ns - ended) + sync.begin_ns - began < max(5 * MS, (ended - began) // 4)
+        assert abs(sync.end_ns - ended) + sync.begin_ns - began < max(20 * MS, (ended - began) // 4), (began, ended)
 
 
 @pytest.fixture
