@@ -29,7 +29,8 @@ from tests.loop_device import loop_device
 from tests.queued import POLLED
 
 MS = 1_000_000
-pytestmark = requires("root", "bcc", "kernel BTF", RINGS)
+pytestmark = requires("root", "bcc", "kernel BTF")
+rings = requires(RINGS)
 ASKED = """
 import os, socket, sys, time
 from tests.queued import *
@@ -78,7 +79,7 @@ def traced(do: Asked, tier: str = AUTO, *, beside_a_vcpu: bool = False) -> Itera
     events: list[AnyEvent] = []
     with Tracer([do.process.pid], tier=tier) as tracer:
         tracer.arm()
-        assert tracer.attached["io-uring"] == tracer.attached["aio-sync"] == TRACEPOINT
+        assert tracer.attached["aio-sync"] == TRACEPOINT
         if beside_a_vcpu:
             table = tracer._program.table("processes")
             table[ctypes.c_uint32(do.process.pid)] = table.Leaf(running=1)
@@ -104,6 +105,7 @@ def moved(events: Iterable[AnyEvent]) -> Counter[tuple[int, int]]:
 @pytest.mark.parametrize(
     "flags", [pytest.param(0, id="entered"), pytest.param(POLLED, id="polled", marks=pytest.mark.long)]
 )
+@rings
 def test_what_a_ring_reads_and_writes_on_files(flags: int, tmp_path: Path) -> None:
     """By the thread that enters the ring, a worker of the kernel, or its thread that polls; short, failed or fixed."""
     with asked(tmp_path) as do:
@@ -135,6 +137,7 @@ def test_what_a_ring_reads_and_writes_on_files(flags: int, tmp_path: Path) -> No
         assert [e.position for e in ordered] == [sum(e.bytes for e in ordered[:n]) for n in range(len(ordered))]
 
 
+@rings
 def test_a_request_lasts_from_its_submission_to_its_completion(tmp_path: Path) -> None:
     """One that waits for another one, which takes 0.2 s."""
     with asked(tmp_path) as do:
@@ -160,6 +163,7 @@ def test_a_request_lasts_from_its_submission_to_its_completion(tmp_path: Path) -
 
 
 @pytest.mark.long
+@rings
 def test_requests_that_overlap_are_one_batch_beside_a_vcpu_that_runs(tmp_path: Path) -> None:
     """Its time is that in which any of them was under way, not the sum."""
     with asked(tmp_path) as do:
@@ -177,6 +181,7 @@ def test_requests_that_overlap_are_one_batch_beside_a_vcpu_that_runs(tmp_path: P
 
 
 @pytest.mark.long
+@rings
 def test_requests_that_are_under_way_when_tracing_begins_or_ends_do_not_count(tmp_path: Path) -> None:
     with asked(tmp_path) as do:
         do.opens("one")
@@ -189,6 +194,7 @@ def test_requests_that_are_under_way_when_tracing_begins_or_ends_do_not_count(tm
 
 
 @pytest.mark.parametrize("tier", [AUTO, pytest.param(TRACEPOINT, marks=pytest.mark.long)])
+@rings
 def test_a_send_by_a_ring_counts_once(tier: str, tmp_path: Path) -> None:
     """It is made inside io_uring_enter(2), which is a traced call, too, or by a worker."""
     with asked(tmp_path) as do:
@@ -257,6 +263,7 @@ def device(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.long
+@rings
 def test_a_block_device_is_one_carrier_by_whatever_node_it_is_opened(device: Path, tmp_path: Path) -> None:
     node = tmp_path / "node"
     os.mknod(node, 0o600 | 0o060000, device.stat().st_rdev)
