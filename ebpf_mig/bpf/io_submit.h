@@ -4,9 +4,8 @@
  *
  * In: a call that returned, and its requests in user memory. Out: TRANSFER records without a thread, as of queued.h. The
  * kernel shows no completion: such a request counts as done when the call returns, with the bytes that were asked for.
- * Syncs are seen in aio_sync.bpf.c.
  * Of a call, the first IOCBS_SEEN requests count, as far as they are on the file of the first one, and of a request the
- * first IOVECS_SEEN buffers.
+ * first IOVECS_SEEN buffers. Syncs are in aio_sync.bpf.c.
  */
 #pragma once
 

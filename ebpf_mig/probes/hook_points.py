@@ -52,6 +52,7 @@ IO_URING = Extra(
 AIO_SYNC = Extra(
     "aio-sync", (("workqueue_execute_end", "on_aio_sync_done"), ("workqueue_queue_work", "on_aio_sync_queued"))
 )
+"""The kernel syncs what io_submit(2) asks for in a work of a work queue (fs/aio.c)."""
 EXTRAS = (
     Extra("off-cpu", (("sched_switch", "on_sched_switch"),), (("sched_exit_tp", "on_sched_exit"),)),
     Extra("lock", (("contention_begin", "on_contention_begin"), ("contention_end", "on_contention_end"))),

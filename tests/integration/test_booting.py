@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -131,12 +131,14 @@ def test_record_goes_on(boot: Callable[[Path, str], None], enough: int, tmp_path
 
 def test_a_vm_that_ends_while_it_is_recorded_had_no_migration(tmp_path: Path) -> None:
     path, name = tmp_path / "seen.rec", f"{OURS}boot"
-    with booting(tmp_path, name):
-        command = [sys.executable, "-m", "ebpf_mig", "record", "--vm", name, "--duration", "60s", "-o", str(path)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None and "tracing" in process.stderr.readline()
-        time.sleep(0.5)
-    assert "target-died" in process.communicate(timeout=30)[1]
+    command = [sys.executable, "-m", "ebpf_mig", "record", "--vm", name, "--duration", "60s", "-o", str(path)]
+    with ExitStack() as vm:
+        vm.enter_context(booting(tmp_path, name))
+        with running(*command, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None and "tracing" in process.stderr.readline()
+            time.sleep(0.5)
+            vm.close()
+            assert "target-died" in process.communicate(timeout=30)[1]
     found = analyse(read_recording(path)).breakdown
     assert (found.migration.result, found.window_ns) == ("unknown", None)
     assert found.diagnosis is not None and found.diagnosis.headline.endswith("no migration was seen")
