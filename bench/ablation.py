@@ -34,9 +34,11 @@ from ebpf_mig.probes.hook_points import EXTRAS
 from ebpf_mig.probes.loader import Program
 from ebpf_mig.probes.macros import STACK_NEVER, defines
 from ebpf_mig.probes.plan import Plan
+from ebpf_mig.probes.polled import Polled
 from ebpf_mig.probes.records import CONTRACT
 from ebpf_mig.probes.tiers import Choice
 from ebpf_mig.probes.tracer import Tracer
+from ebpf_mig.recording.events import AnyEvent
 from ebpf_mig.tracing.session import POLL_MS
 
 BLACKOUTS = 8
@@ -114,16 +116,16 @@ class Pair:
         self._process.wait()
 
 
-class _NoReadings:
-    """Stands in for `probes.polled.Polled`."""
+class _NoReadings(Polled):
+    """Reads nothing."""
 
     def open(self) -> None: ...
 
-    def close(self) -> None: ...
+    def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
+        del events
+        return []
 
-    def follow(self, pid: int) -> None: ...
-
-    def due(self, _events: object) -> list[object]:
+    def take(self) -> list[AnyEvent]:
         return []
 
 
@@ -142,7 +144,7 @@ class Traced:
         self._tracer = Tracer(pids, Plan(hooks, self._program, {}))
         self._tracer._statistics.close()
         if not variant.readings:
-            self._tracer._polled = _NoReadings()  # type: ignore[assignment]
+            self._tracer._polled = _NoReadings(lambda: None, tcp=False)
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
