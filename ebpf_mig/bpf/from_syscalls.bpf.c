@@ -49,58 +49,65 @@ static __always_inline void choose_end(struct call_args *c)
 
 /*
  * Most calls are irrelevant: they are rejected by number, then by request, before any lookup. `nr` is never stale:
- * the exit after an entry resets it.
+ * the exit after an entry resets it. Returns when the call began, if that was read last of all, so that the duration of
+ * the call has no part of this program; else 0.
  */
-static __always_inline void sys_enter(struct call_begins *ctx, u64 pid_tgid, u64 nr)
+static __always_inline u64 sys_enter(struct call_begins *ctx, u64 pid_tgid, u64 nr, u64 began)
 {
 	struct process_state *p;
 	struct thread_state *s;
 	struct call_args c;
 	const void *regs;
-	u64 now;
+	u64 descriptors = 0, now;
 
 	if (direction_of(nr) < 0 && nr != NR_shutdown && !file_call(nr) && nr != NR_io_submit &&
 	    (KVM_FUNCTIONS || (nr != NR_ioctl && nr != NR_tgkill)))
-		return;
+		return 0;
 	regs = CALL_REGS(ctx);
 	read_args(regs, &c);
 	if (nr == NR_ioctl && !is_tracked_ioctl(c.a1))
-		return;
+		return 0;
 	if (file_call(nr) && !takes_time(&c, regs))
-		return;
+		return 0;
 	s = this_thread(pid_tgid);
 	p = needs_process(nr, c.a1) ? this_process(pid_tgid) : 0;
 	if (!s)
-		return;
+		return 0;
 	s->seen = 1;
-	now = bpf_ktime_get_ns();
 	if (nr == NR_tgkill) {
-		emit_wait_before_kick(pid_tgid, now);
-		emit_kick(pid_tgid, now, c.a1, c.a2);
-		return;
+		emit_wait_before_kick(pid_tgid, began);
+		emit_kick(pid_tgid, began, c.a1, c.a2);
+		return 0;
 	}
 	if (nr == NR_shutdown) {
-		socket_shut_down(pid_tgid, now, c.a0);
-		return;
+		socket_shut_down(pid_tgid, began, c.a0);
+		return 0;
 	}
 	if (nr == NR_ioctl)
-		any_ioctl_enter(s, p, pid_tgid, now, &c);
+		any_ioctl_enter(s, p, pid_tgid, began, &c);
 	else if (nr == NR_splice)
 		choose_end(&c);
+	else if (nr == NR_sendmsg)
+		descriptors = passed((const void *)c.a1);
+	if (nr == NR_ioctl && (u32)c.a1 == KVM_RUN) {
+		begin_call(s, began, nr, c.a0, c.a1);	/* when the record says that it began */
+		return 0;
+	}
+	now = bpf_ktime_get_ns();
 	begin_call(s, now, nr, c.a0, nr == NR_io_submit ? c.a2 : c.a1);
-	if (nr == NR_sendmsg)
-		s->descriptors = passed((const void *)c.a1);
+	s->descriptors = descriptors;
+	return now;
 }
 
 int on_sys_enter(struct call_begins *ctx)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid(), began;
+	u64 pid_tgid = bpf_get_current_pid_tgid(), began, now;
 
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))
 		return not_traced(true);
 	began = bpf_ktime_get_ns();
-	sys_enter(ctx, pid_tgid, CALL_NUMBER(ctx));
-	return traced(began, true);
+	now = sys_enter(ctx, pid_tgid, CALL_NUMBER(ctx), began);
+	return traced_until(began, now ? now : bpf_ktime_get_ns(), true);
 }
 
 #define ERESTARTSYS 512
@@ -131,7 +138,7 @@ static __always_inline struct thread_state *first_exit(u64 pid_tgid, const void 
 
 TRACED_PROGRAM(on_sys_exit, struct call_ends)
 {
-	u64 now, nr;
+	u64 now = began, nr;
 	s64 ret = CALL_RETURNED(ctx);
 	struct process_state *p;
 	struct thread_state *s;
@@ -141,7 +148,6 @@ TRACED_PROGRAM(on_sys_exit, struct call_ends)
 		s = first_exit(pid_tgid, CALL_REGS(ctx), ret);
 	if (!s || !s->nr || (KVM_FUNCTIONS && s->nr == NR_ioctl + 1))
 		return;
-	now = bpf_ktime_get_ns();
 	nr = s->nr - 1;
 	s->nr = 0;
 	p = nr != NR_ioctl || needs_process(nr, s->a1) ? this_process(pid_tgid) : 0;

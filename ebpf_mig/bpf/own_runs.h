@@ -149,12 +149,11 @@ static __always_inline bool own_runs_due(struct own_runs *o, u64 began, u64 sinc
 	return true;
 }
 
-/* A run for a traced process, which has taken since `began`; `call`: at the entry of a system call. */
-static __always_inline int traced(u64 began, bool call)
+/* A run for a traced process; `call`: at the entry of a system call. */
+static __always_inline int traced_until(u64 began, u64 now, bool call)
 {
 	u32 cpu = bpf_get_smp_processor_id();
 	struct own_runs *o = own_runs.lookup(&cpu);
-	u64 now;
 
 	if (!o)
 		return 0;
@@ -162,12 +161,16 @@ static __always_inline int traced(u64 began, bool call)
 		emit_own_runs(o, cpu, began);
 	if (!o->since_ns)
 		o->since_ns = began;
-	now = bpf_ktime_get_ns();
 	o->until_ns = now;
 	o->run_ns += now - began;
 	o->runs++;
 	o->calls += call;
 	return 0;
+}
+
+static __always_inline int traced(u64 began, bool call)
+{
+	return traced_until(began, bpf_ktime_get_ns(), call);
 }
 
 /* A run for a process that is not traced; `call`: at the entry of a system call. */
@@ -189,9 +192,9 @@ static __always_inline int not_traced(bool call)
 	return 0;
 }
 
-/* Defines a program, whose body follows, that runs for traced processes only. */
+/* Defines a program, whose body follows, that runs for traced processes only. It began at `began`. */
 #define TRACED_PROGRAM(name, context)						\
-static __always_inline void name##_body(context *ctx, u64 pid_tgid);		\
+static __always_inline void name##_body(context *ctx, u64 pid_tgid, u64 began);	\
 int name(context *ctx)								\
 {										\
 	u64 pid_tgid = bpf_get_current_pid_tgid(), began;			\
@@ -199,7 +202,7 @@ int name(context *ctx)								\
 	if (!EBPF_MIG_TARGETS((u32)(pid_tgid >> 32)))				\
 		return not_traced(false);					\
 	began = bpf_ktime_get_ns();						\
-	name##_body(ctx, pid_tgid);						\
+	name##_body(ctx, pid_tgid, began);					\
 	return traced(began, false);						\
 }										\
-static __always_inline void name##_body(context *ctx, u64 pid_tgid)
+static __always_inline void name##_body(context *ctx, u64 pid_tgid, u64 began)

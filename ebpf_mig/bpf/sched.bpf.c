@@ -93,18 +93,16 @@ static __always_inline void emit_run_delay(struct thread_state *s, u64 pid_tgid,
 #endif
 
 /* The current task is still the previous one. If it is runnable, it was preempted and does not sleep. */
-static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 task, u64 next, u32 next_tid)
+static __always_inline void switched_out(void *ctx, u64 pid_tgid, u64 now, u64 task, u64 next, u32 next_tid)
 {
 	struct thread_state *s = known_thread(pid_tgid);
 	struct process_state *p;
 	s64 stack = -1;
 	bool preempted;
-	u64 now;
 
 	if (!s)
 		return;
 	preempted = (u32)read_u64(task, OFF_task_state) == 0;
-	now = bpf_ktime_get_ns();
 	s->off.since = now;
 	s->off.preempted = preempted;
 	s->off.rt_throttled = preempted && is_real_time(task) && !is_real_time(next);
@@ -149,17 +147,16 @@ static __always_inline void emit_off_cpu(u64 pid_tgid, struct off_cpu *off, u64 
 }
 
 /* With STACK_WHEN_BACK, the thread is the current one. */
-static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u32 previous_tid)
+static __always_inline void switched_in(void *ctx, u32 tid, u32 tgid, u64 now, u32 previous_tid)
 {
 	struct thread_state *s = known_thread(tid);
 	struct process_state *p;
 	struct off_cpu off;
-	u64 now, since;
+	u64 since;
 	s64 taken = -1;
 
 	if (!s || !s->off.since)
 		return;
-	now = bpf_ktime_get_ns();
 	off = s->off;
 	since = off.since;
 	s->off.since = 0;
@@ -232,7 +229,7 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		}
 		began = bpf_ktime_get_ns();
 		bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
-		switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
+		switched_out(ctx, pid_tgid, began, ctx->args[1], next, tid);
 		return traced(began, false);
 	}
 	bpf_probe_read_kernel(&tgid, sizeof(tgid), (void *)(next + OFF_task_tgid));
@@ -245,9 +242,9 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	began = bpf_ktime_get_ns();
 	bpf_probe_read_kernel(&tid, sizeof(tid), (void *)(next + OFF_task_pid));
 	if (of_target)
-		switched_out(ctx, pid_tgid, ctx->args[1], next, tid);
+		switched_out(ctx, pid_tgid, began, ctx->args[1], next, tid);
 	if (EBPF_MIG_TARGETS(tgid))
-		switched_in(ctx, tid, tgid, (u32)pid_tgid);
+		switched_in(ctx, tid, tgid, began, (u32)pid_tgid);
 	return traced(began, false);
 }
 
@@ -264,6 +261,6 @@ int on_sched_exit(struct bpf_raw_tracepoint_args *ctx)
 	}
 	began = bpf_ktime_get_ns();
 	previous = switched_from.lookup(&zero);
-	switched_in(ctx, pid_tgid, pid_tgid >> 32, previous ? *previous : 0);
+	switched_in(ctx, pid_tgid, pid_tgid >> 32, began, previous ? *previous : 0);
 	return traced(began, false);
 }

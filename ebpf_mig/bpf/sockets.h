@@ -324,7 +324,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 {
 	struct transfer_batch *batch = direction == SEND ? &s->batch[0] : &s->batch[1];
 	u64 took = now - s->enter, gap = p->passes_on ? HOP_GAP_NS : COALESCE_GAP_NS, socket;
-	bool detail = in_detail(p, now);
+	bool detail = in_detail(p, now), introduced;
 
 	if (ret <= 0)
 		transfer_failed(s, pid_tgid, now, direction, ret, file);
@@ -347,10 +347,12 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 		batch->off_before_ns = s->off_before;
 		batch->fd = fd;
 		batch->file = file;
+		introduced = batch->socket == socket;	/* by the batch before */
 		batch->socket = socket;
 		batch->epoch = p->epoch;
 		batch->bytes = batch->in_call_ns = batch->max_call_ns = batch->off_cpu_ns = batch->descriptors = 0;
-		introduce(pid_tgid, now, batch);
+		if (!introduced)
+			introduce(pid_tgid, now, batch);
 	}
 	if (ret <= 0) {
 		batch->failed++;

@@ -25,8 +25,10 @@ TRACED_PROGRAM(on_sock_send_length, struct bpf_raw_tracepoint_args)
 	if (sent <= 0)
 		return;
 	s = this_thread(pid_tgid);
+	if (!s || (s->nr && direction_of(s->nr - 1) == SEND))	/* that call's exit makes the record */
+		return;
 	p = this_process(pid_tgid);
-	if (!s || !p || (s->nr && direction_of(s->nr - 1) == SEND))	/* that call's exit makes the record */
+	if (!p)
 		return;
 	sock = read_u64(ctx->args[0], OFF_sock_socket);
 	if (!sock)
