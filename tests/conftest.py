@@ -81,13 +81,12 @@ def _dirty_ring() -> bool:
         os.close(fd)
 
 
-def _has_control_groups() -> bool:
-    """Groups that we may make, of version 1 or of version 2 with its controllers passed on."""
+def _has_control_groups(controller: str, *files: str) -> bool:
+    """Groups that we may make, of version 1 or of version 2 with its controllers passed on. `files`: of version 1."""
     top = Path("/sys/fs/cgroup")
     enabled = top / "cgroup.subtree_control"
-    ways = [top / "cpu" / "cpu.cfs_quota_us", top / "freezer" / "cgroup.procs"]
     return os.access(top, os.W_OK) and (
-        all(map(os.path.exists, ways)) or (enabled.exists() and "cpu" in enabled.read_text().split())
+        all((top / file).exists() for file in files) or (enabled.exists() and controller in enabled.read_text().split())
     )
 
 
@@ -154,7 +153,10 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "nft": lambda: _succeeds(
         "unshare", "--net", "nft", "add table ip nat; add chain ip nat c { type nat hook output priority 0; }"
     ),
-    "control groups with cpu and freezer": _has_control_groups,
+    "control groups with cpu and freezer": lambda: _has_control_groups(
+        "cpu", "cpu/cpu.cfs_quota_us", "freezer/cgroup.procs"
+    ),
+    "control groups that limit memory": lambda: _has_control_groups("memory", "memory/cgroup.procs"),
     "fish": lambda: shutil.which("fish") is not None,
     "trace_processor_shell": lambda: shutil.which("trace_processor_shell") is not None,
     "promtool": lambda: shutil.which("promtool") is not None,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ebpf_mig.exporter.leash import Leash, is_stopped
+from ebpf_mig.exporter.leash import Leash, is_stopped, kill_first
 from ebpf_mig.exporter.spawn import start
 
 if TYPE_CHECKING:
@@ -39,16 +39,24 @@ class Child:
     """One of our processes, or the time between two of its lives."""
 
     def __init__(
-        self, name: str, module: str, argument: Callable[[int], str], fds: Sequence[int], *, beats: bool = False
+        self,
+        name: str,
+        module: str,
+        argument: Callable[[int], str],
+        fds: Sequence[int],
+        *,
+        beats: bool = False,
+        spare: bool = False,
     ) -> None:
-        """`argument`: makes the process's argument from the descriptor of its pipe. `beats`: it has a heartbeat."""
+        """`argument`: makes the process's argument from the descriptor of its pipe. `beats`: it has a heartbeat.
+        `spare`: when memory runs out, the kernel kills it before others."""
         self.name = name
         self.restarts = 0
         self.status: int | None = None
         """How it ended last: an exit code, or the negative number of a signal. None while it runs."""
         self.was_ready = False
         """Whether any of its lives got ready."""
-        self._module, self._argument, self._fds, self._beats = module, argument, fds, beats
+        self._module, self._argument, self._fds, self._beats, self._spare = module, argument, fds, beats, spare
         self._process: subprocess.Popen[bytes] | None = None
         self._leash: Leash | None = None
         self._pipe = -1
@@ -99,6 +107,8 @@ class Child:
             fds = [*self._fds, theirs, self._leash.theirs]
             self._process = start(self._module, self._argument(theirs), fds=fds)
             self._leash.tie(self._process.pid)
+            if self._spare:
+                kill_first(self._process.pid)
             self.status = None
         except OSError as error:  # too many processes, or no memory; it may work later
             _log.error("the process %s cannot be started: %s", self.name, error)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the kernel kill a child when we end or release it, even if it is stopped or runs as another user.
+"""Has the kernel kill a child when we end or release it, even if it is stopped or runs as another user; or before
+others when memory runs out.
 
 In: a running child. Out: a `Leash`. prctl(2)'s parent-death signal is not enough: it is cleared when a process changes
 its identity, and does not reach another user's process without CAP_KILL. Instead the child holds one end of a socket
@@ -9,10 +10,16 @@ F_SETSIG, F_SETOWN). It checks permission against the process that asked for the
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 import socket
+
+from ebpf_mig.linux import procfs
+
+_KILLED_FIRST = 1000
+"""proc(5), oom_score_adj: the highest value. With 500, another process was killed in its place in 2 of 7 tries."""
 
 
 class Leash:
@@ -46,3 +53,12 @@ def is_stopped(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # it has ended
         return False
+
+
+def kill_first(pid: int) -> None:
+    """Has the kernel kill a child before others when memory runs out, in its group or on its machine.
+
+    Nothing happens if that is not allowed.
+    """
+    with contextlib.suppress(OSError), open(procfs.path(pid, "oom_score_adj"), "w") as file:  # noqa: PTH123
+        file.write(str(_KILLED_FIRST))

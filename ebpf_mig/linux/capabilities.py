@@ -61,9 +61,12 @@ def has_seccomp_filter() -> bool:
 
 def require_tracing() -> None:
     """PreflightError if tracing cannot work. Call it before anything is started."""
+    from ebpf_mig.linux.memory import require_memory  # with pathlib, which the exporter's small processes do not load
+
     require_host_pids()
     require_privilege()
     require_room()
+    require_memory()
 
 
 def require_privilege() -> None:

@@ -22,6 +22,7 @@ from ebpf_mig.analysis.lost_cpu import CPU_QUOTA
 from ebpf_mig.vmm.qemu.lab import QemuPair, QemuVm, find_binary
 from tests.companion import Companion
 from tests.conftest import TRACING, requires
+from tests.integration.control_group import Group
 from tests.integration.exporters import PROGRAM, report, running, until
 from tests.integration.migrations import LASTING
 from tests.integration.shapes import MS, OPTIONS, TOOL, TOOLS, Tool, completed, pids, recorded, start, whole
@@ -56,35 +57,6 @@ class Contained(QemuPair):
 
 THROTTLED_NS = 50_000_000
 """The CPU quota is a fifth of a CPU in each 100 ms, so it takes 80 ms of each period."""
-
-
-class Group:
-    """A control group of version 1 or 2."""
-
-    def __init__(self, controller: str) -> None:
-        old = Path("/sys/fs/cgroup", controller)
-        self._is_old = old.is_dir()
-        self.path = (old if self._is_old else Path("/sys/fs/cgroup")) / f"ebpf-mig-test-{os.getpid()}"
-
-    def __enter__(self) -> Group:
-        self.path.mkdir()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        until(lambda: not (self.path / "cgroup.procs").read_text())
-        self.path.rmdir()
-
-    def quota(self, percent: int) -> None:
-        if self._is_old:
-            (self.path / "cpu.cfs_quota_us").write_text(str(percent * 1000))
-        else:
-            (self.path / "cpu.max").write_text(f"{percent * 1000} 100000")
-
-    def freeze(self, on: bool) -> None:
-        if self._is_old:
-            (self.path / "freezer.state").write_text("FROZEN" if on else "THAWED")
-        else:
-            (self.path / "cgroup.freeze").write_text("1" if on else "0")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_mig.linux import procfs
-from ebpf_mig.linux.cgroup import Quota
+from ebpf_mig.linux.cgroup import Quota, memory_limit
 
 
 def tree(tmp_path: Path, groups: list[str], files: dict[str, str]) -> Quota:
@@ -102,3 +102,19 @@ def test_a_real_quota() -> None:
             busy.wait()
     assert before is not None and after is not None
     assert after - before > 200_000_000
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "limit"),
+    [
+        (["0::/a/b"], {"a/memory.max": "200\n", "a/b/memory.max": "max\n", "memory.max": "max\n"}, 200),
+        (["0::/a/b"], {"a/memory.max": "max\n", "a/b/memory.max": "max\n"}, None),
+        (["0::/"], {"memory.max": "77\n"}, 77),
+        (["0::/", "9:memory:/a"], {"memory/a/memory.limit_in_bytes": "5\n", "memory/memory.limit_in_bytes": "7\n"}, 5),
+        (["9:cpu,memory:/a"], {"memory/a/memory.limit_in_bytes": "\n"}, None),
+        (["9:cpu:/a", "nonsense", ""], {"memory/a/memory.limit_in_bytes": "5\n", "a/memory.max": "-1"}, None),
+    ],
+)
+def test_the_lowest_memory_limit(tmp_path: Path, lines: list[str], files: dict[str, str], limit: int | None) -> None:
+    tree(tmp_path, [], files)
+    assert memory_limit(lines, tmp_path / "root") == limit
