@@ -172,6 +172,14 @@ static __always_inline void begin_call(struct thread_state *s, u64 now, u64 nr, 
 	s->enter = now;
 }
 
+/* ns off the CPU within the call in flight, which ended at `now`: without a preemption of the program that says so. */
+static __always_inline u64 off_cpu_in_call(struct thread_state *s, u64 now)
+{
+	u64 took = now - s->enter;
+
+	return s->off_call < took ? s->off_call : took;
+}
+
 static __always_inline u64 read_u64(u64 base, u32 offset)
 {
 	u64 v = 0;

@@ -116,6 +116,6 @@ static __always_inline void file_call_done(struct thread_state *s, struct proces
 	r->file = named ? carrier_of(file_of(s->a0), FILE_LEAST_BYTES) : 0;
 	r->bytes = call == CALL_FSYNC || call == CALL_FDATASYNC ? 0 : s->a1;
 	r->ret = call == CALL_MMAP && ret > 0 ? 0 : ret;	/* no addresses in a recording */
-	r->off_cpu_ns = OFF_CPU_KNOWN ? s->off_call : -1;
+	r->off_cpu_ns = OFF_CPU_KNOWN ? off_cpu_in_call(s, now) : -1;
 	events.ringbuf_submit(r, RB_NO_WAKEUP);
 }

@@ -271,7 +271,7 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->flags = s->flags;
 	r->addr = s->addr;
 	r->size = s->size;
-	r->off_cpu_ns = OFF_CPU_KNOWN ? s->off_call : -1;
+	r->off_cpu_ns = OFF_CPU_KNOWN ? off_cpu_in_call(s, now) : -1;
 	r->slots_lock_ns = LOCKS_KNOWN ? s->lock_ns[LOCK_SLOTS] : -1;
 	r->mmu_lock_ns = LOCKS_KNOWN ? s->lock_ns[LOCK_MMU] : -1;
 	r->other_lock_ns = LOCKS_KNOWN ? s->lock_ns[LOCK_OTHER] : -1;

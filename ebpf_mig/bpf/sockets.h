@@ -362,7 +362,7 @@ static __always_inline void transfer_done(struct thread_state *s, struct process
 	batch->calls++;
 	batch->bytes += ret;
 	batch->in_call_ns += took;
-	batch->off_cpu_ns += s->off_call;
+	batch->off_cpu_ns += off_cpu_in_call(s, now);
 	batch->descriptors += s->descriptors;
 	if (took > batch->max_call_ns)
 		batch->max_call_ns = took;

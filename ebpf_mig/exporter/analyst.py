@@ -31,7 +31,7 @@ class Analyst:
         def argument(ready: int) -> str:
             return json.dumps({"work": work, "ready": ready, "parent": os.getpid()})
 
-        self.child = Child("analyst", "ebpf_mig.exporter.analysis_worker", argument, [work], spare=True)
+        self.child = Child("analyst", "ebpf_mig.exporter.analysis_worker", argument, [work], expendable=True)
 
     @property
     def rests(self) -> bool:

@@ -46,17 +46,18 @@ class Child:
         fds: Sequence[int],
         *,
         beats: bool = False,
-        spare: bool = False,
+        expendable: bool = False,
     ) -> None:
         """`argument`: makes the process's argument from the descriptor of its pipe. `beats`: it has a heartbeat.
-        `spare`: when memory runs out, the kernel kills it before others."""
+        `expendable`: when memory runs out, the kernel kills it before others."""
         self.name = name
         self.restarts = 0
         self.status: int | None = None
         """How it ended last: an exit code, or the negative number of a signal. None while it runs."""
         self.was_ready = False
         """Whether any of its lives got ready."""
-        self._module, self._argument, self._fds, self._beats, self._spare = module, argument, fds, beats, spare
+        self._module, self._argument, self._fds = module, argument, fds
+        self._beats, self._expendable = beats, expendable
         self._process: subprocess.Popen[bytes] | None = None
         self._leash: Leash | None = None
         self._pipe = -1
@@ -107,7 +108,7 @@ class Child:
             fds = [*self._fds, theirs, self._leash.theirs]
             self._process = start(self._module, self._argument(theirs), fds=fds)
             self._leash.tie(self._process.pid)
-            if self._spare:
+            if self._expendable:
                 kill_first(self._process.pid)
             self.status = None
         except OSError as error:  # too many processes, or no memory; it may work later
