@@ -261,7 +261,7 @@ static __always_inline bool in_detail(struct process_state *p, u64 now)
 	u64 *all = fetches.lookup(&zero), ms;
 
 	/* Another program may have refilled it after `now` was read: on another CPU, or here after a preemption. */
-	ms = now > p->refilled + 999999 ? (now - p->refilled) / 1000000 : 0;
+	ms = now > p->refilled ? (now - p->refilled) / 1000000 : 0;
 
 	if (p->running > 0)
 		return false;
