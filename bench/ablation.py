@@ -121,6 +121,10 @@ class _NoReadings(Polled):
 
     def open(self) -> None: ...
 
+    def at_edges(self, edges: Sequence[AnyEvent]) -> list[AnyEvent]:
+        del edges
+        return []
+
     def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
         del events
         return []

@@ -77,9 +77,10 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 {
 	u64 gap = s->run_exit_ns ? now - s->run_exit_ns : 0;
 	bool worth_a_record = !s->runs || gap > VCPU_GAP_NS || s->run_ret < 0;
+	bool starts = p->running <= 0 && (!s->run_exit_ns || gap > STOPPED_NS);
 	struct vcpu_enter_record *r;
 
-	if (!p->started && p->running <= 0 && (!s->run_exit_ns || gap > STOPPED_NS))
+	if (starts)
 		p->started = 1;
 	s->runs++;
 	s->vcpu_fd = fd;
@@ -113,7 +114,7 @@ static __always_inline void vcpu_enter(struct thread_state *s, struct process_st
 	r->last_exit_ns = s->run_exit_ns;
 	r->last_ret = s->run_ret;
 	r->runs = s->runs;
-	events.ringbuf_submit(r, s->runs > 1 ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);	/* a destination starts */
+	events.ringbuf_submit(r, starts ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 }
 
 /*
@@ -238,9 +239,10 @@ static __always_inline void any_ioctl_enter(struct thread_state *s, struct proce
 		vcpu_enter(s, p, pid_tgid, now, c->a0);
 }
 
-static __always_inline bool is_long_fetch(struct thread_state *s, u64 now)
+/* The reader decides on the sampling of the next fetch. While no vCPU runs, the last one is over. */
+static __always_inline bool is_worth_sampling(struct thread_state *s, struct process_state *p, u64 now)
 {
-	return is_dirty_log(s->a1) && now - s->enter > LONG_FETCH_NS;
+	return !(p && p->running <= 0) && (s->samples || (is_dirty_log(s->a1) && now - s->enter > LONG_FETCH_NS));
 }
 
 static __always_inline void ioctl_exit(struct thread_state *s, struct process_state *p, u64 pid_tgid, u64 now,
@@ -280,15 +282,15 @@ static __always_inline void ioctl_exit(struct thread_state *s, struct process_st
 	r->copy_ns = SPLIT_KNOWN ? s->split_ns[SPLIT_COPY] : -1;
 	r->spin_ns = LOCKS_KNOWN && OFF_CPU_KNOWN ? s->spin_ns : -1;
 	r->off_total_ns = OFF_CPU_KNOWN ? s->off_all : -1;
-	events.ringbuf_submit(r, s->samples || is_long_fetch(s, now) ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
+	events.ringbuf_submit(r, is_worth_sampling(s, p, now) ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 	s->samples = 0;
 }
 
 static __always_inline void emit_kick(u64 pid_tgid, u64 now, u64 target, u64 signal)
 {
 	struct kick_record *r = events.ringbuf_reserve(sizeof(*r));
+	bool stops = own_stop(now);
 
-	own_stop(now);
 	if (!r) {
 		count(KIND_KICK, true);
 		return;
@@ -299,5 +301,5 @@ static __always_inline void emit_kick(u64 pid_tgid, u64 now, u64 target, u64 sig
 	r->tid = (u32)pid_tgid;
 	r->target_tid = (u32)target;
 	r->signal = (u32)signal;
-	events.ringbuf_submit(r, RB_FORCE_WAKEUP);	/* a source stops */
+	events.ringbuf_submit(r, stops ? RB_FORCE_WAKEUP : RB_NO_WAKEUP);
 }

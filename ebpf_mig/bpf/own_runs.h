@@ -18,6 +18,7 @@
 
 #define OWN_PART 32			/* the part of the time since the stop by which records are apart */
 #define STOP_APART_NS 1000000000ULL
+#define KICKS_APART_NS 20000000ULL
 #define OTHERS_A_LOOK 32		/* runs for other processes after which the clock is read */
 
 struct own_runs_record {
@@ -39,14 +40,17 @@ BPF_ARRAY(own_runs, struct own_runs, CPUS);
 BPF_ARRAY(reading_process, u64, 1);
 BPF_ARRAY(stopping, u64, 1);		/* when the last stop began: see the top */
 
-/* A vCPU was kicked. */
-static __always_inline void own_stop(u64 now)
+/* A vCPU was kicked. Returns whether this may begin a stop: none was kicked shortly before. */
+static __always_inline bool own_stop(u64 now)
 {
 	u32 zero = 0;
-	u64 *stop = stopping.lookup(&zero);
+	u64 *stop = stopping.lookup(&zero), before;
 
-	if (stop)
-		*stop = now;
+	if (!stop)
+		return true;
+	before = *stop;
+	*stop = now;
+	return now - before > KICKS_APART_NS;
 }
 
 /* State is read or written, which a destination on this host does without a kick. */

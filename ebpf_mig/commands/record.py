@@ -99,7 +99,7 @@ def command(
             try:
                 with LiveLine(watch, plain=not until_eof and output != "-", shared=child is not None) as live:
                     reason = session.pump(
-                        writer, _until(pids, duration, child, until_eof, witness, arrive, session.follow, live)
+                        writer, _until(pids, duration, child, until_eof, witness, arrive, session, live)
                     )
             finally:
                 try:
@@ -157,7 +157,7 @@ def _until(
     until_eof: bool,
     witness: Witness,
     arrive: Callable[[], list[int]],
-    follow: Callable[[int], None],
+    session: Session,
     live: LiveLine,
 ) -> Callable[[Sequence[AnyEvent]], str | None]:
     """The condition that ends tracing. While COMMAND runs, the end of a migration does not."""
@@ -175,12 +175,13 @@ def _until(
         witness.passed(events)
         own = run.without_hops(events, hops)
         watch.saw(own)
-        live.show(own)
+        if not session.holds:
+            live.show(own)
         now = clock.monotonic_ns()
         witness.look(watch, now)
         for pid in witness.hops - hops:
             hops.add(pid)
-            follow(pid)
+            session.follow(pid)
         if duration_ns is not None and now - begin >= duration_ns:
             return "duration"
         if until_eof and _input_ended():

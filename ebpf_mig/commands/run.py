@@ -175,7 +175,8 @@ def _pump_until_done(
         witness.passed(events)
         own = without_hops(events, hops)
         watch.saw(own)
-        live.show(own)
+        if not session.holds:
+            live.show(own)
         witness.meet(watch, clock.monotonic_ns())
         run.neighbours = witness.marks()
         for pid in witness.hops - hops:

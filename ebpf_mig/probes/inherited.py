@@ -69,8 +69,8 @@ def _libbpf() -> ctypes.CDLL:
 
 
 class Table:
-    """A map with the interface of a bcc table: `table[key] = leaf`, `del table[key]`, `items()`, `clear()`, with ctypes
-    objects.
+    """A map with the interface of a bcc table, with ctypes objects: `table[key]`, `table[key] = leaf`,
+    `del table[key]`, `items()`, `clear()`.
     """
 
     def __init__(self, lib: ctypes.CDLL, fd: int, described: MapDescription) -> None:
@@ -79,6 +79,9 @@ class Table:
 
     def __len__(self) -> int:
         return self.described.entries
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf.size))
 
     def __setitem__(self, key: Any, leaf: Any) -> None:
         if self._lib.bpf_map_update_elem(self._fd, ctypes.byref(key), ctypes.byref(leaf), 0) < 0:
@@ -111,7 +114,7 @@ class Table:
         entries = []
         for key in list(self.keys()):
             with contextlib.suppress(KeyError):
-                entries.append((key, self.Leaf.from_buffer_copy(self.raw(key, self.described.leaf.size))))
+                entries.append((key, self[key]))
         return entries
 
     def clear(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -117,6 +118,10 @@ class Program:
         }
         self._records: list[bytes] = []
         self._rings: set[str] = set()
+        self._urgent = select.epoll()
+        """Wakes for records that ask for it. libbpf waits level-triggered: once it was woken, that returns at once for
+        each record that has arrived since, so that a reader hardly sleeps while many arrive.
+        """
         self._functions: dict[str, Any] = {}
         self._fds: dict[str, int] = {}
         """Descriptors of loaded programs, by the key of their hook."""
@@ -192,14 +197,17 @@ class Program:
         def take(_context: object, data: int, size: int) -> None:
             records.append(ctypes.string_at(data, size))
 
-        self._bpf[name.encode()].open_ring_buffer(take)
+        table = self._bpf[name.encode()]
+        table.open_ring_buffer(take)
+        self._urgent.register(table.map_fd, select.EPOLLIN | select.EPOLLET)
 
     def close_ring(self) -> None:
         """Does nothing: bcc keeps the ring buffer mapped. An inherited program unmaps it."""
 
     def poll(self, timeout_ms: int) -> list[bytes]:
         """The records that arrived. Waits at most `timeout_ms` for a record that wakes the reader; most do not."""
-        self._bpf.ring_buffer_poll(timeout_ms)
+        if timeout_ms:
+            self._urgent.poll(timeout_ms / 1000)
         self._bpf.ring_buffer_consume()  # records that do not wake the reader, and records behind them
         taken = self._records[:]
         self._records.clear()
@@ -246,6 +254,7 @@ class Program:
     def close(self) -> None:
         """Detaches everything; idempotent."""
         self._attachments.close()
+        self._urgent.close()
         for name in self._fds.keys() - self._functions.keys():
             os.close(self._fds.pop(name))
         self._bpf.cleanup()

@@ -71,9 +71,25 @@ class Polled:
         if self._tcp is not None:
             self._tcp.wait()
 
+    def at_edges(self, edges: Sequence[AnyEvent]) -> list[AnyEvent]:
+        """The readings that are due after kicks and entries into KVM_RUN, where a window may begin or end."""
+        edge = False
+        for event in edges:
+            if isinstance(event, Kick):
+                edge = edge or event.pid not in self._stopped
+                self._stopped.add(event.pid)
+            elif isinstance(event, VcpuEnter):
+                edge = edge or bool(self._stopped)
+                self._stopped.clear()
+        if not edge or clock.monotonic_ns() - self._last_ns <= APART_AT_EDGES_NS:
+            return []
+        if not self._stopped:
+            self._ask()
+        return self._read()
+
     def due(self, events: Sequence[AnyEvent]) -> list[AnyEvent]:
-        """The readings that are due after these events; `events` may be empty."""
-        worth = edge = False
+        """The readings that are due after other events; `events` may be empty."""
+        worth = False
         for event in events:
             if isinstance(event, Transfer):
                 if event.direction == SEND:
@@ -82,18 +98,11 @@ class Polled:
             elif isinstance(event, Socket):
                 self._sockets[event.socket] = event
                 worth = True
-            elif isinstance(event, Kick):
-                edge = edge or event.pid not in self._stopped
-                self._stopped.add(event.pid)
-            elif isinstance(event, VcpuEnter):
-                edge = edge or bool(self._stopped)
-                self._stopped.clear()
             elif isinstance(event, Ioctl) and event.cmd in kvm.DIRTY_LOG:
                 worth = self._fetching = True
-        apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS if self._stopped else APART_NS
         answers: list[AnyEvent] = [*self._tcp.answers()] if self._tcp else []
         now = clock.monotonic_ns()
-        if (worth or edge) and now - self._last_ns > apart:
+        if worth and now - self._last_ns > (APART_IN_STOP_NS if self._stopped else APART_NS):
             return answers + self.take()
         return answers + (self._own_cost() if self._fetching and now - self._last_cost_ns > COST_APART_NS else [])
 
@@ -103,24 +112,32 @@ class Polled:
         return readings + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
-        """Reads our own cost, the quotas and the stolen time now. tcp_info arrives later, through `due`."""
+        """Reads our own cost, the quotas and the stolen time now. tcp_info arrives later, through `due`.
+
+        Threads can be moved to other groups at any time, and a migration's threads are new. Their groups are not looked
+        up at the edges of a window, since that takes as long as all the rest. Nor is tcp_info read where it begins.
+        """
+        if (now := clock.monotonic_ns()) - self._last_groups_ns > APART_NS:
+            self._last_groups_ns = now
+            for pid, quota in self._quotas.items():
+                quota.include(procfs.control_groups(pid))
+        self._ask()
+        return self._read()
+
+    def _read(self) -> list[AnyEvent]:
         self._last_ns = clock.monotonic_ns()
-        cost = self._own_cost() + self._held() + self._stolen()
+        return self._own_cost() + self._held() + self._stolen()
+
+    def _ask(self) -> None:
         for inode, socket in list(self._sockets.items()):
             if self._tcp is not None and self._bytes.get(inode, 0) >= TCP_READ_BYTES:
                 self._tcp.ask(socket)
-        return cost
 
     def follow(self, pid: int) -> None:
         """Starts to read the values of a process."""
         self._quotas[pid] = Quota(procfs.control_groups(pid))
 
     def _held(self) -> list[AnyEvent]:
-        """Threads can be moved to other groups at any time, and a migration's threads are new."""
-        if (now := clock.monotonic_ns()) - self._last_groups_ns > APART_NS:
-            self._last_groups_ns = now
-            for pid, quota in self._quotas.items():
-                quota.include(procfs.control_groups(pid))
         readings = [(pid, quota.held_ns(), clock.monotonic_ns()) for pid, quota in self._quotas.items()]
         return [CpuQuota(at, pid, held) for pid, held, at in readings if held is not None]
 

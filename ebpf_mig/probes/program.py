@@ -21,8 +21,8 @@ class BpfProgram(Protocol):
         """Detaches what `attach` attached."""
 
     def table(self, name: str) -> Any:
-        """The map of that name, with the interface of bcc's tables: `table[key] = leaf`, `del table[key]`, `items()`,
-        `clear()`.
+        """The map of that name, with the interface of bcc's tables: `table[key]`, `table[key] = leaf`,
+        `del table[key]`, `items()`, `clear()`.
 
         Keys and leaves are ctypes objects; a leaf's members have the names of the C struct's members.
         """

@@ -190,3 +190,11 @@ class Sampler:
             for sampling in process.clocks.values():
                 with contextlib.suppress(OSError):  # the thread is gone
                     sampling.pace(period)
+
+
+def sampler(program_fd: int, set_period: Callable[[int], None]) -> tuple[Sampler, str]:
+    """A sampler, and the reason if it takes no samples although its program was loaded."""
+    try:
+        return Sampler(program_fd, set_period, cost_ns(program_fd) if program_fd >= 0 else 0), ""
+    except OSError as error:
+        return Sampler(-1, set_period), f"perf_event_open: {error.strerror or error}"

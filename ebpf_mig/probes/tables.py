@@ -65,6 +65,12 @@ class ProcessTable:
         iterate(self._walker_fd)
         return {tid.value: state.vcpu_id for tid, state in found.items() if state.tgid == pid}
 
+    def guest_runs(self, pid: int) -> bool:
+        """Whether a vCPU of a traced process is inside KVM_RUN now, by the programs' own count."""
+        with contextlib.suppress(KeyError):
+            return bool(self._program.table("processes")[ctypes.c_uint32(pid)].running > 0)
+        return False
+
     def follow(self, pid: int) -> None:
         """Starts to trace a process that is no VMM. Its calls are coalesced at any time, as if a vCPU of it ran. Those
         that are further apart than `HOP_GAP_NS` are not.

@@ -20,6 +20,7 @@ import msgspec
 
 from ebpf_mig.linux import clock
 from ebpf_mig.probes import attach, own_rates
+from ebpf_mig.probes.backlog import Backlog
 from ebpf_mig.probes.fault_counts import FaultCounts
 from ebpf_mig.probes.hook_points import AIO_SYNC, EXTRAS, IO_URING
 from ebpf_mig.probes.loader import read_symbols
@@ -27,7 +28,7 @@ from ebpf_mig.probes.plan import SAMPLER, Plan
 from ebpf_mig.probes.polled import Polled
 from ebpf_mig.probes.records import decode
 from ebpf_mig.probes.run_statistics import BpfStatistics
-from ebpf_mig.probes.stack_sampler import Sampler, cost_ns
+from ebpf_mig.probes.stack_sampler import sampler
 from ebpf_mig.probes.stacks import Stacks
 from ebpf_mig.probes.tables import ProcessTable, SocketTable, counts, own_runs
 from ebpf_mig.probes.thread_names import ThreadNames
@@ -88,8 +89,9 @@ class Tracer:
         self._on_node = plan is not None and not self.pids
         self._program = self._plan.program
         self._processes, self._sockets = ProcessTable(self._program, self._plan.walker_fd), SocketTable(self._program)
+        self.backlog = Backlog(self._processes.guest_runs)
         self._threads, self._stacks = ThreadNames(), Stacks(self._program)
-        self._sampler, self._no_samples = self._make_sampler(self._plan.sampler_fd)
+        self._sampler, self._no_samples = sampler(self._plan.sampler_fd, self._set_period)
         self._faults = FaultCounts()
         self._late: list[AnyEvent] = []
         self._calibrated_ns = 0
@@ -112,13 +114,6 @@ class Tracer:
         """Starts what `arm` needs, in threads: the compiler does not hold Python's lock."""
         self._polled.begin()
         self._symbols = read_symbols()
-
-    def _make_sampler(self, program_fd: int) -> tuple[Sampler, str]:
-        """A sampler, and the reason if it takes no samples although its program was loaded."""
-        try:
-            return Sampler(program_fd, self._set_period, cost_ns(program_fd) if program_fd >= 0 else 0), ""
-        except OSError as error:
-            return Sampler(-1, self._set_period), f"perf_event_open: {error.strerror or error}"
 
     def __enter__(self) -> Tracer:
         return self
@@ -157,10 +152,28 @@ class Tracer:
             self.attached["split"] = f"absent: {self._no_samples}"
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
-        """The events that arrive within `timeout_ms`. Returns earlier if an urgent event arrives."""
+        """The events that arrive within `timeout_ms`; none while a guest is stopped (`backlog.py`), and later then."""
+        late = self._fetch(timeout_ms)
+        records = self.backlog.take(clock.monotonic_ns())
+        return late if records is None else late + self._events(records)
+
+    def _everything(self) -> list[AnyEvent]:
+        """The events that arrived, also those that were held back."""
+        return self._fetch(0) + self._events(self.backlog.release())
+
+    def _fetch(self, timeout_ms: int) -> list[AnyEvent]:
+        """Moves records from the ring to the backlog. Returns what is known without decoding them."""
         late, self._late = self._late, []
+        wait_ms = 0 if late else self.backlog.wait_ms(timeout_ms, clock.monotonic_ns())
+        edges = self.backlog.add(self._program.poll(wait_ms), clock.monotonic_ns())
+        if not edges:
+            return late
+        self._sampler.follow(edges)
+        return late + self._polled.at_edges(edges)
+
+    def _events(self, records: Sequence[bytes]) -> list[AnyEvent]:
         events: list[AnyEvent] = []
-        for record in self._program.poll(0 if late else timeout_ms):
+        for record in records:
             if self._user_stacks is not None and self._user_stacks.take(record):
                 continue
             event = self._decode(record)
@@ -172,7 +185,7 @@ class Tracer:
             events.append(event)
         if events:
             self._sampler.follow(events)
-        return late + events + self._polled.due(events) + self._calibration()
+        return events + self._polled.due(events) + self._calibration()
 
     def _calibration(self) -> list[AnyEvent]:
         """The kernel's count of our programs' run time beside their own sums, once. Then the kernel stops counting:
@@ -210,7 +223,7 @@ class Tracer:
         last += self._polled.last()
         self._missed_returns += self._processes.missed_returns()
         self._detach()
-        rest = self.poll(0) + last
+        rest = self._everything() + last
         rest += [*self._accounts(now), *self._threads.events()]
         return rest + self._user_stacks.events() if self._user_stacks is not None else rest
 
@@ -240,7 +253,8 @@ class Tracer:
         """Stops tracing a process and returns its remaining events. Call `poll` afterwards."""
         self._missed_returns += self._processes.missed_returns(pid)
         self._processes.remove(pid)
-        self._late = self.poll(0)
+        self._late = self._everything()
+        self.backlog.forget(pid)
         self._sampler.forget(pid)
         self._polled.forget(pid)
         rest = self._accounts(clock.monotonic_ns(), pid)
@@ -261,11 +275,11 @@ class Tracer:
         again until no batch of the process has ended meanwhile, and each open one follows what came by the ring. If
         that never holds, what came by the ring is all that is returned.
         """
-        self._late = self.poll(0)
+        self._late = self._everything()
         for _ in range(SNAPSHOTS):
             batches = [e for e in self._processes.accounts(clock.monotonic_ns(), pid) if isinstance(e, Transfer)]
             before = len(self._late)
-            self._late = self.poll(0)
+            self._late = self._everything()
             ended = any(isinstance(event, Transfer) and event.pid == pid for event in self._late[before:])
             if not ended and all(map(self._sockets.follows, batches)):
                 break

@@ -152,6 +152,11 @@ class Session:
         """Whether a vCPU of a traced process is inside KVM_RUN at this moment."""
         return self._tracer.runs_vcpu(pid)
 
+    @property
+    def holds(self) -> bool:
+        """Whether events are held back, since a guest may be stopped: leave the CPUs to the VMMs now."""
+        return self._tracer.backlog.holds
+
     def pump(self, sink: Sink, until: Until) -> str:
         """Moves events into the sink until `until` gives a reason, and returns it."""
         with held_signals() as deliver:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the kernel's records undecoded while a guest is stopped, so that our process leaves the CPUs to the VMMs.
+
+In: records as they arrive, and whether a guest runs. Out: the records to decode now, in the order of their arrival; at
+once, the events at which a blackout may begin or end.
+
+Records are held from a kick until a vCPU enters KVM_RUN, and some time after, so that the other vCPUs can start, too.
+They are due at once if the kick turns out not to have stopped the guest, or after `MOST_HELD_NS`; also with a new
+carrier or an execve(2), since other processes may have to be traced then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from ebpf_mig.probes.records import decode
+from ebpf_mig.recording.events import AnyEvent, Exec, Kick, Socket, VcpuEnter
+from ebpf_mig.recording.kinds import BY_TYPE
+from ebpf_mig.recording.layout import WORD
+
+MOST_HELD_NS = 200_000_000
+"""How long a kick holds records at most. The live view, and the decision that a migration is over, wait for them."""
+LEAVING_NS = 20_000_000
+"""How long a kicked vCPU may take to leave KVM_RUN. So long nothing is concluded from its being inside."""
+ASLEEP_MS = 100
+"""How long the reader sleeps while records are held, unless the kernel wakes it. The ring has room for longer."""
+STARTING_NS = 10_000_000
+"""How long records are held after a vCPU has entered."""
+
+
+def _head(kind: type) -> bytes:
+    """The first bytes of the records of a kind."""
+    record = BY_TYPE[kind].record
+    assert record is not None  # noqa: S101 - a kind that comes from the kernel
+    return record.number.to_bytes(WORD, sys.byteorder)
+
+
+_KICK, _ENTER = _head(Kick), _head(VcpuEnter)
+_PRESSING = {_head(Socket), _head(Exec)}
+
+
+class Backlog:
+    """The records that are not decoded yet. Call `add` with all that arrive, then `take`."""
+
+    def __init__(self, runs: Callable[[int], bool]) -> None:
+        """`runs`: whether a vCPU of a process is inside KVM_RUN now."""
+        self._runs = runs
+        self._records: list[bytes] = []
+        self._kicked: dict[int, tuple[int, int]] = {}
+        """By process that may have stopped its guest: when its first and its latest kick arrived."""
+        self._started_ns = 0
+        """When a vCPU last entered KVM_RUN."""
+        self._pressing = False
+
+    def add(self, records: Sequence[bytes], now_ns: int) -> list[AnyEvent]:
+        """Takes records. Returns the kicks and the entries into KVM_RUN among them, which `take` returns again."""
+        edges: list[AnyEvent] = []
+        for record in records:
+            kind = record[:WORD]
+            if kind == _KICK:
+                edges.append(kick := decode(record))
+                pid: int = kick.pid  # type: ignore[union-attr]
+                self._kicked[pid] = (self._kicked.get(pid, (now_ns, 0))[0], now_ns)
+            elif kind == _ENTER:
+                edges.append(decode(record))
+                self._kicked.clear()
+                self._started_ns = now_ns
+            elif kind in _PRESSING:
+                self._pressing = True
+        self._records += records
+        return edges
+
+    @property
+    def holds(self) -> bool:
+        """Whether records are held since a guest may be stopped."""
+        return bool(self._kicked)
+
+    def wait_ms(self, timeout_ms: int, now_ns: int) -> int:
+        """How long to wait for records in place of `timeout_ms`; that is 0 if the caller has other work."""
+        asleep = self._kicked and all(now_ns - latest_ns >= LEAVING_NS for _, latest_ns in self._kicked.values())
+        return max(timeout_ms, ASLEEP_MS) if timeout_ms and asleep else timeout_ms
+
+    def take(self, now_ns: int) -> list[bytes] | None:
+        """The records to decode now; None while they are held."""
+        if not self._pressing and self._holds(now_ns):
+            return None
+        return self.release()
+
+    def release(self) -> list[bytes]:
+        """All records, held or not."""
+        self._pressing = False
+        records, self._records = self._records, []
+        return records
+
+    def forget(self, pid: int) -> None:
+        """Waits no longer for the guest of this process."""
+        self._kicked.pop(pid, None)
+
+    def _holds(self, now_ns: int) -> bool:
+        for pid, (first_ns, latest_ns) in list(self._kicked.items()):
+            if now_ns - first_ns >= MOST_HELD_NS or (now_ns - latest_ns >= LEAVING_NS and self._runs(pid)):
+                del self._kicked[pid]
+        return bool(self._kicked) or now_ns - self._started_ns < STARTING_NS
