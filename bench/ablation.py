@@ -7,7 +7,7 @@ for docs/overhead.md. Needs root, /dev/kvm and bcc, and should have the machine 
 A round measures every variant of the tracer in random order, and the same blackouts untraced before and after each. A
 variant's figure in a round is the difference of its median from these two medians. The table has the median of all
 rounds and its 95 % interval by resampling rounds. The processes measure themselves (`bench.blackouts`). All is the
-tracepoint tier.
+tracepoint tier. With `--only`, other tools can take part, which start anew in each round.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from bench.observers import OTHERS, Observer
 from ebpf_mig.compare.stats import bootstrap_interval
 from ebpf_mig.errors import EbpfMigError
 from ebpf_mig.linux import btf
@@ -133,10 +134,26 @@ class _NoReadings(Polled):
         return []
 
 
+class Other:
+    """Another tool, which runs while `on` is open."""
+
+    def __init__(self, tool: Observer, pids: Sequence[int]) -> None:
+        self.name, self._tool, self._pids = tool.name, tool, pids
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Starts it, waits until it watches, and ends it. ObserverError if it fails."""
+        with self._tool.watching(self._pids):
+            yield
+
+    def close(self) -> None: ...
+
+
 class Traced:
     """One variant, compiled and loaded; attached while `on` is open."""
 
     def __init__(self, variant: Variant, pids: Sequence[int]) -> None:
+        self.name = variant.name
         names = {name for extra in EXTRAS for name, _ in extra.all_hooks} - variant.without
         tracepoints = btf.tracepoints(btf.VMLINUX, names)
         macros = defines(pids if variant.targets else [NO_PROCESS], tracepoints) | variant.macros
@@ -180,20 +197,22 @@ class Traced:
         self._tracer.close()
 
 
-def measure(seconds: float, variants: Sequence[Variant]) -> Iterator[dict[str, list[float]]]:
+def measure(seconds: float, variants: Sequence[Variant | Observer]) -> Iterator[dict[str, list[float]]]:
     """Each round: by variant, ns untraced (the mean of before and after) and traced."""
     with contextlib.closing(Pair()) as pair, contextlib.ExitStack() as stack:
-        traced = [stack.enter_context(contextlib.closing(Traced(variant, pair.pids))) for variant in variants]
+        made = [Traced(v, pair.pids) if isinstance(v, Variant) else Other(v, pair.pids) for v in variants]
+        for one in made:
+            stack.callback(one.close)
         end, draw = time.monotonic() + seconds, random.Random()  # noqa: S311 - the order of the variants
         while time.monotonic() < end:
             found: dict[str, list[float]] = {}
             before = pair.measure()
-            for one in draw.sample(traced, len(traced)):
+            for one in draw.sample(made, len(made)):
                 with one.on():
                     pair.measure()  # the first blackouts touch new memory
                     during = pair.measure()
                 after = pair.measure()
-                found[one.variant.name] = [(before + after) / 2, during]
+                found[one.name] = [(before + after) / 2, during]
                 before = after
             yield found
 
@@ -236,13 +255,13 @@ def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=200, help="0: only print the rounds of the file")
-    parser.add_argument("--only", action="append", default=[], help="a variant; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="a variant, or another tool; may be repeated")
     parser.add_argument("-o", "--output", type=Path, help="a file of JSON lines to which the rounds are added")
     options = parser.parse_args()
     rounds: list[dict[str, list[float]]] = []
     if options.output and options.output.exists():
         rounds = [json.loads(line) for line in options.output.read_text().splitlines()]
-    chosen = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
+    chosen = [one for one in (*VARIANTS, *OTHERS) if one.name in (options.only or [v.name for v in VARIANTS])]
     try:
         for found in measure(options.seconds, chosen) if options.seconds else ():
             rounds.append(found)
