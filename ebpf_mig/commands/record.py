@@ -194,6 +194,8 @@ def _until(
             if child.interrupted is not None:
                 return "interrupted"
             ended = ended or now
+        if session.holds:
+            return None
         verdict = watch.verdict(now, [pid for pid in known if procfs.is_alive(pid)]) if known else None
         if verdict is None and ended and not watch.under_way and now - ended >= _AFTER_COMMAND_NS:
             return "command-ended"

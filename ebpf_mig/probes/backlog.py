@@ -20,10 +20,10 @@ from ebpf_mig.recording.kinds import BY_TYPE
 from ebpf_mig.recording.layout import WORD
 
 MOST_HELD_NS = 200_000_000
-"""How long a kick holds records at most. The live view, and the decision that a migration is over, wait for them."""
+"""How long a record is held at most. The live view, and the decision that a migration is over, wait for them."""
 LEAVING_NS = 20_000_000
 """How long a kicked vCPU may take to leave KVM_RUN. So long nothing is concluded from its being inside."""
-ASLEEP_MS = 100
+ASLEEP_MS = 50
 """How long the reader sleeps while records are held, unless the kernel wakes it. The ring has room for longer."""
 STARTING_NS = 10_000_000
 """How long records are held after a vCPU has entered."""
@@ -47,8 +47,10 @@ class Backlog:
         """`runs`: whether a vCPU of a process is inside KVM_RUN now."""
         self._runs = runs
         self._records: list[bytes] = []
-        self._kicked: dict[int, tuple[int, int]] = {}
-        """By process that may have stopped its guest: when its first and its latest kick arrived."""
+        self._kicked: dict[int, int] = {}
+        """By process that may have stopped its guest: when its latest kick arrived."""
+        self._oldest_ns = 0
+        """When the first of the records arrived."""
         self._started_ns = 0
         """When a vCPU last entered KVM_RUN."""
         self._pressing = False
@@ -61,24 +63,25 @@ class Backlog:
             if kind == _KICK:
                 edges.append(kick := decode(record))
                 pid: int = kick.pid  # type: ignore[union-attr]
-                self._kicked[pid] = (self._kicked.get(pid, (now_ns, 0))[0], now_ns)
+                self._kicked[pid] = now_ns
             elif kind == _ENTER:
                 edges.append(decode(record))
                 self._kicked.clear()
                 self._started_ns = now_ns
             elif kind in _PRESSING:
                 self._pressing = True
+        self._oldest_ns = self._oldest_ns if self._records else now_ns
         self._records += records
         return edges
 
     @property
     def holds(self) -> bool:
-        """Whether records are held since a guest may be stopped."""
-        return bool(self._kicked)
+        """Whether records are held: what was returned so far is not all that happened."""
+        return bool(self._records)
 
     def wait_ms(self, timeout_ms: int, now_ns: int) -> int:
         """How long to wait for records in place of `timeout_ms`; that is 0 if the caller has other work."""
-        asleep = self._kicked and all(now_ns - latest_ns >= LEAVING_NS for _, latest_ns in self._kicked.values())
+        asleep = self._kicked and all(now_ns - kicked_ns >= LEAVING_NS for kicked_ns in self._kicked.values())
         return max(timeout_ms, ASLEEP_MS) if timeout_ms and asleep else timeout_ms
 
     def take(self, now_ns: int) -> list[bytes] | None:
@@ -98,7 +101,10 @@ class Backlog:
         self._kicked.pop(pid, None)
 
     def _holds(self, now_ns: int) -> bool:
-        for pid, (first_ns, latest_ns) in list(self._kicked.items()):
-            if now_ns - first_ns >= MOST_HELD_NS or (now_ns - latest_ns >= LEAVING_NS and self._runs(pid)):
+        if now_ns - self._oldest_ns >= MOST_HELD_NS:
+            self._kicked.clear()
+            self._started_ns = 0
+        for pid, kicked_ns in list(self._kicked.items()):
+            if now_ns - kicked_ns >= LEAVING_NS and self._runs(pid):
                 del self._kicked[pid]
         return bool(self._kicked) or now_ns - self._started_ns < STARTING_NS

@@ -154,7 +154,9 @@ class Session:
 
     @property
     def holds(self) -> bool:
-        """Whether events are held back, since a guest may be stopped: leave the CPUs to the VMMs now."""
+        """Whether events are held back, since a guest may be stopped. Then leave the CPUs to the VMMs, and conclude
+        nothing from what is not there.
+        """
         return self._tracer.backlog.holds
 
     def pump(self, sink: Sink, until: Until) -> str:
