@@ -122,7 +122,7 @@ class _NoReadings(Polled):
 
     def open(self) -> None: ...
 
-    def at_edges(self, edges: Sequence[AnyEvent]) -> list[AnyEvent]:
+    def in_stop(self, edges: Sequence[AnyEvent]) -> list[AnyEvent]:
         del edges
         return []
 

@@ -23,8 +23,6 @@ MOST_HELD_NS = 200_000_000
 """How long a record is held at most. The live view, and the decision that a migration is over, wait for them."""
 LEAVING_NS = 20_000_000
 """How long a kicked vCPU may take to leave KVM_RUN. So long nothing is concluded from its being inside."""
-ASLEEP_MS = 50
-"""How long the reader sleeps while records are held, unless the kernel wakes it. The ring has room for longer."""
 STARTING_NS = 10_000_000
 """How long records are held after a vCPU has entered."""
 
@@ -78,11 +76,6 @@ class Backlog:
     def holds(self) -> bool:
         """Whether records are held: what was returned so far is not all that happened."""
         return bool(self._records)
-
-    def wait_ms(self, timeout_ms: int, now_ns: int) -> int:
-        """How long to wait for records in place of `timeout_ms`; that is 0 if the caller has other work."""
-        asleep = self._kicked and all(now_ns - kicked_ns >= LEAVING_NS for kicked_ns in self._kicked.values())
-        return max(timeout_ms, ASLEEP_MS) if timeout_ms and asleep else timeout_ms
 
     def take(self, now_ns: int) -> list[bytes] | None:
         """The records to decode now; None while they are held."""

@@ -71,8 +71,10 @@ class Polled:
         if self._tcp is not None:
             self._tcp.wait()
 
-    def at_edges(self, edges: Sequence[AnyEvent]) -> list[AnyEvent]:
-        """The readings that are due after kicks and entries into KVM_RUN, where a window may begin or end."""
+    def in_stop(self, edges: Sequence[AnyEvent]) -> list[AnyEvent]:
+        """The readings that are due after kicks and entries into KVM_RUN, where a window may begin or end, and between
+        them: why a thread had no CPU shows only in readings shortly before and after it.
+        """
         edge = False
         for event in edges:
             if isinstance(event, Kick):
@@ -81,8 +83,11 @@ class Polled:
             elif isinstance(event, VcpuEnter):
                 edge = edge or bool(self._stopped)
                 self._stopped.clear()
-        if not edge or clock.monotonic_ns() - self._last_ns <= APART_AT_EDGES_NS:
+        apart = APART_AT_EDGES_NS if edge else APART_IN_STOP_NS
+        if not (edge or self._stopped) or clock.monotonic_ns() - self._last_ns <= apart:
             return []
+        if not edge:
+            self._look_up_groups()
         if not self._stopped:
             self._ask()
         return self._read()
@@ -112,17 +117,20 @@ class Polled:
         return readings + (self._tcp.answers(PATIENCE_S) if self._tcp else [])
 
     def take(self) -> list[AnyEvent]:
-        """Reads our own cost, the quotas and the stolen time now. tcp_info arrives later, through `due`.
+        """Reads our own cost, the quotas and the stolen time now. tcp_info arrives later, through `due`."""
+        self._look_up_groups()
+        self._ask()
+        return self._read()
 
-        Threads can be moved to other groups at any time, and a migration's threads are new. Their groups are not looked
-        up at the edges of a window, since that takes as long as all the rest. Nor is tcp_info read where it begins.
+    def _look_up_groups(self) -> None:
+        """Threads can be moved to other groups at any time, and a migration's threads are new.
+
+        Not at the edges of a window: with many threads, it takes longer than all the rest.
         """
         if (now := clock.monotonic_ns()) - self._last_groups_ns > APART_NS:
             self._last_groups_ns = now
             for pid, quota in self._quotas.items():
                 quota.include(procfs.control_groups(pid))
-        self._ask()
-        return self._read()
 
     def _read(self) -> list[AnyEvent]:
         self._last_ns = clock.monotonic_ns()

@@ -164,12 +164,10 @@ class Tracer:
     def _fetch(self, timeout_ms: int) -> list[AnyEvent]:
         """Moves records from the ring to the backlog. Returns what is known without decoding them."""
         late, self._late = self._late, []
-        wait_ms = 0 if late else self.backlog.wait_ms(timeout_ms, clock.monotonic_ns())
-        edges = self.backlog.add(self._program.poll(wait_ms), clock.monotonic_ns())
-        if not edges:
-            return late
-        self._sampler.follow(edges)
-        return late + self._polled.at_edges(edges)
+        edges = self.backlog.add(self._program.poll(0 if late else timeout_ms), clock.monotonic_ns())
+        if edges:
+            self._sampler.follow(edges)
+        return late + self._polled.in_stop(edges) if edges or self.backlog.holds else late
 
     def _events(self, records: Sequence[bytes]) -> list[AnyEvent]:
         events: list[AnyEvent] = []

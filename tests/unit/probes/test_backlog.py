@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from ebpf_mig.probes.backlog import ASLEEP_MS, LEAVING_NS, MOST_HELD_NS, STARTING_NS, Backlog
+from ebpf_mig.probes.backlog import LEAVING_NS, MOST_HELD_NS, STARTING_NS, Backlog
 from ebpf_mig.recording.events import AnyEvent, Exec, Ioctl, Kick, Socket, VcpuEnter
 from ebpf_mig.recording.kinds import BY_TYPE
 from ebpf_mig.recording.layout import WORD
@@ -106,16 +106,6 @@ def test_what_may_need_another_process_to_be_traced_is_due_at_once(rig: Rig, kin
     rig.after(1, KICK)
     assert rig.after(1, IOCTL, record(kind)) == [KICK, IOCTL, record(kind)]
     assert rig.after(1, IOCTL) is None, "the guest is still stopped"
-
-
-def test_the_reader_sleeps_longer_only_once_the_guest_is_known_to_be_stopped(rig: Rig) -> None:
-    rig.after(1, KICK)
-    assert rig.backlog.wait_ms(20, rig.now) == 20
-    rig.after(LEAVING_NS / MS)
-    assert rig.backlog.wait_ms(20, rig.now) == ASLEEP_MS
-    assert rig.backlog.wait_ms(0, rig.now) == 0, "the caller has other work"
-    rig.after(1, ENTER)
-    assert rig.backlog.wait_ms(20, rig.now) == 20
 
 
 def test_everything_can_be_taken_at_any_time(rig: Rig) -> None:
