@@ -239,7 +239,7 @@ static __always_inline void any_ioctl_enter(struct thread_state *s, struct proce
 		vcpu_enter(s, p, pid_tgid, now, c->a0);
 }
 
-/* The reader decides on the sampling of the next fetch. While no vCPU runs, the last one is over. */
+/* The reader decides on the sampling of the next fetch. If no vCPU runs, this was the final one. */
 static __always_inline bool is_worth_sampling(struct thread_state *s, struct process_state *p, u64 now)
 {
 	return !(p && p->running <= 0) && (s->samples || (is_dirty_log(s->a1) && now - s->enter > LONG_FETCH_NS));
