@@ -32,6 +32,7 @@ from ebpf_mig.exporter.store import Store
 from ebpf_mig.exporter.track import as_of
 from ebpf_mig.exporter.tracker import Ended, Tracks
 from ebpf_mig.exporter.troubles import Troubles
+from ebpf_mig.exporter.wall_clock import WallClock, edge_of
 from ebpf_mig.linux import clock, procfs
 from ebpf_mig.linux.kallsyms import Symbols
 from ebpf_mig.linux.sockets import listening_ports
@@ -82,7 +83,7 @@ class NodeWatch:
         self._candidates: dict[int, None] = {}
         self._hops: set[int] = set()
         self._newcomers = Newcomers()
-        self._accounts = Accounts()
+        self._accounts, self._wall_clock = Accounts(), WallClock()
         self._kept = (0, 0)
         self._rescanned = self._ticked = 0.0
         self._now = time.monotonic()
@@ -111,6 +112,7 @@ class NodeWatch:
         if self._tracks:
             # Events can wait; a VM that begins to migrate cannot.
             signs = self._probe.poll(0 if self._candidates else ARMED_MS)
+            self._wall_clock.read()
             self._saw(self._tracer.poll(0))
         else:
             signs = self._probe.poll(self._newcomers.wait_ms(time.monotonic(), IDLE_MS))
@@ -336,7 +338,8 @@ class NodeWatch:
         if ended.doubtful:
             notes.append("more than one process on this node fits as the other side: it is paired with none")
         header = header_for(targets, self._tracer.attached, notes)
-        header = msgspec.structs.replace(header, begin_ns=ended.begin_ns)
+        pair = self._wall_clock.at(edge_of(ended.events, ended.last_ns))
+        header = msgspec.structs.replace(header, begin_ns=ended.begin_ns, clock=pair)
         self._analysis.put(Case(header, [*ended.events, *rest, ending], vms, ended.trigger))
 
     def _so_far(self, pid: int, until_ns: int | None) -> list[AnyEvent]:
