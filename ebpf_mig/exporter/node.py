@@ -127,8 +127,7 @@ class NodeWatch:
             self._tick()
         over: list[Ended] = []
         with self._troubles.of("events", "the migrations that are over"):
-            if not self._tracer.backlog.holds:
-                over = self._tracks.over(clock.monotonic_ns(), self._alive)
+            over = self._tracks.over(clock.monotonic_ns(), self._alive)
         self._follow()
         for ended in over:
             with self._troubles.of("vm", f"the end of a migration of process {ended.pids[0]}"):
