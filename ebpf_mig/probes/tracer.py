@@ -153,7 +153,7 @@ class Tracer:
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
         """The events that arrive within `timeout_ms`; while a guest is stopped, they come later (`backlog.py`). Not on
-        a node: on a busy one, new VMs were not cleared of suspicion then."""
+        a node: on a busy one, new VMs stayed on probation then."""
         if self._on_node:
             return self._everything(timeout_ms)
         late = self._fetch(timeout_ms)
