@@ -42,7 +42,8 @@ def take(track: Track, batch: list[AnyEvent], now_ns: int) -> None:
         elif isinstance(event, Transfer) and not track.watch.carriers.is_of_a_file(event):
             track.moved += event.bytes
             _take_transfer(track, event)
-    if track.moved >= MOVING_BYTES or track.restored & track.fresh - track.ran:
+    awaits_start = bool(track.restored & track.fresh - track.ran)
+    if track.moved >= MOVING_BYTES or (awaits_start and any(isinstance(event, Ioctl | Transfer) for event in batch)):
         track.moved = 0
         track.last_ns = now_ns
         track.until_ns = max(track.until_ns, min(now_ns, track.begin_ns + UNPROVEN_NS) + PROBATION_NS)

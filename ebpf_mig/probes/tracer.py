@@ -152,8 +152,7 @@ class Tracer:
             self.attached["split"] = f"absent: {self._no_samples}"
 
     def poll(self, timeout_ms: int) -> list[AnyEvent]:
-        """The events that arrive within `timeout_ms`; while a guest is stopped, they come later (`backlog.py`). Not on
-        a node: on a busy one, new VMs stayed on probation then."""
+        """The events that arrive within `timeout_ms`. Off a node, `Backlog` may hold them back."""
         if self._on_node:
             return self._everything(timeout_ms)
         late = self._fetch(timeout_ms)
@@ -167,10 +166,11 @@ class Tracer:
     def _fetch(self, timeout_ms: int) -> list[AnyEvent]:
         """Moves records from the ring to the backlog. Returns what is known without decoding them."""
         late, self._late = self._late, []
+        held = self.backlog.holds
         edges = self.backlog.add(self._program.poll(0 if late else timeout_ms), clock.monotonic_ns())
         if edges:
             self._sampler.follow(edges)
-        return late + self._polled.in_stop(edges) if edges or self.backlog.holds else late
+        return late + self._polled.in_stop(edges) if edges or held else late
 
     def _events(self, records: Sequence[bytes]) -> list[AnyEvent]:
         events: list[AnyEvent] = []

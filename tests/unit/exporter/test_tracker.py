@@ -21,9 +21,11 @@ from ebpf_mig.recording.events import (
     NEIGHBOUR,
     PIPE,
     AnyEvent,
+    CpuSteal,
     Exec,
     Ioctl,
     Mark,
+    OffCpu,
     Socket,
     Transfer,
     VcpuEnter,
@@ -467,6 +469,16 @@ def test_a_vm_may_be_kept_on_probation_for_longer() -> None:
     tracks.extend(SOURCE, 10**10)
     assert ended(tracks, 10**10 - 1) == []
     assert [found.reason for found in ended(tracks, 10**10)] == ["nothing"]
+
+
+def test_our_own_readings_do_not_keep_a_waiting_destination_traced() -> None:
+    tracks = begun(pids=[DESTINATION])
+    tracks.saw([restore(DESTINATION, 1)], 1)
+    for now in range(0, PROBATION_NS + S, 20 * MS):
+        tracks.saw([CpuSteal(now, DESTINATION, -1, 5), OffCpu(now, now + 1, DESTINATION, DESTINATION, 0)], now)
+        if over := ended(tracks, now):
+            break
+    assert [one.reason for one in over] == ["nothing"] and now <= PROBATION_NS + 20 * MS
 
 
 def test_who_is_beside_a_source_is_known_before_it_is_proven() -> None:
