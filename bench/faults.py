@@ -89,8 +89,8 @@ def full_buffer(path: Path, on: bool) -> None:
 
 
 def slow_link(path: Path, on: bool) -> None:
-    """The bandwidth of a link between two network namespaces."""
-    migrate(path, LARGE, network=Link(SLOW_LINK if on else 0))
+    """The bandwidth of a link between two network namespaces. It takes 2.0 s to send the guest's working set."""
+    migrate(path, replace(LARGE, downtime_ms=5000), network=Link(SLOW_LINK if on else 0))
 
 
 def slow_reader(path: Path, on: bool) -> None:
