@@ -89,15 +89,27 @@ class Migration(Protocol):
         """Disconnects; the VMs stay as they are."""
 
 
-def wall_to_monotonic(wall_ns: int) -> tuple[int, int]:
-    """(monotonic ns, doubt ns) of a recent CLOCK_REALTIME stamp, from the tightest bracket of both clocks."""
-    monotonic, real, doubt = clock.bracket(3)
-    return monotonic - (real - wall_ns), doubt
+def wall_to_monotonic(wall_ns: int, clocks: ClockPair | None = None) -> tuple[int, int]:
+    """(monotonic ns, doubt ns) of a recent CLOCK_REALTIME stamp. `clocks`: both, read near it; None: as they are now.
+
+    The wall clock runs faster or slower than the other, by what NTP wants.
+    """
+    clocks = clocks or ClockPair(*clock.bracket(3))
+    return clocks.monotonic_ns - (clocks.realtime_ns - wall_ns), clocks.doubt_ns
 
 
-def mark(pid: int, name: str, detail: str = "", value: int = 0, wall_ns: int | None = None, grain_ns: int = 0) -> Mark:
-    """A mark at the present time, or at the VMM's wall-clock stamp, which the VMM rounds down to `grain_ns`."""
+def mark(
+    pid: int,
+    name: str,
+    detail: str = "",
+    value: int = 0,
+    wall_ns: int | None = None,
+    grain_ns: int = 0,
+    clocks: ClockPair | None = None,
+) -> Mark:
+    """A mark at the present time, or at the VMM's wall-clock stamp, which the VMM rounds down to `grain_ns`. `clocks`:
+    see `wall_to_monotonic`."""
     if wall_ns is None:
         return Mark(clock.monotonic_ns(), pid, name, detail, value, 0)
-    at, doubt = wall_to_monotonic(wall_ns)
+    at, doubt = wall_to_monotonic(wall_ns, clocks)
     return Mark(at + grain_ns // 2, pid, name, detail, value, doubt + -(-grain_ns // 2))

@@ -12,11 +12,12 @@ import contextlib
 import os
 import select
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ebpf_mig.errors import VmmError
 from ebpf_mig.linux import procfs
-from ebpf_mig.recording.events import LATEST, AnyEvent, Mark
+from ebpf_mig.recording.events import LATEST, AnyEvent, ClockPair, Mark
 from ebpf_mig.vmm.base import RemoteEnd, mark
 from ebpf_mig.vmm.qemu.monitor import Monitor
 
@@ -48,10 +49,24 @@ class Side:
         """Whether the process has ended, too. Known once `gone` is set."""
         self.changed = asyncio.Event()
         self.death_s = DEATH_S
+        self.clocks: Callable[[], ClockPair] | None = None
+        """Returns both clocks, read near the events that `listen` takes; None: they are read then."""
         self._pidfd = -1
         if remote is None:
             with contextlib.suppress(OSError):
                 self._pidfd = os.pidfd_open(pid)
+
+    @classmethod
+    async def open(cls, path: str, role: str, remote: RemoteEnd | None) -> Side:
+        """Connects to one end and finds its process; VmmError, with nothing left open."""
+        monitor = await Monitor.open(path, role)
+        if remote is not None:
+            return cls(monitor, remote.key, remote)
+        try:
+            return cls(monitor, await monitor.pid())
+        except BaseException:
+            await monitor.close()
+            raise
 
     @property
     def ended(self) -> bool:
@@ -124,7 +139,7 @@ class Side:
     ) -> list[AnyEvent]:
         """One mark on the clock of this end's host; none if that clock is not known."""
         if self.remote is None:
-            return [mark(self.pid, name, detail, value, wall_ns, grain_ns)]
+            return [mark(self.pid, name, detail, value, wall_ns, grain_ns, self.clocks() if self.clocks else None)]
         clock = self.remote.clock
         if clock is None:
             return []

@@ -47,6 +47,11 @@ class LiveUpdate(QemuMigration):
         self._mode_before = ""
         super().__init__(source, None, uri, QemuOptions(capabilities=self._capabilities()))
 
+    @property
+    def _may_rest(self) -> bool:
+        """Not here: the guest may be stopped until the new QEMU's monitor is told to listen."""
+        return False
+
     @staticmethod
     def _capabilities() -> dict[str, bool]:
         return {"multifd": False, "postcopy-ram": False}

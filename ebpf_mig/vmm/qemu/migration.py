@@ -21,6 +21,7 @@ from ebpf_mig.recording.events import Mark, Target
 from ebpf_mig.vmm.base import Outcome, RemoteEnd, mark
 from ebpf_mig.vmm.qemu.endpoint import ENDED, Side
 from ebpf_mig.vmm.qemu.monitor import Monitor, UnansweredError
+from ebpf_mig.vmm.qemu.turns import Turns
 
 _SILENCE_S = 10.0
 """After this long without an event, query the status once: an event may have been lost."""
@@ -79,7 +80,8 @@ class QemuMigration:
         self.uri = uri
         self._remote = dict([remote]) if remote else {}
         self.options = options or QemuOptions()
-        self._loop = asyncio.new_event_loop()
+        self._turns = Turns()
+        self._loop = asyncio.SelectorEventLoop(self._turns)
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
         self._thread.start()
         self._src: Side | None = None
@@ -104,6 +106,11 @@ class QemuMigration:
 
     grows = False
 
+    @property
+    def _may_rest(self) -> bool:
+        """Whether events can be handled late: we do nothing because of them until the migration is over."""
+        return not self.options.postcopy
+
     def appeared(self) -> list[Target]:
         """Nothing: both processes already run."""
         return []
@@ -124,6 +131,7 @@ class QemuMigration:
     def cancel(self) -> None:
         """Sends `migrate_cancel` to the source, or prevents a later `run`. `run` reports errors."""
         self._cancelled = True
+        self._turns.rests = False
         if self._src is not None and not self._loop.is_closed():
             with contextlib.suppress(VmmError, concurrent.futures.CancelledError):
                 self._call(self._src.monitor.execute("migrate_cancel", timeout_s=_CANCEL_S))
@@ -150,9 +158,9 @@ class QemuMigration:
         return [side for side in (self._src, self._dst) if side is not None]
 
     async def _connect(self, source: str, destination: str | None) -> None:
-        self._src = await _open_side(source, "source", self._remote.get("source"))
+        self._src = await Side.open(source, "source", self._remote.get("source"))
         if destination is not None:
-            self._dst = await _open_side(destination, "destination", self._remote.get("destination"))
+            self._dst = await Side.open(destination, "destination", self._remote.get("destination"))
             if self._dst.pid == self._src.pid:
                 raise VmmError("source and destination are the same QEMU", "give each VM's own QMP socket")
 
@@ -201,8 +209,10 @@ class QemuMigration:
             self._listen(side)
         away = self._source.remote is not None  # and our clock differs from its host's
         triggers = [] if away else [mark(self._source.pid, "session.trigger", self.uri)]
+        self._turns.rests = self._may_rest
         problem = await self._migrate(timeout_s)
         await self._arrival()
+        self._turns.rests = False
         figures, reason = await self._source.figures()
         for listener in self._listeners:
             listener.cancel()
@@ -212,6 +222,7 @@ class QemuMigration:
         return Outcome(result, error, tuple(marks), self._remark(result))
 
     def _listen(self, side: Side) -> None:
+        side.clocks = lambda: self._turns.woken
         self._listeners.append(asyncio.ensure_future(side.listen()))
 
     async def _trigger(self) -> None:
@@ -332,15 +343,3 @@ class QemuMigration:
             return "failed", "the destination QEMU ended or failed after the source was done"
         why = "its monitor's connection broke" if destination.gone else f"it sent no event for {DESTINATION_S:g} s"
         return "unknown", f"the source is done; whether the destination runs is not known: {why}"
-
-
-async def _open_side(path: str, role: str, remote: RemoteEnd | None) -> Side:
-    """Connects to one end and finds its process; VmmError, with nothing left open."""
-    monitor = await Monitor.open(path, role)
-    if remote is not None:
-        return Side(monitor, remote.key, remote)
-    try:
-        return Side(monitor, await monitor.pid())
-    except BaseException:
-        await monitor.close()
-        raise
