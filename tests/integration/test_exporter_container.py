@@ -28,7 +28,7 @@ pytestmark = [
 ]
 MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes" / "daemonset.yaml"
 MOST_PROCESSES = 4096
-_PLAIN_CGROUPS = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
+PLAIN_CGROUPS = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
 """crun works with cgroups of version 1 or 2, but not with both mounted, as on some hosts."""
 
 
@@ -59,7 +59,7 @@ def test_the_image_measures_a_migration_with_what_the_daemon_set_grants(tmp_path
     pod = yaml.safe_load(MANIFEST.read_text())["spec"]["template"]["spec"]
     state, port, name = tmp_path / "state", free_port(), f"{OURS}exporter"
     state.mkdir()
-    command = ["unshare", "--mount", "sh", "-c", _PLAIN_CGROUPS, "sh"]
+    command = ["unshare", "--mount", "sh", "-c", PLAIN_CGROUPS, "sh"]
     command += ["podman", "run", "--rm", f"--name={name}", *as_granted(pod, state), IMAGE]
     command += ["exporter", "--web.listen-address", f"127.0.0.1:{port}", "--vm", f"{OURS}*"]
     with running(*command) as process:
