@@ -42,6 +42,7 @@ def take(track: Track, batch: list[AnyEvent], now_ns: int) -> None:
         elif isinstance(event, Transfer) and not track.watch.carriers.is_of_a_file(event):
             track.moved += event.bytes
             _take_transfer(track, event)
+    # Our own readings of a VM that waits, and its waits for a CPU, go on for ever.
     awaits_start = bool(track.restored & track.fresh - track.ran)
     if track.moved >= MOVING_BYTES or (awaits_start and any(isinstance(event, Ioctl | Transfer) for event in batch)):
         track.moved = 0
