@@ -151,3 +151,14 @@ def as_qemu_saw(seen: Breakdown, truth: StopAndStart) -> None:
     least_ns, most_ns = truth.least_ns - doubt_ns, truth.most_ns + doubt_ns
     assert least_ns <= seen.blackout_ns + off_ns <= most_ns, (seen.blackout_ns, seen.clock, truth)
     assert sum(phase.duration_ns or 0 for phase in seen.phases) == seen.window_ns
+
+
+def migrated_unix(tool: Tool, pair: QemuPair, directory: Path) -> None:
+    """Migrates the VM over a UNIX socket, and checks that `tool` sees all of it."""
+    source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
+    with tool(pair, directory) as found:
+        start(source, destination, pair.uri)
+        took = completed(pair, source, destination)
+        seen = found()
+    whole(seen, took)
+    assert seen.migration.transport == "unix"

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_mig.vmm.qemu.lab import QemuPair, find_binary
+from ebpf_mig.vmm.qemu.lab import find_binary
 from tests.conftest import TRACING, requires
-from tests.integration.shapes import OPTIONS, TOOLS, Tool, completed, pids, start, whole
+from tests.integration.shapes import OPTIONS, TOOLS, Tool, migrated_unix, pids
 from tests.integration.test_exporter_container import PLAIN_CGROUPS
-from tests.integration.test_results import Qmp
 from tests.integration.test_shapes import UNIX, Contained
 
 pytestmark = [requires(*TRACING, "podman", "private mount namespaces"), pytest.mark.timeout(180)]
@@ -62,19 +61,9 @@ def namespaces(pid: int | str) -> dict[str, str]:
 
 @TOOLS
 def test_vmms_in_an_engines_containers(tool: Tool, tmp_path: Path) -> None:
-    with engine(tmp_path) as binary, contained(binary) as pair:
+    with engine(tmp_path) as binary, Contained(UNIX, binary, OPTIONS) as pair:
         for pid in pids(pair):
             assert Path(f"/proc/{pid}").stat().st_uid == NOBODY
             assert not namespaces(pid).items() & namespaces("self").items(), "all of them are its own"
             assert "Seccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text(), "a filter"
-        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        with tool(pair, tmp_path) as found:
-            start(source, destination, pair.uri)
-            took = completed(pair, source, destination)
-            seen = found()
-    whole(seen, took)
-    assert seen.migration.transport == "unix"
-
-
-def contained(binary: str) -> contextlib.AbstractContextManager[QemuPair]:
-    return Contained(UNIX, binary, OPTIONS)
+        migrated_unix(tool, pair, tmp_path)

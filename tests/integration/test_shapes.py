@@ -25,7 +25,19 @@ from tests.conftest import TRACING, requires
 from tests.integration.control_group import Group
 from tests.integration.exporters import PROGRAM, report, running, until
 from tests.integration.migrations import LASTING
-from tests.integration.shapes import MS, OPTIONS, TOOL, TOOLS, Tool, completed, pids, recorded, start, whole
+from tests.integration.shapes import (
+    MS,
+    OPTIONS,
+    TOOL,
+    TOOLS,
+    Tool,
+    completed,
+    migrated_unix,
+    pids,
+    recorded,
+    start,
+    whole,
+)
 from tests.integration.test_results import Qmp
 
 pytestmark = [requires(*TRACING), pytest.mark.timeout(120)]
@@ -90,13 +102,7 @@ def test_vmms_in_containers(
 ) -> None:
     with contained(tmp_path, monkeypatch) as pair:
         assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids(pair)} == {65534}
-        source, destination = Qmp(pair.source.qmp), Qmp(pair.destination.qmp)
-        with tool(pair, tmp_path) as found:
-            start(source, destination, pair.uri)
-            took = completed(pair, source, destination)
-            seen = found()
-    whole(seen, took)
-    assert seen.migration.transport == "unix"
+        migrated_unix(tool, pair, tmp_path)
 
 
 @pytest.mark.long
