@@ -171,6 +171,8 @@ FAULTS = (
     Fault("reader", "the destination is stopped 8 of 9 ms", _answers("reader", "window"), slow_reader),
     Fault("srcu", "a reader that sleeps 100 ms in a page fault while a memslot is added during the load",
           _answers("srcu"), truth(Plan(srcu_ns=100 * MS)), "destination"),
+    Fault("ioctl", "a memslot of 64 GiB is added during the load", _answers("ioctl"),
+          truth(Plan(added_slot_bytes=64 * kvm.GIB)), "destination", timed="state.load"),
     Fault("block", "1 MiB of writes under way at the stop, to a disk of 2 MiB/s", _answers("block"), slow_disk),
     Fault("slots_lock", "another thread's KVM_CLEAR_DIRTY_LOG of some 60 ms", _answers("slots_lock"),
           truth(Plan(delays={"fetch.kernel": HELD_NS}, log="initially-set")), timed="fetch.kernel"),

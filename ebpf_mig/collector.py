@@ -120,7 +120,8 @@ def analyse(recording: Recording) -> Analysis:
     )
     if recording.header.remote is not None:
         breakdown = error_bounds.bounded(breakdown, recording.header.remote, origin)
-    breakdown = replace(breakdown, diagnosis=diagnosis.diagnose(breakdown, slept, link.observe(traced), origin))
+    calls = drivers.long_calls(traced, attribution)
+    breakdown = replace(breakdown, diagnosis=diagnosis.diagnose(breakdown, slept, calls, link.observe(traced), origin))
     connection = sockets.connection(traced.source, traced.destination, traced.channels)
     return Analysis(breakdown, traced, attribution, origin, connection)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The threads that drive the migration on each side, and their waits.
+"""The threads that drive the migration on each side, their waits, and their long calls into KVM.
 
-In: a `TracedMigration` and its phases. Out: the waits of both sides near the window, each with the phases in which it
-delays the migration.
+In: a `TracedMigration` and its phases. Out: the waits and calls of both sides near the window, each with the phases in
+which it delays the migration.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 from operator import attrgetter
 
 from ebpf_mig.analysis import loading, waits
+from ebpf_mig.analysis import long_calls as calls
 from ebpf_mig.analysis.attributed import Attribution
+from ebpf_mig.analysis.long_calls import LongCall
 from ebpf_mig.analysis.migration import TracedMigration
 from ebpf_mig.analysis.waits import Party, Sleep
 from ebpf_mig.breakdown import Side, SwitchoverKind
@@ -23,6 +25,16 @@ def sleeps(traced: TracedMigration, attribution: Attribution) -> list[Sleep] | N
     window = attribution.window
     if window is None or not traced.material.traced("off-cpu"):
         return None
+    return waits.sleeps(_parties(traced), attribution.phases, window[0])
+
+
+def long_calls(traced: TracedMigration, attribution: Attribution) -> list[LongCall]:
+    """The long ioctls of the threads that drive the migration."""
+    window = attribution.window
+    return calls.long_calls(_parties(traced), attribution.phases, window[0]) if window else []
+
+
+def _parties(traced: TracedMigration) -> list[Party]:
     parties: list[Party] = []
     if traced.source is not None:
         senders = frozenset(map(_tid, traced.sends))
@@ -38,4 +50,4 @@ def sleeps(traced: TracedMigration, attribution: Attribution) -> list[Sleep] | N
         if traced.destination.born is not None:
             drivers = restorers - {line.tid for line in traced.destination.vcpus.values()}
         parties.append(Party(traced.destination, Side.DESTINATION, drivers))
-    return waits.sleeps(parties, attribution.phases, window[0])
+    return parties

@@ -49,6 +49,11 @@ class Party:
     senders: frozenset[int] = frozenset()
     """Threads that only send. They are idle most of the time."""
 
+    def thread(self, tid: int) -> str:
+        """Name and tid."""
+        thread = self.process.threads.get(tid)
+        return f"{thread.name if thread else ''} {tid}".strip()
+
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
@@ -71,9 +76,7 @@ class Sleep:
 
 def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> list[Sleep]:
     """The waits of all threads of all sides, also of threads that do not delay the migration; absolute."""
-    spans = [span for phase in phases for span in phase.spans]
-    first, last = (origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0))
-    sources = {p.phase for p in phases if p.side == Side.SOURCE}
+    first, last = extent(phases, origin)
     found: list[Sleep] = []
     for party in parties:
         vcpus = frozenset(line.tid for line in party.process.vcpus.values())
@@ -82,15 +85,12 @@ def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
             e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
         ]
         for event in near:
-            thread = party.process.threads.get(event.tid)
-            name = f"{thread.name if thread else ''} {event.tid}".strip()
-            names = _phases_of(party, event.tid, vcpus)
-            if party.side == Side.DESTINATION:
-                names = [name for name in names if name not in sources]
+            names = phases_of(party, event.tid, phases, vcpus)
             for begin, end, stack in lost_cpu.parts(party.process, event):
                 if end - begin >= LONG_WAIT_NS:
                     user = party.process.user_half(event, stack)
-                    found.append(Sleep(begin, end, party.side, name, stack, tuple(names), event.tid in vcpus, user))
+                    name = party.thread(event.tid)
+                    found.append(Sleep(begin, end, party.side, name, stack, names, event.tid in vcpus, user))
     return found
 
 
@@ -109,13 +109,25 @@ def longest(found: Sequence[Sleep], phases: Sequence[Phase], origin: int) -> lis
     return [wait for _, _, wait in rows[:MOST_WAITS]]
 
 
-def _phases_of(party: Party, tid: int, vcpus: Collection[int]) -> list[PhaseName]:
-    own = _OWN[party.side]
+def extent(phases: Sequence[Phase], origin: int) -> Span:
+    """From the first instant of the phases to the last one; absolute."""
+    spans = [span for phase in phases for span in phase.spans]
+    return origin + min((s[0] for s in spans), default=0), origin + max((s[1] for s in spans), default=0)
+
+
+def phases_of(party: Party, tid: int, phases: Sequence[Phase], vcpus: Collection[int] = ()) -> tuple[PhaseName, ...]:
+    """The phases in which a thread delays the migration. `vcpus`: the threads of vCPUs."""
+    own: tuple[PhaseName, ...] = ()
     if tid in party.drivers:
-        return [*own, PhaseName.UNATTRIBUTED]
-    if tid in party.senders:
-        return [PhaseName.MEMORY_SEND]
-    return [name for name in own if name in _VCPUS] if tid in vcpus else []
+        own = (*_OWN[party.side], PhaseName.UNATTRIBUTED)
+    elif tid in party.senders:
+        own = (PhaseName.MEMORY_SEND,)
+    elif tid in vcpus:
+        own = tuple(name for name in _OWN[party.side] if name in _VCPUS)
+    if not own or party.side != Side.DESTINATION:
+        return own
+    sources = {p.phase for p in phases if p.side == Side.SOURCE}
+    return tuple(name for name in own if name not in sources)
 
 
 class OffCpuTotals:

@@ -162,7 +162,8 @@ def _causes(
         return
     b, origin = analysis.breakdown, analysis.origin_ns
     slept = drivers.sleeps(analysis.traced, analysis.attribution)
-    spans = diagnosis.explained(b, slept, use, origin)
+    calls = drivers.long_calls(analysis.traced, analysis.attribution)
+    spans = diagnosis.explained(b, slept, calls, use, origin)
     wanted = [(name, hypothesis.text(name), left) for name, left in hypothesis.causes]
     if hypothesis.nodelay:
         spans["nagle"] = shared(spans.get("nagle", []), _held_back(analysis))

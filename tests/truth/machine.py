@@ -9,7 +9,6 @@ The order of the steps is that of QEMU 10.0, or with `state_first` of 7.2.
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import socket
 import struct
@@ -19,7 +18,7 @@ import time
 from typing import Any
 
 from ebpf_mig.linux import kvm as numbers
-from tests.truth import cpu_x86, kvm
+from tests.truth import added, kvm
 from tests.truth.cpu import Part
 from tests.truth.kvm import PAGE, Vcpu
 from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode, say
@@ -27,9 +26,7 @@ from tests.truth.parts import AFTER_MEMORY, IGNORED, KICK, Machine, Plan, decode
 HOG_SLOT, HOG_BASE, HOG_BYTES = 20, 64 * kvm.GIB, 32 * kvm.GIB
 HOG_NS = 20_000_000
 """A longer hold needs a slot of several times HOG_BYTES, on a fast machine."""
-HEAD_START_S = 0.0005
 LARGE_SLOT, LARGE_BASE = 21, 512 * kvm.GIB
-READ_SLOT, ADDED_SLOT, READ_BASE, ADDED_BASE = 22, 23, 48 * kvm.GIB, 49 * kvm.GIB
 _HEADER = struct.Struct("<cxxxIQ")
 
 
@@ -202,7 +199,7 @@ class Source(Machine):
             self._beside = threading.Thread(target=self._hog, daemon=True)
             self._beside.start()
             self._hogging.wait()
-            time.sleep(HEAD_START_S)
+            time.sleep(added.HEAD_START_S)
         found = self.fetch(clear=False)
         if self.plan.large_slot_bytes:
             self.timed(self.vm.fd, numbers.GET_DIRTY_LOG, self._read, "fetch.kernel", "fetch.user")
@@ -278,25 +275,9 @@ class Destination(Machine):
             if number == 0:
                 self.delay("state.load")
                 if self.plan.srcu_ns:
-                    self.add_slot_beside_reader()
-
-    def add_slot_beside_reader(self) -> None:
-        """Adds a memslot while another thread sleeps in a page fault, inside KVM's SRCU, for the plan's time.
-
-        Only x86-64's KVM has a call that does so (kvm_write_wall_clock).
-        """
-        page = self.vm.set_slot(READ_SLOT, READ_BASE, PAGE)
-        missing = kvm.hold_back((page, PAGE))
-        thread = threading.Thread(target=cpu_x86.write_wall_clock, args=(self.vcpus[0].fd, READ_BASE))
-        thread.start()
-        time.sleep(2 * HEAD_START_S)
-        begin = time.monotonic_ns()
-        timer = threading.Timer(self.plan.srcu_ns / 1e9, os.close, (missing,))
-        timer.start()
-        self.vm.set_slot(ADDED_SLOT, ADDED_BASE, PAGE)
-        self.injected["state.load"] = time.monotonic_ns() - begin
-        timer.join()
-        thread.join()
+                    self.injected["state.load"] = added.beside_reader(self.vm, self.vcpus[0], self.plan.srcu_ns)
+                if self.plan.added_slot_bytes:
+                    self.injected["state.load"] = added.alone(self.vm, self.plan.added_slot_bytes)
 
 
 def _exactly(reader: Any, size: int) -> bytes:

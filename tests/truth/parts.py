@@ -70,6 +70,8 @@ class Plan:
     chunk_bytes: int = PAGE
     srcu_ns: int = 0
     """While the destination loads, it adds a memslot, and for so long another thread is inside KVM's SRCU."""
+    added_slot_bytes: int = 0
+    """While the destination loads, it adds a memslot of this size, without memory behind it."""
     large_slot_bytes: int = 0
     """A slot without memory behind it. The final fetch reads its log and clears all of it."""
     backend: str = ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diagnosis: what dominates the downtime, why, what is innocent, and what would help.
 
-In: a breakdown, the waits near its window, the link's use. Out: a `Diagnosis`. Each rule claims the instants that its
-evidence explains. An instant that an earlier rule claimed is not claimed again, so the causes never add up to more
-than the blackout.
+In: a breakdown, the waits and long calls near its window, the link's use. Out: a `Diagnosis`. Each rule claims the
+instants that its evidence explains. An instant that an earlier rule claimed is not claimed again, so the causes never
+add up to more than the blackout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ebpf_mig.analysis.diagnosis import innocent
 from ebpf_mig.analysis.diagnosis.claims import sleepers
 from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, cut, shared, without
 from ebpf_mig.analysis.diagnosis.rules import RULES, Rule
+from ebpf_mig.analysis.long_calls import LongCall
 from ebpf_mig.analysis.spans import Cover, merged, total
 from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.breakdown import SINGLE, Breakdown, Cause, Diagnosis, Mode, Mostly, PhaseName, Result, Side, Span, bounds
@@ -35,12 +36,13 @@ _SIDES = {Side.SOURCE: "the source", Side.DESTINATION: "the destination"}
 def diagnose(
     breakdown: Breakdown,
     sleeps: Sequence[Sleep] | None,
+    calls: Sequence[LongCall],
     link: LinkUse | str,
     origin: int,
     rules: Sequence[Rule] = RULES,
 ) -> Diagnosis:
-    """The diagnosis. `origin` is the breakdown's instant 0 on the clock of `sleeps` and `link`."""
-    facts = known_facts.gather(breakdown, sleeps, link, origin)
+    """The diagnosis. `origin` is the breakdown's instant 0 on the clock of `sleeps`, `calls` and `link`."""
+    facts = known_facts.gather(breakdown, sleeps, calls, link, origin)
     if facts is None:
         return Diagnosis(headline=headline(breakdown), mostly=None, single=False, because=[], not_=[], help=[])
     causes = sorted(_causes(facts, rules), key=lambda cause: (-cause.duration_ns, cause.rule, cause.what))
@@ -103,10 +105,14 @@ class _Explained(NamedTuple):
 
 
 def explained(
-    breakdown: Breakdown, sleeps: Sequence[Sleep] | None, link: LinkUse | str, origin: int
+    breakdown: Breakdown,
+    sleeps: Sequence[Sleep] | None,
+    calls: Sequence[LongCall],
+    link: LinkUse | str,
+    origin: int,
 ) -> dict[str, list[Span]]:
     """The instants of the blackout that each rule explains, by its name. The arguments are those of `diagnose`."""
-    facts = known_facts.gather(breakdown, sleeps, link, origin)
+    facts = known_facts.gather(breakdown, sleeps, calls, link, origin)
     found: dict[str, list[Span]] = defaultdict(list)
     for one in _explained(facts, RULES) if facts else ():
         found[one.rule.name] = merged([*found[one.rule.name], *one.spans])

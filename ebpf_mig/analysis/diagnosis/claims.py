@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, shared
+from ebpf_mig.analysis.diagnosis.facts import Claim, Facts, cut, shared
 from ebpf_mig.analysis.diagnosis.frames import callers, described, meaningful, plain
+from ebpf_mig.analysis.long_calls import LongCall
 from ebpf_mig.analysis.lost_cpu import PREEMPTED, QUEUED, RUNNABLE
 from ebpf_mig.analysis.spans import merged, total
 from ebpf_mig.analysis.waits import Sleep
@@ -274,6 +275,19 @@ def named_waits(facts: Facts) -> Iterator[Claim]:
         name = meaningful(claim.sleep.stack)
         if name[0] not in _ANONYMOUS and not in_stack(_RECEIVE, claim.sleep) and not in_stack(_POLL, claim.sleep):
             yield replace(claim, what=f"{{side}} sleeps in {described(claim.sleep.stack)}")
+
+
+def inside_kvm(facts: Facts) -> Iterator[Claim]:
+    """Long ioctls of the threads that drive the migration, other than those of the dirty log, by name."""
+    kinds: dict[tuple[Side, str, str], list[LongCall]] = defaultdict(list)
+    for call in facts.calls:
+        if not (call.side == Side.DESTINATION and facts.breakdown.came_back):
+            kinds[call.side, call.name, call.thread].append(call)
+    for (side, name, thread), calls in kinds.items():
+        spans = merged(span for call in calls for span in cut(facts.phase(*call.phases), call))
+        took = ms(sum(call.end - call.begin for call in calls))
+        evidence = f"{took} ms in {len(calls)} {'calls' if len(calls) > 1 else 'call'} of {thread}"
+        yield Claim(spans, side, [evidence, *_withheld(facts, side)], f"{{side}} is inside KVM's ioctl {name}")
 
 
 def no_data(facts: Facts) -> Iterator[Claim]:

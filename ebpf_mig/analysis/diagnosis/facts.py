@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the rules of the diagnosis are applied to.
 
-In: a breakdown, all waits near the window, the link's use. Out: `Facts`, with all instants in ns from the window's
-begin, as in the breakdown.
+In: a breakdown, all waits and long calls near the window, the link's use. Out: `Facts`, with all instants in ns from
+the window's begin, as in the breakdown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from operator import itemgetter
 
 from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis.frames import meaningful
+from ebpf_mig.analysis.long_calls import LongCall
 from ebpf_mig.analysis.lost_cpu import NO_CPU
 from ebpf_mig.analysis.spans import merged, uncovered
 from ebpf_mig.analysis.waits import Sleep
@@ -51,6 +52,7 @@ class Facts:
     """None: time off the CPU was not traced."""
     link: LinkUse | None
     """None: not known."""
+    calls: Sequence[LongCall] = ()
     _known: dict[tuple[str, ...], list[Span]] = field(default_factory=dict)
     """Spans by the phases that were asked for."""
 
@@ -108,7 +110,13 @@ class Facts:
         return [w for w in rows if w.bound_ns is not None and w.bound_ns * _WIRE_DOUBT <= w.in_flight_ns]
 
 
-def gather(breakdown: Breakdown, sleeps: Sequence[Sleep] | None, link: LinkUse | str, origin: int) -> Facts | None:
+def gather(
+    breakdown: Breakdown,
+    sleeps: Sequence[Sleep] | None,
+    calls: Sequence[LongCall],
+    link: LinkUse | str,
+    origin: int,
+) -> Facts | None:
     """The facts; None without a blackout. `origin` is the breakdown's instant 0 on the clock of the waits."""
     if breakdown.blackout is None or not breakdown.blackout_ns:
         return None
@@ -121,12 +129,13 @@ def gather(breakdown: Breakdown, sleeps: Sequence[Sleep] | None, link: LinkUse |
     if not isinstance(link, str) and breakdown.clock.bound_ns is not None:
         limited, unread = ([(begin - origin, end - origin) for begin, end in s] for s in (link.limited, link.unread))
         use = replace(link, limited=tuple(limited), unread=tuple(unread))
-    return Facts(breakdown, breakdown.blackout, near, use)
+    moved = [replace(call, begin=call.begin - origin, end=call.end - origin) for call in calls]
+    return Facts(breakdown, breakdown.blackout, near, use, moved)
 
 
-def cut(spans: Sequence[Span], within: Sleep | Span) -> list[Span]:
+def cut(spans: Sequence[Span], within: Sleep | LongCall | Span) -> list[Span]:
     """The parts of the spans inside another one. The spans are in order and do not overlap."""
-    low, high = (within.begin, within.end) if isinstance(within, Sleep) else within
+    low, high = within if isinstance(within, tuple) else (within.begin, within.end)
     first = max(0, bisect_right(spans, low, key=_begin) - 1)
     near = itertools.takewhile(lambda span: span[0] < high, itertools.islice(spans, first, None))
     return [(max(begin, low), min(end, high)) for begin, end in near if max(begin, low) < min(end, high)]

@@ -168,6 +168,7 @@ RULES = (
         claims.fetch,
         "huge pages, a dirty ring, fewer memslots; see --what-if fetch=0",
     ),
+    Rule("ioctl", "{side} is inside KVM's ioctls", claims.inside_kvm, without="these calls take no time"),
     Rule(
         "late",
         "the destination reads late, the data had arrived",

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ebpf_mig.analysis.bandwidth import LinkUse
 from ebpf_mig.analysis.diagnosis import diagnose
 from ebpf_mig.analysis.diagnosis.frames import described, meaningful
 from ebpf_mig.analysis.diagnosis.rules import RULES
+from ebpf_mig.analysis.long_calls import LongCall
 from ebpf_mig.analysis.lost_cpu import CPU_QUOTA, PREEMPTED, QUEUED, RT_THROTTLED, RUNNABLE, STOLEN
 from ebpf_mig.analysis.waits import Sleep
 from ebpf_mig.collector import analyse
@@ -45,6 +46,10 @@ def src(begin: float, end: float, *stack: str, phases: tuple[b.PhaseName, ...] =
 def dst(begin: float, end: float, *stack: str, thread: str = "main 2", vcpu: bool = False) -> Sleep:
     phases = (b.PhaseName.RESUME,) if vcpu else DST
     return Sleep(round(begin * MS), round(end * MS), b.Side.DESTINATION, thread, stack, phases, vcpu)
+
+
+def called(begin: float, end: float, name: str = "SET_USER_MEMORY_REGION") -> LongCall:
+    return LongCall(int(begin * MS), int(end * MS), b.Side.DESTINATION, "vmm 2", name, (b.PhaseName.STATE_LOAD,))
 
 
 def spent(**milliseconds: float) -> b.Breakdown:
@@ -105,8 +110,10 @@ def recorded(name: str) -> b.Diagnosis:
     return found
 
 
-def built(whole: b.Breakdown, *sleeps: Sleep, link: LinkUse | str = "unknown") -> b.Diagnosis:
-    return diagnose(whole, sleeps, link, 0)
+def built(
+    whole: b.Breakdown, *sleeps: Sleep, link: LinkUse | str = "unknown", calls: Sequence[LongCall] = ()
+) -> b.Diagnosis:
+    return diagnose(whole, sleeps, calls, link, 0)
 
 
 SIDES_AT = ((b.Side.SOURCE, 0), (b.Side.DESTINATION, 40))
@@ -140,6 +147,7 @@ CASES: dict[str, Case] = {
     "timer": lambda: built(spent(quiesce=90), src(1, 80, "do_nanosleep", "hrtimer_nanosleep", "common_nsleep", *END)),
     "wait": lambda: built(spent(state__load=90), dst(1, 80, "__lock_sock", "lock_sock_nested", "tcp_sendmsg", *END)),
     "fetch": lambda: built(spent(fetch__kernel=70, fetch__user=10)),
+    "ioctl": lambda: built(spent(state__load=90), calls=[called(0, 50), called(50, 80)]),
     "late": lambda: built(flight("late reader")),
     "data": lambda: built(spent(state__send=1), dst(1, 90, "wait_woken", "sk_wait_data", "tcp_recvmsg")),
     "flight": lambda: built(flight("unknown")),
@@ -173,7 +181,7 @@ def test_without_the_evidence_no_cause_is_known() -> None:
     """The same phases as in the cases, but nothing recorded in them: no rule guesses."""
     for whole in (spent(state__load=90), spent(quiesce=90), spent(memory__send=90), spent(state__send=1)):
         assert not any(cause.known for cause in built(whole).because)
-        assert diagnose(whole, None, "unknown", 0).because == []
+        assert diagnose(whole, None, [], "unknown", 0).because == []
 
 
 def test_below_40_per_cent_there_is_no_single_cause() -> None:
