@@ -84,13 +84,15 @@ def sleeps(parties: Sequence[Party], phases: Sequence[Phase], origin: int) -> li
         near = [
             e for e in party.process.off_cpu if e.end_ns - first >= LONG_WAIT_NS and last - e.begin_ns >= LONG_WAIT_NS
         ]
+        delayed = {tid: phases_of(party, tid, phases, vcpus) for tid in {event.tid for event in near}}
         for event in near:
-            names = phases_of(party, event.tid, phases, vcpus)
             for begin, end, stack in lost_cpu.parts(party.process, event):
                 if end - begin >= LONG_WAIT_NS:
                     user = party.process.user_half(event, stack)
                     name = party.thread(event.tid)
-                    found.append(Sleep(begin, end, party.side, name, stack, names, event.tid in vcpus, user))
+                    found.append(
+                        Sleep(begin, end, party.side, name, stack, delayed[event.tid], event.tid in vcpus, user)
+                    )
     return found
 
 
