@@ -118,6 +118,7 @@ def driven(directory: Path) -> Seen:
 
 
 @HOOKED
+@pytest.mark.timeout(600)  # an emulated CPU needs three minutes for one attempt
 @pytest.mark.parametrize(
     "tool",
     [
