@@ -19,13 +19,16 @@ pytestmark = [requires("root", "/dev/kvm", "bcc", "kernel BTF")]
 MS = 1_000_000
 
 
-def largest(run: Run) -> Cause:
-    """The first cause, whose time must be that of the call."""
+def named(run: Run, rule: str) -> Cause:
+    """The cause by this rule. Its time, with that in which the thread had no CPU, must be that of the call."""
     assert run.wrong() == {}
     assert run.breakdown.diagnosis is not None
-    cause = run.breakdown.diagnosis.because[0]
-    assert (cause.side, cause.phase, cause.known) == (Side.DESTINATION, "state.load", True)
-    assert cause.duration_ns == pytest.approx(run.injected["state.load"], abs=run.tolerance("state.load"))
+    causes = {cause.rule: cause for cause in run.breakdown.diagnosis.because if cause.side == Side.DESTINATION}
+    cause = causes[rule]
+    assert (cause.phase, cause.known) == ("state.load", True)
+    no_cpu = causes["cpu"].duration_ns if "cpu" in causes else 0
+    near = run.tolerance("state.load")
+    assert cause.duration_ns - near <= run.injected["state.load"] <= cause.duration_ns + no_cpu + near
     return cause
 
 
@@ -33,11 +36,9 @@ def test_a_large_memslot_is_named() -> None:
     run = undisturbed(Plan(added_slot_bytes=64 * kvm.GIB))
     if run.injected["state.load"] < 10 * MS:
         pytest.skip("missing feature: large memslots that take long (shadow paging)")
-    cause = largest(run)
-    assert (cause.rule, cause.what) == ("ioctl", "the destination is inside KVM's ioctl SET_USER_MEMORY_REGION")
+    assert named(run, "ioctl").what == "the destination is inside KVM's ioctl SET_USER_MEMORY_REGION"
 
 
 @requires("x86-64")
 def test_a_memslot_beside_a_reader_is_srcu() -> None:
-    cause = largest(undisturbed(Plan(srcu_ns=50 * MS)))
-    assert cause.rule == "srcu"
+    assert "synchronize_srcu" in named(undisturbed(Plan(srcu_ns=50 * MS)), "srcu").what
